@@ -1,0 +1,337 @@
+"""The settings: one frozen object, made once, handed down; nothing else reads the environment or .env.
+
+A setting comes from the first of:
+
+1. the command line (`options`),
+2. the environment,
+3. `.env` in the working directory, XAI_PROXY_* names only,
+4. its default.
+
+An empty value counts as not set. An unknown XAI_PROXY_* name or a value that makes no sense is a
+ConfigurationError. `python -m xaiproxy.config` prints conf/xaiproxy.env.example.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import ipaddress
+import os
+import re
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import certifi
+import dotenv
+
+from xaiproxy import errors
+
+PREFIX = "XAI_PROXY_"
+DEFAULT_ISSUER = "https://auth.x.ai"
+DEFAULT_CLIENT_ID = "b1a00492-073a-47ea-816f-4c329264a828"
+ALIASES = {"AUTH_PROXY_TOKEN_PATH": PREFIX + "TOKEN_PATH"}
+# What Kubernetes puts into every pod of a namespace that has a Service called xai-proxy.
+KUBERNETES_NAME = re.compile(r"XAI_PROXY_(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT_\d+_(TCP|UDP|SCTP)(_.*)?)")
+KUBERNETES_PORT = re.compile(r"(tcp|udp|sctp)://")
+# Clients and other proxies use these; they are no setting of ours.
+FOREIGN_NAMES = frozenset(PREFIX + name for name in ("KEY", "API_KEY", "BASE_URL", "OUTBOUND"))
+
+
+def is_loopback(host: "str | None") -> bool:
+    """Whether `host` (a name or an IP literal without brackets) can only be this machine."""
+    if host is None:
+        return False
+    if host.lower() in ("localhost", "localhost."):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _number(kind: type, low: float, high: float, noun: str) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", text):
+                raise ValueError
+            value = kind(text)
+        except ValueError:
+            raise ValueError(f"{noun} from {low:g} to {high:g}") from None
+        if not low <= value <= high:
+            raise ValueError(f"{noun} from {low:g} to {high:g}")
+        return value
+    return parse
+
+
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    return _number(int, low, high, "a whole number")
+
+
+def _seconds(low: float, high: float) -> Callable[[str], float]:
+    return _number(float, low, high, "seconds")
+
+
+def _one_of(*choices: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise ValueError("one of " + ", ".join(choices))
+        return text
+    return parse
+
+
+def _flag(text: str) -> bool:
+    if text not in ("0", "1"):
+        raise ValueError("0 or 1")
+    return text == "1"
+
+
+def _path(text: str) -> Path:
+    if "\0" in text:
+        raise ValueError("the path of a file")
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError:
+        raise ValueError("the path of a file; there is no home folder for ~ here") from None
+
+
+def _address(text: str) -> str:
+    if text == "localhost":
+        return "127.0.0.1"
+    try:
+        return str(ipaddress.ip_address(text.strip("[]")))
+    except ValueError:
+        raise ValueError("an IP address, such as 127.0.0.1, 0.0.0.0 or ::") from None
+
+
+def _url(text: str) -> urllib.parse.SplitResult:
+    wanted = "an https URL (http on loopback only) without user, query or fragment"
+    try:
+        url = urllib.parse.urlsplit(text)
+        host, _ = url.hostname, url.port
+    except ValueError:
+        raise ValueError(wanted) from None
+    plain_on_loopback = url.scheme == "http" and is_loopback(host)
+    if not host or not (url.scheme == "https" or plain_on_loopback) or not re.fullmatch(r"[!-~]+", text):
+        raise ValueError(wanted)
+    if "@" in url.netloc or "?" in text or "#" in text:
+        raise ValueError(wanted)
+    return url
+
+
+def _issuer(text: str) -> str:
+    return _url(text).geturl().rstrip("/")
+
+
+def _origin(text: str) -> str:
+    url = _url(text)
+    if url.path not in ("", "/"):
+        raise ValueError("an origin without a path: requests bring their own")
+    return f"{url.scheme}://{url.netloc.lower()}"
+
+
+def _token(text: str) -> str:
+    if not re.fullmatch(r"[!-~]+", text):
+        raise ValueError("printable ASCII without spaces")
+    return text
+
+
+def _scope(text: str) -> str:
+    if not re.fullmatch(r"[!#-\[\]-~]+( [!#-\[\]-~]+)*", text):
+        raise ValueError("scope names with one space between them (RFC 6749 section 3.3)")
+    return text
+
+
+def _hosts(text: str) -> "frozenset[str]":
+    names = frozenset(name.strip().lower().rstrip(".") for name in text.split(",") if name.strip())
+    for name in names:
+        if not re.fullmatch(r"[a-z0-9._-]+|\[[0-9a-f:.]+\]", name):
+            raise ValueError("host names without port, with commas between them")
+    return names
+
+
+def _origins(text: str) -> "frozenset[str]":
+    origins = frozenset(origin.strip().lower() for origin in text.split(",") if origin.strip())
+    for origin in origins:
+        if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[a-z0-9._\[\]:-]+", origin):
+            raise ValueError("origins such as https://chat.example.org, with commas between them")
+    return origins
+
+
+def _setting(default: str, parse: Callable[[str], Any], meaning: str) -> Any:
+    return dataclasses.field(metadata={"default": default, "parse": parse, "meaning": meaning})
+
+
+@dataclasses.dataclass(frozen=True)
+class Egress:
+    """How we reach the world: one answer for both processes, since the libraries' own look-ups disagree.
+
+    HTTP_PROXY has no say: plain http is spoken to loopback only, and loopback is never proxied.
+    """
+
+    proxy: "str | None" = None
+    no_proxy: str = ""
+    ca_file: str = dataclasses.field(default_factory=certifi.where)
+
+    def proxy_for(self, url: str) -> "str | None":
+        """The proxy's URL for `url`, or None for a direct connection. It may hold a password: do not log it."""
+        parts = urllib.parse.urlsplit(url)
+        if self.proxy is None or is_loopback(parts.hostname):
+            return None
+        if urllib.request.proxy_bypass_environment(parts.netloc, {"no": self.no_proxy}):
+            return None
+        return self.proxy
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every setting, in the order of conf/xaiproxy.env.example. Times are seconds, sizes bytes."""
+
+    token_path: Path = _setting("~/.xai-proxy/tokens.json", _path,
+        "The token file. Its folder is made with mode 0700 when it does not exist.")
+    bind: str = _setting("127.0.0.1", _address,
+        "The IP address that the proxy listens on. Another than loopback needs a client key: xai-client-key add NAME.")
+    port: int = _setting("9090", _whole(0, 65535),
+        "The TCP port that the proxy listens on; 0 takes any free one and says which.")
+    upstream: str = _setting("https://api.x.ai", _origin,
+        "Origin of the API; the request's own path and query are appended.")
+    issuer: str = _setting(DEFAULT_ISSUER, _issuer,
+        "OpenID issuer, looked up at /.well-known/openid-configuration. A login belongs to its issuer.")
+    client_id: str = _setting(DEFAULT_CLIENT_ID, _token,
+        "OAuth client. xAI registers no others; this is the Grok CLI's public one.")
+    scope: str = _setting("openid profile email offline_access grok-cli:access api:access", _scope,
+        "OAuth scope that a login asks for.")
+    redirect_port: int = _setting("56121", _whole(0, 65535),
+        "Loopback port of the browser login; another free one is taken when it is in use.")
+    refresh_skew: float = _setting("120", _seconds(1, 86400),
+        "Seconds: the token is renewed at least this long before it expires; a fifth of its lifetime if that is more.")
+    client_keys_file: Path = _setting("", _path,
+        "Who may call: a name and the SHA-256 of a key a line. Default: client-keys beside the token file.")
+    allow_anonymous: bool = _setting("0", _flag,
+        "1: serve without client keys on an address that is not loopback. Everyone who reaches it spends your quota.")
+    allowed_hosts: "frozenset[str]" = _setting("", _hosts,
+        "Host names, with commas between, under which callers without a key may address the proxy.")
+    allowed_origins: "frozenset[str]" = _setting("", _origins,
+        "Origins of web pages, with commas between, that may call the proxy without a key.")
+    connect_timeout: float = _setting("10", _seconds(0.1, 600),
+        "Seconds for a connection to upstream: name, all its addresses and TLS together.")
+    idle_timeout: float = _setting("3600", _seconds(0.1, 86400),
+        "Seconds without a byte from upstream before it is given up. Reasoning models may be silent for long.")
+    client_timeout: float = _setting("30", _seconds(0.1, 3600),
+        "Seconds that a client has to send its request head, and between two reads of its body.")
+    keepalive_timeout: float = _setting("75", _seconds(0.1, 3600),
+        "Seconds that an idle client connection stays open.")
+    max_connections: int = _setting("10000", _whole(1, 1000000),
+        "Client connections at once; more wait in the listen queue. Lowered to fit the file descriptor limit.")
+    replay_limit: int = _setting("16777216", _whole(0, 1 << 40),
+        "Bytes of one request body kept so that it can be sent again with a new token. A longer one streams through.")
+    replay_memory: int = _setting("268435456", _whole(0, 1 << 40),
+        "Bytes kept for that of all requests together.")
+    drain_timeout: float = _setting("25", _seconds(0, 3500),
+        "Seconds that open streams get to finish after SIGTERM.")
+    log_level: str = _setting("info", _one_of("debug", "info", "warning", "error"),
+        "debug, info, warning or error.")
+    log_format: str = _setting("auto", _one_of("auto", "text", "json"),
+        "text, json, or auto: text on a terminal, JSON otherwise.")
+
+    egress: Egress = dataclasses.field(default_factory=Egress)
+    warnings: "tuple[str, ...]" = ()  # for main to log once logging is set up
+
+
+SETTINGS = {PREFIX + field.name.upper(): field for field in dataclasses.fields(Config) if field.metadata}
+
+
+def from_environ(environ: Mapping[str, str], options: "Mapping[str, str | None] | None" = None,
+                 dotenv_path: str = ".env") -> Config:
+    """Return the Config, or raise ConfigurationError. `options`: setting name to text; None means not given."""
+    given: "dict[str, str]" = {}
+    warnings = []
+    for source in (_read_dotenv(dotenv_path), _ours(environ), options or {}):
+        for name, text in source.items():
+            name = ALIASES.get(name, name)
+            if not text or KUBERNETES_NAME.fullmatch(name):
+                continue
+            if name == PREFIX + "PORT" and KUBERNETES_PORT.match(text):
+                continue
+            if name in FOREIGN_NAMES:
+                warnings.append(f"{name} is not a setting of xaiproxy and is ignored")
+            elif name not in SETTINGS:
+                near = difflib.get_close_matches(name, SETTINGS, 1)
+                raise errors.ConfigurationError(
+                    f"{name} is not a setting" + (f"; did you mean {near[0]}?" if near else
+                                                  "; conf/xaiproxy.env.example lists them all"))
+            else:
+                given[name] = text
+    values = {}
+    for name, field in SETTINGS.items():
+        text = given.get(name, field.metadata["default"])
+        try:
+            values[field.name] = field.metadata["parse"](text)
+        except ValueError as error:
+            shown = re.sub(r"//[^/]*@", "//***@", text)  # somebody may have put a password into a URL
+            raise errors.ConfigurationError(f"{name} is {shown!r}, but takes {error}") from None
+    if PREFIX + "CLIENT_KEYS_FILE" not in given:
+        values["client_keys_file"] = values["token_path"].parent / "client-keys"
+    return Config(egress=_egress(environ), warnings=tuple(dict.fromkeys(warnings)), **values)
+
+
+def _ours(environ: Mapping[str, str]) -> "dict[str, str]":
+    aliases = {name: environ[name] for name in ALIASES if name in environ}
+    return aliases | {name: text for name, text in environ.items() if name.startswith(PREFIX)}
+
+
+def _read_dotenv(path: str) -> "dict[str, str]":
+    # Only our own names: a .env often belongs to somebody else's program. No ${} interpolation: values are values.
+    if not os.path.isfile(path):
+        return {}
+    try:
+        values = dotenv.dotenv_values(path, interpolate=False)
+    except (OSError, UnicodeDecodeError) as error:
+        raise errors.ConfigurationError(f"{os.path.abspath(path)} cannot be read: {error}") from error
+    return {name: text or "" for name, text in values.items() if name.startswith(PREFIX)}
+
+
+def _egress(environ: Mapping[str, str]) -> Egress:
+    def first(*names: str) -> "tuple[str, str]":
+        for name in names:
+            for spelling in (name.lower(), name):  # lower case wins, as in curl
+                if environ.get(spelling):
+                    return spelling, environ[spelling]
+        return "", ""
+
+    name, proxy = first("HTTPS_PROXY", "ALL_PROXY")
+    if proxy:
+        proxy = proxy if "://" in proxy else "http://" + proxy
+        _check_proxy(name, proxy)
+    ca_name, ca_file = first("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
+    if ca_file and not os.path.isfile(ca_file):
+        raise errors.ConfigurationError(f"{ca_name} is {ca_file!r}, but takes a file of PEM certificates")
+    return Egress(proxy=proxy or None, no_proxy=first("NO_PROXY")[1], ca_file=ca_file or certifi.where())
+
+
+def _check_proxy(name: str, proxy: str) -> None:
+    # The value may hold a password: it is not repeated in the error.
+    try:
+        url = urllib.parse.urlsplit(proxy)
+        usable = bool(url.hostname) and (url.port or True)
+    except ValueError:
+        usable = False
+    if not usable or url.scheme not in ("http", "https", "socks5", "socks5h", "socks4", "socks4a"):
+        raise errors.ConfigurationError(f"{name} takes the URL of a proxy, such as http://proxy.example:3128")
+    if url.scheme.startswith("socks") and importlib.util.find_spec("socks") is None:
+        raise errors.ConfigurationError(f"{name} names a SOCKS proxy: install xaiproxy[socks] for that")
+
+
+def example() -> str:
+    """The text of conf/xaiproxy.env.example."""
+    lines = ["# Every setting of xaiproxy with its default. Copy what you change to .env in the working directory,",
+             "# or set it in the environment, which wins over .env. Seconds may have decimals; sizes are bytes.",
+             "# An empty value counts as not set; an unknown XAI_PROXY_ name is an error."]
+    for name, field in SETTINGS.items():
+        lines += ["", "# " + field.metadata["meaning"], f"#{name}={field.metadata['default']}"]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(example(), end="")

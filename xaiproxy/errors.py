@@ -1,0 +1,188 @@
+"""Every exception of the package, grouped by what its handler does next.
+
+`Error` is the one base: its text is one sentence (what happened, to what, what to do), and only a command's
+`main` catches it, prints that sentence and ends with `exit_code` (sysexits.h). Below it stand three groups:
+
+- what ends or blocks a command: `ConfigurationError`, `LoginUnusable`, `StorageError`, `LockBusy`;
+- what the issuer said: `IssuerUnavailable` (try again) and `OAuthError` (RFC 6749 section 5.2) with its kinds;
+- what the proxy answers of its own: `Refusal`, which carries the HTTP status, a stable code and headers.
+"""
+
+EXIT_USAGE = 64
+EXIT_UNAVAILABLE = 69
+EXIT_TRY_AGAIN = 75
+EXIT_SIGN_IN = 77
+EXIT_CONFIGURATION = 78
+EXIT_INTERRUPTED = 130
+
+SIGN_IN = "run `xai-login --device` to sign in"
+
+
+class Error(Exception):
+    exit_code = EXIT_TRY_AGAIN
+
+
+class ConfigurationError(Error):
+    """A setting that cannot be; names the variable, what it got and what it takes."""
+
+    exit_code = EXIT_CONFIGURATION
+
+
+class StorageError(Error):
+    """The token folder would not take a file (full, read-only, not ours). Nothing was spent or lost."""
+
+
+class LockBusy(Error):
+    """Another process has held the token lock for longer than we were willing to wait."""
+
+
+class LoginUnusable(Error):
+    """There is no login that can be used as it is.
+
+    `state` is one of missing, unreadable, corrupt, foreign, symlink: a state to wait in, like signed out, not a
+    reason to exit.
+    """
+
+    exit_code = EXIT_SIGN_IN
+
+    def __init__(self, state: str, message: str):
+        super().__init__(message)
+        self.state = state
+
+
+class IssuerUnavailable(Error):
+    """The issuer gave no usable answer; the same request may be made again later.
+
+    sent: whether the request may have reached the issuer and been acted on (its answer then being lost).
+    retry_after: seconds that the issuer asked us to wait, or None.
+    html: the answer was a page instead of JSON, which an endpoint that moved gives too.
+    """
+
+    exit_code = EXIT_UNAVAILABLE
+
+    def __init__(self, message: str, *, sent: bool = False, retry_after: "float | None" = None, html: bool = False):
+        super().__init__(message)
+        self.sent = sent
+        self.retry_after = retry_after
+        self.html = html
+
+
+class OAuthError(Error):
+    """An error response of RFC 6749 section 5.2 (`error`, `description`), or one that we classed as such."""
+
+    exit_code = EXIT_SIGN_IN
+
+    def __init__(self, error: str, description: str = "", message: str = ""):
+        super().__init__(message or (f"{error}: {description}" if description else error))
+        self.error = error
+        self.description = description
+
+
+class GrantRefused(OAuthError):
+    """The code or refresh token is dead (invalid_grant and its kin): only a new login helps."""
+
+
+class ClientRejected(OAuthError):
+    """invalid_client: the issuer does not know our client_id at the moment; seen to heal by itself."""
+
+
+class NotEntitled(OAuthError):
+    """403 in JSON: the account's plan is refused, not the login; signing in again does not help."""
+
+
+class AuthorizationPending(OAuthError):
+    """RFC 8628 section 3.5: ask again after the interval."""
+
+
+class SlowDown(AuthorizationPending):
+    """RFC 8628 section 3.5: pending, and the interval grows by 5 seconds for good."""
+
+
+class AccessDenied(OAuthError):
+    """The person said no."""
+
+
+class ExpiredToken(OAuthError):
+    """The device code ended before it was approved."""
+
+
+class Refusal(Error):
+    """An answer that the proxy makes itself: JSON {"error": {message, type, code}} and X-XAI-Proxy-Error: code.
+
+    close: the connection ends with it, since what follows on it cannot be trusted or was never read.
+    """
+
+    status = 500
+    code = "internal_error"
+    type = "api_error"
+    headers: "tuple[tuple[str, str], ...]" = ()
+
+    def __init__(self, message: str, *, headers: "tuple[tuple[str, str], ...]" = (), close: bool = False):
+        super().__init__(message)
+        self.headers = type(self).headers + tuple(headers)
+        self.close = close
+
+
+class BadRequest(Refusal):
+    status, code, type = 400, "bad_request", "invalid_request_error"
+
+
+class HeadTooLarge(BadRequest):
+    status = 431
+
+
+class LoginRequired(Refusal):
+    status, code, type = 401, "login_required", "authentication_error"
+
+
+class ClientKeyRequired(Refusal):
+    status, code, type = 401, "client_key_required", "authentication_error"
+    headers = (("WWW-Authenticate", 'Bearer realm="xaiproxy"'),)
+
+
+class HostNotAllowed(Refusal):
+    status, code, type = 403, "host_not_allowed", "permission_error"
+
+
+class OriginNotAllowed(Refusal):
+    status, code, type = 403, "origin_not_allowed", "permission_error"
+
+
+class NotFound(Refusal):
+    status, code, type = 404, "not_found", "invalid_request_error"
+
+
+class MethodNotAllowed(Refusal):
+    status, code, type = 405, "method_not_allowed", "invalid_request_error"
+
+
+class ClientTimeout(Refusal):
+    # SDKs repeat a 408 by themselves, which would repeat work that is paid for.
+    status, code, type = 408, "client_timeout", "invalid_request_error"
+    headers = (("x-should-retry", "false"),)
+
+
+class UpstreamUnreachable(Refusal):
+    status, code = 502, "upstream_unreachable"
+
+
+class TokenUnavailable(Refusal):
+    """503: expired, and the refresher has no new token yet. retry_after: seconds, 1 to 10."""
+
+    status, code = 503, "token_unavailable"
+
+    def __init__(self, message: str, retry_after: int):
+        super().__init__(message, headers=(("Retry-After", str(retry_after)), ("x-should-retry", "true")))
+
+
+class UpstreamTimeout(Refusal):
+    status, code = 504, "upstream_timeout"
+    headers = (("x-should-retry", "false"),)
+
+
+class ClientGone(Exception):
+    """The client closed its side. Thrown into the greenlet that serves it, so that upstream is closed at once."""
+
+
+class UpstreamBroken(Exception):
+    """Upstream died in mid-answer: the client's framing must be left unfinished."""
