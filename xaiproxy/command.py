@@ -1,0 +1,30 @@
+"""How every command of ours parses its line and ends: one sentence on stderr and an exit code of sysexits.h."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from xaiproxy import errors
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse with exit code 64 for a wrong command line, and worked examples kept as they are written."""
+
+    def __init__(self, **arguments):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **arguments)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(errors.EXIT_USAGE, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def run(name: str, body: "Callable[[], int | None]") -> int:
+    """Return body's exit code, or the one of the Error it raised, whose sentence is then printed."""
+    try:
+        return body() or 0
+    except errors.Error as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted", file=sys.stderr)
+        return errors.EXIT_INTERRUPTED
