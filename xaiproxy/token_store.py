@@ -1,0 +1,135 @@
+"""tokens.json as its readers see it, and the two small files beside it by which the processes talk.
+
+Readers take no lock: the file is only ever replaced by an atomic rename (token_writer.py). Nothing here imports
+fcntl, locks or syncs, so all of it is safe to call between two greenlets.
+
+    tokens.json          the login
+    tokens.json.new      its successor while it is written
+    tokens.json.lock     held by whoever writes; its time is the refresher's sign of life
+    tokens.json.refused  fingerprint of an access token that upstream refused: the proxy's request for a new one
+"""
+
+import os
+import secrets
+import stat
+import urllib.parse
+from pathlib import Path
+
+from xaiproxy import config, errors, tokens
+
+SIZE_LIMIT = 1 << 20  # bytes; a real file has about 2,000
+ALIVE = 60  # seconds without a sign of life after which the refresher counts as gone
+
+
+class TokenStore:
+    def __init__(self, settings: config.Config):
+        self.settings = settings
+        self.path: Path = settings.token_path
+        self.new_path = self.path.with_name(self.path.name + ".new")
+        self.lock_path = self.path.with_name(self.path.name + ".lock")
+        self.refused_path = self.path.with_name(self.path.name + ".refused")
+        self._seen: "tuple | None" = None
+        self._latest: "tokens.Tokens | errors.LoginUnusable | None" = None
+
+    def load(self) -> tokens.Tokens:
+        """Read the file, whatever was read before. Raises LoginUnusable."""
+        text, status = self.read()
+        login = parse(text, self.path)
+        if login.refresh_token is not None:  # without one it may be a mounted Secret: linked, and another user's
+            if os.path.islink(self.path):
+                raise errors.LoginUnusable("symlink", f"{self.path} is a symbolic link and holds a refresh token, which "
+                                           "cannot be kept up to date through a link; put the file itself there")
+            if status.st_uid != os.geteuid():
+                raise errors.LoginUnusable("not_ours", f"{self.path} belongs to user {status.st_uid}, and this process "
+                                           f"runs as user {os.geteuid()}; run as that user, or chown the file")
+        self._check_fits(login)
+        return login
+
+    def current(self) -> tokens.Tokens:
+        """The same for every request: a stat, and a read only when the file is another than last time."""
+        try:
+            status = os.stat(self.path)
+            seen = (status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size)
+        except OSError:
+            seen = None
+        if seen is None or seen != self._seen:
+            try:
+                self._latest = self.load()
+            except errors.LoginUnusable as error:
+                self._latest = error
+            self._seen = seen
+        if isinstance(self._latest, errors.LoginUnusable):
+            raise self._latest.with_traceback(None)
+        return self._latest
+
+    def read(self) -> "tuple[bytes, os.stat_result]":
+        """The file's bytes and status. Raises LoginUnusable (missing, unreadable, corrupt)."""
+        try:
+            # O_NONBLOCK: opening somebody's FIFO must not wait for a writer.
+            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except FileNotFoundError:
+            raise errors.LoginUnusable("missing", f"not signed in: {self.path} does not exist; {errors.SIGN_IN}") from None
+        except OSError as error:
+            raise errors.LoginUnusable("unreadable", f"{self.path} cannot be read ({error.strerror}); make it readable "
+                                       f"for user {os.geteuid()}") from error
+        with open(fd, "rb") as file:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise errors.LoginUnusable("unreadable", f"{self.path} is not a file; move it away and {errors.SIGN_IN}")
+            return file.read(SIZE_LIMIT + 1), status
+
+    def _check_fits(self, login: tokens.Tokens) -> None:
+        settings = self.settings
+        if (login.issuer, login.client_id) != (settings.issuer, settings.client_id):
+            raise errors.LoginUnusable("foreign", f"{self.path} holds a login of {login.issuer} for client "
+                                       f"{login.client_id}, but the settings say {settings.issuer} and "
+                                       f"{settings.client_id}; set XAI_PROXY_ISSUER and XAI_PROXY_CLIENT_ID to match it, "
+                                       "or XAI_PROXY_TOKEN_PATH to another file")
+        if login.issuer == config.DEFAULT_ISSUER and not is_xai(settings.upstream):
+            raise errors.LoginUnusable("foreign", f"{self.path} holds a login of {login.issuer}, whose tokens go to https on "
+                                       f"*.x.ai only, but XAI_PROXY_UPSTREAM is {settings.upstream}; correct one of them")
+
+    def ask_refresh(self, access_token: str) -> None:
+        """Tell the refresher that upstream refused this token. Raises OSError when the folder cannot be written."""
+        temporary = self.refused_path.with_name(self.refused_path.name + f".{secrets.token_hex(4)}")
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        with open(fd, "w") as file:
+            file.write(tokens.fingerprint(access_token))
+        os.replace(temporary, self.refused_path)
+
+    def asked_for(self) -> "str | None":
+        """Fingerprint of the access token that the proxy last reported as refused, if any."""
+        try:
+            return self.refused_path.read_text("ascii", "replace")
+        except OSError:
+            return None
+
+    def refresher_age(self, now: float) -> "float | None":
+        """Seconds since the refresher's last sign of life; None when there was never one."""
+        try:
+            touched = os.stat(self.lock_path).st_mtime
+        except OSError:
+            return None
+        return now - touched if touched > 0 else None
+
+    def refresher_alive(self, now: float) -> bool:
+        age = self.refresher_age(now)
+        return age is not None and abs(age) < ALIVE  # a time far ahead is from before the clock was set back
+
+
+def parse(text: bytes, path: Path) -> tokens.Tokens:
+    """Raises LoginUnusable (corrupt)."""
+    try:
+        if len(text) > SIZE_LIMIT:
+            raise ValueError(f"is longer than {SIZE_LIMIT} bytes")
+        return tokens.from_json(text)
+    except ValueError as error:
+        raise errors.LoginUnusable("corrupt", f"{path} {error}; {errors.SIGN_IN} (the file is then kept aside)") from None
+
+
+def is_xai(url: str) -> bool:
+    """Whether `url` is https on x.ai or a name below it, on the standard port, with no user part."""
+    parts = urllib.parse.urlsplit(url)
+    host = parts.hostname or ""
+    return parts.scheme == "https" and "@" not in parts.netloc and parts.port in (None, 443) \
+        and (host == "x.ai" or host.endswith(".x.ai"))

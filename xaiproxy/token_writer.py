@@ -1,0 +1,254 @@
+"""Everything that is ever written to tokens.json, under its lock.
+
+The rules that a change must keep:
+
+1. Nobody writes, and nobody reads a refresh token in order to spend it, without the lock. It is a flock on the
+   sibling tokens.json.lock, which is never removed: a lock on tokens.json itself would not stop a second one on
+   the file renamed over it, and a removed lock file lets two processes hold two locks.
+2. There is one way onto the disk: tokens.json.new, fsync, rename, fsync of the folder. A reader sees the old file
+   or the new one.
+3. tokens.json.new says in `replaces` which refresh token it succeeds. Whoever takes the lock first looks for such a
+   left-over: one that is whole and succeeds what tokens.json holds is the only copy of a login whose writer was
+   killed, and is put into place; any other is rubbish.
+4. Before a refresh token is spent the save of its successor is rehearsed, so that a full disk, a read-only folder
+   or a bind-mounted file is found out while the old token is still good.
+"""
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+
+from xaiproxy import errors, token_store, tokens
+
+logger = logging.getLogger(__name__)
+
+RESERVE = 65536  # bytes, really written; a login has about 2,000
+POLL = 0.1  # seconds between two looks at a lock that somebody else holds
+
+
+def prepare_folder(store: token_store.TokenStore) -> None:
+    """Make the token folder when it does not exist; warn when others may write into it. Raises StorageError."""
+    folder = store.path.parent
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        mode = folder.stat().st_mode
+    except OSError as error:
+        raise _storage_error(folder, error) from error
+    if mode & 0o022 and not mode & 0o1000:
+        logger.warning("%s may be written by other users, who could then replace the login; chmod go-w it", folder)
+
+
+def beat(store: token_store.TokenStore) -> None:
+    """The refresher's sign of life: the time of the lock file. Raises StorageError."""
+    try:
+        fd = _open_lock(store)
+        try:
+            os.utime(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise _storage_error(store.lock_path, error) from error
+
+
+@contextlib.contextmanager
+def locked(store: token_store.TokenStore, wait: float,
+           pause: "Callable[[float], object]" = time.sleep) -> "Iterator[TokenWriter]":
+    """Hold the lock. Raises LockBusy after `wait` seconds and StorageError when there can be no lock.
+
+    `pause` is called with the seconds until the next look; what it raises ends the wait.
+    """
+    try:
+        fd = _open_lock(store)
+    except OSError as error:
+        raise _storage_error(store.lock_path, error) from error
+    try:
+        end = time.monotonic() + wait
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= end:
+                    raise errors.LockBusy(f"{store.lock_path} has been held by another process for {wait:g} s; look for "
+                                          "a refresher or xai-login that hangs (fuser shows it)") from None
+                pause(POLL)
+            except OSError as error:
+                raise _storage_error(store.lock_path, error) from error
+        writer = TokenWriter(store)
+        writer.adopt_leftover()
+        yield writer
+    finally:
+        os.close(fd)  # releases the lock
+
+
+class TokenWriter:
+    """What may be done with the lock held; made by `locked` only."""
+
+    def __init__(self, store: token_store.TokenStore):
+        self.store = store
+
+    def adopt_leftover(self) -> None:
+        """Put a killed writer's tokens.json.new into place if it succeeds what is there, else remove it."""
+        store = self.store
+        try:
+            fd = os.open(store.new_path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise _storage_error(store.new_path, error) from error
+        try:
+            with open(fd, "rb") as file:
+                text = file.read(token_store.SIZE_LIMIT + 1)
+                trusted = os.fstat(fd).st_uid == os.geteuid()
+            try:
+                token_store.parse(text, store.new_path)
+                whole = trusted and tokens.replaces(text) == self._successor_mark() and not store.path.is_symlink()
+            except errors.LoginUnusable:
+                whole = False
+            if whole:
+                self._rename()
+                logger.warning("%s was left behind by a process that was killed; it is now %s", store.new_path, store.path)
+            else:
+                store.new_path.unlink()
+        except OSError as error:
+            raise _storage_error(store.new_path, error) from error
+
+    def save(self, login: tokens.Tokens) -> None:
+        """Make `login` the file's content, durably. Raises StorageError, with the old content still in place.
+
+        A file that does not parse is kept aside as tokens.json.corrupt-<unix time>.
+        """
+        with self._writing():
+            mark = self._successor_mark()
+            fd = self._create()
+            try:
+                _write(fd, login.to_json(mark).encode())
+            finally:
+                os.close(fd)
+            self._keep_corrupt()
+            self._rename()
+
+    def rehearse(self, login: tokens.Tokens) -> "Reserved":
+        """Do the whole save with the login in hand, and reserve room for its successor. Raises StorageError."""
+        self.save(login)
+        with self._writing():
+            mark = self._successor_mark()
+            fd = self._create()
+            try:
+                # Spaces: should we be killed between writing the login over them and cutting off the rest,
+                # what is left is still whole JSON.
+                _write(fd, b" " * RESERVE)
+            except OSError:
+                os.close(fd)
+                raise
+            return Reserved(self, fd, mark)
+
+    def remove(self) -> None:
+        """Remove every file of the login but the lock. Raises StorageError."""
+        with self._writing():
+            # The left-over goes first: should we be killed in between, it must not come back as a login.
+            self.store.new_path.unlink(missing_ok=True)
+            for path in sorted(self.store.path.parent.glob(self.store.path.name + ".*")):
+                if path != self.store.lock_path:
+                    path.unlink(missing_ok=True)
+            self.store.path.unlink(missing_ok=True)
+            self._sync_folder()
+
+    def _successor_mark(self) -> "str | None":
+        """Fingerprint of the refresh token that tokens.json holds; None when there is none to succeed."""
+        try:
+            login = token_store.parse(self.store.read()[0], self.store.path)
+        except errors.LoginUnusable as error:
+            if error.state == "unreadable":
+                raise errors.StorageError(str(error)) from error
+            return None
+        return tokens.fingerprint(login.refresh_token) if login.refresh_token else None
+
+    def _create(self) -> int:
+        self.store.new_path.unlink(missing_ok=True)
+        return os.open(self.store.new_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+
+    def _keep_corrupt(self) -> None:
+        try:
+            token_store.parse(self.store.read()[0], self.store.path)
+        except errors.LoginUnusable as error:
+            if error.state == "corrupt":
+                aside = self.store.path.with_name(f"{self.store.path.name}.corrupt-{int(time.time())}")
+                os.rename(self.store.path, aside)
+                logger.warning("%s could not be read as a login and is kept as %s", self.store.path, aside)
+
+    def _rename(self) -> None:
+        os.rename(self.store.new_path, self.store.path)
+        self._sync_folder()
+
+    def _sync_folder(self) -> None:
+        fd = os.open(self.store.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # some network file systems cannot sync a folder, and need not
+                raise
+        finally:
+            os.close(fd)
+
+    @contextlib.contextmanager
+    def _writing(self) -> "Iterator[None]":
+        try:
+            yield
+        except OSError as error:
+            raise _storage_error(self.store.path, error) from error
+
+
+class Reserved:
+    """tokens.json.new, open and with room: where the successor of a refresh token that is being spent goes."""
+
+    def __init__(self, writer: TokenWriter, fd: int, mark: "str | None"):
+        self._writer = writer
+        self._fd = fd
+        self._mark = mark
+
+    def commit(self, login: tokens.Tokens) -> None:
+        """Write, sync and rename. Raises StorageError; may then be called again."""
+        with self._writer._writing():
+            content = login.to_json(self._mark).encode()
+            os.lseek(self._fd, 0, os.SEEK_SET)
+            _write(self._fd, content)
+            os.ftruncate(self._fd, len(content))
+            os.fsync(self._fd)
+            self._writer._rename()
+            self.close()
+
+    def discard(self) -> None:
+        """Nothing was spent: give the room back."""
+        self._writer.store.new_path.unlink(missing_ok=True)
+        self.close()
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _write(fd: int, content: bytes) -> None:
+    view = memoryview(content)
+    while view:
+        view = view[os.write(fd, view):]
+    os.fsync(fd)
+
+
+def _open_lock(store: token_store.TokenStore) -> int:
+    try:
+        fd = os.open(store.lock_path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        os.utime(fd, (0, 0))  # that we made it is no sign of the refresher's life
+        return fd
+    except FileExistsError:
+        return os.open(store.lock_path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+
+
+def _storage_error(path: "os.PathLike[str]", error: OSError) -> errors.StorageError:
+    return errors.StorageError(f"{path} cannot be written: {error.strerror}; nothing was changed. Give "
+                               f"{os.path.dirname(path)} room and let user {os.geteuid()} write there")
