@@ -1,0 +1,201 @@
+"""HTTP to the issuer: one request on one new connection, over before one deadline, with no trace of a secret.
+
+requests bounds neither the name look-up, nor several addresses, nor a server that sends a byte a second, so each
+call is made in a thread of its own, and given up at the deadline. A connection is never used twice: on one that
+lay idle for hours behind a NAT, a refresh token would vanish.
+"""
+
+import dataclasses
+import datetime
+import email.utils
+import http.client
+import io
+import json
+import queue
+import re
+import socket
+import ssl
+import threading
+import time
+import urllib.parse
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import requests
+import urllib3
+
+from xaiproxy import __version__, config, errors
+
+BODY_LIMIT = 1 << 20  # bytes
+HEADERS = {"User-Agent": f"xaiproxy/{__version__}", "Accept": "application/json"}
+MEDIA_TYPE = re.compile(r"[\w.+-]{1,40}/[\w.+-]{1,40}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """retry_after: seconds that the issuer asks us to wait (RFC 9110 section 10.2.3), or None."""
+
+    status: int
+    headers: "Mapping[str, str]"
+    body: bytes = dataclasses.field(repr=False)
+    retry_after: "float | None" = None
+
+    def json(self) -> "dict[str, Any] | None":
+        """The body, if it is a JSON object."""
+        try:
+            value = json.loads(self.body)
+        except (ValueError, RecursionError):
+            return None
+        return value if isinstance(value, dict) else None
+
+    @property
+    def media_type(self) -> str:
+        match = MEDIA_TYPE.match(self.headers.get("Content-Type", ""))
+        return match[0].lower() if match else ""
+
+    @property
+    def is_html(self) -> bool:
+        return self.media_type == "text/html" or self.body.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<")
+
+    @property
+    def summary(self) -> str:
+        """For a message, such as "HTTP 502, text/html". Never quotes the body."""
+        return f"HTTP {self.status}, {self.media_type or 'no media type'}"
+
+
+class Session:
+    """Sends requests. Each raises IssuerUnavailable; `deadline` is in seconds and bounds all of it."""
+
+    def __init__(self, settings: config.Config, now: Callable[[], float] = time.time):
+        self.egress = settings.egress
+        self._now = now
+
+    def get(self, url: str, *, bearer: "str | None" = None, deadline: float = 30.0) -> Answer:
+        headers = {"Authorization": f"Bearer {bearer}"} if bearer else {}
+        return self._call("GET", url, headers, None, deadline)
+
+    def post(self, url: str, form: "Mapping[str, str]", deadline: float = 30.0) -> Answer:
+        headers = {"Content-Type": "application/x-www-form-urlencoded"}
+        return self._call("POST", url, headers, _Body(urllib.parse.urlencode(form).encode()), deadline)
+
+    def _call(self, method: str, url: str, headers: "dict[str, str]", body: "_Body | None", deadline: float) -> Answer:
+        end = time.monotonic() + deadline
+        outcome: "queue.SimpleQueue[Answer | BaseException]" = queue.SimpleQueue()
+
+        def work() -> None:
+            try:
+                outcome.put(self._send(method, url, headers, body, end))
+            except BaseException as error:  # handed to the caller, who raises it
+                outcome.put(error)
+
+        threading.Thread(target=work, name=f"{method} {url}", daemon=True).start()
+        try:
+            result = outcome.get(timeout=deadline)
+        except queue.Empty:
+            result = TimeoutError()
+        finally:
+            # Whoever was told that nothing was sent may send the same refresh token again: from here on, the
+            # thread must not.
+            sent = body.abandon() if body else False
+        if isinstance(result, Answer):
+            return result
+        if isinstance(result, (OSError, urllib3.exceptions.HTTPError)):  # every exception of requests is an OSError
+            message = _explain(result, url, self.egress.proxy_for(url), deadline)
+            raise errors.IssuerUnavailable(message, sent=sent) from result
+        raise result
+
+    def _send(self, method: str, url: str, headers: "dict[str, str]", body: "_Body | None", end: float) -> Answer:
+        proxy = self.egress.proxy_for(url)
+        timeout = max(end - time.monotonic(), 0.001)  # seconds; so that the thread ends some time, too
+        with requests.Session() as web:
+            web.trust_env = False
+            web.headers = requests.structures.CaseInsensitiveDict(HEADERS | headers)
+            with web.request(method, url, data=body, stream=True, timeout=timeout, allow_redirects=False,
+                             verify=self.egress.ca_file, proxies={"https": proxy} if proxy else {}) as response:
+                content = b""
+                for chunk in response.iter_content(65536):
+                    content += chunk
+                    if len(content) > BODY_LIMIT:
+                        raise urllib3.exceptions.ResponseError("too long")
+                    if time.monotonic() > end:
+                        raise TimeoutError
+                retry_after = parse_retry_after(response.headers.get("Retry-After", ""), self._now())
+                return Answer(response.status_code, response.headers, content, retry_after)
+
+
+class _Body(io.BytesIO):
+    """A request body that knows whether any of it went out. It is read only once there is a connection."""
+
+    def __init__(self, content: bytes):
+        super().__init__(content)
+        self._mutex = threading.Lock()
+        self._sent = False
+        self._abandoned = False
+
+    def read(self, size: "int | None" = -1) -> bytes:
+        with self._mutex:
+            if self._abandoned:
+                raise TimeoutError
+            self._sent = True
+        return super().read(size)
+
+    def abandon(self) -> bool:
+        """Let nothing out that is not out yet; return whether something was."""
+        with self._mutex:
+            self._abandoned = True
+            return self._sent
+
+
+def parse_retry_after(text: str, now: float) -> "float | None":
+    """Seconds from `now`, of either form of RFC 9110 section 10.2.3; None when it is neither."""
+    if re.fullmatch(r"[0-9]{1,9}", text):
+        return float(text)
+    try:
+        date = email.utils.parsedate_to_datetime(text)
+    except (TypeError, ValueError):
+        return None
+    if date.tzinfo is None:  # the asctime form names no zone
+        date = date.replace(tzinfo=datetime.timezone.utc)
+    return max(0.0, date.timestamp() - now)
+
+
+def _explain(error: Exception, url: str, proxy: "str | None", deadline: float) -> str:
+    """One sentence. The exceptions' own texts are not used: they may hold the proxy's password."""
+    host = urllib.parse.urlsplit(url).netloc
+    causes = list(_causes(error))
+
+    def find(*kinds: type) -> "Any":
+        return next((cause for cause in causes if isinstance(cause, kinds)), None)
+
+    if certificate := find(ssl.SSLCertVerificationError):
+        return (f"the certificate of {host} cannot be verified ({certificate.verify_message}); if a proxy of your "
+                "network answers in its place, set SSL_CERT_FILE to a file with that proxy's CA certificate")
+    if find(requests.exceptions.ProxyError):
+        parts = urllib.parse.urlsplit(proxy or "")
+        status = next(filter(None, (re.search(r"Tunnel connection failed: ([0-9]{3})", str(cause)) for cause in causes)), None)
+        return (f"the proxy {parts.hostname}{f':{parts.port}' if parts.port else ''} gave no connection to {host}"
+                f"{f' (HTTP {status[1]})' if status else ''}; check HTTPS_PROXY and NO_PROXY")
+    if find(socket.gaierror):
+        return f"the name {host} cannot be resolved; check the network, or HTTPS_PROXY if a proxy is needed here"
+    if find(urllib3.exceptions.ResponseError):
+        return f"{host} answered with more than {BODY_LIMIT} bytes, which is no answer of an issuer"
+    if find(ConnectionResetError, BrokenPipeError, http.client.HTTPException):
+        return f"{host} broke the connection off before its answer was whole; try again"
+    if tls := find(ssl.SSLError):
+        return f"there is no TLS connection to be had with {host} ({tls.reason}); check the network, and SSL_CERT_FILE"
+    if system := next((cause for cause in causes if isinstance(cause, OSError) and cause.strerror), None):
+        return f"{host} cannot be reached ({system.strerror}); check the network, or XAI_PROXY_ISSUER"
+    if find(TimeoutError, urllib3.exceptions.TimeoutError):
+        return f"{host} gave no whole answer within {deadline:g} s; check the network and try again"
+    return f"{host} gave no answer that can be read ({type(error).__name__}); try again"
+
+
+def _causes(error: "BaseException | None") -> "Any":
+    """The exception and those inside it: urllib3 and requests keep them in args, reason, cause or context."""
+    pending, seen = [error], set()
+    while pending:
+        error = pending.pop(0)
+        if isinstance(error, BaseException) and id(error) not in seen:
+            seen.add(id(error))
+            yield error
+            pending += [getattr(error, "reason", None), *error.args, error.__cause__, error.__context__]
