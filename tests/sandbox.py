@@ -1,0 +1,157 @@
+"""The sandbox as a process of its own, for tests: started on a free port, watched and steered over HTTP."""
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.parse
+from typing import Any, Callable
+
+CLIENT_ID = "b1a00492-073a-47ea-816f-4c329264a828"
+SCOPE = "openid profile email offline_access grok-cli:access api:access"
+DEVICE_CODE = "urn:ietf:params:oauth:grant-type:device_code"
+
+
+class Sandbox:
+    """A running sandbox. Its keywords are knobs: ``Sandbox(access_token_lifetime=3)``.
+
+    close() ends it with SIGTERM and asserts that it left with 0 and wrote nothing to stderr.
+    """
+
+    def __init__(self, *options: str, **knobs: Any) -> None:
+        for name, value in knobs.items():
+            options += (f"--{name.replace('_', '-')}", json.dumps(value))
+        self._stderr = tempfile.TemporaryFile()
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "error", "-m", "xaiproxy.sandbox", "--port", "0", *options],
+            stdout=subprocess.PIPE, stderr=self._stderr, text=True)
+        lines = [shlex.split(self.process.stdout.readline()) for _ in range(3)]
+        if not all(lines):
+            self.process.wait()
+            raise AssertionError(f"the sandbox did not start: {self.stderr()}")
+        self.env: dict[str, str] = dict(setting.split("=", 1) for _export, setting in lines)
+        self.url = self.env["XAI_PROXY_ISSUER"]
+        self.host, self.port = urllib.parse.urlsplit(self.url).hostname, urllib.parse.urlsplit(self.url).port
+
+    def __enter__(self) -> Sandbox:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+        status = self.process.wait(10)
+        self.process.stdout.close()
+        with self._stderr:
+            assert (status, self.stderr()) == (0, "")
+
+    def stderr(self) -> str:
+        self._stderr.seek(0)
+        return self._stderr.read().decode()
+
+    # requests
+
+    def request(self, method: str, path: str, body: Any = None, token: str | None = None,
+                **headers: str) -> tuple[int, Any]:
+        """One request on a connection of its own: the status and the body, parsed if it is JSON.
+
+        A dict is sent as a form to the authorization server and as JSON to the rest; User_Agent=... names a header.
+        """
+        fields = {"User-Agent": "tests", **{name.replace("_", "-"): value for name, value in headers.items()}}
+        if isinstance(body, dict) and path.startswith("/oauth2"):
+            body = urllib.parse.urlencode(body)
+            fields.setdefault("Content-Type", "application/x-www-form-urlencoded")
+        elif isinstance(body, dict):
+            body = json.dumps(body)
+            fields.setdefault("Content-Type", "application/json")
+        if token:
+            fields["Authorization"] = f"Bearer {token}"
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=30)
+        try:
+            connection.request(method, path, body, fields)
+            answer = connection.getresponse()
+            content = answer.read()
+        finally:
+            connection.close()
+        is_json = answer.getheader("Content-Type") == "application/json" and "Content-Encoding" not in answer.headers
+        return answer.status, json.loads(content) if is_json else content
+
+    def set(self, **knobs: Any) -> None:
+        status, body = self.request("POST", "/_sandbox", knobs)
+        assert status == 200, body
+
+    def reset(self) -> None:
+        """Knobs as at the start, counters at zero, no requests seen; logins stay."""
+        self.request("DELETE", "/_sandbox")
+
+    def counters(self) -> dict[str, int]:
+        return self.request("GET", "/_sandbox")[1]
+
+    def requests(self, path: str | None = None) -> list[dict[str, Any]]:
+        """The requests seen, oldest first; with `path`, those whose target begins with it."""
+        seen = self.request("GET", "/_sandbox/requests")[1]
+        return [request for request in seen if request["target"].startswith(path or "")]
+
+    def wait(self, predicate: Callable[[dict[str, int]], Any], seconds: float = 5) -> dict[str, int]:
+        """Poll until the counters satisfy `predicate`, e.g. ``lambda seen: seen["cancelled_streams"] == 1``."""
+        end = time.monotonic() + seconds
+        while not predicate(counters := self.counters()):
+            assert time.monotonic() < end, f"not within {seconds} s: {counters}"
+            time.sleep(0.02)
+        return counters
+
+    def kill(self, what: str = "access_tokens") -> None:
+        """End every access token, or with "logins" every refresh token too, at once."""
+        assert self.request("POST", "/_sandbox/revoke", {"what": what})[0] == 200
+
+    # logins
+
+    def approve(self, user_code: str, decision: str = "allow") -> None:
+        """What a person does on the verification page; decision "deny" likewise."""
+        status, body = self.request("POST", "/oauth2/device", {"user_code": user_code, "decision": decision})
+        assert status == 200, body
+
+    def consent(self, authorization_url: str, decision: str = "allow") -> str:
+        """What a person does on the consent page; the URL that the page would now fetch."""
+        status, page = self.request("GET", authorization_url.removeprefix(self.url))
+        assert status == 200, page
+        handle = re.search(rb'data-request="([^"]+)"', page)[1].decode()
+        status, answer = self.request("POST", "/oauth2/authorize", {"request": handle, "decision": decision})
+        assert status == 200, answer
+        return answer["url"]
+
+    def token(self, grant_type: str, **fields: str) -> tuple[int, Any]:
+        """One request to the token endpoint."""
+        return self.request("POST", "/oauth2/token", {"grant_type": grant_type, "client_id": CLIENT_ID, **fields})
+
+    def refresh(self, refresh_token: str) -> tuple[int, Any]:
+        return self.token("refresh_token", refresh_token=refresh_token)
+
+    def mint(self, scope: str = SCOPE) -> dict[str, Any]:
+        """A login, by the device grant: the token response."""
+        status, device = self.request("POST", "/oauth2/device/code", {"client_id": CLIENT_ID, "scope": scope})
+        assert status == 200, device
+        self.approve(device["user_code"])
+        status, tokens = self.token(DEVICE_CODE, device_code=device["device_code"])
+        assert status == 200, tokens
+        return tokens
+
+    def write_login(self, path: "os.PathLike[str] | str", **members: Any) -> dict[str, Any]:
+        """Mint a login and write it as a tokens.json, 0600; `members` are added or override."""
+        tokens = self.mint()
+        now = int(time.time())
+        login = {"access_token": tokens["access_token"], "refresh_token": tokens["refresh_token"],
+                 "expires_at": now + tokens.get("expires_in", 3600), "token_endpoint": f"{self.url}/oauth2/token",
+                 "obtained_at": now, "issuer": self.url, "client_id": CLIENT_ID, "scope": SCOPE, **members}
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            json.dump(login, file, indent=2)
+        return login

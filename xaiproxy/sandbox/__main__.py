@@ -1,0 +1,107 @@
+"""xai-sandbox: serve the simulated xAI on loopback until SIGTERM or SIGINT.
+
+The settings that point xaiproxy at it go to stdout once it listens, to be pasted into a shell or a .env
+file; everything else goes to stderr.
+"""
+from gevent import monkey
+
+monkey.patch_all()  # before anything else is imported
+
+import argparse  # noqa: E402
+import errno  # noqa: E402
+import ipaddress  # noqa: E402
+import json  # noqa: E402
+import pathlib  # noqa: E402
+import shlex  # noqa: E402
+import signal  # noqa: E402
+import sys  # noqa: E402
+import tempfile  # noqa: E402
+from typing import Any, NoReturn  # noqa: E402
+
+import gevent  # noqa: E402
+from gevent import pywsgi  # noqa: E402
+
+from xaiproxy.sandbox.app import create_app  # noqa: E402
+from xaiproxy.sandbox.knobs import ANSWER, KNOBS, BadKnob, Knobs  # noqa: E402
+from xaiproxy.sandbox.replies import ERRORS, compact  # noqa: E402
+from xaiproxy.sandbox.server import Handler, listen  # noqa: E402
+
+USAGE, TRY_AGAIN = 64, 75  # sysexits.h
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE, f"xai-sandbox: {message}; see xai-sandbox --help\n")
+
+
+def parser() -> Parser:
+    fields = "\n".join(f"  {name:12} {field.help}" for name, field in ANSWER.items())
+    options = Parser(
+        prog="xai-sandbox", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="A simulated xAI on loopback: authorization server and API. It is not xAI.",
+        epilog=f"The fields of a scripted answer:\n{fields}\n\nIts errors: {', '.join(sorted(ERRORS))}\n\n"
+               "While it runs: GET /_sandbox counts, GET /_sandbox/requests shows what came, POST /_sandbox\n"
+               "turns knobs (JSON, with _ for -), DELETE /_sandbox puts all back.")
+    options.add_argument("--port", type=int, default=9191, help="0: any free one (default: %(default)s)")
+    options.add_argument("--bind", default="127.0.0.1", help="a loopback address (default: %(default)s)")
+    options.add_argument("--state", type=pathlib.Path, metavar="DIR",
+                         help="folder for the token file; default: a temporary one, removed at the end")
+    options.add_argument("--verbose", action="store_true", help="a line a request on stderr")
+    knobs = options.add_argument_group("knobs, each a JSON value")
+    for name, knob in KNOBS.items():
+        knobs.add_argument(f"--{name.replace('_', '-')}", dest=name, type=json_value, default=argparse.SUPPRESS,
+                           metavar="VALUE", help=f"{knob.help} (default: {compact(knob.default)})")
+    return options
+
+
+def json_value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text  # so that --gzip all needs no quotes inside quotes
+
+
+def main(arguments: "list[str] | None" = None) -> int:
+    options = parser().parse_args(arguments)
+    given = vars(options)
+    try:
+        if not ipaddress.ip_address(options.bind).is_loopback:
+            raise ValueError
+    except ValueError:
+        parser().error(f"--bind takes a loopback address, not {options.bind}: the sandbox protects nobody")
+    if not 0 <= options.port <= 65535:
+        parser().error(f"--port takes 0 to 65535, not {options.port}")
+    try:
+        knobs = Knobs(**{name: given[name] for name in KNOBS if name in given})
+    except BadKnob as problem:
+        parser().error(str(problem))
+    try:
+        listener = listen(options.bind, options.port)
+    except OSError as problem:
+        if problem.errno != errno.EADDRINUSE:
+            raise
+        print(f"xai-sandbox: port {options.port} is taken; stop what uses it or choose another with --port",
+              file=sys.stderr)
+        return TRY_AGAIN
+    with listener:
+        return serve(listener, knobs, options)
+
+
+def serve(listener: Any, knobs: Knobs, options: argparse.Namespace) -> int:
+    address, port = listener.getsockname()[:2]
+    origin = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
+    server = pywsgi.WSGIServer(listener, create_app(origin, knobs), handler_class=Handler,
+                               log=sys.stderr if options.verbose else None, error_log=sys.stderr)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        gevent.signal_handler(number, server.stop)
+    with tempfile.TemporaryDirectory(prefix="xai-sandbox-") as temporary:
+        folder = options.state.absolute() if options.state else pathlib.Path(temporary)
+        for name, value in (("ISSUER", origin), ("UPSTREAM", origin), ("TOKEN_PATH", str(folder / "tokens.json"))):
+            print(f"export XAI_PROXY_{name}={shlex.quote(value)}")
+        sys.stdout.flush()
+        server.serve_forever(stop_timeout=0)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""The whole sandbox as one WSGI application, with /_sandbox to watch and steer it by."""
+from __future__ import annotations
+
+import ipaddress
+from typing import Any
+from urllib.parse import urlsplit
+
+from flask import Blueprint, Flask, abort, request
+
+from xaiproxy.sandbox import api, authorization_server
+from xaiproxy.sandbox.edge import Edge
+from xaiproxy.sandbox.grants import Grants
+from xaiproxy.sandbox.knobs import BadKnob, Knobs
+from xaiproxy.sandbox.replies import Answer, error, reply
+from xaiproxy.sandbox.witness import Witness
+
+
+def create_app(origin: str, knobs: Knobs) -> Edge:
+    """The application for a server at this origin."""
+    witness = Witness()
+    grants = Grants(origin, knobs, witness.counters)
+    app = Flask(__name__)
+    app.config["PROPAGATE_EXCEPTIONS"] = True  # a fault of the sandbox is a traceback on stderr
+    app.url_map.merge_slashes = False
+    app.register_blueprint(authorization_server.create(grants))
+    app.register_blueprint(api.create(grants))
+    app.register_blueprint(steering(grants, witness))
+    app.register_error_handler(404, lambda _: error("no_route"))
+    app.register_error_handler(405, lambda _: reply("Method Not Allowed", 405))
+    app.add_url_rule("/oauth/token", "retired", lambda: error("cloudflare_challenge"), methods=["GET", "POST"])
+    return Edge(app, urlsplit(origin).netloc, knobs, witness)
+
+
+def steering(grants: Grants, witness: Witness) -> Blueprint:
+    """Counters, knobs and recorded requests, for programs on this machine and no web page."""
+    control = Blueprint("control", __name__, url_prefix="/_sandbox")
+    knobs = grants.knobs
+
+    @control.before_request
+    def refuse_web_pages() -> None:
+        # A page can post anywhere, but not without Origin; a rebound name shows in Host.
+        if "Origin" in request.headers or not is_loopback(request.host):
+            abort(reply({"error": "/_sandbox is for programs on this machine, not for web pages"}, 403))
+
+    @control.errorhandler(BadKnob)
+    def bad_knob(problem: BadKnob) -> Answer:
+        return reply({"error": str(problem)}, 400)
+
+    @control.get("")
+    def counters() -> Answer:
+        return reply(witness.counters)
+
+    @control.post("")
+    def turn() -> Answer:
+        values = request.get_json(force=True, silent=True)
+        if not isinstance(values, dict):
+            raise BadKnob("POST /_sandbox takes a JSON object of knobs")
+        knobs.set(values)
+        return reply(knobs.as_dict())
+
+    @control.delete("")
+    def reset() -> Answer:
+        """Every knob as at the start, every counter at zero; logins stay."""
+        knobs.reset()
+        witness.reset()
+        return reply(knobs.as_dict())
+
+    @control.get("/knobs")
+    def turned() -> Answer:
+        return reply(knobs.as_dict())
+
+    @control.get("/requests")
+    def requests() -> Answer:
+        return reply(list(witness.requests))
+
+    @control.post("/revoke")
+    def revoke() -> Answer:
+        """Kill, at once, {"what": "access_tokens"} or {"what": "logins"}: all there are."""
+        what = (request.get_json(force=True, silent=True) or {}).get("what")
+        if what not in ("access_tokens", "logins"):
+            raise BadKnob("revoke takes what: access_tokens or logins")
+        for access in grants.access_tokens.values():
+            access.revoked = True
+        if what == "logins":
+            for family in set(grants.families.values()):
+                grants.revoke(family)
+        return reply({})
+
+    return control
+
+
+def is_loopback(host: str) -> bool:
+    name: Any = urlsplit(f"//{host}").hostname
+    try:
+        return name == "localhost" or ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False

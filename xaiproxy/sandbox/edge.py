@@ -1,0 +1,124 @@
+"""What stands in front of authorization server and API, as Cloudflare does in front of xAI's.
+
+Every request passes here: it is recorded, refused when its Host or User-Agent will not do, answered as
+scripted, delayed, compressed, dripped or cut.
+"""
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import zlib
+from typing import Any, Callable, Iterable, Iterator
+from urllib.parse import parse_qs
+
+from werkzeug.http import parse_accept_header
+
+from xaiproxy.sandbox.knobs import ANSWER, Knobs
+from xaiproxy.sandbox.replies import Answer, error, reply
+from xaiproxy.sandbox.server import ClientGone, Cut, Handler
+from xaiproxy.sandbox.witness import Witness
+
+EVERYWHERE = [("X-Sandbox", "not xAI"), ("Server", "cloudflare"), ("CF-RAY", "0000000000000000-LO"),
+              ("Set-Cookie", "__cf_bm=sandbox; Path=/; HttpOnly")]
+ANSWER_AS_EVER = {name: field.default for name, field in ANSWER.items()}
+
+
+class Edge:
+    """WSGI application around another."""
+
+    def __init__(self, application: Callable, host: str, knobs: Knobs, witness: Witness) -> None:
+        self.application, self.host, self.knobs, self.witness = application, host, knobs, witness
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable) -> Iterable[bytes]:
+        handler: Handler = environ["sandbox.handler"]
+        if environ["PATH_INFO"].startswith("/_sandbox"):
+            return self._handle(environ)(environ, start_response)
+        record = self.witness.begin(handler)
+        try:
+            response = self._answer(environ, handler, record)
+        except ClientGone:
+            self.witness.counters["cancelled_requests"] += 1
+            raise
+        record["status"] = response.status_code
+        return response(environ, start_response)
+
+    def _answer(self, environ: dict[str, Any], handler: Handler, record: dict[str, Any]) -> Answer:
+        method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
+        if not any(script["early"] for script in self.knobs.matching(method, path)):
+            body = self.witness.read_body(handler, record)
+            environ["wsgi.input"], environ["wsgi.input_terminated"] = io.BytesIO(body), True
+            if path == "/oauth2/token":
+                record["grant_type"] = parse_qs(body.decode("latin-1")).get("grant_type", [None])[0]
+        script = self.knobs.take_answer(method, path, record.get("grant_type")) or ANSWER_AS_EVER
+        told = scripted(script)
+        if script["process"] or not (told or script["cut"]):
+            response = self._refusal(handler) or self._handle(environ)
+        handler.pause(script["delay"])
+        if script["cut"]:
+            raise Cut(script["cut"])
+        response = told or response
+        for name, value in script["headers"].items():
+            response.headers[name] = value
+        response.headers.extend(EVERYWHERE)
+        if accepts_gzip(environ) and self._wants_gzip(response):
+            compress(response)
+        if script["drip"]:
+            response.response = dripped(response, 1 / script["drip"], handler)
+        return response
+
+    def _refusal(self, handler: Handler) -> Answer | None:
+        headers = [(name.lower(), value) for name, value in handler.header_list()]
+        if [value for name, value in headers if name == "host"] != [self.host]:
+            return error("wrong_host")
+        if not any(value for name, value in headers if name == "user-agent"):
+            return error("no_user_agent")
+        return None
+
+    def _handle(self, environ: dict[str, Any]) -> Answer:
+        head: list[tuple[str, list]] = []
+        body = self.application(environ, lambda status, headers, exc_info=None: head.append((status, headers)))
+        return Answer(body, *head[0])
+
+    def _wants_gzip(self, response: Answer) -> bool:
+        chosen, refusal = self.knobs.gzip, response.is_json and response.status_code in (401, 403)
+        return "Content-Encoding" not in response.headers and (chosen == "all" or chosen == "refusals" and refusal)
+
+
+def scripted(script: dict[str, Any]) -> Answer | None:
+    """The answer that a script gives itself, if it does."""
+    if script["error"] is None and script["status"] is None and script["body"] is None:
+        return None
+    answer = error(script["error"]) if script["error"] else reply(script["body"] or "", 200)
+    answer.status_code = script["status"] or answer.status_code
+    answer.content_length = len(answer.get_data())
+    return answer
+
+
+def accepts_gzip(environ: dict[str, Any]) -> bool:
+    return parse_accept_header(environ.get("HTTP_ACCEPT_ENCODING"))["gzip"] > 0
+
+
+def compress(response: Answer) -> None:
+    response.headers["Content-Encoding"] = "gzip"
+    response.headers["Vary"] = "Accept-Encoding"
+    if response.content_length is None:
+        response.response = compressed(response.response)
+    else:
+        response.set_data(gzip.compress(response.get_data()))  # sets Content-Length
+
+
+def compressed(parts: Iterable[bytes]) -> Iterator[bytes]:
+    """A stream as gzip in which every part can be read as soon as it has come."""
+    encoder = zlib.compressobj(wbits=31)
+    with contextlib.closing(parts):
+        for part in parts:
+            yield encoder.compress(part) + encoder.flush(zlib.Z_SYNC_FLUSH)
+    yield encoder.flush()
+
+
+def dripped(parts: Iterable[bytes], interval: float, handler: Handler) -> Iterator[bytes]:
+    for part in parts:
+        for byte in part:
+            yield bytes((byte,))
+            handler.pause(interval)

@@ -1,0 +1,239 @@
+"""What the authorization server remembers: codes, device codes, and the tokens that came of them.
+
+A login is a family: its refresh token is rotated at every use, and presenting a former one revokes the
+family, access tokens included (RFC 9700 4.14.2). No HTTP here; failures are OAuthError.
+"""
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import secrets
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Any
+
+from xaiproxy.sandbox.knobs import Knobs
+from xaiproxy.sandbox.replies import TEAM, compact
+
+CLIENT_ID = "b1a00492-073a-47ea-816f-4c329264a828"  # the Grok CLI's public client; no other is registered
+SCOPES = ("openid profile email offline_access grok-cli:access team:read org:read api:access conversations:read "
+          "conversations:write workspaces:read workspaces:write").split()
+TEAM_SCOPES = {"team:read", "org:read"}  # known, but not for the only user here
+USER = {"sub": "00000000-0000-4000-8000-00000000cafe", "email": "sandbox@example.invalid", "name": "Sandy Box",
+        "given_name": "Sandy", "family_name": "Box", "picture": ""}
+USER_CODE_LETTERS = "BCDFGHJKLMNPQRSTVWXZ23456789"  # RFC 8628 6.1: nothing that reads two ways
+CODE_LIFETIME = 60  # s
+
+
+class OAuthError(Exception):
+    """An error response of RFC 6749 5.2: its code, and maybe a description."""
+
+    def __init__(self, code: str, description: str | None = None) -> None:
+        super().__init__(code)
+        self.body = {"error": code, "error_description": description} if description else {"error": code}
+
+
+@dataclass(eq=False)
+class Family:
+    """One login and all tokens that came of it."""
+    scope: str
+    refresh_token: str = ""
+    former: dict[str, float] = field(default_factory=dict)  # rotated refresh tokens and when
+    revoked: bool = False
+
+
+@dataclass
+class Request:
+    """A login that somebody has to allow: an authorization request or a device code."""
+    scope: str
+    challenge: str | None
+    begun: float
+    expires: float
+    redirect_uri: str | None = None
+    state: str | None = None
+    nonce: str | None = None
+    user_code: str = ""
+    interval: float = 0
+    last_poll: float = 0
+    allowed: bool | None = None
+    used: bool = False
+    family: Family | None = None
+
+
+@dataclass
+class AccessToken:
+    family: Family
+    expires: float
+    refusals: int
+    revoked: bool = False
+
+
+class Grants:
+    def __init__(self, issuer: str, knobs: Knobs, counters: dict[str, int]) -> None:
+        self.issuer, self.knobs, self.counters = issuer, knobs, counters
+        self.requests: dict[str, Request] = {}  # waiting on a consent page, by an opaque id
+        self.codes: dict[str, Request] = {}
+        self.device_codes: dict[str, Request] = {}
+        self.families: dict[str, Family] = {}  # by every refresh token they ever had
+        self.access_tokens: dict[str, AccessToken] = {}
+        self._secret = secrets.token_bytes(32)
+
+    # authorization code, RFC 6749 4.1 with RFC 7636
+
+    def begin(self, request: Request) -> str:
+        handle = secrets.token_urlsafe(16)
+        self.requests[handle] = request
+        return handle
+
+    def decide(self, handle: str, allow: bool) -> dict[str, str]:
+        """Settle a consent; the parameters for its redirect. Raises KeyError when it is not waiting."""
+        request = self.requests.pop(handle)
+        state = {"state": request.state} if request.state is not None else {}
+        if not allow:
+            return {"error": "access_denied", "error_description": "User denied", **state}
+        code = secrets.token_urlsafe(32)
+        request.expires = time.time() + CODE_LIFETIME
+        self.codes[code] = request
+        self.counters["authorizations"] += 1
+        return {"code": code, **state}
+
+    def exchange(self, code: str, redirect_uri: str, verifier: str) -> dict[str, Any]:
+        request = self.codes.get(code)
+        if request is None:
+            raise OAuthError("invalid_grant")
+        if request.used and request.family:  # RFC 6749 4.1.2: a code used twice may have been stolen
+            self.revoke(request.family)
+        if request.used or time.time() >= request.expires:
+            raise OAuthError("invalid_grant")
+        request.used = True  # also when what follows fails: no second guess at the verifier
+        if redirect_uri != request.redirect_uri or not matches(verifier, request.challenge):
+            raise OAuthError("invalid_grant")
+        request.family = Family(request.scope)
+        self.counters["code_exchanges"] += 1
+        return self._login(request)
+
+    # device authorization, RFC 8628
+
+    def device_authorization(self, scope: str, challenge: str | None) -> dict[str, Any]:
+        code, knobs = secrets.token_urlsafe(64), self.knobs
+        letters = "".join(secrets.choice(USER_CODE_LETTERS) for _ in range(8))
+        now = time.time()
+        request = Request(scope, challenge, now, now + knobs.device_lifetime, user_code=f"{letters[:4]}-{letters[4:]}",
+                          interval=knobs.device_interval, last_poll=now)
+        self.device_codes[code] = request
+        self.counters["device_requests"] += 1
+        page = f"{self.issuer}/oauth2/device"
+        return {"device_code": code, "user_code": request.user_code, "verification_uri": page,
+                "verification_uri_complete": f"{page}?user_code={request.user_code}",
+                "expires_in": int(knobs.device_lifetime), "interval": knobs.device_interval}
+
+    def waiting_device(self, user_code: str) -> Request | None:
+        """The request that shows this code to its user, if it is still to be decided."""
+        return next((request for request in self.device_codes.values() if request.user_code == user_code.upper()
+                     and request.allowed is None and time.time() < request.expires), None)
+
+    def poll(self, device_code: str, verifier: str | None) -> dict[str, Any]:
+        self.counters["device_polls"] += 1
+        request, now = self.device_codes.get(device_code), time.time()
+        if request is None or request.used:
+            raise OAuthError("invalid_grant")
+        if now >= request.expires:
+            raise OAuthError("expired_token")
+        if request.allowed is None and self.knobs.auto_approve is not None:
+            request.allowed = now >= request.begun + self.knobs.auto_approve or None
+        if request.allowed is None:
+            too_fast = now - request.last_poll < request.interval
+            request.last_poll = now
+            if too_fast or self.knobs.slow_downs:
+                self.knobs.slow_downs = max(0, self.knobs.slow_downs - 1)
+                request.interval += 5  # RFC 8628 3.5: for this and all polls to come
+                self.counters["slow_downs"] += 1
+                raise OAuthError("slow_down")
+            raise OAuthError("authorization_pending", "User has not yet authorized")
+        request.used = True
+        if not request.allowed:
+            raise OAuthError("access_denied", "The user rejected the request")
+        if request.challenge and not matches(verifier or "", request.challenge):
+            raise OAuthError("invalid_grant")
+        request.family = Family(request.scope)
+        return self._login(request)
+
+    # refresh, RFC 6749 6
+
+    def refresh(self, token: str) -> dict[str, Any]:
+        family = self.families.get(token)
+        if family is None:
+            raise OAuthError("invalid_grant", "Invalid or unknown refresh token")
+        rotated = family.former.get(token)
+        in_grace = rotated is not None and time.time() - rotated < self.knobs.grace
+        if rotated is not None and not in_grace and not family.revoked:
+            self.counters["reuses"] += 1
+            self.revoke(family)
+        if family.revoked:
+            raise OAuthError("invalid_grant", "Refresh token has been revoked")
+        self.counters["refreshes"] += 1
+        if self.knobs.send_refresh_token:
+            family.former.setdefault(token, time.time())
+            family.former.setdefault(family.refresh_token, time.time())
+            self._rotate(family)
+            return self._tokens(family, refresh_token=family.refresh_token)
+        return self._tokens(family)
+
+    # tokens
+
+    def check(self, token: str) -> Family | None:
+        """The login behind an access token that the API accepts."""
+        access = self.access_tokens.get(token)
+        if access is None or access.revoked or access.family.revoked or time.time() >= access.expires:
+            return None
+        if access.refusals:
+            access.refusals -= 1
+            return None
+        return access.family
+
+    def revoke(self, family: Family) -> None:
+        if not family.revoked:
+            family.revoked = True
+            self.counters["revoked_families"] += 1
+
+    def _login(self, request: Request) -> dict[str, Any]:
+        family, now = request.family, int(time.time())
+        self.counters["logins"] += 1
+        extra = {}
+        if "offline_access" in request.scope.split():
+            self._rotate(family)
+            extra["refresh_token"] = family.refresh_token
+        if "openid" in request.scope.split():
+            nonce = {"nonce": request.nonce} if request.nonce is not None else {}
+            extra["id_token"] = self._jwt({"iss": self.issuer, "aud": CLIENT_ID, "iat": now, "exp": now + 3600,
+                                           **USER, **nonce})
+        return self._tokens(family, **extra)
+
+    def _rotate(self, family: Family) -> None:
+        family.refresh_token = secrets.token_urlsafe(64)
+        self.families[family.refresh_token] = family
+
+    def _tokens(self, family: Family, **extra: str) -> dict[str, Any]:
+        now, lifetime = time.time(), self.knobs.access_token_lifetime
+        token = self._jwt({
+            "iss": self.issuer, "aud": CLIENT_ID, "sub": USER["sub"], "exp": int(now) + lifetime, "iat": int(now),
+            "scope": family.scope, "client_id": CLIENT_ID, "jti": str(uuid.uuid4()), "principal_type": "User",
+            "principal_id": USER["sub"], "team_id": TEAM, "tier": 1, "bot_flag_source": 0})
+        self.access_tokens[token] = AccessToken(family, now + lifetime, self.knobs.refuse_fresh)
+        expires = {"expires_in": lifetime} if self.knobs.send_expires_in else {}
+        return {"access_token": token, "token_type": "Bearer", **expires, **extra, "scope": family.scope}
+
+    def _jwt(self, claims: dict[str, Any]) -> str:
+        signed = b".".join(_base64url(compact(part).encode()) for part in ({"alg": "HS256", "typ": "JWT"}, claims))
+        return b".".join((signed, _base64url(hmac.digest(self._secret, signed, "sha256")))).decode()
+
+
+def matches(verifier: str, challenge: str) -> bool:
+    """PKCE, S256 (RFC 7636 4.6)."""
+    return hmac.compare_digest(_base64url(hashlib.sha256(verifier.encode()).digest()), challenge.encode())
+
+
+def _base64url(data: bytes) -> bytes:
+    return base64.urlsafe_b64encode(data).rstrip(b"=")

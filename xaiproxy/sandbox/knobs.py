@@ -1,0 +1,154 @@
+"""What can be changed about the sandbox: one table for ``--help``, the options and ``POST /_sandbox``.
+
+A knob is the option ``--access-token-lifetime 3`` or the JSON member ``{"access_token_lifetime": 3}``.
+"""
+from __future__ import annotations
+
+from typing import Any, Callable, NamedTuple
+
+from xaiproxy.sandbox import replies
+
+
+class BadKnob(ValueError):
+    """A knob or a field of an answer that does not exist, or a value that it does not take."""
+
+
+class Knob(NamedTuple):
+    default: Any
+    check: Callable[[Any], str]  # what it takes, if not this; "" when the value will do
+    help: str
+
+
+def number(minimum: float, kinds: tuple = (int, float), unset: bool = False) -> Callable[[Any], str]:
+    def check(value: Any) -> str:
+        good = type(value) in kinds and minimum <= value < 1e9
+        what = "a whole number" if kinds == (int,) else "a number"
+        return "" if good or (unset and value is None) else f"{what} from {minimum}" + " or null" * unset
+    return check
+
+
+def whole(minimum: int, unset: bool = False) -> Callable[[Any], str]:
+    return number(minimum, (int,), unset)
+
+
+def one_of(*values: Any) -> Callable[[Any], str]:
+    wanted = [(type(value), value) for value in values]  # 1 is not true here
+    return lambda value: "" if (type(value), value) in wanted else " or ".join(map(replies.compact, values))
+
+
+def of_type(kind: type, name: str) -> Callable[[Any], str]:
+    return lambda value: "" if isinstance(value, kind) else name
+
+
+yes_no = one_of(True, False)
+optional = number(0, unset=True)
+
+
+def header_fields(value: Any) -> str:
+    good = isinstance(value, dict) and all(isinstance(text, str) and text.isprintable() and text.isascii()
+                                           for field in value.items() for text in field)
+    return "" if good else "an object of printable strings"
+
+
+# The fields of one scripted answer. Without error, status, body or cut the request is handled as ever, and
+# only delayed or dripped; with one of them it is not handled at all, unless `process` says so.
+ANSWER = {
+    "path": Knob(None, of_type(str, "a path; a final * stands for any rest"), "which requests: this path"),
+    "method": Knob(None, of_type(str, "a method"), "and only this method"),
+    "grant_type": Knob(None, of_type(str, "a grant_type"), "and only this grant_type, at /oauth2/token"),
+    "times": Knob(None, whole(1, unset=True), "how many requests; null: all"),
+    "error": Knob(None, one_of(*sorted(replies.ERRORS)), "answer with this error of xAI's"),
+    "status": Knob(None, number(200, (int,)), "answer with this status"),
+    "headers": Knob({}, header_fields, "and these headers, beside or instead of the usual ones"),
+    "body": Knob(None, of_type((str, dict, list), "a string or JSON"), "answer with this body"),
+    "process": Knob(False, yes_no, "handle the request for real before answering as told"),
+    "early": Knob(False, yes_no, "answer without reading the request's body"),
+    "delay": Knob(0, number(0), "s before the answer, after the request is handled"),
+    "cut": Knob(None, one_of("close", "reset"), "end the connection instead of answering"),
+    "drip": Knob(None, number(0.01, unset=True), "bytes of the body a second"),
+}
+
+
+def answers(value: Any) -> str:
+    if not isinstance(value, list) or not all(isinstance(item, dict) and "path" in item for item in value):
+        return "a list of objects, each with a path"
+    for item in value:
+        _validate(ANSWER, item, "answers: ")
+    return ""
+
+
+KNOBS = {
+    "access_token_lifetime": Knob(21600, whole(1), "s that an access token lives"),
+    "send_expires_in": Knob(True, yes_no, "say expires_in in token responses"),
+    "send_refresh_token": Knob(True, yes_no, "rotate the refresh token; false: omit it, the old one stays"),
+    "grace": Knob(0, number(0), "s in which a refresh token just rotated is taken again"),
+    "auto_approve": Knob(None, optional, "s after which every login is approved; null: by hand"),
+    "device_lifetime": Knob(900, number(1), "s that a device code lives"),
+    "device_interval": Knob(5, number(0), "s between two polls; sooner is answered slow_down"),
+    "slow_downs": Knob(0, whole(0), "how many of the next device polls are told slow_down at any pace"),
+    "refuse_fresh": Knob(0, whole(0), "how often the API refuses each newly minted access token"),
+    "dead_token_status": Knob(403, one_of(403, 401), "status for a dead access token"),
+    "old_shape": Knob(False, yes_no, "refuse tokens in the older shape of body, with [WKE=...]"),
+    "gzip": Knob("refusals", one_of("refusals", "all", "none"), "what is compressed for clients that allow it"),
+    "events": Knob(20, whole(0), "deltas in a streamed answer"),
+    "event_size": Knob(None, whole(1, unset=True), "bytes of text in a delta; null: a word"),
+    "events_per_second": Knob(0, number(0), "pace of a stream; 0: as fast as it is read"),
+    "first_event_delay": Knob(0, number(0), "s between the head of a stream and its first event"),
+    "keepalives": Knob(0, whole(0), "comments sent before the first event"),
+    "silence_after": Knob(None, whole(0, unset=True), "events after which a stream falls silent"),
+    "silence": Knob(3600, number(0), "s that it then stays silent"),
+    "cut_after": Knob(None, whole(0, unset=True), "events after which a stream is cut, amid the next"),
+    "cut": Knob("close", one_of("close", "reset"), "how it is cut: FIN or RST"),
+    "capacity_error_after": Knob(None, whole(0, unset=True), "events after which a stream ends with an error"),
+    "framing": Knob("chunked", one_of("chunked", "length", "close"), "how a stream's end is marked"),
+    "answers": Knob([], answers, "scripted answers: a JSON list of objects with the fields below"),
+}
+
+
+class Knobs:
+    """The knobs as attributes."""
+
+    def __init__(self, **values: Any) -> None:
+        self._start = {name: knob.default for name, knob in KNOBS.items()}
+        _validate(KNOBS, values)
+        self._start.update(values)
+        self.reset()
+
+    def reset(self) -> None:
+        self.set(self._start)
+
+    def set(self, values: dict[str, Any]) -> None:
+        """Change some, or none and raise BadKnob."""
+        _validate(KNOBS, values)
+        for name, value in values.items():
+            if name == "answers":  # copied, because take_answer counts in them
+                value = [{**{field: knob.default for field, knob in ANSWER.items()}, **item} for item in value]
+            setattr(self, name, value)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in KNOBS}
+
+    def matching(self, method: str, path: str) -> list[dict[str, Any]]:
+        """The scripted answers for this request, whatever its grant_type."""
+        return [answer for answer in self.answers if answer["method"] in (None, method)
+                and (path == answer["path"]
+                     or answer["path"].endswith("*") and path.startswith(answer["path"][:-1]))]
+
+    def take_answer(self, method: str, path: str, grant_type: str | None) -> dict[str, Any] | None:
+        """The first scripted answer for this request; one of its `times` is then used up."""
+        for answer in self.matching(method, path):
+            if answer["grant_type"] in (None, grant_type):
+                if answer["times"] is not None:
+                    answer["times"] -= 1
+                    if not answer["times"]:
+                        self.answers.remove(answer)
+                return answer
+        return None
+
+
+def _validate(table: dict[str, Knob], values: dict[str, Any], where: str = "") -> None:
+    for name, value in values.items():
+        if name not in table:
+            raise BadKnob(f"{where}there is no {name}; there are {', '.join(table)}")
+        if wanted := table[name].check(value):
+            raise BadKnob(f"{where}{name} takes {wanted}, not {replies.compact(value)}")
