@@ -4,6 +4,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import pathlib
 import re
 import shlex
 import subprocess
@@ -30,7 +31,8 @@ class Sandbox:
         self._stderr = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
             [sys.executable, "-W", "error", "-m", "xaiproxy.sandbox", "--port", "0", *options],
-            stdout=subprocess.PIPE, stderr=self._stderr, text=True)
+            stdout=subprocess.PIPE, stderr=self._stderr, text=True,
+            env={**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[1])})
         lines = [shlex.split(self.process.stdout.readline()) for _ in range(3)]
         if not all(lines):
             self.process.wait()
@@ -63,7 +65,8 @@ class Sandbox:
                 **headers: str) -> tuple[int, Any]:
         """One request on a connection of its own: the status and the body, parsed if it is JSON.
 
-        A dict is sent as a form to the authorization server and as JSON to the rest; User_Agent=... names a header.
+        A dict is sent as a form to the authorization server and as JSON to the rest; User_Agent="x" is
+        a header.
         """
         fields = {"User-Agent": "tests", **{name.replace("_", "-"): value for name, value in headers.items()}}
         if isinstance(body, dict) and path.startswith("/oauth2"):
@@ -81,8 +84,8 @@ class Sandbox:
             content = answer.read()
         finally:
             connection.close()
-        is_json = answer.getheader("Content-Type") == "application/json" and "Content-Encoding" not in answer.headers
-        return answer.status, json.loads(content) if is_json else content
+        kind = answer.getheader("Content-Type"), answer.getheader("Content-Encoding")
+        return answer.status, json.loads(content) if kind == ("application/json", None) else content
 
     def set(self, **knobs: Any) -> None:
         status, body = self.request("POST", "/_sandbox", knobs)
@@ -101,7 +104,7 @@ class Sandbox:
         return [request for request in seen if request["target"].startswith(path or "")]
 
     def wait(self, predicate: Callable[[dict[str, int]], Any], seconds: float = 5) -> dict[str, int]:
-        """Poll until the counters satisfy `predicate`, e.g. ``lambda seen: seen["cancelled_streams"] == 1``."""
+        """Poll the counters until ``predicate(counters)``; they are returned."""
         end = time.monotonic() + seconds
         while not predicate(counters := self.counters()):
             assert time.monotonic() < end, f"not within {seconds} s: {counters}"
@@ -128,9 +131,41 @@ class Sandbox:
         assert status == 200, answer
         return answer["url"]
 
+    def visit(self, authorization_url: str, decision: str = "allow") -> bool:
+        """What a person and the browser do: consent(), then fetch that URL as the page may, preflight first.
+
+        False is the page's "Enter this code to finish signing in".
+        """
+        url = self.consent(authorization_url, decision)
+        try:
+            status, allowed = self._fetch("OPTIONS", url, {
+                "Access-Control-Request-Method": "GET", "Access-Control-Request-Headers": "content-type",
+                "Access-Control-Request-Private-Network": "true"})
+            if not (200 <= status < 300 and allowed["origin"] == self.url
+                    and allowed["private-network"] == "true" and "content-type" in allowed["headers"].lower()):
+                return False
+            status, allowed = self._fetch("GET", url, {"Content-Type": "application/json"})
+            return 200 <= status < 300 and allowed["origin"] == self.url
+        except OSError:
+            return False
+
+    def _fetch(self, method: str, url: str, fields: dict[str, str]) -> tuple[int, dict[str, str]]:
+        """One cross-origin request: its status, and what its Access-Control-Allow-… headers allow."""
+        parts = urllib.parse.urlsplit(url)
+        connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=10)
+        try:
+            connection.request(method, f"{parts.path}?{parts.query}", headers={"Origin": self.url, **fields})
+            answer = connection.getresponse()
+            answer.read()
+        finally:
+            connection.close()
+        return answer.status, {name: answer.getheader(f"Access-Control-Allow-{name}", "")
+                               for name in ("origin", "headers", "private-network")}
+
     def token(self, grant_type: str, **fields: str) -> tuple[int, Any]:
         """One request to the token endpoint."""
-        return self.request("POST", "/oauth2/token", {"grant_type": grant_type, "client_id": CLIENT_ID, **fields})
+        form = {"grant_type": grant_type, "client_id": CLIENT_ID, **fields}
+        return self.request("POST", "/oauth2/token", form)
 
     def refresh(self, refresh_token: str) -> tuple[int, Any]:
         return self.token("refresh_token", refresh_token=refresh_token)
@@ -149,8 +184,9 @@ class Sandbox:
         tokens = self.mint()
         now = int(time.time())
         login = {"access_token": tokens["access_token"], "refresh_token": tokens["refresh_token"],
-                 "expires_at": now + tokens.get("expires_in", 3600), "token_endpoint": f"{self.url}/oauth2/token",
-                 "obtained_at": now, "issuer": self.url, "client_id": CLIENT_ID, "scope": SCOPE, **members}
+                 "expires_at": now + tokens.get("expires_in", 3600),
+                 "token_endpoint": f"{self.url}/oauth2/token", "obtained_at": now, "issuer": self.url,
+                 "client_id": CLIENT_ID, "scope": SCOPE, **members}
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
             json.dump(login, file, indent=2)

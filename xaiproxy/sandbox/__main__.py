@@ -23,8 +23,9 @@ from gevent import pywsgi  # noqa: E402
 
 from xaiproxy.sandbox.app import create_app  # noqa: E402
 from xaiproxy.sandbox.knobs import ANSWER, KNOBS, BadKnob, Knobs  # noqa: E402
-from xaiproxy.sandbox.replies import ERRORS, compact  # noqa: E402
+from xaiproxy.sandbox.replies import compact  # noqa: E402
 from xaiproxy.sandbox.server import Handler, listen  # noqa: E402
+from xaiproxy.sandbox.xai_errors import ERRORS  # noqa: E402
 
 USAGE, TRY_AGAIN = 64, 75  # sysexits.h
 
@@ -37,7 +38,7 @@ class Parser(argparse.ArgumentParser):
 def parser() -> Parser:
     fields = "\n".join(f"  {name:12} {field.help}" for name, field in ANSWER.items())
     options = Parser(
-        prog="xai-sandbox", formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="xai-sandbox", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         description="A simulated xAI on loopback: authorization server and API. It is not xAI.",
         epilog=f"The fields of a scripted answer:\n{fields}\n\nIts errors: {', '.join(sorted(ERRORS))}\n\n"
                "While it runs: GET /_sandbox counts, GET /_sandbox/requests shows what came, POST /_sandbox\n"
@@ -49,8 +50,8 @@ def parser() -> Parser:
     options.add_argument("--verbose", action="store_true", help="a line a request on stderr")
     knobs = options.add_argument_group("knobs, each a JSON value")
     for name, knob in KNOBS.items():
-        knobs.add_argument(f"--{name.replace('_', '-')}", dest=name, type=json_value, default=argparse.SUPPRESS,
-                           metavar="VALUE", help=f"{knob.help} (default: {compact(knob.default)})")
+        knobs.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar="VALUE", type=json_value,
+                           default=argparse.SUPPRESS, help=f"{knob.help} (default: {compact(knob.default)})")
     return options
 
 
@@ -96,7 +97,8 @@ def serve(listener: Any, knobs: Knobs, options: argparse.Namespace) -> int:
         gevent.signal_handler(number, server.stop)
     with tempfile.TemporaryDirectory(prefix="xai-sandbox-") as temporary:
         folder = options.state.absolute() if options.state else pathlib.Path(temporary)
-        for name, value in (("ISSUER", origin), ("UPSTREAM", origin), ("TOKEN_PATH", str(folder / "tokens.json"))):
+        settings = {"ISSUER": origin, "UPSTREAM": origin, "TOKEN_PATH": str(folder / "tokens.json")}
+        for name, value in settings.items():
             print(f"export XAI_PROXY_{name}={shlex.quote(value)}")
         sys.stdout.flush()
         server.serve_forever(stop_timeout=0)

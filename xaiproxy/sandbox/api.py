@@ -1,8 +1,6 @@
 """api.x.ai: models, chat completions, responses and the shapes of body that a proxy has to carry."""
 from __future__ import annotations
 
-import base64
-import json
 import time
 import uuid
 from typing import Any, Iterator
@@ -10,8 +8,10 @@ from typing import Any, Iterator
 from flask import Blueprint, abort, g, request
 
 from xaiproxy.sandbox import stream
+from xaiproxy.sandbox.bodies import json_body, one_content_type, unprocessable
 from xaiproxy.sandbox.grants import CLIENT_ID, USER, Grants
-from xaiproxy.sandbox.replies import TEAM, Answer, error, reply
+from xaiproxy.sandbox.replies import Answer, compact, reply
+from xaiproxy.sandbox.xai_errors import TEAM, error
 
 MODELS = ("grok-4.6", "grok-4.5", "grok-4.3", "grok-build-0.1", "grok-imagine-image")
 AUDIO = bytes(range(256)) * 64  # what /v1/tts says, whatever it is asked to
@@ -20,7 +20,7 @@ BODY_FIRST = {"api.responses"}  # xAI looks at the body of these before it looks
 
 def create(grants: Grants) -> Blueprint:
     api = Blueprint("api", __name__, url_prefix="/v1")
-    knobs, counters = grants.knobs, grants.counters
+    knobs, witness = grants.knobs, grants.witness
     files: dict[str, dict[str, Any]] = {}
     deferred: dict[str, list[Answer]] = {}  # the answers still to be given
 
@@ -43,7 +43,7 @@ def create(grants: Grants) -> Blueprint:
         elif not grants.check(token):
             refusal = "bad_credentials"
         if refusal:
-            counters["refused_tokens"] += 1
+            witness.count("refused_tokens")
             old = "_old" * (knobs.old_shape and refusal.endswith("credentials"))
             answer = error(refusal + old)
             if refusal == "bad_credentials":
@@ -67,7 +67,8 @@ def create(grants: Grants) -> Blueprint:
     def streamed(events: Iterator[bytes], failure: bytes) -> Answer:
         handler = request.environ["sandbox.handler"]
         events = list(stream.troubled(events, failure, knobs))
-        answer = Answer(stream.paced(events, knobs, handler, counters), content_type="text/event-stream")
+        paced = stream.paced(events, knobs, handler, witness.counters)
+        answer = Answer(paced, content_type="text/event-stream")
         if knobs.framing == "length":
             answer.content_length = sum(map(len, events))
         handler.close_delimited = knobs.framing == "close"
@@ -91,15 +92,17 @@ def create(grants: Grants) -> Blueprint:
         body = json_body(model=str, messages=list)
         name, pieces = known(body["model"]), stream.deltas(knobs)
         if body.get("stream") and body.get("deferred"):
-            return Answer('"A request may either be streaming or deferred, but not both."', 400,
-                          content_type="application/json")
+            sentence = "A request may either be streaming or deferred, but not both."
+            return Answer(compact(sentence), 400, content_type="application/json")
         if body.get("stream"):
             return streamed(stream.chat_events(g.request_id, name, pieces), stream.CHAT_ERROR)
-        message = {"role": "assistant", "content": "".join(pieces), "reasoning_content": "Hm.", "refusal": None}
+        message = {"role": "assistant", "content": "".join(pieces), "reasoning_content": "Hm.",
+                   "refusal": None}
         answer = reply({
             "id": g.request_id, "object": "chat.completion", "created": int(time.time()), "model": name,
-            "choices": [{"index": 0, "message": message, "finish_reason": "stop"}], "usage": stream.usage(len(pieces)),
-            "system_fingerprint": "fp_0000000000", "service_tier": "default"})
+            "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+            "usage": stream.usage(len(pieces)), "system_fingerprint": "fp_0000000000",
+            "service_tier": "default"})
         if body.get("deferred"):
             deferred[g.request_id] = [answer, Answer(status=202)]
             return reply({"request_id": g.request_id})
@@ -120,15 +123,13 @@ def create(grants: Grants) -> Blueprint:
         response = {
             "created_at": int(time.time()), "id": g.request_id, "max_output_tokens": None,
             "model": known(body["model"]), "object": "response",
-            "output": [{"id": f"msg_{g.request_id}", "type": "message", "role": "assistant", "content": [part],
-                        "status": "completed"}],
-            "parallel_tool_calls": True, "previous_response_id": None, "reasoning": {"effort": None, "summary": None},
-            "temperature": None, "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [],
-            "top_p": None, "user": None, "incomplete_details": None, "status": "completed", "store": True,
-            "metadata": {}, "usage": {
-                "input_tokens": 12, "input_tokens_details": {"cached_tokens": 0}, "output_tokens": len(pieces),
-                "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": 12 + len(pieces),
-                "num_sources_used": 0, "num_server_side_tools_used": 0, "cost_in_usd_ticks": 1466250}}
+            "output": [{"id": f"msg_{g.request_id}", "type": "message", "role": "assistant",
+                        "content": [part], "status": "completed"}],
+            "parallel_tool_calls": True, "previous_response_id": None,
+            "reasoning": {"effort": None, "summary": None}, "temperature": None,
+            "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [], "top_p": None,
+            "user": None, "incomplete_details": None, "status": "completed", "store": True, "metadata": {},
+            "usage": stream.response_usage(len(pieces))}
         if body.get("stream"):
             return streamed(stream.response_events(response, pieces), stream.RESPONSE_ERROR)
         return reply(response)
@@ -145,15 +146,16 @@ def create(grants: Grants) -> Blueprint:
     def embeddings() -> Answer:
         body = json_body(model=str, input=(str, list))
         texts = body["input"] if isinstance(body["input"], list) else [body["input"]]
-        return reply({"object": "list", "model": body["model"], "usage": {"prompt_tokens": 12, "total_tokens": 12},
-                      "data": [{"object": "embedding", "index": index, "embedding": [0.25, -0.5, 0.125]}
-                               for index, _ in enumerate(texts)]})
+        vectors = [{"object": "embedding", "index": index, "embedding": [0.25, -0.5, 0.125]}
+                   for index in range(len(texts))]
+        return reply({"object": "list", "model": body["model"], "data": vectors,
+                      "usage": {"prompt_tokens": 12, "total_tokens": 12}})
 
     @api.post("/tokenize-text")
     def tokenize() -> Answer:
-        words = json_body(model=str, text=str)["text"].split()
-        return reply({"token_ids": [{"token_id": number, "string_token": word, "token_bytes": list(word.encode())}
-                                    for number, word in enumerate(words)]})
+        words = enumerate(json_body(model=str, text=str)["text"].split())
+        return reply({"token_ids": [{"token_id": number, "string_token": word,
+                                     "token_bytes": list(word.encode())} for number, word in words]})
 
     @api.post("/tts")
     def tts() -> Answer:
@@ -162,8 +164,8 @@ def create(grants: Grants) -> Blueprint:
 
     @api.get("/me")
     def me() -> Answer:
-        return reply({"user_id": USER["sub"], "team_id": TEAM, "zdr_status": "disabled", "team_blocked": False,
-                      "oauth": {"client_id": CLIENT_ID}, "api_key": None})
+        return reply({"user_id": USER["sub"], "team_id": TEAM, "zdr_status": "disabled",
+                      "team_blocked": False, "oauth": {"client_id": CLIENT_ID}, "api_key": None})
 
     @api.post("/files")
     def upload() -> Answer:
@@ -217,32 +219,3 @@ def known(name: str) -> str:
         answer.set_data(answer.get_data().replace(b"grok-beta", name.encode()))
         abort(answer)
     return name
-
-
-def one_content_type(wanted: str) -> None:
-    """Refuse a body that has no Content-Type, two, or another; and no body."""
-    sent = [value for name, value in request.environ["sandbox.handler"].header_list() if name.lower() == "content-type"]
-    if len(sent) != 1 or request.mimetype != wanted or not request.get_data(cache=True):
-        abort(reply(f"Expected request with `Content-Type: {wanted}`", 415))
-
-
-def unprocessable(problem: str) -> None:
-    abort(reply({"error": f"Failed to deserialize the JSON body into the target type: {problem} at line 1 column 1"},
-                422))
-
-
-def json_body(**fields: Any) -> dict[str, Any]:
-    """The request's JSON object, which must have these fields, of these types."""
-    one_content_type("application/json")
-    try:
-        body = json.loads(request.get_data())
-    except ValueError:
-        unprocessable("expected value")
-    if not isinstance(body, dict):
-        unprocessable("invalid type, expected a map")
-    for name, kind in fields.items():
-        if name not in body:
-            unprocessable(f"missing field `{name}`")
-        if not isinstance(body[name], kind):
-            unprocessable(f"{name}: invalid type")
-    return body

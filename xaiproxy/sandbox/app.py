@@ -11,14 +11,15 @@ from xaiproxy.sandbox import api, authorization_server
 from xaiproxy.sandbox.edge import Edge
 from xaiproxy.sandbox.grants import Grants
 from xaiproxy.sandbox.knobs import BadKnob, Knobs
-from xaiproxy.sandbox.replies import Answer, error, reply
+from xaiproxy.sandbox.replies import Answer, reply
 from xaiproxy.sandbox.witness import Witness
+from xaiproxy.sandbox.xai_errors import error
 
 
 def create_app(origin: str, knobs: Knobs) -> Edge:
     """The application for a server at this origin."""
     witness = Witness()
-    grants = Grants(origin, knobs, witness.counters)
+    grants = Grants(origin, knobs, witness)
     app = Flask(__name__)
     app.config["PROPAGATE_EXCEPTIONS"] = True  # a fault of the sandbox is a traceback on stderr
     app.url_map.merge_slashes = False
@@ -26,8 +27,10 @@ def create_app(origin: str, knobs: Knobs) -> Edge:
     app.register_blueprint(api.create(grants))
     app.register_blueprint(steering(grants, witness))
     app.register_error_handler(404, lambda _: error("no_route"))
-    app.register_error_handler(405, lambda _: reply("Method Not Allowed", 405))
-    app.add_url_rule("/oauth/token", "retired", lambda: error("cloudflare_challenge"), methods=["GET", "POST"])
+    app.register_error_handler(405, lambda problem: reply("Method Not Allowed", 405,
+                                                              {"Allow": ", ".join(problem.valid_methods)}))
+    app.add_url_rule("/oauth/token", "retired_token_endpoint", lambda: error("cloudflare_challenge"),
+                     methods=["GET", "POST"])
     return Edge(app, urlsplit(origin).netloc, knobs, witness)
 
 
@@ -39,7 +42,7 @@ def steering(grants: Grants, witness: Witness) -> Blueprint:
     @control.before_request
     def refuse_web_pages() -> None:
         # A page can post anywhere, but not without Origin; a rebound name shows in Host.
-        if "Origin" in request.headers or not is_loopback(request.host):
+        if "Origin" in request.headers or not is_loopback(request.headers.get("Host", "")):
             abort(reply({"error": "/_sandbox is for programs on this machine, not for web pages"}, 403))
 
     @control.errorhandler(BadKnob)

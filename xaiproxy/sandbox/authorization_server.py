@@ -10,7 +10,8 @@ from flask import Blueprint, request
 
 from xaiproxy.sandbox import consent
 from xaiproxy.sandbox.grants import CLIENT_ID, SCOPES, TEAM_SCOPES, USER, Grants, OAuthError, Request
-from xaiproxy.sandbox.replies import Answer, error, page, reply
+from xaiproxy.sandbox.replies import Answer, page, reply
+from xaiproxy.sandbox.xai_errors import error
 
 DEVICE_CODE = "urn:ietf:params:oauth:grant-type:device_code"
 REDIRECT_URI = re.compile(r"http://127\.0\.0\.1:[0-9]{1,5}/callback")  # any port (RFC 8252 7.3), nothing else
@@ -64,8 +65,7 @@ def create(grants: Grants) -> Blueprint:
         try:
             asked = authorization_request(request.args)
         except ValueError as failure:
-            return reply(page("Access denied", "<h1>Access denied</h1><p>Failed to generate authentication code"
-                              f" &mdash; {consent.escape(str(failure))}</p>"), 400)
+            return reply(consent.refusal_page(str(failure)), 400)
         return reply(consent.browser_page(grants.begin(asked), asked, grants.knobs.auto_approve))
 
     @server.post("/oauth2/authorize")
@@ -73,7 +73,7 @@ def create(grants: Grants) -> Blueprint:
         """The consent page's own call: where it is to fetch, with the code or the refusal."""
         form = own_form()
         waiting = grants.requests.get(form.get("request", ""))
-        if waiting is None:
+        if waiting is None or time.time() >= waiting.expires:
             raise Unprocessable(400, "This request is not waiting for a decision.")
         result = grants.decide(form["request"], form.get("decision") == "allow")
         return reply({"url": f"{waiting.redirect_uri}?{urlencode(result)}", "code": result.get("code")})
@@ -104,13 +104,14 @@ def create(grants: Grants) -> Blueprint:
         if problem := unknown_scope(scope):
             raise OAuthError("invalid_scope", problem)
         challenge = form.get("code_challenge")
-        if challenge is not None and (form.get("code_challenge_method") != "S256" or not CHALLENGE.fullmatch(challenge)):
+        s256 = form.get("code_challenge_method") == "S256"
+        if challenge is not None and not (s256 and CHALLENGE.fullmatch(challenge)):
             raise OAuthError("invalid_request", "code_challenge_method must be S256")
         return reply(grants.device_authorization(scope, challenge))
 
     @server.post("/oauth2/token")
     def token() -> Answer:
-        grants.counters["token_requests"] += 1
+        grants.witness.count("token_requests")
         form = form_of("grant_type")
         if form.get("client_id") != CLIENT_ID:
             return error("invalid_client")
@@ -133,7 +134,7 @@ def create(grants: Grants) -> Blueprint:
         form = form_of("token")
         if form.get("client_id") != CLIENT_ID:
             return error("invalid_client")
-        grants.counters["revocations"] += 1
+        grants.witness.count("revocations")
         access = grants.access_tokens.get(form["token"])
         if family := grants.families.get(form["token"]) or access and access.family:
             grants.revoke(family)
@@ -143,7 +144,8 @@ def create(grants: Grants) -> Blueprint:
     def userinfo() -> Answer:
         kind, _, token = request.headers.get("Authorization", "").partition(" ")
         if kind.lower() != "bearer" or not grants.check(token):
-            return reply({"error": "invalid_token"}, 401, {"WWW-Authenticate": 'Bearer error="invalid_token"'})
+            challenge = {"WWW-Authenticate": 'Bearer error="invalid_token"'}  # RFC 6750 3.1
+            return reply({"error": "invalid_token"}, 401, challenge)
         return reply({**USER, "preferred_username": "sandbox"})
 
     def own_form() -> dict[str, str]:
@@ -165,12 +167,13 @@ def authorization_request(query: Any) -> Request:
         raise ValueError("Unknown redirect_uri")
     if query.get("response_type") != "code":
         raise ValueError("Unknown response_type")
-    if query.get("code_challenge_method") != "S256" or not CHALLENGE.fullmatch(query.get("code_challenge", "")):
+    challenge = query.get("code_challenge", "")
+    if query.get("code_challenge_method") != "S256" or not CHALLENGE.fullmatch(challenge):
         raise ValueError("PKCE with S256 is required")
     if problem := unknown_scope(query.get("scope", "")):
         raise ValueError(problem)
     now = time.time()
-    return Request(query.get("scope", ""), query["code_challenge"], now, now + 600, query["redirect_uri"],
+    return Request(query.get("scope", ""), challenge, now, now + 600, query["redirect_uri"],
                    query.get("state"), query.get("nonce"))
 
 

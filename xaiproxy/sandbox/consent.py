@@ -15,7 +15,9 @@ async function decide(decision) {
   const answer = await fetch("/oauth2/authorize", {method: "POST", body: form});
   const result = answer.ok ? await answer.json() : {};
   try {
-    if (!(await fetch(result.url)).ok) throw new Error("refused");
+    // Only for this header does the browser send a preflight when the page itself is from loopback.
+    const headers = {"Content-Type": "application/json"};
+    if (!(await fetch(result.url, {headers})).ok) throw new Error("refused");
     document.getElementById("outcome").textContent = "Done. You can close this window.";
   } catch (failure) {
     document.getElementById("outcome").textContent =
@@ -38,10 +40,17 @@ def browser_page(handle: str, asked: Request, auto_approve: float | None) -> str
                              f'<script data-request="{handle}">{script}</script>')
 
 
+def refusal_page(problem: str) -> str:
+    """Instead of a consent page, for a request that nobody should be asked to allow."""
+    return page("Access denied", "<h1>Access denied</h1><p>Failed to generate authentication code &mdash; "
+                                 f"{escape(problem)}</p>")
+
+
 def device_page(user_code: str, problem: str = "") -> str:
     """The page that takes a user code (RFC 8628 3.3)."""
     return page("Device", f"<h1>Connect a device</h1><p>{escape(problem)}</p>"
                           '<form method="post" action="/oauth2/device">'
-                          f'<input name="user_code" id="user_code" value="{escape(user_code)}" placeholder="XXXX-XXXX">'
+                          '<input name="user_code" id="user_code" placeholder="XXXX-XXXX"'
+                          f' value="{escape(user_code)}">'
                           '<button id="allow" name="decision" value="allow">Allow</button> '
                           '<button id="deny" name="decision" value="deny">Deny</button></form>')

@@ -14,14 +14,15 @@ from urllib.parse import parse_qs
 
 from werkzeug.http import parse_accept_header
 
-from xaiproxy.sandbox.knobs import ANSWER, Knobs
-from xaiproxy.sandbox.replies import Answer, error, reply
-from xaiproxy.sandbox.server import ClientGone, Cut, Handler
+from xaiproxy.sandbox.knobs import AS_EVER, Knobs
+from xaiproxy.sandbox.replies import Answer, reply
+from xaiproxy.sandbox.server import ClientGone, Handler
 from xaiproxy.sandbox.witness import Witness
+from xaiproxy.sandbox.xai_errors import error
 
-EVERYWHERE = [("X-Sandbox", "not xAI"), ("Server", "cloudflare"), ("CF-RAY", "0000000000000000-LO"),
+NOT_XAI = [("X-Sandbox", "not xAI")]
+EVERYWHERE = [*NOT_XAI, ("Server", "cloudflare"), ("CF-RAY", "0000000000000000-LO"),
               ("Set-Cookie", "__cf_bm=sandbox; Path=/; HttpOnly")]
-ANSWER_AS_EVER = {name: field.default for name, field in ANSWER.items()}
 
 
 class Edge:
@@ -33,12 +34,14 @@ class Edge:
     def __call__(self, environ: dict[str, Any], start_response: Callable) -> Iterable[bytes]:
         handler: Handler = environ["sandbox.handler"]
         if environ["PATH_INFO"].startswith("/_sandbox"):
-            return self._handle(environ)(environ, start_response)
+            response = self._handle(environ)
+            response.headers.extend(NOT_XAI)
+            return response(environ, start_response)
         record = self.witness.begin(handler)
         try:
             response = self._answer(environ, handler, record)
         except ClientGone:
-            self.witness.counters["cancelled_requests"] += 1
+            self.witness.count("cancelled_requests")
             raise
         record["status"] = response.status_code
         return response(environ, start_response)
@@ -49,14 +52,15 @@ class Edge:
             body = self.witness.read_body(handler, record)
             environ["wsgi.input"], environ["wsgi.input_terminated"] = io.BytesIO(body), True
             if path == "/oauth2/token":
-                record["grant_type"] = parse_qs(body.decode("latin-1")).get("grant_type", [None])[0]
-        script = self.knobs.take_answer(method, path, record.get("grant_type")) or ANSWER_AS_EVER
+                record["grant_type"] = parse_qs(body.decode("latin-1")).get("grant_type", [""])[0]
+        script = self.knobs.take_answer(method, path, record.get("grant_type")) or AS_EVER
         told = scripted(script)
         if script["process"] or not (told or script["cut"]):
             response = self._refusal(handler) or self._handle(environ)
-        handler.pause(script["delay"])
+        if script["delay"]:
+            handler.pause(script["delay"])
         if script["cut"]:
-            raise Cut(script["cut"])
+            handler.cut(script["cut"])
         response = told or response
         for name, value in script["headers"].items():
             response.headers[name] = value
@@ -68,21 +72,19 @@ class Edge:
         return response
 
     def _refusal(self, handler: Handler) -> Answer | None:
-        headers = [(name.lower(), value) for name, value in handler.header_list()]
-        if [value for name, value in headers if name == "host"] != [self.host]:
+        if handler.values("host") != [self.host]:
             return error("wrong_host")
-        if not any(value for name, value in headers if name == "user-agent"):
-            return error("no_user_agent")
-        return None
+        return None if any(handler.values("user-agent")) else error("no_user_agent")
 
     def _handle(self, environ: dict[str, Any]) -> Answer:
-        head: list[tuple[str, list]] = []
-        body = self.application(environ, lambda status, headers, exc_info=None: head.append((status, headers)))
-        return Answer(body, *head[0])
+        head: list[Any] = []
+        body = self.application(environ, lambda *status_and_headers: head.extend(status_and_headers))
+        return Answer(body, *head)
 
     def _wants_gzip(self, response: Answer) -> bool:
-        chosen, refusal = self.knobs.gzip, response.is_json and response.status_code in (401, 403)
-        return "Content-Encoding" not in response.headers and (chosen == "all" or chosen == "refusals" and refusal)
+        refusal = response.is_json and response.status_code in (401, 403)
+        chosen = self.knobs.gzip == "all" or self.knobs.gzip == "refusals" and refusal
+        return chosen and "Content-Encoding" not in response.headers
 
 
 def scripted(script: dict[str, Any]) -> Answer | None:

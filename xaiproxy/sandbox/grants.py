@@ -15,16 +15,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from xaiproxy.sandbox.knobs import Knobs
-from xaiproxy.sandbox.replies import TEAM, compact
+from xaiproxy.sandbox.replies import compact
+from xaiproxy.sandbox.witness import Witness
+from xaiproxy.sandbox.xai_errors import TEAM, oauth
 
 CLIENT_ID = "b1a00492-073a-47ea-816f-4c329264a828"  # the Grok CLI's public client; no other is registered
-SCOPES = ("openid profile email offline_access grok-cli:access team:read org:read api:access conversations:read "
-          "conversations:write workspaces:read workspaces:write").split()
+SCOPES = ("openid profile email offline_access grok-cli:access team:read org:read api:access "
+          "conversations:read conversations:write workspaces:read workspaces:write").split()
 TEAM_SCOPES = {"team:read", "org:read"}  # known, but not for the only user here
-USER = {"sub": "00000000-0000-4000-8000-00000000cafe", "email": "sandbox@example.invalid", "name": "Sandy Box",
-        "given_name": "Sandy", "family_name": "Box", "picture": ""}
+USER = {"sub": "00000000-0000-4000-8000-00000000cafe", "email": "sandbox@example.invalid",
+        "name": "Sandy Box", "given_name": "Sandy", "family_name": "Box", "picture": ""}
 USER_CODE_LETTERS = "BCDFGHJKLMNPQRSTVWXZ23456789"  # RFC 8628 6.1: nothing that reads two ways
-CODE_LIFETIME = 60  # s
 
 
 class OAuthError(Exception):
@@ -32,7 +33,7 @@ class OAuthError(Exception):
 
     def __init__(self, code: str, description: str | None = None) -> None:
         super().__init__(code)
-        self.body = {"error": code, "error_description": description} if description else {"error": code}
+        self.body = oauth(code, description)
 
 
 @dataclass(eq=False)
@@ -71,8 +72,8 @@ class AccessToken:
 
 
 class Grants:
-    def __init__(self, issuer: str, knobs: Knobs, counters: dict[str, int]) -> None:
-        self.issuer, self.knobs, self.counters = issuer, knobs, counters
+    def __init__(self, issuer: str, knobs: Knobs, witness: Witness) -> None:
+        self.issuer, self.knobs, self.witness = issuer, knobs, witness
         self.requests: dict[str, Request] = {}  # waiting on a consent page, by an opaque id
         self.codes: dict[str, Request] = {}
         self.device_codes: dict[str, Request] = {}
@@ -94,9 +95,9 @@ class Grants:
         if not allow:
             return {"error": "access_denied", "error_description": "User denied", **state}
         code = secrets.token_urlsafe(32)
-        request.expires = time.time() + CODE_LIFETIME
+        request.expires = time.time() + self.knobs.code_lifetime
         self.codes[code] = request
-        self.counters["authorizations"] += 1
+        self.witness.count("authorizations")
         return {"code": code, **state}
 
     def exchange(self, code: str, redirect_uri: str, verifier: str) -> dict[str, Any]:
@@ -111,7 +112,7 @@ class Grants:
         if redirect_uri != request.redirect_uri or not matches(verifier, request.challenge):
             raise OAuthError("invalid_grant")
         request.family = Family(request.scope)
-        self.counters["code_exchanges"] += 1
+        self.witness.count("code_exchanges")
         return self._login(request)
 
     # device authorization, RFC 8628
@@ -120,10 +121,10 @@ class Grants:
         code, knobs = secrets.token_urlsafe(64), self.knobs
         letters = "".join(secrets.choice(USER_CODE_LETTERS) for _ in range(8))
         now = time.time()
-        request = Request(scope, challenge, now, now + knobs.device_lifetime, user_code=f"{letters[:4]}-{letters[4:]}",
-                          interval=knobs.device_interval, last_poll=now)
+        request = Request(scope, challenge, now, now + knobs.device_lifetime, interval=knobs.device_interval,
+                          user_code=f"{letters[:4]}-{letters[4:]}", last_poll=now)
         self.device_codes[code] = request
-        self.counters["device_requests"] += 1
+        self.witness.count("device_requests")
         page = f"{self.issuer}/oauth2/device"
         return {"device_code": code, "user_code": request.user_code, "verification_uri": page,
                 "verification_uri_complete": f"{page}?user_code={request.user_code}",
@@ -131,11 +132,12 @@ class Grants:
 
     def waiting_device(self, user_code: str) -> Request | None:
         """The request that shows this code to its user, if it is still to be decided."""
-        return next((request for request in self.device_codes.values() if request.user_code == user_code.upper()
-                     and request.allowed is None and time.time() < request.expires), None)
+        return next((request for request in self.device_codes.values()
+                     if request.user_code == user_code.upper() and request.allowed is None
+                     and time.time() < request.expires), None)
 
     def poll(self, device_code: str, verifier: str | None) -> dict[str, Any]:
-        self.counters["device_polls"] += 1
+        self.witness.count("device_polls")
         request, now = self.device_codes.get(device_code), time.time()
         if request is None or request.used:
             raise OAuthError("invalid_grant")
@@ -149,7 +151,7 @@ class Grants:
             if too_fast or self.knobs.slow_downs:
                 self.knobs.slow_downs = max(0, self.knobs.slow_downs - 1)
                 request.interval += 5  # RFC 8628 3.5: for this and all polls to come
-                self.counters["slow_downs"] += 1
+                self.witness.count("slow_downs")
                 raise OAuthError("slow_down")
             raise OAuthError("authorization_pending", "User has not yet authorized")
         request.used = True
@@ -169,11 +171,11 @@ class Grants:
         rotated = family.former.get(token)
         in_grace = rotated is not None and time.time() - rotated < self.knobs.grace
         if rotated is not None and not in_grace and not family.revoked:
-            self.counters["reuses"] += 1
+            self.witness.count("reuses")
             self.revoke(family)
         if family.revoked:
             raise OAuthError("invalid_grant", "Refresh token has been revoked")
-        self.counters["refreshes"] += 1
+        self.witness.count("refreshes")
         if self.knobs.send_refresh_token:
             family.former.setdefault(token, time.time())
             family.former.setdefault(family.refresh_token, time.time())
@@ -196,19 +198,19 @@ class Grants:
     def revoke(self, family: Family) -> None:
         if not family.revoked:
             family.revoked = True
-            self.counters["revoked_families"] += 1
+            self.witness.count("revoked_families")
 
     def _login(self, request: Request) -> dict[str, Any]:
         family, now = request.family, int(time.time())
-        self.counters["logins"] += 1
+        self.witness.count("logins")
         extra = {}
         if "offline_access" in request.scope.split():
             self._rotate(family)
             extra["refresh_token"] = family.refresh_token
         if "openid" in request.scope.split():
+            claims = {"iss": self.issuer, "aud": CLIENT_ID, "iat": now, "exp": now + 3600, **USER}
             nonce = {"nonce": request.nonce} if request.nonce is not None else {}
-            extra["id_token"] = self._jwt({"iss": self.issuer, "aud": CLIENT_ID, "iat": now, "exp": now + 3600,
-                                           **USER, **nonce})
+            extra["id_token"] = self._jwt({**claims, **nonce})
         return self._tokens(family, **extra)
 
     def _rotate(self, family: Family) -> None:
@@ -218,15 +220,17 @@ class Grants:
     def _tokens(self, family: Family, **extra: str) -> dict[str, Any]:
         now, lifetime = time.time(), self.knobs.access_token_lifetime
         token = self._jwt({
-            "iss": self.issuer, "aud": CLIENT_ID, "sub": USER["sub"], "exp": int(now) + lifetime, "iat": int(now),
-            "scope": family.scope, "client_id": CLIENT_ID, "jti": str(uuid.uuid4()), "principal_type": "User",
-            "principal_id": USER["sub"], "team_id": TEAM, "tier": 1, "bot_flag_source": 0})
+            "iss": self.issuer, "aud": CLIENT_ID, "sub": USER["sub"], "exp": int(now) + lifetime,
+            "iat": int(now), "scope": family.scope, "client_id": CLIENT_ID, "jti": str(uuid.uuid4()),
+            "principal_type": "User", "principal_id": USER["sub"], "team_id": TEAM, "tier": 1,
+            "bot_flag_source": 0})
         self.access_tokens[token] = AccessToken(family, now + lifetime, self.knobs.refuse_fresh)
         expires = {"expires_in": lifetime} if self.knobs.send_expires_in else {}
         return {"access_token": token, "token_type": "Bearer", **expires, **extra, "scope": family.scope}
 
     def _jwt(self, claims: dict[str, Any]) -> str:
-        signed = b".".join(_base64url(compact(part).encode()) for part in ({"alg": "HS256", "typ": "JWT"}, claims))
+        head = {"alg": "HS256", "typ": "JWT"}
+        signed = b".".join(_base64url(compact(part).encode()) for part in (head, claims))
         return b".".join((signed, _base64url(hmac.digest(self._secret, signed, "sha256")))).decode()
 
 

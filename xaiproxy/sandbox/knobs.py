@@ -6,7 +6,10 @@ from __future__ import annotations
 
 from typing import Any, Callable, NamedTuple
 
-from xaiproxy.sandbox import replies
+from xaiproxy.sandbox import replies, xai_errors
+
+
+Check = Callable[[Any], str]  # says what is taken instead of a value; "" when the value will do
 
 
 class BadKnob(ValueError):
@@ -15,28 +18,28 @@ class BadKnob(ValueError):
 
 class Knob(NamedTuple):
     default: Any
-    check: Callable[[Any], str]  # what it takes, if not this; "" when the value will do
+    check: Check
     help: str
 
 
-def number(minimum: float, kinds: tuple = (int, float), unset: bool = False) -> Callable[[Any], str]:
+def number(minimum: float, maximum: float = 10**9, unset: bool = False, kinds: tuple = (int, float)) -> Check:
     def check(value: Any) -> str:
-        good = type(value) in kinds and minimum <= value < 1e9
+        good = type(value) in kinds and minimum <= value <= maximum or unset and value is None
         what = "a whole number" if kinds == (int,) else "a number"
-        return "" if good or (unset and value is None) else f"{what} from {minimum}" + " or null" * unset
+        return "" if good else f"{what} from {minimum} to {maximum}" + " or null" * unset
     return check
 
 
-def whole(minimum: int, unset: bool = False) -> Callable[[Any], str]:
-    return number(minimum, (int,), unset)
+def whole(minimum: int, maximum: int = 10**9, unset: bool = False) -> Check:
+    return number(minimum, maximum, unset, (int,))
 
 
-def one_of(*values: Any) -> Callable[[Any], str]:
+def one_of(*values: Any) -> Check:
     wanted = [(type(value), value) for value in values]  # 1 is not true here
     return lambda value: "" if (type(value), value) in wanted else " or ".join(map(replies.compact, values))
 
 
-def of_type(kind: type, name: str) -> Callable[[Any], str]:
+def of_type(kind: type, name: str) -> Check:
     return lambda value: "" if isinstance(value, kind) else name
 
 
@@ -57,16 +60,19 @@ ANSWER = {
     "method": Knob(None, of_type(str, "a method"), "and only this method"),
     "grant_type": Knob(None, of_type(str, "a grant_type"), "and only this grant_type, at /oauth2/token"),
     "times": Knob(None, whole(1, unset=True), "how many requests; null: all"),
-    "error": Knob(None, one_of(*sorted(replies.ERRORS)), "answer with this error of xAI's"),
-    "status": Knob(None, number(200, (int,)), "answer with this status"),
+    "error": Knob(None, one_of(*sorted(xai_errors.ERRORS)), "answer with this error of xAI's"),
+    "status": Knob(None, whole(200, 599), "answer with this status"),
     "headers": Knob({}, header_fields, "and these headers, beside or instead of the usual ones"),
     "body": Knob(None, of_type((str, dict, list), "a string or JSON"), "answer with this body"),
     "process": Knob(False, yes_no, "handle the request for real before answering as told"),
     "early": Knob(False, yes_no, "answer without reading the request's body"),
     "delay": Knob(0, number(0), "s before the answer, after the request is handled"),
-    "cut": Knob(None, one_of("close", "reset"), "end the connection instead of answering"),
+    "cut": Knob(None, one_of("close", "reset"), "end the connection instead of answering, by FIN or RST"),
     "drip": Knob(None, number(0.01, unset=True), "bytes of the body a second"),
 }
+
+
+AS_EVER = {name: field.default for name, field in ANSWER.items()}
 
 
 def answers(value: Any) -> str:
@@ -78,18 +84,20 @@ def answers(value: Any) -> str:
 
 
 KNOBS = {
+    "idle_timeout": Knob(None, number(0.001, unset=True), "s that an idle connection stays; null: for ever"),
     "access_token_lifetime": Knob(21600, whole(1), "s that an access token lives"),
     "send_expires_in": Knob(True, yes_no, "say expires_in in token responses"),
     "send_refresh_token": Knob(True, yes_no, "rotate the refresh token; false: omit it, the old one stays"),
     "grace": Knob(0, number(0), "s in which a refresh token just rotated is taken again"),
     "auto_approve": Knob(None, optional, "s after which every login is approved; null: by hand"),
+    "code_lifetime": Knob(60, number(0), "s that an authorization code lives"),
     "device_lifetime": Knob(900, number(1), "s that a device code lives"),
     "device_interval": Knob(5, number(0), "s between two polls; sooner is answered slow_down"),
     "slow_downs": Knob(0, whole(0), "how many of the next device polls are told slow_down at any pace"),
     "refuse_fresh": Knob(0, whole(0), "how often the API refuses each newly minted access token"),
-    "dead_token_status": Knob(403, one_of(403, 401), "status for a dead access token"),
+    "dead_token_status": Knob(403, one_of(403, 401), "status for a dead access token, 403 or 401"),
     "old_shape": Knob(False, yes_no, "refuse tokens in the older shape of body, with [WKE=...]"),
-    "gzip": Knob("refusals", one_of("refusals", "all", "none"), "what is compressed for clients that allow it"),
+    "gzip": Knob("refusals", one_of("refusals", "all", "none"), "what is compressed: refusals of a token, all or none"),
     "events": Knob(20, whole(0), "deltas in a streamed answer"),
     "event_size": Knob(None, whole(1, unset=True), "bytes of text in a delta; null: a word"),
     "events_per_second": Knob(0, number(0), "pace of a stream; 0: as fast as it is read"),
@@ -98,9 +106,9 @@ KNOBS = {
     "silence_after": Knob(None, whole(0, unset=True), "events after which a stream falls silent"),
     "silence": Knob(3600, number(0), "s that it then stays silent"),
     "cut_after": Knob(None, whole(0, unset=True), "events after which a stream is cut, amid the next"),
-    "cut": Knob("close", one_of("close", "reset"), "how it is cut: FIN or RST"),
-    "capacity_error_after": Knob(None, whole(0, unset=True), "events after which a stream ends with an error"),
-    "framing": Knob("chunked", one_of("chunked", "length", "close"), "how a stream's end is marked"),
+    "cut": Knob("close", one_of("close", "reset"), "how it is cut: close (FIN) or reset (RST)"),
+    "capacity_error_after": Knob(None, whole(0, unset=True), "events after which a stream ends in an error"),
+    "framing": Knob("chunked", one_of("chunked", "length", "close"), "a stream's framing: chunked, length or close"),
     "answers": Knob([], answers, "scripted answers: a JSON list of objects with the fields below"),
 }
 
@@ -122,7 +130,7 @@ class Knobs:
         _validate(KNOBS, values)
         for name, value in values.items():
             if name == "answers":  # copied, because take_answer counts in them
-                value = [{**{field: knob.default for field, knob in ANSWER.items()}, **item} for item in value]
+                value = [{**AS_EVER, **item} for item in value]
             setattr(self, name, value)
 
     def as_dict(self) -> dict[str, Any]:

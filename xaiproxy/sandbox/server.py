@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import io
 import itertools
+import re
 import socket
 import struct
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 import gevent
 from gevent import pywsgi
 from gevent import socket as gevent_socket
+
+
+REQUEST_LINE = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+ [^ \t\r\n]+ HTTP/1\.[01]\r\n")
+FIELD_LINE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*\r\n")  # RFC 9112 5, without obs-fold
 
 
 class ClientGone(Exception):
@@ -30,7 +35,7 @@ class _Elapsed(Exception):
 
 
 class Handler(pywsgi.WSGIHandler):
-    raw_head = b""  # the header section as it came, with its final empty line
+    raw_head = b""  # the header section as it came
     _numbers = itertools.count(1)
     close_delimited = False  # set by the application: no framing, the end of the connection ends the body
 
@@ -38,17 +43,38 @@ class Handler(pywsgi.WSGIHandler):
         super().__init__(*arguments)
         self.connection = next(self._numbers)
 
+    def read_requestline(self) -> str:
+        with gevent.Timeout(self.server.application.knobs.idle_timeout, False):
+            return super().read_requestline()
+        return ""  # as if the client had closed
+
+    def read_request(self, raw_requestline: str) -> bool:
+        if not REQUEST_LINE.fullmatch(raw_requestline):
+            raise ValueError("not a request line")
+        return super().read_request(raw_requestline)
+
     def MessageClass(self, rfile: io.BufferedReader, *rest: Any) -> Any:
         lines = []
-        while not lines or lines[-1] not in (b"\r\n", b"\n", b""):
-            lines.append(rfile.readline(65537))
+        while (line := rfile.readline(65537)) != b"\r\n":
+            if not FIELD_LINE.fullmatch(line):
+                raise ValueError("not a field line")
+            lines.append(line)
         self.raw_head = b"".join(lines)
-        return super().MessageClass(io.BytesIO(self.raw_head), *rest)
+        lengths, codings = self.values("content-length"), self.values("transfer-encoding")
+        if (lengths, codings) not in (([], []), ([], ["chunked"])):
+            if codings or len(lengths) > 1 or not lengths[0].isdigit():
+                raise ValueError("two servers could see the end of this body in two places")
+        return super().MessageClass(io.BytesIO(self.raw_head + b"\r\n"), *rest)
 
     def header_list(self) -> list[list[str]]:
         """Names and values as they came, in order."""
         lines = self.raw_head.decode("latin-1").split("\r\n")
-        return [[name, value.strip(" \t")] for name, _, value in (line.partition(":") for line in lines if line)]
+        fields = (line.partition(":") for line in lines if line)
+        return [[name, value.strip(" \t")] for name, _colon, value in fields]
+
+    def values(self, wanted: str) -> list[str]:
+        """The values of every header of this name, given in lower case."""
+        return [value for name, value in self.header_list() if name.lower() == wanted]
 
     def get_environ(self) -> dict[str, Any]:
         self.close_delimited = False
@@ -73,8 +99,21 @@ class Handler(pywsgi.WSGIHandler):
         if error.args == ("reset",):
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
+    def _handle_client_error(self, error: Exception) -> tuple[str, bytes]:
+        if not isinstance(error, ValueError):
+            return super()._handle_client_error(error)
+        self.server.application.witness.count("malformed")
+        return "400", b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+
+    def cut(self, how: str) -> NoReturn:
+        """End the connection amid the answer, or in its stead: "close" or "reset"."""
+        self.wsgi_input = pywsgi.Input(self.rfile, 0)  # or the rest of the request would be awaited first
+        raise Cut(how)
+
     def pause(self, seconds: float) -> None:
         """Wait, watching the client; raise ClientGone as soon as it is gone."""
+        if seconds <= 0:  # nothing to wait for: the next send notices
+            return gevent.sleep(0)
         end = time.monotonic() + seconds
         try:
             gevent_socket.wait_read(self.socket.fileno(), seconds, _Elapsed)

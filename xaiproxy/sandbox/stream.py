@@ -6,10 +6,11 @@ import time
 from typing import Any, Iterable, Iterator
 
 from xaiproxy.sandbox.knobs import Knobs
-from xaiproxy.sandbox.replies import CAPACITY, compact
-from xaiproxy.sandbox.server import Cut, Handler
+from xaiproxy.sandbox.replies import compact
+from xaiproxy.sandbox.server import Handler
+from xaiproxy.sandbox.xai_errors import CAPACITY
 
-WORDS = "This is the sandbox, which is not xAI: nobody thought about the answer. ".replace(" ", " \0").split("\0")[:-1]
+WORDS = [f"{word} " for word in "This is the sandbox, not xAI, and nobody thought about the answer.".split()]
 
 
 def deltas(knobs: Knobs) -> list[str]:
@@ -19,12 +20,23 @@ def deltas(knobs: Knobs) -> list[str]:
 
 
 def usage(count: int) -> dict[str, Any]:
-    """Chat completions: reasoning is counted apart from completion_tokens."""
-    return {"prompt_tokens": 12, "completion_tokens": count, "total_tokens": 12 + count + 3,
-            "prompt_tokens_details": {"text_tokens": 12, "audio_tokens": 0, "image_tokens": 0, "cached_tokens": 0},
-            "completion_tokens_details": {"reasoning_tokens": 3, "audio_tokens": 0, "accepted_prediction_tokens": 0,
-                                          "rejected_prediction_tokens": 0},
-            "num_sources_used": 0, "cost_in_usd_ticks": 1466250}
+    """Of a chat completion: completion_tokens leaves out the reasoning, total_tokens does not."""
+    return {
+        "prompt_tokens": 12, "completion_tokens": count, "total_tokens": 12 + count + 3,
+        "prompt_tokens_details": {
+            "text_tokens": 12, "audio_tokens": 0, "image_tokens": 0, "cached_tokens": 0},
+        "completion_tokens_details": {
+            "reasoning_tokens": 3, "audio_tokens": 0, "accepted_prediction_tokens": 0,
+            "rejected_prediction_tokens": 0},
+        "num_sources_used": 0, "cost_in_usd_ticks": 1466250}
+
+
+def response_usage(count: int) -> dict[str, Any]:
+    """Of a response: output_tokens has the reasoning, and here there is none."""
+    return {
+        "input_tokens": 12, "input_tokens_details": {"cached_tokens": 0}, "output_tokens": count,
+        "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": 12 + count, "num_sources_used": 0,
+        "num_server_side_tools_used": 0, "cost_in_usd_ticks": 1466250}
 
 
 def data(event: Any) -> bytes:
@@ -72,8 +84,8 @@ def response_events(response: dict[str, Any], pieces: list[str]) -> Iterator[byt
 
 
 CHAT_ERROR = data({"error": {"message": CAPACITY, "type": "server_error", "code": "resource-exhausted"}})
-RESPONSE_ERROR = b"event: error\n" + data({"sequence_number": 0, "type": "error", "code": None, "message": CAPACITY,
-                                           "param": None})
+RESPONSE_ERROR = b"event: error\n" + data({"sequence_number": 0, "type": "error", "code": None,
+                                           "message": CAPACITY, "param": None})
 
 
 def troubled(events: Iterable[bytes], failure: bytes, knobs: Knobs) -> Iterator[bytes]:
@@ -84,7 +96,8 @@ def troubled(events: Iterable[bytes], failure: bytes, knobs: Knobs) -> Iterator[
         yield failure
 
 
-def paced(events: Iterable[bytes], knobs: Knobs, handler: Handler, counters: dict[str, int]) -> Iterator[bytes]:
+def paced(events: Iterable[bytes], knobs: Knobs, handler: Handler,
+          counters: dict[str, int]) -> Iterator[bytes]:
     """Send at the pace of the knobs, noticing at once when the client leaves."""
     interval = 1 / knobs.events_per_second if knobs.events_per_second else 0
     silence_after, cut_after = knobs.silence_after, knobs.cut_after
@@ -100,7 +113,7 @@ def paced(events: Iterable[bytes], knobs: Knobs, handler: Handler, counters: dic
             if count == cut_after:
                 yield event[:len(event) // 2]
                 left_early = False
-                raise Cut(knobs.cut)
+                handler.cut(knobs.cut)
             yield event
             due += interval
             handler.pause(max(0, due - time.monotonic()))

@@ -8,6 +8,7 @@ from typing import Any
 from xaiproxy.sandbox.server import ClientGone, Handler
 
 COUNTERS = {
+    "malformed": "requests that are no HTTP, or that two servers could read differently; counted only here",
     "requests": "requests, those to /_sandbox excepted",
     "connections": "connections that brought them",
     "token_requests": "requests to the token endpoint that were handled",
@@ -33,22 +34,23 @@ KEPT = 1000  # requests
 
 class Witness:
     def __init__(self) -> None:
-        self.counters: dict[str, int] = {}
         self.reset()
 
     def reset(self) -> None:
-        """Begin again, but for what is still going on."""
-        still_open = self.counters.get("open_streams", 0)
-        self.counters.update(dict.fromkeys(COUNTERS, 0), open_streams=still_open)
+        """Begin again; a stream still open goes on counting in the former counters, which nobody reads."""
+        self.counters = dict.fromkeys(COUNTERS, 0)
         self.requests: collections.deque[dict[str, Any]] = collections.deque(maxlen=KEPT)
         self._connections: set[int] = set()
 
+    def count(self, name: str) -> None:
+        self.counters[name] += 1
+
     def begin(self, handler: Handler) -> dict[str, Any]:
         """Record a request's head; the record grows as its body comes and its answer goes."""
-        self.counters["requests"] += 1
+        self.count("requests")
         if handler.connection not in self._connections:
             self._connections.add(handler.connection)
-            self.counters["connections"] += 1
+            self.count("connections")
         record = {"connection": handler.connection, "method": handler.command, "target": handler.path,
                   "version": handler.request_version, "at": handler.time_start,
                   "headers": [[name, _hidden(name, value)] for name, value in handler.header_list()],
