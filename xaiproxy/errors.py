@@ -3,10 +3,13 @@
 `Error` is the one base: its text is one sentence (what happened, to what, what to do), and only a command's
 `main` catches it, prints that sentence and ends with `exit_code` (sysexits.h). Below it stand three groups:
 
-- what ends or blocks a command: `ConfigurationError`, `LoginUnusable`, `StorageError`, `LockBusy`;
+- what ends or blocks a command: `UsageError`, `ConfigurationError`, `LoginUnusable`, `StorageError`, `LockBusy`;
 - what the issuer said: `IssuerUnavailable` (try again) and `OAuthError` (RFC 6749 section 5.2) with its kinds;
 - what the proxy answers of its own: `Refusal`, which carries the HTTP status, a stable code and headers.
 """
+
+import http
+import json
 
 EXIT_USAGE = 64
 EXIT_UNAVAILABLE = 69
@@ -20,6 +23,12 @@ SIGN_IN = "run `xai-login --device` to sign in"
 
 class Error(Exception):
     exit_code = EXIT_TRY_AGAIN
+
+
+class UsageError(Error):
+    """A command was given something it cannot work with."""
+
+    exit_code = EXIT_USAGE
 
 
 class ConfigurationError(Error):
@@ -39,8 +48,8 @@ class LockBusy(Error):
 class LoginUnusable(Error):
     """There is no login that can be used as it is.
 
-    `state` is one of missing, unreadable, corrupt, foreign, symlink: a state to wait in, like signed out, not a
-    reason to exit.
+    `state` is one of missing, unreadable, corrupt, foreign, not_ours, symlink: a state to wait in, like signed out,
+    not a reason to exit.
     """
 
     exit_code = EXIT_SIGN_IN
@@ -95,7 +104,12 @@ class AuthorizationPending(OAuthError):
 
 
 class SlowDown(AuthorizationPending):
-    """RFC 8628 section 3.5: pending, and the interval grows by 5 seconds for good."""
+    """RFC 8628 section 3.5: pending, and the interval grows by 5 seconds for good.
+
+    interval: what the issuer named along with it, whatever that is.
+    """
+
+    interval: object = None
 
 
 class AccessDenied(OAuthError):
@@ -121,6 +135,13 @@ class Refusal(Error):
         super().__init__(message)
         self.headers = type(self).headers + tuple(headers)
         self.close = close
+
+    def rendered(self) -> "tuple[str, list[tuple[str, str]], bytes]":
+        """The WSGI status, the header fields and the body."""
+        body = json.dumps({"error": {"message": str(self), "type": self.type, "code": self.code}}).encode() + b"\n"
+        fields = [("Content-Type", "application/json"), ("Content-Length", str(len(body))),
+                  ("X-XAI-Proxy-Error", self.code), *self.headers]
+        return f"{self.status} {http.HTTPStatus(self.status).phrase}", fields, body
 
 
 class BadRequest(Refusal):

@@ -1,0 +1,12 @@
+"""Process 1, by hand or under supervisord: `python -m xaiproxy`, `xai-proxy`."""
+
+from gevent import monkey
+
+monkey.patch_all()  # before anything imports socket, ssl or requests
+
+import sys  # noqa: E402
+
+from xaiproxy.server import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main())

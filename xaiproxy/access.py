@@ -1,0 +1,103 @@
+"""Who may call: a client key, or a caller that no web page can imitate.
+
+Without a valid key the proxy must not serve a browser's page on another site, which would spend the subscription
+(cross-site requests) or read its answers (DNS rebinding). So Host must be a name that no stranger's DNS can point
+here, Sec-Fetch-Site must not speak of another site, and Origin must be our own or a listed one.
+"""
+
+import ipaddress
+import re
+
+from xaiproxy import client_keys, config, errors
+from xaiproxy.request_head import Head
+
+HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
+CONTAINER_HOSTS = frozenset(("host.docker.internal", "host.containers.internal"))
+PREFLIGHT_AGE = 600  # seconds that a browser may remember a preflight
+
+
+class Access:
+    def __init__(self, settings: config.Config, keys: client_keys.ClientKeys):
+        self._hosts = settings.allowed_hosts
+        self._origins = settings.allowed_origins
+        self.keys = keys
+
+    def check(self, head: Head, *, key_needed: bool) -> "str | None":
+        """Return the name of the client key that was shown, if any.
+
+        `key_needed`: whether a key is asked for when there are any (the API), or the rule for pages is enough.
+        Raises HostNotAllowed, OriginNotAllowed, ClientKeyRequired.
+        """
+        self.keys.refresh()
+        name = self._key_name(head)
+        if name is None:
+            self._check_host(head)
+            self._check_origin(head)
+            if key_needed and self.keys.required:
+                raise errors.ClientKeyRequired("a client key is needed, as `Authorization: Bearer KEY` or `X-Api-Key: KEY`; "
+                                               "`xai-client-key add NAME` makes one")
+        return name
+
+    def _key_name(self, head: Head) -> "str | None":
+        for field in ("authorization", "x-api-key"):
+            values = head.values(field)
+            if len(values) == 1:  # two would leave it open which one counts
+                scheme, _, key = values[0].rpartition(" ") if field == "authorization" else ("bearer", "", values[0])
+                if scheme.strip().lower() == "bearer" and key:
+                    name = self.keys.name_of(key)
+                    if name is not None:
+                        return name
+        return None
+
+    def _check_host(self, head: Head) -> None:
+        host = "".join(head.values("host"))
+        match = HOST.fullmatch(host)
+        if match is None or not self._is_ours(match[1].lower()):
+            raise errors.HostNotAllowed(f"the Host {host[:100]!r} is not ours; if it is, add it to XAI_PROXY_ALLOWED_HOSTS "
+                                        "(without its port), or send a client key")
+
+    def _is_ours(self, name: str) -> bool:
+        if name.startswith("["):
+            return _is_address(name[1:-1])
+        name = name.removesuffix(".")
+        return (name == "localhost" or name.endswith(".localhost") or "." not in name or _is_address(name)
+                or name in CONTAINER_HOSTS or name in self._hosts)
+
+    def _check_origin(self, head: Head) -> None:
+        origins = [value.lower() for value in head.values("origin")]
+        if origins and origins[0] in self._origins and len(origins) == 1:
+            return
+        sites = {value.lower() for value in head.values("sec-fetch-site")}
+        own = {f"{scheme}://{host.lower()}" for scheme in ("http", "https") for host in head.values("host")}
+        if len(origins) > 1 or not set(origins) <= own or not sites <= {"same-origin", "none"}:
+            origin = origins[0][:200] if origins else "the page's origin"
+            raise errors.OriginNotAllowed("web pages of other sites may not call this proxy; to allow this one, add "
+                                          f"{origin} to XAI_PROXY_ALLOWED_ORIGINS")
+
+    def preflight(self, head: Head) -> "list[tuple[str, str]] | None":
+        """The header fields of the answer to a CORS preflight; None when it is no preflight. Raises OriginNotAllowed.
+
+        It comes without a key even from a page that has one, so only a listed origin gets leave.
+        """
+        origins, methods = head.values("origin"), head.values("access-control-request-method")
+        if head.method != "OPTIONS" or not origins or not methods:
+            return None
+        if len(origins) > 1 or origins[0].lower() not in self._origins:
+            raise errors.OriginNotAllowed(f"web pages of {origins[0][:200]} may not call this proxy; to allow them, add it "
+                                          "to XAI_PROXY_ALLOWED_ORIGINS")
+        fields = [("Access-Control-Allow-Origin", origins[0]), ("Access-Control-Allow-Methods", methods[0]),
+                  ("Access-Control-Max-Age", str(PREFLIGHT_AGE)), ("Vary", "Origin")]
+        wanted = head.values("access-control-request-headers")
+        if wanted:
+            fields.append(("Access-Control-Allow-Headers", wanted[0]))
+        if head.values("access-control-request-private-network") == ["true"]:
+            fields.append(("Access-Control-Allow-Private-Network", "true"))
+        return fields
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,87 @@
+"""xai-client-key: add, list and remove client keys. The proxy sees a change at its next request."""
+
+import fcntl
+import os
+import secrets
+import sys
+from collections.abc import Callable
+
+from xaiproxy import client_keys, command, config, errors
+
+EXAMPLES = """\
+  xai-client-key add laptop        make a key and print it, this once
+  xai-client-key list              who has one
+  xai-client-key remove laptop     it is refused from the next request on
+"""
+
+
+def main(argv: "list[str] | None" = None) -> int:
+    parser = command.ArgumentParser(prog="xai-client-key", usage="xai-client-key {add NAME, list, remove NAME}",
+                                    description="Keys that clients show to the proxy.", epilog=EXAMPLES)
+    actions = parser.add_subparsers(dest="action", required=True, metavar="add | list | remove")
+    for action in ("add", "remove"):
+        actions.add_parser(action).add_argument("name", metavar="NAME")
+    actions.add_parser("list")
+    arguments = parser.parse_args(argv)
+
+    def body() -> "int | None":
+        path = config.from_environ(os.environ).client_keys_file
+        if arguments.action == "list":
+            for name in _read(path):
+                print(name)
+        elif arguments.action == "add":
+            key = "xaip_" + secrets.token_urlsafe(32)
+            _change(path, lambda keys: _added(keys, arguments.name, key))
+            print(f"The key of {arguments.name}, shown this once; clients send it as their API key:", file=sys.stderr)
+            print(key)
+        else:
+            _change(path, lambda keys: _removed(keys, arguments.name))
+            print(f"The key of {arguments.name} is refused from now on.", file=sys.stderr)
+    return command.run(parser.prog, body)
+
+
+def _added(keys: "dict[str, str]", name: str, key: str) -> "dict[str, str]":
+    if not client_keys.LINE.fullmatch(f"{name} {'0' * 64}"):
+        raise errors.UsageError(f"{name!r} cannot be a name: 1 to 64 letters, digits, dots, dashes and underscores")
+    if name in keys:
+        raise errors.UsageError(f"{name} has a key already; remove it first, or choose another name")
+    return keys | {name: client_keys.digest(key)}
+
+
+def _removed(keys: "dict[str, str]", name: str) -> "dict[str, str]":
+    if name not in keys:
+        raise errors.UsageError(f"{name} has no key; `xai-client-key list` shows who has")
+    return {other: digest for other, digest in keys.items() if other != name}
+
+
+def _read(path: "os.PathLike[str]") -> "dict[str, str]":
+    try:
+        with open(path, encoding="utf-8") as file:
+            return client_keys.parse(file.read())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise errors.ConfigurationError(f"{path} cannot be used: {error}; put it right or remove it") from error
+
+
+def _change(path, edit: "Callable[[dict[str, str]], dict[str, str]]") -> None:
+    """Replace the file by an atomic rename, so that the proxy never reads half of it; one command at a time."""
+    new = path.with_name(path.name + ".new")
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with open(path.with_name(path.name + ".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            keys = edit(_read(path))
+            new.unlink(missing_ok=True)
+            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w") as file:
+                file.write("# client keys: a name and the SHA-256 of a key a line; made by xai-client-key\n")
+                file.writelines(f"{name} {digest}\n" for name, digest in keys.items())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(new, path)
+    except OSError as error:
+        raise errors.StorageError(f"{path} cannot be written: {error.strerror}; nothing was changed") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

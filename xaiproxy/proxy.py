@@ -1,0 +1,216 @@
+"""A request under /v1 or /v2: to upstream with the access token, and the answer back as it comes.
+
+The life of a request: who may call (access.py); a token, waited for when it has just expired; the request to
+upstream; upstream's head, and once, if it says that the token is dead, the same request with another token; then
+status, fields and every chunk as they came. No other status is retried, refreshed on or altered.
+
+This is a WSGI layer around Flask's `app.wsgi_app`: a proxied request needs the raw target and fields, which Flask's
+request context has lost, and nothing of what that context would cost.
+"""
+
+import contextlib
+import logging
+import math
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import gevent
+
+from xaiproxy import access, config, errors, headers, token_store, tokens
+from xaiproxy.http_handler import ClientWatch
+from xaiproxy.request_body import ReplayableBody, ReplayMemory
+from xaiproxy.request_head import Head
+from xaiproxy.upstream import USER_AGENT, Exchange, Upstream, is_refused_token
+
+logger = logging.getLogger(__name__)
+
+PREFIXES = ("/v1/", "/v2/")
+WAIT = 10.0  # seconds that a request waits for the refresher
+LOOK = 0.1  # seconds between two looks at the token file meanwhile
+# A token younger than this was minted a moment ago: xAI has refused such ones once and then taken them.
+YOUNG = 120  # seconds
+YOUNG_PAUSE = 1.0  # seconds
+SEGMENT_END = re.compile(r"/|%2f|\\|%5c", re.IGNORECASE)
+
+
+class Proxy:
+    """The WSGI layer: answers what is under PREFIXES and hands on everything else."""
+
+    def __init__(self, otherwise: "Callable[..., Iterable[bytes]]", settings: config.Config,
+                 store: token_store.TokenStore, gate: access.Access, upstream: Upstream):
+        self._otherwise = otherwise
+        self._settings = settings
+        self._store = store
+        self._gate = gate
+        self._upstream = upstream
+        self._memory = ReplayMemory(settings.replay_memory)
+
+    def __call__(self, environ: "dict[str, Any]", start_response: "Callable[..., Any]") -> "Iterable[bytes]":
+        head: Head = environ["xaiproxy.head"]
+        if not head.path.startswith(PREFIXES):
+            return self._otherwise(environ, start_response)
+        handler = environ["xaiproxy.handler"]
+        try:
+            preflight = self._gate.preflight(head)
+            if preflight is not None:
+                start_response("204 No Content", preflight)
+                return []
+            handler.key_name = self._gate.check(head, key_needed=True)
+            check_path(head.path)
+            return self._forward(head, environ, start_response)
+        except errors.Refusal as refusal:
+            handler.ended_by = "proxy"
+            status, fields, body = refusal.rendered()
+            start_response(status, fields)
+            return [body]
+
+    def _forward(self, head: Head, environ: "dict[str, Any]", start_response: "Callable[..., Any]") -> "Stream":
+        handler = environ["xaiproxy.handler"]
+        body = ReplayableBody(environ["wsgi.input"], self._settings.replay_limit, self._memory)
+        watch = ClientWatch(handler.socket)
+        exchange = None
+        try:
+            watch.start()  # while we wait for a token; it stops at the first byte of a body
+            login = self._login()
+            exchange = self._send(head, body, login, watch)
+            if is_refused_token(exchange):
+                newer = self._other_login(login) if body.replayable else None
+                if newer is not None:
+                    exchange.close()
+                    exchange = self._send(head, body, newer, watch)
+            body.forget()
+            fields = headers.to_client(exchange.fields, length=exchange.length)
+            start_response(f"{exchange.status} {_reason(exchange.reason)}", fields)
+            return Stream(exchange, watch)
+        except BaseException:
+            body.forget()
+            watch.close()
+            if exchange is not None:
+                exchange.close()
+            raise
+
+    def _send(self, head: Head, body: ReplayableBody, login: tokens.Tokens, watch: ClientWatch) -> Exchange:
+        fields = headers.to_upstream(head.fields, host=self._upstream.host, user_agent=USER_AGENT,
+                                     access_token=login.access_token)
+        framing = None
+        if head.chunked:
+            framing = ("Transfer-Encoding", "chunked")
+        elif head.content_length is not None:
+            framing = ("Content-Length", str(head.content_length))
+        exchange = self._upstream.send(head.method, head.target, fields, body, framing)
+        watch.start()  # again: the body is read, and nothing else looks at the client's socket from here on
+        exchange.receive()
+        return exchange
+
+    # Which token
+
+    def _login(self) -> tokens.Tokens:
+        """A login whose token has not expired. Raises LoginRequired, TokenUnavailable."""
+        deadline = time.monotonic() + WAIT
+        while True:
+            try:
+                login = self._store.current()
+            except errors.LoginUnusable as error:
+                raise errors.LoginRequired(str(error)) from error
+            now = time.time()
+            if login.expires_at > now:
+                return login
+            self._check_hope(login, now)
+            if time.monotonic() >= deadline:
+                raise errors.TokenUnavailable(f"the access token has expired and {WAIT:g} s brought no new one; try again", 1)
+            gevent.sleep(LOOK)
+
+    def _check_hope(self, login: tokens.Tokens, now: float) -> None:
+        """Raise unless a new token may come within seconds."""
+        error = login.refresh_error
+        if error is not None and error.terminal:
+            raise errors.LoginRequired(f"the login has ended ({error.code}); {errors.SIGN_IN}")
+        if error is not None:
+            wait = min(10, max(1, math.ceil((error.retry_at or now) - now)))
+            raise errors.TokenUnavailable(f"the access token has expired and cannot be renewed at the moment: "
+                                          f"{error.description or error.code}", wait)
+        if login.refresh_token is None:
+            raise errors.TokenUnavailable(f"the access token has expired and {self._store.path} holds no refresh token; "
+                                          "whoever puts the file there has to replace it", 10)
+        if not self._store.refresher_alive(now):
+            raise errors.TokenUnavailable("the access token has expired and no refresher runs; start xai-refresher", 10)
+
+    def _other_login(self, refused: tokens.Tokens) -> "tokens.Tokens | None":
+        """A login to send a refused request again with, or None when the refusal is to go through.
+
+        Raises LoginRequired when the login has ended.
+        """
+        login = self._reload()
+        if login.access_token != refused.access_token:
+            return login
+        if login.age(time.time()) < YOUNG:
+            gevent.sleep(YOUNG_PAUSE)
+            return self._reload()
+        asked_at = time.time()
+        if not self._may_come(login, asked_at - WAIT):
+            return None
+        try:
+            self._store.ask_refresh(refused.access_token)
+        except OSError as error:
+            logger.warning("%s cannot be written (%s): the refresher cannot be told that a token was refused",
+                           self._store.refused_path, error.strerror)
+            return None
+        deadline = time.monotonic() + WAIT
+        while time.monotonic() < deadline:
+            gevent.sleep(LOOK)
+            try:
+                login = self._store.current()
+            except errors.LoginUnusable as error:
+                raise errors.LoginRequired(str(error)) from error
+            if login.access_token != refused.access_token:
+                return login
+            if not self._may_come(login, asked_at):
+                return None
+        return None
+
+    def _reload(self) -> tokens.Tokens:
+        try:
+            return self._store.load()
+        except errors.LoginUnusable as error:
+            raise errors.LoginRequired(str(error)) from error
+
+    def _may_come(self, login: tokens.Tokens, since: float) -> bool:
+        """Whether to wait for another token: False when the refresher has failed `since` then, or there is none."""
+        error = login.refresh_error
+        if error is not None and error.terminal:
+            raise errors.LoginRequired(f"the login has ended ({error.code}); {errors.SIGN_IN}")
+        if error is not None and (error.at >= since or (error.retry_at or 0) > time.time() + WAIT):
+            return False
+        return login.refresh_token is not None and self._store.refresher_alive(time.time())
+
+
+class Stream:
+    """The answer's body, chunk by chunk. Our handler sends the head as soon as it has one of these."""
+
+    head_first = True
+
+    def __init__(self, exchange: Exchange, watch: ClientWatch):
+        self._exchange = exchange
+        self._watch = watch
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._exchange)
+
+    def close(self) -> None:
+        with contextlib.closing(self._watch):
+            self._exchange.close()
+
+
+def check_path(path: str) -> None:
+    """Refuse what could leave /v1 further up, and a doubled /v1. Raises BadRequest, NotFound."""
+    for segment in SEGMENT_END.split(path):
+        if re.sub("%2e", ".", segment.partition(";")[0], flags=re.IGNORECASE) in (".", ".."):
+            raise errors.BadRequest("the path has a dot segment; send the path that is meant")
+    if path[3:7] in ("/v1/", "/v2/"):
+        raise errors.NotFound(f"there is no {path[:200]}; {path[3:200]} is meant: the base URL ends with one /v1")
+
+
+def _reason(reason: str) -> str:
+    return re.sub(r"[^\t -~\x80-\xff]", "", reason)

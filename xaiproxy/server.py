@@ -1,0 +1,171 @@
+"""Process 1: the WSGI server, its limits, its signals and its drain."""
+
+import contextlib
+import errno
+import logging
+import os
+import resource
+import signal
+import socket
+from collections.abc import Iterator
+
+import gevent
+import gevent.event
+import gevent.monkey
+import gevent.pool
+from gevent import pywsgi
+
+from xaiproxy import __version__, app, client_keys, command, config, errors, log
+from xaiproxy.http_handler import Cut, Handler
+from xaiproxy.upstream import SOCKET_OPTIONS, Upstream
+
+logger = logging.getLogger(__name__)
+
+BACKLOG = 1024  # connections that wait in the kernel when all slots are taken
+SPARE_DESCRIPTORS = 64  # for logs, the token file, the event loop and what the libraries open
+EXAMPLES = """\
+  xai-proxy                        serve http://127.0.0.1:9090/v1 with the login of xai-login
+  xai-proxy --port 8080            on another port
+"""
+
+
+class Server(pywsgi.WSGIServer):
+    handler_class = Handler
+
+    def __init__(self, listener: socket.socket, application, settings: config.Config, connections: int):
+        # A pool, since without one WSGIServer.stop would cut every stream at once; full, it stops accepting.
+        super().__init__(listener, application, spawn=gevent.pool.Pool(connections), log=None, error_log=logger,
+                         environ={"SERVER_NAME": "xaiproxy"})  # else pywsgi looks its name up in the DNS
+        self.settings = settings
+        self.draining = False
+        self._idle: "set[gevent.Greenlet]" = set()
+
+    @contextlib.contextmanager
+    def idle(self, handler: Handler) -> "Iterator[None]":
+        """Between two requests: such a connection may be closed at any time."""
+        greenlet = gevent.getcurrent()
+        if self.draining:
+            raise gevent.GreenletExit
+        self._idle.add(greenlet)
+        try:
+            yield
+        finally:
+            self._idle.discard(greenlet)
+
+    def drain(self, cut: gevent.event.Event) -> None:
+        """Stop accepting, close idle connections, wait for open answers, then cut what is left.
+
+        `cut`: set to end the wait early.
+        """
+        self.draining = True
+        self.close()
+        for greenlet in list(self._idle):
+            greenlet.kill(block=False)
+        if len(self.pool):
+            logger.info("stopping; %d open answers get %g s to finish", len(self.pool), self.settings.drain_timeout)
+        finished = gevent.spawn(self.pool.join)
+        gevent.wait([finished, cut], timeout=self.settings.drain_timeout, count=1)
+        if len(self.pool):
+            logger.warning("cutting %d open answers", len(self.pool))
+            self.pool.kill(Cut, timeout=5)
+
+
+def main(argv: "list[str] | None" = None) -> int:
+    parser = command.ArgumentParser(prog="xai-proxy", description="Serve an OpenAI-compatible endpoint.", epilog=EXAMPLES)
+    parser.add_argument("--bind", metavar="ADDRESS", help="IP address to listen on")
+    parser.add_argument("-p", "--port", help="TCP port to listen on")
+    parser.add_argument("--token-path", metavar="FILE", help="the token file")
+    parser.add_argument("--version", action="version", version=__version__)
+    arguments = parser.parse_args(argv)
+    return command.run(parser.prog, lambda: serve(config.from_environ(os.environ, {
+        "XAI_PROXY_BIND": arguments.bind, "XAI_PROXY_PORT": arguments.port,
+        "XAI_PROXY_TOKEN_PATH": arguments.token_path})))
+
+
+def serve(settings: config.Config) -> int:
+    """Serve until SIGTERM or SIGINT, then drain; a second signal cuts at once."""
+    # The original poll: the patched one would switch greenlets in the middle of a log line.
+    log.setup("proxy", settings.log_level, settings.log_format, poll=gevent.monkey.get_original("select", "poll"))
+    gevent.get_hub().exception_stream = _LogStream()
+    for warning in settings.warnings:
+        logger.warning("%s", warning)
+    keys = client_keys.ClientKeys(settings.client_keys_file, required=_names_a_key_file(settings))
+    listener = listen(settings)
+    check_exposure(listener, settings, keys)
+    upstream = Upstream(settings)
+    server = Server(listener, app.create_app(settings, keys, upstream), settings,
+                    connection_limit(settings.max_connections))
+    stop, cut = gevent.event.Event(), gevent.event.Event()
+
+    def on_signal() -> None:
+        (cut if stop.is_set() else stop).set()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        gevent.signal_handler(number, on_signal)
+    server.start()
+    host = f"[{settings.bind}]" if ":" in settings.bind else settings.bind
+    logger.info("listening on http://%s:%d/v1%s", host, listener.getsockname()[1],
+                "" if keys.required else "; no client key is asked for")
+    stop.wait()
+    server.drain(cut)
+    upstream.close()
+    logger.info("stopped")
+    return 0
+
+
+def listen(settings: config.Config) -> socket.socket:
+    """A listening socket. Raises ConfigurationError when the address cannot be had."""
+    family = socket.AF_INET6 if ":" in settings.bind else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    for option in SOCKET_OPTIONS:  # accepted sockets inherit them on Linux
+        listener.setsockopt(*option)
+    try:
+        listener.bind((settings.bind, settings.port))
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        advice = "stop what listens there, or set XAI_PROXY_PORT" if error.errno == errno.EADDRINUSE else \
+            "set XAI_PROXY_BIND and XAI_PROXY_PORT to what this machine allows"
+        raise errors.ConfigurationError(f"cannot listen on {settings.bind} port {settings.port}: {error.strerror}; "
+                                        f"{advice}") from error
+    return listener
+
+
+def check_exposure(listener: socket.socket, settings: config.Config, keys: client_keys.ClientKeys) -> None:
+    """Refuse to serve everybody by accident. Raises ConfigurationError."""
+    address = listener.getsockname()[0]  # what the socket says, not what the settings say
+    if not (config.is_loopback(address) or keys.required or settings.allow_anonymous):
+        raise errors.ConfigurationError(
+            f"{address} can be reached from other machines, and there is no client key; make one with "
+            f"`xai-client-key add NAME` ({settings.client_keys_file}), or set XAI_PROXY_ALLOW_ANONYMOUS=1")
+
+
+def _names_a_key_file(settings: config.Config) -> bool:
+    # A file that the settings name and that is not there is a mistake, which must not leave the door open.
+    return settings.client_keys_file != settings.token_path.parent / "client-keys"
+
+
+def connection_limit(wanted: int) -> int:
+    """Raise our own file descriptor limit as far as it goes; return how many client connections fit in it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = 2 * wanted + SPARE_DESCRIPTORS  # each client has a connection to upstream
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return wanted
+    fitting = max(1, (soft - SPARE_DESCRIPTORS) // 2)
+    logger.warning("the file descriptor limit of %d has room for %d client connections, not %d; raise it with ulimit -n",
+                   soft, fitting, wanted)
+    return fitting
+
+
+class _LogStream:
+    """Where gevent prints what a greenlet died of: our log, since stderr may be read by nobody."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            logger.error("%s", text.rstrip())
+
+    def flush(self) -> None:
+        pass
