@@ -63,7 +63,7 @@ class TokenStore:
         return self._latest
 
     def read(self) -> "tuple[bytes, os.stat_result]":
-        """The file's bytes and status. Raises LoginUnusable (missing, unreadable, corrupt)."""
+        """The file's bytes and status. Raises LoginUnusable (missing, unreadable)."""
         try:
             # O_NONBLOCK: opening somebody's FIFO must not wait for a writer.
             fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -72,11 +72,17 @@ class TokenStore:
         except OSError as error:
             raise errors.LoginUnusable("unreadable", f"{self.path} cannot be read ({error.strerror}); make it readable "
                                        f"for user {os.geteuid()}") from error
-        with open(fd, "rb") as file:
+        try:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
                 raise errors.LoginUnusable("unreadable", f"{self.path} is not a file; move it away and {errors.SIGN_IN}")
-            return file.read(SIZE_LIMIT + 1), status
+            with open(fd, "rb", closefd=False) as file:
+                return file.read(SIZE_LIMIT + 1), status
+        except OSError as error:  # a network file system's ESTALE, a broken disk
+            raise errors.LoginUnusable("unreadable", f"{self.path} cannot be read ({error.strerror}); look after its "
+                                       "file system") from error
+        finally:
+            os.close(fd)
 
     def _check_fits(self, login: tokens.Tokens) -> None:
         settings = self.settings
@@ -93,9 +99,13 @@ class TokenStore:
         """Tell the refresher that upstream refused this token. Raises OSError when the folder cannot be written."""
         temporary = self.refused_path.with_name(self.refused_path.name + f".{secrets.token_hex(4)}")
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        with open(fd, "w") as file:
-            file.write(tokens.fingerprint(access_token))
-        os.replace(temporary, self.refused_path)
+        try:
+            with open(fd, "w") as file:
+                file.write(tokens.fingerprint(access_token))
+            os.replace(temporary, self.refused_path)
+        except OSError:
+            os.unlink(temporary)  # a full disk, which must not fill up with these
+            raise
 
     def asked_for(self) -> "str | None":
         """Fingerprint of the access token that the proxy last reported as refused, if any."""

@@ -1,0 +1,255 @@
+"""tokens.json as readers see it: states of a login that cannot be used, no torn read, and the files beside it."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+
+import pytest
+
+from xaiproxy import config, errors, token_store, tokens
+from xaiproxy.token_store import TokenStore
+
+LOGIN = {"access_token": "access", "refresh_token": "refresh", "expires_at": 2000}
+CLIENT = config.DEFAULT_CLIENT_ID
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
+
+
+def make_store(folder, **settings) -> TokenStore:
+    environ = {"XAI_PROXY_TOKEN_PATH": str(folder / "tokens.json"),
+               **{f"XAI_PROXY_{name.upper()}": value for name, value in settings.items()}}
+    return TokenStore(config.from_environ(environ, dotenv_path=os.devnull))
+
+
+@pytest.fixture
+def store(tmp_path):
+    return make_store(tmp_path)
+
+
+def put(store, login=LOGIN, **members):
+    store.path.write_text(json.dumps({**login, **members}))
+
+
+def state(store) -> str:
+    """The state of a login that cannot be used, which load and current must agree about."""
+    with pytest.raises(errors.LoginUnusable) as loaded:
+        store.load()
+    with pytest.raises(errors.LoginUnusable) as current:
+        store.current()
+    assert str(loaded.value) == str(current.value) and loaded.value.exit_code == 77
+    assert str(store.path) in str(loaded.value) and "secret" not in str(loaded.value)
+    return loaded.value.state
+
+
+# reading
+
+def test_a_login_is_loaded(store):
+    put(store)
+    assert store.load() == store.current() == tokens.from_json(json.dumps(LOGIN))
+
+
+def test_current_reads_again_only_when_the_file_is_another(store):
+    put(store)
+    first = store.current()
+    assert store.current() is first
+    (store.path.parent / "next").write_text(json.dumps({**LOGIN, "access_token": "newone"}))  # the same size
+    os.utime(store.path.parent / "next", ns=(store.path.stat().st_atime_ns, store.path.stat().st_mtime_ns))
+    os.replace(store.path.parent / "next", store.path)
+    assert store.current().access_token == "newone"
+
+
+def test_current_follows_the_file_through_every_state(store):
+    assert state(store) == "missing"
+    put(store)
+    assert store.current().access_token == "access"
+    store.path.write_text("{")
+    assert state(store) == "corrupt"
+    put(store, access_token="other")
+    assert store.current().access_token == "other"
+    store.path.unlink()
+    assert state(store) == "missing"
+
+
+def test_a_login_that_cannot_be_used_is_told_without_growing_a_traceback(store):
+    store.path.write_text("{")
+    for _ in range(3):
+        with pytest.raises(errors.LoginUnusable) as caught:
+            store.current()
+    assert len(caught.traceback) == 2  # this test and current
+
+
+# 10,000 reads against 500 renames, in processes of their own
+
+WRITER = """
+import os, sys
+from xaiproxy import config, token_store, token_writer, tokens
+store = token_store.TokenStore(config.from_environ({"XAI_PROXY_TOKEN_PATH": sys.argv[1]}, dotenv_path=os.devnull))
+for number in range(500):
+    with token_writer.locked(store, 5) as writer:
+        writer.save(tokens.Tokens(f"access{number}", 2000, f"refresh{number}", extra={"filling": str(number) * 6000}))
+"""
+READER = """
+import os, sys
+from xaiproxy import config, token_store
+store = token_store.TokenStore(config.from_environ({"XAI_PROXY_TOKEN_PATH": sys.argv[1]}, dotenv_path=os.devnull))
+reads, seen = 0, set()
+while reads < 5000 or "access499" not in seen:
+    login = [store.load, store.current][reads % 2]()
+    number = login.access_token.removeprefix("access")
+    assert login.refresh_token == f"refresh{number}" and login.extra["filling"] == number * 6000
+    reads += 1
+    seen.add(login.access_token)
+print(reads, len(seen))
+"""
+
+
+def test_ten_thousand_reads_against_five_hundred_renames_see_no_torn_file(store):
+    put(store, access_token="access0", refresh_token="refresh0", filling="0" * 6000)
+    readers = [subprocess.Popen([sys.executable, "-c", READER, store.path], stdout=subprocess.PIPE, text=True)
+               for _ in range(2)]
+    subprocess.run([sys.executable, "-c", WRITER, store.path], check=True, timeout=60)
+    for reader in readers:
+        reads, seen = map(int, reader.communicate(timeout=60)[0].split())
+        assert reader.returncode == 0 and reads >= 5000
+        assert seen > 50  # they did overlap
+
+
+# states
+
+def test_what_cannot_be_opened_is_unreadable(store):
+    os.mkdir(store.path)
+    assert state(store) == "unreadable"
+    os.rmdir(store.path)
+    os.mkfifo(store.path)  # and is not waited for
+    assert state(store) == "unreadable"
+
+
+NOBODY = """
+import os, sys
+from xaiproxy import config, errors, token_store
+store = token_store.TokenStore(config.from_environ({"XAI_PROXY_TOKEN_PATH": sys.argv[1]}, dotenv_path=os.devnull))
+if os.geteuid() == 0:
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+try:
+    store.load()
+except errors.LoginUnusable as error:
+    print(error.state, os.geteuid(), error)
+"""
+
+
+def test_a_file_without_permission_is_unreadable():
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own lets no other user in
+        os.chmod(folder, 0o711)
+        path = os.path.join(folder, "tokens.json")
+        os.close(os.open(path, os.O_CREAT, 0o000))
+        said = subprocess.run([sys.executable, "-c", NOBODY, path], capture_output=True, text=True).stdout
+    state, user, sentence = said.split(" ", 2)
+    assert state == "unreadable"
+    assert sentence == f"{path} cannot be read (Permission denied); make it readable for user {user}\n"
+
+
+@pytest.mark.parametrize("content", ["", "{", "secret", '{"access_token": "secret secret"}', " " * (1 << 20) + "{}"])
+def test_what_does_not_parse_is_corrupt(store, content):
+    store.path.write_text(content)
+    assert state(store) == "corrupt"
+
+
+def test_a_file_longer_than_a_login_can_be_is_not_read_whole(store):
+    with open(store.path, "w") as file:
+        file.write(json.dumps(LOGIN))
+        file.truncate(1 << 40)
+    assert state(store) == "corrupt"
+
+
+@needs_root
+def test_another_users_file_is_not_ours_while_it_holds_a_refresh_token(store):
+    put(store)
+    os.chown(store.path, 12345, 12345)
+    assert state(store) == "not_ours"
+    put(store, refresh_token=None)
+    assert store.load().access_token == "access"
+
+
+def test_a_link_is_followed_only_without_a_refresh_token(store):
+    store.path.symlink_to("elsewhere.json")
+    assert state(store) == "missing"
+    put(store)
+    assert state(store) == "symlink"
+    put(store, refresh_token=None)  # a mounted Secret
+    assert store.current().access_token == "access"
+
+
+def test_a_mounted_secret_is_followed_when_the_kubelet_swaps_it(store):
+    folder = store.path.parent
+    for name in ("1", "2"):
+        (folder / name).mkdir()
+        (folder / name / "tokens.json").write_text(json.dumps({**LOGIN, "refresh_token": None, "access_token": name}))
+    (folder / "..data").symlink_to("1")
+    store.path.symlink_to("..data/tokens.json")
+    assert store.current().access_token == "1"
+    (folder / "..tmp").symlink_to("2")
+    os.replace(folder / "..tmp", folder / "..data")
+    assert store.current().access_token == "2"
+
+
+def test_another_issuers_or_clients_login_is_foreign(store):
+    put(store, issuer="https://login.example")
+    assert state(store) == "foreign"
+    put(store, client_id="another")
+    assert state(store) == "foreign"
+    put(store, issuer=config.DEFAULT_ISSUER, client_id=CLIENT)
+    assert store.load()
+
+
+def test_a_file_that_names_no_issuer_is_xais_and_foreign_to_any_other(tmp_path):
+    store = make_store(tmp_path, issuer="http://127.0.0.1:1", upstream="http://127.0.0.1:1")
+    put(store)
+    assert state(store) == "foreign"
+
+
+def test_xais_login_goes_to_xai_only(tmp_path):
+    store = make_store(tmp_path, upstream="http://127.0.0.1:1")
+    put(store)
+    assert state(store) == "foreign"
+
+
+@pytest.mark.parametrize("url, good", [
+    ("https://x.ai", True), ("https://api.x.ai/v1", True), ("https://API.X.AI", True), ("https://api.x.ai:443", True),
+    ("http://api.x.ai", False), ("https://evilx.ai", False), ("https://x.ai.evil.example", False),
+    ("https://api.x.ai@evil.example", False), ("https://user@api.x.ai", False), ("https://api.x.ai:444", False),
+    ("https://", False), ("api.x.ai", False)])
+def test_is_xai(url, good):
+    assert token_store.is_xai(url) is good
+
+
+# the proxy's request and the refresher's sign of life
+
+def test_the_note_names_the_refused_token_without_telling_it(store):
+    assert store.asked_for() is None
+    store.ask_refresh("secret token")
+    assert store.asked_for() == tokens.fingerprint("secret token")
+    assert store.refused_path.stat().st_mode & 0o777 == 0o600
+    assert sorted(os.listdir(store.path.parent)) == ["tokens.json.refused"]
+
+
+def test_a_note_that_cannot_be_written_is_told_and_leaves_nothing(store):
+    os.mkdir(store.refused_path)
+    with pytest.raises(OSError):
+        store.ask_refresh("token")
+    assert os.listdir(store.path.parent) == ["tokens.json.refused"]
+
+
+def test_the_refresher_is_alive_while_the_locks_time_is_recent(store):
+    assert (store.refresher_age(100), store.refresher_alive(100)) == (None, False)
+    store.lock_path.touch()
+    for touched, now, age, alive in [(1000, 1059.9, 59.9, True), (1000, 1060, 60, False), (1000, 940.1, -59.9, True),
+                                     (1000, 900, -100, False), (0, 10, None, False)]:
+        os.utime(store.lock_path, (touched, touched))
+        assert store.refresher_age(now) == (age if age is None else pytest.approx(age))
+        assert store.refresher_alive(now) is alive
+    os.utime(store.lock_path)
+    assert store.refresher_alive(time.time())
