@@ -19,6 +19,7 @@ import errno
 import fcntl
 import logging
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator
 
@@ -52,6 +53,24 @@ def beat(store: token_store.TokenStore) -> None:
             os.close(fd)
     except OSError as error:
         raise _storage_error(store.lock_path, error) from error
+
+
+def tighten(store: token_store.TokenStore) -> str:
+    """Take away others' access to a token file whose mode is wider than 0600; return the warning that is due, or ""."""
+    try:
+        fd = os.open(store.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            mode = stat.S_IMODE(os.fstat(fd).st_mode)
+            if not mode & 0o077:
+                return ""
+            os.fchmod(fd, 0o600)
+            kept = not os.fstat(fd).st_mode & 0o077
+        finally:
+            os.close(fd)
+    except OSError:
+        return f"{store.path} may be open to other users: its mode cannot be changed"
+    return f"{store.path} was open to other users (mode {mode:04o}); " + (
+        "its mode is now 0600" if kept else "the file system does not keep another mode")
 
 
 @contextlib.contextmanager
@@ -101,21 +120,24 @@ class TokenWriter:
         except OSError as error:
             raise _storage_error(store.new_path, error) from error
         try:
-            with open(fd, "rb") as file:
+            with open(fd, "rb", closefd=False) as file:
                 text = file.read(token_store.SIZE_LIMIT + 1)
-                trusted = os.fstat(fd).st_uid == os.geteuid()
+            trusted = os.fstat(fd).st_uid == os.geteuid()
             try:
                 token_store.parse(text, store.new_path)
                 whole = trusted and tokens.replaces(text) == self._successor_mark() and not store.path.is_symlink()
             except errors.LoginUnusable:
                 whole = False
             if whole:
-                self._rename()
+                os.fsync(fd)  # its writer may have been killed before it did
+                self._put_into_place()
                 logger.warning("%s was left behind by a process that was killed; it is now %s", store.new_path, store.path)
             else:
                 store.new_path.unlink()
         except OSError as error:
             raise _storage_error(store.new_path, error) from error
+        finally:
+            os.close(fd)
 
     def save(self, login: tokens.Tokens) -> None:
         """Make `login` the file's content, durably. Raises StorageError, with the old content still in place.
@@ -127,14 +149,20 @@ class TokenWriter:
             fd = self._create()
             try:
                 _write(fd, login.to_json(mark).encode())
+                self._put_into_place()
+            except OSError:
+                self._clear_away()
+                raise
             finally:
                 os.close(fd)
-            self._keep_corrupt()
-            self._rename()
 
     def rehearse(self, login: tokens.Tokens) -> "Reserved":
         """Do the whole save with the login in hand, and reserve room for its successor. Raises StorageError."""
         self.save(login)
+        return self.reserve()
+
+    def reserve(self) -> "Reserved":
+        """Make tokens.json.new, with room for a login. Raises StorageError."""
         with self._writing():
             mark = self._successor_mark()
             fd = self._create()
@@ -144,6 +172,7 @@ class TokenWriter:
                 _write(fd, b" " * RESERVE)
             except OSError:
                 os.close(fd)
+                self._clear_away()
                 raise
             return Reserved(self, fd, mark)
 
@@ -181,7 +210,12 @@ class TokenWriter:
                 os.rename(self.store.path, aside)
                 logger.warning("%s could not be read as a login and is kept as %s", self.store.path, aside)
 
-    def _rename(self) -> None:
+    def _clear_away(self) -> None:
+        with contextlib.suppress(OSError):  # the failure that brought us here is the one to tell
+            self.store.new_path.unlink()
+
+    def _put_into_place(self) -> None:
+        self._keep_corrupt()
         os.rename(self.store.new_path, self.store.path)
         self._sync_folder()
 
@@ -212,19 +246,29 @@ class Reserved:
         self._mark = mark
 
     def commit(self, login: tokens.Tokens) -> None:
-        """Write, sync and rename. Raises StorageError; may then be called again."""
+        """Write, sync and rename. Raises StorageError, and may then be called again: `login` is the only copy.
+
+        Raises LoginUnusable when somebody removed tokens.json.new meanwhile: whoever clears the folder by hand is
+        signing out, and a login that has come there since must not be overwritten.
+        """
+        store = self._writer.store
         with self._writer._writing():
-            content = login.to_json(self._mark).encode()
-            os.lseek(self._fd, 0, os.SEEK_SET)
-            _write(self._fd, content)
-            os.ftruncate(self._fd, len(content))
-            os.fsync(self._fd)
-            self._writer._rename()
-            self.close()
+            if self._fd >= 0:
+                if os.fstat(self._fd).st_nlink == 0:
+                    raise errors.LoginUnusable("missing", f"{store.new_path} was removed while its login was refreshed; "
+                                               f"{errors.SIGN_IN}")
+                content = login.to_json(self._mark).encode()
+                os.lseek(self._fd, 0, os.SEEK_SET)
+                _write(self._fd, content)
+                os.ftruncate(self._fd, len(content))
+                os.fsync(self._fd)
+                os.rename(store.new_path, store.path)
+                self.close()
+            self._writer._sync_folder()  # all that is left to do when this failed the first time
 
     def discard(self) -> None:
-        """Nothing was spent: give the room back."""
-        self._writer.store.new_path.unlink(missing_ok=True)
+        """Nothing was spent: give the room back. Whoever takes the lock next does so if this fails."""
+        self._writer._clear_away()
         self.close()
 
     def close(self) -> None:

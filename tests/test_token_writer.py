@@ -1,0 +1,381 @@
+"""What is written to tokens.json, under its lock: one way onto the disk, left-overs, the rehearsed save.
+
+System calls fail for real here: strace makes the kernel return the error, or kill the process, at the n-th call.
+"""
+
+import concurrent.futures
+import json
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from xaiproxy import config, errors, token_writer, tokens
+from xaiproxy.token_store import TokenStore
+from xaiproxy.tokens import fingerprint
+
+OLD = tokens.Tokens("old", 2000, "old-refresh", extra={"theirs": 1})
+NEW = tokens.Tokens("new", 3000, "new-refresh", extra={"theirs": 1})
+
+
+def make_store(folder) -> TokenStore:
+    return TokenStore(config.from_environ({"XAI_PROXY_TOKEN_PATH": str(folder / "tokens.json")}, dotenv_path=os.devnull))
+
+
+@pytest.fixture
+def store(tmp_path):
+    return make_store(tmp_path)
+
+
+def save(store, login):
+    with token_writer.locked(store, 0) as writer:
+        writer.save(login)
+
+
+def files(store) -> "list[str]":
+    return sorted(os.listdir(store.path.parent))
+
+
+def leave_behind(store, text):
+    store.new_path.write_text(text)
+
+
+# saving
+
+def test_a_save_is_0600_whatever_the_umask_and_leaves_nothing_beside_it(store):
+    umask = os.umask(0)
+    try:
+        save(store, OLD)
+    finally:
+        os.umask(umask)
+    assert store.load() == OLD
+    assert stat.S_IMODE(store.path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(store.lock_path.stat().st_mode) == 0o600
+    assert files(store) == ["tokens.json", "tokens.json.lock"]
+
+
+def test_a_save_names_the_refresh_token_that_it_succeeds(store):
+    save(store, OLD)
+    assert json.loads(store.path.read_text())["replaces"] is None
+    save(store, NEW)
+    assert json.loads(store.path.read_text())["replaces"] == fingerprint("old-refresh")
+
+
+def test_unknown_keys_survive_a_rewrite(store):
+    store.path.write_text(json.dumps({"access_token": "a", "expires_at": 1, "theirs": {"deep": [None, "é"]}}))
+    save(store, store.load())
+    assert json.loads(store.path.read_text())["theirs"] == {"deep": [None, "é"]}
+
+
+@pytest.mark.parametrize("leftover", [False, True])
+def test_a_file_that_does_not_parse_is_kept_aside(store, leftover, caplog):
+    store.path.write_text("{corrupt")
+    if leftover:  # of a login that was killed before its rename
+        leave_behind(store, NEW.to_json(None))
+        with token_writer.locked(store, 0):
+            pass
+    else:
+        save(store, NEW)
+    assert store.load() == NEW
+    [aside] = [name for name in files(store) if re.fullmatch(r"tokens\.json\.corrupt-\d+", name)]
+    assert (store.path.parent / aside).read_text() == "{corrupt"
+    assert aside in caplog.text
+
+
+def test_remove_leaves_only_the_lock(store):
+    save(store, OLD)
+    store.ask_refresh("old")
+    (store.path.parent / "tokens.json.corrupt-5").touch()
+    (store.path.parent / "client-keys").touch()
+    with token_writer.locked(store, 0) as writer:
+        writer.save(NEW)
+        leave_behind(store, OLD.to_json(fingerprint("new-refresh")))
+        writer.remove()
+    assert files(store) == ["client-keys", "tokens.json.lock"]
+    with token_writer.locked(store, 0) as writer:
+        writer.remove()
+
+
+def test_a_folder_in_the_files_place_is_told(store):
+    os.mkdir(store.path)
+    with pytest.raises(errors.StorageError, match="is not a file"):
+        save(store, NEW)
+
+
+# the folder
+
+def test_the_folder_is_made_for_us_alone(tmp_path):
+    store = make_store(tmp_path / "a" / "b")
+    token_writer.prepare_folder(store)
+    assert stat.S_IMODE((tmp_path / "a" / "b").stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("mode, warned", [(0o700, 0), (0o755, 0), (0o770, 1), (0o707, 1), (0o1777, 0)])
+def test_a_folder_that_exists_is_never_changed_only_warned_about(store, mode, warned, caplog):
+    store.path.parent.chmod(mode)
+    token_writer.prepare_folder(store)
+    assert stat.S_IMODE(store.path.parent.stat().st_mode) == mode
+    assert len(caplog.records) == warned
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path):
+    (tmp_path / "file").touch()
+    for use in (token_writer.prepare_folder, token_writer.beat, lambda store: save(store, NEW)):
+        with pytest.raises(errors.StorageError, match=f"{tmp_path}/file.* Not a directory.* nothing was changed"):
+            use(make_store(tmp_path / "file" / "sub"))
+
+
+@pytest.mark.parametrize("mode, said", [(0o600, ""), (0o400, ""), (0o640, "(mode 0640); its mode is now 0600"),
+                                        (0o604, "(mode 0604); its mode is now 0600")])
+def test_a_mode_that_lets_others_in_is_put_right(store, mode, said):
+    save(store, OLD)
+    store.path.chmod(mode)
+    assert token_writer.tighten(store).endswith(said)
+    assert not stat.S_IMODE(store.path.stat().st_mode) & 0o077
+    assert token_writer.tighten(store) == ""
+
+
+# the lock
+
+HOLDER = """
+import fcntl, os, sys, time
+fd = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
+fcntl.flock(fd, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(store):
+    """Another process that holds the lock until its stdin ends, or it is killed."""
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, store.lock_path], text=True,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdin.close()
+    process.stdout.close()
+
+
+def test_a_lock_held_elsewhere_is_busy_after_the_wait(store, holder):
+    pauses = []
+    begin = time.monotonic()
+    with pytest.raises(errors.LockBusy, match=r"tokens.json.lock has been held .* for 0.3 s") as caught:
+        with token_writer.locked(store, 0.3, lambda seconds: (pauses.append(seconds), time.sleep(seconds))):
+            pytest.fail("two held it")
+    assert caught.value.exit_code == 75
+    assert 0.3 <= time.monotonic() - begin < 2 and 2 <= len(pauses) <= 4 and max(pauses) <= 0.1
+
+
+@pytest.mark.parametrize("end", ["killed", "let go"])
+def test_a_lock_is_had_as_soon_as_its_holder_ends(store, holder, end):
+    threading.Timer(0.2, holder.kill if end == "killed" else holder.stdin.close).start()
+    with token_writer.locked(store, 10):
+        assert holder.wait(5) == (-9 if end == "killed" else 0)
+
+
+def test_what_pause_raises_ends_the_wait(store, holder):
+    def pause(seconds):
+        raise InterruptedError
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(InterruptedError):
+        with token_writer.locked(store, 10, pause):
+            pytest.fail("two held it")
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_an_error_inside_lets_the_lock_go(store):
+    with pytest.raises(ZeroDivisionError):
+        with token_writer.locked(store, 0):
+            with pytest.raises(errors.LockBusy):
+                with token_writer.locked(store, 0):
+                    pytest.fail("two held it")
+            1 / 0
+    with token_writer.locked(store, 0):
+        pass
+
+
+def test_the_lock_is_no_sign_of_life_but_a_beat_is(store):
+    with token_writer.locked(store, 0):
+        assert store.refresher_age(time.time()) is None
+    token_writer.beat(store)
+    assert store.refresher_alive(time.time())
+    os.utime(store.lock_path, (1000, 1000))
+    with token_writer.locked(store, 0) as writer:
+        writer.save(NEW)
+        writer.remove()
+    assert store.lock_path.stat().st_mtime == 1000
+
+
+def test_a_link_in_the_locks_place_is_told_and_not_followed(store, tmp_path):
+    store.lock_path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(errors.StorageError, match="tokens.json.lock cannot be written"):
+        save(store, NEW)
+    assert not (tmp_path / "elsewhere").exists()
+
+
+# left-overs
+
+@pytest.mark.parametrize("text, adopted", [
+    (NEW.to_json(fingerprint("old-refresh")), True),
+    (NEW.to_json(fingerprint("old-refresh")) + " " * token_writer.RESERVE, True),  # killed before it was cut off
+    (NEW.to_json(fingerprint("another")), False),  # of a login that has been replaced since
+    (NEW.to_json(None), False),
+    (NEW.to_json(fingerprint("old-refresh"))[:-3], False),
+    (" " * token_writer.RESERVE, False),
+    ("", False)])
+def test_a_leftover_is_adopted_only_if_it_is_whole_and_succeeds_what_is_there(store, text, adopted, caplog):
+    save(store, OLD)
+    leave_behind(store, text)
+    with token_writer.locked(store, 0):
+        assert store.load() == (NEW if adopted else OLD)
+    assert files(store) == ["tokens.json", "tokens.json.lock"]
+    assert ("left behind" in caplog.text) is adopted
+
+
+@pytest.mark.parametrize("mark, adopted", [(None, True), (fingerprint("old-refresh"), False)])
+def test_a_leftover_first_login_is_adopted_but_no_refreshed_one_comes_back_after_signing_out(store, mark, adopted):
+    leave_behind(store, NEW.to_json(mark))
+    with token_writer.locked(store, 0):
+        assert store.path.exists() is adopted
+    assert not store.new_path.exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
+def test_another_users_leftover_is_not_adopted(store):
+    save(store, OLD)
+    leave_behind(store, NEW.to_json(fingerprint("old-refresh")))
+    os.chown(store.new_path, 12345, 12345)
+    with token_writer.locked(store, 0):
+        assert store.load() == OLD
+    assert not store.new_path.exists()
+
+
+def test_a_leftover_is_not_put_in_the_place_of_a_link(store):
+    (store.path.parent / "real.json").write_text(OLD.to_json(None))
+    store.path.symlink_to("real.json")
+    leave_behind(store, NEW.to_json(fingerprint("old-refresh")))
+    with token_writer.locked(store, 0):
+        assert store.path.is_symlink()
+
+
+@pytest.mark.parametrize("make", [os.mkdir, lambda path: os.symlink("tokens.json", path)])
+def test_what_is_no_file_in_the_leftovers_place_is_told(store, make):
+    save(store, OLD)
+    make(store.new_path)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(errors.StorageError, match="tokens.json.new cannot be written"):
+        save(store, NEW)
+    assert store.load() == OLD and len(os.listdir("/proc/self/fd")) == before
+
+
+# the rehearsed save
+
+def test_a_rehearsal_leaves_the_login_and_room_for_its_successor(store):
+    save(store, OLD)
+    with token_writer.locked(store, 0) as writer:
+        inode = store.path.stat().st_ino
+        reserved = writer.rehearse(OLD)
+        assert store.load() == OLD and store.path.stat().st_ino != inode  # it was really renamed
+        status = store.new_path.stat()
+        assert status.st_size == status.st_blocks * 512 == 65536  # no hole
+        assert stat.S_IMODE(status.st_mode) == 0o600
+        reserved.commit(NEW)
+        assert store.load() == NEW and store.path.stat().st_ino == status.st_ino
+    assert json.loads(store.path.read_text())["replaces"] == fingerprint("old-refresh")
+    assert files(store) == ["tokens.json", "tokens.json.lock"]
+
+
+def test_a_discarded_rehearsal_leaves_nothing(store):
+    save(store, OLD)
+    before = len(os.listdir("/proc/self/fd"))
+    with token_writer.locked(store, 0) as writer:
+        writer.rehearse(OLD).discard()
+        assert files(store) == ["tokens.json", "tokens.json.lock"]
+        writer.rehearse(OLD).commit(NEW)
+    assert len(os.listdir("/proc/self/fd")) == before and store.load() == NEW
+
+
+def test_a_login_removed_by_hand_meanwhile_is_not_brought_back(store):
+    save(store, OLD)
+    with token_writer.locked(store, 0) as writer:
+        reserved = writer.rehearse(OLD)
+        shutil.rmtree(store.path.parent)
+        store.path.parent.mkdir()
+        with pytest.raises(errors.LoginUnusable, match="removed while"):
+            reserved.commit(NEW)
+    assert files(store) == []
+
+
+# every system call of it fails
+
+CHILD = """
+import os, pathlib, sys, time
+from xaiproxy import config, errors, token_store, token_writer, tokens
+store = token_store.TokenStore(config.from_environ({"XAI_PROXY_TOKEN_PATH": sys.argv[1]}, dotenv_path=os.devnull))
+with token_writer.locked(store, 0) as writer:
+    login = store.load()
+    reserved = writer.rehearse(login)
+    store.path.with_name("spent").touch()
+    for attempt in range(3):
+        try:
+            reserved.commit(tokens.Tokens("new", 3000, "new-refresh", extra={"theirs": 1}))
+            break
+        except errors.StorageError as error:
+            print("again:", error)
+"""
+SAVING = "openat,write,fsync,ftruncate,rename,unlink"
+strace = pytest.mark.skipif(
+    shutil.which("strace") is None or subprocess.run(["strace", "-o", os.devnull, "true"], capture_output=True).returncode,
+    reason="strace is not installed, or not permitted here")
+
+
+def run_child(store, *inject):
+    paths = [store.path, store.new_path, store.lock_path, store.path.parent]
+    save(store, OLD)
+    log = store.path.parent.parent / f"{store.path.parent.name}.strace"
+    done = subprocess.run(["strace", "-o", log, *(f"-P{path}" for path in paths), "-e", f"trace={SAVING}", *inject,
+                           sys.executable, "-c", CHILD, store.path], capture_output=True, text=True, timeout=30)
+    return done, re.findall(rf"^({SAVING.replace(',', '|')})\(", log.read_text(), re.MULTILINE)
+
+
+def every_call(tmp_path):
+    """(name, n) of each system call by which a login is saved, in order."""
+    done, calls = run_child(make_store(tmp_path / "whole"))
+    assert done.returncode == 0, done.stderr
+    return [(name, calls[:index + 1].count(name)) for index, name in enumerate(calls)]
+
+
+@strace
+def test_an_error_of_any_system_call_loses_nothing(tmp_path):
+    (tmp_path / "whole").mkdir()
+    calls = every_call(tmp_path)
+    assert {name for name, _ in calls} == set(SAVING.split(",")) and len(calls) > 20
+
+    def fail(call) -> str:
+        name, n = call
+        (tmp_path / f"{name}{n}").mkdir()
+        store = make_store(tmp_path / f"{name}{n}")
+        done, _ = run_child(store, "-e", f"inject={name}:error=EIO:when={n}")
+        spent = (store.path.parent / "spent").exists()
+        # Either nothing was spent and one sentence says why, or it was saved, by the second attempt at the latest.
+        if done.returncode:
+            assert re.search(r"^xaiproxy\.errors\.\w+: .*Input/output error", done.stderr, re.MULTILINE), done.stderr
+        assert spent is (done.returncode == 0) and done.stdout.count("again:") <= 1
+        for _ in range(2):
+            assert store.load() == (NEW if spent else OLD), call
+            assert {name for name in files(store) if name != "spent"} == {"tokens.json", "tokens.json.lock"}
+            with token_writer.locked(store, 0):
+                pass
+        return "saved again" if done.stdout else "saved" if spent else "not spent"
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        assert set(pool.map(fail, calls)) == {"not spent", "saved", "saved again"}
