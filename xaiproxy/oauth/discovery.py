@@ -41,7 +41,7 @@ def discover(session: Session, issuer: str, *, deadline: float = 30.0) -> Metada
 
 
 def check_endpoint(issuer: str, url: object) -> None:
-    """Raise IssuerUnavailable unless a credential of `issuer` may be sent to `url`.
+    """Raise IssuerUnavailable unless a credential of `issuer` may be sent to `url`, or a person.
 
     That takes https without a user part; for auth.x.ai also a host on *.x.ai. A loopback issuer may use http, on
     loopback.
@@ -62,8 +62,8 @@ def check_endpoint(issuer: str, url: object) -> None:
         good = parts.scheme == "https"
     if not good:
         wanted = "https on *.x.ai" if issuer == config.DEFAULT_ISSUER else "https"
-        raise errors.IssuerUnavailable(f"{issuer} names the endpoint {_shown(url)}, which is not {wanted}; nothing is "
-                                       "sent there. Check XAI_PROXY_ISSUER and the network")
+        raise errors.IssuerUnavailable(f"{issuer} names the address {_shown(url)}, which is not {wanted} and is not "
+                                       "used; check XAI_PROXY_ISSUER and the network")
 
 
 def _shown(value: object) -> str:

@@ -26,51 +26,60 @@ def refresh(session: Session, endpoint: str, login: tokens.Tokens, *, deadline: 
     return request(session, endpoint, form, issuer=login.issuer, former=login, deadline=deadline, now=now)
 
 
-def request(session: Session, endpoint: str, form: "Mapping[str, str]", *, issuer: str, deadline: float = 30.0,
-            former: "tokens.Tokens | None" = None, id_token_check: "Callable[[object], None]" = lambda id_token: None,
-            kinds: "Mapping[str, type[errors.OAuthError]] | None" = None,
-            now: Callable[[], float] = time.time) -> tokens.Tokens:
-    """Post a grant and return the Tokens it gives. Raises as `refresh`, and what `kinds` names for an `error` code."""
-    sent_at = now()  # not when the answer came: the lifetime runs from its issue, which lies between the two
+def request(session: Session, endpoint: str, form: "Mapping[str, str]", *, issuer: str, scope: "str | None" = None,
+            former: "tokens.Tokens | None" = None, kinds: "Mapping[str, type[errors.OAuthError]] | None" = None,
+            check_id_token: "Callable[[dict[str, Any]], None]" = lambda claims: None,
+            deadline: float = 30.0, now: Callable[[], float] = time.time) -> tokens.Tokens:
+    """Post a grant and return the Tokens that it gives (sections 5.1, 5.2). Raises as `refresh`, and as `kinds` says.
+
+    scope: what was asked for, which an answer without scope grants. former: what is refreshed. kinds: further
+    exceptions by `error` code. check_id_token: called with the id_token's claims, if one came.
+    """
+    sent_at = now()  # not when the answer came: the lifetime runs from the issue, which lies between the two
     answer = session.post(endpoint, form, deadline)
     host = urllib.parse.urlsplit(endpoint).netloc
-    body = answer.json()
     if answer.is_html or not 200 <= answer.status < 300:
         raise refusal(answer, host, form, kinds or {})
+    body = answer.json()
     try:
         if body is None:
             raise ValueError("is no JSON object")
         login = tokens.from_response(body, now=sent_at, issuer=issuer, client_id=form["client_id"],
-                                     token_endpoint=endpoint, scope=form.get("scope"), former=former)
+                                     token_endpoint=endpoint, scope=scope, former=former)
     except ValueError as error:
-        raise errors.IssuerUnavailable(f"{host} answered {answer.summary}, but the answer {error}", sent=True) from None
-    id_token_check(body.get("id_token"))
+        raise errors.IssuerUnavailable(f"{host} answered {answer.summary}, but its body {error}", sent=True) from None
+    if isinstance(body.get("id_token"), str):
+        check_id_token(tokens.jwt_claims(body["id_token"]))
     return login
 
 
 def refusal(answer: Answer, host: str, form: "Mapping[str, str]",
-            kinds: "Mapping[str, type[errors.OAuthError]]") -> errors.Error:
-    """What an answer means that is no success. None of them spent anything."""
+            kinds: "Mapping[str, type[errors.OAuthError]] | None" = None) -> errors.Error:
+    """What an answer means that is no success: definite, so that nothing was spent (`sent` is False)."""
     body = None if answer.is_html else answer.json()
-    code = body.get("error") if body else None
-    code = shown(code, form) if isinstance(code, str) else ""
+    code = shown(body.get("error"), form) if body else ""
     description = shown(body.get("error_description"), form) if body else ""
     said = f"{code}: {description}" if description else code
     if answer.status < 500:
-        if code in kinds and answer.status != 403:
-            return kinds[code](code, description, f"{host} says {said}")
+        if kinds and code in kinds:
+            error = kinds[code](code, description, f"{host} says {said}")
+            if isinstance(error, errors.SlowDown):
+                error.interval = body.get("interval")
+            return error
         if answer.status == 403 and body:
-            return errors.NotEntitled(code or "forbidden", description, f"{host} refuses this account's plan ({said}); "
-                                      "the login itself is good. See https://grok.com for the subscription")
+            return errors.NotEntitled(code or "forbidden", description, f"{host} refuses this account ({said or 'HTTP 403'}); "
+                                      "the login itself is good: see https://grok.com for what its subscription allows")
         if code in DEAD_GRANT and answer.status != 429:
-            return errors.GrantRefused(code, description, f"{host} no longer takes this login ({said}); {errors.SIGN_IN}")
+            noun = "login" if "refresh_token" in form else "code"
+            return errors.GrantRefused(code, description, f"{host} does not take this {noun} any more ({said}); "
+                                       f"{errors.SIGN_IN}")
         if code == "invalid_client":
             return errors.ClientRejected(code, description, f"{host} does not know our client ({said}); check "
                                          "XAI_PROXY_CLIENT_ID, or try again later")
     if answer.status in (415, 422):
         said = "it did not understand our request; report that as a fault of xaiproxy"
     elif answer.is_html:
-        said = "a page instead of an answer, as a firewall or an endpoint that moved gives"
+        said = "a page instead of an answer, such as a firewall or an endpoint that moved gives"
     return errors.IssuerUnavailable(f"{host} answered {answer.summary}" + (f": {said}" if said else ""),
                                     retry_after=answer.retry_after, html=answer.is_html)
 

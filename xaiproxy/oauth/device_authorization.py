@@ -1,0 +1,110 @@
+"""RFC 8628, the device authorization grant: a person approves on any device, and we ask until they have.
+
+    device = request(session, metadata, settings)
+    show device.verification_uri and device.user_code
+    login = poll(session, metadata, settings, device)       blocks
+"""
+
+import dataclasses
+import re
+import time
+import urllib.parse
+from collections.abc import Callable
+from typing import Any
+
+from xaiproxy import config, errors, tokens
+from xaiproxy.oauth import discovery, token_endpoint
+from xaiproxy.oauth.session import Session
+
+GRANT_TYPE = "urn:ietf:params:oauth:grant-type:device_code"
+DEFAULT_INTERVAL = 5.0  # seconds, section 3.2
+DEFAULT_LIFETIME = 600.0  # seconds, when the answer has no expires_in, which section 3.2 requires
+SLOWER = 5.0  # seconds that slow_down adds for good, section 3.5
+POLL_DEADLINE = 15.0  # seconds; the countdown stands still meanwhile
+KINDS = {  # section 3.5; authorization_denied is what some servers say instead
+    "authorization_pending": errors.AuthorizationPending, "slow_down": errors.SlowDown,
+    "access_denied": errors.AccessDenied, "authorization_denied": errors.AccessDenied,
+    "expired_token": errors.ExpiredToken}
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """Section 3.2's answer, checked: all of it but device_code is safe to show. Times are seconds."""
+
+    device_code: str = dataclasses.field(repr=False)
+    user_code: str
+    verification_uri: str
+    verification_uri_complete: "str | None"
+    expires_in: float
+    interval: float
+
+
+def request(session: Session, metadata: discovery.Metadata, settings: config.Config) -> Device:
+    """Ask for a device code and a user code (sections 3.1, 3.2). Raises what token_endpoint.refusal makes."""
+    endpoint = metadata.device_authorization_endpoint
+    if endpoint is None:
+        raise errors.IssuerUnavailable(f"{metadata.issuer} offers no device login; use `xai-login --browser`")
+    form = {"client_id": settings.client_id, "scope": settings.scope}
+    answer = session.post(endpoint, form)
+    host = urllib.parse.urlsplit(endpoint).netloc
+    body = answer.json()
+    if answer.status != 200 or body is None:
+        raise token_endpoint.refusal(answer, host, form, {"invalid_scope": _InvalidScope})
+    device_code, user_code = body.get("device_code"), body.get("user_code")
+    if not (isinstance(device_code, str) and re.fullmatch(r"[!-~]+", device_code)
+            and isinstance(user_code, str) and re.fullmatch(r"[A-Za-z0-9-]{1,64}", user_code)):
+        raise errors.IssuerUnavailable(f"{host} answered {answer.summary}, but without a device_code and a user_code "
+                                       "that can be shown; try again later")
+    page = body.get("verification_uri", body.get("verification_url"))
+    discovery.check_endpoint(metadata.issuer, page)
+    return Device(device_code, user_code, page, _complete(metadata.issuer, body, device_code),
+                  expires_in=_seconds(body.get("expires_in")) or DEFAULT_LIFETIME,
+                  interval=_seconds(body.get("interval"), DEFAULT_INTERVAL))
+
+
+def poll(session: Session, metadata: discovery.Metadata, settings: config.Config, device: Device, *,
+         sleep: Callable[[float], Any] = time.sleep, clock: Callable[[], float] = time.monotonic,
+         trouble: Callable[[errors.IssuerUnavailable], Any] = lambda error: None) -> tokens.Tokens:
+    """Wait for the approval (sections 3.4, 3.5). Raises AccessDenied, ExpiredToken, and others of `refusal`.
+
+    An answer that is none (no network, 5xx, a page) counts as pending; `trouble` is told of it.
+    """
+    end = clock() + device.expires_in
+    interval = device.interval
+    form = {"grant_type": GRANT_TYPE, "device_code": device.device_code, "client_id": settings.client_id}
+    while True:
+        sleep(max(0.0, min(interval, end - clock())))  # before the first poll, too: the issuer counts from its answer
+        if clock() >= end:
+            raise errors.ExpiredToken("expired_token", "", "the code expired before it was approved; start again for "
+                                      "a new one")
+        try:
+            return token_endpoint.request(session, metadata.token_endpoint, form, issuer=metadata.issuer,
+                                          scope=settings.scope, kinds=KINDS, deadline=POLL_DEADLINE)
+        except errors.SlowDown as error:
+            interval = max(interval + SLOWER, _seconds(error.interval, 0.0))
+        except errors.AuthorizationPending:
+            pass
+        except errors.IssuerUnavailable as error:
+            trouble(error)
+
+
+class _InvalidScope(errors.OAuthError):
+    exit_code = errors.EXIT_CONFIGURATION
+
+    def __init__(self, error: str, description: str, message: str):
+        super().__init__(error, description, f"{message}; correct XAI_PROXY_SCOPE")
+
+
+def _complete(issuer: str, body: "dict[str, Any]", device_code: str) -> "str | None":
+    url = body.get("verification_uri_complete")
+    try:
+        discovery.check_endpoint(issuer, url)
+    except errors.IssuerUnavailable:
+        return None  # it only saves typing
+    # Whoever has the device code can take the login: it must not stand on a screen.
+    return None if device_code in url or device_code in urllib.parse.unquote(url) else url
+
+
+def _seconds(value: Any, default: float = 0.0) -> float:
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e6
+    return float(value) if good else default
