@@ -1,0 +1,172 @@
+"""The loopback redirect of RFC 8252 section 7.3: a listener for one answer that takes much else in its stride.
+
+The consent page does not redirect here; its script fetches, from another origin. So a browser first sends a
+preflight (CORS, and Private Network Access for a page from the internet), and whatever else is on the machine may
+connect too: a browser's idle spare connection, its request for a favicon, a port scanner. One thread serves them all,
+and the terminal at which the answer may be pasted instead; each connection gets one answer, within bounds.
+"""
+
+import contextlib
+import html
+import os
+import re
+import selectors
+import socket
+import time
+import urllib.parse
+from collections.abc import Callable
+from typing import Any
+
+from xaiproxy import config, errors
+from xaiproxy.oauth import authorization_code
+
+PATH = "/callback"
+XAI_ORIGINS = frozenset(("https://accounts.x.ai", "https://auth.x.ai"))
+HEAD_LIMIT = 16384  # bytes of a request
+CONNECTION_LIMIT = 64  # at once; the oldest is closed for a new one
+CONNECTION_LIFETIME = 10.0  # seconds
+REASONS = {200: "OK", 204: "No Content", 400: "Bad Request", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed"}
+REQUEST = re.compile(rb"([A-Z]+) (\S+) HTTP/1\.[01]\r?\n((?:.*\n)*?)\r?\n")
+ORIGIN = re.compile(rb"^origin:[ \t]*(\S+)[ \t]*\r?$", re.IGNORECASE | re.MULTILINE)
+
+
+class Listener:
+    """Listens on 127.0.0.1:port, or on any free port when that one is taken."""
+
+    def __init__(self, port: int, issuer: str):
+        try:
+            self._socket = socket.create_server(("127.0.0.1", port))
+        except OSError:
+            self._socket = socket.create_server(("127.0.0.1", 0))
+        self._socket.setblocking(False)
+        self.redirect_uri = f"http://127.0.0.1:{self._socket.getsockname()[1]}{PATH}"
+        parts = urllib.parse.urlsplit(issuer)
+        own = {f"{parts.scheme}://{parts.netloc}"} if config.is_loopback(parts.hostname) else set()
+        self._origins = XAI_ORIGINS | own
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._socket, selectors.EVENT_READ)
+        self._connections: "dict[socket.socket, _Connection]" = {}  # oldest first
+
+    def __enter__(self) -> "Listener":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for connection in list(self._connections):
+            self._drop(connection)
+        self._selector.close()
+        self._socket.close()
+
+    def wait(self, state: str, *, seconds: float, paste_from: "int | None" = None,
+             say: Callable[[str], Any] = lambda text: None) -> str:
+        """The code, from the page or from a line on the file descriptor `paste_from`.
+
+        Raises AccessDenied or another OAuthError when that is the answer, ExpiredToken after `seconds`. `say` gets a
+        sentence about everything that looked like the answer and was not.
+        """
+        end = time.monotonic() + seconds
+        typed = b""
+        if paste_from is not None:
+            self._selector.register(paste_from, selectors.EVENT_READ)
+        while (left := end - time.monotonic()) > 0:
+            for key, _ in self._selector.select(min(left, 1)):
+                if key.fileobj is self._socket:
+                    self._accept()
+                elif key.fileobj == paste_from:
+                    received = os.read(paste_from, 4096)
+                    if not received:  # Ctrl-D: nothing will be pasted
+                        self._selector.unregister(paste_from)
+                    *lines, typed = (typed + received).split(b"\n")
+                    for line in lines:
+                        try:
+                            if code := authorization_code.code_from_paste(line.decode("utf-8", "replace"), state):
+                                return code
+                        except authorization_code.NotTheAnswer as error:
+                            say(f"That does not help: {error}. Paste the whole URL, or the code that the page shows.")
+                elif key.fileobj in self._connections and (code := self._serve(key.fileobj, state, say)):
+                    return code
+            while self._connections and (oldest := next(iter(self._connections.values()))).end < time.monotonic():
+                self._drop(oldest.socket)
+        raise errors.ExpiredToken("expired_token", "", f"nobody approved the login within {seconds / 60:g} minutes; start "
+                                  "again")
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # gone again, or no file descriptor left
+            connection, _ = self._socket.accept()
+            connection.setblocking(False)
+            if len(self._connections) >= CONNECTION_LIMIT:
+                self._drop(next(iter(self._connections)))
+            self._connections[connection] = _Connection(connection)
+            self._selector.register(connection, selectors.EVENT_READ)
+
+    def _drop(self, connection: socket.socket) -> None:
+        self._selector.unregister(connection)
+        del self._connections[connection]
+        connection.close()
+
+    def _serve(self, connection: socket.socket, state: str, say: Callable[[str], Any]) -> "str | None":
+        """Read on, and answer a request that is whole. Returns the code if that was in it."""
+        head = self._connections[connection].head
+        try:
+            received = connection.recv(HEAD_LIMIT)
+        except OSError:
+            received = b""
+        head += received
+        request = REQUEST.match(head)
+        if request:
+            try:
+                return self._answer(connection, request, state, say)
+            finally:
+                self._drop(connection)
+        if not received or len(head) >= HEAD_LIMIT or b"\n\r\n" in head or b"\n\n" in head:
+            self._drop(connection)
+        return None
+
+    def _answer(self, connection: socket.socket, request: "re.Match[bytes]", state: str,
+                say: Callable[[str], Any]) -> "str | None":
+        method, target, fields = request.groups()
+        path, _, query = target.decode("latin-1").partition("?")
+        origin = next((found[1].decode("latin-1") for found in ORIGIN.finditer(fields)), None)
+        origin = origin if origin in self._origins else None
+        if path != PATH:
+            _send(connection, 404, "Nothing is here.")
+        elif method == b"OPTIONS":
+            _send(connection, 204 if origin else 403, "This origin may not call here.", origin)
+        elif method != b"GET":
+            _send(connection, 405, "Only GET is answered here.", origin)
+        else:
+            try:
+                code = authorization_code.code_from_query(query, state)
+            except authorization_code.NotTheAnswer as error:
+                _send(connection, 400, f"This does not help to sign in: {error}.", origin)
+                say(f"{self.redirect_uri} was called, but that does not help: {error}. Still waiting.")
+            except errors.OAuthError:
+                _send(connection, 200, "The login was denied. You can close this window.", origin)
+                raise
+            else:
+                _send(connection, 200, "The approval has arrived. You can close this window and go back to the terminal.",
+                      origin)
+                return code
+        return None
+
+
+class _Connection:
+    def __init__(self, connection: socket.socket):
+        self.socket = connection
+        self.head = bytearray()
+        self.end = time.monotonic() + CONNECTION_LIFETIME
+
+
+def _send(connection: socket.socket, status: int, text: str, origin: "str | None" = None) -> None:
+    body = "" if status == 204 else (
+        '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>xaiproxy</title>'
+        f'<body style="font-family: sans-serif; margin: 4em"><h1>xaiproxy</h1><p>{html.escape(text)}</p></body></html>\n')
+    lines = [f"HTTP/1.1 {status} {REASONS[status]}", "Connection: close", "Cache-Control: no-store", "Vary: Origin",
+             "Referrer-Policy: no-referrer"]
+    if body:
+        lines += ["Content-Type: text/html; charset=utf-8", f"Content-Length: {len(body.encode())}"]
+    if origin:
+        lines += [f"Access-Control-Allow-Origin: {origin}", "Access-Control-Allow-Methods: GET, OPTIONS",
+                  "Access-Control-Allow-Headers: Content-Type", "Access-Control-Allow-Private-Network: true"]
+    with contextlib.suppress(OSError):  # whoever asked has gone; what was asked counts all the same
+        connection.send("\r\n".join([*lines, "", body]).encode())  # fits any socket's buffer
+        connection.shutdown(socket.SHUT_WR)
