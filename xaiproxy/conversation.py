@@ -1,0 +1,116 @@
+"""What xai-login says: sentences on stderr and results on stdout for a person, or JSON lines on stdout for a program."""
+
+import datetime
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, TextIO
+
+from xaiproxy import log, tokens
+
+QUIET_ZONE = 2  # modules around the QR code; four are the standard, two are enough on a screen
+COLOURS = "\x1b[38;5;231;48;5;16m"  # white on black whatever the terminal's own are, or phones would not read it
+REMINDER = 60  # seconds between two lines about the time that is left, where no line can be updated in place
+
+
+class Conversation:
+    def __init__(self, as_json: bool, stdout: "TextIO | None" = None, stderr: "TextIO | None" = None):
+        self.as_json = as_json
+        self._stdout = stdout or sys.stdout
+        self._stderr = stderr or sys.stderr
+        self.on_terminal = not as_json and self._stderr.isatty()
+        self._line_open = False
+
+    def say(self, text: str) -> None:
+        """A sentence for a person."""
+        if not self.as_json:
+            self.clear_line()
+            print(text, file=self._stderr, flush=True)
+
+    def event(self, name: str, text: str = "", **fields: Any) -> None:
+        """A result: `text` for a person, {"event": name, **fields} for a program."""
+        self.clear_line()
+        if self.as_json:
+            text = json.dumps({"event": name, **fields})
+        if text:
+            print(text, file=self._stdout, flush=True)
+
+    def show_qr_code(self, url: str) -> None:
+        """On a terminal that can show it."""
+        if not self.on_terminal or "utf" not in (self._stderr.encoding or "").lower():
+            return
+        import segno  # 20 ms that nothing else needs
+        text = io.StringIO()
+        code = segno.make(url, micro=False, error="l", boost_error=False)
+        code.terminal(text, compact=True, border=QUIET_ZONE)
+        lines = text.getvalue().splitlines()
+        columns = os.get_terminal_size(self._stderr.fileno()).columns or 80  # 0: nobody told the terminal its size
+        if len(lines[0]) <= columns:
+            for line in lines:
+                print(f"{COLOURS}{line}\x1b[0m", file=self._stderr)
+
+    def countdown(self, what: str, seconds: float, clock: Callable[[], float] = time.monotonic) -> Callable[[float], None]:
+        """A sleep that shows meanwhile how much is left of `seconds`."""
+        end = clock() + seconds
+        said = clock()
+
+        def sleep(pause: float) -> None:
+            nonlocal said
+            until = clock() + pause
+            while (rest := until - clock()) > 0:
+                left = max(0, round(end - clock()))
+                if self.on_terminal:
+                    self._stderr.write(f"\r\x1b[K{what}, {left // 60}:{left % 60:02} left")
+                    self._stderr.flush()
+                    self._line_open = True
+                elif clock() - said >= REMINDER:
+                    said = clock()
+                    self.say(f"{what}, {left // 60} min left")
+                time.sleep(min(rest, 1))
+        return sleep
+
+    def clear_line(self) -> None:
+        if self._line_open:
+            self._stderr.write("\r\x1b[K")
+            self._line_open = False
+
+
+def who(login: tokens.Tokens) -> str:
+    return login.account or "an account without a name"
+
+
+def outlook(login: tokens.Tokens, refresher_alive: bool, now: float) -> str:
+    """What becomes of the login, in a sentence."""
+    if refresher_alive and login.refresh_token is not None:
+        return "The refresher is running and renews it."
+    end = f"the login {'lapses' if login.expires_at > now else 'lapsed'} at {local_time(login.expires_at)}"
+    if login.refresh_token is None:
+        return f"It has no refresh token and cannot be renewed: {end}."
+    return f"No refresher is running: {end}; `supervisord -c conf/supervisord.conf` starts one."
+
+
+def local_time(unix_time: float) -> str:
+    """Such as "2026-11-23 14:05 CET"."""
+    try:
+        return datetime.datetime.fromtimestamp(unix_time).astimezone().strftime("%Y-%m-%d %H:%M %Z")
+    except (ValueError, OverflowError, OSError):  # beyond what a calendar has
+        return f"unix time {unix_time:g}"
+
+
+def duration(seconds: float) -> str:
+    """Such as "5 h 59 min"."""
+    minutes = int(seconds) // 60
+    if minutes < 1:
+        return f"{int(seconds)} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    hours = minutes // 60
+    return f"{hours} h {minutes % 60} min" if hours < 48 else f"{hours // 24} days"
+
+
+def printable(text: str) -> str:
+    """Text from a file, without what would drive a terminal."""
+    return log.CONTROLS.sub(" ", text)

@@ -1,0 +1,143 @@
+"""xai-login: sign in, look at the login, sign out.
+
+Importing this module is cheap on purpose: what only one way of calling it needs is imported there.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from xaiproxy import command, errors
+
+if TYPE_CHECKING:
+    from xaiproxy.conversation import Conversation
+    from xaiproxy.token_store import TokenStore
+
+EXAMPLES = """\
+  xai-login             sign in with this machine's browser; without one, as --device
+  xai-login --device    sign in with the browser of any other device: shows an address and a code
+  xai-login --status    say who is signed in and until when
+
+Exit status: 0 done; 64 wrong usage; 69 the issuer cannot be reached (after --logout: the login was removed
+here but not revoked there); 75 the token file cannot be written; 77 denied, expired or signed out;
+78 wrong settings, or another issuer's login is in the way; 130 interrupted.
+"""
+
+
+def main(argv: "list[str] | None" = None) -> int:
+    arguments = _parser().parse_args(argv)
+    from xaiproxy import conversation
+    talk = conversation.Conversation(arguments.json)
+    return command.run("xai-login", lambda: _run(arguments, talk))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command.ArgumentParser(prog="xai-login", description=EXAMPLES)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--device", action="store_const", dest="what", const="device",
+                      help="approve the login on any device")
+    what.add_argument("--browser", action="store_const", dest="what", const="browser",
+                      help="approve it in a browser on this machine, or paste the code that the page shows")
+    what.add_argument("--status", action="store_const", dest="what", const="status",
+                      help="look only: nothing is refreshed or changed")
+    what.add_argument("--logout", action="store_const", dest="what", const="logout",
+                      help="revoke the login at the issuer and remove its files")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a line, for programs")
+    parser.add_argument("--token-path", metavar="FILE", help="the token file (default: XAI_PROXY_TOKEN_PATH)")
+    return parser
+
+
+def _run(arguments: argparse.Namespace, talk: "Conversation") -> int:
+    from xaiproxy import config, token_store
+    try:
+        settings = config.from_environ(os.environ, {"XAI_PROXY_TOKEN_PATH": arguments.token_path})
+        for warning in settings.warnings:
+            talk.say(f"Note: {warning}.")
+        store = token_store.TokenStore(settings)
+        if arguments.what == "status":
+            return status(store, talk)
+        if arguments.what == "logout":
+            return log_out(store, talk)
+        from xaiproxy import sign_in
+        sign_in.sign_in(store, talk, arguments.what or ("browser" if browser_here(os.environ) else "device"))
+        return 0
+    except errors.Error as error:
+        talk.event("error", message=str(error), exit_code=error.exit_code)
+        raise
+    except KeyboardInterrupt:
+        talk.event("error", message="interrupted", exit_code=errors.EXIT_INTERRUPTED)
+        raise
+
+
+def browser_here(environ: "Mapping[str, str]") -> bool:
+    """Whether a browser opened by us would show on the screen that the person looks at."""
+    if environ.get("SSH_CONNECTION") or environ.get("SSH_TTY"):
+        return False
+    if sys.platform != "darwin" and not any(environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")):
+        return False  # what webbrowser finds then is a text browser, in which xAI's page does not work
+    import webbrowser
+    try:
+        webbrowser.get()
+    except webbrowser.Error:
+        return False
+    return True
+
+
+def status(store: "TokenStore", talk: "Conversation", now: "Callable[[], float]" = time.time) -> int:
+    """What the files say; nothing is refreshed, written or locked."""
+    import dataclasses
+
+    from xaiproxy.conversation import duration, local_time, outlook, printable, who
+    at = now()
+    try:
+        login = store.load()
+    except errors.LoginUnusable as error:
+        talk.event("status", str(error), usable=False, state=error.state, message=str(error),
+                   token_path=str(store.path))
+        return errors.EXIT_SIGN_IN
+    failure, left, alive = login.refresh_error, login.expires_at - at, store.refresher_alive(at)
+    usable = not (failure and failure.terminal) and (left > 0 or login.refresh_token is not None)
+    lines = [f"Signed in as {who(login)} at {login.issuer}; the login is in {store.path}.",
+             f"The access token is valid until {local_time(login.expires_at)}, for another {duration(left)}." if left > 0 else
+             f"The access token expired at {local_time(login.expires_at)}, {duration(-left)} ago."]
+    if not (failure and failure.terminal):
+        lines.append(outlook(login, alive, at))
+    if failure:
+        lines.append(f"The last refresh failed at {local_time(failure.at)}: {printable(failure.description or failure.code)}.")
+        if failure.terminal:
+            lines.append(f"It will not be tried again; {errors.SIGN_IN}.")
+        elif failure.retry_at:
+            lines.append(f"The next try is due at {local_time(failure.retry_at)}.")
+    talk.event("status", "\n".join(lines), usable=usable, state=login.state(at, store.settings.refresh_skew).value,
+               account=login.account, issuer=login.issuer, expires_at=login.expires_at, token_path=str(store.path),
+               refresher_alive=alive, refresh_error=dataclasses.asdict(failure) if failure else None)
+    return 0 if usable else errors.EXIT_SIGN_IN
+
+
+def log_out(store: "TokenStore", talk: "Conversation") -> int:
+    """Revoke at the issuer, then remove every file of the login, whatever the issuer said."""
+    from xaiproxy import sign_in, token_writer
+    from xaiproxy.conversation import who
+    from xaiproxy.oauth import discovery, revocation, session
+    if not os.path.lexists(store.path) and not os.path.lexists(store.new_path):
+        talk.event("signed_out", f"Nothing to sign out of: {store.path} does not exist.", revoked=False, account=None)
+        return 0
+    failure = None
+    with token_writer.locked(store, sign_in.LOCK_WAIT) as writer:
+        login = sign_in.login_in(store)
+        if login:
+            web = session.Session(store.settings)
+            try:
+                revocation.revoke(web, discovery.discover(web, login.issuer, deadline=15), login)
+            except (errors.IssuerUnavailable, errors.OAuthError) as error:
+                failure = error
+        writer.remove()
+    text = f"Signed out: the login of {who(login)} is gone from {store.path}." if login else \
+        f"Removed {store.path}, which could not be read as a login and so could not be revoked."
+    talk.event("signed_out", text, revoked=bool(login and not failure), account=login and login.account)
+    if failure:
+        raise errors.IssuerUnavailable(f"the login was removed here but not revoked, because {failure}") from failure
+    return 0
