@@ -88,12 +88,13 @@ def _flag(text: str) -> bool:
 
 
 def _path(text: str) -> Path:
-    if "\0" in text:
-        raise ValueError("the path of a file")
     try:
-        return Path(text).expanduser().absolute()
+        path = Path(text).expanduser().absolute()
     except RuntimeError:
         raise ValueError("the path of a file; there is no home folder for ~ here") from None
+    if "\0" in text or text and not path.name:  # of / no sibling can be named
+        raise ValueError("the path of a file")
+    return path
 
 
 def _address(text: str) -> str:
@@ -170,7 +171,7 @@ class Egress:
     HTTP_PROXY has no say: plain http is spoken to loopback only, and loopback is never proxied.
     """
 
-    proxy: "str | None" = None
+    proxy: "str | None" = dataclasses.field(default=None, repr=False)
     no_proxy: str = ""
     ca_file: str = dataclasses.field(default_factory=certifi.where)
 
@@ -257,9 +258,10 @@ def from_environ(environ: Mapping[str, str], options: "Mapping[str, str | None] 
             if name in FOREIGN_NAMES:
                 warnings.append(f"{name} is not a setting of xaiproxy and is ignored")
             elif name not in SETTINGS:
-                near = difflib.get_close_matches(name, SETTINGS, 1)
+                ours = [known.removeprefix(PREFIX) for known in SETTINGS]
+                near = difflib.get_close_matches(name.removeprefix(PREFIX), ours, 1)
                 raise errors.ConfigurationError(
-                    f"{name} is not a setting" + (f"; did you mean {near[0]}?" if near else
+                    f"{name} is not a setting" + (f"; did you mean {PREFIX}{near[0]}?" if near else
                                                   "; conf/xaiproxy.env.example lists them all"))
             else:
                 given[name] = text
@@ -269,7 +271,7 @@ def from_environ(environ: Mapping[str, str], options: "Mapping[str, str | None] 
         try:
             values[field.name] = field.metadata["parse"](text)
         except ValueError as error:
-            shown = re.sub(r"//[^/]*@", "//***@", text)  # somebody may have put a password into a URL
+            shown = re.sub(r"(?s).*@", "***@", text)  # somebody may have put a password into a URL
             raise errors.ConfigurationError(f"{name} is {shown!r}, but takes {error}") from None
     if PREFIX + "CLIENT_KEYS_FILE" not in given:
         values["client_keys_file"] = values["token_path"].parent / "client-keys"

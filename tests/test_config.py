@@ -1,0 +1,257 @@
+"""The settings: where they come from, what each takes, and that no secret is repeated."""
+
+import dataclasses
+import os
+import pathlib
+import subprocess
+import sys
+
+import certifi
+import pytest
+
+from xaiproxy import config, errors
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def settings(environ=(), options=None, dotenv_path=os.devnull, **values):
+    environ = {**dict(environ), **{f"XAI_PROXY_{name}": value for name, value in values.items()}}
+    return config.from_environ({"HOME": "/home/me", **environ}, options, dotenv_path)
+
+
+def refusal(environ=(), **values) -> str:
+    with pytest.raises(errors.ConfigurationError) as caught:
+        settings(environ, **values)
+    assert caught.value.exit_code == 78
+    return str(caught.value)
+
+
+def elsewhere(folder, what: str, **environ) -> str:
+    """What a new process with that working directory and environment says to str(what of the settings)."""
+    code = f"import os; from xaiproxy import config; print(config.from_environ(os.environ).{what})"
+    return subprocess.run([sys.executable, "-c", code], env=environ, cwd=folder, text=True, capture_output=True,
+                          check=True).stdout.rstrip("\n")
+
+
+# each setting
+
+def test_the_defaults():
+    assert elsewhere("/", "token_path", HOME="/home/me") == "/home/me/.xai-proxy/tokens.json"
+    defaults = settings()
+    assert defaults.client_keys_file == defaults.token_path.parent / "client-keys"
+    assert (defaults.bind, defaults.port, defaults.refresh_skew, defaults.redirect_port) == ("127.0.0.1", 9090, 120, 56121)
+    assert (defaults.upstream, defaults.issuer) == ("https://api.x.ai", "https://auth.x.ai")
+    assert (defaults.allow_anonymous, defaults.allowed_hosts, defaults.allowed_origins) == (False, frozenset(), frozenset())
+    assert defaults.egress == config.Egress(None, "", certifi.where()) and defaults.warnings == ()
+
+
+TAKES = {
+    "TOKEN_PATH": [("/a/b", pathlib.Path("/a/b")), ("b", pathlib.Path.cwd() / "b")],
+    "BIND": [("0.0.0.0", "0.0.0.0"), ("::", "::"), ("[::1]", "::1"), ("localhost", "127.0.0.1")],
+    "PORT": [("0", 0), ("65535", 65535)],
+    "UPSTREAM": [("https://API.x.ai/", "https://api.x.ai"), ("http://127.0.0.1:80", "http://127.0.0.1:80"),
+                 ("http://[::1]:80", "http://[::1]:80"), ("http://localhost", "http://localhost")],
+    "ISSUER": [("https://login.example/realm/", "https://login.example/realm"), ("http://127.0.0.1:1", "http://127.0.0.1:1")],
+    "CLIENT_ID": [("a", "a"), ("!~", "!~")],
+    "SCOPE": [("one", "one"), ("one two", "one two")],
+    "REDIRECT_PORT": [("0", 0), ("65535", 65535)],
+    "REFRESH_SKEW": [("1", 1), ("86400", 86400), ("1.5", 1.5)],
+    "CLIENT_KEYS_FILE": [("/k", pathlib.Path("/k"))],
+    "ALLOW_ANONYMOUS": [("0", False), ("1", True)],
+    "ALLOWED_HOSTS": [("A.example., b_c,[::1],", frozenset(("a.example", "b_c", "[::1]")))],
+    "ALLOWED_ORIGINS": [("https://A.example, http://b:81", frozenset(("https://a.example", "http://b:81"))),
+                        ("app://localhost", frozenset(("app://localhost",)))],
+    "CONNECT_TIMEOUT": [("0.1", 0.1), ("600", 600)],
+    "IDLE_TIMEOUT": [("0.1", 0.1), ("86400", 86400)],
+    "CLIENT_TIMEOUT": [("0.1", 0.1), ("3600", 3600)],
+    "KEEPALIVE_TIMEOUT": [("0.1", 0.1), ("3600", 3600)],
+    "MAX_CONNECTIONS": [("1", 1), ("1000000", 1000000)],
+    "REPLAY_LIMIT": [("0", 0), ("1099511627776", 1 << 40)],
+    "REPLAY_MEMORY": [("0", 0), ("1099511627776", 1 << 40)],
+    "DRAIN_TIMEOUT": [("0", 0), ("3500", 3500)],
+    "LOG_LEVEL": [("debug", "debug"), ("error", "error")],
+    "LOG_FORMAT": [("auto", "auto"), ("json", "json"), ("text", "text")],
+}
+REFUSES = {
+    "TOKEN_PATH": ["/", "a\0b", "~nosuchuser/tokens.json"],
+    "BIND": ["example.org", "127.0.0.1:80", "1", "256.0.0.1"],
+    "PORT": ["-1", "65536", "0x50", "1.0", "9" * 5000, "²", " 1", "http"],
+    "UPSTREAM": ["http://api.x.ai", "https://api.x.ai/v1", "https://", "api.x.ai", "ftp://x.ai", "https://x.ai:99999",
+                 "https://x.ai?", "https://x.ai#", "https://a@x.ai", "https://x .ai", "https://[::1", "https://\u0435.ai"],
+    "ISSUER": ["http://auth.x.ai", "https://auth.x.ai/?a", "auth.x.ai", "https://127.0.0.1\n", "http://127.0.0.1.evil.example"],
+    "CLIENT_ID": ["a b", "é", "a\n"],
+    "SCOPE": ["a  b", " a", "a ", 'a"b', "a\\b"],
+    "REDIRECT_PORT": ["-1", "65536"],
+    "REFRESH_SKEW": ["0.9", "86400.1", "-5", "nan", "inf", "1e3", "two"],
+    "CLIENT_KEYS_FILE": ["a\0b"],
+    "ALLOW_ANONYMOUS": ["2", "true", "yes"],
+    "ALLOWED_HOSTS": ["a.example:80", "http://a", "*", "a b"],
+    "ALLOWED_ORIGINS": ["a.example", "*", "https://a/b", "null"],
+    "CONNECT_TIMEOUT": ["0.09", "600.1"],
+    "IDLE_TIMEOUT": ["0", "86401"],
+    "CLIENT_TIMEOUT": ["0", "3601"],
+    "KEEPALIVE_TIMEOUT": ["0", "3601"],
+    "MAX_CONNECTIONS": ["0", "1000001"],
+    "REPLAY_LIMIT": ["-1", "1099511627777"],
+    "REPLAY_MEMORY": ["-1", "16MB"],
+    "DRAIN_TIMEOUT": ["3500.1", "-1"],
+    "LOG_LEVEL": ["INFO", "trace"],
+    "LOG_FORMAT": ["xml"],
+}
+
+
+@pytest.mark.parametrize("name", [name.removeprefix("XAI_PROXY_") for name in config.SETTINGS])
+def test_each_setting_takes_what_it_says_and_nothing_beyond_its_bounds(name):
+    for text, value in TAKES[name]:
+        assert getattr(settings(**{name: text}), name.lower()) == value
+    for text in REFUSES[name]:
+        said = refusal(**{name: text})
+        shown = "***@" + text.split("@")[1] if "@" in text else text
+        assert said.startswith(f"XAI_PROXY_{name} is {shown!r}, but takes "), said
+
+
+def test_the_client_keys_lie_beside_the_token_file():
+    assert settings(TOKEN_PATH="/data/login").client_keys_file == pathlib.Path("/data/client-keys")
+
+
+def test_the_working_directory_may_be_the_root():
+    assert elsewhere("/", "token_path", XAI_PROXY_TOKEN_PATH="t") == "/t"
+
+
+def test_the_settings_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        settings().port = 1
+
+
+def test_the_example_lists_every_setting_as_the_code_has_it():
+    assert (ROOT / "conf" / "xaiproxy.env.example").read_text() == config.example()
+
+
+def test_the_example_uncommented_is_what_holds_without_it(tmp_path):
+    lines = (line[1:] if line.startswith("#XAI") else line for line in config.example().splitlines())
+    (tmp_path / "env").write_text("\n".join(lines))
+    assert settings(dotenv_path=str(tmp_path / "env")) == settings()
+
+
+# where they come from
+
+def test_an_option_wins_over_the_environment_over_dotenv_over_the_default(tmp_path):
+    (tmp_path / "env").write_text("XAI_PROXY_PORT=1\nXAI_PROXY_BIND=::1\nXAI_PROXY_SCOPE=dotenv\nOTHER=x\n"
+                                  "HTTPS_PROXY=http://not-from-here:1\nAUTH_PROXY_TOKEN_PATH=/not/from/here\n")
+    chosen = settings({"XAI_PROXY_PORT": "2", "XAI_PROXY_BIND": "::2", "XAI_PROXY_SCOPE": ""},
+                      {"XAI_PROXY_PORT": "3", "XAI_PROXY_BIND": None}, str(tmp_path / "env"))
+    assert (chosen.port, chosen.bind, chosen.scope, chosen.redirect_port) == (3, "::2", "dotenv", 56121)
+    assert chosen.egress.proxy is None and chosen.token_path.name == "tokens.json"
+
+
+def test_dotenv_values_are_taken_as_they_are(tmp_path):
+    (tmp_path / "env").write_text("export XAI_PROXY_SCOPE='a b'  # a note\nXAI_PROXY_CLIENT_ID=${HOME}\nXAI_PROXY_PORT\n")
+    chosen = settings(dotenv_path=str(tmp_path / "env"))
+    assert (chosen.scope, chosen.client_id, chosen.port) == ("a b", "${HOME}", 9090)
+
+
+def test_dotenv_is_read_in_the_working_directory(tmp_path):
+    (tmp_path / ".env").write_text("XAI_PROXY_PORT=77\n")
+    assert elsewhere(tmp_path, "port") == "77"
+
+
+def test_a_dotenv_that_cannot_be_read_is_told(tmp_path):
+    (tmp_path / "env").write_bytes(b"XAI_PROXY_PORT=\xff\n")
+    with pytest.raises(errors.ConfigurationError, match=f"{tmp_path}/env cannot be read"):
+        settings(dotenv_path=str(tmp_path / "env"))
+
+
+def test_the_older_name_of_the_token_path():
+    assert settings({"AUTH_PROXY_TOKEN_PATH": "/old"}).token_path == pathlib.Path("/old")
+    assert settings({"AUTH_PROXY_TOKEN_PATH": "/old"}, TOKEN_PATH="/new").token_path == pathlib.Path("/new")
+    assert settings({"AUTH_PROXY_TOKEN_PATH": "/old"}, TOKEN_PATH="").token_path == pathlib.Path("/old")
+
+
+# names
+
+def test_an_unknown_name_is_refused_with_the_nearest_and_without_its_value():
+    assert refusal(PROT="1") == "XAI_PROXY_PROT is not a setting; did you mean XAI_PROXY_PORT?"
+    assert refusal(WHATEVER_THIS="secret") == ("XAI_PROXY_WHATEVER_THIS is not a setting; conf/xaiproxy.env.example "
+                                               "lists them all")
+
+
+def test_an_unknown_name_in_dotenv_is_refused_too(tmp_path):
+    (tmp_path / "env").write_text("XAI_PROXY_PROT=1\n")
+    with pytest.raises(errors.ConfigurationError, match="XAI_PROXY_PROT is not"):
+        settings(dotenv_path=str(tmp_path / "env"))
+
+
+def test_what_kubernetes_adds_for_a_service_of_our_name_is_ignored():
+    pod = {"SERVICE_HOST": "10.0.0.1", "SERVICE_PORT": "9090", "SERVICE_PORT_HTTP": "9090", "PORT": "tcp://10.0.0.1:9090",
+           "PORT_9090_TCP": "tcp://10.0.0.1:9090", "PORT_9090_TCP_PROTO": "tcp", "PORT_9090_TCP_PORT": "9090",
+           "PORT_9090_TCP_ADDR": "10.0.0.1"}
+    assert settings(**pod) == settings()
+    assert "PORT_X" in refusal(PORT_X="1")
+
+
+def test_names_of_clients_and_rivals_are_ignored_with_one_warning_each():
+    chosen = settings({"XAI_PROXY_KEY": "secret"}, {"XAI_PROXY_KEY": "secret"}, API_KEY="secret", BASE_URL="x", OUTBOUND="")
+    assert [warning.split()[0] for warning in chosen.warnings] == ["XAI_PROXY_KEY", "XAI_PROXY_API_KEY", "XAI_PROXY_BASE_URL"]
+    assert "secret" not in repr(chosen)
+
+
+@pytest.mark.parametrize("url", ["http://me:secret@api.x.ai", "https://me:se/cret@api.x.ai", "me:secret@x", "//me:secret@x"])
+def test_a_password_in_a_url_is_not_repeated(url):
+    for name in ("UPSTREAM", "ISSUER", "BIND"):
+        said = refusal(**{name: url})
+        assert "cret" not in said and "me:" not in said
+
+
+# egress
+
+def test_the_proxy_is_https_proxy_else_all_proxy_in_lower_case_first():
+    def proxy(**environ):
+        return settings(environ).egress.proxy
+    assert proxy(HTTP_PROXY="http://h:1") is None
+    assert proxy(ALL_PROXY="http://a:1") == "http://a:1"
+    assert proxy(ALL_PROXY="http://a:1", HTTPS_PROXY="http://s:1") == "http://s:1"
+    assert proxy(HTTPS_PROXY="http://S:1", https_proxy="http://s:1") == "http://s:1"
+    assert proxy(HTTPS_PROXY="s:3128") == "http://s:3128"
+    assert proxy(HTTPS_PROXY="", all_proxy="https://a:1") == "https://a:1"
+
+
+def test_no_proxy_and_loopback_are_reached_directly():
+    egress = settings({"HTTPS_PROXY": "http://p:1", "NO_PROXY": "x.ai, .example.org,10.0.0.1"}).egress
+    for url in ("https://x.ai", "https://api.x.ai:443/v1", "https://a.example.org", "https://10.0.0.1", "http://127.0.0.1:1",
+                "http://localhost", "http://[::1]:5", "http://LOCALHOST"):
+        assert egress.proxy_for(url) is None, url
+    for url in ("https://evilx.ai", "https://login.example"):
+        assert egress.proxy_for(url) == "http://p:1"
+    assert settings({"HTTPS_PROXY": "http://p:1", "NO_PROXY": "*"}).egress.proxy_for("https://x.ai") is None
+
+
+@pytest.mark.parametrize("proxy", ["http://", "ftp://me:secret@p:1", "http://me:secret@p:99999", "http://me:secret@[::1"])
+def test_a_proxy_that_makes_no_sense_is_refused_without_its_password(proxy):
+    assert refusal({"HTTPS_PROXY": proxy}) == "HTTPS_PROXY takes the URL of a proxy, such as http://proxy.example:3128"
+
+
+def test_a_proxys_password_is_in_no_repr():
+    assert "secret" not in repr(settings({"ALL_PROXY": "http://me:secret@p:1"}))
+
+
+def test_socks_needs_its_extra():
+    code = "import sys; sys.modules['socks'] = None; from xaiproxy import config; config.from_environ({'ALL_PROXY': 'socks5h://p:1'})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
+    assert "ALL_PROXY names a SOCKS proxy: install xaiproxy[socks] for that" in done.stderr
+
+
+def test_the_ca_file_is_ssl_cert_file_else_requests_ca_bundle_else_certifis(tmp_path):
+    (tmp_path / "one").touch()
+    (tmp_path / "two").touch()
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    assert settings({"SSL_CERT_FILE": one, "REQUESTS_CA_BUNDLE": two}).egress.ca_file == one
+    assert settings({"REQUESTS_CA_BUNDLE": two}).egress.ca_file == two
+    assert refusal({"SSL_CERT_FILE": "/none"}) == "SSL_CERT_FILE is '/none', but takes a file of PEM certificates"
+
+
+@pytest.mark.parametrize("host, loopback", [
+    ("localhost", True), ("LOCALHOST.", True), ("127.0.0.1", True), ("127.9.9.9", True), ("::1", True),
+    ("0.0.0.0", False), ("::", False), ("localhost.example", False),
+    ("10.0.0.1", False), ("", False), (None, False)])
+def test_is_loopback(host, loopback):
+    assert config.is_loopback(host) is loopback
