@@ -1,0 +1,247 @@
+"""The log: a line an event, that never blocks, never tells a secret, and cannot be forged."""
+
+import datetime
+import json
+import logging
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+
+import pytest
+
+from xaiproxy import log
+
+logger = logging.getLogger("xaiproxy.some.module")
+ACCESS = "eyJhbGciOiJFUzI1NiJ9.eyJzdWIiOiJ4In0.c2lnbmF0dXJl"
+REFRESH = "r-" * 43  # 86 characters of base64url
+KEY = "xaip_AbCdEfGh123"
+FILLING = "x " * 50
+
+
+class Pipe:
+    """The log on a real pipe; read() gives the lines written since."""
+
+    def __init__(self, format: str, level: str = "debug"):
+        self.read_end, self.write_end = os.pipe()
+        os.set_blocking(self.read_end, False)
+        log.setup("test", level, format, self.write_end)
+
+    def read(self) -> "list[str]":
+        content = b""
+        try:
+            while chunk := os.read(self.read_end, 1 << 20):
+                content += chunk
+        except BlockingIOError:
+            pass
+        assert content == b"" or content.endswith(b"\n")
+        lines = content.decode("utf-8", "strict").split("\n")[:-1]
+        assert all(len(line.encode()) + 1 < select.PIPE_BUF for line in lines)
+        return lines
+
+    def close(self):
+        for fd in {self.read_end, self.write_end}:
+            os.close(fd)
+
+
+@pytest.fixture(autouse=True)
+def restored():
+    root = logging.getLogger("xaiproxy")
+    before = root.handlers[:], root.level, root.propagate
+    yield
+    root.handlers[:], root.level, root.propagate = before
+
+
+@pytest.fixture(params=["text", "json"])
+def pipe(request):
+    pipe = Pipe(request.param)
+    yield pipe
+    pipe.close()
+
+
+@pytest.fixture
+def json_pipe():
+    pipe = Pipe("json")
+    yield pipe
+    pipe.close()
+
+
+@pytest.fixture
+def text_pipe():
+    pipe = Pipe("text")
+    yield pipe
+    pipe.close()
+
+
+# what a line says
+
+def test_a_json_line(json_pipe):
+    logger.info("it is %s", "done", extra={"fields": {"status": 200, "path": "/v1", "ok": True, "none": None, "s": 0.5}})
+    [line] = json_pipe.read()
+    entry = json.loads(line)
+    time = datetime.datetime.fromisoformat(entry.pop("time").replace("Z", "+00:00"))
+    assert abs(datetime.datetime.now(datetime.timezone.utc) - time) < datetime.timedelta(seconds=10)
+    assert entry == {"level": "info", "process": "test", "message": "it is done", "status": 200, "path": "/v1", "ok": True,
+                     "none": None, "s": 0.5}
+
+
+def test_a_text_line(text_pipe):
+    logger.warning("it is %s", "done", extra={"fields": {"status": 200, "path": "/v1"}})
+    [line] = text_pipe.read()
+    assert re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\.\d\d\dZ WARNING test: it is done status=200 path=/v1", line)
+
+
+def test_a_traceback_is_one_line(pipe):
+    try:
+        raise ValueError("at\nfault")
+    except ValueError:
+        logger.exception("it broke")
+    [line] = pipe.read()
+    assert "it broke" in line and "ValueError: at\\nfault" in line and "test_log.py" in line
+
+
+def test_the_level_and_only_our_own_loggers_count():
+    pipe = Pipe("text", "warning")
+    logger.info("not this")
+    logger.warning("this")
+    logging.getLogger("urllib3").warning("nor this")
+    assert [line.split("test: ")[1] for line in pipe.read()] == ["this"]
+    pipe.close()
+
+
+def test_setting_up_twice_does_not_double_the_lines():
+    first, second = Pipe("text"), Pipe("text")
+    logger.info("once")
+    assert first.read() == [] and len(second.read()) == 1
+    first.close(), second.close()
+
+
+def test_auto_is_text_on_a_terminal_and_json_otherwise():
+    terminal, its_end = pty.openpty()
+    log.setup("test", "info", "auto", its_end)
+    logger.info("hello")
+    assert b" INFO test: hello" in os.read(terminal, 1000)
+    os.close(terminal), os.close(its_end)
+    pipe = Pipe("auto")
+    logger.info("hello")
+    assert json.loads(pipe.read()[0])["message"] == "hello"
+    pipe.close()
+
+
+# whatever it is given
+
+NASTY = [
+    "", "x" * 100000, "é" * 100000, "\U0001f600" * 5000, '"' * 3000, "\\" * 3000, "\x00" * 3000, "\x9b" * 3000,
+    "a\nb\r\n{\"level\": \"error\"}", "\x1b[31mred\x1b[0m", "\x9b2J", "\x7f\x85\u2028\u2029", "\ud800 lone", "%s %d %",
+    "\n" + "a" * 90, "\x01" + "b" * 90, "\\u" + "c" * 90, '"' + "d" * 90, "eyJ" * 3000]
+
+
+@pytest.mark.parametrize("text", NASTY, ids=range(len(NASTY)))
+def test_any_text_is_one_short_line_without_controls(text, pipe):
+    logger.info("%s", text)
+    logger.info("request", extra={"fields": {"path": text, "object": [text], "a": text, "b": text, "c": text, "d": text,
+                                             **{f"more{number}": text for number in range(40)}}})
+    try:
+        raise ValueError(text)
+    except ValueError:
+        logger.exception("it broke %s", text)
+    lines = pipe.read()
+    assert len(lines) == 3
+    for line in lines:
+        assert not re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", line)
+        if line.startswith("{"):
+            assert json.loads(line)["process"] == "test"
+
+
+def test_what_fits_is_not_cut(json_pipe):
+    logger.info("m " * 500, extra={"fields": {"path": "p q" * 170}})
+    logger.info("m " * 501, extra={"fields": {"path": "p q" * 171}})
+    entries = [json.loads(line) for line in json_pipe.read()]
+    assert [(len(entry["message"]), len(entry["path"])) for entry in entries] == [(1000, 510), (1000, 512)]
+
+
+# secrets
+
+@pytest.mark.parametrize("secret", [ACCESS, REFRESH, KEY, "Bearer abc+def/ghi="])
+@pytest.mark.parametrize("before", ["", "token=", "\n", "\x01", '"', "x" * 960 + " ", "\\"])
+def test_a_secret_is_blotted_out_wherever_it_comes(secret, before, pipe):
+    logger.info("%s", before + secret)
+    logger.info("request", extra={"fields": {"path": before[-400:] + secret + "\n", "object": [before[-400:] + secret]}})
+    try:
+        raise ValueError(before + secret)
+    except ValueError:
+        logger.exception("it broke")
+    lines = pipe.read()
+    assert len(lines) == 3
+    for line in lines:
+        assert "[secret]" in line
+        for piece in (secret.removeprefix("Bearer ")[:20], secret[-8:]):
+            assert piece not in line
+        if line.startswith("{"):
+            json.loads(line)
+
+
+def test_what_is_no_secret_stays(text_pipe):
+    logger.info("a path /home/%s and a fingerprint %s", "long" * 15, "f" * 64)
+    assert "[secret]" not in text_pipe.read()[0]
+
+
+# never blocking
+
+def test_a_full_pipe_drops_lines_and_says_how_many_when_it_is_read_again(pipe):
+    for number in range(5000):  # the alarm of pytest would be a hang here
+        logger.info("line %d %s", number, FILLING)
+    lines = pipe.read()
+    assert 100 < len(lines) < 5000
+    logger.info("after")
+    told, after = pipe.read()
+    assert f"{5000 - len(lines)} log lines were dropped: nobody read them in time" in told and "warning" in told.lower()
+    assert "after" in after
+    logger.info("and no more of that")
+    assert len(pipe.read()) == 1
+
+
+def test_lines_that_are_dropped_while_telling_so_are_counted_too():
+    pipe = Pipe("text")
+    for _ in range(5000):
+        logger.info(FILLING)
+    begin = len(pipe.read())
+    for _ in range(5000):
+        logger.info(FILLING)
+    second = pipe.read()
+    logger.info("after")
+    third = pipe.read()
+    dropped = sum(int(re.search(r"(\d+) log lines", line)[1]) for line in second + third if "log lines" in line)
+    written = begin + sum(FILLING in line for line in second)
+    assert dropped + written == 10000
+    pipe.close()
+
+
+def test_a_reader_that_is_gone_is_no_error():
+    pipe = Pipe("text")
+    os.close(pipe.read_end)
+    logger.info("to nobody")
+    logger.info("to nobody")
+    pipe.read_end = pipe.write_end
+    pipe.close()
+
+
+def test_a_process_whose_stderr_nobody_reads_goes_on():
+    code = ("import logging; from xaiproxy import log; log.setup('p', 'info', 'json')\n"
+            "for number in range(20000): logging.getLogger('xaiproxy').info('%s', 'x ' * 100)\n"
+            "print('done', flush=True)")
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b"done\n"
+    assert process.wait(10) == 0
+    process.stdout.close(), process.stderr.close()
+
+
+def test_a_stopped_terminal_does_not_block():
+    terminal, its_end = pty.openpty()
+    log.setup("test", "info", "text", its_end)
+    for _ in range(5000):
+        logger.info(FILLING)
+    assert logging.getLogger("xaiproxy").handlers[0].dropped > 0
+    os.close(terminal), os.close(its_end)
