@@ -4,7 +4,9 @@ from __future__ import annotations
 from typing import Iterator
 
 import pytest
-from sandbox import Sandbox
+
+pytest.register_assert_rewrite("sandbox")
+from sandbox import Sandbox  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +21,11 @@ def sandbox(shared_sandbox: Sandbox) -> Iterator[Sandbox]:
     shared_sandbox.reset()
     yield shared_sandbox
     shared_sandbox.reset()
+
+
+@pytest.fixture
+def token(sandbox: Sandbox) -> str:
+    """An access token of a new login, with the counters at zero again."""
+    token = sandbox.mint()["access_token"]
+    sandbox.reset()
+    return token

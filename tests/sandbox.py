@@ -1,28 +1,32 @@
 """The sandbox as a process of its own, for tests: started on a free port, watched and steered over HTTP."""
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
 import pathlib
 import re
 import shlex
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.parse
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 
 CLIENT_ID = "b1a00492-073a-47ea-816f-4c329264a828"
 SCOPE = "openid profile email offline_access grok-cli:access api:access"
+CHAT = {"model": "grok-4.5", "messages": [], "stream": True}
+FORM = "application/x-www-form-urlencoded"
 DEVICE_CODE = "urn:ietf:params:oauth:grant-type:device_code"
 
 
 class Sandbox:
     """A running sandbox. Its keywords are knobs: ``Sandbox(access_token_lifetime=3)``.
 
-    close() ends it with SIGTERM and asserts that it left with 0 and wrote nothing to stderr.
+    close() ends it with SIGTERM and asserts that it left with 0 and had no fault to tell of on stderr.
     """
 
     def __init__(self, *options: str, **knobs: Any) -> None:
@@ -50,10 +54,11 @@ class Sandbox:
     def close(self) -> None:
         if self.process.poll() is None:
             self.process.terminate()
-        status = self.process.wait(10)
+        ended = self.process.wait(10)
         self.process.stdout.close()
         with self._stderr:
-            assert (status, self.stderr()) == (0, "")
+            written = "" if "--verbose" in self.process.args else self.stderr()
+            assert (ended, written) == (0, "")
 
     def stderr(self) -> str:
         self._stderr.seek(0)
@@ -71,7 +76,7 @@ class Sandbox:
         fields = {"User-Agent": "tests", **{name.replace("_", "-"): value for name, value in headers.items()}}
         if isinstance(body, dict) and path.startswith("/oauth2"):
             body = urllib.parse.urlencode(body)
-            fields.setdefault("Content-Type", "application/x-www-form-urlencoded")
+            fields.setdefault("Content-Type", FORM)
         elif isinstance(body, dict):
             body = json.dumps(body)
             fields.setdefault("Content-Type", "application/json")
@@ -79,7 +84,7 @@ class Sandbox:
             fields["Authorization"] = f"Bearer {token}"
         connection = http.client.HTTPConnection(self.host, self.port, timeout=30)
         try:
-            connection.request(method, path, body, fields)
+            connection.request(method, path.removeprefix(self.url), body, fields)
             answer = connection.getresponse()
             content = answer.read()
         finally:
@@ -87,8 +92,45 @@ class Sandbox:
         kind = answer.getheader("Content-Type"), answer.getheader("Content-Encoding")
         return answer.status, json.loads(content) if kind == ("application/json", None) else content
 
+    def get(self, path: str, token: str | None = None, **headers: str) -> tuple[int, Any]:
+        return self.request("GET", path, None, token, **headers)
+
+    def post(self, path: str, body: Any, token: str | None = None, **headers: str) -> tuple[int, Any]:
+        return self.request("POST", path, body, token, **headers)
+
+    def head(self, start: str, **fields: Any) -> bytes:
+        """The head of a raw request; a field given replaces the usual value, None leaves it out."""
+        fields = {"Host": f"{self.host}:{self.port}", "User-Agent": "raw", "Connection": "close",
+                  **{name.replace("_", "-"): value for name, value in fields.items()}}
+        lines = (f"{name}: {value}" for name, value in fields.items() if value is not None)
+        return "\r\n".join((f"{start} HTTP/1.1", *lines, "", "")).encode()
+
+    def chat(self, token: str, **fields: Any) -> bytes:
+        """A whole raw request for a streamed chat completion."""
+        body = json.dumps(CHAT).encode()
+        return self.head("POST /v1/chat/completions", Authorization=f"Bearer {token}",
+                         Content_Type="application/json", Content_Length=len(body), **fields) + body
+
+    def raw(self, *sent: bytes) -> bytes:
+        """All that comes back for these bytes until the sandbox closes the connection."""
+        with socket.create_connection((self.host, self.port), timeout=10) as connection:
+            for part in sent:
+                connection.sendall(part)
+            return b"".join(iter(lambda: connection.recv(65536), b""))
+
+    @contextlib.contextmanager
+    def streaming(self, request: bytes) -> Iterator[tuple[socket.socket, Any]]:
+        """A connection and its answer, a 200, as a file read up to the end of the head."""
+        with socket.create_connection((self.host, self.port), timeout=10) as connection:
+            with connection.makefile("rb") as answer:
+                connection.sendall(request)
+                assert status(answer.readline()) == 200
+                while answer.readline() != b"\r\n":
+                    pass
+                yield connection, answer
+
     def set(self, **knobs: Any) -> None:
-        status, body = self.request("POST", "/_sandbox", knobs)
+        status, body = self.post("/_sandbox", knobs)
         assert status == 200, body
 
     def reset(self) -> None:
@@ -96,11 +138,11 @@ class Sandbox:
         self.request("DELETE", "/_sandbox")
 
     def counters(self) -> dict[str, int]:
-        return self.request("GET", "/_sandbox")[1]
+        return self.get("/_sandbox")[1]
 
     def requests(self, path: str | None = None) -> list[dict[str, Any]]:
         """The requests seen, oldest first; with `path`, those whose target begins with it."""
-        seen = self.request("GET", "/_sandbox/requests")[1]
+        seen = self.get("/_sandbox/requests")[1]
         return [request for request in seen if request["target"].startswith(path or "")]
 
     def wait(self, predicate: Callable[[dict[str, int]], Any], seconds: float = 5) -> dict[str, int]:
@@ -113,21 +155,21 @@ class Sandbox:
 
     def kill(self, what: str = "access_tokens") -> None:
         """End every access token, or with "logins" every refresh token too, at once."""
-        assert self.request("POST", "/_sandbox/revoke", {"what": what})[0] == 200
+        assert self.post("/_sandbox/revoke", {"what": what})[0] == 200
 
     # logins
 
     def approve(self, user_code: str, decision: str = "allow") -> None:
         """What a person does on the verification page; decision "deny" likewise."""
-        status, body = self.request("POST", "/oauth2/device", {"user_code": user_code, "decision": decision})
+        status, body = self.post("/oauth2/device", {"user_code": user_code, "decision": decision})
         assert status == 200, body
 
     def consent(self, authorization_url: str, decision: str = "allow") -> str:
         """What a person does on the consent page; the URL that the page would now fetch."""
-        status, page = self.request("GET", authorization_url.removeprefix(self.url))
+        status, page = self.get(authorization_url)
         assert status == 200, page
         handle = re.search(rb'data-request="([^"]+)"', page)[1].decode()
-        status, answer = self.request("POST", "/oauth2/authorize", {"request": handle, "decision": decision})
+        status, answer = self.post("/oauth2/authorize", {"request": handle, "decision": decision})
         assert status == 200, answer
         return answer["url"]
 
@@ -141,8 +183,8 @@ class Sandbox:
             status, allowed = self._fetch("OPTIONS", url, {
                 "Access-Control-Request-Method": "GET", "Access-Control-Request-Headers": "content-type",
                 "Access-Control-Request-Private-Network": "true"})
-            if not (200 <= status < 300 and allowed["origin"] == self.url
-                    and allowed["private-network"] == "true" and "content-type" in allowed["headers"].lower()):
+            if not (200 <= status < 300 and "content-type" in allowed["headers"].lower()
+                    and (allowed["origin"], allowed["private-network"]) == (self.url, "true")):
                 return False
             status, allowed = self._fetch("GET", url, {"Content-Type": "application/json"})
             return 200 <= status < 300 and allowed["origin"] == self.url
@@ -165,14 +207,14 @@ class Sandbox:
     def token(self, grant_type: str, **fields: str) -> tuple[int, Any]:
         """One request to the token endpoint."""
         form = {"grant_type": grant_type, "client_id": CLIENT_ID, **fields}
-        return self.request("POST", "/oauth2/token", form)
+        return self.post("/oauth2/token", form)
 
     def refresh(self, refresh_token: str) -> tuple[int, Any]:
         return self.token("refresh_token", refresh_token=refresh_token)
 
     def mint(self, scope: str = SCOPE) -> dict[str, Any]:
         """A login, by the device grant: the token response."""
-        status, device = self.request("POST", "/oauth2/device/code", {"client_id": CLIENT_ID, "scope": scope})
+        status, device = self.post("/oauth2/device/code", {"client_id": CLIENT_ID, "scope": scope})
         assert status == 200, device
         self.approve(device["user_code"])
         status, tokens = self.token(DEVICE_CODE, device_code=device["device_code"])
@@ -191,3 +233,13 @@ class Sandbox:
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
             json.dump(login, file, indent=2)
         return login
+
+
+def status(answer: bytes) -> int:
+    """The status of a raw answer."""
+    return int(answer.split(b" ", 2)[1])
+
+
+def body(answer: bytes) -> Any:
+    """The JSON of a raw answer."""
+    return json.loads(answer.partition(b"\r\n\r\n")[2])

@@ -66,12 +66,13 @@ def create(grants: Grants) -> Blueprint:
 
     def streamed(events: Iterator[bytes], failure: bytes) -> Answer:
         handler = request.environ["sandbox.handler"]
-        events = list(stream.troubled(events, failure, knobs))
-        paced = stream.paced(events, knobs, handler, witness.counters)
-        answer = Answer(paced, content_type="text/event-stream")
-        if knobs.framing == "length":
-            answer.content_length = sum(map(len, events))
         handler.close_delimited = knobs.framing == "close"
+        answer = Answer(content_type="text/event-stream")
+        events = stream.troubled(events, failure, knobs)
+        if knobs.framing == "length":
+            events = list(events)
+            answer.content_length = sum(map(len, events))
+        answer.response = stream.paced(events, knobs, handler, witness.counters)
         return answer
 
     @api.get("/models")

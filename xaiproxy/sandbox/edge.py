@@ -68,7 +68,7 @@ class Edge:
         if accepts_gzip(environ) and self._wants_gzip(response):
             compress(response)
         if script["drip"]:
-            response.response = dripped(response, 1 / script["drip"], handler)
+            response.response = dripped(response.response, 1 / script["drip"], handler)
         return response
 
     def _refusal(self, handler: Handler) -> Answer | None:

@@ -97,7 +97,7 @@ KNOBS = {
     "refuse_fresh": Knob(0, whole(0), "how often the API refuses each newly minted access token"),
     "dead_token_status": Knob(403, one_of(403, 401), "status for a dead access token, 403 or 401"),
     "old_shape": Knob(False, yes_no, "refuse tokens in the older shape of body, with [WKE=...]"),
-    "gzip": Knob("refusals", one_of("refusals", "all", "none"), "what is compressed: refusals of a token, all or none"),
+    "gzip": Knob("refusals", one_of("refusals", "all", "none"), "compress refusals of a token, all or none"),
     "events": Knob(20, whole(0), "deltas in a streamed answer"),
     "event_size": Knob(None, whole(1, unset=True), "bytes of text in a delta; null: a word"),
     "events_per_second": Knob(0, number(0), "pace of a stream; 0: as fast as it is read"),
@@ -108,7 +108,7 @@ KNOBS = {
     "cut_after": Knob(None, whole(0, unset=True), "events after which a stream is cut, amid the next"),
     "cut": Knob("close", one_of("close", "reset"), "how it is cut: close (FIN) or reset (RST)"),
     "capacity_error_after": Knob(None, whole(0, unset=True), "events after which a stream ends in an error"),
-    "framing": Knob("chunked", one_of("chunked", "length", "close"), "a stream's framing: chunked, length or close"),
+    "framing": Knob("chunked", one_of("chunked", "length", "close"), "of a stream: chunked, length or close"),
     "answers": Knob([], answers, "scripted answers: a JSON list of objects with the fields below"),
 }
 
