@@ -1,0 +1,252 @@
+"""What a checkout and an installation promise: the commands are there, and bin/ makes a .venv that can be trusted."""
+
+import configparser
+import contextlib
+import http.server
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SETUP = configparser.ConfigParser()
+SETUP.read(ROOT / "setup.cfg")
+COMMANDS = [line.split(" = ")[0] for line in SETUP["options.entry_points"]["console_scripts"].split("\n") if line]
+SCRIPTS = sorted(path for path in (ROOT / "bin").iterdir())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_installed_and_explains_itself(command):
+    script = Path(sys.executable).parent / command
+    answer = subprocess.run([script, "--help"], capture_output=True, text=True, timeout=30)
+    assert (answer.returncode, answer.stderr) == (0, "")
+    assert answer.stdout.startswith(f"usage: {command}")
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_every_script_can_be_run(script):
+    assert os.access(script, os.X_OK)
+    assert subprocess.run(["sh", "-n", script]).returncode == 0
+
+
+def test_every_command_works_from_a_checkout():
+    assert set(COMMANDS) <= {path.name for path in SCRIPTS}
+
+
+def test_the_package_imports_nothing_so_that_main_can_patch_first():
+    code = "import sys; before = set(sys.modules); import xaiproxy; print(*set(sys.modules) - before)"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert answer.stdout.split() == ["xaiproxy"]
+
+
+def test_the_package_needs_no_data_files_and_every_folder_of_it_is_installed():
+    # Otherwise setup.cfg would have to say package_data, and only an installed copy would show that it does not.
+    files = [path for path in (ROOT / "xaiproxy").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert {path.suffix for path in files} == {".py"}
+    assert all((path.parent / "__init__.py").exists() for path in files)
+
+
+# An interpreter that makes a .venv at once. What its pip does is in $PIP; each call of it leaves a line in $CALLS.
+PYTHON = """#!/bin/sh
+here=$(dirname "$0")
+case "$*" in
+    -V) echo "Python 3.99" ;;
+    "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+    "-m pip install "*)
+        echo "$*" >>"$CALLS"
+        eval "$PIP"
+        printf '#!/bin/sh\\necho "$0" "$@"\\n' >"$here/xai-login"
+        chmod +x "$here/xai-login" ;;
+esac
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    return Checkout(tmp_path / "a checkout")
+
+
+class Checkout:
+    def __init__(self, folder):
+        self.folder = folder
+        shutil.copytree(ROOT / "bin", folder / "bin")
+        shutil.copy(ROOT / "setup.cfg", folder)
+        self.python = folder / "python"
+        self.python.write_text(PYTHON)
+        self.python.chmod(0o755)
+        self.calls = folder / "calls"
+        self.ran = f"{folder}/.venv/bin/xai-login --status\n"
+
+    def start(self, pip=":", script=None, **environ):
+        environ = {"PATH": os.defpath, "PYTHON": str(self.python), "CALLS": str(self.calls), "PIP": pip, **environ}
+        return subprocess.Popen([script or self.folder / "bin" / "xai-login", "--status"], env=environ, cwd="/",
+                                text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def run(self, pip=":", script=None, **environ):
+        with self.start(pip, script, **environ) as process:
+            out, err = process.communicate(timeout=30)
+        return process.returncode, out, err
+
+    def installations(self):
+        return len(self.calls.read_text().splitlines()) if self.calls.exists() else 0
+
+
+def test_a_command_makes_its_venv_once_and_says_so(checkout):
+    code, out, err = checkout.run()
+    assert (code, out) == (0, checkout.ran)
+    assert "making" in err and "installing" in err
+    assert checkout.run() == (0, checkout.ran, "")
+    assert checkout.installations() == 1
+
+
+def test_a_command_works_through_a_link_from_another_folder(checkout, tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(checkout.folder / "bin" / "xai-login")
+    assert checkout.run(script=link)[:2] == (0, checkout.ran)
+
+
+def test_a_changed_setup_cfg_is_installed_again(checkout):
+    checkout.run()
+    with open(checkout.folder / "setup.cfg", "a") as setup:
+        setup.write("# another requirement\n")
+    assert checkout.run()[0] == 0
+    assert checkout.installations() == 2
+
+
+def test_a_copied_checkout_does_not_run_the_code_of_the_original(checkout, tmp_path):
+    checkout.run()
+    copy = tmp_path / "copy"
+    shutil.copytree(checkout.folder, copy)
+    assert checkout.run(script=copy / "bin" / "xai-login")[1] == f"{copy}/.venv/bin/xai-login --status\n"
+
+
+def test_two_commands_at_once_make_one_venv(checkout, tmp_path):
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    with checkout.start(f"echo begun; cat '{fifo}'") as first:
+        assert "begun\n" in first.stderr
+        with open(fifo, "w"):
+            second = checkout.start("exit 1")
+            assert "waiting" in second.stderr.readline()
+        with second:
+            assert (first.communicate()[0], second.communicate()[0]) == (checkout.ran, checkout.ran)
+    assert checkout.installations() == 1
+
+
+def test_an_installation_killed_in_the_middle_is_not_trusted(checkout, tmp_path):
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    half = f"touch '{checkout.folder}/.venv/half'; printf '#!/bin/sh\\necho half' >\"$here/xai-login\"; "
+    with checkout.start(f"{half} chmod +x \"$here/xai-login\"; echo begun; cat '{fifo}'; exit 1") as process:
+        assert "begun\n" in process.stderr
+        with open(fifo, "w"):
+            process.send_signal(signal.SIGKILL)
+            process.wait(timeout=30)
+    assert (checkout.folder / ".venv" / "half").exists()
+    assert checkout.run()[:2] == (0, checkout.ran)
+    assert not (checkout.folder / ".venv" / "half").exists()
+
+
+@pytest.mark.parametrize("pip, environ, sentence", [
+    ("exit 1", {}, "pip could not install into"),
+    (":", {"PYTHON": "/nowhere/python"}, "/nowhere/python is not there, or older than Python 3.10"),
+    (":", {"PYTHON": "false"}, "false is not there, or older than Python 3.10"),
+])
+def test_what_cannot_be_installed_is_said_in_one_sentence(checkout, pip, environ, sentence):
+    code, out, err = checkout.run(pip, **environ)
+    assert (code, out) == (69, "")
+    assert err.splitlines()[-1].startswith(f"xaiproxy: {sentence}")
+
+
+# bin/smoke, against a server that answers as it is told.
+
+MODELS = '{"object":"list","data":[{"id":"grok-image","object":"model"},{"id":"grok-4.5","object":"model"}]}'
+STREAM = "".join('data: {"choices":[{"index":0,"delta":{"content":"%s"}}]}\n\n' % word for word in ("one ", "two"))
+DONE = "data: [DONE]\n\n"
+
+
+@contextlib.contextmanager
+def endpoint(models=(200, MODELS), stream=(200, STREAM + DONE), key=None):
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def answer(self, status, body):
+            if key and self.headers["Authorization"] != f"Bearer {key}":
+                status, body = 401, '{"error":{"message":"a client key is needed"}}'
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def do_GET(self):
+            self.answer(*models)
+
+        def do_POST(self):
+            seen.append(self.rfile.read(int(self.headers["Content-Length"])).decode())
+            self.answer(*stream)
+
+        def log_message(self, *arguments):
+            pass
+
+    seen = []
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/v1", seen
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def smoke(url, **environ):
+    environ = {"PATH": os.environ["PATH"], **environ}
+    return subprocess.run([ROOT / "bin" / "smoke", url], env=environ, capture_output=True, text=True, timeout=30)
+
+
+needs_curl = pytest.mark.skipif(not shutil.which("curl"), reason="bin/smoke needs curl")
+
+
+@needs_curl
+def test_smoke_is_content_when_models_and_a_stream_answer():
+    with endpoint() as (url, seen):
+        answer = smoke(url)
+    assert (answer.returncode, answer.stderr) == (0, "")
+    assert "2 models" in answer.stdout and answer.stdout.endswith("grok-4.5 says: one two\n")
+    assert '"model":"grok-4.5"' in seen[0]
+
+
+@needs_curl
+def test_smoke_takes_key_and_model_from_the_environment():
+    with endpoint(key="secret") as (url, seen):
+        assert smoke(url, XAIPROXY_KEY="secret", XAIPROXY_MODEL="grok-image").returncode == 0
+        refused = smoke(url)
+    assert '"model":"grok-image"' in seen[0]
+    assert refused.returncode == 77
+    assert "a client key is needed" in refused.stderr and "XAIPROXY_KEY" in refused.stderr
+
+
+@needs_curl
+@pytest.mark.parametrize("answers, sentence", [
+    ({"models": (503, "not now")}, "answered 503: not now"),
+    ({"models": (200, "<html>")}, "without a single model"),
+    ({"stream": (200, STREAM)}, "the stream broke off"),
+    ({"stream": (200, DONE)}, "the stream broke off"),
+    ({"stream": (429, '{"error":"too many"}')}, 'answered 429: {"error":"too many"}'),
+])
+def test_smoke_says_what_is_wrong(answers, sentence):
+    with endpoint(**answers) as (url, _):
+        answer = smoke(url)
+    assert answer.returncode == 69
+    assert sentence in answer.stderr
+
+
+@needs_curl
+def test_smoke_says_how_to_start_what_does_not_answer():
+    with endpoint() as (url, _):
+        pass
+    answer = smoke(url)
+    assert answer.returncode == 69
+    assert f"nothing answers at {url}" in answer.stderr and "supervisord -c" in answer.stderr
