@@ -1,0 +1,31 @@
+# docker build -t xaiproxy .
+FROM python:3.13-slim
+
+ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+
+# A fixed number, so that the owner of a mounted folder can be set from outside and runAsNonRoot can be checked.
+RUN groupadd --gid 10001 xaiproxy && useradd --uid 10001 --gid 10001 --create-home xaiproxy \
+    && install -d -m 0700 -o 10001 -g 10001 /data
+
+# What xaiproxy needs, in a layer that a change of its code leaves as it is: a package with nothing but its version.
+WORKDIR /src
+COPY setup.cfg setup.py ./
+COPY xaiproxy/__init__.py xaiproxy/
+RUN pip install --no-cache-dir --only-binary :all: .
+
+COPY xaiproxy xaiproxy
+RUN pip install --no-cache-dir --no-deps --force-reinstall . && rm -rf /src/*
+COPY conf/supervisord.conf /etc/xaiproxy/
+
+# The login lives here, and a .env, if there is one: the one place that is written to.
+USER 10001:10001
+WORKDIR /data
+VOLUME /data
+ENV XAI_PROXY_TOKEN_PATH=/data/tokens.json
+
+# The proxy listens on the container's loopback until XAI_PROXY_BIND says otherwise.
+EXPOSE 9090
+HEALTHCHECK --interval=30s --timeout=5s --start-period=30s CMD ["python", "-c", "import http.client, os, sys; from xaiproxy import config; c = config.from_environ(os.environ); h = http.client.HTTPConnection(c.bind, c.port, timeout=3); h.request('GET', '/healthz'); sys.exit(h.getresponse().status != 200)"]
+
+# Open streams get 25 s at the end: docker run --stop-timeout 40
+CMD ["supervisord", "-c", "/etc/xaiproxy/supervisord.conf"]
