@@ -1,0 +1,311 @@
+"""The head of a request: what two servers could read differently is refused, and the rest is kept as it came."""
+
+import io
+import socket
+import time
+
+import gevent
+import gevent.socket
+import pytest
+
+from xaiproxy import errors, headers, request_head
+from xaiproxy.request_head import FIELD_LIMIT, SIZE_LIMIT
+
+HOST = b"Host: localhost\r\n"
+
+
+def read(data: bytes) -> "request_head.Head | None":
+    stream = io.BytesIO(data)
+    head = request_head.read(stream)
+    assert stream.read() == b"", "bytes of a head were left unread"
+    return head
+
+
+def refusal(data: bytes) -> errors.BadRequest:
+    """What is said of a head that is refused, and that it ends the connection."""
+    with pytest.raises(errors.BadRequest) as caught:
+        request_head.read(io.BytesIO(data))
+    assert caught.value.close, "the connection of a head that was not understood must not be read further"
+    status, fields, _ = caught.value.rendered()
+    assert status == ("431 Request Header Fields Too Large" if caught.type is errors.HeadTooLarge else "400 Bad Request")
+    assert ("X-XAI-Proxy-Error", "bad_request") in fields
+    return caught.value
+
+
+def with_fields(*lines: bytes, start: bytes = b"POST /v1/x HTTP/1.1\r\n" + HOST) -> bytes:
+    return start + b"".join(lines) + b"\r\n"
+
+
+def padded(size: int) -> bytes:
+    """A good head of that many bytes."""
+    rest = len(with_fields(b"X: \r\n"))
+    return with_fields(b"X: " + b"v" * (size - rest) + b"\r\n")
+
+
+# what is taken
+
+def test_a_head_is_kept_as_it_came():
+    head = read(b"PATCH /v1/a%2Fb:c?d=%41&e HTTP/1.1\r\nhost: LocalHost:9090\r\nX-One:1\r\nx-two:  a\tb \t\r\nX-ONE: 2\r\n"
+                b"Empty:\r\nBlank: \t \r\nLatin: \xe9\x80\xff\r\n\r\n")
+    assert (head.method, head.target, head.path) == ("PATCH", "/v1/a%2Fb:c?d=%41&e", "/v1/a%2Fb:c")
+    assert head.fields == [("host", "LocalHost:9090"), ("X-One", "1"), ("x-two", "a\tb"), ("X-ONE", "2"), ("Empty", ""),
+                           ("Blank", ""), ("Latin", "\xe9\x80\xff")]
+    assert head.values("x-one") == ["1", "2"] and head.values("x-three") == []
+    assert (head.version, head.content_length, head.chunked, head.keep_alive) == ("HTTP/1.1", None, False, True)
+
+
+@pytest.mark.parametrize("target", [
+    "/", "//", "/v1//models", "/v1/models?", "/v1/models?a=?b/../c", "/v1/%2e%2e/x", "/v1/a%2fb%2Fc", "/v1/a:b;c=d,e",
+    "/v1/\"<>\\^`{|}~", "/v1/%zz%", "/" + "a" * 60000])
+def test_the_target_is_raw(target):
+    assert read(f"GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()).target == target
+
+
+@pytest.mark.parametrize("method", ["GET", "get", "DELETE", "OPTIONS", "M-SEARCH", "!#$%&'*+-.^_`|~09azAZ"])
+def test_any_method(method):
+    assert read(f"{method} / HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()).method == method
+
+
+@pytest.mark.parametrize("lines, length, chunked", [
+    ([], None, False),
+    ([b"Content-Length: 0\r\n"], 0, False),
+    ([b"content-length:5\r\n"], 5, False),
+    ([b"CONTENT-LENGTH: \t 005 \t\r\n"], 5, False),
+    ([b"Content-Length: 999999999999999999\r\n"], 10 ** 18 - 1, False),
+    ([b"Transfer-Encoding: chunked\r\n"], None, True),
+    ([b"TRANSFER-encoding:\tchunked \r\n"], None, True),
+])
+def test_the_body_is_as_long_as_its_one_header_says(lines, length, chunked):
+    head = read(with_fields(*lines))
+    assert (head.content_length, head.chunked) == (length, chunked)
+
+
+@pytest.mark.parametrize("start, lines, keep_alive", [
+    (b"GET / HTTP/1.1\r\nHost: a\r\n", [], True),
+    (b"GET / HTTP/1.1\r\nHost: a\r\n", [b"Connection: close\r\n"], False),
+    (b"GET / HTTP/1.1\r\nHost: a\r\n", [b"Connection: Keep-Alive, CLOSE\r\n"], False),
+    (b"GET / HTTP/1.1\r\nHost: a\r\n", [b"Connection: te\r\n", b"connection: x , close\r\n"], False),
+    (b"GET / HTTP/1.1\r\nHost: a\r\n", [b"Connection: close-not\r\n"], True),
+    (b"GET / HTTP/1.0\r\n", [], False),
+    (b"GET / HTTP/1.0\r\n", [b"Connection: Keep-Alive\r\n"], True),
+    (b"GET / HTTP/1.0\r\n", [b"Connection: keep-alive, close\r\n"], False),
+])
+def test_whether_the_connection_stays(start, lines, keep_alive):
+    assert read(with_fields(*lines, start=start)).keep_alive is keep_alive
+
+
+def test_one_empty_line_before_a_request_is_forgiven():
+    assert read(b"\r\n" + with_fields()).target == "/v1/x"
+    refusal(b"\r\n\r\n" + with_fields())
+
+
+@pytest.mark.parametrize("data", [b"", b"\r\n"])
+def test_a_connection_that_ends_before_a_head_is_no_fault(data):
+    assert read(data) is None
+
+
+def test_a_head_that_is_cut_anywhere_is_an_end_and_no_refusal():
+    whole = b"\r\nPOST /v1/x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nX: y\r\n\r\n"
+    for size in (1, *range(3, len(whole))):  # after 2 bytes no head has begun
+        with pytest.raises(ConnectionError):
+            read(whole[:size])
+    assert read(whole).content_length == 5
+
+
+def test_nothing_behind_the_head_is_read():
+    stream = io.BytesIO(with_fields(b"Content-Length: 5\r\n") + b"GET /smuggled HTTP/1.1\r\n")
+    request_head.read(stream)
+    assert stream.read() == b"GET /smuggled HTTP/1.1\r\n"
+
+
+# both sides of the limits
+
+def test_a_head_of_64_kib_is_taken_and_a_byte_more_is_not():
+    assert len(padded(SIZE_LIMIT)) == SIZE_LIMIT == 64 * 1024
+    read(padded(SIZE_LIMIT))
+    assert "65536 bytes" in str(refusal(padded(SIZE_LIMIT + 1)))
+    assert "65536 bytes" in str(refusal(padded(SIZE_LIMIT + 2)))
+
+
+def test_the_limit_holds_wherever_the_bytes_are():
+    for head in (b"GET /" + b"a" * SIZE_LIMIT, b"a" * (SIZE_LIMIT + 1), with_fields(b"X: " + b"a" * SIZE_LIMIT),
+                 b"GET /" + b"a" * SIZE_LIMIT + b" HTTP/1.1\r\n", with_fields(*[b"X: " + b"a" * 995 + b"\r\n"] * 70)):
+        assert isinstance(refusal(head), errors.HeadTooLarge)
+
+
+def test_no_more_is_read_than_the_limit():
+    stream = io.BytesIO(b"a" * (10 * SIZE_LIMIT))
+    with pytest.raises(errors.HeadTooLarge):
+        request_head.read(stream)
+    assert stream.tell() <= SIZE_LIMIT + 1
+
+
+def test_200_fields_are_taken_and_201_are_not():
+    lines = [b"X: y\r\n"] * (FIELD_LIMIT - 1)  # and Host
+    assert len(read(with_fields(*lines)).fields) == FIELD_LIMIT == 200
+    assert "200 header lines" in str(refusal(with_fields(b"X: y\r\n", *lines)))
+
+
+# what is refused
+
+def body_of(*lines: bytes) -> bytes:
+    return with_fields(*(line + b"\r\n" for line in lines))
+
+
+@pytest.mark.parametrize("data", [
+    # both Content-Length and Transfer-Encoding
+    body_of(b"Content-Length: 5", b"Transfer-Encoding: chunked"),
+    body_of(b"Transfer-Encoding: chunked", b"Content-Length: 5"),
+    body_of(b"Transfer-Encoding: chunked", b"content-length: 0"),
+    body_of(b"Content-Length:", b"Transfer-Encoding: chunked"),
+    body_of(b"Transfer-Encoding:", b"Content-Length: 5"),
+    # several Content-Length
+    body_of(b"Content-Length: 5", b"Content-Length: 6"),
+    body_of(b"Content-Length: 5", b"Content-Length: 5"),
+    body_of(b"Content-Length: 5", b"X: y", b"CONTENT-LENGTH: 05"),
+    body_of(b"Content-Length: 5, 5"),
+    body_of(b"Content-Length: 5,6"),
+    body_of(b"Content-Length: 5,"),
+    # a Content-Length that is no number, or that some read as another
+    *(body_of(b"Content-Length:" + value) for value in (
+        b"", b" ", b" +5", b" -5", b" -0", b" 5.0", b" 5e1", b" 0x5", b" 1_0", b" 5 5", b" 5;x", b" \"5\"", b" five",
+        b" \xd9\xa5", b" \xb2", b" 1000000000000000000", b" " + b"9" * 400)),
+    # a Transfer-Encoding other than exactly chunked
+    *(body_of(b"Transfer-Encoding:" + value) for value in (
+        b"", b" Chunked", b" CHUNKED", b" identity", b" gzip", b" gzip, chunked", b" chunked, gzip", b" chunked, chunked",
+        b" chunked,", b" ,chunked", b" \"chunked\"", b" chunked;q=1", b" xchunked", b" chunkedx", b" chunk", b" chun ked",
+        b" x chunked", b" c\xe7hunked", b" chunked \xa0")),
+    body_of(b"Transfer-Encoding: chunked", b"Transfer-Encoding: chunked"),
+    body_of(b"Transfer-Encoding: chunked", b"Transfer-Encoding: identity"),
+    body_of(b"Transfer-Encoding: identity", b"Transfer-Encoding: chunked"),
+    b"POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n",
+])
+def test_a_body_whose_length_two_servers_could_read_differently(data):
+    assert "Content-Length" in str(refusal(data)) or "Transfer-Encoding" in str(refusal(data))
+
+
+@pytest.mark.parametrize("line", [
+    b"X: y\n", b"X: y\r\r\n", b"X: y\rZ: a\r\n", b"X: y\n\r\n", b"\rX: y\r\n", b"\n", b"X: y\n\n",  # bare LF, bare CR
+    b" X: y\r\n", b"\tX: y\r\n", b"X: y\r\n folded\r\n", b"X: y\r\n\tfolded\r\n", b"X: y\r\n \r\n", b" \r\n",  # obs-fold
+    b"X : y\r\n", b"X\t: y\r\n", b"X Y: z\r\n", b"Content-Length : 5\r\n", b"Transfer-Encoding : chunked\r\n",  # a space
+    b": y\r\n", b" : y\r\n", b":\r\n", b"X\r\n", b"X y\r\n", b"X=y\r\n",  # no name, no colon
+    b"X\x00: y\r\n", b"X: y\x00\r\n", b"X: \x00\r\n", b"X: \x01\r\n", b"X: \x0b5\r\n", b"X: a\x0cb\r\n", b"X: \x7f\r\n",
+    b"X: \x1b[31m\r\n", b"X: \x08\r\n",  # controls
+    b"X\xe9: y\r\n", b"\xef\xbb\xbfX: y\r\n", b"X(): y\r\n", b"X[]: y\r\n", b"\"X\": y\r\n", b"X/Y: z\r\n", b"X@Y: z\r\n",
+    b"{X}: y\r\n", b"X,Y: z\r\n", b"X;Y: z\r\n", b"Content-Length\xa0: 5\r\n",  # a name that is no token
+])
+def test_a_header_line_that_two_servers_could_read_differently(line):
+    assert "header line is malformed" in str(refusal(with_fields(line)))
+    assert "header line is malformed" in str(refusal(with_fields(line, start=b"GET / HTTP/1.1\r\n")))  # also as the first
+
+
+@pytest.mark.parametrize("line", [
+    b"GET / HTTP/1.1\n", b"GET / HTTP/1.1\r\r\n", b"GET /\r HTTP/1.1\r\n", b"\nGET / HTTP/1.1\r\n", b"\n",  # line ends
+    b"GET  / HTTP/1.1\r\n", b"GET /  HTTP/1.1\r\n", b"GET\t/\tHTTP/1.1\r\n", b"GET /\tHTTP/1.1\r\n", b" GET / HTTP/1.1\r\n",
+    b"GET / HTTP/1.1 \r\n", b"GET / a HTTP/1.1\r\n", b"GET /\x0bHTTP/1.1\r\n", b"GET /\xa0HTTP/1.1\r\n",  # spaces
+    b"GET /\r\n", b"GET\r\n", b"GET / \r\n", b"GET HTTP/1.1\r\n", b"/ HTTP/1.1\r\n", b" / HTTP/1.1\r\n",  # something missing
+    b"PRI * HTTP/2.0\r\n", b"GET / HTTP/2\r\n", b"GET / HTTP/2.0\r\n", b"GET / HTTP/1.2\r\n", b"GET / HTTP/0.9\r\n",
+    b"GET / HTTP/1\r\n", b"GET / HTTP/1.10\r\n", b"GET / HTTP/11\r\n", b"GET / HTTP/01.1\r\n", b"GET / http/1.1\r\n",
+    b"GET / Http/1.1\r\n", b"GET / HTTPS/1.1\r\n", b"GET / HTTP/1,1\r\n", b"GET / HTTP 1.1\r\n", b"GET / ICE/1.0\r\n",
+    b"GET / HTTP/1.\xb9\r\n",  # versions
+    b"G\x00T / HTTP/1.1\r\n", b"GET /\x00 HTTP/1.1\r\n", b"GET /\x7f HTTP/1.1\r\n", b"GET /\xe9 HTTP/1.1\r\n",
+    b"GET /\xc3\xa9 HTTP/1.1\r\n", b"G\xc9T / HTTP/1.1\r\n", b"G(T / HTTP/1.1\r\n", b"G:T / HTTP/1.1\r\n",  # characters
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\n", b"HTTP/1.1 200 OK\r\n", b"SSH-2.0-OpenSSH_9.2\r\n", b"HELO x\r\n",
+])
+def test_a_request_line_that_is_none(line):
+    assert "request line is malformed" in str(refusal(line + HOST + b"\r\n"))
+
+
+@pytest.mark.parametrize("target", [
+    b"http://localhost/v1/models", b"HTTP://localhost/", b"https://api.x.ai/v1/models", b"localhost:9090", b"api.x.ai:443",
+    b"*", b"v1/models", b"?a", b"\\v1", b"%2Fv1", b"/v1/models#fragment", b"/#", b"#"])
+def test_only_a_path_is_a_target(target):
+    assert "must be a path" in str(refusal(with_fields(start=b"GET " + target + b" HTTP/1.1\r\n" + HOST)))
+
+
+@pytest.mark.parametrize("data", [
+    b"GET / HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\nX-Host: a\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", b"GET / HTTP/1.1\r\nHost: a\r\nX: y\r\nhost: a\r\n\r\n",
+    b"GET / HTTP/1.0\r\nHost: a\r\nHost: a\r\n\r\n", b"GET / HTTP/1.1\r\nHost:\r\nHost: a\r\n\r\n"])
+def test_a_request_has_one_host(data):
+    assert "exactly one Host" in str(refusal(data))
+
+
+def test_a_request_of_http_1_0_needs_no_host():
+    assert read(b"GET / HTTP/1.0\r\n\r\n").values("host") == []
+
+
+@pytest.mark.parametrize("names", [
+    [b"Content_Length"], [b"content_length"], [b"Transfer_Encoding"], [b"TRANSFER_ENCODING"], [b"Content_Type"],
+    [b"X_Api_Key"], [b"X-Api_Key"], [b"X_Api-Key"], [b"X_Forwarded_For"], [b"X-Forwarded_Host"], [b"Proxy_Authorization"],
+    [b"Proxy_"], [b"Sec_Fetch_Site"], [b"Keep_Alive"], [b"User_Agent"], [b"Accept_Encoding"],
+    [b"X_Y", b"X-Y"], [b"X-Y", b"X_Y"], [b"x-y", b"X_y"], [b"A_B-C", b"A-B_C"], [b"A_B_C", b"A-B-C"]])
+def test_a_name_with_an_underscore_twin(names):
+    assert "with _ in its name" in str(refusal(body_of(*(name + b": 5" for name in names))))
+
+
+def test_an_underscore_alone_is_no_twin():
+    assert len(read(body_of(b"X_Y: 1", b"x_y: 2", b"_: 3", b"X-Z: 4", b"Idempotency_Key: 5")).fields) == 6
+
+
+def test_every_header_that_the_proxy_drops_or_sets_has_no_underscore_twin():
+    for name in headers.NOT_SENT:
+        if "-" in name:
+            refusal(body_of(name.replace("-", "_").encode() + b": 5"))
+
+
+@pytest.mark.parametrize("start", [b"X: ", b"Content-Length: ", b""])
+def test_a_malformed_line_takes_no_longer_than_a_good_one(start):
+    for filling in (b"a", b" ", b"a ", b"\t", b": "):
+        began = time.process_time()
+        refusal(with_fields(start + filling * (60000 // len(filling)) + b"\x00\r\n"))
+        assert time.process_time() - began < 1
+
+
+def test_a_refusal_repeats_nothing_that_came():
+    for line in (b"Authorization: Bearer \x00abcdefgh\r\n", b"abcdefgh\r\n", b"Content-Length: abcdefgh\r\n"):
+        assert "abcdefgh" not in str(refusal(with_fields(line)))
+
+
+# over a socket
+
+def deliver(data: bytes, size: int) -> "request_head.Head":
+    """Read a head from a connection that brings it `size` bytes at a time."""
+    ours, theirs = gevent.socket.socketpair()
+    with ours, theirs, ours.makefile("rb") as stream, gevent.Timeout(10):
+        def send() -> None:
+            for at in range(0, len(data), size):
+                theirs.sendall(data[at:at + size])
+                gevent.sleep()  # so that it is read before the next bytes are there
+        sender = gevent.spawn(send)
+        try:
+            return request_head.read(stream)
+        finally:
+            sender.join()
+
+
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_a_head_may_come_byte_by_byte(size):
+    lines = [b"X-%d: y\r\n" % number for number in range(20)]
+    assert deliver(with_fields(*lines), size) == read(with_fields(*lines))
+    with pytest.raises(errors.BadRequest):
+        deliver(with_fields(*lines, b"X : y\r\n"), size)
+
+
+def test_a_head_at_the_limit_may_come_in_packets():
+    assert len(deliver(padded(SIZE_LIMIT), 1448).values("x")[0]) > 65000
+    with pytest.raises(errors.HeadTooLarge):
+        deliver(padded(SIZE_LIMIT + 1), 1448)
+
+
+def test_a_connection_that_is_reset_is_an_oserror():
+    with gevent.socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        theirs = gevent.socket.create_connection(listener.getsockname())
+        ours, _ = listener.accept()
+        theirs.sendall(b"GET / HTTP/1.1\r\nHost: lo")
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        theirs.close()
+        with ours, ours.makefile("rb") as stream, pytest.raises(OSError):
+            request_head.read(stream)
