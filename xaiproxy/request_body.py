@@ -33,8 +33,11 @@ class RequestBody:
             [value.lower() for value in head.values("expect")] == ["100-continue"]
 
     def read1(self, size: int = READ) -> bytes:
-        """Return some bytes, or b"" at the end. Raises BadRequest, ClientTimeout, ClientGone."""
-        if self.ended:
+        """Return some bytes, at most `size` if that is positive; b"" at the end.
+
+        Raises BadRequest, ClientTimeout, ClientGone.
+        """
+        if self.ended or size == 0:
             return b""
         try:
             with gevent.Timeout(self._timeout, errors.ClientTimeout(
@@ -44,7 +47,7 @@ class RequestBody:
                     self._socket.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
                 if self.chunked and self._left == 0 and not self._next_chunk():
                     return b""
-                data = self._stream.read1(min(size, self._left))
+                data = self._stream.read1(min(size if size > 0 else READ, self._left))
         except OSError:
             raise errors.ClientGone from None
         if not data:
@@ -56,7 +59,7 @@ class RequestBody:
 
     def read(self, size: int = -1) -> bytes:
         parts = []
-        while size and (data := self.read1(size if size > 0 else READ)):
+        while data := self.read1(size):
             parts.append(data)
             size -= len(data) if size > 0 else 0
         return b"".join(parts)
@@ -65,7 +68,7 @@ class RequestBody:
         """pywsgi's hook after an answer; what is unread makes our handler close the connection instead."""
 
     def _next_chunk(self) -> bool:
-        if not self._first_chunk and self._stream.read(2) != b"\r\n":
+        if not self._first_chunk and self._line(2) != b"\r\n":
             raise errors.BadRequest("a chunk of the request body is longer than it says", close=True)
         self._first_chunk = False
         match = CHUNK_LINE.fullmatch(self._line())
@@ -74,7 +77,7 @@ class RequestBody:
         self._left = int(match[1], 16)
         if self._left:
             return True
-        for _ in range(TRAILER_LIMIT):
+        for _ in range(TRAILER_LIMIT + 1):
             line = self._line()
             if line == b"\r\n":
                 self.ended = True
@@ -83,9 +86,9 @@ class RequestBody:
                 break
         raise errors.BadRequest("the trailers of the request body are malformed", close=True)
 
-    def _line(self) -> bytes:
-        line = self._stream.readline(LINE_LIMIT)
-        if not line:
+    def _line(self, limit: int = LINE_LIMIT) -> bytes:
+        line = self._stream.readline(limit)
+        if len(line) < limit and not line.endswith(b"\n"):
             raise errors.ClientGone
         return line
 
@@ -117,8 +120,7 @@ class ReplayableBody:
         self._body = body
         self._limit = limit
         self._memory = memory
-        self._kept: "list[bytes]" = []
-        self._size = 0
+        self._kept = bytearray()  # a list of chunks of a byte or two each would take thirty times the memory
         self.replayable = (body.content_length or 0) <= limit
 
     @property
@@ -126,7 +128,8 @@ class ReplayableBody:
         return self._body.ended
 
     def __iter__(self) -> Iterator[bytes]:
-        yield from list(self._kept)
+        for start in range(0, len(self._kept), READ):
+            yield bytes(self._kept[start:start + READ])
         while data := self._body.read1():
             self._keep(data)
             yield data
@@ -134,14 +137,13 @@ class ReplayableBody:
     def _keep(self, data: bytes) -> None:
         if not self.replayable:
             return
-        if self._size + len(data) > self._limit or not self._memory.take(len(data)):
+        if len(self._kept) + len(data) > self._limit or not self._memory.take(len(data)):
             self.forget()
             return
-        self._kept.append(data)
-        self._size += len(data)
+        self._kept += data
 
     def forget(self) -> None:
         """Free the copy: there will be no replay. May be called twice."""
         self.replayable = False
-        self._memory.give_back(self._size)
-        self._kept, self._size = [], 0
+        self._memory.give_back(len(self._kept))
+        self._kept = bytearray()

@@ -1,0 +1,380 @@
+"""The body of a request: read strictly, handed on as it arrives, and kept within limits to be sent again."""
+
+import contextlib
+import io
+import select
+import socket
+import time
+import tracemalloc
+
+import gevent
+import gevent.event
+import gevent.socket
+import pytest
+
+from xaiproxy import errors, request_head
+from xaiproxy.request_body import LINE_LIMIT, READ, TRAILER_LIMIT, ReplayableBody, ReplayMemory, RequestBody
+
+BEHIND = b"GET /the-next-request HTTP/1.1\r\n"
+MANY = 1 << 30  # bytes, as a limit that is none
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+def head(*lines: str, version: str = "HTTP/1.1") -> request_head.Head:
+    text = "\r\n".join([f"POST / {version}", "Host: localhost", *lines, "", ""])
+    return request_head.read(io.BytesIO(text.encode()))
+
+
+def sized(data: bytes, length: "int | None" = None) -> RequestBody:
+    """A body with a Content-Length (of `data`, unless told) that comes as `data`."""
+    return RequestBody(head(f"Content-Length: {len(data) if length is None else length}"), io.BytesIO(data), None, 5)
+
+
+def chunked(data: bytes) -> RequestBody:
+    """A body of which `data` comes, framing and all."""
+    return RequestBody(head("Transfer-Encoding: chunked"), io.BytesIO(data), None, 5)
+
+
+def in_chunks(*chunks: bytes) -> bytes:
+    return b"".join(b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in (*chunks, b""))
+
+
+def whole(body: RequestBody) -> bytes:
+    data = b"".join(iter(body.read1, b""))
+    assert body.ended and body.read1() == b"" and body.read() == b""
+    return data
+
+
+# where a body ends
+
+@pytest.mark.parametrize("size", [0, 1, 5, READ, READ + 1])
+def test_a_body_ends_where_its_content_length_says(size):
+    body = sized(b"x" * size + BEHIND, size)
+    assert whole(body) == b"x" * size
+    assert body._stream.read() == BEHIND
+
+
+def test_a_request_without_a_body_has_ended_before_it_was_read():
+    for lines in ((), ("Content-Length: 0",)):
+        stream = io.BytesIO(BEHIND)
+        body = RequestBody(head(*lines), stream, None, 5)
+        assert body.ended and whole(body) == b"" and stream.read() == BEHIND
+
+
+def test_a_body_that_is_cut_at_any_byte_is_a_client_that_is_gone():
+    for size in range(20):
+        body = sized(b"x" * size, 20)
+        with pytest.raises(errors.ClientGone):
+            whole(body)
+        assert not body.ended
+
+
+@pytest.mark.parametrize("data, content", [
+    (b"0\r\n\r\n", b""),
+    (b"5\r\nhello\r\n0\r\n\r\n", b"hello"),
+    (b"1\r\nh\r\n4\r\nello\r\n000\r\n\r\n", b"hello"),
+    (b"A\r\n0123456789\r\na\r\n0123456789\r\n0\r\n\r\n", b"0123456789" * 2),
+    (b"000000000000005\r\nhello\r\n000000000000000\r\n\r\n", b"hello"),
+    (b"5;a\r\nhello\r\n0;b=c\r\n\r\n", b"hello"),
+    (b"5 ; a = \"b;c\\\"d\"\te=f\r\nhello\r\n0\t;\r\n\r\n", b"hello"),
+    (b"5;\xe9\xff\r\nhello\r\n0\r\n\r\n", b"hello"),
+    (b"5;" + b"a" * (LINE_LIMIT - 4) + b"\r\nhello\r\n0\r\n\r\n", b"hello"),
+    (b"4\r\n\r\n\r\n\r\n0\r\n\r\n", b"\r\n\r\n"),
+    (b"5\r\n0\r\n\r\n\r\n0\r\n\r\n", b"0\r\n\r\n"),
+    (b"0\r\nTrailer: x\r\nEmpty:\r\nx-two: \xe9 \t\r\n\r\n", b""),
+    (b"0\r\n" + b"X: y\r\n" * TRAILER_LIMIT + b"\r\n", b""),
+    (b"0\r\nX: " + b"y" * (LINE_LIMIT - 5) + b"\r\n\r\n", b""),
+    (in_chunks(b"x" * 70000, b"y"), b"x" * 70000 + b"y"),
+])
+def test_a_chunked_body_ends_with_its_last_chunk_and_trailers(data, content):
+    body = chunked(data + BEHIND)
+    assert whole(body) == content
+    assert body._stream.read() == BEHIND
+
+
+@pytest.mark.parametrize("size_line", [
+    b"+1\r\n", b"-1\r\n", b"-0\r\n", b"1_0\r\n", b"0x1\r\n", b"0X1\r\n", b" 1\r\n", b"\t1\r\n", b"1 \r\n", b"1\t\r\n",
+    b"1 1\r\n", b"1,\r\n", b"1.0\r\n", b"1h\r\n", b"g\r\n", b"\r\n", b" \r\n", b";a\r\n", b" ;a\r\n", b"\"1\"\r\n",
+    b"0000000000000001\r\n", b"10000000000000001\r\n", b"ffffffffffffffff\r\n", b"f" * 400 + b"\r\n",  # 16 digits and more
+    b"1\n", b"\n1\r\n", b"1\r\r\n", b"1\rx\r\n", b"1\r", b"1;a\n", b"1;\r\r\n", b"1;a\rb\r\n", b"1;a=\"\r\"\r\n",
+    b"1;a=\"\n\"\r\n", b"1;a=\"\r\n\"\r\n", b"1;\x00\r\n", b"1;\x0b\r\n", b"1;\x7f\r\n", b"1\x00\r\n", b"1\x0b\r\n",
+    b"\xd9\xa1\r\n", b"\xb9\r\n", b"1\xa0\r\n", b"\xef\xbb\xbf1\r\n",
+    b"1;" + b"a" * (LINE_LIMIT - 3) + b"\r\n", b"0" * 100000, b"1;" + b"a" * 100000,
+])
+def test_a_chunk_size_that_two_servers_could_read_differently(size_line):
+    for before in (b"", b"5\r\nhello\r\n"):
+        body = chunked(before + size_line + b"x" * 20 + b"\r\n0\r\n\r\n")
+        with pytest.raises(errors.BadRequest) as caught:
+            whole(body)
+        assert caught.value.close and not body.ended
+
+
+@pytest.mark.parametrize("after", [b"\n", b"\r0", b"\n\r\n", b"0\r\n\r\n", b"x\r\n", b"\r\r\n", b"  ", b"5\r\nhello\r\n"])
+def test_a_chunk_that_does_not_end_where_it_says(after):
+    body = chunked(b"5\r\nhello" + after + b"\r\n0\r\n\r\n")
+    assert body.read1() == b"hello"
+    with pytest.raises(errors.BadRequest, match="longer than it says"):
+        body.read1()
+    assert not body.ended
+
+
+@pytest.mark.parametrize("trailers", [
+    b"X\r\n", b" X: y\r\n", b"X : y\r\n", b": y\r\n", b"X: y\n", b"X: y\r\n folded\r\n", b"X: y\rZ: a\r\n", b"X: \x00\r\n",
+    b"\n", b"\r\r\n", b"X: y\r\n\n", b"GET / HTTP/1.1\r\n", b"X: y\r\n" * (TRAILER_LIMIT + 1), b"X: y\r\n" * 100000,
+    b"X: " + b"y" * (LINE_LIMIT - 4) + b"\r\n", b"X: " + b"a" * 4000 + b"\x00\r\n"])
+def test_trailers_that_two_servers_could_read_differently(trailers):
+    body = chunked(b"5\r\nhello\r\n0\r\n" + trailers + b"\r\n")
+    assert body.read1() == b"hello"
+    with pytest.raises(errors.BadRequest, match="trailers"):
+        body.read1()
+    assert not body.ended
+
+
+def test_a_chunked_body_that_is_cut_at_any_byte_is_a_client_that_is_gone():
+    data = b"3\r\nabc\r\n0a;x=\"y\"\r\n0123456789\r\n0\r\nTrailer: x\r\n\r\n"
+    for size in range(len(data)):
+        body, came = chunked(data[:size]), b""
+        with pytest.raises(errors.ClientGone):
+            while True:
+                came += body.read1() or pytest.fail("a cut body seemed whole")
+        assert not body.ended and b"abc0123456789".startswith(came)
+    assert whole(chunked(data)) == b"abc0123456789"
+
+
+# what one read gives
+
+def test_a_read_gives_at_most_what_is_asked_for_and_never_what_is_behind():
+    for body in (sized(b"0123456789" + BEHIND, 10), chunked(in_chunks(b"01234", b"56789") + BEHIND)):
+        assert (body.read1(0), body.read(0)) == (b"", b"") and not body.ended
+        assert (body.read1(2), body.read(2), body.read(3)) == (b"01", b"23", b"456")
+        assert body.read1(-1) == b"789"
+        assert (body.read(), body.read(5)) == (b"", b"")
+        assert body.ended and body._stream.read() == BEHIND
+
+
+@contextlib.contextmanager
+def connection(*lines: str, timeout: float = 5, version: str = "HTTP/1.1"):
+    """A body that comes over a real connection, and the client's end of that."""
+    ours, theirs = gevent.socket.socketpair()
+    with ours, theirs, ours.makefile("rb") as stream, gevent.Timeout(10):
+        yield RequestBody(head(*lines, version=version), stream, ours, timeout), theirs
+
+
+def test_a_read_gives_what_is_there_instead_of_waiting():
+    for framing in ("Content-Length: 100", "Transfer-Encoding: chunked"):
+        with connection(framing) as (body, client):
+            client.sendall(b"hello" if body.content_length else b"64\r\nhello")
+            assert body.read1() == b"hello"
+            client.sendall(b", ")
+            assert body.read1(100) == b", "
+            waiting = gevent.spawn(body.read1)
+            gevent.sleep()
+            assert not waiting.ready()
+            client.sendall(b"world")
+            assert waiting.get() == b"world"
+
+
+def test_a_chunk_is_given_before_the_next_has_begun():
+    with connection("Transfer-Encoding: chunked") as (body, client):
+        client.sendall(b"5\r\nhello\r")  # not even its own line end is waited for
+        assert body.read1() == b"hello"
+        client.sendall(b"\n0\r\n")
+        end = gevent.spawn(body.read1)
+        gevent.sleep()
+        assert not end.ready() and not body.ended
+        client.sendall(b"\r\n")
+        assert end.get() == b"" and body.ended
+
+
+def test_a_body_may_come_byte_by_byte():
+    data = in_chunks(b"hello", b"x" * 20)
+    for lines, sent in (("Content-Length: 25", b"hello" + b"x" * 20), ("Transfer-Encoding: chunked", data)):
+        with connection(lines) as (body, client):
+            def send() -> None:
+                for at in range(len(sent)):
+                    client.sendall(sent[at:at + 1])
+                    gevent.sleep()
+            sender = gevent.spawn(send)
+            assert whole(body) == b"hello" + b"x" * 20
+            sender.join()
+
+
+def test_a_client_that_resets_is_gone():
+    with gevent.socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        client = gevent.socket.create_connection(listener.getsockname())
+        ours, _ = listener.accept()
+    client.sendall(b"5\r\nhel")
+    with ours, ours.makefile("rb") as stream, gevent.Timeout(10):
+        body = RequestBody(head("Transfer-Encoding: chunked"), stream, ours, 5)
+        assert body.read1() == b"hel"
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        client.close()
+        with pytest.raises(errors.ClientGone):
+            body.read1()
+
+
+def test_the_time_out_is_between_two_reads():
+    with connection("Content-Length: 100", timeout=0.1) as (body, client):
+        began = time.monotonic()
+        for _ in range(4):
+            gevent.sleep(0.05)
+            client.sendall(b"x")
+            assert body.read1() == b"x"
+        assert time.monotonic() - began > 0.1
+        with pytest.raises(errors.ClientTimeout, match="no byte of the request body came for 0.1 s") as caught:
+            body.read1()
+        assert time.monotonic() - began < 1 and not body.ended
+    assert caught.value.close and caught.value.rendered()[0] == "408 Request Timeout"
+    assert ("x-should-retry", "false") in caught.value.headers
+
+
+def test_bytes_that_are_no_data_do_not_lengthen_the_time_out():
+    with connection("Transfer-Encoding: chunked", timeout=0.1) as (body, client):
+        def dribble() -> None:
+            while True:
+                client.sendall(b"0")
+                gevent.sleep(0.02)
+        dribbling = gevent.spawn(dribble)
+        with pytest.raises(errors.ClientTimeout):
+            body.read1()
+        dribbling.kill()
+
+
+# Expect: 100-continue
+
+@pytest.mark.parametrize("framing, sent", [("Content-Length: 5", b"hello"),
+                                           ("Transfer-Encoding: chunked", in_chunks(b"hello"))])
+def test_the_client_is_told_to_go_on_once_its_body_is_wanted_and_not_before(framing, sent):
+    with connection(framing, "Expect: 100-Continue") as (body, client):
+        gevent.sleep()
+        assert select.select([client], [], [], 0)[0] == []
+        reading = gevent.spawn(body.read)
+        assert client.recv(100) == CONTINUE
+        client.sendall(sent)
+        assert reading.get() == b"hello"
+        assert select.select([client], [], [], 0)[0] == []  # once
+
+
+@pytest.mark.parametrize("lines, version", [
+    (("Content-Length: 5",), "HTTP/1.1"),
+    (("Content-Length: 5", "Expect: 100-continue"), "HTTP/1.0"),  # RFC 9110 section 10.1.1: it could not know the answer
+    (("Content-Length: 0", "Expect: 100-continue"), "HTTP/1.1"),
+    (("Expect: 100-continue",), "HTTP/1.1"),
+    (("Content-Length: 5", "Expect: something-else"), "HTTP/1.1"),
+])
+def test_nobody_else_is_told_to_go_on(lines, version):
+    with connection(*lines, version=version) as (body, client):
+        client.sendall(b"hello")
+        body.read()
+        assert select.select([client], [], [], 0)[0] == []
+
+
+def test_a_client_that_left_instead_of_going_on_is_gone():
+    with connection("Content-Length: 5", "Expect: 100-continue") as (body, client):
+        client.close()
+        with pytest.raises(errors.ClientGone):
+            body.read1()
+
+
+# the copy for a replay
+
+def test_what_was_read_can_be_sent_again_from_the_start():
+    for source in (sized(b"hello world"), chunked(in_chunks(b"hello", b" ", b"world"))):
+        memory = ReplayMemory(MANY)
+        body = ReplayableBody(source, MANY, memory)
+        for _ in range(3):
+            assert b"".join(body) == b"hello world"
+        assert body.replayable and body.ended and memory.used == 11
+
+
+def test_a_body_of_which_only_some_was_read_is_sent_again_whole():
+    body = ReplayableBody(chunked(in_chunks(b"one ", b"two ", b"three")), MANY, ReplayMemory(MANY))
+    first = iter(body)
+    assert (next(first), next(first)) == (b"one ", b"two ")
+    assert not body.ended
+    assert b"".join(body) == b"one two three"
+    assert b"".join(body) == b"one two three"
+
+
+def test_a_long_body_is_repeated_in_pieces():
+    data = bytes(range(256)) * 1000
+    body = ReplayableBody(sized(data), MANY, ReplayMemory(MANY))
+    assert b"".join(body) == data
+    pieces = list(body)
+    assert b"".join(pieces) == data and max(map(len, pieces)) <= READ
+
+
+@pytest.mark.parametrize("limit, replayable", [(10, False), (11, True), (12, True)])
+def test_a_body_is_kept_up_to_the_limit_and_not_a_byte_beyond(limit, replayable):
+    for source in (sized(b"hello world"), chunked(in_chunks(b"hello world")), chunked(in_chunks(b"hello", b" world")),
+                   chunked(in_chunks(*[b"x"] * 11))):
+        memory = ReplayMemory(MANY)
+        body = ReplayableBody(source, limit, memory)
+        assert len(b"".join(body)) == 11 and body.ended  # it went through in any case
+        assert body.replayable is replayable
+        assert memory.used == (11 if replayable else 0)
+
+
+def test_a_body_that_says_that_it_is_too_long_is_not_even_begun_to_be_kept():
+    memory = ReplayMemory(MANY)
+    body = ReplayableBody(sized(b"hello world"), 10, memory)
+    assert not body.replayable
+    assert next(iter(body)) == b"hello world" and memory.used == 0
+
+
+def test_no_body_can_always_be_sent_again():
+    body = ReplayableBody(RequestBody(head(), io.BytesIO(), None, 5), 0, ReplayMemory(0))
+    assert body.replayable and list(body) == [] and body.replayable
+
+
+def test_all_copies_together_fit_in_the_memory():
+    memory = ReplayMemory(10)
+    first, second, third, fourth = (ReplayableBody(sized(b"x" * size), MANY, memory) for size in (6, 5, 4, 1))
+    for body, replayable, used in ((first, True, 6), (second, False, 6), (third, True, 10), (fourth, False, 10)):
+        assert len(b"".join(body)) in (6, 5, 4, 1) and body.ended  # what does not fit streams through
+        assert (body.replayable, memory.used) == (replayable, used)
+    first.forget()
+    assert memory.used == 4
+    again = ReplayableBody(sized(b"x" * 6), MANY, memory)
+    assert b"".join(again) == b"x" * 6 and again.replayable and memory.used == 10
+
+
+def test_a_copy_that_does_not_fit_any_more_gives_back_what_it_has():
+    memory = ReplayMemory(10)
+    body = ReplayableBody(chunked(in_chunks(b"x" * 6, b"y" * 5, b"z")), MANY, memory)
+    sent = iter(body)
+    next(sent)
+    assert memory.used == 6 and body.replayable
+    next(sent)
+    assert memory.used == 0 and not body.replayable
+    assert next(sent) == b"z" and memory.used == 0
+
+
+def test_to_forget_frees_the_copy_once():
+    memory = ReplayMemory(100)
+    memory.take(50)  # another request's
+    body = ReplayableBody(chunked(in_chunks(b"hello", b" ", b"world")), MANY, memory)
+    sent = iter(body)
+    next(sent)
+    assert memory.used == 55
+    for _ in range(2):
+        body.forget()
+        assert memory.used == 50 and not body.replayable
+    assert b"".join(sent) == b" world"  # the rest goes through, and is not kept
+    assert memory.used == 50
+
+
+def test_a_copy_takes_no_more_memory_than_it_has_bytes():
+    """Chunks of two bytes, as objects of their own, would take 28 times that."""
+    data = in_chunks(*[b"xy"] * 10000)
+    body = ReplayableBody(chunked(data), MANY, ReplayMemory(MANY))
+    tracemalloc.start()
+    try:
+        for _ in body:
+            pass
+        taken = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert body.replayable and taken < 2 * 20000
