@@ -4,7 +4,7 @@
     metadata = discovery.discover(web, settings.issuer)
     then one of
         device_authorization.request(...) and .poll(...)     RFC 8628
-        authorization_code.Listener, .authorization_url(...) and .exchange(...)     RFC 6749 4.1, 7636, 8252
+        loopback.Listener, authorization_code.authorization_url(...) and .exchange(...)     RFC 6749 4.1, 7636, 8252
         token_endpoint.refresh(...)     RFC 6749 6
         revocation.revoke(...)     RFC 7009
 """

@@ -7,7 +7,9 @@ and the terminal at which the answer may be pasted instead; each connection gets
 """
 
 import contextlib
+import dataclasses
 import html
+import math
 import os
 import re
 import selectors
@@ -24,7 +26,7 @@ PATH = "/callback"
 XAI_ORIGINS = frozenset(("https://accounts.x.ai", "https://auth.x.ai"))
 HEAD_LIMIT = 16384  # bytes of a request
 CONNECTION_LIMIT = 64  # at once; the oldest is closed for a new one
-CONNECTION_LIFETIME = 10.0  # seconds
+PATIENCE = 10.0  # seconds that a connection has for its request
 REASONS = {200: "OK", 204: "No Content", 400: "Bad Request", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed"}
 REQUEST = re.compile(rb"([A-Z]+) (\S+) HTTP/1\.[01]\r?\n((?:.*\n)*?)\r?\n")
 ORIGIN = re.compile(rb"^origin:[ \t]*(\S+)[ \t]*\r?$", re.IGNORECASE | re.MULTILINE)
@@ -33,7 +35,7 @@ ORIGIN = re.compile(rb"^origin:[ \t]*(\S+)[ \t]*\r?$", re.IGNORECASE | re.MULTIL
 class Listener:
     """Listens on 127.0.0.1:port, or on any free port when that one is taken."""
 
-    def __init__(self, port: int, issuer: str):
+    def __init__(self, port: int, issuer: str, patience: float = PATIENCE):
         try:
             self._socket = socket.create_server(("127.0.0.1", port))
         except OSError:
@@ -46,6 +48,8 @@ class Listener:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._socket, selectors.EVENT_READ)
         self._connections: "dict[socket.socket, _Connection]" = {}  # oldest first
+        self._patience = patience
+        self._typed = b""
 
     def __enter__(self) -> "Listener":
         return self
@@ -64,30 +68,42 @@ class Listener:
         sentence about everything that looked like the answer and was not.
         """
         end = time.monotonic() + seconds
-        typed = b""
         if paste_from is not None:
             self._selector.register(paste_from, selectors.EVENT_READ)
-        while (left := end - time.monotonic()) > 0:
-            for key, _ in self._selector.select(min(left, 1)):
+        while (now := time.monotonic()) < end:
+            for key, _ in self._selector.select(min(end, self._close_overdue(now)) - now):
+                code = None
                 if key.fileobj is self._socket:
                     self._accept()
                 elif key.fileobj == paste_from:
-                    received = os.read(paste_from, 4096)
-                    if not received:  # Ctrl-D: nothing will be pasted
-                        self._selector.unregister(paste_from)
-                    *lines, typed = (typed + received).split(b"\n")
-                    for line in lines:
-                        try:
-                            if code := authorization_code.code_from_paste(line.decode("utf-8", "replace"), state):
-                                return code
-                        except authorization_code.NotTheAnswer as error:
-                            say(f"That does not help: {error}. Paste the whole URL, or the code that the page shows.")
-                elif key.fileobj in self._connections and (code := self._serve(key.fileobj, state, say)):
+                    code = self._pasted(paste_from, state, say)
+                elif key.fileobj in self._connections:  # it may just have made room for another
+                    code = self._serve(key.fileobj, state, say)
+                if code:
                     return code
-            while self._connections and (oldest := next(iter(self._connections.values()))).end < time.monotonic():
-                self._drop(oldest.socket)
         raise errors.ExpiredToken("expired_token", "", f"nobody approved the login within {seconds / 60:g} minutes; start "
                                   "again")
+
+    def _close_overdue(self, now: float) -> float:
+        """Returns when the next connection is due, on the monotonic clock."""
+        for connection in list(self._connections.values()):
+            if connection.end > now:
+                return connection.end
+            self._drop(connection.socket)
+        return math.inf
+
+    def _pasted(self, paste_from: int, state: str, say: Callable[[str], Any]) -> "str | None":
+        received = os.read(paste_from, 4096)
+        if not received:  # Ctrl-D: nothing more will come
+            self._selector.unregister(paste_from)
+        *lines, self._typed = (self._typed + received).split(b"\n")
+        for line in lines:
+            try:
+                if code := authorization_code.code_from_paste(line.decode("utf-8", "replace"), state):
+                    return code
+            except authorization_code.NotTheAnswer as error:
+                say(f"That does not help: {error}. Paste the whole address, or the code that the page shows.")
+        return None
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):  # gone again, or no file descriptor left
@@ -95,7 +111,7 @@ class Listener:
             connection.setblocking(False)
             if len(self._connections) >= CONNECTION_LIMIT:
                 self._drop(next(iter(self._connections)))
-            self._connections[connection] = _Connection(connection)
+            self._connections[connection] = _Connection(connection, time.monotonic() + self._patience)
             self._selector.register(connection, selectors.EVENT_READ)
 
     def _drop(self, connection: socket.socket) -> None:
@@ -149,11 +165,11 @@ class Listener:
         return None
 
 
+@dataclasses.dataclass
 class _Connection:
-    def __init__(self, connection: socket.socket):
-        self.socket = connection
-        self.head = bytearray()
-        self.end = time.monotonic() + CONNECTION_LIFETIME
+    socket: socket.socket
+    end: float
+    head: bytearray = dataclasses.field(default_factory=bytearray)
 
 
 def _send(connection: socket.socket, status: int, text: str, origin: "str | None" = None) -> None:

@@ -163,6 +163,8 @@ def _explain(error: Exception, url: str, proxy: "str | None", deadline: float) -
     """One sentence. The exceptions' own texts are not used: they may hold the proxy's password."""
     host = urllib.parse.urlsplit(url).netloc
     causes = list(_causes(error))
+    through = urllib.parse.urlsplit(proxy or "")
+    through = f"{through.hostname}:{through.port}" if through.port else through.hostname
 
     def find(*kinds: type) -> "Any":
         return next((cause for cause in causes if isinstance(cause, kinds)), None)
@@ -171,10 +173,11 @@ def _explain(error: Exception, url: str, proxy: "str | None", deadline: float) -
         return (f"the certificate of {host} cannot be verified ({certificate.verify_message}); if a proxy of your "
                 "network answers in its place, set SSL_CERT_FILE to a file with that proxy's CA certificate")
     if find(requests.exceptions.ProxyError):
-        parts = urllib.parse.urlsplit(proxy or "")
         status = next(filter(None, (re.search(r"Tunnel connection failed: ([0-9]{3})", str(cause)) for cause in causes)), None)
-        return (f"the proxy {parts.hostname}{f':{parts.port}' if parts.port else ''} gave no connection to {host}"
-                f"{f' (HTTP {status[1]})' if status else ''}; check HTTPS_PROXY and NO_PROXY")
+        return (f"the proxy {through} gave no connection to {host}{f' (HTTP {status[1]})' if status else ''}; check "
+                "HTTPS_PROXY and NO_PROXY")
+    if through:
+        host += f" (through the proxy {through})"
     if find(socket.gaierror):
         return f"the name {host} cannot be resolved; check the network, or HTTPS_PROXY if a proxy is needed here"
     if find(urllib3.exceptions.ResponseError):

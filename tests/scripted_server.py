@@ -1,0 +1,87 @@
+"""A server that says what a test tells it to, byte by byte, and keeps what it was sent."""
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from typing import Any, Callable
+
+
+def answer(status: int, body: Any = "", content_type: str = "application/json", **headers: str) -> bytes:
+    """An HTTP answer; a dict or list is sent as JSON, Retry_After=... names a header."""
+    content = (body if isinstance(body, str) else json.dumps(body)).encode()
+    lines = [f"HTTP/1.1 {status} Whatever", f"Content-Type: {content_type}", f"Content-Length: {len(content)}",
+             *(f"{name.replace('_', '-')}: {value}" for name, value in headers.items())]
+    return "\r\n".join([*lines, "", ""]).encode() + content
+
+
+class ScriptedServer:
+    """Each connection gets the next of the answers: bytes, sent after one whole request was read, or a function of the
+    socket, called at once. The last answer is repeated. With `tls`, an SSLContext, it speaks TLS."""
+
+    def __init__(self, *answers: "bytes | Callable[[socket.socket], None]", tls: Any = None) -> None:
+        self.answers = list(answers)
+        self.requests: list[bytes] = []
+        self._tls = tls
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._threads: list[threading.Thread] = []
+        self._connections: list[socket.socket] = []
+        self.port = self._listener.getsockname()[1]
+        self.url = f"{'https' if tls else 'http'}://{'localhost' if tls else '127.0.0.1'}:{self.port}"
+        self._acceptor = threading.Thread(target=self._accept)
+
+    def __enter__(self) -> ScriptedServer:
+        self._acceptor.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept
+        self._acceptor.join()
+        self._listener.close()
+        for connection in self._connections:
+            try:
+                connection.shutdown(socket.SHUT_RDWR)  # wakes what still reads or writes
+            except OSError:
+                pass
+        for thread in self._threads:
+            thread.join()
+        for connection in self._connections:
+            connection.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            self._connections.append(connection)
+            script = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+            self._threads.append(threading.Thread(target=self._serve, args=(connection, script)))
+            self._threads[-1].start()
+
+    def _serve(self, connection: socket.socket, script: "bytes | Callable[[socket.socket], None]") -> None:
+        try:
+            if self._tls:
+                connection = self._tls.wrap_socket(connection, server_side=True)
+                self._connections.append(connection)
+            if callable(script):
+                script(connection)
+            else:
+                self.requests.append(read_request(connection))
+                connection.sendall(script)
+        except OSError:
+            pass  # the client, or the end of the test, closed it
+        connection.close()
+
+
+def read_request(connection: socket.socket) -> bytes:
+    """One request, whole: head and as much body as Content-Length says."""
+    received = b""
+    while b"\r\n\r\n" not in received and (more := connection.recv(65536)):
+        received += more
+    head, _, body = received.partition(b"\r\n\r\n")
+    length = next((int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length:")), 0)
+    while len(body) < length and (more := connection.recv(65536)):
+        received += more
+        body += more
+    return received

@@ -1,0 +1,264 @@
+"""oauth/session.py against servers that misbehave in every way that an issuer, or what stands before it, can."""
+from __future__ import annotations
+
+import base64
+import os
+import socket
+import ssl
+import struct
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from scripted_server import ScriptedServer, answer, read_request
+
+from xaiproxy import __version__, config, errors
+from xaiproxy.oauth.session import BODY_LIMIT, Answer, Session, parse_retry_after
+
+FORM = {"grant_type": "refresh_token", "refresh_token": "rt-1+/="}
+
+
+def session(**environ: str) -> Session:
+    return Session(config.from_environ(environ))
+
+
+def unavailable(call) -> errors.IssuerUnavailable:
+    with pytest.raises(errors.IssuerUnavailable) as caught:
+        call()
+    return caught.value
+
+
+def test_what_goes_over_the_wire():
+    with ScriptedServer(answer(200, {"a": 1}, Set_Cookie="id=1; Path=/")) as server:
+        web = session()
+        assert web.get(server.url + "/x?y=z", bearer="at-1").json() == {"a": 1}
+        assert web.post(server.url + "/token", FORM).status == 200
+    head, body = [request.decode().split("\r\n\r\n") for request in server.requests][1]
+    assert head.split("\r\n")[0] == "POST /token HTTP/1.1"
+    fields = dict(line.split(": ", 1) for line in head.split("\r\n")[1:])
+    assert fields == {"Host": server.url.removeprefix("http://"), "User-Agent": f"xaiproxy/{__version__}",
+                      "Accept": "application/json", "Accept-Encoding": "identity",
+                      "Content-Type": "application/x-www-form-urlencoded", "Content-Length": str(len(body))}
+    assert body == "grant_type=refresh_token&refresh_token=rt-1%2B%2F%3D"
+    first = server.requests[0].decode()
+    assert first.startswith("GET /x?y=z HTTP/1.1\r\n") and "\r\nAuthorization: Bearer at-1\r\n" in first
+
+
+def test_the_environments_own_proxies_and_netrc_have_no_say(tmp_path: Path):
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login somebody password something\n")
+    (tmp_path / "netrc").chmod(0o600)
+    with ScriptedServer(answer(200, {})) as server:
+        subprocess.run([sys.executable, "-W", "error", "-c", "import sys; from xaiproxy import config\n"
+                        "from xaiproxy.oauth.session import Session\n"
+                        "assert Session(config.from_environ({})).get(sys.argv[1]).status == 200", server.url],
+                       env=os.environ | {"http_proxy": "http://127.0.0.1:1", "ALL_PROXY": "http://127.0.0.1:1",
+                                         "NETRC": str(tmp_path / "netrc")}, check=True)
+    assert b"Authorization" not in server.requests[0]
+
+
+def test_a_redirect_is_not_followed():
+    with ScriptedServer(answer(200, {})) as elsewhere:
+        with ScriptedServer(answer(307, "", Location=elsewhere.url + "/token")) as server:
+            assert session().post(server.url, FORM).status == 307
+    assert elsewhere.requests == []
+
+
+@pytest.mark.parametrize("size, whole", [(BODY_LIMIT, True), (BODY_LIMIT + 1, False)])
+def test_a_body_is_read_up_to_a_limit(size: int, whole: bool):
+    with ScriptedServer(answer(200, "x" * size)) as server:
+        if whole:
+            assert len(session().post(server.url, FORM).body) == size
+        else:
+            assert unavailable(lambda: session().post(server.url, FORM)).sent
+
+
+def test_refused():
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    error = unavailable(lambda: session().post(url, FORM))
+    assert str(error) == f"{url[7:]} cannot be reached (Connection refused); check the network, or XAI_PROXY_ISSUER"
+    assert not error.sent and error.exit_code == 69
+
+
+def test_a_name_that_does_not_exist():
+    error = unavailable(lambda: session().post("https://auth.invalid/token", FORM))
+    assert "auth.invalid cannot be resolved" in str(error) and not error.sent
+
+
+def reset(connection: socket.socket) -> None:
+    read_request(connection)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def say(text: bytes):
+    def script(connection: socket.socket) -> None:
+        read_request(connection)
+        connection.sendall(text)
+    return script
+
+
+@pytest.mark.parametrize("script, told", [
+    (lambda connection: read_request(connection) and None, "broke the connection off"),
+    (reset, "broke the connection off"),
+    (say(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n{"), "broke the connection off"),
+    (say(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{"), "broke the connection off"),
+    (say(b"nonsense\r\n\r\n"), "broke the connection off"),
+    (say(b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}"), "no answer that can be read"),
+], ids=["closed", "reset", "short", "short chunk", "nonsense", "not gzip"])
+def test_no_whole_answer_after_the_form_was_sent(script, told: str):
+    with ScriptedServer(script) as server:
+        error = unavailable(lambda: session().post(server.url, FORM))
+        assert told in str(error) and error.sent
+        assert not unavailable(lambda: session().get(server.url)).sent  # which spends nothing
+
+
+def drip(text: bytes):
+    def script(connection: socket.socket) -> None:
+        read_request(connection)
+        for byte in text:
+            connection.sendall(bytes([byte]))
+            time.sleep(0.02)
+    return script
+
+
+@pytest.mark.parametrize("script", [
+    drip(b"HTTP/1.1 200 OK\r\nX: " + b"x" * 1000), drip(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n" + b" " * 1000),
+    lambda connection: read_request(connection) and read_request(connection)], ids=["head", "body", "silence"])
+def test_one_deadline_for_all_of_it(script):
+    with ScriptedServer(script) as server:
+        begin = time.monotonic()
+        error = unavailable(lambda: session().post(server.url, FORM, deadline=0.3))
+        assert 0.3 <= time.monotonic() - begin < 0.9
+    assert "gave no whole answer within 0.3 s" in str(error) and error.sent
+
+
+def test_a_connection_that_nobody_accepts():
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, socket.socket() as first, socket.socket() as second:
+        for filler in (first, second):
+            filler.setblocking(False)
+            filler.connect_ex(full.getsockname())
+        error = unavailable(lambda: session().post(f"http://127.0.0.1:{full.getsockname()[1]}", FORM, deadline=0.3))
+    assert not error.sent
+
+
+# TLS and proxies
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A self-signed certificate and its key for localhost and auth.x.ai, in one file."""
+    path = tmp_path_factory.mktemp("tls") / "certificate.pem"
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+                    "-keyout", path, "-out", f"{path}.crt", "-subj", "/CN=test", "-days", "2", "-addext",
+                    "subjectAltName=DNS:localhost,DNS:auth.x.ai"], check=True, capture_output=True)
+    path.write_text(path.read_text() + Path(f"{path}.crt").read_text())
+    return path
+
+
+@pytest.fixture
+def tls(certificate: Path) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    return context
+
+
+def test_a_certificate_that_nobody_vouches_for(tls: ssl.SSLContext, certificate: Path):
+    with ScriptedServer(answer(200, {}), tls=tls) as server:
+        error = unavailable(lambda: session().post(server.url, FORM))
+        assert f"the certificate of {server.url[8:]} cannot be verified" in str(error) and "SSL_CERT_FILE" in str(error)
+        assert not error.sent and server.requests == []
+        assert session(SSL_CERT_FILE=str(certificate)).post(server.url, FORM).status == 200
+
+
+def test_a_server_that_does_not_speak_tls():
+    with ScriptedServer(lambda connection: connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")) as server:
+        error = unavailable(lambda: session().post(server.url.replace("http", "https"), FORM))
+    assert "no TLS connection" in str(error) and not error.sent
+
+
+def tunnel(tls: ssl.SSLContext, received: "list[bytes]", pace: float = 0):
+    """A proxy that is also the server behind it."""
+    def script(connection: socket.socket) -> None:
+        received.append(read_request(connection))
+        for byte in b"HTTP/1.1 200 Connected\r\n\r\n":
+            connection.sendall(bytes([byte]))
+            time.sleep(pace)
+        with tls.wrap_socket(connection, server_side=True) as behind:
+            received.append(b"")
+            try:
+                while more := behind.recv(65536):
+                    received[1] += more
+                    if received[1].endswith(b"%2F%3D"):
+                        behind.sendall(answer(200, {"through": "the proxy"}))
+                        return
+            except OSError:
+                pass
+    return script
+
+
+def test_through_a_proxy(tls: ssl.SSLContext, certificate: Path):
+    received: "list[bytes]" = []
+    with ScriptedServer(tunnel(tls, received)) as proxy:
+        web = session(HTTPS_PROXY=f"http://user:pass-word@127.0.0.1:{proxy.port}", SSL_CERT_FILE=str(certificate))
+        assert web.post("https://auth.x.ai/oauth2/token", FORM).json() == {"through": "the proxy"}
+    assert received[0].startswith(b"CONNECT auth.x.ai:443 HTTP/1.")
+    assert b"Proxy-Authorization: Basic " + base64.b64encode(b"user:pass-word") in received[0]
+    assert received[1].startswith(b"POST /oauth2/token HTTP/1.1\r\n") and b"Proxy-Auth" not in received[1]
+
+
+def test_a_form_that_was_given_up_is_never_sent(tls: ssl.SSLContext, certificate: Path):
+    """Whoever is told that nothing was sent sends the same refresh token again: sent twice it would be revoked."""
+    received: "list[bytes]" = []
+    with ScriptedServer(tunnel(tls, received, pace=0.03)) as proxy:  # 26 bytes: longer than the deadline
+        web = session(HTTPS_PROXY=proxy.url, SSL_CERT_FILE=str(certificate))
+        assert not unavailable(lambda: web.post("https://auth.x.ai/oauth2/token", FORM, deadline=0.4)).sent
+        (late,) = [thread for thread in threading.enumerate() if thread.name.startswith("POST ")]
+        late.join(5)
+        assert not late.is_alive()
+    assert received[1].startswith(b"POST /oauth2/token") and b"refresh_token" not in received[1]
+
+
+@pytest.mark.parametrize("script, told", [
+    (answer(407), "the proxy {} gave no connection to auth.x.ai (HTTP 407)"),
+    (lambda connection: None, "auth.x.ai (through the proxy {}) broke the connection off")])
+def test_a_proxy_that_refuses(script, told: str):
+    with ScriptedServer(script) as proxy:
+        web = session(HTTPS_PROXY=f"http://user:pass-word@127.0.0.1:{proxy.port}")
+        error = unavailable(lambda: web.post("https://auth.x.ai/oauth2/token", FORM))
+    assert told.format(f"127.0.0.1:{proxy.port}") in str(error) and not error.sent
+    assert "pass-word" not in str(error) and "user" not in str(error)
+
+
+# answers
+
+def test_json_is_an_object_or_nothing():
+    for body in (b"", b"<p>", b"[]", b"3", b'"x"', b"{", b"\xff", b"[" * 100000, b"1" * 5000):
+        assert Answer(200, {}, body).json() is None
+    assert Answer(200, {"Content-Type": "text/plain"}, b' {"a": 1}').json() == {"a": 1}
+
+
+def test_a_page_is_known_by_its_type_or_its_looks():
+    assert Answer(403, {"Content-Type": "Text/HTML; charset=utf-8"}, b"").is_html
+    assert Answer(403, {}, b"\xef\xbb\xbf\n <!doctype html>").is_html
+    assert not Answer(403, {"Content-Type": "text/plain"}, b"error code: 1010").is_html
+
+
+def test_the_summary_quotes_nothing_but_a_media_type():
+    assert Answer(502, {"Content-Type": "text/html; charset=utf-8"}, b"<p>secret").summary == "HTTP 502, text/html"
+    assert Answer(502, {"Content-Type": "\x1b[31m"}, b"").summary == Answer(502, {}, b"").summary == "HTTP 502, no media type"
+
+
+@pytest.mark.parametrize("text, seconds", [
+    ("7", 7), ("0", 0), ("Sun, 06 Nov 1994 08:49:47 GMT", 10), ("Sunday, 06-Nov-94 08:49:47 GMT", 10),
+    ("Sun Nov  6 08:49:47 1994", 10), ("Sun, 06 Nov 1994 08:49:36 GMT", 0),  # past
+    ("", None), ("-1", None), ("1.5", None), ("soon", None), ("9" * 400, None), ("Sun, 99 Nov 1994 08:49:47 GMT", None)])
+def test_retry_after(text: str, seconds: "float | None"):
+    assert parse_retry_after(text, now=784111777) == seconds  # Sun, 06 Nov 1994 08:49:37 GMT
+
+
+def test_retry_after_is_counted_from_the_clock_that_was_given():
+    with ScriptedServer(answer(429, "", Retry_After="Sun, 06 Nov 1994 08:49:47 GMT")) as server:
+        web = Session(config.from_environ({}), now=lambda: 784111777)
+        assert web.get(server.url).retry_after == 10
