@@ -28,14 +28,14 @@ def connection_options(fields: "Iterable[tuple[str, str]]") -> "set[str]":
 
 def to_upstream(fields: Fields, *, host: str, user_agent: str, access_token: str) -> Fields:
     """The fields of the request to upstream, but for the framing of its body."""
-    dropped = NOT_SENT | connection_options(fields)
-    sent = [("Host", host), ("User-Agent", user_agent), ("Authorization", "Bearer " + access_token)]
-    accepted = [value for name, value in fields if name.lower() == "accept-encoding"]
-    if accepted:
-        sent.append(("Accept-Encoding", _reduced(",".join(accepted))))
+    options = connection_options(fields)
+    fields = [(name, value) for name, value in fields if name.lower() not in options]
+    accepted = ",".join(value for name, value in fields if name.lower() == "accept-encoding")
+    sent = [("Host", host), ("User-Agent", user_agent), ("Authorization", "Bearer " + access_token),
+            ("Accept-Encoding", _reduced(accepted))]
     for name, value in fields:
         lower = name.lower()
-        if lower not in dropped and not lower.startswith(PREFIXES_NOT_SENT):
+        if lower not in NOT_SENT and not lower.startswith(PREFIXES_NOT_SENT):
             sent.append((name, value))
     return sent
 
