@@ -155,7 +155,8 @@ def test_without_expires_at_the_jwts_exp_counts():
 @pytest.mark.parametrize("text", [
     b"", b"{", b"[]", b"null", b"\xff\xfe\xfd", b"{}", b'{"access_token": "a b", "expires_at": 1}', b"[" * 100000,
     b'{"access_token": "a", "expires_at": NaN}', b'{"access_token": "a", "expires_at": "1"}',
-    b'{"access_token": "a", "expires_at": 1e999}', b'{"access_token": "a", "expires_at": 1, "refresh_token": 5}',
+    b'{"access_token": "a", "expires_at": 1e999}', b'{"access_token": "a", "expires_at": 1780402551000}',
+    b'{"access_token": "a", "expires_at": -1}', b'{"access_token": "a", "expires_at": 1, "refresh_token": 5}',
     b'{"access_token": "a", "expires_at": 1, "issuer": "\\u0000"}', b'{"access_token":"secret","expires_at":1}x',
     b"9" * 5000, b" " * 65536])
 def test_a_file_that_is_no_login_is_a_value_error_that_repeats_no_value(text):

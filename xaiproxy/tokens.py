@@ -183,7 +183,7 @@ def _text(values: "Mapping[str, Any]", name: str) -> "str | None":
 def _number(value: Any) -> "float | None":
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return value if abs(value) < 1e15 else None  # also keeps NaN and infinity out
+    return value if 0 <= value < 1e11 else None  # until the year 5138; keeps milliseconds, NaN and infinity out
 
 
 def _refresh_error(value: Any) -> "RefreshError | None":
