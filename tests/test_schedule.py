@@ -1,0 +1,333 @@
+"""When the refresh token is spent: every decision, with clocks that the test turns."""
+
+import dataclasses
+import math
+
+import pytest
+
+from xaiproxy import errors, schedule, tokens
+from xaiproxy.schedule import Decision, Schedule
+
+NOTHING, REFRESH, DECLINE = Decision.NOTHING, Decision.REFRESH, Decision.DECLINE
+LOGIN = tokens.Tokens("access", expires_at=22600, refresh_token="refresh", obtained_at=1000)  # six hours, stale at 18280
+UNAVAILABLE = errors.IssuerUnavailable("down")
+LOST = errors.IssuerUnavailable("lost", sent=True)
+
+
+class Desk:
+    """A schedule and its two clocks, which start at different times."""
+
+    def __init__(self, login: tokens.Tokens = LOGIN, jitter: float = 0.0):
+        self.schedule = Schedule(120, lambda: jitter)
+        self.now, self.uptime, self.login = 2000.0, 50.0, login
+
+    def pass_(self, seconds: float) -> None:
+        self.now += seconds
+        self.uptime += seconds
+
+    def decide(self, asked: bool = False) -> Decision:
+        self.schedule.watch(self.login, self.now)
+        return self.schedule.decide(self.login, asked, self.now, self.uptime)
+
+    def fail(self, error: errors.Error, took: float = 0.0) -> "float | None":
+        """One try that fails; the seconds to the next."""
+        self.schedule.watch(self.login, self.now)
+        began = self.uptime
+        self.pass_(took)
+        return self.schedule.failed(error, self.login, began, self.now, self.uptime)
+
+    def succeed(self, asked: bool = False, lifetime: float = 21600) -> "float | None":
+        number = int(self.login.access_token.removeprefix("access") or 0) + 1
+        self.login = dataclasses.replace(self.login, access_token=f"access{number}", refresh_token=f"refresh{number}",
+                                         obtained_at=self.now, expires_at=self.now + lifetime, refresh_error=None)
+        return self.schedule.succeeded(self.login, asked, self.now, self.uptime)
+
+    def wait_until_due(self, limit: float = 100000, asked: bool = False, step: float = 0.25) -> float:
+        begin = self.uptime
+        while self.decide(asked) is not REFRESH:
+            self.pass_(step)
+            assert self.uptime - begin < limit
+        return self.uptime - begin
+
+
+@pytest.fixture
+def desk():
+    return Desk()
+
+
+@pytest.fixture
+def stale():
+    desk = Desk()
+    desk.now = 18281.0
+    return desk
+
+
+# due
+
+def test_a_refresh_is_due_when_the_token_is_stale_and_not_before(desk):
+    desk.now = 18280
+    assert desk.decide() is NOTHING
+    desk.now = 18280.1
+    assert desk.decide() is REFRESH
+    desk.now = 30000
+    assert desk.decide() is REFRESH
+
+
+def test_nothing_is_due_for_a_login_without_refresh_token():
+    desk = Desk(dataclasses.replace(LOGIN, refresh_token=None))
+    desk.now = 30000
+    assert desk.decide() is desk.decide(asked=True) is NOTHING
+
+
+def test_the_wall_clock_is_followed_wherever_it_jumps(desk):
+    assert desk.decide() is NOTHING
+    desk.now = 20000  # set forward, or the machine slept
+    assert desk.decide() is REFRESH
+    desk.now = 500  # set back, before the token was made
+    assert desk.decide() is NOTHING
+
+
+def test_a_refresh_that_is_asked_for_is_due_whatever_the_clock_says(desk):
+    desk.now = 500
+    assert desk.decide(asked=True) is REFRESH
+
+
+# failing: nothing was spent
+
+def test_backoff_doubles_from_one_second_to_sixty(stale):
+    waits = []
+    for _ in range(9):
+        waits.append(stale.fail(UNAVAILABLE))
+        assert stale.wait_until_due() == waits[-1]
+    assert waits == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+
+
+def test_backoff_is_measured_on_the_clock_that_never_jumps(stale):
+    for _ in range(7):
+        stale.fail(UNAVAILABLE)
+    stale.now -= 5000
+    stale.now += 5000
+    stale.uptime += 59.9
+    assert stale.decide() is NOTHING
+    stale.uptime += 0.2
+    assert stale.decide() is REFRESH
+
+
+@pytest.mark.parametrize("jitter", [0.0, 0.5, 0.999])
+def test_backoff_is_jittered_down_to_a_half(jitter):
+    desk = Desk(jitter=jitter)
+    desk.now = 20000
+    assert [desk.fail(UNAVAILABLE) for _ in range(3)] == pytest.approx([wait * (1 - jitter / 2) for wait in (1, 2, 4)])
+    assert 0.5 <= Desk(jitter=jitter).fail(UNAVAILABLE) <= 1
+
+
+@pytest.mark.parametrize("retry_after, wait", [(0.0, 1), (0.5, 1), (17.0, 17), (300.0, 300), (301.0, 300), (1e9, 300)])
+def test_retry_after_is_honoured_up_to_five_minutes(stale, retry_after, wait):
+    assert stale.fail(errors.IssuerUnavailable("busy", retry_after=retry_after)) == wait
+
+
+def test_a_full_disk_backs_off_too(stale):
+    assert [stale.fail(errors.StorageError("full")) for _ in range(3)] == [1, 2, 4]
+
+
+@pytest.mark.parametrize("error", [errors.ClientRejected("invalid_client"), errors.NotEntitled("access_denied")])
+def test_a_refusal_of_client_or_plan_is_tried_every_five_minutes(stale, error):
+    for _ in range(3):
+        assert stale.fail(error) == 300
+        assert stale.decide(asked=True) is NOTHING
+        assert stale.wait_until_due() == 300
+
+
+def test_hurry_ends_the_wait(stale):
+    stale.fail(errors.NotEntitled("access_denied"))
+    stale.schedule.hurry()
+    assert stale.decide() is REFRESH
+
+
+def test_success_ends_the_backoff(stale):
+    for _ in range(5):
+        stale.fail(UNAVAILABLE)
+    assert stale.succeed() is None and stale.schedule.failures == 0
+    assert stale.wait_until_due(step=1) == pytest.approx(21600 * 4 / 5, abs=2)
+    assert stale.fail(UNAVAILABLE) == 1
+
+
+def test_a_token_that_is_stale_at_once_backs_off_like_a_failure(stale):
+    waits = [stale.succeed(lifetime=-5) for _ in range(9)]
+    assert waits == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+    assert stale.decide() is NOTHING
+    assert stale.wait_until_due() == 60
+    assert stale.succeed() is None and stale.schedule.failures == 0
+
+
+# failing: sent, but no whole answer
+
+def test_a_lost_answer_is_tried_three_times_and_then_not_before_expiry(stale):
+    assert stale.fail(LOST) == 1
+    assert stale.wait_until_due() == 1
+    assert stale.fail(LOST) == 2
+    assert stale.wait_until_due() == 2
+    assert stale.fail(LOST) is None
+    stale.now = LOGIN.expires_at - 0.1
+    stale.uptime += 10000
+    assert stale.decide() is NOTHING
+    stale.now += 0.1
+    assert stale.decide() is REFRESH
+    waits = [stale.fail(LOST) for _ in range(6)]
+    assert waits == [8, 16, 32, 60, 60, 60]  # then backoff, and no more counting
+    assert stale.wait_until_due() == 60
+
+
+def test_a_lost_answer_is_not_tried_again_once_thirty_seconds_are_over(stale):
+    assert stale.fail(LOST, took=29) == 1
+    assert stale.wait_until_due() == 1
+    stale.pass_(0.1)
+    assert stale.decide() is NOTHING  # 30.1 s after the first began
+    assert Desk().fail(LOST, took=29.1) is None
+
+
+def test_a_machine_that_slept_between_two_tries_does_not_try_again(stale):
+    stale.fail(LOST)
+    stale.uptime += 8 * 3600
+    stale.now += 100
+    assert stale.decide() is NOTHING
+
+
+def test_a_definite_failure_after_a_lost_answer_does_not_make_it_safe(stale):
+    stale.fail(LOST)
+    stale.pass_(1)
+    assert stale.fail(errors.IssuerUnavailable("busy", retry_after=60)) is None
+    stale.pass_(60)
+    assert stale.decide() is NOTHING
+
+
+def test_a_lost_answer_with_an_expired_token_just_backs_off(stale):
+    stale.now = LOGIN.expires_at
+    assert [stale.fail(LOST) for _ in range(5)] == [1, 2, 4, 8, 16]
+
+
+def test_a_lost_answer_is_tried_again_when_upstream_refuses_the_token(stale):
+    for _ in range(3):
+        stale.fail(LOST)
+    stale.pass_(1)
+    assert (stale.decide(), stale.decide(asked=True)) == (NOTHING, NOTHING)  # still within the backoff
+    stale.pass_(3)
+    assert (stale.decide(), stale.decide(asked=True)) == (NOTHING, REFRESH)
+    stale.fail(LOST)
+    assert stale.decide(asked=True) is NOTHING
+    assert stale.wait_until_due(asked=True) == 8
+
+
+@pytest.mark.parametrize("ago, decision", [(-1, NOTHING), (29, REFRESH), (31, NOTHING)])
+def test_an_answer_lost_by_an_earlier_process_is_known_from_the_file(ago, decision):
+    desk = Desk()
+    desk.now = 18281.0
+    desk.login = dataclasses.replace(LOGIN, refresh_error=tokens.RefreshError(schedule.ANSWER_LOST, "", desk.now - ago))
+    assert desk.decide() is decision
+    desk.now = LOGIN.expires_at
+    assert desk.decide() is REFRESH
+
+
+# refused
+
+def test_a_refused_grant_is_never_tried_again(stale):
+    assert stale.fail(errors.GrantRefused("invalid_grant")) is None
+    stale.schedule.hurry()
+    stale.now += 1e6
+    stale.uptime += 1e6
+    assert stale.decide() is stale.decide(asked=True) is NOTHING
+
+
+def test_a_refusal_recorded_by_an_earlier_process_holds(stale):
+    stale.login = dataclasses.replace(LOGIN, refresh_error=tokens.RefreshError("invalid_grant", "", 5, terminal=True))
+    assert stale.decide() is stale.decide(asked=True) is NOTHING
+
+
+@pytest.mark.parametrize("error", [errors.GrantRefused("invalid_grant"), UNAVAILABLE, LOST, errors.NotEntitled("denied")])
+@pytest.mark.parametrize("new", [{"refresh_token": "another"}, {"access_token": "another"}])
+def test_a_new_login_forgets_the_failures_of_the_old_one(stale, error, new):
+    for _ in range(3):
+        stale.fail(error)
+    assert stale.decide() is NOTHING
+    assert stale.schedule.watch(stale.login, stale.now) is False
+    stale.login = dataclasses.replace(stale.login, **new)
+    assert stale.schedule.watch(stale.login, stale.now) is True
+    assert stale.decide() is REFRESH
+    assert stale.fail(UNAVAILABLE) == 1
+
+
+def test_a_recorded_failure_is_no_new_login(stale):
+    stale.fail(UNAVAILABLE)
+    stale.login = dataclasses.replace(stale.login, refresh_error=tokens.RefreshError("x", "", 5))
+    assert stale.decide() is NOTHING
+
+
+# asked
+
+def test_asked_refreshes_come_at_most_once_in_two_minutes_doubling_to_an_hour(desk):
+    waits = []
+    for _ in range(8):
+        waits.append(desk.wait_until_due(asked=True, step=1))
+        desk.succeed(asked=True)
+    assert waits == [0, 120, 240, 480, 960, 1920, 3600, 3600]
+
+
+def test_an_asked_refresh_that_comes_too_early_is_declined_once(desk):
+    desk.succeed(asked=True)
+    desk.pass_(20)
+    assert desk.decide() is NOTHING
+    assert desk.decide(asked=True) is DECLINE
+    assert desk.schedule.declined(desk.uptime) == 100
+    assert desk.decide(asked=True) is NOTHING
+    desk.pass_(99.9)
+    assert desk.decide(asked=True) is NOTHING
+    desk.pass_(0.2)
+    assert desk.decide(asked=True) is REFRESH
+    desk.succeed(asked=True)
+    assert desk.decide(asked=True) is DECLINE
+
+
+def test_nothing_is_declined_when_the_file_already_tells_of_a_failure(desk):
+    desk.succeed(asked=True)
+    desk.login = dataclasses.replace(desk.login, refresh_error=tokens.RefreshError("x", "", 5))
+    assert desk.decide(asked=True) is NOTHING
+
+
+def test_the_wait_is_two_minutes_again_when_a_refreshed_token_has_lasted(desk):
+    for _ in range(4):
+        desk.wait_until_due(asked=True, step=1)
+        desk.succeed(asked=True)
+    desk.wait_until_due(step=1)
+    desk.succeed()
+    assert desk.wait_until_due(asked=True) == 0
+    desk.succeed(asked=True)
+    assert desk.wait_until_due(asked=True) == 120
+
+
+def test_a_token_that_is_refused_and_stale_has_not_lasted(desk):
+    desk.succeed(asked=True, lifetime=100)
+    desk.wait_until_due(asked=True)
+    desk.succeed(asked=True)
+    assert desk.wait_until_due(asked=True) == 240
+
+
+def test_a_new_login_may_be_refreshed_at_once_when_it_is_refused(desk):
+    for _ in range(4):
+        desk.wait_until_due(asked=True, step=1)
+        desk.succeed(asked=True)
+    desk.login = dataclasses.replace(desk.login, refresh_token="another")
+    assert desk.decide(asked=True) is REFRESH
+
+
+def test_an_asked_refresh_waits_for_the_backoff(desk):
+    assert desk.decide(asked=True) is REFRESH
+    desk.fail(UNAVAILABLE)
+    assert desk.decide(asked=True) is NOTHING
+    assert desk.wait_until_due(asked=True) == 1
+
+
+def test_no_wait_is_ever_endless_or_negative(stale):
+    for error in (UNAVAILABLE, LOST, errors.IssuerUnavailable("x", retry_after=math.inf)):
+        for _ in range(2000):
+            wait = stale.fail(error)
+            assert wait is None or 0.5 <= wait <= 300
