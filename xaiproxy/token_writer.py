@@ -74,8 +74,8 @@ def tighten(store: token_store.TokenStore) -> str:
 
 
 @contextlib.contextmanager
-def locked(store: token_store.TokenStore, wait: float,
-           pause: "Callable[[float], object]" = time.sleep) -> "Iterator[TokenWriter]":
+def locked(store: token_store.TokenStore, wait: float, pause: "Callable[[float], object]" = time.sleep,
+           clock: "Callable[[], float]" = time.monotonic) -> "Iterator[TokenWriter]":
     """Hold the lock. Raises LockBusy after `wait` seconds and StorageError when there can be no lock.
 
     `pause` is called with the seconds until the next look; what it raises ends the wait.
@@ -85,13 +85,13 @@ def locked(store: token_store.TokenStore, wait: float,
     except OSError as error:
         raise _storage_error(store.lock_path, error) from error
     try:
-        end = time.monotonic() + wait
+        end = clock() + wait
         while True:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if time.monotonic() >= end:
+                if clock() >= end:
                     raise errors.LockBusy(f"{store.lock_path} has been held by another process for {wait:g} s; look for "
                                           "a refresher or xai-login that hangs (fuser shows it)") from None
                 pause(POLL)
