@@ -1,0 +1,321 @@
+"""Process 2, by hand or under supervisord: keeps the login alive. The only one that spends the refresh token.
+
+Four times a second it looks at the file, the clock and the proxy's note; schedule.py decides. A try then is: take the
+lock, read the file again, find the token endpoint, rehearse the save, send the refresh token, save the answer. The
+rules that a change must keep:
+
+1. From sending the refresh token until its successor is on the disk nothing ends this process but SIGKILL: SIGTERM,
+   SIGINT and SIGHUP are blocked from the start and only looked at in `_pause`.
+2. A login that cannot be used is a state to wait in, not a reason to exit: supervisord would give up on us.
+3. What fails is recorded in the file, where the proxy and `xai-login --status` find it.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import logging
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from xaiproxy import command, config, errors, log, token_store, token_writer, tokens
+from xaiproxy.oauth import discovery, session, token_endpoint
+from xaiproxy.schedule import ANSWER_LOST, UPSTREAM_REFUSES, Decision, Schedule
+
+logger = logging.getLogger(__name__)
+
+TICK = 0.25  # seconds between two looks; the proxy waits for us
+BEAT = 10.0  # seconds between two signs of life
+DEADLINE = 30.0  # seconds for the whole exchange that spends the refresh token
+LOCK_WAIT = 60.0  # seconds: longer than any try of another process takes
+SAVE_AGAIN = 1.0  # seconds between two attempts to save what is only in memory
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+EXAMPLES = """\
+  xai-refresher         keep the login alive until told to stop; SIGHUP: try again now
+  xai-refresher --once  look once, refresh the login if that is due, and end; for cron
+
+Exit status of --once: 0 the login is good; 69 the issuer cannot be reached; 75 the token file cannot be written or
+is locked; 77 signed out, or refused; 78 wrong settings; 130 interrupted.
+"""
+
+
+def uptime() -> float:
+    """Seconds since the machine started, with those in which it slept."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+class Ending(Exception):
+    """We were told to end while we waited for the lock."""
+
+
+class Refresher:
+    """`wait(signals, seconds)` returns as signal.sigtimedwait does."""
+
+    def __init__(self, settings: config.Config, *, clock: Callable[[], float] = time.time,
+                 uptime: Callable[[], float] = uptime, wait: Callable[..., Any] = signal.sigtimedwait):
+        self.settings = settings
+        self.store = token_store.TokenStore(settings)
+        self._web = session.Session(settings)
+        self._schedule = Schedule(settings.refresh_skew)
+        self._clock = clock
+        self._uptime = uptime
+        self._wait = wait
+        self._ending = False
+        self._once = False
+        self._failure: "errors.Error | None" = None  # of the latest try
+        self._seen: "tokens.Tokens | None" = None
+        self._endpoint_in_doubt = False
+        self._next_beat = -math.inf
+        self._said: "dict[str, str]" = {}
+
+    def run(self) -> int:
+        logger.info("started; the login of %s is kept in %s", self.settings.issuer, self.store.path)
+        self.begin()
+        while not self._ending:
+            self.turn()
+        logger.info("ended")
+        return 0
+
+    def once(self) -> int:
+        """One look. Raises Error, whose exit code is the command's."""
+        self._once = True
+        self.begin()
+        login = self.store.load()
+        if login.refresh_token is not None:
+            self._look()
+            if self._failure is not None:
+                raise self._failure
+            login = self.store.load()
+        if login.refresh_error is not None and login.refresh_error.terminal:
+            raise errors.GrantRefused(login.refresh_error.code, message=login.refresh_error.description)
+        if login.state(self._clock(), self.settings.refresh_skew) is tokens.State.INVALID:
+            raise errors.LoginUnusable("expired", f"the access token in {self.store.path} has expired; {errors.SIGN_IN}")
+        return errors.EXIT_INTERRUPTED if self._ending else 0
+
+    # Looking
+
+    def begin(self) -> None:
+        """Make the folder, and put what a killed writer left behind into place."""
+        try:
+            token_writer.prepare_folder(self.store)
+            with token_writer.locked(self.store, 0):
+                pass
+        except errors.LockBusy:
+            pass  # who has the lock has done so
+        except errors.StorageError as error:
+            self._say_unwritable(error)
+
+    def turn(self) -> None:
+        """One turn of the loop: a sign of life, a look, and what follows from it, and a pause."""
+        self._beat()
+        self._look()
+        self._pause(TICK)
+
+    def _look(self) -> None:
+        try:
+            login = self.store.current()
+        except errors.LoginUnusable as error:
+            self._say("login", str(error))
+            return
+        if login.refresh_token is None:
+            self._say("login", f"{self.store.path} holds no refresh token, so its login is not renewed, but used as it is "
+                      "until it expires; whoever puts the file there has to replace it")
+            return
+        self._say("login", "")
+        if login is not self._seen:
+            self._seen = login
+            self._say("mode", token_writer.tighten(self.store))
+        if self._decide(login) is not Decision.NOTHING:
+            self._act(login)
+
+    def _decide(self, login: tokens.Tokens) -> Decision:
+        if self._schedule.watch(login, self._clock()):
+            error = login.refresh_error
+            if error is not None and error.terminal:
+                self._say("login", error.description)
+            else:
+                logger.info("signed in%s; the access token lasts until %s", f" as {login.account}" if login.account else "",
+                            _date(login.expires_at))
+        return self._schedule.decide(login, self._asked(login), self._clock(), self._uptime())
+
+    def _asked(self, login: tokens.Tokens) -> bool:
+        return self.store.asked_for() == tokens.fingerprint(login.access_token)
+
+    # Acting
+
+    def _act(self, login: tokens.Tokens) -> None:
+        began = self._uptime()
+        self._failure = None
+        try:
+            with token_writer.locked(self.store, LOCK_WAIT, self._pause_for_lock, self._uptime) as writer:
+                self._say("lock", "")
+                login = self.store.load()  # another process may have done it meanwhile
+                decision = self._decide(login)
+                if decision is Decision.REFRESH:
+                    self._refresh(writer, login)
+                elif decision is Decision.DECLINE:
+                    self._decline(writer, login)
+        except errors.LoginUnusable as error:
+            self._failure = error  # the next look says so
+        except errors.LockBusy as error:
+            self._failure = error
+            self._say("lock", str(error))
+        except errors.StorageError as error:
+            self._failed(error, login, began)
+        except Ending:
+            pass
+
+    def _refresh(self, writer: token_writer.TokenWriter, login: tokens.Tokens) -> None:
+        began = self._uptime()
+        reserved = None
+        try:
+            login = self._with_token_endpoint(login)
+            self._beat(at_once=True)  # the last for up to 30 s
+            reserved = writer.rehearse(login)
+            asked = self._asked(login)
+            successor = token_endpoint.refresh(self._web, login.token_endpoint, login, deadline=DEADLINE, now=self._clock)
+        except (errors.OAuthError, errors.IssuerUnavailable, errors.StorageError) as error:
+            if reserved is not None:
+                reserved.discard()
+            if isinstance(error, errors.GrantRefused) and self.store.load().refresh_token != login.refresh_token:
+                return  # somebody who takes no lock has put another one there: the next look takes that
+            self._failed(error, login, began, writer)
+        else:
+            self._save(reserved, login, successor, asked)
+
+    def _with_token_endpoint(self, login: tokens.Tokens) -> tokens.Tokens:
+        """The login with an endpoint that may be trusted: the remembered one, else the one that the issuer names."""
+        with contextlib.suppress(errors.IssuerUnavailable):
+            discovery.check_endpoint(login.issuer, login.token_endpoint)
+            if not self._endpoint_in_doubt:
+                return login
+        self._endpoint_in_doubt = False
+        return dataclasses.replace(login, token_endpoint=discovery.discover(self._web, login.issuer).token_endpoint)
+
+    def _save(self, reserved: token_writer.Reserved, login: tokens.Tokens, successor: tokens.Tokens, asked: bool) -> None:
+        # Until commit has written it, the new login is in this process only: nothing may come first that could fail.
+        now = self._clock()
+        failures = self._schedule.failures
+        wait = self._schedule.succeeded(successor, asked, now, self._uptime())
+        if wait is not None:
+            successor = dataclasses.replace(successor, refresh_error=tokens.RefreshError(
+                "stale_at_once", f"{login.issuer} gave an access token that ends within moments; check this machine's clock",
+                now, retry_at=now + wait))
+        while True:
+            try:
+                reserved.commit(successor)
+                break
+            except errors.StorageError as error:
+                self._say("unsaved", f"the refreshed login is in this process's memory only: do not end it. {error}")
+            self._beat()
+            self._pause(SAVE_AGAIN)
+        self._say("unsaved", "")
+        logger.info("refreshed%s; the access token lasts until %s", f" after {failures} failures" if failures else "",
+                    _date(successor.expires_at))
+        self._say("failure", successor.refresh_error.description if successor.refresh_error else "")
+        if self._asked(login):
+            with contextlib.suppress(OSError):
+                self.store.refused_path.unlink()
+
+    def _decline(self, writer: token_writer.TokenWriter, login: tokens.Tokens) -> None:
+        retry_at = self._clock() + self._schedule.declined(self._uptime())
+        text = f"the API refuses access tokens soon after they are made; the next is asked for at {_date(retry_at)}"
+        logger.warning("%s", text)
+        self._record(writer, login, tokens.RefreshError(UPSTREAM_REFUSES, text, self._clock(), retry_at=retry_at))
+
+    def _failed(self, error: errors.Error, login: tokens.Tokens, began: float,
+                writer: "token_writer.TokenWriter | None" = None) -> None:
+        """Decide about the next try, and tell. Without a writer there is no lock, and nothing can be recorded."""
+        self._failure = error
+        now = self._clock()
+        wait = self._schedule.failed(error, login, began, now, self._uptime())
+        self._endpoint_in_doubt = isinstance(error, errors.IssuerUnavailable) and error.html
+        terminal = isinstance(error, errors.GrantRefused)
+        next_try = "no further try" if terminal else \
+            f"next try in {math.ceil(wait)} s" if wait is not None else \
+            "the refresh token may be spent, so it is not tried again before the access token expires or is refused"
+        self._say("failure", f"the login could not be refreshed: {error}", next_try)
+        if writer is not None:
+            self._record(writer, login, tokens.RefreshError(
+                _code(error), str(error), now, terminal, None if wait is None else now + wait))
+
+    def _record(self, writer: token_writer.TokenWriter, login: tokens.Tokens, error: tokens.RefreshError) -> None:
+        with contextlib.suppress(errors.StorageError):  # a full disk: the login itself is unharmed, and in memory we know
+            writer.save(dataclasses.replace(login, refresh_error=error))
+
+    # Waiting and telling
+
+    def _pause(self, seconds: float) -> None:
+        received = self._wait(SIGNALS, seconds)
+        if received is None:
+            return
+        if received.si_signo == signal.SIGHUP:
+            self._schedule.hurry()
+        else:
+            self._ending = True
+
+    def _pause_for_lock(self, seconds: float) -> None:
+        self._beat()
+        self._pause(seconds)
+        if self._ending:
+            raise Ending
+
+    def _beat(self, at_once: bool = False) -> None:
+        if self._once or not at_once and self._uptime() < self._next_beat:
+            return
+        self._next_beat = self._uptime() + BEAT
+        try:
+            token_writer.beat(self.store)
+            self._say("folder", "")
+        except errors.StorageError as error:
+            self._say_unwritable(error)
+
+    def _say_unwritable(self, error: errors.StorageError) -> None:
+        with contextlib.suppress(errors.LoginUnusable):
+            if self.store.current().refresh_token is None:
+                return  # a mounted Secret: there is nothing that we would write
+        self._say("folder", self._said.get("folder") or str(error))
+
+    def _say(self, subject: str, text: str, detail: str = "") -> None:
+        """Log `text` unless it is what was said last about the subject; "" is nothing to say."""
+        if text and text != self._said.get(subject):
+            logger.warning("%s", f"{text}; {detail}" if detail else text)
+        self._said[subject] = text
+
+
+def _code(error: errors.Error) -> str:
+    if isinstance(error, errors.OAuthError):
+        return error.error
+    if isinstance(error, errors.IssuerUnavailable):
+        return ANSWER_LOST if error.sent else "issuer_unavailable"
+    return "storage"
+
+
+def _date(seconds: float) -> str:
+    return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def main(argv: "list[str] | None" = None) -> int:
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    parser = command.ArgumentParser(prog="xai-refresher", description=EXAMPLES)
+    parser.add_argument("--once", action="store_true", help="look once and end")
+    parser.add_argument("--token-path", metavar="FILE", help="the token file (default: XAI_PROXY_TOKEN_PATH)")
+    return command.run("xai-refresher", lambda: _main(parser.parse_args(argv)))
+
+
+def _main(arguments: Any) -> int:
+    settings = config.from_environ(os.environ, {"XAI_PROXY_TOKEN_PATH": arguments.token_path})
+    log.setup("refresher", settings.log_level, settings.log_format)
+    for warning in settings.warnings:
+        logger.warning("%s", warning)
+    refresher = Refresher(settings)
+    return refresher.once() if arguments.once else refresher.run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
