@@ -11,10 +11,13 @@ import ssl
 import time
 import urllib.parse
 import zlib
+from collections import deque
 from collections.abc import Iterable, Iterator
+from typing import BinaryIO
 
 import gevent
 import urllib3
+import urllib3.connection
 import urllib3.exceptions
 import urllib3.util
 
@@ -38,27 +41,99 @@ BROKEN = (OSError, http.client.HTTPException, urllib3.exceptions.HTTPError)
 
 
 class _Response(http.client.HTTPResponse):
-    """Skips every 1xx answer; http.client skips 100 only and would take a 103 for the final one."""
+    """http.client's, but for two laxities: it skips 100 only of all 1xx, and takes a head cut short for a whole one."""
+
+    def begin(self):
+        stream = self.fp
+        self.fp = lines = _HeadLines(stream)
+        try:
+            super().begin()
+        finally:
+            if self.fp is lines:  # else it closed it
+                self.fp = stream
+        if self.msg.defects:  # a line without a colon, at which the parser gave up
+            raise http.client.HTTPException
+        if self.length == 0:
+            self.chunked = False  # RFC 9112 section 6.3: 204, 304 and the answer to HEAD end with their head
 
     def _read_status(self):
         for _ in range(INTERIM_LIMIT):
             version, status, reason = super()._read_status()
             if not 100 <= status < 200:
                 return version, status, reason
+            if status == 101:  # we ask for no upgrade
+                break
             http.client.parse_headers(self.fp)
-        raise http.client.HTTPException(f"upstream sent {INTERIM_LIMIT} interim answers")
+        raise http.client.HTTPException
+
+
+class _HeadLines:
+    """Reads whole lines, or raises: http.client takes an end of file for the empty line."""
+
+    def __init__(self, stream: BinaryIO):
+        self._stream = stream
+
+    def readline(self, limit: int) -> bytes:
+        line = self._stream.readline(limit)
+        if not line.endswith(b"\n") and len(line) < limit:
+            raise http.client.RemoteDisconnected
+        return line
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+class _TooLate(TimeoutError):
+    """CONNECT_TIMEOUT is over. An OSError, since at others an SSLSocket in its handshake stays open."""
+
+
+class _Dialling:
+    """Replaces urllib3's way, which goes on to the next address after any OSError, and at others leaves the socket open."""
+
+    def _new_conn(self) -> socket.socket:
+        last = OSError("its name has no address")
+        for family, kind, protocol, _, address in socket.getaddrinfo(self._dns_host.strip("[]").encode(), self.port,
+                                                                     type=socket.SOCK_STREAM):
+            sock = socket.socket(family, kind, protocol)
+            try:
+                for option in SOCKET_OPTIONS:
+                    sock.setsockopt(*option)
+                sock.settimeout(self.timeout)
+                sock.connect(address)
+                return sock
+            except BaseException as error:
+                sock.close()
+                if not isinstance(error, OSError) or isinstance(error, _TooLate):
+                    raise
+                last = error
+        raise last
+
+
+class _PlainConnection(_Dialling, urllib3.connection.HTTPConnection):
+    pass
+
+
+class _TLSConnection(_Dialling, urllib3.connection.HTTPSConnection):
+    pass
+
+
+CONNECTIONS = {urllib3.connection.HTTPConnection: _PlainConnection, urllib3.connection.HTTPSConnection: _TLSConnection}
 
 
 class Upstream:
     """All connections to the one origin."""
 
-    def __init__(self, settings: config.Config):
+    def __init__(self, settings: config.Config, idle_limit: float = IDLE_LIMIT):
         self.origin = settings.upstream
         self.host = urllib.parse.urlsplit(settings.upstream).netloc
         self.idle_timeout = settings.idle_timeout
         self._settings = settings
-        self._idle: "list[tuple[float, http.client.HTTPConnection]]" = []  # the last is the latest
+        self._idle_limit = idle_limit
+        self._idle: "deque[tuple[float, http.client.HTTPConnection]]" = deque()  # the last is the latest
+        self._sweeper: "gevent.Greenlet | None" = None
         self._factory = _manager(settings).connection_from_url(settings.upstream)
+        of_urllib3 = self._factory.ConnectionCls
+        self._factory.ConnectionCls = CONNECTIONS.get(of_urllib3, of_urllib3)  # SOCKS dials in its own way
 
     def send(self, method: str, target: str, fields: "Iterable[tuple[str, str]]", body: ReplayableBody,
              framing: "tuple[str, str] | None") -> "Exchange":
@@ -74,20 +149,27 @@ class Upstream:
         return exchange
 
     def _take(self) -> "http.client.HTTPConnection | None":
-        oldest = time.monotonic() - IDLE_LIMIT
         while self._idle:
-            since, connection = self._idle.pop()
-            if since > oldest and connection.is_connected:
+            _, connection = self._idle.pop()
+            if connection.is_connected:
                 return connection
             connection.close()
         return None
 
     def keep(self, connection: http.client.HTTPConnection) -> None:
         """Pool a connection whose last answer was read to its end."""
-        now = time.monotonic()
-        while self._idle and self._idle[0][0] <= now - IDLE_LIMIT:
-            self._idle.pop(0)[1].close()
-        self._idle.append((now, connection))
+        self._idle.append((time.monotonic(), connection))
+        if not self._sweeper:
+            self._sweeper = gevent.spawn(self._sweep)
+
+    def _sweep(self) -> None:
+        """Close what has been idle for too long, until nothing is left."""
+        while self._idle:
+            due = self._idle[0][0] + self._idle_limit - time.monotonic()
+            if due > 0:
+                gevent.sleep(due)
+            else:
+                self._idle.popleft()[1].close()
 
     def close(self) -> None:
         """Close the pooled connections."""
@@ -95,18 +177,20 @@ class Upstream:
             self._idle.pop()[1].close()
 
     def connect(self) -> http.client.HTTPConnection:
-        """A new connection, within CONNECT_TIMEOUT all in all. Raises UpstreamTimeout, UpstreamUnreachable."""
+        """A new connection, within CONNECT_TIMEOUT all in all. Raises UpstreamUnreachable."""
         limit = self._settings.connect_timeout
         connection = self._factory._new_conn()
         connection.response_class = _Response
         try:
-            with gevent.Timeout(limit, errors.UpstreamTimeout(
-                    f"no connection to {self.origin} within {limit:g} s; look at the network, or raise "
-                    "XAI_PROXY_CONNECT_TIMEOUT")):
+            with gevent.Timeout(limit, _TooLate):
                 if self._factory.proxy is not None:
                     self._factory._prepare_proxy(connection)
                 else:
                     connection.connect()
+        except _TooLate as error:
+            connection.close()
+            raise errors.UpstreamUnreachable(f"no connection to {self.origin} within {limit:g} s; look at the network, or "
+                                             "raise XAI_PROXY_CONNECT_TIMEOUT") from error
         except BROKEN as error:
             connection.close()
             raise errors.UpstreamUnreachable(f"no connection to {self.origin}: {_reason(error)}") from error
@@ -141,6 +225,7 @@ class Exchange:
         self._connection: "http.client.HTTPConnection | None" = None
         self._pooled = False
         self._head_written = False
+        self._cut_off = False  # before the whole request was written
         self._response: "urllib3.HTTPResponse | None" = None
         self._peeked: "list[bytes]" = []
         self._peeker: "gevent.Greenlet | None" = None
@@ -165,7 +250,7 @@ class Exchange:
             elif not self._head_written:
                 self.close()
                 raise self._broke_off(error) from error
-            # else upstream may have answered before it had read everything: let receive look
+            self._cut_off = True  # upstream may have answered before it had read everything: let receive look
         except TimeoutError as error:
             self.close()
             raise self._timed_out() from error
@@ -199,7 +284,7 @@ class Exchange:
         self._response = response
         self.status, self.reason = response.status, response.reason or ""
         self.fields = response._original_response.msg.items()  # with order and repetitions, unlike .headers
-        self.length = None if response.status in (204, 304) else response.length_remaining
+        self.length = None if response.status in (204, 304) else response.length_remaining  # pywsgi wants none there
         if self._method == "HEAD":  # it tells how long the body would be
             lengths = [value for name, value in self.fields if name.lower() == "content-length"]
             self.length = int(lengths[0]) if lengths and lengths[0].isdecimal() else None
@@ -212,8 +297,10 @@ class Exchange:
     def __iter__(self) -> Iterator[bytes]:
         """The body as it comes. Raises UpstreamBroken."""
         if self._peeker is not None:
-            self._peeker.join()
             yield from self._peeked
+            seen = len(self._peeked)
+            self._peeker.join()  # it may still wait for what comes next
+            yield from self._peeked[seen:]
             if isinstance(self._peeker.value, errors.UpstreamBroken):
                 raise self._peeker.value
         while data := self._read():
@@ -235,7 +322,7 @@ class Exchange:
 
     def _release(self) -> None:
         connection, self._connection = self._connection, None
-        if connection is not None and connection.sock is not None:
+        if connection is not None and connection.sock is not None and not self._cut_off:
             self._upstream.keep(connection)
 
     def peek(self) -> bytes:
@@ -318,8 +405,6 @@ def _manager(settings: config.Config) -> urllib3.PoolManager:
 
 def _reason(error: Exception) -> str:
     """What went wrong, in words: urllib3 wraps it twice and prints object addresses."""
-    if isinstance(error, urllib3.exceptions.NameResolutionError):
-        return "its name cannot be resolved"
     cause = error
     while not isinstance(cause, OSError) or isinstance(cause, urllib3.exceptions.HTTPError):
         inner = cause.__cause__ or cause.__context__ or next((a for a in cause.args if isinstance(a, Exception)), None)
@@ -328,6 +413,10 @@ def _reason(error: Exception) -> str:
         cause = inner
     if isinstance(cause, ssl.SSLCertVerificationError):
         return f"its certificate is not trusted ({cause.verify_message}); set SSL_CERT_FILE if a CA of your own signed it"
-    if isinstance(cause, OSError) and cause.strerror:
-        return cause.strerror
-    return type(cause).__name__
+    if isinstance(cause, ssl.SSLError):
+        return f"TLS failed ({(cause.reason or 'closed').lower().replace('_', ' ')})"
+    if isinstance(cause, (http.client.RemoteDisconnected, http.client.IncompleteRead)):
+        return "it closed the connection"
+    if isinstance(cause, OSError):
+        return cause.strerror or str(cause)
+    return "what it sent is not HTTP"
