@@ -1,0 +1,204 @@
+"""The proxy as a process of its own, and a raw client of it."""
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from typing import Any, Callable
+
+from wire import PATIENCE, Message, Wire
+
+from xaiproxy import config
+
+ISSUER = "http://127.0.0.1:1"  # of the logins here; nothing asks it
+ROOT = pathlib.Path(__file__).parents[1]
+COMMAND = [sys.executable, "-W", "error", "-m", "xaiproxy"]
+
+
+class Client(Wire):
+    """A connection to the proxy."""
+
+    def __init__(self, port: int, host: str = "127.0.0.1"):
+        super().__init__(socket.create_connection((host, port), timeout=PATIENCE))
+
+    def request(self, method: str = "GET", target: str = "/v1/models", *fields: str, body: bytes = b"",
+                version: str = "HTTP/1.1") -> "Client":
+        """Send a whole request. `fields`: whole lines, beside Host and the Content-Length of `body`."""
+        lines = [f"{method} {target} {version}", "Host: localhost", *fields]
+        if body:
+            lines.append(f"Content-Length: {len(body)}")
+        self.send("\r\n".join([*lines, "", ""]).encode("latin-1") + body)
+        return self
+
+    def ask(self, *arguments: str, **keywords: Any) -> Message:
+        """Send a request and return the whole answer."""
+        method = arguments[0] if arguments else "GET"
+        return self.request(*arguments, **keywords).message(body=method != "HEAD")
+
+
+class ProxyProcess:
+    """A running `python -m xaiproxy` on a free port.
+
+    Settings are keywords, `idle_timeout=0.5` for XAI_PROXY_IDLE_TIMEOUT; `environ` is for other variables. The token
+    file is `folder`/tokens.json, which sign_in() writes. close() asserts a clean exit.
+    """
+
+    def __init__(self, folder: pathlib.Path, *, prefix: "tuple[str, ...]" = (), read_log: bool = True,
+                 environ: "dict[str, str] | None" = None, **settings: Any):
+        self.token_path = folder / "tokens.json"
+        self._lines: "list[dict[str, Any]]" = []
+        self._changed = threading.Condition()
+        self.process = subprocess.Popen([*prefix, *COMMAND], cwd=folder, stderr=subprocess.PIPE,
+                                        env=environment(folder, environ, **settings))
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reading = threading.Event()
+        self._reading.set()
+        self._stop_after_start = not read_log
+        self._reader.start()
+        line = self.wait_for_log(lambda line: line["message"].startswith("listening on "), 20)
+        self.url = re.search(r"http://\S+(?=/v1)", line["message"])[0]
+        self.port = int(self.url.rpartition(":")[2])
+
+    def _read(self) -> None:
+        with self.process.stderr:
+            for line in self.process.stderr:
+                with self._changed:
+                    self._lines.append(_parsed(line))
+                    self._changed.notify_all()
+                if self._stop_after_start and b"listening on" in line:
+                    self._reading.clear()
+                self._reading.wait()
+        with self._changed:
+            self._changed.notify_all()
+
+    def read_log(self) -> None:
+        """Go on reading, where `read_log` had it stop after the start."""
+        self._stop_after_start = False
+        self._reading.set()
+
+    def __enter__(self) -> "ProxyProcess":
+        return self
+
+    def __exit__(self, error: object, *_rest: object) -> None:
+        if error is None:
+            self.close()
+        else:
+            self.kill()
+
+    # Its log
+
+    def log_lines(self) -> "list[dict[str, Any]]":
+        with self._changed:
+            return list(self._lines)
+
+    def wait_for_log(self, predicate: "Callable[[dict[str, Any]], Any]", seconds: float = PATIENCE,
+                     start: int = 0) -> "dict[str, Any]":
+        """The first line from number `start` on for which `predicate` holds."""
+        deadline = time.monotonic() + seconds
+        seen = start
+        with self._changed:
+            while True:
+                for line in self._lines[seen:]:
+                    if predicate(line):
+                        return line
+                seen = len(self._lines)
+                left = deadline - time.monotonic()
+                assert left > 0 and self.process.poll() is None, f"no such line among {self._lines[-10:]}"
+                self._changed.wait(min(left, 0.2))
+
+    def wait_for_request(self, path: str, seconds: float = PATIENCE) -> "dict[str, Any]":
+        """The line of the last request for `path`, which should be a path of the test's own."""
+        return self.wait_for_log(lambda line: line.get("path") == path, seconds)
+
+    # Its login
+
+    def sign_in(self, token: str = "the-token", *, expires_in: float = 3600, age: float = 1000, **members: Any) -> None:
+        """Put a login there, as the refresher does; `members` are added or override."""
+        now = time.time()
+        login = {"access_token": token, "refresh_token": "the-refresh-token", "expires_at": now + expires_in,
+                 "obtained_at": now - age, "issuer": ISSUER, "client_id": config.DEFAULT_CLIENT_ID, **members}
+        new = self.token_path.with_suffix(".written")
+        new.write_text(json.dumps(login))
+        new.chmod(0o600)
+        new.replace(self.token_path)
+
+    def refresher_lives(self, lives: bool = True) -> None:
+        """Give the refresher's sign of life, or that of one which died two minutes ago."""
+        lock = self.token_path.with_name("tokens.json.lock")
+        lock.touch(0o600)
+        at = time.time() - (0 if lives else 120)
+        os.utime(lock, (at, at))
+
+    # The process
+
+    def client(self) -> Client:
+        return Client(self.port)
+
+    def ask(self, *arguments: str, **keywords: Any) -> Message:
+        """One request on a connection of its own, and the whole answer."""
+        with self.client() as client:
+            return client.ask(*arguments, **keywords)
+
+    def cpu_seconds(self) -> float:
+        fields = pathlib.Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def open_files(self) -> int:
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+    def resident_kib(self) -> int:
+        return int(re.search(r"VmRSS:\s+(\d+)", pathlib.Path(f"/proc/{self.process.pid}/status").read_text())[1])
+
+    def terminate(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+
+    def wait(self, seconds: float = PATIENCE) -> int:
+        """Its exit code, with the whole log read."""
+        code = self.process.wait(seconds)
+        self._reader.join(PATIENCE)
+        return code
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.wait()
+
+    def close(self) -> None:
+        """End it with SIGTERM; open answers are cut by a second one. Asserts that nothing unexpected was logged."""
+        if self.process.poll() is None:
+            self.terminate()
+            self.wait_for_log(lambda line: line["message"].startswith(("stopping", "stopped")))
+            self.terminate()
+        code = self.wait()
+        faults = [line for line in self.log_lines()
+                  if {"traceback", "unexpected"} & line.keys() or "Traceback" in line["message"]]
+        assert not faults and code == 0, (code, faults)
+
+
+def _parsed(line: bytes) -> "dict[str, Any]":
+    try:
+        return json.loads(line)
+    except ValueError:
+        return {"message": line.decode("utf-8", "replace"), "unexpected": True}  # a traceback, a warning
+
+
+def environment(folder: pathlib.Path, environ: "dict[str, str] | None" = None, **settings: Any) -> "dict[str, str]":
+    """A clean environment: what the person who runs the tests has set must not count."""
+    settings = {"port": 0, "token_path": folder / "tokens.json", "issuer": ISSUER, "upstream": ISSUER, **settings}
+    return {"PATH": os.environ["PATH"], "HOME": str(folder), "PYTHONPATH": str(ROOT), **(environ or {}),
+            **{f"XAI_PROXY_{name.upper()}": str(value) for name, value in settings.items()}}
+
+
+def refuse_to_start(folder: pathlib.Path, environ: "dict[str, str] | None" = None,
+                    **settings: Any) -> "tuple[int, str]":
+    """Run a proxy that cannot start; its exit code and stderr."""
+    done = subprocess.run(COMMAND, cwd=folder, env=environment(folder, environ, **settings), capture_output=True,
+                          text=True, timeout=20)
+    assert done.stdout == ""
+    return done.returncode, done.stderr

@@ -1,0 +1,723 @@
+"""What upstream sees of a request and what becomes of its answer, byte by byte; and its connections."""
+from __future__ import annotations
+
+import contextlib
+import gzip
+import inspect
+import io
+import re
+import resource
+import socket
+import subprocess
+import time
+from pathlib import Path
+from typing import Iterator
+
+import gevent
+import pytest
+from proxy_process import Client, ProxyProcess
+from scripted_upstream import OK, Request, ScriptedUpstream, make_certificate
+from wire import Wire
+
+from xaiproxy import __version__, config
+from xaiproxy.request_body import ReplayableBody, ReplayMemory, RequestBody
+from xaiproxy.request_head import Head
+from xaiproxy.upstream import Upstream
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+SIZED = b"HTTP/1.1 200 OK\r\nContent-Length: 30\r\n\r\n"
+CLOSED = b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n"
+FRAMINGS = {"chunked": (CHUNKED, lambda data: b"%x\r\n%b\r\n" % (len(data), data), b"0\r\n\r\n"),
+            "length": (SIZED, lambda data: data, b""), "close": (CLOSED, lambda data: data, b"")}
+
+
+@pytest.fixture(scope="module")
+def scripted() -> Iterator[ScriptedUpstream]:
+    with ScriptedUpstream() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def running(scripted: ScriptedUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxyProcess]:
+    with ProxyProcess(tmp_path_factory.mktemp("proxy"), upstream=scripted.origin) as proxy:
+        proxy.sign_in()
+        yield proxy
+
+
+@pytest.fixture
+def upstream(scripted: ScriptedUpstream) -> Iterator[ScriptedUpstream]:
+    yield scripted
+    scripted.hang_up()
+
+
+@pytest.fixture
+def client(running: ProxyProcess, upstream: ScriptedUpstream) -> Iterator[Client]:
+    with running.client() as connection:
+        yield connection
+
+
+@pytest.fixture(scope="module")
+def hasty(scripted: ScriptedUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxyProcess]:
+    """One that gives upstream half a second."""
+    with ProxyProcess(tmp_path_factory.mktemp("hasty"), upstream=scripted.origin, idle_timeout=0.5) as proxy:
+        proxy.sign_in()
+        yield proxy
+
+
+# What upstream sees
+
+
+@pytest.mark.parametrize("target", [
+    "/v1/files:initialize?x=%2F%2f&a=b%20c", "/v1/a%2Fb//c;d?", "/v2/x", "/v1/?", "/v1/a?b=/../c", "/v1/~a!$&'()*+,=@|^`{}\"<>"])
+def test_target_passes_byte_for_byte(client: Client, upstream: ScriptedUpstream, target: str) -> None:
+    client.request("GET", target)
+    assert upstream.receive().line == f"GET {target} HTTP/1.1"
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "PROPFIND", "M-SEARCH", "get"])
+def test_any_method_passes(client: Client, upstream: ScriptedUpstream, method: str) -> None:
+    client.request(method, "/v1/x", body=b"{}")
+    request = upstream.receive()
+    assert (request.line, request.body) == (f"{method} /v1/x HTTP/1.1", b"{}")
+    request.answer()
+    assert client.message().body == b"ok"
+
+
+def test_fields_pass_in_order_case_and_number(client: Client, upstream: ScriptedUpstream) -> None:
+    client.request("GET", "/v1/models", "X-b: 2", "x-B: 1", "Accept: a", "accept: b", "X-Grok-Conv-Id: \xe9 \t!",
+                   "X-Empty:", "Content-Type: application/json")
+    request = upstream.receive()
+    assert request.head == (
+        f"GET /v1/models HTTP/1.1\r\nHost: {upstream.authority}\r\nUser-Agent: xaiproxy/{__version__}\r\n"
+        "Authorization: Bearer the-token\r\nAccept-Encoding: identity\r\nX-b: 2\r\nx-B: 1\r\nAccept: a\r\naccept: b\r\nX-Grok-Conv-Id: \xe9 \t!\r\n"
+        "X-Empty: \r\nContent-Type: application/json\r\n\r\n").encode("latin-1")
+
+
+def test_what_is_ours_or_the_hop_s_does_not_pass(client: Client, upstream: ScriptedUpstream) -> None:
+    client.request("POST", "/v1/x", "User-Agent: curl", "Authorization: Bearer nobody", "X-Api-Key: nobody",
+                   "Cookie: a=b", "Proxy-Authorization: x", "Proxy-Any: x", "Forwarded: for=x", "X-Forwarded-For: x",
+                   "Connection: keep-alive, X-Hop", "X-Hop: 1", "TE: trailers", "Upgrade: x", "Keep-Alive: 5",
+                   "X-Stays: 1", "Accept-Encoding: br;q=1, gzip;q=0.5, zstd, deflate, *", body=b"x")
+    request = upstream.receive()
+    assert request.fields == [
+        ("Host", upstream.authority), ("User-Agent", f"xaiproxy/{__version__}"), ("Authorization", "Bearer the-token"),
+        ("Accept-Encoding", "gzip;q=0.5, deflate"), ("X-Stays", "1"), ("Content-Length", "1")]
+
+
+def test_multipart_passes_untouched(client: Client, upstream: ScriptedUpstream) -> None:
+    body = b"--x\r\nContent-Disposition: form-data; name=file\r\n\r\n" + bytes(range(256)) * 300 + b"\r\n--x--\r\n"
+    client.request("POST", "/v1/files", 'Content-Type: multipart/form-data; boundary="x"', body=body)
+    request = upstream.receive()
+    assert request.body == body and request.values("Content-Length") == [str(len(body))]
+    assert request.values("Content-Type") == ['multipart/form-data; boundary="x"']
+    assert request.values("Transfer-Encoding") == []
+
+
+def test_chunked_body_passes_as_it_arrives(client: Client, upstream: ScriptedUpstream) -> None:
+    client.request("POST", "/v1/files", "Transfer-Encoding: chunked")
+    request = upstream.receive(body=False)
+    assert request.values("Transfer-Encoding") == ["chunked"] and request.values("Content-Length") == []
+    client.send(b"3;ext=1\r\nabc\r\n")
+    assert request.connection.chunk() == b"abc"
+    client.send(b"A")
+    client.send(b"\r\n01234")  # a chunk split anywhere
+    first = request.connection.chunk()
+    client.send(b"56789\r")
+    client.send(b"\n0\r\nTrailer: x\r\n\r\n")
+    rest = request.connection.chunk()
+    while len(first + rest) < 10:
+        rest += request.connection.chunk()
+    assert first + rest == b"0123456789"
+    assert request.connection.until(b"\r\n\r\n") == b"0\r\n\r\n"
+    request.answer()
+    assert client.message().body == b"ok"
+
+
+def test_sized_body_passes_as_it_arrives(client: Client, upstream: ScriptedUpstream) -> None:
+    client.request("DELETE", "/v1/files/1", "Content-Length: 9")
+    request = upstream.receive(body=False)
+    for part in (b"abc", b"def", b"ghi"):
+        client.send(part)
+        assert request.connection.exactly(3) == part
+    request.answer()
+    assert client.message().body == b"ok"
+
+
+def test_large_upload_is_not_gathered(running: ProxyProcess, client: Client, upstream: ScriptedUpstream) -> None:
+    """Beyond XAI_PROXY_REPLAY_LIMIT nothing is kept: 64 MiB pass through little memory."""
+    part, count = bytes(1 << 20), 64
+    before = running.resident_kib()
+    client.request("POST", "/v1/files", f"Content-Length: {len(part) * count}")
+    request = upstream.receive(body=False)
+    for _ in range(count):
+        client.send(part)
+        assert request.connection.exactly(len(part)) == part
+    request.answer()
+    assert client.message().status == 200
+    assert running.resident_kib() - before < 24 * 1024
+
+
+# What becomes of its answer
+
+
+def test_answer_passes_as_it_came(client: Client, upstream: ScriptedUpstream) -> None:
+    client.request()
+    upstream.receive().answer(
+        b"HTTP/1.1 299 Fine \xe9\r\nDate: then\r\nX-b: 1\r\nx-A: 2\r\nX-b: 3\r\nContent-Type: text/event-stream; x\r\n"
+        b"Set-Cookie: a=b\r\nKeep-Alive: 3\r\nConnection: X-Hop\r\nX-Hop: 1\r\nServer: cloudflare\r\n"
+        b"Content-Encoding: gzip\r\nContent-Length: 5\r\n\r\n\x1f\x8b\x00\xff\n")
+    answer = client.message()
+    assert answer.head == (
+        b"HTTP/1.1 299 Fine \xe9\r\nDate: then\r\nX-b: 1\r\nx-A: 2\r\nX-b: 3\r\nContent-Type: text/event-stream; x\r\n"
+        b"Server: cloudflare\r\nContent-Encoding: gzip\r\nContent-Length: 5\r\n\r\n")
+    assert answer.body == b"\x1f\x8b\x00\xff\n"
+
+
+@pytest.mark.parametrize("framing", FRAMINGS)
+def test_gzip_passes_untouched(client: Client, upstream: ScriptedUpstream, framing: str) -> None:
+    head, frame, end = FRAMINGS[framing]
+    packed = gzip.compress(b"{}").ljust(30, b"\0")
+    client.request("GET", "/v1/models", "Accept-Encoding: gzip")
+    request = upstream.receive()
+    request.answer(head.replace(b"\r\n\r\n", b"\r\nContent-Encoding: gzip\r\n\r\n") + frame(packed) + end)
+    if framing == "close":
+        request.connection.close()
+    answer = client.message()
+    assert answer.body == packed and answer.value("Content-Encoding") == "gzip"
+
+
+@pytest.mark.parametrize("status", [200, 202, 204, 304, 205, 404, 500])
+def test_answer_without_a_body(client: Client, upstream: ScriptedUpstream, status: int) -> None:
+    client.request()
+    length = b"" if status in (204, 304) else b"Content-Length: 0\r\n"
+    upstream.receive().answer(b"HTTP/1.1 %d X\r\nDate: then\r\nETag: a\r\n%b\r\n" % (status, length))
+    assert client.message().head == b"HTTP/1.1 %d X\r\nDate: then\r\nETag: a\r\n%b\r\n" % (status, length)
+    assert client.silent()
+    client.request()  # on both connections another request can follow
+    request = upstream.receive()
+    assert request.connection.requests == 2
+    request.answer()
+    assert client.message().body == b"ok"
+
+
+@pytest.mark.parametrize("head", [b"304 Not Modified\r\nContent-Length: 30", b"204 No Content\r\nContent-Length: 0",
+                                  b"304 Not Modified\r\nTransfer-Encoding: chunked"])
+def test_framing_of_a_body_that_never_comes(client: Client, upstream: ScriptedUpstream, head: bytes) -> None:
+    client.request()
+    upstream.receive().answer(b"HTTP/1.1 " + head + b"\r\nDate: then\r\n\r\n")
+    assert client.message().head == b"HTTP/1.1 " + head.split(b"\r")[0] + b"\r\nDate: then\r\n\r\n"
+    client.request()
+    upstream.receive().answer()
+    assert client.message().body == b"ok"
+
+
+@pytest.mark.parametrize("head", [SIZED, CHUNKED, b"HTTP/1.1 200 OK\r\nDate: x\r\n\r\n"])
+def test_answer_to_head(client: Client, upstream: ScriptedUpstream, head: bytes) -> None:
+    client.request("HEAD")
+    request = upstream.receive()
+    assert request.method == "HEAD"
+    request.answer(head)
+    answer = client.message(body=False)
+    assert answer.values("Content-Length") == (["30"] if head == SIZED else [])
+    assert answer.values("Transfer-Encoding") == [] and client.silent()
+    client.request()
+    upstream.receive().answer()
+    assert client.message().body == b"ok"
+
+
+def test_interim_answers_are_skipped(client: Client, upstream: ScriptedUpstream) -> None:
+    client.request()
+    request = upstream.receive()
+    for interim in (b"100 Continue\r\n", b"103 Early Hints\r\nLink: </a>\r\n", b"102 Processing\r\nX: y\r\n", b"199 \r\n"):
+        request.answer(b"HTTP/1.1 " + interim + b"\r\n")
+    request.answer(OK)
+    assert client.message().line == "HTTP/1.1 200 OK"
+    assert client.silent()
+
+
+def test_upgrade_that_nobody_asked_for_is_an_error(client: Client, upstream: ScriptedUpstream) -> None:
+    client.request()
+    upstream.receive().answer(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n")
+    answer = client.message()
+    assert (answer.status, answer.value("X-XAI-Proxy-Error")) == (502, "upstream_unreachable")
+
+
+@pytest.mark.parametrize("framing", FRAMINGS)
+def test_stream_arrives_in_time(client: Client, upstream: ScriptedUpstream, framing: str) -> None:
+    """Head, then three times 10 bytes: each is there before the next is sent."""
+    head, frame, end = FRAMINGS[framing]
+    client.request("POST", "/v1/chat/completions", body=b"{}")
+    request = upstream.receive().answer(head)
+    answer = client.head()
+    assert answer.status == 200
+    for data in (b"0123456789", b"abcdefghij", b"ABCDEFGHIJ"):
+        request.answer(frame(data))
+        assert (client.exactly(10) if framing == "length" else client.chunk()) == data
+    assert client.silent()
+    request.answer(end)
+    if framing == "close":
+        request.connection.close()
+    if framing != "length":
+        assert client.chunk() == b""
+    client.request()
+    upstream.receive().answer()
+    assert client.message().body == b"ok"
+
+
+def test_chunk_split_anywhere_arrives(client: Client, upstream: ScriptedUpstream) -> None:
+    """Upstream's framing in pieces of one byte, extensions and trailers among it."""
+    client.request()
+    request = upstream.receive().answer(CHUNKED)
+    for byte in b"00a;x=\"y\"\r\n0123456789\r\n1\r\n\r\r\n0;z\r\nTrailer: x\r\n\r\n":
+        request.answer(bytes([byte]))
+    answer = client.message()
+    assert answer.body == b"0123456789\r"
+    client.request()
+    assert upstream.receive().answer().connection.requests == 2
+    assert client.message().body == b"ok"
+
+
+def test_stream_that_is_not_read_waits_upstream(running: ProxyProcess, client: Client, upstream: ScriptedUpstream) -> None:
+    """A client that reads nothing while upstream sends: the proxy takes no more than the sockets hold."""
+    before = running.resident_kib()
+    client.request()
+    request = upstream.receive().answer(b"HTTP/1.1 200 OK\r\nContent-Length: 100000000\r\n\r\n")
+    sent = 0
+    request.connection.sock.settimeout(0.5)
+    with contextlib.suppress(TimeoutError):
+        while True:
+            sent += request.connection.sock.send(bytes(1 << 20))
+    assert sent < 60e6 and running.resident_kib() - before < 4096
+    client.exactly(sent)  # it goes on as the client reads
+
+
+# An upstream that dies
+
+
+@pytest.mark.parametrize("how", ["fin", "reset"])
+@pytest.mark.parametrize("sent", [b"", b"HTTP/1.1 200 OK\r\nContent-Le", b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n",
+                                  b"SSH-2.0-dropbear\r\n", b"HTTP/1.1 200 OK\r\nnonsense\r\nContent-Length: 5\r\n\r\nx"])
+def test_death_before_or_in_the_head_is_502(client: Client, upstream: ScriptedUpstream, sent: bytes, how: str) -> None:
+    client.request("GET", "/v1/dies")
+    request = upstream.receive().answer(sent)
+    request.connection.close() if how == "fin" else request.connection.reset()
+    answer = client.message()
+    assert (answer.status, answer.value("X-XAI-Proxy-Error")) == (502, "upstream_unreachable")
+    assert upstream.origin.encode() + b" broke off before it answered" in answer.body
+    assert any(reason in answer.body for reason in (b"it closed the connection", b"reset by peer", b"is not HTTP"))
+    assert upstream.quiet()  # a fresh connection's request is not sent again
+
+
+@pytest.mark.parametrize("framing, how", [("chunked", "fin"), ("chunked", "reset"), ("length", "fin"),
+                                          ("length", "reset"), ("close", "reset")])  # a FIN ends the last as it should
+def test_death_in_the_body_is_visible(client: Client, upstream: ScriptedUpstream, running: ProxyProcess, framing: str,
+                                      how: str) -> None:
+    head, frame, _ = FRAMINGS[framing]
+    client.request("GET", f"/v1/{framing}-{how}")
+    request = upstream.receive().answer(head + frame(b"0123456789"))
+    client.head()
+    assert (client.exactly(10) if framing == "length" else client.chunk()) == b"0123456789"
+    request.connection.close() if how == "fin" else request.connection.reset()
+    assert client.rest() == b""  # no last chunk, and fewer bytes than Content-Length
+    line = running.wait_for_request(f"/v1/{framing}-{how}")
+    assert (line["status"], line["bytes"], line["ended_by"]) == (200, 10, "upstream")
+
+
+@pytest.mark.parametrize("framing", ["chunked", "close"])
+def test_death_in_the_body_resets_a_client_of_http_1_0(client: Client, upstream: ScriptedUpstream, framing: str) -> None:
+    """For it a FIN would be the end of a whole answer."""
+    head, frame, _ = FRAMINGS[framing]
+    client.request(version="HTTP/1.0")
+    request = upstream.receive().answer(head + frame(b"0123456789"))
+    assert client.head().values("Transfer-Encoding") == []
+    assert client.exactly(10) == b"0123456789"
+    request.connection.reset()
+    with pytest.raises(ConnectionResetError):
+        client.rest()
+
+
+def test_silence_before_the_head_is_504(hasty: ProxyProcess, upstream: ScriptedUpstream) -> None:
+    with hasty.client() as client:
+        client.request("POST", "/v1/slow", body=b"{}")
+        request = upstream.receive()
+        answer = client.message()
+        assert (answer.status, answer.value("X-XAI-Proxy-Error")) == (504, "upstream_timeout")
+        assert answer.value("x-should-retry") == "false" and b"XAI_PROXY_IDLE_TIMEOUT" in answer.body
+        assert request.connection.closed_within()
+        assert upstream.quiet()
+
+
+@pytest.mark.parametrize("framing", FRAMINGS)
+def test_silence_in_the_body_cuts_the_answer(hasty: ProxyProcess, upstream: ScriptedUpstream, framing: str) -> None:
+    head, frame, _ = FRAMINGS[framing]
+    with hasty.client() as client:
+        client.request("GET", f"/v1/silent-{framing}")
+        request = upstream.receive().answer(head + frame(b"0123456789"))
+        client.head()
+        assert (client.exactly(10) if framing == "length" else client.chunk()) == b"0123456789"
+        assert client.rest() == b""
+        assert request.connection.closed_within()
+    assert hasty.wait_for_request(f"/v1/silent-{framing}")["ended_by"] == "upstream"
+
+
+def test_bytes_in_time_keep_a_slow_answer_alive(hasty: ProxyProcess, upstream: ScriptedUpstream) -> None:
+    """The limit is between two bytes, not for the whole answer."""
+    with hasty.client() as client:
+        client.request()
+        request = upstream.receive().answer(CHUNKED)
+        for _ in range(4):
+            time.sleep(0.2)
+            request.answer(b"1\r\nx\r\n")
+        request.answer(b"0\r\n\r\n")
+        assert client.message().body == b"xxxx"
+
+
+# An upstream that cannot be reached
+
+
+def refused_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+@contextlib.contextmanager
+def black_hole(address: str = "127.0.0.1", port: int = 0) -> Iterator[int]:
+    """A port whose listen queue is full: the kernel drops every further SYN."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server((address, port), backlog=0))
+        for _ in range(8):
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(listener.getsockname())
+        yield listener.getsockname()[1]
+
+
+def test_upstream_that_refuses_connections(tmp_path: Path) -> None:
+    with ProxyProcess(tmp_path, upstream=f"http://127.0.0.1:{refused_port()}") as proxy:
+        proxy.sign_in()
+        answer = proxy.ask()
+        assert (answer.status, answer.value("X-XAI-Proxy-Error")) == (502, "upstream_unreachable")
+        assert b"Connection refused" in answer.body
+
+
+def test_upstream_that_is_a_black_hole(tmp_path: Path) -> None:
+    with black_hole() as port, \
+            ProxyProcess(tmp_path, upstream=f"http://127.0.0.1:{port}", connect_timeout=0.5) as proxy:
+        proxy.sign_in()
+        start = time.monotonic()
+        answer = proxy.ask()
+        assert 0.4 < time.monotonic() - start < 2
+        assert (answer.status, answer.value("X-XAI-Proxy-Error")) == (502, "upstream_unreachable")
+        assert b"within 0.5 s" in answer.body and b"XAI_PROXY_CONNECT_TIMEOUT" in answer.body
+
+
+def test_upstream_that_has_no_address(tmp_path: Path) -> None:
+    with ProxyProcess(tmp_path, upstream="https://upstream.invalid", connect_timeout=5) as proxy:
+        proxy.sign_in()
+        answer = proxy.ask()
+        assert answer.status == 502 and re.search(rb"https://upstream.invalid: .*[Nn]ame", answer.body)
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple:
+    return make_certificate(tmp_path_factory.mktemp("ca"), "127.0.0.1", "upstream.test")
+
+
+def test_tls(tmp_path: Path, certificate: tuple) -> None:
+    authority, context = certificate
+    with ScriptedUpstream(context) as upstream, \
+            ProxyProcess(tmp_path, upstream=upstream.origin, environ={"SSL_CERT_FILE": str(authority)}) as proxy:
+        proxy.sign_in()
+        with proxy.client() as client:
+            for framing in ("chunked", "length"):
+                head, frame, end = FRAMINGS[framing]
+                client.request()
+                request = upstream.receive().answer(head)
+                client.head()
+                for data in (b"0123456789", b"abcdefghij", b"ABCDEFGHIJ"):
+                    request.answer(frame(data))
+                    assert (client.exactly(10) if framing == "length" else client.chunk()) == data
+                request.answer(end)
+                assert framing == "length" or client.chunk() == b""
+            assert request.connection.requests == 2
+            client.request()
+            request = upstream.receive().answer(CHUNKED + b"1\r\nx\r\n")
+            client.head()
+            client.chunk()
+            client.reset()  # a cancelled one, over TLS too
+            assert request.connection.sock.recv(1) == b""
+
+
+@pytest.mark.parametrize("settings, sentence", [
+    ({}, b"its certificate is not trusted (unable to get local issuer certificate); set SSL_CERT_FILE"),
+    ({"host": "127.0.0.2"}, b"its certificate is not trusted (IP address mismatch")])
+def test_untrusted_certificate(tmp_path: Path, certificate: tuple, settings: dict, sentence: bytes) -> None:
+    authority, context = certificate
+    environ = {"SSL_CERT_FILE": str(authority)} if settings else None
+    listener = socket.create_server((settings.get("host", "127.0.0.1"), 0))
+    with listener, ProxyProcess(tmp_path, upstream="https://%s:%d" % listener.getsockname(), environ=environ) as proxy:
+        proxy.sign_in()
+        with proxy.client() as client:
+            client.request()
+            with pytest.raises(OSError):
+                context.wrap_socket(listener.accept()[0], server_side=True).recv(1)
+            answer = client.message()
+            assert answer.status == 502 and sentence in answer.body
+
+
+@pytest.mark.parametrize("said", [b"HTTP/1.1 400 Bad Request\r\n\r\n", None])
+def test_upstream_that_does_not_speak_tls(tmp_path: Path, said: "bytes | None") -> None:
+    """One that answers in plain text, and one that is silent: then the limit is on name, connection and TLS together."""
+    with ScriptedUpstream() as upstream, \
+            ProxyProcess(tmp_path, upstream=upstream.origin.replace("http", "https"), connect_timeout=0.5) as proxy:
+        proxy.sign_in()
+        with proxy.client() as client:
+            client.request()
+            connection = upstream.accept()
+            if said:
+                connection.send(said)
+            answer = client.message()
+            assert (answer.status, answer.value("X-XAI-Proxy-Error")) == (502, "upstream_unreachable")
+            assert (b"TLS" if said else b"within 0.5 s") in answer.body
+
+
+def hosts(folder: Path, *lines: str) -> "tuple[str, ...]":
+    """What to put before a command that shall see these lines as its /etc/hosts."""
+    (folder / "hosts").write_text("\n".join(lines) + "\n")
+    prefix = ("unshare", "-rm", "sh", "-c", f'mount --bind "{folder}/hosts" /etc/hosts && exec "$@"', "sh")
+    if subprocess.run([*prefix, "true"], capture_output=True).returncode:
+        pytest.skip("no mount namespace to be had here")
+    return prefix
+
+
+def test_all_addresses_are_tried(tmp_path: Path, certificate: tuple) -> None:
+    authority, context = certificate
+    with ScriptedUpstream(context) as upstream, \
+            ProxyProcess(tmp_path, upstream=f"https://upstream.test:{upstream.port}",
+                         environ={"SSL_CERT_FILE": str(authority)}, prefix=hosts(
+                             tmp_path, "127.0.0.2 upstream.test", "127.0.0.1 upstream.test")) as proxy:
+        proxy.sign_in()
+        with proxy.client() as client:
+            client.request()
+            request = upstream.receive().answer()
+            assert client.message().body == b"ok"
+            assert request.value("Host") == f"upstream.test:{upstream.port}"
+
+
+def test_time_limit_is_for_all_addresses_together(tmp_path: Path) -> None:
+    with black_hole("127.0.0.2") as port, black_hole("127.0.0.3", port), \
+            ProxyProcess(tmp_path, upstream=f"https://upstream.test:{port}", connect_timeout=0.5, prefix=hosts(
+                tmp_path, "127.0.0.2 upstream.test", "127.0.0.3 upstream.test")) as proxy:
+        proxy.sign_in()
+        start = time.monotonic()
+        answer = proxy.ask()
+        assert answer.status == 502 and 0.4 < time.monotonic() - start < 0.9
+
+
+# A proxy on the way
+
+
+def test_connect_proxy_is_used_for_https(tmp_path: Path, certificate: tuple) -> None:
+    authority, context = certificate
+    with ScriptedUpstream() as egress, ProxyProcess(
+            tmp_path, upstream="https://upstream.test", environ={
+                "SSL_CERT_FILE": str(authority), "HTTPS_PROXY": f"http://me:secret@{egress.authority}"}) as proxy:
+        proxy.sign_in()
+        with proxy.client() as client:
+            client.request("GET", "/v1/models?x")
+            tunnel = egress.receive()
+            assert tunnel.line.split()[:2] == ["CONNECT", "upstream.test:443"]
+            assert tunnel.value("Proxy-Authorization") == "Basic bWU6c2VjcmV0" and tunnel.token == ""
+            tunnel.answer(b"HTTP/1.1 200 Go on\r\n\r\n")
+            with Wire(context.wrap_socket(tunnel.connection.sock, server_side=True)) as inside:
+                request = inside.message()
+                assert request.line == "GET /v1/models?x HTTP/1.1" and request.value("Host") == "upstream.test"
+                assert request.token == "the-token" and request.value("Proxy-Authorization") is None
+                inside.send(OK)
+                assert client.message().body == b"ok"
+                client.request()  # through the same tunnel
+                assert inside.message().line == "GET /v1/models HTTP/1.1"
+                inside.send(OK)
+                assert client.message().body == b"ok"
+
+
+def test_connect_proxy_that_refuses(tmp_path: Path) -> None:
+    with ScriptedUpstream() as egress, ProxyProcess(
+            tmp_path, upstream="https://upstream.test",
+            environ={"HTTPS_PROXY": f"http://me:secret@{egress.authority}"}) as proxy:
+        proxy.sign_in()
+        with proxy.client() as client:
+            client.request()
+            egress.receive().answer(b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n")
+            answer = client.message()
+            assert answer.status == 502 and b"407 Proxy Authentication Required" in answer.body
+            assert b"secret" not in answer.body
+
+
+def test_loopback_is_never_proxied(tmp_path: Path) -> None:
+    with ScriptedUpstream() as egress, ScriptedUpstream() as upstream, ProxyProcess(
+            tmp_path, upstream=upstream.origin,
+            environ=dict.fromkeys(("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "http_proxy"), egress.origin)) as proxy:
+        proxy.sign_in()
+        with proxy.client() as client:
+            client.request()
+            upstream.receive().answer()
+            assert client.message().body == b"ok" and egress.quiet()
+
+
+# The pool
+
+
+def exchange(upstream: Upstream, scripted: ScriptedUpstream) -> Request:
+    """One request through an Upstream of this process, which waits for nothing that is not there already."""
+    head = Head("GET", "/v1/x", "HTTP/1.1", [], None, False, True)
+    body = ReplayableBody(RequestBody(head, io.BytesIO(), None, 1), 0, ReplayMemory(0))
+    sent = upstream.send("GET", "/v1/x", [("Host", "x"), ("User-Agent", "x"), ("Accept-Encoding", "identity")], body, None)
+    request = scripted.receive().answer()
+    sent.receive()
+    assert b"".join(sent) == b"ok"
+    sent.close()
+    return request
+
+
+def test_connections_idle_for_too_long_are_dropped(tmp_path: Path) -> None:
+    with ScriptedUpstream() as scripted:
+        settings = config.from_environ({"HOME": str(tmp_path), "XAI_PROXY_UPSTREAM": scripted.origin})
+        upstream = Upstream(settings, idle_limit=0.3)
+        first = exchange(upstream, scripted)
+        gevent.sleep(0.1)
+        assert exchange(upstream, scripted).connection is first.connection
+        gevent.sleep(0.25)  # not idle for as long as that since it was used again
+        assert exchange(upstream, scripted).connection is first.connection
+        gevent.sleep(0.35)
+        assert first.connection.closed_within(0)
+        assert exchange(upstream, scripted).connection is not first.connection
+        upstream.close()
+
+
+def test_a_minute_is_too_long() -> None:
+    assert inspect.signature(Upstream).parameters["idle_limit"].default == 60
+
+
+@pytest.fixture
+def many_files() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 4096:
+        pytest.skip(f"the file descriptor limit is {hard}")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 4096), hard))
+
+
+def test_a_thousand_streams_at_once(running: ProxyProcess, upstream: ScriptedUpstream, many_files: None) -> None:
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(running.client()) for _ in range(1000)]
+        start = time.monotonic()
+        for number, client in enumerate(clients):
+            client.request("POST", f"/v1/{number}", body=b"{}")
+        streams = {}
+        for _ in clients:
+            connection = upstream.accept()
+            streams[connection.message().target] = connection
+            connection.send(CHUNKED)
+        for client in clients:  # all are open, none waits for another
+            assert client.head().status == 200
+        for number, client in enumerate(clients):
+            data = b"%d" % number
+            streams[f"/v1/{number}"].send(b"%x\r\n%b\r\n" % (len(data), data))
+        for number, client in enumerate(clients):
+            assert client.chunk() == b"%d" % number
+        assert time.monotonic() - start < 6
+        for connection in streams.values():
+            connection.send(b"0\r\n\r\n")
+        for client in clients:
+            assert client.chunk() == b""
+
+
+def test_connection_is_kept_and_used_again(client: Client, upstream: ScriptedUpstream) -> None:
+    connections = set()
+    for number in range(5):
+        client.request("POST", "/v1/x", body=b"{}")
+        request = upstream.receive().answer(CHUNKED + b"2\r\nok\r\n0\r\n\r\n" if number % 2 else OK)
+        connections.add(request.connection)
+        assert client.message().body == b"ok"
+    assert len(connections) == 1
+
+
+def test_answers_that_end_the_connection(client: Client, upstream: ScriptedUpstream) -> None:
+    for head in (b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\nok",
+                 b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok"):
+        client.request()
+        request = upstream.receive().answer(head)
+        assert client.message().body == b"ok"
+        assert request.connection.closed_within()
+
+
+def test_bytes_after_an_answer_end_the_connection(client: Client, upstream: ScriptedUpstream) -> None:
+    client.request()
+    first = upstream.receive().answer(OK)
+    assert client.message().body == b"ok"
+    first.answer(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil")
+    client.request()
+    second = upstream.receive()
+    assert second.connection is not first.connection
+    second.answer()
+    assert client.message().body == b"ok"
+
+
+@pytest.mark.parametrize("how", ["fin", "reset"])
+def test_connection_closed_while_idle_is_not_used(client: Client, upstream: ScriptedUpstream, how: str) -> None:
+    """A POST that fails is not sent again, so each of these shows that the close was seen before the use."""
+    for _ in range(20):
+        client.request("POST", "/v1/x", body=b"{}")
+        request = upstream.receive().answer()
+        assert request.connection.requests == 1
+        assert client.message().body == b"ok"
+        request.connection.close() if how == "fin" else request.connection.reset()
+
+
+def break_a_pooled_connection(client: Client, upstream: ScriptedUpstream, *request: str, body: bytes = b"") -> None:
+    """Have a pooled connection end in the middle of `request`, when nothing of an answer came."""
+    client.request()
+    first = upstream.receive().answer()
+    assert client.message().body == b"ok"
+    client.request(*request, body=body)
+    second = upstream.receive()
+    assert second.connection is first.connection
+    second.connection.reset()
+
+
+@pytest.mark.parametrize("request_", [
+    ("GET", "/v1/a"), ("HEAD", "/v1/a"), ("OPTIONS", "/v1/a"), ("POST", "/v1/a", "Idempotency-Key: 1"),
+    ("POST", "/v1/a", "x-idempotency-key: 1")])
+def test_broken_pooled_connection_is_replaced_for_what_may_be_repeated(client: Client, upstream: ScriptedUpstream,
+                                                                       request_: tuple) -> None:
+    body = b"{}" if request_[0] == "POST" else b""
+    break_a_pooled_connection(client, upstream, *request_, body=body)
+    again = upstream.receive()
+    assert (again.method, again.target, again.body, again.connection.requests) == (*request_[:2], body, 1)
+    again.connection.reset()  # once more only
+    assert client.message(body=request_[0] != "HEAD").status == 502
+    assert upstream.quiet()
+
+
+@pytest.mark.parametrize("method", ["POST", "DELETE", "PUT"])
+@pytest.mark.parametrize("body", [b"{}", b""])
+def test_broken_pooled_connection_is_not_replaced_for_others(client: Client, upstream: ScriptedUpstream, method: str,
+                                                             body: bytes) -> None:
+    """It may already have made a paid image."""
+    break_a_pooled_connection(client, upstream, method, "/v1/images/generations", body=body)
+    answer = client.message()
+    assert (answer.status, answer.value("X-XAI-Proxy-Error")) == (502, "upstream_unreachable")
+    assert b"may have been worked on" in answer.body
+    assert upstream.quiet()
+
+
+def test_small_requests_are_not_delayed(client: Client, upstream: ScriptedUpstream) -> None:
+    """Without TCP_NODELAY on both sides each of these would wait 40 ms for a delayed acknowledgement."""
+    start = time.monotonic()
+    for _ in range(40):
+        client.request("POST", "/v1/x", "Transfer-Encoding: chunked")
+        for data in (b"2\r\n{}\r\n", b"0\r\n\r\n"):
+            client.send(data)
+        upstream.receive().answer(CHUNKED).answer(b"2\r\nok\r\n").answer(b"0\r\n\r\n")
+        assert client.message().body == b"ok"
+    assert time.monotonic() - start < 0.8

@@ -1,0 +1,171 @@
+"""One end of a raw HTTP/1.1 connection: bytes in, bytes out, and every wait ends after a few seconds."""
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import select
+import socket
+import struct
+from collections.abc import Iterable
+
+PATIENCE = 8.0  # seconds that a test waits for what must come
+RESET = struct.pack("ii", 1, 0)  # SO_LINGER that turns close into a reset
+
+
+def readable(sockets: "Iterable[socket.socket]", seconds: float = 0) -> "list[socket.socket]":
+    """Those that have bytes or an end to be read, waited for."""
+    by_number = {sock.fileno(): sock for sock in sockets}
+    poll = select.poll()  # select has an end at descriptor 1024
+    for number in by_number:
+        poll.register(number, select.POLLIN)
+    return [by_number[number] for number, _ in poll.poll(seconds * 1000)]
+
+
+@dataclasses.dataclass
+class Message:
+    """A request or an answer. `head` is as it came, with its empty line; `body` is without framing."""
+
+    head: bytes
+    body: bytes = b""
+    chunks: "list[bytes]" = dataclasses.field(default_factory=list)
+
+    @property
+    def line(self) -> str:
+        return self.head.decode("latin-1").partition("\r\n")[0]
+
+    @property
+    def fields(self) -> "list[tuple[str, str]]":
+        lines = self.head.decode("latin-1").split("\r\n")[1:-2]
+        return [(name, value) for name, _, value in (line.partition(": ") for line in lines)]
+
+    def values(self, name: str) -> "list[str]":
+        return [value for field, value in self.fields if field.lower() == name.lower()]
+
+    def value(self, name: str) -> "str | None":
+        """The one value of a field; None when it is not there."""
+        values = self.values(name)
+        assert len(values) < 2, f"{name} is there {len(values)} times"
+        return values[0] if values else None
+
+    @property
+    def status(self) -> int:
+        return int(self.line.split(" ", 2)[1])
+
+    @property
+    def method(self) -> str:
+        return self.line.split(" ")[0]
+
+    @property
+    def target(self) -> str:
+        return self.line.split(" ")[1]
+
+    @property
+    def token(self) -> str:
+        return (self.value("Authorization") or "").removeprefix("Bearer ")
+
+
+class Wire:
+    def __init__(self, sock: socket.socket):
+        self.sock = sock
+        sock.settimeout(PATIENCE)
+        with contextlib.suppress(OSError):  # a UNIX socket has none
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.buffer = b""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+    # Out
+
+    def send(self, data: bytes) -> None:
+        self.sock.sendall(data)
+
+    def half_close(self) -> None:
+        self.sock.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        """End with a FIN (a reset, if there are unread bytes)."""
+        self.sock.close()
+
+    def reset(self) -> None:
+        """End with a RST."""
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        self.sock.close()
+
+    # In
+
+    def _more(self) -> bool:
+        data = self.sock.recv(65536)
+        self.buffer += data
+        return bool(data)
+
+    def until(self, end: bytes) -> bytes:
+        """All up to and with `end`."""
+        while end not in self.buffer:
+            assert self._more(), f"closed after {self.buffer!r}, before {end!r}"
+        data, _, rest = self.buffer.partition(end)
+        self.buffer = rest
+        return data + end
+
+    def exactly(self, size: int) -> bytes:
+        parts = [self.buffer[:size]]
+        missing = size - len(parts[0])
+        self.buffer = self.buffer[size:]
+        while missing:
+            data = self.sock.recv(min(missing, 1 << 20))
+            assert data, f"closed {missing} bytes before the end"
+            parts.append(data)
+            missing -= len(data)
+        return b"".join(parts)
+
+    def head(self) -> Message:
+        return Message(self.until(b"\r\n\r\n"))
+
+    def chunk(self) -> bytes:
+        """The next chunk's data; b"" for the last one, whose empty line is then read too."""
+        data = self.exactly(int(self.until(b"\r\n"), 16))
+        assert self.exactly(2) == b"\r\n"
+        return data
+
+    def message(self, *, body: bool = True) -> Message:
+        """A whole request or answer. `body`: False for the answer to a HEAD."""
+        message = self.head()
+        length = message.value("Content-Length")
+        if not body or message.head.startswith((b"HTTP/1.1 204", b"HTTP/1.1 304")):
+            pass
+        elif message.value("Transfer-Encoding") == "chunked":
+            while chunk := self.chunk():
+                message.chunks.append(chunk)
+            message.body = b"".join(message.chunks)
+        elif length is not None:
+            message.body = self.exactly(int(length))
+        elif message.head.startswith(b"HTTP/"):
+            message.body = self.rest()
+        return message
+
+    def rest(self) -> bytes:
+        """All until the end of the connection. Raises ConnectionResetError when that is no clean one."""
+        while self._more():
+            pass
+        data, self.buffer = self.buffer, b""
+        return data
+
+    def silent(self) -> bool:
+        """Whether nothing is there to be read, neither bytes nor an end."""
+        return not self.buffer and not readable([self.sock])
+
+    def closed_within(self, seconds: float = 1.0) -> bool:
+        """Wait for the other side to close, which may be a reset; False when it did not, or sent something."""
+        try:
+            self.sock.settimeout(seconds)
+            return not self.buffer and not self.sock.recv(1)
+        except (TimeoutError, BlockingIOError):
+            return False
+        except OSError:
+            return True
+        finally:
+            if self.sock.fileno() >= 0:
+                self.sock.settimeout(PATIENCE)
