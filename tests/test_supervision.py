@@ -1,0 +1,198 @@
+"""conf/supervisord.conf and the plug-in, with real processes, read as a container's log is: through a pipe."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from concurrent import futures
+from pathlib import Path
+
+import pytest
+from proxy_process import Client
+
+ROOT = Path(__file__).parent.parent
+CONF = ROOT / "conf" / "supervisord.conf"
+BIN = Path(sys.executable).parent
+CHAT = json.dumps({"model": "grok-4.5", "messages": [], "stream": True}).encode()
+
+
+class Supervised:
+    """supervisord with the real conf, and its output: `lines`. `path`: a folder to find programs in first."""
+
+    def __init__(self, folder, sandbox, *, prefix=(), path=None, **settings):
+        environ = {"PATH": f"{path or BIN}:{BIN}:{os.environ['PATH']}", "HOME": str(folder), "XAI_PROXY_PORT": "0",
+                   **sandbox.env, "XAI_PROXY_TOKEN_PATH": str(folder / "login" / "tokens.json"), **settings}
+        sandbox.write_login(environ["XAI_PROXY_TOKEN_PATH"])
+        self.process = subprocess.Popen([*prefix, BIN / "supervisord", "-c", CONF], cwd=folder, env=environ,
+                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.lines = []
+        self._changed = threading.Condition()
+        self._may_read = threading.Event()
+        self._may_read.set()
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_error):
+        self.read_on()
+        if self.process.poll() is None:
+            self.process.terminate()
+        self.ended()
+        self._reader.join()
+
+    def _read(self):
+        with self.process.stdout:
+            for line in self.process.stdout:
+                with self._changed:
+                    self.lines.append(line)
+                    self._changed.notify_all()
+                self._may_read.wait()
+
+    def stop_reading(self):
+        self._may_read.clear()
+
+    def read_on(self):
+        self._may_read.set()
+
+    def said(self, pattern, times=1, seconds=15):
+        """Wait until `pattern` was said so often; the last match."""
+        def matches():
+            return [match for match in map(re.compile(pattern).search, self.lines) if match]
+        with self._changed:
+            assert self._changed.wait_for(lambda: len(matches()) >= times, seconds), "".join(self.lines)
+            return matches()[times - 1]
+
+    def client(self, start=1):
+        """A connection to the proxy, which listens for the `start`th time."""
+        return Client(int(self.said(r"listening on http://127.0.0.1:(\d+)/v1", start)[1]))
+
+    def signal(self, number):
+        self.process.send_signal(number)
+
+    def ended(self):
+        """Its status, once it has ended and all is read."""
+        status = self.process.wait(30)
+        self._reader.join(10)
+        return status
+
+    def complaints(self):
+        """supervisord's own lines above INFO."""
+        return [line for line in self.lines if re.match(r"[-\d]+ [:,\d]+ (WARN|ERRO|CRIT) ", line)]
+
+
+def open_stream(client):
+    """Begin a streamed chat; return once its first event is there."""
+    client.request("POST", "/v1/chat/completions", "Content-Type: application/json", body=CHAT)
+    assert client.head().status == 200
+    assert client.chunk().startswith(b"data: ")
+
+
+def rest_of_stream(client):
+    return b"".join(iter(client.chunk, b""))
+
+
+def stand_ins(folder, **programs):
+    """A folder with shell scripts that are found instead of xai-NAME."""
+    for name, script in programs.items():
+        program = folder / "stand-ins" / f"xai-{name}"
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+    return program.parent
+
+
+BROKEN = "echo XAI_PROXY_REFRESH_SKEW is wrong >&2; exit 78"
+SLOW_TO_STOP = "trap 'sleep 2; exit 0' TERM; while :; do sleep 0.1; done"
+
+
+def test_sigterm_drains_the_proxy_before_the_refresher_stops_and_ends_with_0(tmp_path, sandbox):
+    sandbox.set(events=20, events_per_second=10)
+    (tmp_path / "supervisord.pid").write_text("1\n")  # of one that was killed
+    with Supervised(tmp_path, sandbox) as supervised, supervised.client() as client:
+        assert client.ask("GET", "/v1/models").status == 200
+        open_stream(client)
+        supervised.signal(signal.SIGTERM)
+        assert rest_of_stream(client).endswith(b"data: [DONE]\n\n")
+        assert supervised.ended() == 0
+    log = "".join(supervised.lines)
+    assert 0 < log.index("stopped: proxy (exit status 0)") < log.index("stopped: refresher (exit status 0)")
+    as_root = [line for line in supervised.complaints() if "running as root" in line]
+    assert len(as_root) == (os.getuid() == 0)
+    assert set(supervised.complaints()) - set(as_root) == {supervised.said(".*received SIGTERM.*\n")[0]}
+    assert not (tmp_path / "supervisord.pid").exists()
+
+
+def test_a_proxy_that_was_killed_comes_back(tmp_path, sandbox):
+    with Supervised(tmp_path, sandbox) as supervised:
+        with supervised.client() as client:
+            assert client.ask("GET", "/v1/models").status == 200
+        supervised.said("success: proxy entered RUNNING state")  # killed before, it would be a failed start
+        os.kill(int(supervised.said(r"spawned: 'proxy' with pid (\d+)")[1]), signal.SIGKILL)
+        with supervised.client(start=2) as client:
+            assert client.ask("GET", "/v1/models").status == 200
+
+
+def test_a_fatal_program_drains_the_other_and_ends_with_70(tmp_path, sandbox):
+    sandbox.set(events=1000, events_per_second=100)  # 10 s; the refresher is given up after 8
+    programs = stand_ins(tmp_path, refresher=BROKEN)
+    with Supervised(tmp_path, sandbox, path=programs) as supervised, supervised.client() as client:
+        open_stream(client)
+        supervised.said("CRIT refresher cannot be kept running")
+        rest = rest_of_stream(client)
+        assert rest.count(b"data: ") > 1 and rest.endswith(b"data: [DONE]\n\n")
+        assert supervised.ended() == 70
+    supervised.said("XAI_PROXY_REFRESH_SKEW is wrong")
+    supervised.said(r"CRIT refresher cannot be kept running .* ending with status 70")
+    supervised.said(r"stopped: proxy \(exit status 0\)")
+    assert len(supervised.said(".*CRIT refresher.*\n")[0]) < 300
+
+
+def test_sigterm_while_a_program_waits_for_its_next_start_ends_with_0(tmp_path, sandbox):
+    # supervisord makes the one FATAL then, and goes on to stop the other.
+    with Supervised(tmp_path, sandbox, path=stand_ins(tmp_path, proxy=BROKEN, refresher=SLOW_TO_STOP)) as supervised:
+        supervised.said("exited: proxy", times=2)  # the next start is two seconds off
+        supervised.signal(signal.SIGTERM)
+        assert supervised.ended() == 0
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="the other tests show it, since they were not run by root")
+def test_it_runs_as_a_user_without_rights(tmp_path, sandbox):
+    # A user namespace without a mapping: nobody's number and no capability, but files are still reached.
+    if subprocess.run(["unshare", "--user", "true"], capture_output=True).returncode:
+        pytest.skip("unshare --user does not work here")
+    with Supervised(tmp_path, sandbox, prefix=("unshare", "--user")) as supervised:
+        with supervised.client() as client:
+            assert client.ask("GET", "/v1/models").status == 200
+        supervised.signal(signal.SIGTERM)
+        assert supervised.ended() == 0
+    assert supervised.complaints() == [supervised.said(".*received SIGTERM.*\n")[0]]
+
+
+def test_the_conf_leaves_the_settings_to_the_environment():
+    settings = [line for line in CONF.read_text().splitlines() if not line.startswith(";")]
+    assert not [line for line in settings if "XAI_PROXY_" in line or "%(" in line or "environment" in line]
+
+
+def test_a_stdout_that_nobody_reads_stops_no_request(tmp_path, sandbox):
+    sandbox.set(events=1_000_000, events_per_second=20)
+    with Supervised(tmp_path, sandbox, XAI_PROXY_DRAIN_TIMEOUT="0") as supervised, supervised.client() as streaming:
+        supervised.stop_reading()
+        open_stream(streaming)
+
+        def ask(times):  # each is a log line; most cost the sandbox nothing
+            with supervised.client() as client:
+                return [client.ask("GET", "/nowhere" if n % 10 else "/v1/models").status for n in range(times)]
+        with futures.ThreadPoolExecutor(4) as pool:
+            statuses = sum(pool.map(ask, [1250] * 4), [])
+        assert (statuses.count(200), statuses.count(404)) == (500, 4500)
+        for _ in range(len(streaming.buffer) // 50 + 50):  # events from before, then new ones
+            assert streaming.chunk().startswith(b"data: ")
+        supervised.read_on()
+        supervised.signal(signal.SIGTERM)
+        assert supervised.ended() == 0
+    supervised.said(r"\d{3,} log lines were dropped")
