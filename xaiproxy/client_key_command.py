@@ -18,7 +18,7 @@ EXAMPLES = """\
 def main(argv: "list[str] | None" = None) -> int:
     parser = command.ArgumentParser(prog="xai-client-key", usage="xai-client-key {add NAME, list, remove NAME}",
                                     description="Keys that clients show to the proxy.", epilog=EXAMPLES)
-    actions = parser.add_subparsers(dest="action", required=True, metavar="add | list | remove")
+    actions = parser.add_subparsers(prog=parser.prog, dest="action", required=True, metavar="add | list | remove")
     for action in ("add", "remove"):
         actions.add_parser(action).add_argument("name", metavar="NAME")
     actions.add_parser("list")
@@ -41,7 +41,7 @@ def main(argv: "list[str] | None" = None) -> int:
 
 
 def _added(keys: "dict[str, str]", name: str, key: str) -> "dict[str, str]":
-    if not client_keys.LINE.fullmatch(f"{name} {'0' * 64}"):
+    if not client_keys.NAME.fullmatch(name):
         raise errors.UsageError(f"{name!r} cannot be a name: 1 to 64 letters, digits, dots, dashes and underscores")
     if name in keys:
         raise errors.UsageError(f"{name} has a key already; remove it first, or choose another name")

@@ -5,11 +5,13 @@ import hmac
 import logging
 import os
 import re
+import stat
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-LINE = re.compile(r"([A-Za-z0-9._-]{1,64})[ \t]+([0-9a-f]{64})")
+NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+LINE = re.compile(rf"({NAME.pattern})[ \t]+([0-9a-f]{{64}})")
 SIZE_LIMIT = 1 << 20  # bytes
 
 
@@ -57,6 +59,8 @@ class ClientKeys:
             if seen == self._seen:
                 return
             self.required = True
+            if not stat.S_ISREG(status.st_mode):  # to open a FIFO would wait for a writer, and all requests with it
+                raise ValueError("it is not a file")
             with open(self.path, encoding="utf-8") as file:
                 self._keys = parse(file.read(SIZE_LIMIT))
             self._seen, self._complaint = seen, ""
@@ -67,7 +71,7 @@ class ClientKeys:
             if self.required:
                 self._complain(f"{self.path} does not exist")
         except (OSError, ValueError) as error:
-            self._keys, self._seen = {}, None
+            self._keys, self._seen, self.required = {}, None, True
             reason = error.strerror if isinstance(error, OSError) else error
             self._complain(f"{self.path} cannot be used: {reason}")
 

@@ -1,0 +1,276 @@
+"""xai-client-key, as a process: a key is shown once and stored hashed, and no two commands undo each other."""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from xaiproxy import client_keys
+
+ROOT = Path(__file__).parent.parent
+COMMAND = [sys.executable, "-W", "error", "-m", "xaiproxy.client_key_command"]
+DIGEST = client_keys.digest("a-key")
+
+
+RUN_ALL = """
+import contextlib, io, json, sys
+from xaiproxy.client_key_command import main
+answers = []
+for arguments in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            code = main(arguments)
+        except SystemExit as error:
+            code = error.code
+    answers.append((code, out.getvalue(), err.getvalue()))
+print(json.dumps(answers))
+"""
+
+
+class Folder:
+    """An empty home with token folder, and the command in it."""
+
+    def __init__(self, home: Path):
+        self.home = home
+        self.path = home / ".xai-proxy" / "client-keys"
+        self.environ = {"PATH": os.environ["PATH"], "HOME": str(home), "PYTHONPATH": str(ROOT)}
+
+    def start(self, *arguments: str, prefix: "tuple[str, ...]" = (), **how) -> "subprocess.Popen[str]":
+        return subprocess.Popen([*prefix, *COMMAND, *arguments], env=self.environ, cwd=self.home, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how)
+
+    def run(self, *arguments: str, **how) -> "tuple[int, str, str]":
+        with self.start(*arguments, **how) as process:
+            out, err = process.communicate(timeout=20)
+        return process.returncode, out, err
+
+    def add(self, name: str) -> str:
+        """The new key."""
+        code, out, err = self.run("add", name)
+        assert (code, out.count("\n"), err.count("\n")) == (0, 1, 1)
+        return out.strip()
+
+    def run_all(self, *lines: "list[str]") -> "list[tuple[int, str, str]]":
+        """Several commands in one process, which is ten times as fast."""
+        done = subprocess.run([*COMMAND[:-2], "-c", RUN_ALL, json.dumps(lines)], env=self.environ, cwd=self.home,
+                              capture_output=True, text=True, timeout=20, check=True)
+        return [tuple(answer) for answer in json.loads(done.stdout)]
+
+    def refusal(self, *arguments: str, code: int) -> str:
+        """The one sentence of a command that fails and changes nothing."""
+        before = self.path.read_bytes() if self.path.is_file() else None
+        got, out, err = self.run(*arguments)
+        assert (got, out, err.count("\n")) == (code, "", 1), err
+        assert err.startswith("xai-client-key: ") and "Traceback" not in err
+        assert before == (self.path.read_bytes() if self.path.is_file() else None)
+        return err
+
+    def put(self, text: str) -> None:
+        self.path.parent.mkdir(exist_ok=True)
+        self.path.write_text(text)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Folder:
+    return Folder(tmp_path)
+
+
+def test_a_key_is_shown_once_on_stdout_and_stored_hashed(folder):
+    code, key, err = folder.run("add", "laptop")
+    assert code == 0 and re.fullmatch(r"xaip_[A-Za-z0-9_-]{43}\n", key)  # 256 bits
+    key = key.strip()
+    assert key not in err and "laptop" in err
+    text = folder.path.read_text()
+    assert client_keys.parse(text) == {"laptop": hashlib.sha256(key.encode()).hexdigest()}
+    assert key not in text and key.removeprefix("xaip_") not in text
+    assert client_keys.ClientKeys(folder.path).name_of(key) == "laptop"
+    assert folder.run("list") == (0, "laptop\n", "")
+    assert {path.name for path in folder.path.parent.iterdir()} == {"client-keys", "client-keys.lock"}
+
+
+def test_add_list_remove(folder):
+    assert folder.run("list") == (0, "", "")
+    keys = {name: folder.add(name) for name in ("b", "a", "x" * 64)}
+    assert len(set(keys.values())) == 3
+    assert folder.run("list") == (0, "b\na\n" + "x" * 64 + "\n", "")
+    assert folder.run("remove", "b")[:2] == (0, "")
+    assert folder.run("list")[1] == "a\n" + "x" * 64 + "\n"
+    seen = client_keys.ClientKeys(folder.path)
+    assert [seen.name_of(key) for key in keys.values()] == [None, "a", "x" * 64]
+
+
+def test_when_the_last_key_is_removed_the_file_stays_so_that_nobody_is_admitted(folder):
+    folder.put(f"a {DIGEST}\n")
+    seen = client_keys.ClientKeys(folder.path)
+    assert folder.run("remove", "a")[0] == 0
+    seen.refresh()
+    assert folder.path.exists() and seen.required and client_keys.parse(folder.path.read_text()) == {}
+
+
+@pytest.mark.parametrize("umask", [0, 0o077])
+def test_the_file_is_its_owners_whatever_the_umask(folder, umask):
+    folder.run("add", "a", umask=umask)
+    assert stat.S_IMODE(folder.path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(folder.path.parent.stat().st_mode) == 0o700
+
+
+def test_a_file_that_others_could_read_becomes_its_owners(folder):
+    folder.put(f"a {DIGEST}\n")
+    folder.path.chmod(0o644)
+    left = folder.path.with_name("client-keys.new")  # of a command that was killed
+    left.write_text("half")
+    left.chmod(0o666)
+    folder.add("b")
+    assert stat.S_IMODE(folder.path.stat().st_mode) == 0o600
+    assert list(client_keys.parse(folder.path.read_text())) == ["a", "b"] and not left.exists()
+
+
+def test_the_file_is_beside_the_token_file_or_where_the_setting_says(folder):
+    folder.environ["XAI_PROXY_TOKEN_PATH"] = str(folder.home / "elsewhere" / "t.json")
+    folder.run("add", "a")
+    assert (folder.home / "elsewhere" / "client-keys").exists()
+    folder.environ["XAI_PROXY_CLIENT_KEYS_FILE"] = str(folder.home / "named")
+    folder.run("add", "a")
+    assert (folder.home / "named").exists()
+
+
+# what goes wrong
+
+WRONG_LINES = [
+    ([], "add | list | remove"), (["add"], "NAME"), (["remove"], "NAME"), (["frob"], "frob"), (["list", "a"], "unrecognized"),
+    (["add", "a", "b"], "unrecognized"), (["add", "-x"], "NAME"), (["--frob"], "add | list | remove")]
+
+
+def test_a_wrong_command_line_is_64(folder):
+    assert "add | list | remove" in folder.refusal(code=64)
+    answers = folder.run_all(*(arguments for arguments, _ in WRONG_LINES))
+    for (arguments, said), (code, out, err) in zip(WRONG_LINES, answers, strict=True):
+        assert (code, out, err.count("\n")) == (64, "", 1) and said in err, arguments
+        assert re.fullmatch(r"xai-client-key( add| remove)?: [^{}]+; see xai-client-key( add| remove)? --help\n", err)
+
+
+def test_a_name_that_the_file_could_not_hold_is_64(folder):
+    assert "'a ' cannot be a name" in folder.refusal("add", "a ", code=64)
+    names = ["", " ", " a", "a\t", "a b", "a\nb", "a\n", "é", "a/b", "a:b", "#a", "x" * 65, "\x1b[31m"]
+    for name, (code, out, err) in zip(names, folder.run_all(*(["add", name] for name in names)), strict=True):
+        assert (code, out, err.count("\n")) == (64, "", 1) and repr(name) in err
+    assert not folder.path.exists()
+
+
+def test_a_name_is_given_once_and_removed_once(folder):
+    folder.put(f"a {DIGEST}\n")
+    assert "a has a key already; remove it first" in folder.refusal("add", "a", code=64)
+    assert "b has no key" in folder.refusal("remove", "b", code=64)
+
+
+@pytest.mark.parametrize("text", [b"half a line", f"a {DIGEST}\na {DIGEST}\n".encode(), b"a \xff\n"])
+def test_a_file_that_does_not_parse_is_78_and_not_written_over(folder, text):
+    folder.put("")
+    folder.path.write_bytes(text)
+    for code, out, sentence in folder.run_all(["add", "b"], ["remove", "a"], ["list"]):
+        assert (code, out, sentence.count("\n")) == (78, "", 1)
+        assert str(folder.path) in sentence and "put it right or remove it" in sentence and "half a" not in sentence
+    assert folder.path.read_bytes() == text
+
+
+def test_a_setting_that_makes_no_sense_is_78(folder):
+    folder.environ["XAI_PROXY_PORT"] = "x"
+    assert "XAI_PROXY_PORT" in folder.refusal("list", code=78)
+
+
+def test_a_folder_that_cannot_be_written_is_75(folder):
+    (folder.home / ".xai-proxy").write_text("a file where the folder should be")
+    assert "nothing was changed" in folder.refusal("remove", "a", code=75)
+
+
+def test_a_directory_in_the_files_place_is_78(folder):
+    folder.path.mkdir(parents=True)
+    assert "Is a directory" in folder.refusal("add", "a", code=78)
+
+
+FULL = """
+mount -t tmpfs -o size=8k none "$1" && cd "$1" || exit 99
+export XAI_PROXY_TOKEN_PATH="$1/tokens.json"; shift
+"$@" add first >/dev/null 2>&1 || exit 98
+cat client-keys >&2
+head -c 100000 /dev/zero >filler 2>/dev/null
+"$@" add second; code=$?
+cat client-keys >&2
+rm filler
+"$@" add second >/dev/null 2>&1 && "$@" list >&2
+exit $code
+"""
+
+
+def test_a_full_disk_is_75_and_leaves_the_file_as_it_was(folder):
+    if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True).returncode:
+        pytest.skip("unshare -rm cannot mount here")
+    script = ("unshare", "-rm", "sh", "-c", FULL, "sh", str(folder.home))
+    code, out, err = folder.run(prefix=script)
+    before, sentence, after, names = re.fullmatch(r"(#.*\n.*\n)(xai-.*\n)(#.*\n.*\n)(.*\n.*\n)", err).groups()
+    assert (code, out) == (75, "")
+    assert "No space left on device" in sentence and "nothing was changed" in sentence
+    assert before == after and names == "first\nsecond\n"
+
+
+@pytest.mark.skipif(shutil.which("strace") is None or subprocess.run(
+    ["strace", "-o", os.devnull, "true"], capture_output=True).returncode, reason="strace is not permitted here")
+@pytest.mark.parametrize("call", ["write", "fsync", "rename"])
+def test_a_command_that_is_killed_leaves_the_old_file_and_no_lock(folder, call):
+    folder.put(f"a {DIGEST}\n")
+    kill = ("strace", "-o", os.devnull, f"-P{folder.path}.new", "-e", f"inject={call}:signal=KILL:when=1")
+    code, out, _ = folder.run("add", "b", prefix=kill)
+    assert (code, out) == (-signal.SIGKILL, "")
+    assert folder.path.with_name("client-keys.new").exists() and folder.path.read_text() == f"a {DIGEST}\n"
+    folder.add("c")
+    assert list(client_keys.parse(folder.path.read_text())) == ["a", "c"]
+
+
+# several at once
+
+def test_twenty_that_add_at_once_lose_none_and_nobody_reads_half(folder):
+    folder.put(f"first {DIGEST}\n")
+    seen = client_keys.ClientKeys(folder.path)
+    started = [folder.start("add", f"n{number}") for number in range(20)]
+    while any(process.poll() is None for process in started):
+        seen.refresh()
+        assert seen.name_of("a-key") == "first"
+        time.sleep(0.001)  # there are two cores for the twenty and us
+    keys = []
+    for process in started:
+        keys.append(process.communicate()[0].strip())
+        assert process.returncode == 0
+    seen.refresh()
+    assert [seen.name_of(key) for key in keys] == [f"n{number}" for number in range(20)]
+
+
+def test_one_that_waits_for_another_can_be_interrupted(folder):
+    folder.put(f"a {DIGEST}\n")
+    with open(folder.path.with_name("client-keys.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with folder.start("add", "b") as process:
+            deadline = time.monotonic() + 10
+            while not re.search(rf"-> FLOCK .* {process.pid} ", Path("/proc/locks").read_text()):
+                assert time.monotonic() < deadline and process.poll() is None
+                time.sleep(0.01)
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=10)
+    assert (process.returncode, out, err) == (130, "", "\nxai-client-key: interrupted\n")
+    assert folder.path.read_text() == f"a {DIGEST}\n"
+
+
+def test_help_shows_worked_examples(folder):
+    answers = folder.run_all(["--help"], ["add", "--help"])
+    for code, out, err in answers:
+        assert (code, err) == (0, "") and out.startswith("usage: xai-client-key ")
+    assert "xai-client-key add laptop" in answers[0][1]

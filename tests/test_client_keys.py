@@ -1,0 +1,270 @@
+"""The key file: what it may say, and that it admits nobody when it says anything else."""
+
+import contextlib
+import hashlib
+import logging
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from xaiproxy import client_keys
+from xaiproxy.client_keys import ClientKeys, parse
+
+DIGEST = client_keys.digest("key-of-a")
+OTHER = client_keys.digest("key-of-b")
+NOBODY = 65534
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    return tmp_path / "client-keys"
+
+
+def put(path: Path, *lines: str) -> None:
+    """As the command does: by rename."""
+    new = path.with_suffix(".written")
+    new.write_text("".join(line + "\n" for line in lines))
+    new.replace(path)
+
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+
+
+@pytest.fixture
+def open_folder():
+    """A folder that nobody can look into, unlike tmp_path."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o711)
+        yield Path(folder)
+
+
+@contextlib.contextmanager
+def without_root():
+    """The rights of nobody, who may open what nobody may; for everybody but root those of always."""
+    was_root = os.geteuid() == 0
+    if was_root:
+        os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        if was_root:
+            os.seteuid(0)
+
+
+def admits(keys: ClientKeys) -> "list[str | None]":
+    keys.refresh()
+    return [keys.name_of("key-of-a"), keys.name_of("key-of-b")]
+
+
+@pytest.fixture
+def complaints(caplog):
+    """What was logged: whole lines, and each an error."""
+    def read() -> "list[str]":
+        lines = [record.getMessage() for record in caplog.records if record.name == client_keys.__name__]
+        assert {record.levelno for record in caplog.records if record.name == client_keys.__name__} <= {logging.ERROR}
+        assert all(DIGEST not in line and "key-of" not in line for line in lines)
+        return lines
+    return read
+
+
+# the text
+
+@pytest.mark.parametrize("text", [
+    f"a {DIGEST}", f"a {DIGEST}\n", f"\n\n# a comment\n  a \t {DIGEST} \r\n\t\n#b {OTHER}\n", f"a\t{DIGEST}\r\n"])
+def test_a_name_and_the_sha_256_of_a_key_a_line(text):
+    assert parse(text) == {"a": DIGEST}
+    assert DIGEST == hashlib.sha256(b"key-of-a").hexdigest()
+
+
+@pytest.mark.parametrize("name", ["a", "A-b_c.9", "-", "..", "x" * 64])
+def test_names(name):
+    assert parse(f"{name} {DIGEST}\nb {OTHER}") == {name: DIGEST, "b": OTHER}
+
+
+@pytest.mark.parametrize("text", ["", "\n", "# nothing\n", " \t \r\n"])
+def test_a_file_may_be_without_keys(text):
+    assert parse(text) == {}
+
+
+@pytest.mark.parametrize("line", [
+    "a", f"{DIGEST}", f"a {DIGEST[:-1]}", f"a {DIGEST}0", f"a {DIGEST.upper()}", f"a {DIGEST[:-1]}g", f"a{DIGEST}",
+    f"a b {DIGEST}", f"a {DIGEST} # why", f"a: {DIGEST}", f"a,{DIGEST}", f"é {DIGEST}", f"{'x' * 65} {DIGEST}",
+    f"{DIGEST} a", "a key-of-a", f"a\xa0{DIGEST}", f"\ufeffa {DIGEST}", f"a {DIGEST}\0", "\0", f"a/b {DIGEST}",
+    f"a {OTHER[:30]}", f"a  # {DIGEST}", "a " + "\uff11" * 64])
+def test_any_other_line_is_a_value_error_that_names_the_line_and_repeats_nothing_of_it(line):
+    with pytest.raises(ValueError) as caught:
+        parse(f"b {OTHER}\n\n{line}\n")
+    assert str(caught.value) == "line 3 is not a name and the SHA-256 of a key"
+
+
+def test_a_name_stands_once():
+    with pytest.raises(ValueError, match="^line 3 repeats the name a$"):
+        parse(f"a {DIGEST}\nb {OTHER}\na {OTHER}\n")
+
+
+# whose key it is
+
+def test_a_key_is_known_by_its_hash(path):
+    put(path, f"a {DIGEST}", f"b {OTHER}")
+    keys = ClientKeys(path)
+    assert admits(keys) == ["a", "b"]
+    for key in ("", "key-of-", "key-of-a ", "KEY-OF-A", "key-of-c", DIGEST, "a", "é", "\udcff", "x" * 100000):
+        assert keys.name_of(key) is None
+
+
+# the file
+
+def test_without_a_file_no_key_is_asked_for(path, complaints):
+    keys = ClientKeys(path)
+    assert not keys.required and admits(keys) == [None, None] and complaints() == []
+
+
+def test_a_file_that_appears_later_is_read(path):
+    keys = ClientKeys(path)
+    put(path, f"a {DIGEST}")
+    assert admits(keys) == ["a", None] and keys.required
+
+
+def test_the_file_is_read_again_when_it_changes(path):
+    put(path, f"a {DIGEST}")
+    keys = ClientKeys(path)
+    put(path, f"b {OTHER}")  # the same size
+    assert admits(keys) == [None, "b"]
+    with open(path, "a") as file:  # in its place
+        file.write(f"a {DIGEST}\n")
+    assert admits(keys) == ["a", "b"]
+
+
+@needs_root
+def test_the_file_is_not_read_again_when_it_does_not_change(open_folder):
+    path = open_folder / "client-keys"
+    put(path, f"a {DIGEST}")
+    path.chmod(0o600)
+    keys = ClientKeys(path)
+    with without_root():
+        assert admits(keys) == ["a", None]  # which to read it would have made impossible
+        assert admits(ClientKeys(path)) == [None, None]
+
+
+def make_directory(path: Path) -> None:
+    path.mkdir()
+
+
+def make_fifo(path: Path) -> None:
+    os.mkfifo(path)  # nobody will ever write to it
+
+
+def make_loop(path: Path) -> None:
+    path.symlink_to(path.name)  # which stat itself does not get through
+
+
+def make_file(text: "str | bytes"):
+    def make(path: Path) -> None:
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return make
+
+
+BROKEN = {
+    "empty": (make_file(""), "holds no key"),
+    "without a key": (make_file("# made by hand\n"), "holds no key"),
+    "half-written": (make_file(f"a {DIGEST}\nb {OTHER[:20]}"), "line 2 is not a name and the SHA-256 of a key"),
+    "a key itself": (make_file("key-of-a\n"), "line 1 is not a name and the SHA-256 of a key"),
+    "a name twice": (make_file(f"a {DIGEST}\na {OTHER}\n"), "line 2 repeats the name a"),
+    "not UTF-8": (make_file(b"a \xff\xfe\n"), "decode"),
+    "a directory": (make_directory, "it is not a file"),
+    "a FIFO": (make_fifo, "it is not a file"),
+    "a loop of links": (make_loop, "Too many levels of symbolic links"),
+}
+
+
+@pytest.mark.parametrize("make, complaint", BROKEN.values(), ids=BROKEN)
+def test_a_file_that_cannot_be_used_admits_nobody_and_is_logged_once(path, complaints, make, complaint):
+    make(path)
+    keys = ClientKeys(path)
+    for _ in range(3):
+        assert admits(keys) == [None, None] and keys.required
+    assert len(complaints()) == 1
+    assert str(path) in complaints()[0] and complaint in complaints()[0] and "xai-client-key add" in complaints()[0]
+
+
+@pytest.mark.parametrize("make, complaint", BROKEN.values(), ids=BROKEN)
+def test_a_file_that_is_not_usable_any_more_admits_nobody_until_it_is_put_right(path, complaints, make, complaint):
+    put(path, f"a {DIGEST}")
+    keys = ClientKeys(path)
+    path.unlink()
+    make(path)
+    assert admits(keys) == admits(keys) == [None, None] and keys.required
+    assert len(complaints()) == 1 and complaint in complaints()[0]
+    path.rmdir() if path.is_dir() else path.unlink()
+    put(path, f"a {DIGEST}")
+    assert admits(keys) == ["a", None]
+    assert len(complaints()) == 1
+
+
+def test_a_file_that_is_gone_admits_nobody_and_is_logged_once(path, complaints):
+    put(path, f"a {DIGEST}")
+    keys = ClientKeys(path)
+    path.unlink()
+    for _ in range(3):
+        assert admits(keys) == [None, None] and keys.required
+    assert [line.partition(";")[0] for line in complaints()] == [f"{path} does not exist"]
+
+
+def test_an_unreadable_file_admits_nobody(open_folder, complaints):
+    path = open_folder / "client-keys"
+    put(path, f"a {DIGEST}")
+    path.chmod(0)
+    with without_root():
+        keys = ClientKeys(path)
+        assert admits(keys) == [None, None] and keys.required
+    assert len(complaints()) == 1 and "Permission denied" in complaints()[0]
+    path.chmod(0o600)
+    assert admits(keys) == ["a", None]
+
+
+def test_a_folder_that_cannot_be_looked_into_admits_nobody(open_folder, complaints):
+    put(open_folder / "client-keys", f"a {DIGEST}")
+    open_folder.chmod(0)
+    with without_root():
+        keys = ClientKeys(open_folder / "client-keys")
+        assert admits(keys) == [None, None] and keys.required
+    open_folder.chmod(0o700)
+    assert len(complaints()) == 1 and "Permission denied" in complaints()[0]
+
+
+def test_each_other_trouble_is_logged(path, complaints):
+    put(path, f"a {DIGEST}")
+    keys = ClientKeys(path)
+    for make in (make_file("x"), make_directory, make_file("")):
+        path.rmdir() if path.is_dir() else path.unlink()
+        make(path)
+        admits(keys)
+    assert len(complaints()) == 3
+
+
+def test_who_asked_for_a_key_once_asks_until_the_end(path):
+    put(path, f"a {DIGEST}")
+    keys = ClientKeys(path)
+    put(path, "# the last one was removed")
+    assert admits(keys) == [None, None] and keys.required
+    path.unlink()
+    assert admits(keys) == [None, None] and keys.required
+
+
+def test_a_named_file_that_does_not_exist_admits_nobody(path, complaints):
+    keys = ClientKeys(path, required=True)
+    assert admits(keys) == [None, None] and keys.required and len(complaints()) == 1
+
+
+def test_a_link_is_followed_when_it_is_turned(path):
+    """A Secret that Kubernetes mounts is a link, and a change turns it to another file."""
+    for number, digest in enumerate((DIGEST, OTHER)):
+        put(path.with_name(str(number)), f"a {digest}")
+    path.symlink_to("0")
+    keys = ClientKeys(path)
+    assert admits(keys) == ["a", None]
+    path.with_name("link").symlink_to("1")
+    path.with_name("link").replace(path)
+    assert admits(keys) == [None, "a"]
