@@ -11,7 +11,7 @@ import re
 from xaiproxy import client_keys, config, errors
 from xaiproxy.request_head import Head
 
-HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
+HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_][A-Za-z0-9._-]*)(:[0-9]{1,5})?")
 CONTAINER_HOSTS = frozenset(("host.docker.internal", "host.containers.internal"))
 PREFLIGHT_AGE = 600  # seconds that a browser may remember a preflight
 
@@ -52,14 +52,17 @@ class Access:
     def _check_host(self, head: Head) -> None:
         host = "".join(head.values("host"))
         match = HOST.fullmatch(host)
-        if match is None or not self._is_ours(match[1].lower()):
-            raise errors.HostNotAllowed(f"the Host {host[:100]!r} is not ours; if it is, add it to XAI_PROXY_ALLOWED_HOSTS "
-                                        "(without its port), or send a client key")
+        if match is None:
+            raise errors.HostNotAllowed(f"the Host {host[:100]!r} is no name or address; address the proxy as localhost, or "
+                                        "send a client key")
+        name = match[1].lower().removesuffix(".")
+        if not self._is_ours(name):
+            raise errors.HostNotAllowed(f"the Host {host[:100]!r} is not known to be ours; if it is, add {name[:100]} to "
+                                        "XAI_PROXY_ALLOWED_HOSTS, or send a client key")
 
     def _is_ours(self, name: str) -> bool:
         if name.startswith("["):
             return _is_address(name[1:-1])
-        name = name.removesuffix(".")
         return (name == "localhost" or name.endswith(".localhost") or "." not in name or _is_address(name)
                 or name in CONTAINER_HOSTS or name in self._hosts)
 
@@ -70,7 +73,8 @@ class Access:
         sites = {value.lower() for value in head.values("sec-fetch-site")}
         own = {f"{scheme}://{host.lower()}" for scheme in ("http", "https") for host in head.values("host")}
         if len(origins) > 1 or not set(origins) <= own or not sites <= {"same-origin", "none"}:
-            origin = origins[0][:200] if origins else "the page's origin"
+            # A sandboxed page's origin is null: nobody's, or everybody's.
+            origin = origins[0][:200] if origins and origins[0] != "null" else "the page's origin"
             raise errors.OriginNotAllowed("web pages of other sites may not call this proxy; to allow this one, add "
                                           f"{origin} to XAI_PROXY_ALLOWED_ORIGINS")
 
