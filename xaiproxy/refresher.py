@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 TICK = 0.25  # seconds between two looks; the proxy waits for us
 BEAT = 10.0  # seconds between two signs of life
 DEADLINE = 30.0  # seconds for the whole exchange that spends the refresh token
+DISCOVERY_DEADLINE = 10.0  # seconds; with DEADLINE and BEAT less than the 60 without a beat after which we count as gone
 LOCK_WAIT = 60.0  # seconds: longer than any try of another process takes
 SAVE_AGAIN = 1.0  # seconds between two attempts to save what is only in memory
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -189,13 +190,21 @@ class Refresher:
             self._save(reserved, login, successor, asked)
 
     def _with_token_endpoint(self, login: tokens.Tokens) -> tokens.Tokens:
-        """The login with an endpoint that may be trusted: the remembered one, else the one that the issuer names."""
-        with contextlib.suppress(errors.IssuerUnavailable):
+        """The login with an endpoint that may be trusted: the remembered one, unless it is in doubt, or a discovered one."""
+        try:
             discovery.check_endpoint(login.issuer, login.token_endpoint)
-            if not self._endpoint_in_doubt:
-                return login
-        self._endpoint_in_doubt = False
-        return dataclasses.replace(login, token_endpoint=discovery.discover(self._web, login.issuer).token_endpoint)
+            remembered = login
+        except errors.IssuerUnavailable:
+            remembered = None
+        if remembered is not None and not self._endpoint_in_doubt:
+            return login
+        try:
+            endpoint = discovery.discover(self._web, login.issuer, deadline=DISCOVERY_DEADLINE).token_endpoint
+        except errors.IssuerUnavailable:
+            if remembered is None:
+                raise
+            return login
+        return dataclasses.replace(login, token_endpoint=endpoint)
 
     def _save(self, reserved: token_writer.Reserved, login: tokens.Tokens, successor: tokens.Tokens, asked: bool) -> None:
         # Until commit has written it, the new login is in this process only: nothing may come first that could fail.
@@ -234,7 +243,8 @@ class Refresher:
         self._failure = error
         now = self._clock()
         wait = self._schedule.failed(error, login, began, now, self._uptime())
-        self._endpoint_in_doubt = isinstance(error, errors.IssuerUnavailable) and error.html
+        # An endpoint that moved answers with a page, if at all. Not so when an answer was lost: each second counts then.
+        self._endpoint_in_doubt = isinstance(error, errors.IssuerUnavailable) and not error.sent
         terminal = isinstance(error, errors.GrantRefused)
         next_try = "no further try" if terminal else \
             f"next try in {math.ceil(wait)} s" if wait is not None else \

@@ -1,0 +1,86 @@
+"""The two import rules: the web side has nothing that could spend a refresh token or wait for a lock, and the
+credential side is plain Python.
+"""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+PACKAGE = pathlib.Path(__file__).parent.parent / "xaiproxy"
+# Where each side begins; what they import belongs to it too.
+WEB = ["__main__", "headers", "access", "upstream", "proxy", "app", "server", "sandbox.__main__"]
+CREDENTIAL = ["oauth.session", "oauth.discovery", "oauth.token_endpoint", "oauth.device_authorization",
+              "oauth.authorization_code", "oauth.revocation", "login", "refresher", "token_writer"]
+SPENDERS = {"xaiproxy.oauth", "xaiproxy.login", "xaiproxy.refresher", "xaiproxy.token_writer"}
+
+
+def imports(module: str) -> "set[str]":
+    """What the source of a module of ours imports, anywhere in it; `from a import b` counts as a and a.b."""
+    path = PACKAGE.parent / module.replace(".", "/")
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{module} imports relatively, which this test does not follow"
+            names.update([node.module, *(f"{node.module}.{alias.name}" for alias in node.names)])
+    return names
+
+
+def is_ours(name: str) -> bool:
+    path = PACKAGE.parent / name.replace(".", "/")
+    return name.split(".")[0] == "xaiproxy" and (path.is_dir() or path.with_suffix(".py").exists())
+
+
+def reachable(roots: "list[str]") -> "tuple[set[str], set[str]]":
+    """Our modules that `roots` import, themselves included, and everything that these import."""
+    pending, ours, everything = {f"xaiproxy.{root}" for root in roots}, set(), set()
+    while pending:
+        module = pending.pop()
+        ours.add(module)
+        found = imports(module)
+        everything |= found
+        pending |= {name for name in found if is_ours(name)} - ours
+    return ours, everything
+
+
+def loaded_by(*modules: str) -> "set[str]":
+    """sys.modules of a new interpreter that has imported them."""
+    code = f"import sys, {', '.join(modules)}; print(*sys.modules)"
+    return set(subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True,
+                              check=True).stdout.split())
+
+
+def test_the_sources_are_followed():
+    ours, everything = reachable(["refresher"])
+    assert {"xaiproxy.refresher", "xaiproxy.token_writer", "xaiproxy.oauth", "xaiproxy.oauth.session"} <= ours
+    assert {"fcntl", "requests"} <= everything
+
+
+def test_the_web_side_can_neither_spend_nor_lock():
+    # gevent and the standard library import fcntl themselves: the rule is about our own sources.
+    _, everything = reachable(WEB)
+    assert not everything & (SPENDERS | {"fcntl"})
+
+
+@pytest.mark.parametrize("module", WEB)
+def test_nothing_of_the_credential_side_is_loaded_with_the_web_side(module):
+    # __main__ lets gevent patch the standard library before it imports the rest in main().
+    loaded = loaded_by(f"xaiproxy.{module}", *(["xaiproxy.server"] if module == "__main__" else []))
+    assert not loaded & SPENDERS
+    assert f"xaiproxy.{module}" in loaded
+
+
+def test_the_credential_side_is_plain_python():
+    _, everything = reachable(CREDENTIAL)
+    assert not {name for name in everything if name.split(".")[0] in ("flask", "gevent", "werkzeug", "greenlet")}
+    loaded = loaded_by(*(f"xaiproxy.{module}" for module in CREDENTIAL))
+    assert not {name for name in loaded if name.split(".")[0] in ("flask", "gevent", "werkzeug", "greenlet")}
+
+
+def test_the_package_itself_imports_nothing():
+    assert imports("xaiproxy") == set()

@@ -1,0 +1,611 @@
+"""The refresher's loop in this process, with clocks that run only while it waits, so that hours pass in a moment.
+
+The issuer is the sandbox, over real sockets; the lock and the file are real. Its processes: test_refresher_process.py.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import pathlib
+import re
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+import types
+
+import pytest
+
+from xaiproxy import config, errors, refresher, token_writer, tokens
+from xaiproxy.token_store import TokenStore
+from xaiproxy.tokens import State, fingerprint
+
+TOKEN_ENDPOINT = "/oauth2/token"
+
+
+class Day:
+    """A refresher and its day. `failures` are those that were recorded in the file: (seconds since the start, error)."""
+
+    def __init__(self, sandbox, folder, clock_error: float = 0.0, **settings):
+        environ = {**sandbox.env, "XAI_PROXY_TOKEN_PATH": str(folder / "tokens.json"), **settings}
+        self.sandbox = sandbox
+        self.settings = config.from_environ(environ, dotenv_path=os.devnull)
+        self.store = TokenStore(self.settings)
+        self.path = self.settings.token_path
+        self.failures: "list[tuple[float, tokens.RefreshError]]" = []
+        self._begin = time.time() + clock_error
+        self.start()
+
+    def start(self) -> None:
+        """A new process, as far as its memory goes."""
+        self.uptime = 0.0
+        self.signal: "int | None" = None
+        self.during_pause = lambda: None
+        self.refresher = refresher.Refresher(self.settings, clock=self.now, uptime=lambda: self.uptime, wait=self._wait)
+        self.refresher.begin()
+
+    def now(self) -> float:
+        return self._begin + self.uptime
+
+    def _wait(self, signals, seconds):
+        self.uptime += seconds
+        self.during_pause()
+        number, self.signal = self.signal, None
+        return number and types.SimpleNamespace(si_signo=number)
+
+    def sign_in(self, **members) -> dict:
+        """A login written by another process, with the lock, as xai-login does."""
+        login = self.sandbox.write_login(self.path.with_name("login"), **members)
+        code = ("import os, sys; from xaiproxy import config, token_store, token_writer, tokens\n"
+                "store = token_store.TokenStore(config.from_environ(os.environ))\n"
+                "with token_writer.locked(store, 5) as writer: writer.save(tokens.from_json(open(sys.argv[1]).read()))")
+        subprocess.run([sys.executable, "-c", code, self.path.with_name("login")], check=True,
+                       env={**self.sandbox.env, "XAI_PROXY_TOKEN_PATH": str(self.path)}, cwd=self.path.parent)
+        return login
+
+    def put(self, **members) -> dict:
+        """A login in the file that is stale, unless `members` say otherwise."""
+        now = self.now()
+        return self.sandbox.write_login(self.path, **{"obtained_at": now - 1000, "expires_at": now + 100, **members})
+
+    def put_fresh(self, **members) -> dict:
+        return self.put(obtained_at=self.now(), expires_at=self.now() + 21600, **members)
+
+    def pass_(self, seconds: float) -> None:
+        end = self.uptime + seconds
+        while self.uptime < end:
+            self.refresher.turn()
+            with contextlib.suppress(errors.LoginUnusable):
+                error = self.login().refresh_error
+                if error is not None and error not in [failure for _, failure in self.failures]:
+                    self.failures.append((self.uptime - refresher.TICK, error))
+
+    def login(self) -> tokens.Tokens:
+        return self.store.load()
+
+    def times(self) -> "list[float]":
+        return [at for at, _ in self.failures]
+
+
+
+@pytest.fixture
+def day(sandbox, tmp_path):
+    sandbox.set(device_interval=0)
+    return Day(sandbox, tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def nothing_secret_is_logged(caplog, tmp_path):
+    caplog.set_level(logging.DEBUG, "xaiproxy")
+    yield
+    for path in filter(pathlib.Path.is_file, tmp_path.rglob("tokens.json*")):
+        for name in ("access_token", "refresh_token"):
+            for secret in re.findall(rf'"{name}": "([^"]+)"', path.read_text("ascii", "replace")):
+                assert secret not in caplog.text
+
+
+def works(day) -> bool:
+    return day.sandbox.request("GET", "/v1/models", token=day.login().access_token)[0] == 200
+
+
+def said(caplog, text: str) -> int:
+    return sum(text in record.getMessage() for record in caplog.records)
+
+
+def tries(day) -> int:
+    """How often the refresh token was sent to the sandbox."""
+    return sum(seen.get("grant_type") == "refresh_token" for seen in day.sandbox.requests())
+
+
+def script(day, *answers, **answer) -> None:
+    """Script the answers to refreshes, all of them or the given ones in order."""
+    day.sandbox.set(answers=[{"path": TOKEN_ENDPOINT, "grant_type": "refresh_token", **each} for each in answers or [answer]])
+
+
+# refreshing
+
+def test_a_stale_login_is_refreshed_once(day, caplog):
+    old = day.put(theirs={"kept": 1}, account="a@example.org")
+    day.pass_(120)
+    new = day.login()
+    assert (day.sandbox.counters()["refreshes"], tries(day), day.failures) == (1, 1, [])
+    assert new.access_token != old["access_token"] and new.refresh_token != old["refresh_token"] and works(day)
+    assert (new.extra, new.account, new.scope) == ({"theirs": {"kept": 1}}, "a@example.org", old["scope"])
+    assert new.expires_at == pytest.approx(day._begin + 21600, abs=2)
+    assert json.loads(day.path.read_text())["replaces"] == fingerprint(old["refresh_token"])
+    assert sorted(os.listdir(day.path.parent)) == ["tokens.json", "tokens.json.lock"]
+    assert [record.getMessage().split(" until ")[0] for record in caplog.records] == [
+        "signed in as a@example.org; the access token lasts", "refreshed; the access token lasts"]
+
+
+def test_a_login_is_renewed_when_a_fifth_of_its_life_is_left_and_not_before(day):
+    day.put_fresh()
+    day._begin += 17279 - 5  # the clock is set forward, or the machine slept
+    day.pass_(5)
+    assert tries(day) == 0
+    day.pass_(2)
+    assert (tries(day), day.sandbox.counters()["refreshes"]) == (1, 1)
+
+
+def test_a_login_of_the_rust_program_is_kept_alive(day):
+    whole = day.put_fresh()
+    day.path.write_text(json.dumps({name: whole[name] for name in (
+        "access_token", "refresh_token", "expires_at", "token_endpoint", "issuer")}))  # its issuer is always auth.x.ai
+    day.pass_(1)
+    assert tries(day) == 0
+    day._begin += 17300  # its lifetime is known from the JWT
+    day.pass_(1)
+    assert works(day) and day.sandbox.counters()["refreshes"] == 1
+
+
+def test_an_answer_without_refresh_token_keeps_the_one_there_is(day):
+    day.sandbox.set(send_refresh_token=False)
+    old = day.put()
+    day.pass_(1)
+    assert day.login().refresh_token == old["refresh_token"] and day.login().access_token != old["access_token"]
+    day._begin += 20000
+    day.pass_(1)
+    assert day.sandbox.counters()["refreshes"] == 2 and works(day)
+
+
+def test_tokens_of_seconds_are_renewed_in_time(day):
+    day.sandbox.set(access_token_lifetime=4)
+    day.put()
+    for _ in range(40):
+        day.pass_(0.5)
+        assert day.login().state(day.now(), 120) is not State.INVALID
+    assert 8 <= day.sandbox.counters()["refreshes"] <= 14
+
+
+def test_a_clock_set_back_is_put_right_when_a_token_is_refused(day):
+    old = day.put_fresh()
+    day._begin -= 864000
+    day.pass_(60)
+    assert tries(day) == 0
+    day.store.ask_refresh(old["access_token"])
+    day.pass_(1)
+    assert tries(day) == 1 and day.login().expires_at == pytest.approx(day.now() + 21600, abs=5)
+
+
+def test_a_leftover_of_a_killed_refresher_is_used_instead_of_the_spent_token(day):
+    old = day.put()
+    answer = day.sandbox.refresh(old["refresh_token"])[1]
+    login = tokens.from_response(answer, now=day.now(), issuer=old["issuer"], client_id=old["client_id"],
+                                 token_endpoint=old["token_endpoint"])
+    day.store.new_path.write_text(login.to_json(fingerprint(old["refresh_token"])))
+    day.start()
+    assert day.login() == login
+    day.pass_(60)
+    assert day.sandbox.counters()["reuses"] == 0 and works(day)
+
+
+# failing, before anything was spent
+
+@pytest.mark.parametrize("answer", [
+    {"error": "unavailable"}, {"error": "internal"}, {"error": "bad_gateway"}, {"error": "cloudflare_challenge"},
+    {"error": "temporarily_unavailable"}, {"status": 429, "body": {}}, {"status": 415, "body": "form only"},
+    {"status": 404, "body": "nothing here"}, {"status": 200, "body": "<html>welcome</html>"}],
+    ids=lambda answer: str(answer.get("error", answer.get("status"))))
+def test_a_definite_failure_backs_off_and_the_old_login_stays(day, answer, caplog):
+    old = day.put(expires_at=day.now() + 50)
+    script(day, **answer)
+    day.pass_(100)
+    times = day.times()
+    assert times[0] == 0 and 6 <= len(times) <= 9
+    for nth, (at, error) in enumerate(day.failures):
+        assert (error.code, error.terminal, error.at) == ("issuer_unavailable", False, day._begin + at)
+        wait = error.retry_at - error.at
+        assert min(2 ** nth, 60) / 2 <= wait <= min(2 ** nth, 60)
+        if nth + 1 < len(times):
+            assert 0 <= times[nth + 1] - at - wait <= refresher.TICK
+    assert tries(day) == len(times)
+    assert (day.login().access_token, day.login().refresh_token) == (old["access_token"], old["refresh_token"])
+    assert said(caplog, "could not be refreshed") == 1
+    script(day, times=1, status=200, process=True)
+    day.sandbox.set(answers=[])
+    day.pass_(60)
+    assert works(day) and day.login().refresh_error is None
+    assert said(caplog, f"refreshed after {len(times)} failures") == 1
+
+
+def test_retry_after_is_honoured(day):
+    day.put()
+    script(day, error="unavailable", headers={"Retry-After": "40"})
+    day.pass_(100)
+    assert day.times() == pytest.approx([0, 40, 80], abs=0.5)
+
+
+def test_the_wait_is_over_at_once_on_sighup(day):
+    day.put()
+    script(day, error="unavailable", headers={"Retry-After": "250"}, times=1)
+    day.pass_(10)
+    assert tries(day) == 1
+    day.signal = signal.SIGHUP
+    day.pass_(1)
+    assert tries(day) == 2 and works(day)
+
+
+@pytest.mark.parametrize("error, code", [("tier_denied", "access_denied"), ("invalid_client", "invalid_client")])
+def test_a_refusal_of_plan_or_client_is_tried_every_five_minutes(day, error, code, caplog):
+    day.put()
+    script(day, error=error)
+    day.pass_(650)
+    assert day.times() == pytest.approx([0, 300, 600], abs=0.5)
+    assert {(error.code, error.terminal, round(error.retry_at - error.at)) for _, error in day.failures} == {(code, False, 300)}
+    assert said(caplog, "could not be refreshed") == 1
+    script(day, delay=0)
+    day.pass_(300)
+    assert works(day) and day.login().refresh_error is None
+
+
+# failing, when the refresh token may be spent
+
+@pytest.mark.parametrize("answer", [{"cut": "reset"}, {"cut": "close"}, {"status": 200, "body": {}},
+                                    {"status": 200, "body": "no JSON"}], ids=str)
+def test_a_lost_answer_is_tried_three_times_and_then_not_before_the_token_expires(day, answer, caplog):
+    day.put(expires_at=day.now() + 100)
+    script(day, **answer)
+    day.pass_(95)
+    assert tries(day) == 3 and day.times()[2] <= 3.5
+    assert [(error.code, error.retry_at is None) for _, error in day.failures] == [
+        ("answer_lost", False), ("answer_lost", False), ("answer_lost", True)]
+    day.start()  # nor does another process
+    day._begin += 95
+    day.pass_(4)
+    assert tries(day) == 3
+    day.pass_(10)
+    assert tries(day) >= 5  # now there is nothing to lose: backoff
+    day.sandbox.set(answers=[])
+    day.pass_(60)
+    assert works(day) and day.sandbox.counters()["reuses"] == 0
+
+
+def test_a_lost_answer_is_had_again_within_the_issuers_grace(day):
+    day.sandbox.set(grace=60)
+    day.put()
+    script(day, cut="reset", process=True, times=2)
+    day.pass_(10)
+    assert (tries(day), day.sandbox.counters()["reuses"]) == (3, 0)
+    assert works(day) and day.login().refresh_error is None
+
+
+def test_a_lost_answer_is_tried_again_when_upstream_refuses_the_token(day):
+    old = day.put(obtained_at=day.now() - 20000, expires_at=day.now() + 4000)
+    script(day, cut="reset")
+    day.pass_(60)
+    assert tries(day) == 3
+    day.sandbox.set(answers=[])
+    day.store.ask_refresh(old["access_token"])
+    day.pass_(1)
+    assert tries(day) == 4 and works(day)
+
+
+def test_a_lost_answer_without_grace_ends_the_login_and_says_so(day, caplog):
+    day.put()
+    script(day, cut="reset", process=True, times=1)
+    day.pass_(60)
+    assert (tries(day), day.sandbox.counters()["reuses"]) == (2, 1)
+    assert day.login().refresh_error.terminal
+
+
+# refused
+
+def test_a_dead_login_is_said_once_and_its_successor_is_used_without_a_restart(day, caplog):
+    old = day.put()
+    day.sandbox.kill("logins")
+    day.pass_(600)
+    day.store.ask_refresh(old["access_token"])
+    day.pass_(600)
+    [(at, error)] = day.failures
+    assert (at, error.code, error.terminal, error.retry_at) == (0, "invalid_grant", True, None)
+    assert tries(day) == 1
+    assert said(caplog, "run `xai-login --device`") == 1
+    day.start()  # another process reads it in the file, and says it again
+    day.pass_(600)
+    assert tries(day) == 1 and said(caplog, "run `xai-login --device`") == 2
+    new = day.sign_in(obtained_at=day.now() - 1000, expires_at=day.now() + 100)
+    day.pass_(1)
+    assert works(day) and day.login().refresh_error is None and day.login().access_token != new["access_token"]
+    assert (tries(day), day.sandbox.counters()["reuses"]) == (2, 0)
+
+
+def test_a_refused_grant_is_not_the_end_when_the_file_holds_another_by_now(day, tmp_path):
+    day.put()
+    day.sandbox.kill("logins")
+    other = day.sandbox.write_login(tmp_path / "other", obtained_at=day.now() - 1000, expires_at=day.now() + 100)
+    script(day, {"delay": 0.5, "times": 1})
+    thread = threading.Thread(target=day.pass_, args=(1,))
+    thread.start()
+    day.sandbox.wait(lambda seen: seen["token_requests"] == 3)  # two logins, and the refresh that is on its way
+    os.replace(tmp_path / "other", day.path)  # by somebody who takes no lock
+    thread.join()
+    assert day.failures == [] and day.login().access_token != other["access_token"] and works(day)
+
+
+# the token endpoint
+
+def test_a_page_from_the_remembered_endpoint_leads_to_the_one_that_the_issuer_names(day):
+    day.put(token_endpoint=f"{day.sandbox.url}/oauth/token")
+    day.sandbox.set(answers=[{"path": "/oauth/token", "error": "cloudflare_challenge"}])
+    day.pass_(3)
+    assert len(day.failures) == 1
+    assert day.login().token_endpoint == f"{day.sandbox.url}{TOKEN_ENDPOINT}" and works(day)
+
+
+def test_a_discovered_endpoint_is_remembered_even_if_it_fails_too(day):
+    day.put(token_endpoint=f"{day.sandbox.url}/oauth/token")
+    day.sandbox.set(answers=[{"path": "/oauth/token", "error": "cloudflare_challenge"},
+                             {"path": TOKEN_ENDPOINT, "grant_type": "refresh_token", "error": "unavailable"}])
+    day.pass_(3)
+    assert day.login().token_endpoint == f"{day.sandbox.url}{TOKEN_ENDPOINT}" and day.login().refresh_error
+
+
+def test_a_remembered_endpoint_is_used_when_the_issuer_names_none(day):
+    day.put()
+    day.sandbox.set(answers=[{"path": "/.well-known/*", "error": "bad_gateway"},
+                             {"path": TOKEN_ENDPOINT, "grant_type": "refresh_token", "error": "bad_gateway", "times": 2}])
+    day.pass_(10)
+    assert len(day.failures) == 2 and works(day)
+
+
+@pytest.mark.parametrize("endpoint", [None, "http://192.0.2.1/token", "https://user@127.0.0.1/token", "nonsense"])
+def test_an_endpoint_that_fails_the_checks_is_never_spoken_to(day, endpoint):
+    day.put(token_endpoint=endpoint)
+    day.pass_(1)
+    assert day.failures == [] and works(day)
+    assert day.login().token_endpoint == f"{day.sandbox.url}{TOKEN_ENDPOINT}"
+
+
+def test_an_issuer_that_is_another_gets_no_refresh_token(day, caplog):
+    day.put(token_endpoint=None)
+    day.sandbox.set(answers=[{"path": "/.well-known/*", "status": 200, "body": {"issuer": "https://evil.example"}}])
+    day.pass_(30)
+    assert tries(day) == 0 and day.failures[0][1].code == "issuer_unavailable"
+    assert said(caplog, "XAI_PROXY_ISSUER") == 1
+
+
+# asked
+
+def test_many_refused_requests_cost_one_refresh(day):
+    old = day.put_fresh()
+    for _ in range(50):
+        day.store.ask_refresh(old["access_token"])
+    day.pass_(1)
+    for _ in range(50):
+        day.store.ask_refresh(old["access_token"])  # by a proxy that has not read the file yet
+    day.pass_(300)
+    assert tries(day) == 1 and works(day) and day.failures == []
+
+
+def test_the_note_is_removed_when_it_has_been_acted_upon(day):
+    day.store.ask_refresh(day.put_fresh()["access_token"])
+    day.pass_(1)
+    assert not day.store.refused_path.exists()
+
+
+@pytest.mark.parametrize("note", ["", "nonsense", fingerprint("another"), "é" * 100000])
+def test_a_note_about_another_token_does_nothing(day, note):
+    day.put_fresh()
+    day.store.refused_path.write_text(note, "utf-8")
+    day.pass_(10)
+    assert tries(day) == 0
+
+
+def test_an_ask_that_comes_too_early_is_declined_once_and_done_when_it_may_be(day, caplog):
+    day.store.ask_refresh(day.put_fresh()["access_token"])
+    day.pass_(1)
+    day.store.ask_refresh(day.login().access_token)
+    day.pass_(100)
+    [(at, error)] = day.failures  # recorded once
+    assert at == 1 and error.code == "upstream_refuses" and not error.terminal
+    assert error.retry_at - day._begin == pytest.approx(120, abs=0.5)
+    assert tries(day) == 1 and said(caplog, "refuses access tokens") == 1
+    day.pass_(30)
+    assert tries(day) == 2 and day.login().refresh_error is None and works(day)
+    day.store.ask_refresh(day.login().access_token)
+    day.pass_(225)
+    assert tries(day) == 2
+    day.pass_(10)
+    assert tries(day) == 3
+
+
+def test_a_token_that_is_stale_at_once_is_no_storm(sandbox, tmp_path, caplog):
+    sandbox.set(send_expires_in=False)
+    day = Day(sandbox, tmp_path, clock_error=864000)
+    day.put()
+    day.pass_(100)
+    assert 6 <= tries(day) <= 9 and day.sandbox.counters()["reuses"] == 0
+    assert {error.code for _, error in day.failures} == {"stale_at_once"}
+    assert said(caplog, "check this machine's clock") == 1
+    assert works(day)  # to the issuer's clock
+    day.sandbox.set(send_expires_in=True)
+    day.pass_(100)
+    assert day.login().refresh_error is None and day.login().state(day.now(), 120) is State.FRESH
+
+
+# states
+
+STATES = {
+    "missing": (lambda day: None, "does not exist"),
+    "corrupt": (lambda day: day.path.write_text("{"), "is not JSON"),
+    "a folder": (lambda day: day.path.mkdir(), "is not a file"),
+    "another issuer's": (lambda day: day.put(issuer="https://login.example"), "holds a login of https://login.example"),
+    "a link": (lambda day: (day.put(), day.path.rename(day.path.with_name("real")), day.path.symlink_to("real")),
+               "is a symbolic link"),
+    "without refresh token": (lambda day: day.put(refresh_token=None), "holds no refresh token"),
+}
+
+
+@pytest.mark.parametrize("make, sentence", STATES.values(), ids=STATES)
+def test_a_login_that_cannot_be_used_is_said_once_and_waited_on(day, make, sentence, caplog):
+    make(day)
+    day.pass_(60)
+    assert [sentence in record.getMessage() for record in caplog.records] == [True]
+    assert tries(day) == 0
+    if day.path.is_dir():
+        day.path.rmdir()
+    else:
+        day.path.unlink(missing_ok=True)
+    day.put()
+    day.pass_(1)
+    assert works(day)
+    day.path.unlink()
+    day.pass_(60)
+    assert said(caplog, "does not exist") == 1 + (sentence == "does not exist")
+
+
+def test_a_mode_that_lets_others_in_is_put_right_with_one_warning(day, caplog):
+    day.put_fresh()
+    day.path.chmod(0o664)
+    day.pass_(60)
+    assert stat.S_IMODE(day.path.stat().st_mode) == 0o600
+    assert said(caplog, "was open to other users (mode 0664); its mode is now 0600") == 1
+
+
+# the lock and the sign of life
+
+@pytest.fixture
+def holder(day):
+    """Another process that holds the lock until its stdin is closed."""
+    code = "import fcntl, sys; lock = open(sys.argv[1], 'a'); fcntl.flock(lock, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
+    process = subprocess.Popen([sys.executable, "-c", code, day.store.lock_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    yield process
+    process.stdin.close(), process.stdout.close()
+    process.wait()
+
+
+def beats(day) -> "list[float]":
+    """When the refresher gave a sign of life, from now on."""
+    seen = []
+
+    def look():
+        if day.store.refresher_age(time.time()) is not None:
+            seen.append(day.uptime)
+            os.utime(day.store.lock_path, (0, 0))
+    os.utime(day.store.lock_path, (0, 0))
+    day.during_pause = look
+    return seen
+
+
+def gaps(seen) -> "list[float]":
+    return [round(later - earlier) for earlier, later in zip(seen, seen[1:])]
+
+
+@pytest.mark.parametrize("make", [lambda day: None, lambda day: day.put_fresh()], ids=["signed out", "signed in"])
+def test_a_sign_of_life_is_given_every_ten_seconds(day, make):
+    make(day)
+    seen = beats(day)
+    day.pass_(60)
+    assert gaps(seen) == [10] * 5
+    token_writer.beat(day.store)
+    assert day.store.refresher_alive(time.time())
+
+
+def test_a_held_lock_is_waited_for_with_signs_of_life_and_said_once(day, holder, caplog):
+    day.put()
+    seen = beats(day)
+    look = day.during_pause
+
+    def let_go():
+        look()
+        if day.uptime >= 150 and not holder.stdin.closed:
+            holder.stdin.close()
+            holder.wait()
+    day.during_pause = let_go
+    day.pass_(160)
+    assert gaps(seen)[:14] == [10] * 14
+    assert said(caplog, "has been held by another process for 60 s") == 1
+    assert tries(day) == 1 and works(day)
+
+
+def test_nothing_is_spent_when_another_process_has_done_it_meanwhile(day, holder):
+    day.put()
+    new = day.sandbox.write_login(day.path.with_name("new"))
+
+    def let_go():
+        if day.uptime >= 5 and not holder.stdin.closed:
+            os.replace(day.path.with_name("new"), day.path)
+            holder.stdin.close()
+            holder.wait()
+    day.during_pause = let_go
+    day.pass_(60)
+    assert tries(day) == 0 and day.login().access_token == new["access_token"]
+
+
+def test_sigterm_ends_the_wait_for_the_lock(day, holder):
+    day.put()
+    day.during_pause = lambda: setattr(day, "signal", signal.SIGTERM if day.uptime >= 3 else None)
+    assert day.refresher.run() == 0
+    assert 3 <= day.uptime < 5 and tries(day) == 0
+
+
+# --once
+
+def once(day) -> int:
+    try:
+        return day.refresher.once()
+    except errors.Error as error:
+        return error.exit_code
+
+
+def test_once_refreshes_what_is_due_and_leaves_no_sign_of_life(day):
+    day.put()
+    os.utime(day.store.lock_path, (1000, 1000))
+    assert once(day) == 0
+    assert works(day) and tries(day) == 1
+    day.start()
+    assert once(day) == 0
+    assert tries(day) == 1 and day.store.lock_path.stat().st_mtime == 1000
+
+
+@pytest.mark.parametrize("make, status", [
+    (lambda day: None, 77), (lambda day: day.path.write_text("{"), 77), (lambda day: day.put(issuer="https://other.example"), 77),
+    (lambda day: day.put(refresh_token=None), 0), (lambda day: day.put(refresh_token=None, expires_at=5), 77),
+    (lambda day: (day.put(), day.sandbox.kill("logins")), 77),
+    (lambda day: day.put_fresh(refresh_error={"code": "x", "description": "y", "at": 1, "terminal": True}), 77),
+    (lambda day: (day.put(), script(day, error="tier_denied")), 77),
+    (lambda day: (day.put(), script(day, error="bad_gateway")), 69),
+    (lambda day: (day.put(), script(day, cut="reset")), 69),
+    (lambda day: (day.put(), day.store.new_path.mkdir()), 75),
+], ids=["missing", "corrupt", "foreign", "fixed", "fixed and expired", "refused", "refused before", "plan", "down", "lost", "disk"])
+def test_once_tells_how_it_went(day, make, status):
+    make(day)
+    assert once(day) == status
+
+
+def test_once_gives_a_held_lock_up_after_a_minute(day, holder):
+    day.put()
+    assert once(day) == 75 and day.uptime == pytest.approx(60, abs=1)
+
+
+def test_once_can_be_interrupted_while_it_waits_for_the_lock(day, holder):
+    day.put_fresh()
+    assert once(day) == 0
+    day.put()
+    day.start()
+    day.signal = signal.SIGINT
+    assert once(day) == 130
