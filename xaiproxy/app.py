@@ -19,8 +19,9 @@ def create_app(settings: config.Config, keys: client_keys.ClientKeys, upstream: 
 
     @app.before_request
     def check_access() -> None:
-        if flask.request.path not in OPEN_TO_ALL:
-            gate.check(flask.request.environ["xaiproxy.head"], key_needed=False)
+        environ = flask.request.environ
+        if environ["xaiproxy.head"].path not in OPEN_TO_ALL:
+            environ["xaiproxy.handler"].key_name = gate.check(environ["xaiproxy.head"], key_needed=False)
 
     @app.get("/healthz")
     def health() -> "dict[str, str]":
@@ -40,9 +41,12 @@ def create_app(settings: config.Config, keys: client_keys.ClientKeys, upstream: 
     @app.errorhandler(werkzeug.exceptions.HTTPException)
     def not_here(error: werkzeug.exceptions.HTTPException) -> flask.Response:
         if isinstance(error, werkzeug.exceptions.MethodNotAllowed):
-            return refuse(errors.MethodNotAllowed("only GET is answered here"))
+            allowed = ", ".join(sorted(error.valid_methods or ()))
+            return refuse(errors.MethodNotAllowed("only GET is answered here", headers=(("Allow", allowed),)))
         if isinstance(error, werkzeug.exceptions.NotFound):
             return refuse(errors.NotFound(hint(flask.request.environ["xaiproxy.head"].path)))
+        if isinstance(error, werkzeug.exceptions.InternalServerError):  # Flask has logged what happened
+            return refuse(errors.Refusal("the proxy failed; its log has the details"))
         return refuse(errors.BadRequest(error.description or error.name))
 
     app.wsgi_app = proxy.Proxy(app.wsgi_app, settings, store, gate, upstream)

@@ -18,6 +18,8 @@ EXIT_SIGN_IN = 77
 EXIT_CONFIGURATION = 78
 EXIT_INTERRUPTED = 130
 
+CHALLENGE = (("WWW-Authenticate", 'Bearer realm="xaiproxy"'),)  # every 401 has one (RFC 9110 section 15.5.2)
+
 SIGN_IN = "run `xai-login --device` to sign in"
 
 
@@ -154,11 +156,12 @@ class HeadTooLarge(BadRequest):
 
 class LoginRequired(Refusal):
     status, code, type = 401, "login_required", "authentication_error"
+    headers = CHALLENGE
 
 
 class ClientKeyRequired(Refusal):
     status, code, type = 401, "client_key_required", "authentication_error"
-    headers = (("WWW-Authenticate", 'Bearer realm="xaiproxy"'),)
+    headers = CHALLENGE
 
 
 class HostNotAllowed(Refusal):
