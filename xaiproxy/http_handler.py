@@ -23,6 +23,8 @@ from xaiproxy.request_body import RequestBody
 logger = logging.getLogger("xaiproxy.request")
 
 LINGER_TIME = 5.0  # seconds that a client gets to stop sending a body that nobody reads
+LOOK = 0.5  # seconds between two looks at a connection with unread bytes
+TCP_ESTABLISHED = 1  # the first byte of Linux's struct tcp_info
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER that turns close into a reset
 
 
@@ -33,16 +35,20 @@ class Cut(Exception):
 class ClientWatch:
     """Throws ClientGone into the greenlet that made it when the client closes its side, also in silence.
 
-    It must stop at the first unread byte (a pipelined request): the socket then stays readable, and the callback
-    would run for ever without ever seeing the close behind it.
+    It must stop at the first unread byte (a body whose turn has not come, a pipelined request): the socket then stays
+    readable, and the callback would run for ever without ever seeing the close behind it. From there on the kernel is
+    asked now and then whether the connection is still established.
     """
 
     def __init__(self, sock: Any):
-        self._socket = sock._sock  # the plain one: the callback runs in the hub, where nothing may wait
+        self._socket = sock._sock  # the plain one: the callbacks run in the hub, where nothing may wait
         self._greenlet = gevent.getcurrent()
-        self._watcher = gevent.get_hub().loop.io(sock.fileno(), 1)
+        loop = gevent.get_hub().loop
+        self._watcher = loop.io(sock.fileno(), 1)
+        self._timer = loop.timer(LOOK, LOOK)
 
     def start(self) -> None:
+        self._timer.stop()
         self._watcher.start(self._look)
 
     def _look(self) -> None:
@@ -53,12 +59,20 @@ class ClientWatch:
         except OSError:
             data = b""
         self._watcher.stop()
-        if not data:
+        if data:
+            self._timer.start(self._look_behind)
+        else:
+            self._greenlet.throw(errors.ClientGone)
+
+    def _look_behind(self) -> None:
+        if self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != TCP_ESTABLISHED:
+            self._timer.stop()
             self._greenlet.throw(errors.ClientGone)
 
     def close(self) -> None:
-        self._watcher.stop()
-        self._watcher.close()
+        for watcher in (self._watcher, self._timer):
+            watcher.stop()
+            watcher.close()
 
 
 class Handler(pywsgi.WSGIHandler):
@@ -67,11 +81,17 @@ class Handler(pywsgi.WSGIHandler):
     ended_by = ""  # client, upstream, proxy; empty: nobody cut it short
     body_length = 0  # bytes of the answer's body
     time_head = 0.0  # when the answer's head left
+    cut_short = False  # the answer, and with it the connection
     answered_before = False
+
+    def handle(self):
+        with contextlib.suppress(Cut):  # while it reads a head, or lingers
+            super().handle()
 
     def handle_one_request(self):
         """Read and answer one request; None ends the connection (pywsgi's contract)."""
         self.head, self.key_name, self.ended_by, self.body_length, self.time_head = None, None, "", 0, 0.0
+        self.code, self.cut_short = 0, False
         try:
             if not self._wait_for_request():
                 return None
@@ -80,7 +100,8 @@ class Handler(pywsgi.WSGIHandler):
                     f"the request head was not complete within {settings.client_timeout:g} s", close=True)):
                 self.head = request_head.read(self.rfile)
         except errors.Refusal as refusal:
-            return self._refuse_head(refusal)
+            self._refuse_head(refusal)
+            return None
         except OSError:
             return None
         if self.head is None:
@@ -92,7 +113,7 @@ class Handler(pywsgi.WSGIHandler):
         self.application = self.server.application
         self.handle_one_response()
         if self.close_connection:
-            if not self.wsgi_input.ended and not self.ended_by:
+            if not self.wsgi_input.ended and not self.cut_short:
                 self._linger()
             return None
         return True
@@ -105,12 +126,15 @@ class Handler(pywsgi.WSGIHandler):
             return bool(self.rfile.peek(1))
         return False
 
-    def _refuse_head(self, refusal: errors.Refusal):
+    def _refuse_head(self, refusal: errors.Refusal) -> None:
         status, fields, body = refusal.rendered()
         lines = [f"HTTP/1.1 {status}", *(f"{name}: {value}" for name, value in fields), "Connection: close", "", ""]
         self.time_start = self.time_head = time.time()
         self.code, self.body_length, self.ended_by = refusal.status, len(body), "proxy"
-        return status, "\r\n".join(lines).encode("latin-1") + body  # pywsgi's handle sends it and logs
+        self.log_request()
+        with contextlib.suppress(OSError):
+            self.socket.sendall("\r\n".join(lines).encode("latin-1") + body)
+            self._linger()
 
     def get_environ(self) -> "dict[str, Any]":
         head, environ = self.head, self.server.get_environ()
@@ -156,6 +180,8 @@ class Handler(pywsgi.WSGIHandler):
         super().process_result()
 
     def write(self, data):
+        if self.head.method == "HEAD":
+            data = b""
         if not self.headers_sent:
             self.time_head = time.time()
         self.body_length += len(data)
@@ -178,7 +204,7 @@ class Handler(pywsgi.WSGIHandler):
                 self.close_connection = True
                 self.start_response(status, fields)
                 self.write(body)
-        self.close_connection = True
+        self.close_connection = self.cut_short = True
         if self.headers_sent and not self.response_use_chunked and self.provided_content_length is None:
             with contextlib.suppress(OSError):  # nothing but a reset tells this client that the answer is cut short
                 self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)

@@ -8,7 +8,6 @@ This is a WSGI layer around Flask's `app.wsgi_app`: a proxied request needs the 
 request context has lost, and nothing of what that context would cost.
 """
 
-import contextlib
 import logging
 import math
 import re
@@ -199,8 +198,8 @@ class Stream:
         return iter(self._exchange)
 
     def close(self) -> None:
-        with contextlib.closing(self._watch):
-            self._exchange.close()
+        self._watch.close()  # first, or it could break into the other
+        self._exchange.close()
 
 
 def check_path(path: str) -> None:

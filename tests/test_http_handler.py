@@ -1,0 +1,374 @@
+"""A client's connection: how its requests are read and answered on it, and how its end is noticed."""
+from __future__ import annotations
+
+import time
+from typing import Callable, Iterator
+
+import pytest
+from proxy_process import Client, ProxyProcess
+from scripted_upstream import Request, ScriptedUpstream
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.fixture(scope="module")
+def scripted() -> Iterator[ScriptedUpstream]:
+    with ScriptedUpstream() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def running(scripted: ScriptedUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxyProcess]:
+    with ProxyProcess(tmp_path_factory.mktemp("proxy"), upstream=scripted.origin) as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="module")
+def running_hasty(scripted: ScriptedUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxyProcess]:
+    """One that gives clients half a second."""
+    with ProxyProcess(tmp_path_factory.mktemp("hasty"), upstream=scripted.origin, client_timeout=0.5,
+                      keepalive_timeout=0.3) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def upstream(scripted: ScriptedUpstream) -> Iterator[ScriptedUpstream]:
+    yield scripted
+    scripted.hang_up()
+
+
+@pytest.fixture
+def proxy(running: ProxyProcess, upstream: ScriptedUpstream) -> ProxyProcess:
+    running.sign_in()
+    return running
+
+
+@pytest.fixture
+def hasty(running_hasty: ProxyProcess, upstream: ScriptedUpstream) -> ProxyProcess:
+    running_hasty.sign_in()
+    return running_hasty
+
+
+@pytest.fixture
+def client(proxy: ProxyProcess) -> Iterator[Client]:
+    with proxy.client() as connection:
+        yield connection
+
+
+# Answers
+
+
+def test_http_1_0_gets_no_chunks(client: Client, upstream: ScriptedUpstream) -> None:
+    client.request(version="HTTP/1.0")
+    request = upstream.receive().answer(CHUNKED + b"2\r\nok\r\n")
+    head = client.head()
+    assert head.value("Connection") == "close" and head.value("Transfer-Encoding") is None
+    assert client.exactly(2) == b"ok"  # while it goes on
+    request.answer(b"1\r\n!\r\n0\r\n\r\n")
+    assert client.rest() == b"!"
+
+
+def test_http_1_0_may_keep_its_connection(client: Client, upstream: ScriptedUpstream) -> None:
+    for _ in range(2):
+        client.request("GET", "/v1/x", "Connection: keep-alive", version="HTTP/1.0")
+        upstream.receive().answer()
+        answer = client.message()
+        assert (answer.body, answer.value("Connection")) == (b"ok", "keep-alive")
+    client.request(version="HTTP/1.0")
+    upstream.receive().answer()
+    assert client.message().value("Connection") == "close" and client.closed_within()
+
+
+def test_connection_is_closed_when_the_client_says_so(client: Client, upstream: ScriptedUpstream) -> None:
+    client.request("GET", "/v1/x", "Connection: close")
+    upstream.receive().answer()
+    answer = client.message()
+    assert (answer.body, answer.value("Connection")) == (b"ok", "close")
+    assert client.closed_within()
+
+
+def test_pipelined_requests_are_answered_in_turn(client: Client, upstream: ScriptedUpstream) -> None:
+    client.request("POST", "/v1/1", body=b"one").request("POST", "/v1/2", body=b"two")
+    for target, body in (("/v1/1", b"one"), ("/v1/2", b"two")):
+        request = upstream.receive()
+        assert (request.target, request.body) == (target, body)
+        request.answer(b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\n" + body)
+        assert client.message().body == body
+
+
+@pytest.mark.parametrize("target", ["/v1/models", "/", "/nowhere", "/healthz"])
+def test_our_own_answer_to_head_has_no_body(client: Client, proxy: ProxyProcess, target: str) -> None:
+    proxy.token_path.unlink()
+    assert int(client.ask("HEAD", target).value("Content-Length")) > 0
+    assert client.ask("GET", "/healthz").status == 200  # what follows is the next answer
+
+
+def test_body_that_we_refuse_is_taken_in(client: Client, proxy: ProxyProcess) -> None:
+    """To close on unread bytes would be a reset, which can destroy the answer on its way."""
+    proxy.token_path.unlink()
+    size = 32 << 20
+    client.request("POST", "/v1/files", f"Content-Length: {size}")
+    client.send(bytes(size))
+    answer = client.message()
+    assert (answer.status, answer.value("Connection")) == (401, "close")
+    assert client.closed_within()
+
+
+@pytest.mark.parametrize("start, status", [
+    (b"GET /v1/x HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 70000, 431),
+    (b"GET /v1/x HTTP/1.1\r\nHost: a\r\n" + b"X: x\r\n" * 201, 431),
+    (b"GET /v1/x HTTP/1.1\r\nHost: a\n\r\n" + b"x" * 70000, 400),
+    (b"GET /v1/x HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n" + b"x" * 70000, 400)])
+def test_refused_head_is_answered_and_ends_the_connection(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream,
+                                                          start: bytes, status: int) -> None:
+    client.send(start + bytes(8 << 20))
+    answer = client.message()
+    assert (answer.status, answer.value("Connection")) == (status, "close")
+    assert answer.value("X-XAI-Proxy-Error") == "bad_request"
+    assert client.closed_within() and upstream.quiet()
+    line = proxy.wait_for_log(lambda line: line.get("status") == status)
+    assert (line["method"], line["path"], line["ended_by"]) == ("-", "-", "proxy")
+
+
+def test_client_that_leaves_without_its_400(proxy: ProxyProcess) -> None:
+    """Nothing unexpected is logged of that, which the end of the module's proxy asserts."""
+    for _ in range(20):
+        with proxy.client() as client:
+            client.send(b"nonsense\r\n\r\n")
+            client.reset()
+    assert proxy.ask("GET", "/healthz").status == 200
+
+
+def test_malformed_chunk_breaks_both_sides(client: Client, upstream: ScriptedUpstream) -> None:
+    client.request("POST", "/v1/x", "Transfer-Encoding: chunked")
+    client.send(b"3\r\nabc\r\n+1\r\n")
+    request = upstream.receive(body=False)
+    assert request.connection.chunk() == b"abc"
+    answer = client.message()
+    assert (answer.status, answer.value("Connection")) == (400, "close")
+    assert request.connection.closed_within()
+
+
+def test_continue_is_said_when_the_body_is_wanted(client: Client, upstream: ScriptedUpstream) -> None:
+    client.request("POST", "/v1/x", "Expect: 100-continue", "Content-Length: 2")
+    assert client.until(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+    client.send(b"{}")
+    request = upstream.receive()
+    assert request.body == b"{}" and request.values("Expect") == []
+    request.answer()
+    assert client.message().body == b"ok"
+
+
+def test_continue_is_not_said_when_it_is_not(client: Client, proxy: ProxyProcess) -> None:
+    proxy.token_path.unlink()
+    client.request("POST", "/v1/x", "Expect: 100-continue", "Content-Length: 2")
+    assert client.message().status == 401
+
+
+# Time
+
+
+def test_head_has_a_limit_for_all_of_it(hasty: ProxyProcess) -> None:
+    start = time.monotonic()
+    with hasty.client() as client:
+        client.send(b"GET /v1/x HTTP/1.1\r\n")
+        time.sleep(0.3)
+        client.send(b"Host: localhost\r\n")
+        answer = client.message()
+        assert (answer.status, answer.value("X-XAI-Proxy-Error")) == (408, "client_timeout")
+        assert (answer.value("x-should-retry"), answer.value("Connection")) == ("false", "close")
+        assert 0.4 < time.monotonic() - start < 0.75
+        assert client.closed_within()
+
+
+def test_body_has_a_limit_between_two_reads(hasty: ProxyProcess, upstream: ScriptedUpstream) -> None:
+    with hasty.client() as client:
+        client.request("POST", "/v1/x", "Content-Length: 5")
+        request = upstream.receive(body=False)
+        for _ in range(3):  # in all longer than the limit
+            time.sleep(0.25)
+            client.send(b"x")
+            assert request.connection.exactly(1) == b"x"
+        answer = client.message()
+        assert (answer.status, answer.value("X-XAI-Proxy-Error")) == (408, "client_timeout")
+        assert (answer.value("x-should-retry"), answer.value("Connection")) == ("false", "close")
+        assert request.connection.closed_within()
+
+
+def test_limit_is_not_for_the_answer(hasty: ProxyProcess, upstream: ScriptedUpstream) -> None:
+    with hasty.client() as client:
+        client.request("POST", "/v1/x", body=b"{}")
+        request = upstream.receive()
+        time.sleep(0.7)
+        request.answer()
+        assert client.message().body == b"ok"
+
+
+def test_silent_connections_are_closed(hasty: ProxyProcess) -> None:
+    """A new one within CLIENT_TIMEOUT, one between two requests within KEEPALIVE_TIMEOUT; both without a word."""
+    with hasty.client() as new, hasty.client() as used:
+        start = time.monotonic()
+        assert used.ask("GET", "/healthz").status == 200
+        assert used.closed_within(1) and 0.25 < time.monotonic() - start < 0.45
+        assert new.closed_within(1) and time.monotonic() - start < 0.8
+
+
+# Cancelled
+
+
+def before_the_head(client: Client, upstream: ScriptedUpstream) -> Request:
+    client.request("POST", "/v1/cancelled", body=b"{}")
+    return upstream.receive()
+
+
+def while_streaming(client: Client, upstream: ScriptedUpstream) -> Request:
+    client.request("POST", "/v1/cancelled", body=b"{}")
+    request = upstream.receive().answer(CHUNKED + b"2\r\nok\r\n")
+    client.head()
+    client.chunk()
+    request.answer(b"1\r\n!\r\n")
+    return request
+
+
+def in_silence(client: Client, upstream: ScriptedUpstream) -> Request:
+    request = while_streaming(client, upstream)
+    client.chunk()
+    return request
+
+
+def in_a_plain_answer(client: Client, upstream: ScriptedUpstream) -> Request:
+    client.request("GET", "/v1/cancelled")
+    request = upstream.receive().answer(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nok")
+    client.head()
+    client.exactly(2)
+    return request
+
+
+def with_the_next_request_unread(client: Client, upstream: ScriptedUpstream) -> Request:
+    request = in_silence(client, upstream)
+    client.request("GET", "/v1/pipelined")
+    return request
+
+
+def with_the_next_request_sent_along(client: Client, upstream: ScriptedUpstream) -> Request:
+    client.request("POST", "/v1/cancelled", body=b"{}").request("GET", "/v1/pipelined")
+    return upstream.receive()
+
+
+def while_it_does_not_read(client: Client, upstream: ScriptedUpstream) -> Request:
+    client.request("GET", "/v1/cancelled")
+    request = upstream.receive().answer(b"HTTP/1.1 200 OK\r\nContent-Length: 100000000\r\n\r\n")
+    request.connection.sock.settimeout(0.3)
+    with pytest.raises(TimeoutError):
+        while True:
+            request.connection.send(bytes(1 << 20))
+    return request
+
+
+def during_an_upload(client: Client, upstream: ScriptedUpstream) -> Request:
+    client.request("POST", "/v1/cancelled", "Content-Length: 5")
+    client.send(b"abc")
+    request = upstream.receive(body=False)
+    assert request.connection.exactly(3) == b"abc"
+    return request
+
+
+MOMENTS = [before_the_head, while_streaming, in_silence, in_a_plain_answer, with_the_next_request_unread,
+           with_the_next_request_sent_along, while_it_does_not_read, during_an_upload]
+
+
+@pytest.mark.parametrize("how", [Client.close, Client.reset, Client.half_close])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_cancelled_request_ends_upstream(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream,
+                                         moment: "Callable[[Client, ScriptedUpstream], Request]",
+                                         how: "Callable[[Client], None]") -> None:
+    client.ask("GET", "/healthz")
+    seen = len(proxy.log_lines())
+    request = moment(client, upstream)
+    how(client)
+    assert request.connection.closed_within(1)
+    line = proxy.wait_for_log(lambda line: line.get("path") == "/v1/cancelled", start=seen)
+    assert line["ended_by"] == "client"
+    if moment in (before_the_head, during_an_upload, with_the_next_request_sent_along):
+        assert (line["status"], line["first_byte_ms"]) == (0, None)
+    assert upstream.quiet()
+
+
+@pytest.mark.parametrize("body", [b"", bytes(100000)])  # the latter hides the close behind it
+@pytest.mark.parametrize("how", [Client.close, Client.reset, Client.half_close])
+def test_cancelled_while_waiting_for_a_token(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream, body: bytes,
+                                             how: "Callable[[Client], None]") -> None:
+    proxy.sign_in(expires_in=-5)
+    proxy.refresher_lives()
+    seen = len(proxy.log_lines())
+    client.request("POST" if body else "GET", "/v1/waits", body=body)
+    time.sleep(0.2)  # so that it waits by then; nothing outside shows that
+    how(client)
+    line = proxy.wait_for_log(lambda line: line.get("path") == "/v1/waits", 1, start=seen)
+    assert (line["ended_by"], line["status"]) == ("client", 0)
+    assert upstream.quiet()
+
+
+def test_watching_a_client_costs_nothing(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
+    """With bytes to be read that nobody reads, a watcher that went on would be called all the time."""
+    with_the_next_request_unread(client, upstream)
+    before = proxy.cpu_seconds()
+    time.sleep(1)
+    assert proxy.cpu_seconds() - before < 0.1
+
+
+def test_nothing_leaks_from_cancelled_requests(proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
+    def cancel(number: int) -> None:
+        moment, how = MOMENTS[:4][number % 4], (Client.close, Client.reset, Client.half_close)[number % 3]
+        with proxy.client() as client:
+            request = moment(client, upstream)
+            how(client)
+            assert request.connection.closed_within(1)
+            request.connection.close()
+
+    def wait_until_closed(limit: int) -> None:
+        deadline = time.monotonic() + 2
+        while proxy.open_files() > limit:
+            assert time.monotonic() < deadline, f"{proxy.open_files()} open files, were {limit}"
+            time.sleep(0.02)
+    upstream.hang_up()
+    proxy.ask("GET", "/healthz")
+    base = proxy.open_files()
+    for number in range(12):
+        cancel(number)
+    wait_until_closed(base)
+    memory = proxy.resident_kib()
+    for number in range(300):
+        cancel(number)
+    wait_until_closed(base)
+    assert proxy.resident_kib() - memory < 4096
+
+
+# The log
+
+
+def test_log_line_of_a_request(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
+    client.request("POST", "/v1/logged?secret=1", body=b"a prompt")
+    request = upstream.receive()
+    time.sleep(0.1)
+    request.answer(CHUNKED)
+    client.head()
+    time.sleep(0.1)
+    request.answer(b"2\r\nok\r\n0\r\n\r\n")
+    while client.chunk():
+        pass
+    line = proxy.wait_for_request("/v1/logged")
+    assert set(line) == {"time", "level", "process", "message", "method", "path", "status", "bytes", "first_byte_ms",
+                         "duration_ms", "ended_by", "key"}
+    assert (line["message"], line["level"], line["method"], line["status"], line["bytes"], line["ended_by"],
+            line["key"]) == ("request", "info", "POST", 200, 2, "done", None)
+    assert 95 < line["first_byte_ms"] < 195 and 195 < line["duration_ms"] < 400
+    log = str(proxy.log_lines())
+    assert not any(secret in log for secret in ("secret=", "a prompt", "the-token", "the-refresh-token"))
+
+
+def test_healthy_probes_are_not_logged(proxy: ProxyProcess) -> None:
+    assert proxy.ask("GET", "/healthz").status == proxy.ask("GET", "/readyz").status == 200
+    proxy.ask("GET", "/after")
+    proxy.wait_for_request("/after")
+    assert not [line for line in proxy.log_lines() if line.get("path") in ("/healthz", "/readyz") and line["status"] == 200]
