@@ -146,12 +146,8 @@ class Sandbox:
         return [request for request in seen if request["target"].startswith(path or "")]
 
     def wait(self, predicate: Callable[[dict[str, int]], Any], seconds: float = 5) -> dict[str, int]:
-        """Poll the counters until ``predicate(counters)``; they are returned."""
-        end = time.monotonic() + seconds
-        while not predicate(counters := self.counters()):
-            assert time.monotonic() < end, f"not within {seconds} s: {counters}"
-            time.sleep(0.02)
-        return counters
+        """Wait until ``predicate(counters)``, and return them."""
+        return until(lambda: [seen for seen in [self.counters()] if predicate(seen)], seconds)[0]
 
     def kill(self, what: str = "access_tokens") -> None:
         """End every access token, or with "logins" every refresh token too, at once."""
@@ -233,6 +229,15 @@ class Sandbox:
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
             json.dump(login, file, indent=2)
         return login
+
+
+def until(happened: Callable[[], Any], seconds: float = 5) -> Any:
+    """Wait until ``happened()`` is true, and return what it returned."""
+    end = time.monotonic() + seconds
+    while not (outcome := happened()):
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.02)
+    return outcome
 
 
 def status(answer: bytes) -> int:

@@ -12,7 +12,7 @@ from typing import Any, Iterator
 from urllib.parse import urlencode
 
 import pytest
-from sandbox import CHAT, CLIENT_ID, DEVICE_CODE, FORM, Sandbox, body, status
+from sandbox import CHAT, CLIENT_ID, DEVICE_CODE, FORM, Sandbox, body, status, until
 
 from xaiproxy.sandbox.knobs import ANSWER, KNOBS
 
@@ -69,14 +69,13 @@ def test_a_refresh_token_can_be_omitted_and_then_stays(sandbox: Sandbox) -> None
 
 
 def test_a_former_refresh_token_is_taken_within_the_grace(sandbox: Sandbox) -> None:
-    sandbox.set(grace=0.5)
+    sandbox.set(grace=1)
     login = sandbox.mint()
-    begun = time.monotonic()
+    begun = time.time()
     assert sandbox.refresh(login["refresh_token"])[0] == 200
     assert sandbox.refresh(login["refresh_token"])[0] == 200
-    while sandbox.refresh(login["refresh_token"])[0] == 200:
-        time.sleep(0.02)
-    assert time.monotonic() - begun > 0.5 and sandbox.counters()["reuses"] == 1
+    until(lambda: sandbox.refresh(login["refresh_token"])[0] == 400)
+    assert time.time() > begun + 1 and sandbox.counters()["reuses"] == 1
 
 
 def test_a_fresh_token_is_refused_at_first(sandbox: Sandbox) -> None:
@@ -153,23 +152,25 @@ def test_a_responses_stream(sandbox: Sandbox, token: str) -> None:
 
 
 def test_the_head_of_a_stream_leaves_before_its_first_event(sandbox: Sandbox, token: str) -> None:
-    sandbox.set(first_event_delay=0.5)
+    sandbox.set(first_event_delay=60)
+    with sandbox.streaming(sandbox.chat(token)):
+        pass  # the head was read
+    sandbox.set(first_event_delay=0.3)
     begun = time.monotonic()
     with sandbox.streaming(sandbox.chat(token)) as (_, answer):
-        assert time.monotonic() - begun < 0.4
-        assert answer.readline() and time.monotonic() - begun > 0.5
+        assert answer.readline() and time.monotonic() - begun > 0.3
         assert answer.read().endswith(b"0\r\n\r\n")
 
 
 def test_events_leave_one_by_one_at_the_pace_set(sandbox: Sandbox, token: str) -> None:
     sandbox.set(events_per_second=20, events=6)
+    begun, times = time.monotonic(), []
     with sandbox.streaming(sandbox.chat(token)) as (_, answer):
-        begun, times = time.monotonic(), []
         while size := int(answer.readline(), 16):
             answer.read(size + 2)
             times.append(time.monotonic() - begun)
-    assert len(times) == 10 and 0.4 < times[-1] < 0.8  # 10 events, 9 pauses of 50 ms
-    assert all(later - sooner > 0.02 for sooner, later in zip(times, times[1:]))
+    assert len(times) == 10 and times[-1] < 2
+    assert all(at > count * 0.05 for count, at in enumerate(times))
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -297,16 +298,17 @@ def test_an_answer_can_be_lost_before_or_after_the_request_is_handled(sandbox: S
 
 def test_an_answer_can_be_late_with_the_token_spent_meanwhile(sandbox: Sandbox) -> None:
     login = sandbox.mint()
-    sandbox.set(answers=[{"path": "/oauth2/token", "delay": 0.5}])
+    sandbox.set(answers=[{"path": "/oauth2/token", "times": 1, "delay": 60},
+                         {"path": "/oauth2/token", "delay": 0.3}])
     form = urlencode({"grant_type": "refresh_token", "client_id": CLIENT_ID,
                       "refresh_token": login["refresh_token"]}).encode()
     with socket.create_connection(("127.0.0.1", sandbox.port), timeout=10) as connection:
-        begun = time.monotonic()
         connection.sendall(
             sandbox.head("POST /oauth2/token", Content_Type=FORM, Content_Length=len(form)) + form)
         sandbox.wait(lambda seen: seen["refreshes"] == 1)
-        assert time.monotonic() - begun < 0.4
-        assert connection.recv(99).startswith(b"HTTP/1.1 200") and time.monotonic() - begun > 0.5
+    sandbox.wait(lambda seen: seen["cancelled_requests"] == 1)
+    begun = time.monotonic()
+    assert sandbox.refresh(login["refresh_token"])[0] == 400 and time.monotonic() - begun > 0.3
 
 
 def test_an_answer_can_drip(sandbox: Sandbox) -> None:

@@ -8,7 +8,6 @@ from gevent import monkey
 monkey.patch_all()  # before anything else is imported
 
 import argparse  # noqa: E402
-import errno  # noqa: E402
 import ipaddress  # noqa: E402
 import json  # noqa: E402
 import pathlib  # noqa: E402
@@ -79,10 +78,8 @@ def main(arguments: "list[str] | None" = None) -> int:
     try:
         listener = listen(options.bind, options.port)
     except OSError as problem:
-        if problem.errno != errno.EADDRINUSE:
-            raise
-        print(f"xai-sandbox: port {options.port} is taken; stop what uses it or choose another with --port",
-              file=sys.stderr)
+        print(f"xai-sandbox: cannot listen on {options.bind} port {options.port}: {problem.strerror}; stop "
+              "what uses it or choose another --port", file=sys.stderr)
         return TRY_AGAIN
     with listener:
         return serve(listener, knobs, options)
@@ -93,6 +90,7 @@ def serve(listener: Any, knobs: Knobs, options: argparse.Namespace) -> int:
     origin = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
     server = pywsgi.WSGIServer(listener, create_app(origin, knobs), handler_class=Handler,
                                log=sys.stderr if options.verbose else None, error_log=sys.stderr)
+    server.start()
     for number in (signal.SIGTERM, signal.SIGINT):
         gevent.signal_handler(number, server.stop)
     with tempfile.TemporaryDirectory(prefix="xai-sandbox-") as temporary:

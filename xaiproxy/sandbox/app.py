@@ -20,7 +20,7 @@ def create_app(origin: str, knobs: Knobs) -> Edge:
     """The application for a server at this origin."""
     witness = Witness()
     grants = Grants(origin, knobs, witness)
-    app = Flask(__name__)
+    app = Flask(__name__, static_folder=None)
     app.config["PROPAGATE_EXCEPTIONS"] = True  # a fault of the sandbox is a traceback on stderr
     app.url_map.merge_slashes = False
     app.register_blueprint(authorization_server.create(grants))

@@ -103,7 +103,7 @@ def accepts_gzip(environ: dict[str, Any]) -> bool:
 
 def compress(response: Answer) -> None:
     response.headers["Content-Encoding"] = "gzip"
-    response.headers["Vary"] = "Accept-Encoding"
+    response.vary.add("Accept-Encoding")
     if response.content_length is None:
         response.response = compressed(response.response)
     else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+import re
 import secrets
 import time
 import uuid
@@ -26,6 +27,8 @@ TEAM_SCOPES = {"team:read", "org:read"}  # known, but not for the only user here
 USER = {"sub": "00000000-0000-4000-8000-00000000cafe", "email": "sandbox@example.invalid",
         "name": "Sandy Box", "given_name": "Sandy", "family_name": "Box", "picture": ""}
 USER_CODE_LETTERS = "BCDFGHJKLMNPQRSTVWXZ23456789"  # RFC 8628 6.1: nothing that reads two ways
+
+VERIFIER = re.compile(r"[A-Za-z0-9._~-]{43,128}")
 
 
 class OAuthError(Exception):
@@ -145,14 +148,14 @@ class Grants:
             raise OAuthError("expired_token")
         if request.allowed is None and self.knobs.auto_approve is not None:
             request.allowed = now >= request.begun + self.knobs.auto_approve or None
+        too_fast = request.allowed is None and now - request.last_poll < request.interval
+        request.last_poll = now
+        if too_fast or self.knobs.slow_downs:
+            self.knobs.slow_downs = max(0, self.knobs.slow_downs - 1)
+            request.interval += 5  # RFC 8628 3.5: for this and all polls to come
+            self.witness.count("slow_downs")
+            raise OAuthError("slow_down")
         if request.allowed is None:
-            too_fast = now - request.last_poll < request.interval
-            request.last_poll = now
-            if too_fast or self.knobs.slow_downs:
-                self.knobs.slow_downs = max(0, self.knobs.slow_downs - 1)
-                request.interval += 5  # RFC 8628 3.5: for this and all polls to come
-                self.witness.count("slow_downs")
-                raise OAuthError("slow_down")
             raise OAuthError("authorization_pending", "User has not yet authorized")
         request.used = True
         if not request.allowed:
@@ -235,7 +238,9 @@ class Grants:
 
 
 def matches(verifier: str, challenge: str) -> bool:
-    """PKCE, S256 (RFC 7636 4.6)."""
+    """PKCE, S256 (RFC 7636 4.1 and 4.6)."""
+    if not VERIFIER.fullmatch(verifier):
+        return False
     return hmac.compare_digest(_base64url(hashlib.sha256(verifier.encode()).digest()), challenge.encode())
 
 

@@ -8,7 +8,6 @@ from typing import Any, Callable, NamedTuple
 
 from xaiproxy.sandbox import replies, xai_errors
 
-
 Check = Callable[[Any], str]  # says what is taken instead of a value; "" when the value will do
 
 
@@ -44,7 +43,6 @@ def of_type(kind: type, name: str) -> Check:
 
 
 yes_no = one_of(True, False)
-optional = number(0, unset=True)
 
 
 def header_fields(value: Any) -> str:
@@ -70,8 +68,6 @@ ANSWER = {
     "cut": Knob(None, one_of("close", "reset"), "end the connection instead of answering, by FIN or RST"),
     "drip": Knob(None, number(0.01, unset=True), "bytes of the body a second"),
 }
-
-
 AS_EVER = {name: field.default for name, field in ANSWER.items()}
 
 
@@ -89,7 +85,7 @@ KNOBS = {
     "send_expires_in": Knob(True, yes_no, "say expires_in in token responses"),
     "send_refresh_token": Knob(True, yes_no, "rotate the refresh token; false: omit it, the old one stays"),
     "grace": Knob(0, number(0), "s in which a refresh token just rotated is taken again"),
-    "auto_approve": Knob(None, optional, "s after which every login is approved; null: by hand"),
+    "auto_approve": Knob(None, number(0, unset=True), "s after which every login is approved; null: by hand"),
     "code_lifetime": Knob(60, number(0), "s that an authorization code lives"),
     "device_lifetime": Knob(900, number(1), "s that a device code lives"),
     "device_interval": Knob(5, number(0), "s between two polls; sooner is answered slow_down"),

@@ -5,6 +5,7 @@ first byte of its body; this handler keeps the request's head as it came and sen
 """
 from __future__ import annotations
 
+import http.client
 import io
 import itertools
 import re
@@ -16,7 +17,6 @@ from typing import Any, NoReturn
 import gevent
 from gevent import pywsgi
 from gevent import socket as gevent_socket
-
 
 REQUEST_LINE = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+ [^ \t\r\n]+ HTTP/1\.[01]\r\n")
 FIELD_LINE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*\r\n")  # RFC 9112 5, without obs-fold
@@ -100,7 +100,7 @@ class Handler(pywsgi.WSGIHandler):
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
     def _handle_client_error(self, error: Exception) -> tuple[str, bytes]:
-        if not isinstance(error, ValueError):
+        if not isinstance(error, (ValueError, http.client.HTTPException)):
             return super()._handle_client_error(error)
         self.server.application.witness.count("malformed")
         return "400", b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"

@@ -108,6 +108,7 @@ def paced(events: Iterable[bytes], knobs: Knobs, handler: Handler,
         handler.pause(knobs.first_event_delay)
         due = time.monotonic()
         for count, event in enumerate(events):
+            handler.pause(due - time.monotonic())
             if count == silence_after:
                 handler.pause(knobs.silence)
             if count == cut_after:
@@ -116,7 +117,6 @@ def paced(events: Iterable[bytes], knobs: Knobs, handler: Handler,
                 handler.cut(knobs.cut)
             yield event
             due += interval
-            handler.pause(max(0, due - time.monotonic()))
         left_early = False
     finally:
         counters["open_streams"] -= 1
