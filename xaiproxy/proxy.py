@@ -75,8 +75,8 @@ class Proxy:
             login = self._login()
             exchange = self._send(head, body, login, watch)
             if is_refused_token(exchange):
-                newer = self._other_login(login) if body.replayable else None
-                if newer is not None:
+                newer = self._other_login(login, WAIT if body.replayable else 0)
+                if newer is not None and body.replayable:
                     exchange.close()
                     exchange = self._send(head, body, newer, watch)
             body.forget()
@@ -136,16 +136,17 @@ class Proxy:
         if not self._store.refresher_alive(now):
             raise errors.TokenUnavailable("the access token has expired and no refresher runs; start xai-refresher", 10)
 
-    def _other_login(self, refused: tokens.Tokens) -> "tokens.Tokens | None":
+    def _other_login(self, refused: tokens.Tokens, patience: float) -> "tokens.Tokens | None":
         """A login to send a refused request again with, or None when the refusal is to go through.
 
-        Raises LoginRequired when the login has ended.
+        `patience`: seconds; with none the refresher is asked all the same, for those who come later. Raises
+        LoginRequired when the login has ended.
         """
         login = self._reload()
         if login.access_token != refused.access_token:
             return login
         if login.age(time.time()) < YOUNG:
-            gevent.sleep(YOUNG_PAUSE)
+            gevent.sleep(min(YOUNG_PAUSE, patience))
             return self._reload()
         asked_at = time.time()
         if not self._may_come(login, asked_at - WAIT):
@@ -156,7 +157,7 @@ class Proxy:
             logger.warning("%s cannot be written (%s): the refresher cannot be told that a token was refused",
                            self._store.refused_path, error.strerror)
             return None
-        deadline = time.monotonic() + WAIT
+        deadline = time.monotonic() + patience
         while time.monotonic() < deadline:
             gevent.sleep(LOOK)
             try:

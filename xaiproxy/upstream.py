@@ -344,7 +344,7 @@ class Exchange:
 
         self._peeker = gevent.spawn(fill)
         self._peeker.join(PEEK_TIME)
-        return b"".join(self._peeked)
+        return b"".join(self._peeked)[:PEEK_LIMIT]
 
     def close(self) -> None:
         """Break off: unless the answer was read to its end, the connection is closed and not used again."""

@@ -1,0 +1,619 @@
+"""A request's token: which one it goes with, what happens when it is refused, and what is said when there is none."""
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import os
+import subprocess
+import time
+import zlib
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+import pytest
+from proxy_process import Client, ProxyProcess
+from sandbox import Sandbox
+from scripted_upstream import Request, ScriptedUpstream
+from wire import PATIENCE, Message, readable
+
+from xaiproxy import errors, tokens
+from xaiproxy.proxy import check_path
+from xaiproxy.sandbox.xai_errors import ERRORS
+
+NEW = b'{"code":"unauthenticated:bad-credentials","error":"The OAuth2 access token could not be validated."}'
+OLD = (b'{"code":"The caller does not have permission to execute the specified operation","error":"The OAuth2 access '
+       b'token could not be validated. [WKE=unauthenticated:bad-credentials]"}')
+
+
+def answer(status: int, body: bytes, *fields: bytes) -> bytes:
+    lines = [b"HTTP/1.1 %d X" % status, b"Date: then", *fields, b"Content-Length: %d" % len(body), b"", b""]
+    return b"\r\n".join(lines) + body
+
+
+def chunked(status: int, *chunks: bytes) -> bytes:
+    return b"HTTP/1.1 %d X\r\nDate: then\r\nTransfer-Encoding: chunked\r\n\r\n" % status + \
+        b"".join(b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks) + b"0\r\n\r\n"
+
+
+def deflated(data: bytes) -> bytes:
+    compressor = zlib.compressobj(wbits=-15)
+    return compressor.compress(data) + compressor.flush()
+
+
+REFUSED = answer(403, NEW)
+REFUSALS = {
+    "plain": REFUSED, "old": answer(403, OLD), "chunked": chunked(403, NEW[:20], NEW[20:]),
+    "gzip": answer(403, gzip.compress(NEW), b"Content-Encoding: gzip"),
+    "old, gzip": answer(403, gzip.compress(OLD), b"content-encoding: GZIP"),
+    "zlib": answer(403, zlib.compress(NEW), b"Content-Encoding: deflate"),
+    "deflate": answer(403, deflated(NEW), b"Content-Encoding: deflate"),
+    "401": answer(401, b""), "401, text": answer(401, b"No credentials presented.")}
+
+
+@pytest.fixture(scope="module")
+def scripted() -> Iterator[ScriptedUpstream]:
+    with ScriptedUpstream() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def running(scripted: ScriptedUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxyProcess]:
+    with ProxyProcess(tmp_path_factory.mktemp("proxy"), upstream=scripted.origin) as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="module")
+def running_frugal(scripted: ScriptedUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxyProcess]:
+    """One that keeps little for a replay: 10 bytes of a request, 15 of all."""
+    with ProxyProcess(tmp_path_factory.mktemp("frugal"), upstream=scripted.origin, replay_limit=10,
+                      replay_memory=15) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def upstream(scripted: ScriptedUpstream) -> Iterator[ScriptedUpstream]:
+    yield scripted
+    scripted.hang_up()
+
+
+@pytest.fixture
+def proxy(running: ProxyProcess, upstream: ScriptedUpstream) -> ProxyProcess:
+    return signed_in(running)
+
+
+@pytest.fixture
+def frugal(running_frugal: ProxyProcess, upstream: ScriptedUpstream) -> ProxyProcess:
+    return signed_in(running_frugal)
+
+
+@pytest.fixture
+def client(proxy: ProxyProcess) -> Iterator[Client]:
+    with proxy.client() as connection:
+        yield connection
+
+
+def signed_in(proxy: ProxyProcess) -> ProxyProcess:
+    """With an hour-old token, a living refresher and no note to it."""
+    proxy.sign_in("old")
+    proxy.refresher_lives()
+    with contextlib.suppress(FileNotFoundError):
+        note(proxy).unlink()
+    return proxy
+
+
+def note(proxy: ProxyProcess) -> Path:
+    return proxy.token_path.with_name("tokens.json.refused")
+
+
+def wait_for_note(proxy: ProxyProcess, token: str = "old", seconds: float = 3) -> None:
+    deadline = time.monotonic() + seconds
+    while not note(proxy).exists():
+        assert time.monotonic() < deadline, "the refresher was not asked"
+        time.sleep(0.01)
+    assert note(proxy).read_text() == tokens.fingerprint(token)
+
+
+def assert_refusal(message: Message, status: int, code: str, *words: str) -> None:
+    """Our own answer, in the one shape that they have."""
+    assert (message.status, message.value("X-XAI-Proxy-Error")) == (status, code)
+    assert message.value("Content-Type") == "application/json"
+    error = json.loads(message.body)["error"]
+    assert set(error) == {"message", "type", "code"} and error["code"] == code
+    for word in words:
+        assert word in error["message"]
+
+
+def assert_as_it_came(message: Message, sent: bytes) -> None:
+    assert message.head + (b"" if message.chunks else message.body) == \
+        (sent if not message.chunks else sent.partition(b"\r\n\r\n")[0] + b"\r\n\r\n")
+
+
+# What is forwarded
+
+
+@pytest.mark.parametrize("path", [
+    "/v1/..", "/v1/../x", "/v1/./x", "/v1/x/.", "/v1/%2e%2E/x", "/v1/x/.%2e", "/v1/a%2f..%2Fb", "/v1/a\\..\\b",
+    "/v1/a%5c%2e%2e%5Cb", "/v1/a/..;x=1/b", "/v1//../x", "/v2/.."])
+def test_dot_segments_are_refused(path: str) -> None:
+    with pytest.raises(errors.BadRequest):
+        check_path(path)
+
+
+@pytest.mark.parametrize("path", ["/v1/...", "/v1/a..b", "/v1/.well-known", "/v1/a.", "/v1/..a/b", "/v1/a;../b", "/v1//"])
+def test_other_dots_are_not(path: str) -> None:
+    check_path(path)
+
+
+def test_what_is_refused_does_not_reach_upstream(client: Client, upstream: ScriptedUpstream) -> None:
+    assert_refusal(client.ask("GET", "/v1/../admin"), 400, "bad_request", "dot segment")
+    assert_refusal(client.ask("GET", "/v1/v1/models"), 404, "not_found", "/v1/models")
+    assert_refusal(client.ask("GET", "/models"), 404, "not_found", "/v1/models")
+    assert_refusal(client.ask("GET", "/V1/models"), 404, "not_found")
+    assert_refusal(client.ask("GET", "/%761/models"), 404, "not_found")
+    assert upstream.quiet()
+
+
+# A refused token
+
+
+@pytest.mark.parametrize("refusal", REFUSALS)
+def test_refused_request_is_sent_again_with_another_token(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream,
+                                                          refusal: str) -> None:
+    client.request("POST", "/v1/chat/completions?a=%2F", "X-a: 1", "Accept-Encoding: gzip", body=b"{}")
+    first = upstream.receive()
+    proxy.sign_in("new")
+    first.answer(REFUSALS[refusal])
+    second = upstream.receive()
+    assert second.head == first.head.replace(b"Bearer old", b"Bearer new") and second.body == b"{}"
+    second.answer()
+    assert client.message().body == b"ok"
+    assert not note(proxy).exists()
+
+
+@pytest.mark.parametrize("refusal", REFUSALS)
+def test_refused_request_is_sent_again_once(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream,
+                                            refusal: str) -> None:
+    client.request()
+    first = upstream.receive()
+    proxy.sign_in("new")
+    first.answer(REFUSALS[refusal])
+    second = upstream.receive()
+    proxy.sign_in("newer")
+    second.answer(REFUSALS[refusal])
+    assert_as_it_came(client.message(), REFUSALS[refusal])
+    assert upstream.quiet()
+
+
+@pytest.mark.parametrize("name", sorted(name for name, (status, *_) in ERRORS.items() if status not in (200, 401)
+                                        and not name.startswith("bad_credentials")))
+def test_no_other_error_of_xai_is_retried_or_altered(sandbox: Sandbox, for_sandbox: ProxyProcess, name: str) -> None:
+    sandbox.set(answers=[{"path": "/v1/models", "error": name}], gzip="all")
+    answers = []
+    for port, token in ((sandbox.port, for_sandbox.token), (for_sandbox.port, None)):
+        with Client(port) as client:
+            host = f"127.0.0.1:{port}"
+            fields = [f"Authorization: Bearer {token}"] if token else []
+            client.send("\r\n".join(["GET /v1/models HTTP/1.1", f"Host: {host}", "User-Agent: tests", *fields,
+                                     "Accept-Encoding: gzip", "", ""]).encode())
+            answers.append(client.message())
+    direct, proxied = answers
+    assert proxied.status == direct.status >= 400
+    assert gzip.decompress(proxied.body) == gzip.decompress(direct.body)
+    volatile = {"date", "x-request-id", "connection", "keep-alive", "transfer-encoding", "content-length"}
+    assert [field for field in proxied.fields if field[0].lower() not in volatile] == \
+        [field for field in direct.fields if field[0].lower() not in volatile | {"set-cookie"}]
+    assert len(sandbox.requests("/v1/models")) == 2
+
+
+@pytest.fixture(scope="module")
+def for_sandbox(shared_sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxyProcess]:
+    with ProxyProcess(tmp_path_factory.mktemp("sandboxed"), upstream=shared_sandbox.url, issuer=shared_sandbox.url) as proxy:
+        proxy.token = shared_sandbox.write_login(proxy.token_path)["access_token"]
+        yield proxy
+
+
+@pytest.mark.parametrize("knobs", [{}, {"gzip": "all"}, {"old_shape": True}, {"dead_token_status": 401}])
+def test_token_that_xai_refuses(sandbox: Sandbox, tmp_path: Path, for_sandbox: ProxyProcess, knobs: "dict[str, Any]") -> None:
+    """The real thing: revoked at the issuer, refused by the API as xAI does, renewed by somebody, and served."""
+    sandbox.set(**knobs)
+    sandbox.write_login(for_sandbox.token_path, obtained_at=0)
+    sandbox.kill()
+    for_sandbox.refresher_lives()
+    with for_sandbox.client() as client:
+        client.request("POST", "/v1/chat/completions", "Content-Type: application/json", "Accept-Encoding: gzip",
+                       body=b'{"model":"grok-4.5","messages":[]}')
+        sandbox.wait(lambda counters: counters["refused_tokens"] == 1)
+        sandbox.write_login(tmp_path / "tokens.json")
+        os.replace(tmp_path / "tokens.json", for_sandbox.token_path)
+        assert client.message().status == 200
+    assert sandbox.counters()["refused_tokens"] == 1
+
+
+def test_young_token_gets_a_second_chance(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
+    proxy.sign_in("young", age=100)
+    client.request()
+    start = time.monotonic()
+    upstream.receive().answer(REFUSED)
+    second = upstream.receive()
+    assert 0.95 < time.monotonic() - start < 1.5 and second.token == "young"
+    second.answer(REFUSED)
+    assert_as_it_came(client.message(), REFUSED)
+    assert upstream.quiet() and not note(proxy).exists()
+
+
+def test_refresher_is_asked_for_an_older_one(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
+    proxy.sign_in("old", age=121)
+    client.request()
+    upstream.receive().answer(REFUSED)
+    wait_for_note(proxy)
+    assert oct(note(proxy).stat().st_mode)[-3:] == "600" and client.silent() and upstream.quiet()
+    proxy.sign_in("new", age=0)
+    second = upstream.receive(seconds=0.5)
+    assert second.token == "new"
+    second.answer()
+    assert client.message().body == b"ok"
+    assert sorted(path.name for path in proxy.token_path.parent.iterdir()) == \
+        ["tokens.json", "tokens.json.lock", "tokens.json.refused"]
+
+
+def test_fifty_refused_requests_wait_for_one_token(proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(proxy.client()).request("POST", f"/v1/{number}", body=b"%d" % number)
+                   for number in range(50)]
+        for request in [upstream.receive() for _ in clients]:
+            request.answer(REFUSED)
+        wait_for_note(proxy)
+        proxy.sign_in("new")
+        for _ in clients:
+            request = upstream.receive()
+            assert request.token == "new" and request.target == f"/v1/{request.body.decode()}"
+            request.answer(answer(200, request.body))
+        for number, client in enumerate(clients):
+            assert client.message().body == b"%d" % number
+    assert upstream.quiet()
+
+
+def now_failed(proxy: ProxyProcess, **error: Any) -> None:
+    """The refresher records that it got nowhere."""
+    proxy.sign_in("old", refresh_error={"code": "temporarily_unavailable", "description": "The issuer is down.",
+                                        "at": time.time(), "terminal": False, **error})
+
+
+@pytest.mark.parametrize("end", [now_failed, lambda proxy: proxy.refresher_lives(False)], ids=["fails", "dies"])
+def test_wait_ends_when_the_refresher_fails(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream,
+                                            end: "Callable[[ProxyProcess], None]") -> None:
+    client.request()
+    upstream.receive().answer(REFUSED)
+    wait_for_note(proxy)
+    end(proxy)
+    start = time.monotonic()
+    assert_as_it_came(client.message(), REFUSED)
+    assert time.monotonic() - start < 0.5 and upstream.quiet()
+
+
+def test_wait_ends_when_the_login_has_ended(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
+    client.request()
+    upstream.receive().answer(REFUSED)
+    wait_for_note(proxy)
+    now_failed(proxy, code="invalid_grant", terminal=True)
+    start = time.monotonic()
+    assert_refusal(client.message(), 401, "login_required", "invalid_grant", "xai-login --device")
+    assert time.monotonic() - start < 0.5 and upstream.quiet()
+
+
+def test_wait_ends_when_the_login_is_removed(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
+    client.request()
+    upstream.receive().answer(REFUSED)
+    wait_for_note(proxy)
+    proxy.token_path.unlink()
+    assert_refusal(client.message(), 401, "login_required", "xai-login --device")
+
+
+@pytest.mark.parametrize("arrange", [
+    lambda proxy: proxy.refresher_lives(False), lambda proxy: proxy.token_path.with_name("tokens.json.lock").unlink(),
+    lambda proxy: proxy.sign_in("old", refresh_token=None), lambda proxy: now_failed(proxy, retry_at=time.time() + 60)],
+    ids=["dead refresher", "never a refresher", "no refresh token", "no try for a minute"])
+def test_nothing_is_waited_for_that_cannot_come(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream,
+                                                arrange: "Callable[[ProxyProcess], None]") -> None:
+    arrange(proxy)
+    client.request()
+    start = time.monotonic()
+    upstream.receive().answer(REFUSED)
+    assert_as_it_came(client.message(), REFUSED)
+    assert time.monotonic() - start < 0.5 and upstream.quiet() and not note(proxy).exists()
+
+
+def test_refused_token_of_an_ended_login(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
+    now_failed(proxy, code="invalid_grant", terminal=True)
+    client.request()  # served as long as the token is taken
+    upstream.receive().answer()
+    assert client.message().body == b"ok"
+    client.request()
+    upstream.receive().answer(REFUSED)
+    assert_refusal(client.message(), 401, "login_required", "invalid_grant", "xai-login --device")
+
+
+def test_folder_that_cannot_be_written(tmp_path: Path, upstream: ScriptedUpstream) -> None:
+    read_only = ("unshare", "-rm", "sh", "-c",
+                 f'mount --bind "{tmp_path}" "{tmp_path}" && mount -o remount,bind,ro "{tmp_path}" && exec "$@"', "sh")
+    if subprocess.run([*read_only, "true"], capture_output=True).returncode:
+        pytest.skip("no mount namespace to be had here")
+    with ProxyProcess(tmp_path, upstream=upstream.origin, prefix=read_only) as proxy:
+        signed_in(proxy)
+        with proxy.client() as client:
+            client.request()
+            start = time.monotonic()
+            upstream.receive().answer(REFUSED)
+            assert_as_it_came(client.message(), REFUSED)
+            assert time.monotonic() - start < 0.5
+        line = proxy.wait_for_log(lambda line: "tokens.json.refused" in line["message"])
+        assert line["level"] == "warning" and "Read-only file system" in line["message"]
+
+
+def test_ten_seconds_are_waited_for_a_token(proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
+    """By a refused request, and by one that comes when the token has expired."""
+    with proxy.client() as refused, proxy.client() as late:
+        refused.request()
+        upstream.receive().answer(REFUSED)
+        wait_for_note(proxy)
+        start = time.monotonic()
+        proxy.sign_in("old", expires_in=-1)
+        late.request()
+        for second in range(9):
+            time.sleep(max(0, start + second + 1 - time.monotonic()))
+            assert refused.silent() and late.silent()
+            proxy.refresher_lives()
+        assert_as_it_came(refused.message(), REFUSED)
+        message = late.message()
+        assert_refusal(message, 503, "token_unavailable", "expired", "10 s")
+        assert (message.value("Retry-After"), message.value("x-should-retry")) == ("1", "true")
+        assert 9.5 < time.monotonic() - start < 10.5 and upstream.quiet()
+
+
+# The body, sent again
+
+
+def test_chunked_body_is_sent_again(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
+    body = bytes(range(256)) * 2000
+    client.request("POST", "/v1/files", "Transfer-Encoding: chunked")
+    for start in range(0, len(body), 100000):
+        part = body[start:start + 100000]
+        client.send(b"%x\r\n%b\r\n" % (len(part), part))
+    client.send(b"0\r\n\r\n")
+    first = upstream.receive()
+    proxy.sign_in("new")
+    first.answer(REFUSED)
+    second = upstream.receive()
+    assert second.token == "new" and second.value("Transfer-Encoding") == "chunked"
+    assert first.body == second.body == body
+    second.answer()
+    assert client.message().body == b"ok"
+
+
+def test_body_refused_before_it_was_whole_is_sent_again(client: Client, proxy: ProxyProcess,
+                                                        upstream: ScriptedUpstream) -> None:
+    """xAI looks at the token before it reads: what came is repeated, then comes the rest."""
+    client.request("POST", "/v1/files", "Content-Length: 6")
+    client.send(b"abc")
+    first = upstream.receive(body=False)
+    assert first.connection.exactly(3) == b"abc"
+    proxy.sign_in("new")
+    first.answer(REFUSED.replace(b"Date", b"Connection: close\r\nDate"))
+    first.connection.close()
+    client.send(b"def")
+    second = upstream.receive()
+    assert (second.token, second.body) == ("new", b"abcdef")
+    second.answer()
+    assert client.message().body == b"ok"
+
+
+@pytest.mark.parametrize("size, again", [(10, True), (11, False)])
+@pytest.mark.parametrize("by_length", [True, False])
+def test_body_beyond_the_limit_is_not_sent_again(frugal: ProxyProcess, upstream: ScriptedUpstream, size: int, again: bool,
+                                                 by_length: bool) -> None:
+    body = b"0123456789a"[:size]
+    with frugal.client() as client:
+        if by_length:
+            client.request("POST", "/v1/x", body=body)
+        else:
+            client.request("POST", "/v1/x", "Transfer-Encoding: chunked").send(b"%x\r\n%b\r\n0\r\n\r\n" % (size, body))
+        first = upstream.receive()
+        assert first.body == body
+        frugal.sign_in("new")
+        first.answer(REFUSALS["gzip"])
+        if again:
+            upstream.receive().answer()
+            assert client.message().body == b"ok"
+        else:
+            assert_as_it_came(client.message(), REFUSALS["gzip"])
+            assert upstream.quiet()
+
+
+def test_refresher_is_asked_also_when_nothing_is_sent_again(frugal: ProxyProcess, upstream: ScriptedUpstream) -> None:
+    """Or large uploads alone would be refused until the token expires."""
+    with frugal.client() as client:
+        client.request("POST", "/v1/x", body=b"0123456789a")
+        start = time.monotonic()
+        upstream.receive().answer(REFUSED)
+        assert_as_it_came(client.message(), REFUSED)
+        assert time.monotonic() - start < 0.5
+        wait_for_note(frugal)
+        note(frugal).unlink()
+        frugal.sign_in("young", age=5)
+        client.request("POST", "/v1/x", body=b"0123456789a")
+        upstream.receive().answer(REFUSED)
+        assert_as_it_came(client.message(), REFUSED)
+        assert not note(frugal).exists() and time.monotonic() - start < 0.5
+
+
+def test_bodies_beyond_the_memory_are_not_sent_again(frugal: ProxyProcess, upstream: ScriptedUpstream) -> None:
+    def refuse(request: Request, client: Client) -> bool:
+        """Whether it then came again."""
+        frugal.sign_in("new")
+        request.answer(REFUSED)
+        came = client.sock not in readable([client.sock, upstream.listener, *(
+            connection.sock for connection in upstream.connections)], PATIENCE)
+        if came:
+            upstream.receive().answer()
+        assert client.message().status == (200 if came else 403)
+        frugal.sign_in("old")
+        return came
+
+    with frugal.client() as one, frugal.client() as two:
+        one.request("POST", "/v1/x", body=b"0123456789")
+        first = upstream.receive()
+        two.request("POST", "/v1/x", body=b"0123456789")
+        assert not refuse(upstream.receive(), two)  # there was no room beside the first
+        assert refuse(first, one)
+        two.request("POST", "/v1/x", body=b"0123456789")  # and now there is
+        assert refuse(upstream.receive(), two)
+        one.request("POST", "/v1/x", body=b"0123456789")
+        stream = upstream.receive().answer(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n")
+        assert one.head().status == 200  # that much is enough to know that the first body is not needed again
+        two.request("POST", "/v1/x", body=b"0123456789")
+        assert refuse(upstream.receive(), two)
+        stream.answer(b"ok")
+        one.exactly(2)
+        two.request("POST", "/v1/x", body=b"0123456789")
+        frugal_request = upstream.receive()
+        two.reset()
+        assert frugal_request.connection.closed_within()
+        one.request("POST", "/v1/x", body=b"0123456789")  # a cancelled one has given back its room
+        assert refuse(upstream.receive(), one)
+
+
+# Other answers of 403
+
+
+def test_slow_403_is_passed_on(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
+    """After two seconds of it, and with all that came by then."""
+    client.request()
+    start = time.monotonic()
+    request = upstream.receive().answer(b"HTTP/1.1 403 X\r\nContent-Length: 6\r\n\r\n")
+    for byte in (b"a", b"b"):
+        request.answer(byte)
+        time.sleep(0.5)
+    assert client.silent()
+    assert client.head().status == 403
+    assert client.exactly(2) == b"ab" and 1.9 < time.monotonic() - start < 2.5
+    for byte in (b"c", b"d", b"e", b"f"):
+        request.answer(byte)
+        assert client.exactly(1) == byte
+    client.request()
+    upstream.receive().answer()
+    assert client.message().body == b"ok"
+
+
+@pytest.mark.parametrize("start, again", [(0, True), (60000, True), (70000, False)])
+def test_large_403_is_passed_on_whole(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream, start: int,
+                                      again: bool) -> None:
+    """The first 64 KiB are looked at."""
+    body = b"x" * start + NEW + b"y" * 200000
+    client.request()
+    first = upstream.receive()
+    proxy.sign_in("new")
+    first.answer(answer(403, body))
+    if again:
+        upstream.receive().answer(answer(403, body))
+    assert_as_it_came(client.message(), answer(403, body))
+    assert upstream.quiet()
+
+
+@pytest.mark.parametrize("coding", [b"gzip", b"deflate", b"br", b"gzip, gzip"])
+def test_403_that_cannot_be_decoded_is_passed_on(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream,
+                                                 coding: bytes) -> None:
+    sent = answer(403, b"\x1f\x8bnonsense", b"Content-Encoding: " + coding)
+    client.request()
+    upstream.receive().answer(sent)
+    assert_as_it_came(client.message(), sent)
+    assert upstream.quiet()
+
+
+def test_403_that_breaks_off_is_broken(client: Client, upstream: ScriptedUpstream) -> None:
+    client.request("GET", "/v1/broken-403")
+    request = upstream.receive().answer(b"HTTP/1.1 403 X\r\nContent-Length: 9\r\n\r\nabc")
+    request.connection.reset()
+    assert client.head().status == 403
+    assert client.rest() == b"abc"
+
+
+def test_other_statuses_are_not_looked_at(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
+    for status in (200, 400, 402, 404, 429, 500, 503):
+        client.request()
+        request = upstream.receive()
+        proxy.sign_in(f"after-{status}")
+        request.answer(answer(status, NEW))
+        assert_as_it_came(client.message(), answer(status, NEW))
+    assert upstream.quiet()
+
+
+# No token
+
+
+def test_no_login(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
+    proxy.token_path.unlink()
+    assert_refusal(client.ask(), 401, "login_required", "not signed in", "xai-login --device")
+    proxy.sign_in("first")  # and no restart
+    client.request()
+    request = upstream.receive()
+    assert request.token == "first"
+    request.answer()
+    assert client.message().body == b"ok"
+
+
+@pytest.mark.parametrize("text, word", [("{", "not JSON"), ("", "not JSON"), ('{"access_token": "a", "expires_at": 1}', "auth.x.ai")])
+def test_unusable_login(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream, text: str, word: str) -> None:
+    proxy.token_path.write_text(text)
+    assert_refusal(client.ask(), 401, "login_required", str(proxy.token_path), word)
+    assert upstream.quiet()
+
+
+def test_expired_token_is_replaced_in_time(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
+    proxy.sign_in("old", expires_in=-1)
+    client.request("POST", "/v1/x", body=b"{}")
+    time.sleep(0.3)
+    assert client.silent() and upstream.quiet()
+    proxy.sign_in("new")
+    request = upstream.receive(seconds=0.5)
+    assert (request.token, request.body) == ("new", b"{}")
+    request.answer()
+    assert client.message().body == b"ok"
+
+
+@pytest.mark.parametrize("retry_in, retry_after", [(None, "1"), (-60, "1"), (0.5, "1"), (4.6, "5"), (300, "10")])
+def test_expired_token_that_cannot_be_renewed(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream,
+                                              retry_in: "float | None", retry_after: str) -> None:
+    error = {"code": "temporarily_unavailable", "description": "The issuer is down.", "at": time.time(), "terminal": False,
+             "retry_at": retry_in and time.time() + retry_in}
+    proxy.sign_in("old", expires_in=-1, refresh_error=error)
+    start = time.monotonic()
+    message = client.ask()
+    assert_refusal(message, 503, "token_unavailable", "The issuer is down.")
+    assert (message.value("Retry-After"), message.value("x-should-retry")) == (retry_after, "true")
+    assert time.monotonic() - start < 0.5 and upstream.quiet()
+
+
+def test_expired_token_of_an_ended_login(client: Client, proxy: ProxyProcess) -> None:
+    proxy.sign_in("old", expires_in=-1, refresh_error={"code": "invalid_grant", "description": "Refresh token has been "
+                                                       "revoked", "at": time.time(), "terminal": True})
+    assert_refusal(client.ask(), 401, "login_required", "invalid_grant", "xai-login --device")
+
+
+@pytest.mark.parametrize("arrange, word", [
+    (lambda proxy: proxy.refresher_lives(False), "xai-refresher"),
+    (lambda proxy: proxy.sign_in("old", expires_in=-1, refresh_token=None), "no refresh token")])
+def test_expired_token_that_nobody_renews(client: Client, proxy: ProxyProcess, word: str,
+                                          arrange: "Callable[[ProxyProcess], None]") -> None:
+    proxy.sign_in("old", expires_in=-1)
+    arrange(proxy)
+    start = time.monotonic()
+    message = client.ask()
+    assert_refusal(message, 503, "token_unavailable", "expired", word)
+    assert message.value("Retry-After") == "10" and time.monotonic() - start < 0.5
+
+
+def test_token_is_never_said(proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
+    """After all of the above."""
+    log = str(proxy.log_lines())
+    assert "the-refresh-token" not in log and "Bearer" not in log and "unauthenticated" not in log
