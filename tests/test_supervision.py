@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -20,14 +21,19 @@ CHAT = json.dumps({"model": "grok-4.5", "messages": [], "stream": True}).encode(
 
 
 class Supervised:
-    """supervisord with the real conf, and its output: `lines`. `path`: a folder to find programs in first."""
+    """supervisord with the real conf, and its output: `lines`.
 
-    def __init__(self, folder, sandbox, *, prefix=(), path=None, **settings):
+    `path`: a folder to find programs in first. `pipe`: where it writes, and where that comes out.
+    """
+
+    def __init__(self, folder, sandbox, *, prefix=(), path=None, pipe=os.pipe, **settings):
         environ = {"PATH": f"{path or BIN}:{BIN}:{os.environ['PATH']}", "HOME": str(folder), "XAI_PROXY_PORT": "0",
                    **sandbox.env, "XAI_PROXY_TOKEN_PATH": str(folder / "login" / "tokens.json"), **settings}
         sandbox.write_login(environ["XAI_PROXY_TOKEN_PATH"])
+        self._output, stdout = pipe()
         self.process = subprocess.Popen([*prefix, BIN / "supervisord", "-c", CONF], cwd=folder, env=environ,
-                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                                        stdout=stdout, stderr=subprocess.STDOUT)
+        os.close(stdout)
         self.lines = []
         self._changed = threading.Condition()
         self._may_read = threading.Event()
@@ -46,8 +52,8 @@ class Supervised:
         self._reader.join()
 
     def _read(self):
-        with self.process.stdout:
-            for line in self.process.stdout:
+        with open(self._output) as output:
+            for line in output:
                 with self._changed:
                     self.lines.append(line)
                     self._changed.notify_all()
@@ -111,7 +117,7 @@ SLOW_TO_STOP = "trap 'sleep 2; exit 0' TERM; while :; do sleep 0.1; done"
 
 
 def test_sigterm_drains_the_proxy_before_the_refresher_stops_and_ends_with_0(tmp_path, sandbox):
-    sandbox.set(events=20, events_per_second=10)
+    sandbox.set(events=10, events_per_second=10)
     (tmp_path / "supervisord.pid").write_text("1\n")  # of one that was killed
     with Supervised(tmp_path, sandbox) as supervised, supervised.client() as client:
         assert client.ask("GET", "/v1/models").status == 200
@@ -171,6 +177,17 @@ def test_it_runs_as_a_user_without_rights(tmp_path, sandbox):
         supervised.signal(signal.SIGTERM)
         assert supervised.ended() == 0
     assert supervised.complaints() == [supervised.said(".*received SIGTERM.*\n")[0]]
+
+
+def test_a_stdout_that_cannot_be_opened_anew_gets_every_line(tmp_path, sandbox):
+    def journal():
+        return [end.detach() for end in socket.socketpair()]
+    with Supervised(tmp_path, sandbox, pipe=journal) as supervised:
+        supervised.client().close()
+        supervised.signal(signal.SIGTERM)
+        assert supervised.ended() == 0
+        supervised.said('"stopped"')
+        supervised.said(r"stopped: refresher \(exit status 0\)")
 
 
 def test_the_conf_leaves_the_settings_to_the_environment():

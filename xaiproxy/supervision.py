@@ -13,6 +13,9 @@ supervisord makes an instance of each, handing itself over, whenever that many s
 
 import atexit
 import os
+import stat
+import subprocess
+import sys
 from typing import Any
 
 from supervisor import events
@@ -44,8 +47,25 @@ def end(options: Any, process: Any) -> None:
     atexit.register(os._exit, EXIT_FATAL)
 
 
+def make_stdout_openable() -> None:
+    """Put a `cat` behind stdout if need be: supervisord opens /dev/fd/1 anew for the log of each program.
+
+    A socket (systemd's journal) cannot be opened so, nor the pipe or terminal of another user (sudo -u), and what is
+    written to a plain file that was opened twice overwrites itself.
+    """
+    mode = os.fstat(1).st_mode
+    if (stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)) and os.access("/dev/fd/1", os.W_OK):
+        return
+    # In a session of its own: it must outlive a Ctrl-C at the terminal, to show what the programs still say.
+    cat = subprocess.Popen(["cat"], stdin=subprocess.PIPE, start_new_session=True)
+    os.dup2(cat.stdin.fileno(), 1)
+    cat.stdin.close()
+
+
 def rpc_interface(supervisord: Any, **settings: str) -> None:
     """The factory that the section must name; an interface without methods, should a control socket be added."""
 
 
-events.TICK_EVENTS.append(FatalCheck)
+if "supervisor.supervisord" in sys.modules:  # not when a test imports this
+    events.TICK_EVENTS.append(FatalCheck)
+    make_stdout_openable()
