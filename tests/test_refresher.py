@@ -15,7 +15,6 @@ import subprocess
 import sys
 import threading
 import time
-import types
 
 import pytest
 
@@ -42,19 +41,16 @@ class Day:
     def start(self) -> None:
         """A new process, as far as its memory goes."""
         self.uptime = 0.0
-        self.signal: "int | None" = None
         self.during_pause = lambda: None
-        self.refresher = refresher.Refresher(self.settings, clock=self.now, uptime=lambda: self.uptime, wait=self._wait)
+        self.refresher = refresher.Refresher(self.settings, clock=self.now, uptime=lambda: self.uptime, sleep=self._sleep)
         self.refresher.begin()
 
     def now(self) -> float:
         return self._begin + self.uptime
 
-    def _wait(self, signals, seconds):
+    def _sleep(self, seconds: float) -> None:
         self.uptime += seconds
         self.during_pause()
-        number, self.signal = self.signal, None
-        return number and types.SimpleNamespace(si_signo=number)
 
     def sign_in(self, **members) -> dict:
         """A login written by another process, with the lock, as xai-login does."""
@@ -243,7 +239,7 @@ def test_the_wait_is_over_at_once_on_sighup(day):
     script(day, error="unavailable", headers={"Retry-After": "250"}, times=1)
     day.pass_(10)
     assert tries(day) == 1
-    day.signal = signal.SIGHUP
+    day.refresher.on_signal(signal.SIGHUP)
     day.pass_(1)
     assert tries(day) == 2 and works(day)
 
@@ -558,7 +554,7 @@ def test_nothing_is_spent_when_another_process_has_done_it_meanwhile(day, holder
 
 def test_sigterm_ends_the_wait_for_the_lock(day, holder):
     day.put()
-    day.during_pause = lambda: setattr(day, "signal", signal.SIGTERM if day.uptime >= 3 else None)
+    day.during_pause = lambda: day.uptime < 3 or day.refresher.on_signal(signal.SIGTERM)
     assert day.refresher.run() == 0
     assert 3 <= day.uptime < 5 and tries(day) == 0
 
@@ -607,5 +603,5 @@ def test_once_can_be_interrupted_while_it_waits_for_the_lock(day, holder):
     assert once(day) == 0
     day.put()
     day.start()
-    day.signal = signal.SIGINT
+    day.during_pause = lambda: day.refresher.on_signal(signal.SIGINT)
     assert once(day) == 130

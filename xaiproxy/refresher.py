@@ -4,8 +4,9 @@ Four times a second it looks at the file, the clock and the proxy's note; schedu
 lock, read the file again, find the token endpoint, rehearse the save, send the refresh token, save the answer. The
 rules that a change must keep:
 
-1. From sending the refresh token until its successor is on the disk nothing ends this process but SIGKILL: SIGTERM,
-   SIGINT and SIGHUP are blocked from the start and only looked at in `_pause`.
+1. From sending the refresh token until its successor is on the disk nothing ends this process but SIGKILL: the
+   handlers of SIGTERM, SIGINT and SIGHUP only set what the loop looks at. (signal.sigtimedwait, which would need no
+   handlers, returns garbage in place of a signal after SIGSTOP and SIGCONT.)
 2. A login that cannot be used is a state to wait in, not a reason to exit: supervisord would give up on us.
 3. What fails is recorded in the file, where the proxy and `xai-login --status` find it.
 """
@@ -17,7 +18,6 @@ import logging
 import math
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -34,7 +34,6 @@ DEADLINE = 30.0  # seconds for the whole exchange that spends the refresh token
 DISCOVERY_DEADLINE = 10.0  # seconds; with DEADLINE and BEAT less than the 60 without a beat after which we count as gone
 LOCK_WAIT = 60.0  # seconds: longer than any try of another process takes
 SAVE_AGAIN = 1.0  # seconds between two attempts to save what is only in memory
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 EXAMPLES = """\
   xai-refresher         keep the login alive until told to stop; SIGHUP: try again now
@@ -55,17 +54,15 @@ class Ending(Exception):
 
 
 class Refresher:
-    """`wait(signals, seconds)` returns as signal.sigtimedwait does."""
-
     def __init__(self, settings: config.Config, *, clock: Callable[[], float] = time.time,
-                 uptime: Callable[[], float] = uptime, wait: Callable[..., Any] = signal.sigtimedwait):
+                 uptime: Callable[[], float] = uptime, sleep: Callable[[float], object] = time.sleep):
         self.settings = settings
         self.store = token_store.TokenStore(settings)
         self._web = session.Session(settings)
         self._schedule = Schedule(settings.refresh_skew)
         self._clock = clock
         self._uptime = uptime
-        self._wait = wait
+        self._sleep = sleep
         self._ending = False
         self._once = False
         self._failure: "errors.Error | None" = None  # of the latest try
@@ -98,6 +95,13 @@ class Refresher:
             raise errors.LoginUnusable("expired", f"the access token in {self.store.path} has expired; {errors.SIGN_IN}")
         return errors.EXIT_INTERRUPTED if self._ending else 0
 
+    def on_signal(self, number: int, _frame: Any = None) -> None:
+        """SIGHUP: try again now. Any other: end when nothing can be lost by it."""
+        if number == signal.SIGHUP:
+            self._schedule.hurry()
+        else:
+            self._ending = True
+
     # Looking
 
     def begin(self) -> None:
@@ -115,7 +119,7 @@ class Refresher:
         """One turn of the loop: a sign of life, a look, and what follows from it, and a pause."""
         self._beat()
         self._look()
-        self._pause(TICK)
+        self._sleep(TICK)
 
     def _look(self) -> None:
         try:
@@ -222,7 +226,7 @@ class Refresher:
             except errors.StorageError as error:
                 self._say("unsaved", f"the refreshed login is in this process's memory only: do not end it. {error}")
             self._beat()
-            self._pause(SAVE_AGAIN)
+            self._sleep(SAVE_AGAIN)
         self._say("unsaved", "")
         logger.info("refreshed%s; the access token lasts until %s", f" after {failures} failures" if failures else "",
                     _date(successor.expires_at))
@@ -260,18 +264,9 @@ class Refresher:
 
     # Waiting and telling
 
-    def _pause(self, seconds: float) -> None:
-        received = self._wait(SIGNALS, seconds)
-        if received is None:
-            return
-        if received.si_signo == signal.SIGHUP:
-            self._schedule.hurry()
-        else:
-            self._ending = True
-
     def _pause_for_lock(self, seconds: float) -> None:
         self._beat()
-        self._pause(seconds)
+        self._sleep(seconds)
         if self._ending:
             raise Ending
 
@@ -311,7 +306,6 @@ def _date(seconds: float) -> str:
 
 
 def main(argv: "list[str] | None" = None) -> int:
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     parser = command.ArgumentParser(prog="xai-refresher", description=EXAMPLES)
     parser.add_argument("--once", action="store_true", help="look once and end")
     parser.add_argument("--token-path", metavar="FILE", help="the token file (default: XAI_PROXY_TOKEN_PATH)")
@@ -324,8 +318,6 @@ def _main(arguments: Any) -> int:
     for warning in settings.warnings:
         logger.warning("%s", warning)
     refresher = Refresher(settings)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, refresher.on_signal)
     return refresher.once() if arguments.once else refresher.run()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -29,6 +29,13 @@ logger = logging.getLogger(__name__)
 
 RESERVE = 65536  # bytes, really written; a login has about 2,000
 POLL = 0.1  # seconds between two looks at a lock that somebody else holds
+FULL = "Make room on the disk that {folder} is on"
+ADVICE = {
+    errno.ENOSPC: FULL,
+    errno.EDQUOT: FULL,
+    errno.EROFS: "Mount {folder} writable",
+    errno.EBUSY: "Mount {folder} itself, not the file in it: a file that is a mount cannot be replaced",
+}
 
 
 def prepare_folder(store: token_store.TokenStore) -> None:
@@ -294,5 +301,6 @@ def _open_lock(store: token_store.TokenStore) -> int:
 
 
 def _storage_error(path: "os.PathLike[str]", error: OSError) -> errors.StorageError:
-    return errors.StorageError(f"{path} cannot be written: {error.strerror}; nothing was changed. Give "
-                               f"{os.path.dirname(path)} room and let user {os.geteuid()} write there")
+    folder = os.path.dirname(path)
+    advice = ADVICE.get(error.errno, "Let user {user} write in {folder}").format(folder=folder, user=os.geteuid())
+    return errors.StorageError(f"{path} cannot be written: {error.strerror}; nothing was changed. {advice}")

@@ -1,0 +1,345 @@
+"""The refresher as a process: two at once, signals, a kill at every system call of its save, disks that take nothing."""
+
+import concurrent.futures
+import json
+import os
+import re
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from xaiproxy import config, errors, refresher, token_writer, tokens
+from xaiproxy.token_store import TokenStore
+from xaiproxy.tokens import State
+
+TOKEN_ENDPOINT = "/oauth2/token"
+COMMAND = "import sys; from xaiproxy.refresher import main; sys.exit(main())"  # as the installed xai-refresher has it
+
+
+def environment(sandbox, path, **more) -> "dict[str, str]":
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("XAI_PROXY_")}
+    return {**inherited, **sandbox.env, "XAI_PROXY_TOKEN_PATH": str(path), **more}
+
+
+class Process:
+    """A refresher; `before` is a command that executes it, such as strace. Its log is read as it comes."""
+
+    def __init__(self, sandbox, path, *options: str, before=(), **more: str):
+        self.path = path
+        self.process = subprocess.Popen(
+            [*map(str, before), sys.executable, "-W", "error", "-c", COMMAND, *options],
+            env=environment(sandbox, path, **more), cwd="/", text=True, stderr=subprocess.PIPE)
+        self.pid = self.process.pid
+        self.lines: "list[str]" = []
+        self._reader = threading.Thread(target=lambda: self.lines.extend(self.process.stderr))
+        self._reader.start()
+
+    def messages(self) -> "list[str]":
+        return [json.loads(line)["message"] for line in list(self.lines) if line.startswith("{")]
+
+    def said(self, text: str) -> int:
+        return sum(text in message for message in self.messages())
+
+    def wait_for(self, text: str, seconds: float = 10) -> None:
+        wait_until(lambda: self.said(text), seconds, lambda: f"{text!r} was not said: {self.lines}")
+
+    def signal(self, *numbers: int) -> None:
+        for number in numbers:
+            self.process.send_signal(number)
+
+    def wait(self, seconds: float = 10) -> int:
+        status = self.process.wait(seconds)
+        self._reader.join()
+        self.process.stderr.close()
+        return status
+
+    def close(self) -> None:
+        self.process.kill()
+        self.wait()
+        assert not re.search(r"eyJ|[\w-]{80}", "".join(self.lines)), "a token in the log"
+
+
+@pytest.fixture
+def start(sandbox):
+    """start(path, ...) starts a refresher that ends with the test."""
+    sandbox.set(device_interval=0)
+    started: "list[Process]" = []
+
+    def start(path, *options, **keywords) -> Process:
+        started.append(Process(sandbox, path, *options, **keywords))
+        return started[-1]
+    yield start
+    for process in started:
+        process.close()
+
+
+def wait_until(true, seconds: float = 10, why=lambda: "it did not happen") -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, why()
+        time.sleep(0.02)
+
+
+def make_store(sandbox, path) -> TokenStore:
+    return TokenStore(config.from_environ(environment(sandbox, path), dotenv_path=os.devnull))
+
+
+def put_stale(sandbox, path, **members) -> dict:
+    now = time.time()
+    return sandbox.write_login(path, obtained_at=now - 1000, expires_at=now + 100, **members)
+
+
+def works(sandbox, login) -> bool:
+    return sandbox.request("GET", "/v1/models", token=login.access_token)[0] == 200
+
+
+def tries(sandbox) -> int:
+    return sum(seen.get("grant_type") == "refresh_token" for seen in sandbox.requests())
+
+
+# a whole life
+
+def test_a_refresher_makes_its_folder_gives_signs_of_life_waits_and_ends(sandbox, start, tmp_path):
+    path = tmp_path / "made" / "tokens.json"
+    process = start(path)
+    process.wait_for("not signed in")
+    store = make_store(sandbox, path)
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700 and store.refresher_alive(time.time())
+    old = put_stale(sandbox, path)
+    process.wait_for("refreshed; the access token lasts until")
+    assert works(sandbox, store.load()) and store.load().access_token != old["access_token"]
+    process.signal(signal.SIGTERM)
+    assert process.wait() == 0
+    assert [message.split()[0] for message in process.messages()] == ["started;", "not", "signed", "refreshed;", "ended"]
+
+
+@pytest.mark.parametrize("options, environ, status, sentence", [
+    (["--nonsense"], {}, 64, "xai-refresher: unrecognized arguments: --nonsense; see xai-refresher --help"),
+    ([], {"XAI_PROXY_ISSUER": "ftp://x"}, 78, "xai-refresher: XAI_PROXY_ISSUER is 'ftp://x', but takes an https URL"),
+    (["--once"], {}, 77, "xai-refresher: not signed in: /proc/none/tokens.json does not exist; run `xai-login --device`"),
+    (["--once", "--token-path", "/dev/null"], {}, 77, "xai-refresher: /dev/null is not a file"),
+], ids=["usage", "configuration", "signed out", "token path"])
+def test_a_refresher_that_cannot_do_its_work_says_so_in_one_sentence(sandbox, start, options, environ, status, sentence):
+    process = start("/proc/none/tokens.json", *options, XAI_PROXY_LOG_LEVEL="error", **environ)
+    assert process.wait() == status
+    [line] = process.lines
+    assert line.startswith(sentence)
+
+
+# two at once
+
+def test_two_refreshers_of_one_login_never_spend_a_token_twice(sandbox, start, tmp_path):
+    sandbox.set(access_token_lifetime=3)
+    path = tmp_path / "tokens.json"
+    store = make_store(sandbox, path)
+    put_stale(sandbox, path)
+    with token_writer.locked(store, 0):
+        both = [start(path), start(path)]
+        for process in both:
+            process.wait_for("signed in")  # it has seen that a refresh is due, and now it waits for the lock
+        time.sleep(0.3)
+    sandbox.wait(lambda seen: seen["refreshes"] == 1)
+    sandbox.wait(lambda seen: seen["refreshes"] == 3, 15)  # each a race, 1.5 s after the last
+    for process in both:
+        process.signal(signal.SIGTERM)
+        assert process.wait() == 0
+        assert not process.said("could not be refreshed")
+    assert (sandbox.counters()["reuses"], tries(sandbox)) == (0, 3)
+    assert works(sandbox, store.load())
+
+
+# signals
+
+def test_signals_while_the_answer_is_on_its_way_do_not_lose_it(sandbox, start, tmp_path):
+    path = tmp_path / "tokens.json"
+    old = put_stale(sandbox, path)
+    sandbox.set(answers=[{"path": TOKEN_ENDPOINT, "grant_type": "refresh_token", "delay": 1}])
+    process = start(path)
+    sandbox.wait(lambda seen: seen["refreshes"] == 1)
+    process.signal(signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGTERM)
+    assert process.wait() == 0
+    login = make_store(sandbox, path).load()
+    assert login.access_token != old["access_token"] and works(sandbox, login)
+    assert sandbox.refresh(login.refresh_token)[0] == 200
+    assert process.messages()[-1] == "ended"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_an_idle_refresher_within_a_moment(start, tmp_path, number):
+    process = start(tmp_path / "tokens.json")
+    process.wait_for("not signed in")
+    begin = time.monotonic()
+    process.signal(number)
+    assert process.wait() == 0 and time.monotonic() - begin < 1
+
+
+def test_a_stopped_refresher_catches_up_when_it_goes_on(sandbox, start, tmp_path):
+    sandbox.set(access_token_lifetime=2)
+    path = tmp_path / "tokens.json"
+    store = make_store(sandbox, path)
+    put_stale(sandbox, path)
+    process = start(path)
+    process.wait_for("refreshed")
+    process.signal(signal.SIGSTOP)
+    sandbox.set(access_token_lifetime=3600)
+    wait_until(lambda: store.load().state(time.time(), 120) is State.INVALID)
+    process.signal(signal.SIGCONT)
+    sandbox.wait(lambda seen: seen["refreshes"] == 2)
+    wait_until(lambda: process.said("refreshed") == 2)
+    assert sandbox.counters()["reuses"] == 0 and not process.said("could not")
+
+
+# killed at every system call of its save
+
+SAVING = "openat,write,fsync,ftruncate,rename,unlink"
+strace = pytest.mark.skipif(
+    shutil.which("strace") is None or subprocess.run(["strace", "-o", os.devnull, "true"], capture_output=True).returncode,
+    reason="strace is not installed, or not permitted here")
+
+
+def traced(path, log, *inject) -> "list[str]":
+    """strace, for the system calls that touch the token files. -D: the refresher, not strace, is our child."""
+    paths = [path, *(path.with_name(path.name + suffix) for suffix in (".new", ".lock", ".refused")), path.parent]
+    return ["strace", "-D", "-f", "-o", str(log), *(f"-P{each}" for each in paths), "-e", f"trace={SAVING}", *inject]
+
+
+@strace
+def test_a_refresher_killed_at_any_system_call_of_its_save_loses_no_login_that_can_be_kept(sandbox, tmp_path):
+    sandbox.set(device_interval=0)
+
+    def run(name: str, *inject: str):
+        """Run `--once` on a stale login of its own; its end, and whether a second one brought a login that lasts."""
+        path = tmp_path / name / "tokens.json"
+        put_stale(sandbox, path)
+        store = make_store(sandbox, path)
+        store.ask_refresh(store.load().access_token)
+        log = tmp_path / f"{name}.strace"
+        killed = Process(sandbox, path, "--once", before=traced(path, log, *inject))
+        ended = killed.wait(30)
+        try:
+            refresher.Refresher(store.settings).once()
+        except errors.GrantRefused:
+            return ended, log, False
+        login = store.load()
+        assert works(sandbox, login) and sandbox.refresh(login.refresh_token)[0] == 200
+        assert not store.new_path.exists()
+        return ended, log, True
+
+    ended, log, kept = run("whole")
+    assert (ended, kept) == (0, True)
+    calls = re.findall(rf"^\d+ +({SAVING.replace(',', '|')})\(", log.read_text(), re.MULTILINE)
+    calls = [(name, calls[:index + 1].count(name)) for index, name in enumerate(calls)]
+    assert len(calls) > 30 and {name for name, _ in calls} == set(SAVING.split(","))
+
+    def kill(call) -> bool:
+        name, n = call
+        ended, _, kept = run(f"{name}{n}", "-e", f"inject={name}:signal=KILL:when={n}")
+        assert ended == -signal.SIGKILL, call
+        return kept
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        lost = [call for call, kept in zip(calls, pool.map(kill, calls)) if not kept]
+    # The first two writes are the rehearsal's. At the third the issuer has answered, and the only copy of the new
+    # login is in the memory of the process that is killed: that one login nobody can keep.
+    assert lost == [("write", 3)]
+    assert sandbox.counters()["reuses"] == 1
+
+
+@strace
+def test_a_refreshed_login_that_cannot_be_saved_is_kept_in_memory_and_saved_when_it_can_be(sandbox, start, tmp_path):
+    path = tmp_path / "tokens.json"
+    put_stale(sandbox, path)
+    inject = ["-e", "inject=rename:error=ENOSPC:when=2..3"]  # the first is the rehearsal's
+    process = start(path, before=traced(path, tmp_path / "strace", *inject))
+    process.wait_for("the refreshed login is in this process's memory only: do not end it")
+    process.signal(signal.SIGTERM)
+    assert process.wait() == 0
+    assert process.said("memory only") == 1 and process.said("refreshed; the access token lasts") == 1
+    assert "No space left on device" in "".join(process.lines)
+    login = make_store(sandbox, path).load()
+    assert (tries(sandbox), sandbox.counters()["reuses"]) == (1, 0)
+    assert works(sandbox, login) and sandbox.refresh(login.refresh_token)[0] == 200
+
+
+# disks that take nothing
+
+mounts = pytest.mark.skipif(
+    shutil.which("unshare") is None or
+    subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True).returncode,
+    reason="unshare is not installed, or may mount nothing here")
+
+
+def mounted(script: str, folder) -> "list[str]":
+    """A shell script that mounts something on "$1", in a mount namespace of the refresher's own, and then runs it."""
+    return ["unshare", "-rm", "sh", "-ec", script + '; shift; exec "$@"', "sh", str(folder)]
+
+
+def seen_from(process: Process, path) -> str:
+    """A path in the mount namespace of a process."""
+    return f"/proc/{process.pid}/root{path}"
+
+
+@mounts
+@pytest.mark.parametrize("room, recorded", [(0, False), (32768, True)], ids=["no byte is free", "room for a login only"])
+def test_a_full_disk_leaves_the_old_login_working_and_its_refresh_token_unspent(sandbox, start, tmp_path, room, recorded):
+    folder, login = tmp_path / "folder", tmp_path / "login"
+    folder.mkdir()
+    old = put_stale(sandbox, login)
+    process = start(folder / "tokens.json", before=mounted(
+        f"mount -t tmpfs -o size=128k,mode=700 none $1; cp -p {login} $1/tokens.json; "
+        f"head -c 1000000 /dev/zero > $1/filling 2>/dev/null || truncate -s -{room} $1/filling", folder))
+    process.wait_for("could not be refreshed")
+    [said] = [message for message in process.messages() if "could not be refreshed" in message]
+    assert "No space left on device; nothing was changed. Make room" in said
+    time.sleep(1.2)  # another try
+    store = make_store(sandbox, seen_from(process, folder / "tokens.json"))
+    login = store.load()
+    assert (login.access_token, login.refresh_token) == (old["access_token"], old["refresh_token"])
+    assert works(sandbox, login) and tries(sandbox) == 0
+    assert (login.refresh_error is not None and login.refresh_error.code == "storage") is recorded
+    assert not store.new_path.exists() and process.said("No space left") == 1
+    os.unlink(seen_from(process, folder / "filling"))
+    process.wait_for("refreshed after")
+    assert works(sandbox, store.load()) and tries(sandbox) == 1 and store.load().refresh_error is None
+
+
+UNWRITABLE = {
+    "read-only": ("mount --bind $1 $1; mount -o remount,ro,bind $1", "Read-only file system", 2),
+    "a mounted file": ("touch $1/../file; cp -p $1/tokens.json $1/../file; mount --bind $1/../file $1/tokens.json",
+                       "Device or resource busy", 1),
+}
+
+
+@mounts
+@pytest.mark.parametrize("script, reason, sentences", UNWRITABLE.values(), ids=UNWRITABLE)
+def test_a_folder_that_cannot_be_written_is_said_and_nothing_is_spent(sandbox, start, tmp_path, script, reason, sentences):
+    folder = tmp_path / "folder"
+    old = put_stale(sandbox, folder / "tokens.json")
+    process = start(folder / "tokens.json", before=mounted(script, folder))
+    process.wait_for("could not be refreshed")
+    time.sleep(1.2)  # another try
+    assert process.said(reason) == sentences  # one about the folder, one about the refresh
+    assert tries(sandbox) == 0
+    login = make_store(sandbox, seen_from(process, folder / "tokens.json")).load()
+    assert login.access_token == old["access_token"] and works(sandbox, login)
+    wait_until(lambda: not os.path.exists(seen_from(process, folder / "tokens.json.new")))  # but for a moment in each try
+    process.signal(signal.SIGTERM)
+    assert process.wait() == 0
+
+
+@mounts
+def test_a_mounted_secret_is_one_sentence(sandbox, start, tmp_path):
+    folder = tmp_path / "folder"
+    put_stale(sandbox, folder / "tokens.json", refresh_token=None)
+    process = start(folder / "tokens.json", before=mounted("mount --bind $1 $1; mount -o remount,ro,bind $1", folder))
+    process.wait_for("holds no refresh token")
+    time.sleep(0.6)
+    process.signal(signal.SIGTERM)
+    assert process.wait() == 0
+    assert [message.split()[0] for message in process.messages()] == ["started;", str(folder / "tokens.json"), "ended"]
