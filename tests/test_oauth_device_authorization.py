@@ -101,7 +101,7 @@ def test_an_answer_that_cannot_be_shown(change: "dict[str, Any]"):
 
 @pytest.mark.parametrize("reply, kind, exit_code, told", [
     (answer(400, {"error": "invalid_scope", "error_description": "Scope team:read is not valid for User principals"}),
-     errors.OAuthError, 78, "Scope team:read is not valid for User principals; correct XAI_PROXY_SCOPE"),
+     errors.OAuthError, 78, "Scope team:read is not valid for User principals\\); correct XAI_PROXY_SCOPE"),
     (answer(400, {"error": "invalid_client"}), errors.ClientRejected, 77, "XAI_PROXY_CLIENT_ID"),
     (answer(403, "<html>", "text/html"), errors.IssuerUnavailable, 69, "a page instead of an answer"),
     (answer(429), errors.IssuerUnavailable, 69, "HTTP 429"), (answer(200, []), errors.IssuerUnavailable, 69, "HTTP 200")])

@@ -94,10 +94,7 @@ def outlook(login: tokens.Tokens, refresher_alive: bool, now: float) -> str:
 
 def local_time(unix_time: float) -> str:
     """Such as "2026-11-23 14:05 CET"."""
-    try:
-        return datetime.datetime.fromtimestamp(unix_time).astimezone().strftime("%Y-%m-%d %H:%M %Z")
-    except (ValueError, OverflowError, OSError):  # beyond what a calendar has
-        return f"unix time {unix_time:g}"
+    return datetime.datetime.fromtimestamp(unix_time).astimezone().strftime("%Y-%m-%d %H:%M %Z")
 
 
 def duration(seconds: float) -> str:

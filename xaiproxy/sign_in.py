@@ -106,13 +106,13 @@ def _by_browser(session: Session, metadata: discovery.Metadata, settings: config
         attempt = authorization_code.Attempt.begin(listener.redirect_uri)
         url = authorization_code.authorization_url(metadata, settings, attempt)
         talk.event("authorization_url", url=url, redirect_uri=listener.redirect_uri)
-        talk.say(f"To sign in, approve on the page that your browser opens now. If it opens none, open\n\n    {url}\n")
+        talk.say(f"To sign in, approve on the page that your browser opens now. If it opens none, open\n\n    {url}\n\n"
+                 "If the browser asks whether that page may reach apps on this device, allow it: that is how it gets here.")
         show(url)
         paste_from = None
         if not talk.as_json and sys.stdin and sys.stdin.isatty():
             paste_from = sys.stdin.fileno()
-            talk.say("If that page ends with a code, or at an address that cannot be opened, paste the code or the address "
-                     "here:")
+            talk.say("If the page shows a code in the end, or an address that cannot be opened, paste that here:")
         code = listener.wait(attempt.state, seconds=APPROVAL_TIME, paste_from=paste_from, say=talk.say)
     return authorization_code.exchange(session, metadata, settings, attempt, code)
 

@@ -74,16 +74,18 @@ def poll(session: Session, metadata: discovery.Metadata, settings: config.Config
     form = {"grant_type": GRANT_TYPE, "device_code": device.device_code, "client_id": settings.client_id}
     while True:
         sleep(max(0.0, min(interval, end - clock())))  # before the first poll, too: the issuer counts from its answer
-        if clock() >= end:
-            raise errors.ExpiredToken("expired_token", "", "the code expired before it was approved; start again for "
-                                      "a new one")
         try:
+            if clock() >= end:
+                raise errors.ExpiredToken("expired_token")
             return token_endpoint.request(session, metadata.token_endpoint, form, issuer=metadata.issuer,
                                           scope=settings.scope, kinds=KINDS, deadline=POLL_DEADLINE)
         except errors.SlowDown as error:
             interval = max(interval + SLOWER, _seconds(error.interval, 0.0))
         except errors.AuthorizationPending:
             pass
+        except errors.ExpiredToken as error:
+            raise errors.ExpiredToken(error.error, error.description, "the code expired before it was approved; start "
+                                      "again for a new one") from None
         except errors.IssuerUnavailable as error:
             trouble(error)
 
@@ -92,7 +94,7 @@ class _InvalidScope(errors.OAuthError):
     exit_code = errors.EXIT_CONFIGURATION
 
     def __init__(self, error: str, description: str, message: str):
-        super().__init__(error, description, f"{message}; correct XAI_PROXY_SCOPE")
+        super().__init__(error, description, f"the issuer refuses the scope ({description or error}); correct XAI_PROXY_SCOPE")
 
 
 def _complete(issuer: str, body: "dict[str, Any]", device_code: str) -> "str | None":

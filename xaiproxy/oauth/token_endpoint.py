@@ -62,7 +62,7 @@ def refusal(answer: Answer, host: str, form: "Mapping[str, str]",
     said = f"{code}: {description}" if description else code
     if answer.status < 500:
         if kinds and code in kinds:
-            error = kinds[code](code, description, f"{host} says {said}")
+            error = kinds[code](code, description, f"{host} ended the login ({said}); start again")
             if isinstance(error, errors.SlowDown):
                 error.interval = body.get("interval")
             return error

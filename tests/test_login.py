@@ -1,0 +1,488 @@
+"""xai-login as a program: on a terminal, in a pipe, with everything that can be in the way."""
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+import segno
+from sandbox import Sandbox
+from scripted_server import ScriptedServer, answer
+from terminal import CTRL_C, Terminal
+
+
+COMMAND = [sys.executable, "-W", "error", "-c", "import sys; from xaiproxy import login; sys.exit(login.main())"]
+ACCOUNT = "sandbox@example.invalid"
+QUICK = {"device_interval": 0.05, "auto_approve": 0}
+
+
+class Login:
+    """Runs xai-login against the sandbox with a token file in tmp_path, and nothing else in its environment."""
+
+    def __init__(self, sandbox: Sandbox, folder: Path) -> None:
+        self.sandbox = sandbox
+        self.path = folder / "login" / "tokens.json"
+        self.env = {"PATH": os.environ["PATH"], "HOME": str(folder), "TZ": "UTC", "LANG": "C.UTF-8",
+                    "XAI_PROXY_ISSUER": sandbox.url, "XAI_PROXY_UPSTREAM": sandbox.url,
+                    "XAI_PROXY_TOKEN_PATH": str(self.path)}
+        self.options = {"env": self.env, "cwd": folder}
+
+    def run(self, *arguments: str, **environ: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run([*COMMAND, *arguments], text=True, capture_output=True, timeout=30, stdin=subprocess.DEVNULL,
+                              **self.options | {"env": self.env | environ})
+
+    def start(self, *arguments: str, prefix: "list[str]" = [], **environ: str) -> "subprocess.Popen[str]":
+        return subprocess.Popen([*prefix, *COMMAND, *arguments], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                stdin=subprocess.DEVNULL, **self.options | {"env": self.env | environ})
+
+    def terminal(self, *arguments: str, columns: int = 100, **environ: str) -> Terminal:
+        return Terminal([*COMMAND, *arguments], columns=columns, **self.options | {"env": self.env | environ})
+
+    def saved(self) -> "dict[str, Any]":
+        return json.loads(self.path.read_text())
+
+    def files(self) -> "list[str]":
+        return sorted(path.name for path in self.path.parent.iterdir())
+
+    def holds_no_secret(self, *outputs: str) -> None:
+        if self.path.exists():
+            for name in ("access_token", "refresh_token"):
+                assert not any(self.saved()[name] in output for output in outputs)
+
+
+@pytest.fixture
+def login(sandbox: Sandbox, tmp_path: Path) -> Login:
+    return Login(sandbox, tmp_path)
+
+
+def until(condition: "Callable[[], Any]", seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def fails(result: "subprocess.CompletedProcess[str]", code: int, told: str) -> None:
+    """One clear sentence on stderr, nothing on stdout."""
+    assert (result.returncode, result.stdout) == (code, "")
+    *talk, sentence = result.stderr.splitlines()
+    assert sentence.startswith("xai-login: ") and re.search(told, sentence), result.stderr
+    assert not any("Traceback" in line for line in talk)
+
+
+# by device
+
+def test_by_device_on_a_terminal(login: Login, sandbox: Sandbox):
+    sandbox.set(device_interval=1.2)
+    with login.terminal("--device") as terminal:
+        code = terminal.expect(r"    ([A-Z0-9]{4}-[A-Z0-9]{4})\r\n")[1]
+        terminal.expect("Waiting for the approval, 15:00 left.*\r\x1b\\[KWaiting for the approval, 14:59 left")
+        sandbox.approve(code)
+        assert terminal.end() == 0
+        screen = terminal.screen
+    url = f"{sandbox.url}/oauth2/device?user_code={code}"
+    assert f"    {sandbox.url}/oauth2/device\r\n" in screen and f"    {url}\r\n" in screen
+    assert qr_code(screen) == [[module > 0 for module in row] for row in segno.make(url, micro=False, error="l",
+                                                                                    boost_error=False).matrix_iter(border=2)]
+    assert f"\r\x1b[KSigned in as {ACCOUNT} at {sandbox.url}; the login is in {login.path}.\r\n" in screen
+    assert re.search(r"No refresher is running: the login lapses at 20\d\d-\d\d-\d\d \d\d:\d\d UTC; `supervisord -c", screen)
+    saved = login.saved()
+    assert (saved["account"], saved["issuer"], saved["token_endpoint"]) == (ACCOUNT, sandbox.url, f"{sandbox.url}/oauth2/token")
+    assert login.path.stat().st_mode & 0o777 == 0o600 and login.path.parent.stat().st_mode & 0o777 == 0o700
+    assert login.files() == ["tokens.json", "tokens.json.lock"]
+    login.holds_no_secret(screen)
+
+
+def qr_code(screen: str) -> "list[list[bool]]":
+    """The dark modules of the half-block picture on the screen."""
+    rows: "list[list[bool]]" = []
+    for line in re.findall(r"\x1b\[38;5;231;48;5;16m(.*)\x1b\[0m", screen):
+        rows.append([block in " ▄" for block in line])
+        rows.append([block in " ▀" for block in line])
+    return rows[:len(rows[0])]  # an odd number of rows: half of the last line is nothing
+
+
+def test_a_terminal_too_narrow_for_the_qr_code_gets_none(login: Login, sandbox: Sandbox):
+    sandbox.set(**QUICK)
+    with login.terminal("--device", columns=30) as terminal:
+        assert terminal.end() == 0
+        assert "48;5;16" not in terminal.screen and "█" not in terminal.screen
+
+
+def test_by_device_in_a_pipe(login: Login, sandbox: Sandbox):
+    sandbox.set(**QUICK)
+    result = login.run()  # no display, so no browser: the default is --device
+    assert result.returncode == 0
+    assert result.stdout == f"Signed in as {ACCOUNT} at {sandbox.url}; the login is in {login.path}.\n"
+    assert "enter the code" in result.stderr and "\x1b" not in result.stderr and "█" not in result.stderr
+    login.holds_no_secret(result.stdout, result.stderr)
+
+
+def test_by_device_for_a_program(login: Login, sandbox: Sandbox):
+    sandbox.set(device_interval=0.05, answers=[
+        {"path": "/oauth2/token", "error": "bad_gateway", "times": 3}, {"path": "/oauth2/token", "cut": "close", "times": 1}])
+    with login.start("--device", "--json") as process:
+        device = json.loads(process.stdout.readline())
+        first, second = json.loads(process.stdout.readline()), json.loads(process.stdout.readline())
+        sandbox.approve(device["user_code"])
+        rest, stderr = process.communicate(timeout=10)
+    page = f"{sandbox.url}/oauth2/device"
+    assert device == {"event": "user_code", "user_code": device["user_code"], "verification_uri": page, "interval": 0.05,
+                      "verification_uri_complete": f"{page}?user_code={device['user_code']}", "expires_in": 900}
+    assert first["event"] == second["event"] == "trouble" and "HTTP 502" in first["message"]
+    done = json.loads(rest)
+    assert done == {"event": "done", "account": ACCOUNT, "issuer": sandbox.url, "token_path": str(login.path),
+                    "expires_at": login.saved()["expires_at"], "refresher_alive": False}
+    assert (process.returncode, stderr) == (0, "")
+    login.holds_no_secret(rest)
+
+
+@pytest.mark.parametrize("knobs, code, told", [
+    ({"device_lifetime": 1}, 77, "the code expired before it was approved; start again"),
+    ({"answers": [{"path": "/oauth2/token", "error": "access_denied"}]}, 77, r"ended the login \(access_denied: The user rejected the request\); start"),
+    ({"answers": [{"path": "/oauth2/token", "error": "expired_token"}]}, 77, "the code expired"),
+    ({"answers": [{"path": "/oauth2/token", "error": "tier_denied"}]}, 77, "Your subscription does not include API access"),
+    ({"answers": [{"path": "/oauth2/device/code", "error": "cloudflare_challenge"}]}, 69, "a page instead of an answer"),
+    ({"answers": [{"path": "/.well-known/*", "status": 404}]}, 69, "no description of an issuer.*check XAI_PROXY_ISSUER"),
+    ({"answers": [{"path": "/.well-known/*", "body": {"issuer": "https://auth.x.ai"}}]}, 69, "correct XAI_PROXY_ISSUER"),
+])
+def test_no_login(login: Login, sandbox: Sandbox, knobs: "dict[str, Any]", code: int, told: str):
+    sandbox.set(device_interval=0.05, **knobs)
+    result = login.run("--device")
+    fails(result, code, told)
+    assert login.files() == ["tokens.json.lock"]
+    assert "—" not in result.stderr
+
+
+def test_no_issuer(login: Login):
+    fails(login.run("--device", XAI_PROXY_ISSUER="http://127.0.0.1:1"), 69, r"127\.0\.0\.1:1 cannot be reached \(Connection ref")
+
+
+def test_a_failure_for_a_program(login: Login):
+    result = login.run("--device", "--json", XAI_PROXY_ISSUER="http://127.0.0.1:1")
+    error = json.loads(result.stdout)
+    assert error.pop("message").startswith("127.0.0.1:1 cannot be reached")
+    assert (error, result.returncode) == ({"event": "error", "exit_code": 69}, 69)
+
+
+@pytest.mark.parametrize("arguments, environ, code, told", [
+    (("--device", "--status"), {}, 64, "not allowed with"), (("--devize",), {}, 64, "unrecognized"),
+    ((), {"XAI_PROXY_ISUER": "x"}, 78, "XAI_PROXY_ISUER is not a setting; did you mean XAI_PROXY_ISSUER?"),
+    (("--status",), {"XAI_PROXY_ISSUER": "http://192.0.2.1"}, 78, "XAI_PROXY_ISSUER")])
+def test_a_wrong_line_or_setting(login: Login, arguments: "tuple[str]", environ: "dict[str, str]", code: int, told: str):
+    fails(login.run(*arguments, **environ), code, re.escape(told))
+    assert not login.path.parent.exists()
+
+
+# what is there already
+
+def test_over_an_existing_login(login: Login, sandbox: Sandbox):
+    sandbox.set(**QUICK)
+    former = sandbox.write_login(login.path, account="former@example.invalid")
+    result = login.run("--device")
+    assert result.returncode == 0
+    assert f"replaces the one of former@example.invalid in {login.path}" in result.stderr
+    assert login.saved()["account"] == ACCOUNT and login.saved()["refresh_token"] != former["refresh_token"]
+
+
+@pytest.mark.parametrize("members", [{"issuer": "https://auth.x.ai"}, {"client_id": "another"}, {"issuer": None}])
+def test_another_issuers_login_is_left_alone(login: Login, sandbox: Sandbox, members: "dict[str, Any]"):
+    sandbox.write_login(login.path, **members)
+    sandbox.reset()
+    before = login.path.read_bytes()
+    for arguments in (("--device",), ("--logout",)):
+        fails(login.run(*arguments), 78, "is left alone, since the settings say .*; name another file with --token-path")
+    assert login.path.read_bytes() == before and sandbox.requests() == []  # nobody was asked to approve anything
+    sandbox.set(**QUICK)
+    assert login.run("--device", "--token-path", f"{login.path}2").returncode == 0
+
+
+def test_a_file_that_is_no_login_is_kept_aside(login: Login, sandbox: Sandbox):
+    sandbox.set(**QUICK)
+    login.path.parent.mkdir()
+    login.path.write_text("{half")
+    result = login.run("--device")
+    assert result.returncode == 0 and "is kept as" in result.stderr
+    _login, kept, _lock = login.files()
+    assert kept.startswith("tokens.json.corrupt-") and (login.path.parent / kept).read_text() == "{half"
+
+
+def test_it_waits_for_whoever_is_writing(login: Login, sandbox: Sandbox):
+    sandbox.set(**QUICK)
+    sandbox.write_login(login.path)
+    with open(f"{login.path}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with login.start("--device") as process:
+            until(lambda: f"{login.path}.lock" in open_files(process.pid))
+            sandbox.reset()
+            assert sandbox.requests() == []
+            sandbox.set(**QUICK)
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            process.communicate(timeout=10)
+    assert process.returncode == 0
+
+
+def open_files(pid: int) -> "set[str]":
+    found = set()
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            found.add(os.readlink(fd))
+        except OSError:
+            pass
+    return found
+
+
+# Ctrl-C
+
+def test_ctrl_c_while_waiting_leaves_nothing(login: Login):
+    with login.terminal("--device") as terminal:
+        terminal.expect("Waiting for the approval")
+        terminal.type(CTRL_C)
+        assert terminal.end() == 130
+        assert "xai-login: interrupted" in terminal.screen and "Traceback" not in terminal.screen
+    assert login.files() == ["tokens.json.lock"]
+
+
+def test_ctrl_c_while_the_issuer_says_nothing(login: Login):
+    with ScriptedServer(lambda connection: connection.recv(65536) and connection.recv(1)) as silent:
+        with login.terminal("--device", XAI_PROXY_ISSUER=silent.url) as terminal:
+            until(lambda: silent._threads)
+            terminal.type(CTRL_C)
+            assert terminal.end(5) == 130
+
+
+def test_an_interrupt_for_a_program(login: Login):
+    with login.start("--device", "--json") as process:
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        rest, _ = process.communicate(timeout=10)
+    assert json.loads(rest) == {"event": "error", "message": "interrupted", "exit_code": 130}
+    assert process.returncode == 130
+
+
+# disks
+
+@pytest.fixture
+def mounted(login: Login, tmp_path: Path) -> "Callable[..., subprocess.Popen[str]]":
+    """xai-login with its token folder on a small file system of its own, in a mount namespace of its own."""
+    if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True).returncode:
+        pytest.skip("unshare -rm cannot mount here")
+    login.path.parent.mkdir()
+
+    def start(options: str, *arguments: str) -> "subprocess.Popen[str]":
+        script = 'mount -t tmpfs -o "$1" none "$2" && shift 2 && exec "$@"'
+        return login.start(*arguments, prefix=["unshare", "-rm", "sh", "-c", script, "sh", options, str(login.path.parent)])
+    return start
+
+
+@pytest.mark.parametrize("options, told", [("size=32k", "No space left on device"), ("ro", "Read-only file system")])
+def test_nobody_approves_for_a_disk_that_takes_nothing(mounted, sandbox: Sandbox, options: str, told: str):
+    with mounted(options, "--device") as process:
+        _, stderr = process.communicate(timeout=10)
+    assert (process.returncode, sandbox.requests()) == (75, [])
+    assert told in stderr and stderr.count("\n") == 1
+
+
+def test_a_disk_that_filled_up_after_the_approval(mounted, login: Login, sandbox: Sandbox):
+    """The approved login is not lost: it says so, and tries until there is room."""
+    sandbox.set(device_interval=0.05)
+    with mounted("size=128k", "--device", "--json") as process:
+        device = json.loads(process.stdout.readline())
+        folder = Path(f"/proc/{process.pid}/root{login.path.parent}")
+        with pytest.raises(OSError):
+            (folder / "ballast").write_bytes(b"x" * 1_000_000)
+        sandbox.approve(device["user_code"])
+        trouble = json.loads(process.stdout.readline())
+        assert trouble["event"] == "trouble" and "No space left on device" in trouble["message"]
+        assert not (folder / "tokens.json").exists()
+        (folder / "ballast").unlink()
+        done = json.loads(process.stdout.readline())
+        assert done["event"] == "done" and process.wait(10) == 0
+        process.stdout.close(), process.stderr.close()
+    assert sandbox.counters()["logins"] == 1
+
+
+# by browser
+
+@pytest.fixture
+def browser(login: Login, tmp_path: Path) -> "Callable[[], str]":
+    """A browser of the machine, as webbrowser knows them: it notes the address that it is to open."""
+    program, opened = tmp_path / "browser", tmp_path / "opened"
+    program.write_text(f'#!/bin/sh\necho "noise"; echo "noise" >&2\necho "$1" > {opened}.new && mv {opened}.new {opened}\n')
+    program.chmod(0o755)
+    login.env |= {"BROWSER": str(program), "DISPLAY": ":99"}
+
+    def address() -> str:
+        until(opened.exists)
+        return opened.read_text().strip()
+    return address
+
+
+def test_by_browser_on_a_terminal(login: Login, sandbox: Sandbox, browser):
+    with login.terminal() as terminal:  # a browser is there: the default is --browser
+        url = browser()
+        terminal.expect(re.escape(f"    {url}\r\n"))
+        assert "&plan=generic&referrer=xaiproxy" in url and "redirect_uri=http%3A%2F%2F127.0.0.1%3A" in url
+        with urllib.request.urlopen(sandbox.consent(url), timeout=5) as page:
+            assert b"You can close this window" in page.read()
+        assert terminal.end() == 0
+        assert f"Signed in as {ACCOUNT}" in terminal.screen and "noise" not in terminal.screen
+    login.holds_no_secret(terminal.screen)
+
+
+@pytest.mark.parametrize("pasted", ["the address", "the code"])
+def test_by_browser_with_the_answer_pasted(login: Login, sandbox: Sandbox, browser, pasted: str):
+    with login.terminal("--browser") as terminal:
+        redirect = sandbox.consent(browser())
+        terminal.expect("paste that here")
+        terminal.type("what now?\n")
+        terminal.expect("That does not help: it is neither a URL nor a code")
+        terminal.type((redirect if pasted == "the address" else re.search("code=([^&]*)", redirect)[1]) + "\n")
+        assert terminal.end() == 0
+    assert login.saved()["account"] == ACCOUNT
+
+
+def test_by_browser_for_a_program(login: Login, sandbox: Sandbox, browser):
+    with login.start("--browser", "--json") as process:
+        event = json.loads(process.stdout.readline())
+        assert event == {"event": "authorization_url", "url": browser(), "redirect_uri": event["redirect_uri"]}
+        urllib.request.urlopen(sandbox.consent(event["url"]), timeout=5).close()
+        rest, stderr = process.communicate(timeout=10)
+    assert json.loads(rest)["event"] == "done" and (process.returncode, stderr) == (0, "")
+
+
+def test_by_browser_denied(login: Login, sandbox: Sandbox, browser):
+    with login.terminal("--browser") as terminal:
+        urllib.request.urlopen(sandbox.consent(browser(), "deny"), timeout=5).close()
+        assert terminal.end() == 77
+        assert "xai-login: the login was denied (access_denied: User denied); start again" in terminal.screen
+    assert login.files() == ["tokens.json.lock"]
+
+
+def test_ctrl_c_in_the_browser_login(login: Login, browser):
+    with login.terminal("--browser") as terminal:
+        terminal.expect("paste that here")
+        terminal.type(CTRL_C)
+        assert terminal.end() == 130
+
+
+@pytest.mark.parametrize("environ, here", [
+    ({"DISPLAY": ":0"}, True), ({"WAYLAND_DISPLAY": "wayland-0"}, True), ({}, True), ({"BROWSER": ""}, False),
+    ({"BROWSER": "", "DISPLAY": ":0", "PATH": "/nowhere"}, False),
+    ({"DISPLAY": ":0", "SSH_CONNECTION": "192.0.2.1 1 192.0.2.2 22"}, False), ({"DISPLAY": ":0", "SSH_TTY": "/dev/pts/1"}, False)])
+def test_where_a_browser_would_be_seen(environ: "dict[str, str]", here: bool):
+    code = "import os; from xaiproxy import login; print(login.browser_here(os.environ))"
+    result = subprocess.run([sys.executable, "-W", "error", "-c", code], env={"PATH": os.environ["PATH"], "BROWSER": "/bin/true",
+                                                                             **environ}, capture_output=True, text=True)
+    assert (result.stdout, result.stderr) == (f"{here}\n", "")
+
+
+# --status
+
+def test_status_of_a_good_login(login: Login, sandbox: Sandbox):
+    sandbox.write_login(login.path, account=ACCOUNT)
+    sandbox.reset()
+    result = login.run("--status")
+    assert (result.returncode, result.stderr) == (0, "")
+    who, until_when, refresher = result.stdout.splitlines()
+    assert who == f"Signed in as {ACCOUNT} at {sandbox.url}; the login is in {login.path}."
+    assert re.fullmatch(r"The access token is valid until 20\d\d-\d\d-\d\d \d\d:\d\d UTC, for another 5 h 59 min\.", until_when)
+    assert refresher.startswith("No refresher is running: the login lapses at 20")
+    (login.path.parent / "tokens.json.lock").touch()  # the refresher's sign of life
+    assert login.run("--status").stdout.splitlines()[2] == "The refresher is running and renews it."
+    assert sandbox.requests() == []
+
+
+def test_status_while_somebody_writes(login: Login, sandbox: Sandbox):
+    sandbox.write_login(login.path)
+    with open(f"{login.path}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert login.run("--status").returncode == 0
+
+
+@pytest.mark.parametrize("members, code, told", [
+    ({"expires_at": 1000}, 0, ["The access token expired at 1970-01-01 00:16 UTC", "the login lapsed at 1970-01-01 00:16 UTC"]),
+    ({"expires_at": 1000, "refresh_token": None}, 77, ["It has no refresh token and cannot be renewed"]),
+    ({"refresh_error": {"code": "503", "description": "auth.x.ai answered HTTP 503", "at": 2000, "retry_at": 2060}}, 0,
+     ["The last refresh failed at 1970-01-01 00:33 UTC: auth.x.ai answered HTTP 503.", "The next try is due at 1970-01-01 00:34"]),
+    ({"refresh_error": {"code": "invalid_grant", "description": "revoked\x1b[2J", "at": 2000, "terminal": True}}, 77,
+     ["failed at 1970-01-01 00:33 UTC: revoked [2J.", "It will not be tried again; run `xai-login --device` to sign in."])])
+def test_status_of_a_login_in_trouble(login: Login, sandbox: Sandbox, members: "dict[str, Any]", code: int, told: "list[str]"):
+    sandbox.write_login(login.path, **members)
+    result = login.run("--status")
+    assert (result.returncode, result.stderr) == (code, "")
+    for sentence in told:
+        assert sentence in result.stdout
+
+
+def test_status_without_a_login(login: Login):
+    result = login.run("--status")
+    assert (result.returncode, result.stderr) == (77, "")
+    assert result.stdout == f"not signed in: {login.path} does not exist; run `xai-login --device` to sign in\n"
+    assert not login.path.parent.exists()
+
+
+@pytest.mark.parametrize("content, state", [("{half", "corrupt"), ('{"access_token": "at", "expires_at": 9e9}', "foreign")])
+def test_status_for_a_program(login: Login, sandbox: Sandbox, content: str, state: str):
+    written = sandbox.write_login(login.path, account=ACCOUNT)
+    result = login.run("--status", "--json")
+    assert json.loads(result.stdout) == {
+        "event": "status", "usable": True, "state": "fresh", "account": ACCOUNT, "issuer": sandbox.url, "refresh_error": None,
+        "expires_at": written["expires_at"], "token_path": str(login.path), "refresher_alive": False}
+    login.path.write_text(content)
+    result = login.run("--status", "--json")
+    event = json.loads(result.stdout)
+    assert (result.returncode, event["usable"], event["state"]) == (77, False, state)
+
+
+# --logout
+
+def test_logout(login: Login, sandbox: Sandbox):
+    written = sandbox.write_login(login.path, account=ACCOUNT)
+    for name in ("new", "refused", "corrupt-1", "refused.0a1b"):
+        (login.path.parent / f"tokens.json.{name}").write_text("")
+    (login.path.parent / "client-keys").write_text("")
+    result = login.run("--logout")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == f"Signed out: the login of {ACCOUNT} is gone from {login.path}.\n"
+    assert login.files() == ["client-keys", "tokens.json.lock"]
+    assert sandbox.counters()["revocations"] == 1 and sandbox.refresh(written["refresh_token"])[0] == 400
+    again = login.run("--logout")
+    assert (again.returncode, again.stdout) == (0, f"Nothing to sign out of: {login.path} does not exist.\n")
+
+
+def test_logout_without_the_issuer(login: Login, sandbox: Sandbox):
+    sandbox.write_login(login.path)
+    sandbox.set(answers=[{"path": "/oauth2/revoke", "error": "bad_gateway"}])
+    result = login.run("--logout", "--json")
+    done, error = map(json.loads, result.stdout.splitlines())
+    assert done == {"event": "signed_out", "revoked": False, "account": None} and error["exit_code"] == result.returncode == 69
+    assert "the login was removed here but not revoked, because" in result.stderr and "HTTP 502" in result.stderr
+    assert login.files() == ["tokens.json.lock"]
+
+
+def test_logout_of_a_file_that_is_no_login(login: Login, sandbox: Sandbox):
+    login.path.parent.mkdir()
+    login.path.write_text("{half")
+    result = login.run("--logout")
+    assert result.returncode == 0 and "could not be read as a login and so could not be revoked" in result.stdout
+    assert login.files() == ["tokens.json.lock"] and sandbox.requests() == []
+
+
+# being quick
+
+def test_help_comes_with_worked_lines_first_and_without_the_http_client(login: Login):
+    result = subprocess.run([sys.executable, "-W", "error", "-c", "import sys\nfrom xaiproxy import login\ntry:\n    login.main()\n"
+                             "finally:\n    assert not {'requests', 'ssl', 'dotenv', 'logging'} & set(sys.modules)", "--help"],
+                            text=True, capture_output=True, **login.options)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.index("  xai-login --device    ") < result.stdout.index("options:")
