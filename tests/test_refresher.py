@@ -220,7 +220,6 @@ def test_a_definite_failure_backs_off_and_the_old_login_stays(day, answer, caplo
     assert tries(day) == len(times)
     assert (day.login().access_token, day.login().refresh_token) == (old["access_token"], old["refresh_token"])
     assert said(caplog, "could not be refreshed") == 1
-    script(day, times=1, status=200, process=True)
     day.sandbox.set(answers=[])
     day.pass_(60)
     assert works(day) and day.login().refresh_error is None
@@ -326,6 +325,22 @@ def test_a_dead_login_is_said_once_and_its_successor_is_used_without_a_restart(d
     day.pass_(1)
     assert works(day) and day.login().refresh_error is None and day.login().access_token != new["access_token"]
     assert (tries(day), day.sandbox.counters()["reuses"]) == (2, 0)
+
+
+def test_each_dead_login_is_said(day, caplog):
+    for number in (1, 2):
+        day.put()
+        day.sandbox.kill("logins")
+        day.pass_(10)
+        assert said(caplog, "run `xai-login --device`") == tries(day) == number
+
+
+def test_an_outage_is_said_once_whatever_it_looks_like(day, caplog):
+    day.put()
+    script(day, *({"error": error, "times": 1} for error in ("bad_gateway", "unavailable", "cloudflare_challenge", "internal")))
+    day.pass_(60)
+    assert works(day) and len(day.failures) == 4
+    assert said(caplog, "could not be refreshed") == 1
 
 
 def test_a_refused_grant_is_not_the_end_when_the_file_holds_another_by_now(day, tmp_path):
@@ -588,9 +603,10 @@ def test_once_refreshes_what_is_due_and_leaves_no_sign_of_life(day):
     (lambda day: (day.put(), script(day, cut="reset")), 69),
     (lambda day: (day.put(), day.store.new_path.mkdir()), 75),
 ], ids=["missing", "corrupt", "foreign", "fixed", "fixed and expired", "refused", "refused before", "plan", "down", "lost", "disk"])
-def test_once_tells_how_it_went(day, make, status):
+def test_once_tells_how_it_went(day, make, status, caplog):
     make(day)
     assert once(day) == status
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]  # the command says the error itself
 
 
 def test_once_gives_a_held_lock_up_after_a_minute(day, holder):

@@ -140,6 +140,7 @@ class Refresher:
 
     def _decide(self, login: tokens.Tokens) -> Decision:
         if self._schedule.watch(login, self._clock()):
+            self._say("failure", "")
             error = login.refresh_error
             if error is not None and error.terminal:
                 self._say("login", error.description)
@@ -230,7 +231,7 @@ class Refresher:
         self._say("unsaved", "")
         logger.info("refreshed%s; the access token lasts until %s", f" after {failures} failures" if failures else "",
                     _date(successor.expires_at))
-        self._say("failure", successor.refresh_error.description if successor.refresh_error else "")
+        self._say("failure", successor.refresh_error.description if successor.refresh_error else "", "stale")
         if self._asked(login):
             with contextlib.suppress(OSError):
                 self.store.refused_path.unlink()
@@ -253,7 +254,8 @@ class Refresher:
         next_try = "no further try" if terminal else \
             f"next try in {math.ceil(wait)} s" if wait is not None else \
             "the refresh token may be spent, so it is not tried again before the access token expires or is refused"
-        self._say("failure", f"the login could not be refreshed: {error}", next_try)
+        # An outage may have a new face every minute: told is its first, and the file has the latest.
+        self._say("failure", f"the login could not be refreshed: {error}; {next_try}", f"{_code(error)} {wait is None}")
         if writer is not None:
             self._record(writer, login, tokens.RefreshError(
                 _code(error), str(error), now, terminal, None if wait is None else now + wait))
@@ -286,11 +288,13 @@ class Refresher:
                 return  # a mounted Secret: there is nothing that we would write
         self._say("folder", self._said.get("folder") or str(error))
 
-    def _say(self, subject: str, text: str, detail: str = "") -> None:
-        """Log `text` unless it is what was said last about the subject; "" is nothing to say."""
-        if text and text != self._said.get(subject):
-            logger.warning("%s", f"{text}; {detail}" if detail else text)
-        self._said[subject] = text
+    def _say(self, subject: str, text: str, kind: str = "") -> None:
+        """Log `text` unless the same, or the same kind, was said last about the subject; "" is nothing to say."""
+        kind = text and (kind or text)
+        told_by_exit = self._once and subject in ("login", "lock", "folder", "failure")
+        if text and kind != self._said.get(subject) and not told_by_exit:
+            logger.warning("%s", text)
+        self._said[subject] = kind
 
 
 def _code(error: errors.Error) -> str:
