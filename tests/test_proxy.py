@@ -6,13 +6,15 @@ import gzip
 import json
 import os
 import subprocess
+import sys
+import threading
 import time
 import zlib
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
 import pytest
-from proxy_process import Client, ProxyProcess
+from proxy_process import Client, ProxyProcess, environment
 from sandbox import Sandbox
 from scripted_upstream import Request, ScriptedUpstream
 from wire import PATIENCE, Message, readable
@@ -41,6 +43,7 @@ def deflated(data: bytes) -> bytes:
     return compressor.compress(data) + compressor.flush()
 
 
+REFRESHER = "import sys; from xaiproxy.refresher import main; sys.exit(main())"
 REFUSED = answer(403, NEW)
 REFUSALS = {
     "plain": REFUSED, "old": answer(403, OLD), "chunked": chunked(403, NEW[:20], NEW[20:]),
@@ -127,6 +130,78 @@ def assert_refusal(message: Message, status: int, code: str, *words: str) -> Non
 def assert_as_it_came(message: Message, sent: bytes) -> None:
     assert message.head + (b"" if message.chunks else message.body) == \
         (sent if not message.chunks else sent.partition(b"\r\n\r\n")[0] + b"\r\n\r\n")
+
+
+# Both processes, for half a minute
+
+
+class Flow:
+    """Requests all the time, some short and some streamed, under tokens that live for three seconds.
+
+    It runs beside the other tests of this module; the last one asks how it went.
+    """
+
+    SECONDS = 30
+
+    def __init__(self, proxy: ProxyProcess):
+        self.proxy = proxy
+        self.done = 0
+        self.faults: "list[str]" = []
+        self._end = time.monotonic() + self.SECONDS
+        self._threads = [threading.Thread(target=self._run, args=(one,))
+                         for one in (self._models, self._stream, self._stream, self._stream)]
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self, request: "Callable[[Client], None]") -> None:
+        try:
+            while time.monotonic() < self._end:
+                with self.proxy.client() as client:
+                    request(client)
+                self.done += 1
+        except Exception as fault:  # told by the test, in its own thread
+            self.faults.append(repr(fault))
+
+    def _models(self, client: Client) -> None:
+        for _ in range(20):
+            message = client.ask()
+            assert message.status == 200, message
+            time.sleep(0.05)
+
+    def _stream(self, client: Client) -> None:
+        message = client.ask("POST", "/v1/chat/completions", "Content-Type: application/json",
+                             body=b'{"model":"grok-4.5","messages":[],"stream":true}')
+        assert message.status == 200 and message.body.endswith(b"data: [DONE]\n\n"), message
+
+    def join(self) -> None:
+        for thread in self._threads:
+            thread.join()
+
+    def stop(self) -> None:
+        self._end = 0
+        self.join()
+
+
+@pytest.fixture(scope="module")
+def flow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flow]:
+    folder = tmp_path_factory.mktemp("flow")
+    with Sandbox(access_token_lifetime=3, events=20, events_per_second=5) as sandbox:
+        sandbox.write_login(folder / "tokens.json")
+        environ = environment(folder, issuer=sandbox.url, upstream=sandbox.url)
+        with open(folder / "refresher.log", "wb") as log:
+            refresher = subprocess.Popen([sys.executable, "-W", "error", "-c", REFRESHER], cwd=folder,
+                                         env=environ, stderr=log)
+        with ProxyProcess(folder, issuer=sandbox.url, upstream=sandbox.url) as proxy:
+            flow = Flow(proxy)
+            flow.sandbox = sandbox
+            yield flow
+            flow.stop()
+        refresher.terminate()
+        assert refresher.wait(10) == 0
+
+
+def test_requests_begin_to_flow(flow: Flow) -> None:
+    flow.sandbox.wait(lambda counters: counters["streams"] >= 3)
 
 
 # What is forwarded
@@ -611,6 +686,14 @@ def test_expired_token_that_nobody_renews(client: Client, proxy: ProxyProcess, w
     message = client.ask()
     assert_refusal(message, 503, "token_unavailable", "expired", word)
     assert message.value("Retry-After") == "10" and time.monotonic() - start < 0.5
+
+
+def test_no_request_failed_while_tokens_expired(flow: Flow) -> None:
+    flow.join()
+    counters = flow.sandbox.counters()
+    assert flow.faults == [] and flow.done > 40
+    assert counters["refreshes"] >= 9 and counters["reuses"] == counters["cancelled_streams"] == 0
+    assert {line["status"] for line in flow.proxy.log_lines() if "status" in line} == {200}
 
 
 def test_token_is_never_said(proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:

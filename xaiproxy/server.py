@@ -83,15 +83,20 @@ def main(argv: "list[str] | None" = None) -> int:
 
 
 def serve(settings: config.Config) -> int:
-    """Serve until SIGTERM or SIGINT, then drain; a second signal cuts at once."""
     # The original poll: the patched one would switch greenlets in the middle of a log line.
     log.setup("proxy", settings.log_level, settings.log_format, poll=gevent.monkey.get_original("select", "poll"))
     gevent.get_hub().exception_stream = _LogStream()
     for warning in settings.warnings:
         logger.warning("%s", warning)
     keys = client_keys.ClientKeys(settings.client_keys_file, required=_names_a_key_file(settings))
-    listener = listen(settings)
-    check_exposure(listener, settings, keys)
+    with listen(settings) as listener:
+        check_exposure(listener, settings, keys)
+        run(listener, settings, keys)
+    return 0
+
+
+def run(listener: socket.socket, settings: config.Config, keys: client_keys.ClientKeys) -> None:
+    """Serve until SIGTERM or SIGINT, then drain; a second signal cuts at once."""
     upstream = Upstream(settings)
     server = Server(listener, app.create_app(settings, keys, upstream), settings,
                     connection_limit(settings.max_connections))
@@ -109,7 +114,6 @@ def serve(settings: config.Config) -> int:
     server.drain(cut)
     upstream.close()
     logger.info("stopped")
-    return 0
 
 
 def listen(settings: config.Config) -> socket.socket:

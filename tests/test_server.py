@@ -1,0 +1,292 @@
+"""The proxy as a process: how it starts and refuses to, its limits, its signals, and a log that nobody reads."""
+from __future__ import annotations
+
+import hashlib
+import re
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+from typing import Iterator
+
+import pytest
+from proxy_process import COMMAND, Client, ProxyProcess, environment, refuse_to_start
+from scripted_upstream import ScriptedUpstream
+from wire import readable
+
+from xaiproxy import __version__
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+KEY = "a-key-of-nobody"
+
+
+@pytest.fixture
+def upstream() -> Iterator[ScriptedUpstream]:
+    with ScriptedUpstream() as running:
+        yield running
+
+
+def write_keys(path: Path) -> None:
+    path.write_text(f"me {hashlib.sha256(KEY.encode()).hexdigest()}\n")
+
+
+# Starting
+
+
+def test_port_that_is_taken(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        code, text = refuse_to_start(tmp_path, port=port)
+    assert code == 78 and text.count("\n") == 1
+    assert re.fullmatch(rf"xai-proxy: .*127\.0\.0\.1 port {port}: Address already in use; .*XAI_PROXY_PORT\n", text)
+
+
+def test_address_that_is_not_ours(tmp_path: Path) -> None:
+    code, text = refuse_to_start(tmp_path, bind="192.0.2.1")
+    assert code == 78 and "192.0.2.1" in text and "XAI_PROXY_BIND" in text and text.count("\n") == 1
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0", "::"])
+def test_everybody_is_not_served_by_accident(tmp_path: Path, address: str) -> None:
+    code, text = refuse_to_start(tmp_path, bind=address)
+    assert code == 78 and "xai-client-key add NAME" in text and "XAI_PROXY_ALLOW_ANONYMOUS=1" in text
+    assert text.count("\n") == 1
+
+
+@pytest.mark.parametrize("way", ["keys", "missing keys", "anonymous"])
+def test_ways_out_of_that(tmp_path: Path, way: str) -> None:
+    settings = {"keys": {}, "missing keys": {"client_keys_file": tmp_path / "missing"}, "anonymous": {"allow_anonymous": 1}}
+    if way == "keys":
+        write_keys(tmp_path / "client-keys")
+    with ProxyProcess(tmp_path, bind="0.0.0.0", **settings[way]) as proxy:
+        assert proxy.ask("GET", "/healthz").status == 200
+        refused = proxy.ask().value("X-XAI-Proxy-Error")
+        assert refused == ("login_required" if way == "anonymous" else "client_key_required")
+        assert proxy.ask("GET", "/v1/models", f"X-Api-Key: {KEY}").value("X-XAI-Proxy-Error") == \
+            ("client_key_required" if way == "missing keys" else "login_required")
+
+
+def test_unknown_setting(tmp_path: Path) -> None:
+    code, text = refuse_to_start(tmp_path, idle_timeoot=3)
+    assert code == 78 and "XAI_PROXY_IDLE_TIMEOOT" in text and "XAI_PROXY_IDLE_TIMEOUT" in text and text.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments, code, text", [
+    (["--version"], 0, f"{__version__}\n"), (["--nonsense"], 64, "see xai-proxy --help\n"),
+    (["--port", "x"], 78, "XAI_PROXY_PORT")])
+def test_command_line(tmp_path: Path, arguments: "list[str]", code: int, text: str) -> None:
+    done = subprocess.run([*COMMAND, *arguments], cwd=tmp_path, env=environment(tmp_path), text=True, timeout=20,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == code and text in done.stdout and "Traceback" not in done.stdout
+
+
+def test_ipv6(tmp_path: Path) -> None:
+    with ProxyProcess(tmp_path, bind="::1") as proxy:
+        assert proxy.url == f"http://[::1]:{proxy.port}"
+        with Client(proxy.port, "::1") as client:
+            assert client.ask("GET", "/healthz").status == 200
+
+
+# Limits
+
+
+def test_low_limit_of_file_descriptors(tmp_path: Path) -> None:
+    with ProxyProcess(tmp_path, prefix=("prlimit", "--nofile=164:164")) as proxy:
+        line = proxy.wait_for_log(lambda line: "file descriptor" in line["message"])
+        assert line["level"] == "warning" and "50 client connections, not 10000" in line["message"]
+
+
+def test_soft_limit_of_file_descriptors_is_raised(tmp_path: Path) -> None:
+    with ProxyProcess(tmp_path, prefix=("prlimit", "--nofile=100:5000"), max_connections=100) as proxy:
+        limits = Path(f"/proc/{proxy.process.pid}/limits").read_text()
+        assert re.search(r"Max open files +264 +5000 ", limits)
+        assert not [line for line in proxy.log_lines() if "file descriptor" in line["message"]]
+
+
+def test_connections_beyond_the_limit_wait_their_turn(tmp_path: Path, upstream: ScriptedUpstream) -> None:
+    with ProxyProcess(tmp_path, upstream=upstream.origin, max_connections=2) as proxy:
+        proxy.sign_in()
+        with proxy.client() as first, proxy.client() as second, proxy.client() as third:
+            streams = []
+            for client in (first, second):
+                client.request()
+                streams.append(upstream.receive().answer(CHUNKED))
+                client.head()
+            third.request("GET", "/v1/third")
+            assert not readable([third.sock, upstream.listener], 0.3)
+            streams[0].answer(b"0\r\n\r\n")  # its connection stays open, and with it its place
+            assert first.chunk() == b"" and not readable([third.sock, upstream.listener], 0.2)
+            first.close()
+            request = upstream.receive()
+            assert request.target == "/v1/third"
+            request.answer()
+            assert third.message().body == b"ok"
+            streams[1].answer(b"0\r\n\r\n")
+
+
+def test_dead_peers_are_looked_for_on_both_sides(tmp_path: Path, upstream: ScriptedUpstream) -> None:
+    """SO_KEEPALIVE, first after 60 s: proc(5) shows the kernel's timer for it."""
+    with ProxyProcess(tmp_path, upstream=upstream.origin) as proxy, proxy.client() as client:
+        proxy.sign_in()
+        client.request()
+        request = upstream.receive().answer()
+        client.message()
+        rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        timers = {(int(local[-4:], 16), int(remote[-4:], 16)): timer for _, local, remote, _, _, timer, *_ in rows}
+        for ports in ((proxy.port, client.sock.getsockname()[1]), (request.connection.sock.getpeername()[1], upstream.port)):
+            kind, left = timers[ports].split(":")
+            assert kind == "02" and 50 * 100 < int(left, 16) <= 60 * 100
+
+
+# Ending
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_idle_connections_are_closed_at_once(tmp_path: Path, number: int) -> None:
+    with ProxyProcess(tmp_path) as proxy, proxy.client() as used, proxy.client() as new:
+        used.ask("GET", "/healthz")
+        start = time.monotonic()
+        proxy.process.send_signal(number)
+        assert used.closed_within(1) and new.closed_within(1)
+        assert proxy.wait() == 0 and time.monotonic() - start < 1
+        with pytest.raises(ConnectionRefusedError):
+            proxy.client()
+
+
+def test_open_answers_are_finished(tmp_path: Path, upstream: ScriptedUpstream) -> None:
+    with ProxyProcess(tmp_path, upstream=upstream.origin) as proxy, proxy.client() as streaming, \
+            proxy.client() as waiting, proxy.client() as uploading, proxy.client() as beginning:
+        proxy.sign_in()
+        streaming.request("GET", "/v1/stream")
+        stream = upstream.receive().answer(CHUNKED + b"3\r\none\r\n")
+        assert streaming.head().value("Connection") is None and streaming.chunk() == b"one"
+        waiting.request("GET", "/v1/wait")
+        wait = upstream.receive()
+        uploading.request("POST", "/v1/upload", "Content-Length: 4").send(b"ab")
+        upload = upstream.receive(body=False)
+        beginning.send(b"GET /v1/begin HTTP/1.1\r\nHo")
+        with proxy.client() as marker:  # when it is answered, what was sent before it was read
+            assert marker.ask("GET", "/healthz").status == 200
+        proxy.terminate()
+        line = proxy.wait_for_log(lambda line: line["message"].startswith("stopping"))
+        assert "4 open answers get 25 s" in line["message"]
+        with pytest.raises(ConnectionRefusedError):
+            proxy.client()
+
+        wait.answer()
+        answer = waiting.message()
+        assert (answer.body, answer.value("Connection")) == (b"ok", "close") and waiting.closed_within()
+        uploading.send(b"cd")
+        assert upload.connection.exactly(4) == b"abcd"
+        upload.answer()
+        answer = uploading.message()
+        assert (answer.body, answer.value("Connection")) == (b"ok", "close") and uploading.closed_within()
+        beginning.send(b"st: localhost\r\n\r\n")
+        upstream.receive().answer()
+        answer = beginning.message()
+        assert (answer.body, answer.value("Connection")) == (b"ok", "close") and beginning.closed_within()
+        assert proxy.process.poll() is None
+        stream.answer(b"3\r\ntwo\r\n0\r\n\r\n")
+        assert (streaming.chunk(), streaming.chunk()) == (b"two", b"") and streaming.closed_within()
+        assert proxy.wait() == 0
+        assert not [line for line in proxy.log_lines() if "cutting" in line["message"]]
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_answers_that_outlive_the_drain_are_cut_so_that_it_shows(tmp_path: Path, upstream: ScriptedUpstream,
+                                                                again: bool) -> None:
+    """When DRAIN_TIMEOUT is over, or at the second signal."""
+    with ProxyProcess(tmp_path, upstream=upstream.origin, drain_timeout=30 if again else 0.5) as proxy, \
+            proxy.client() as chunked, proxy.client() as old, proxy.client() as sized, proxy.client() as waiting, \
+            proxy.client() as beginning, proxy.client() as refused:
+        proxy.sign_in()
+        streams = []
+        for client, version, head in ((chunked, "1.1", CHUNKED + b"2\r\nok\r\n"), (old, "1.0", CHUNKED + b"2\r\nok\r\n"),
+                                      (sized, "1.1", b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nok")):
+            client.request("GET", "/v1/cut", version=f"HTTP/{version}")
+            streams.append(upstream.receive().answer(head))
+            client.head()
+        assert chunked.chunk() == old.exactly(2) == sized.exactly(2) == b"ok"
+        waiting.request("GET", "/v1/cut")
+        streams.append(upstream.receive())
+        beginning.send(b"GET /v1/begin HTTP/1.1\r\nHo")
+        refused.request("POST", "/nowhere", "Content-Length: 9")  # what it still sends would be taken in
+        assert refused.message().status == 404
+        start = time.monotonic()
+        proxy.terminate()
+        proxy.wait_for_log(lambda line: line["message"].startswith("stopping"))
+        if again:
+            proxy.terminate()
+        assert chunked.rest() == sized.rest() == waiting.rest() == beginning.rest() == b""
+        with pytest.raises(ConnectionResetError):
+            old.rest()
+        assert (0 if again else 0.45) < time.monotonic() - start < (0.5 if again else 1)
+        assert all(stream.connection.closed_within() for stream in streams)
+        assert proxy.wait() == 0
+        assert [line for line in proxy.log_lines() if "cutting 6 open answers" in line["message"]]
+        cut = [line for line in proxy.log_lines() if line.get("path") == "/v1/cut"]
+        assert [line["ended_by"] for line in cut] == ["proxy"] * 4
+
+
+def test_requests_that_wait_for_a_token_are_cut_too(tmp_path: Path) -> None:
+    with ProxyProcess(tmp_path, drain_timeout=0) as proxy, proxy.client() as client:
+        proxy.sign_in(expires_in=-5)
+        proxy.refresher_lives()
+        client.request("GET", "/v1/waits")
+        with proxy.client() as marker:
+            marker.ask("GET", "/healthz")
+        proxy.terminate()
+        assert client.rest() == b"" and proxy.wait() == 0
+        assert proxy.wait_for_request("/v1/waits")["ended_by"] == "proxy"
+
+
+# A log that nobody reads
+
+
+def test_unread_log_stops_nothing(tmp_path: Path, upstream: ScriptedUpstream) -> None:
+    """5,000 requests and a stream, with a pipe behind stderr that holds some hundred lines."""
+    rounds, requests = 50, 100
+    with ProxyProcess(tmp_path, upstream=upstream.origin, read_log=False) as proxy, proxy.client() as streaming:
+        proxy.sign_in()
+        streaming.request("GET", "/v1/stream")
+        stream = upstream.receive().answer(CHUNKED)
+        streaming.head()
+        with proxy.client() as client:
+            for number in range(rounds):
+                client.send(b"GET /v1/v1/x HTTP/1.1\r\nHost: localhost\r\n\r\n" * requests)
+                assert [client.message().status for _ in range(requests)] == [404] * requests
+                data = b"%02d" % number
+                stream.answer(b"2\r\n%b\r\n" % data)
+                assert streaming.chunk() == data
+        stream.answer(b"0\r\n\r\n")
+        assert streaming.chunk() == b""
+
+        proxy.read_log()
+        asked = rounds * requests + 1
+        deadline = time.monotonic() + 5
+        while not any("dropped" in line["message"] for line in proxy.log_lines()):
+            assert time.monotonic() < deadline
+            proxy.ask("GET", "/after")
+            asked += 1
+    lines = proxy.log_lines()
+    dropped = [int(line["message"].split()[0]) for line in lines if "log lines were dropped" in line["message"]]
+    assert sum(dropped) > 4000 and sum(dropped) + sum(line["message"] == "request" for line in lines) == asked
+
+
+def test_log_on_a_full_disk_or_a_closed_pipe_stops_nothing(tmp_path: Path) -> None:
+    command = ["sh", "-c", 'exec "$@" 2>/dev/full', "sh", *COMMAND]
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        port = found.getsockname()[1]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment(tmp_path, port=port)) as process:
+        deadline = time.monotonic() + 10
+        while True:
+            try:
+                with Client(port) as client:
+                    assert client.ask("GET", "/nowhere").status == 404
+                break
+            except ConnectionRefusedError:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
