@@ -6,6 +6,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from flask import Blueprint, Flask, abort, request
+from werkzeug.routing import Map
 
 from xaiproxy.sandbox import api, authorization_server
 from xaiproxy.sandbox.edge import Edge
@@ -22,7 +23,7 @@ def create_app(origin: str, knobs: Knobs) -> Edge:
     grants = Grants(origin, knobs, witness)
     app = Flask(__name__, static_folder=None)
     app.config["PROPAGATE_EXCEPTIONS"] = True  # a fault of the sandbox is a traceback on stderr
-    app.url_map.merge_slashes = False
+    app.url_map = Map(merge_slashes=False)  # a doubled slash is another path, not a redirect
     app.register_blueprint(authorization_server.create(grants))
     app.register_blueprint(api.create(grants))
     app.register_blueprint(steering(grants, witness))

@@ -180,7 +180,6 @@ class Grants:
             raise OAuthError("invalid_grant", "Refresh token has been revoked")
         self.witness.count("refreshes")
         if self.knobs.send_refresh_token:
-            family.former.setdefault(token, time.time())
             family.former.setdefault(family.refresh_token, time.time())
             self._rotate(family)
             return self._tokens(family, refresh_token=family.refresh_token)
