@@ -16,7 +16,8 @@ LISTED = "https://chat.example"
 def head(*lines: str, method: str = "GET", target: str = "/v1/models", host: "str | None" = "localhost:9090"):
     lines = [*lines] if host is None else [f"Host: {host}", *lines]
     version = "HTTP/1.0" if host is None else "HTTP/1.1"
-    return request_head.read(io.BytesIO("\r\n".join([f"{method} {target} {version}", *lines, "", ""]).encode("latin-1")))
+    text = "\r\n".join([f"{method} {target} {version}", *lines, "", ""])
+    return request_head.read(io.BytesIO(text.encode("latin-1")))
 
 
 def settings(**values: str) -> config.Config:
@@ -70,23 +71,28 @@ def test_without_keys_whoever_is_no_web_page_is_served(anonymous):
 # Host
 
 OUR_HOSTS = [
-    "localhost", "LOCALHOST", "LocalHost:9090", "localhost.", "localhost.:80", "a.localhost", "A.B.LocalHost:1",
-    "evil.localhost", "127.0.0.1", "127.0.0.1:9090", "127.0.0.1.", "127.1.2.3", "0.0.0.0", "10.1.2.3:65535", "8.8.8.8",
-    "[::1]", "[::1]:9090", "[::]", "[::ffff:127.0.0.1]:1", "[FE80::1]", "xai-proxy", "xai-proxy:9090", "XAI-PROXY.",
-    "my_box", "2130706433", "0x7f000001",  # no stranger's DNS can point a name without a dot here
+    "localhost", "LOCALHOST", "LocalHost:9090", "localhost.", "localhost.:80", "a.localhost",
+    "A.B.LocalHost:1", "evil.localhost", "127.0.0.1", "127.0.0.1:9090", "127.0.0.1.", "127.1.2.3", "0.0.0.0",
+    "10.1.2.3:65535", "8.8.8.8", "[::1]", "[::1]:9090", "[::]", "[::ffff:127.0.0.1]:1", "[FE80::1]",
+    # no stranger's DNS can point a name without a dot here
+    "xai-proxy", "xai-proxy:9090", "XAI-PROXY.", "my_box", "2130706433", "0x7f000001",
     "host.docker.internal", "Host.Docker.Internal:9090", "host.containers.internal.",
     "proxy.example", "PROXY.example.:443", "sidecar.local"]
 STRANGE_HOSTS = [
-    "evil.example", "evil.example:9090", "localhost.evil.example", "localhost.evil.example.", "127.0.0.1.evil.example",
-    "evillocalhost.com", "localhost.com", "a.localhost.b", "localhost..", "127.0.0.1.nip.io", "host.docker.internal.evil.example",
-    "evil.host.docker.internal", "a.proxy.example", "proxy.example.evil.example", "xproxy.example", "docker.internal",
-    "0x7f.1", "127.1", "127.0.0.01", "0177.0.0.1", "127.0.0.1.1", "256.1.1.1", "1.2.3", "xn--80ak6aa92e.com", "sidecar.local.net"]
+    "evil.example", "evil.example:9090", "localhost.evil.example", "localhost.evil.example.",
+    "127.0.0.1.evil.example", "evillocalhost.com", "a.evillocalhost", "localhost.com", "a.localhost.b",
+    "localhost..", "127.0.0.1.nip.io", "host.docker.internal.evil.example", "evil.host.docker.internal",
+    "a.proxy.example", "proxy.example.evil.example", "xproxy.example", "docker.internal", "0x7f.1", "127.1",
+    "127.0.0.01", "0177.0.0.1", "127.0.0.1.1", "256.1.1.1", "1.2.3", "xn--80ak6aa92e.com",
+    "sidecar.local.net"]
 NO_HOSTS = [
-    "", ".", "..", ".localhost", "-a", ":9090", ":", "localhost:", "localhost:x", "localhost:123456", "localhost:80:80",
-    "local host", "localhost,evil.example", "localhost, localhost", "localhost/evil.example", "evil.example/localhost",
-    "localhost@evil.example", "user@localhost", "localhost#", "localhost?", "localhost\\evil", "http://localhost", "l%6fcalhost",
-    "localhost%00.evil.example", "::1", "[::1", "::1]", "[]", "[localhost]", "[::1]evil.example", "[::1].evil.example",
-    "[::1%25lo]", "[fe80::1%lo]", "lo\xadcalhost", "loc\xe4lhost", "*", "*.localhost", "'localhost'", "[::1]:x"]
+    "", ".", "..", ".localhost", "-a", ":9090", ":", "localhost:", "localhost:x", "localhost:123456",
+    "localhost:80:80", "local host", "localhost,evil.example", "localhost, localhost",
+    "localhost/evil.example", "evil.example/localhost", "localhost@evil.example", "user@localhost",
+    "localhost#", "localhost?", "localhost\\evil", "http://localhost", "l%6fcalhost",
+    "localhost%00.evil.example", "::1", "[::1", "::1]", "[]", "[localhost]", "[::1]evil.example",
+    "[::1].evil.example", "[::1%25lo]", "[fe80::1%lo]", "lo\xadcalhost", "loc\xe4lhost", "*", "*.localhost",
+    "'localhost'", "[::1]:x"]
 
 
 @pytest.mark.parametrize("host", OUR_HOSTS)
@@ -136,17 +142,19 @@ def test_a_long_host_is_not_repeated_whole(anonymous):
 # Sec-Fetch-Site and Origin
 
 @pytest.mark.parametrize("site, taken", [
-    ("same-origin", True), ("none", True), ("cross-site", False), ("same-site", False), ("", False), ("nonsense", False),
-    ("same-origin, cross-site", False)])
+    ("same-origin", True), ("none", True), ("cross-site", False), ("same-site", False), ("", False),
+    ("nonsense", False), ("same-origin, cross-site", False)])
 def test_sec_fetch_site_must_be_same_origin_or_none(anonymous, site, taken):
-    assert anonymous(f"Sec-Fetch-Site: {site}") == (None if taken else "origin_not_allowed")
-    assert anonymous(f"sec-fetch-site: {site}", "Sec-Fetch-Site: none") == (None if taken else "origin_not_allowed")
-    assert anonymous(f"Sec-Fetch-Site: {site}", key_needed=False) == (None if taken else "origin_not_allowed")
+    said = None if taken else "origin_not_allowed"
+    assert anonymous(f"Sec-Fetch-Site: {site}") == said
+    assert anonymous(f"sec-fetch-site: {site}", "Sec-Fetch-Site: none") == said
+    assert anonymous(f"Sec-Fetch-Site: {site}", key_needed=False) == said
 
 
 @pytest.mark.parametrize("host, origin", [
-    ("localhost:9090", "http://localhost:9090"), ("LOCALHOST:9090", "http://localhost:9090"), ("localhost", "http://localhost"),
-    ("localhost:9090", "HTTP://LocalHost:9090"), ("[::1]:9090", "http://[::1]:9090"), ("127.0.0.1:9090", "http://127.0.0.1:9090"),
+    ("localhost:9090", "http://localhost:9090"), ("LOCALHOST:9090", "http://localhost:9090"),
+    ("localhost", "http://localhost"), ("localhost:9090", "HTTP://LocalHost:9090"),
+    ("[::1]:9090", "http://[::1]:9090"), ("127.0.0.1:9090", "http://127.0.0.1:9090"),
     ("xai-proxy", "https://xai-proxy"),  # something in front of us speaks TLS
     ("localhost:9090", LISTED), ("localhost:9090", LISTED.upper()), ("proxy.example", LISTED)])
 def test_an_origin_that_is_our_own_or_listed_is_taken(anonymous, host, origin):
@@ -155,12 +163,14 @@ def test_an_origin_that_is_our_own_or_listed_is_taken(anonymous, host, origin):
 
 
 @pytest.mark.parametrize("origin", [
-    "http://evil.example", "null", "NULL", "", "*", "localhost:9090", "http://localhost", "http://localhost:9091",
-    "http://127.0.0.1:9090", "http://a.localhost:9090", "http://localhost:9090.evil.example", "http://localhost:9090/",
-    "http://localhost:9090 http://evil.example", "http://localhost:9090, http://evil.example", "ws://localhost:9090",
-    "ftp://localhost:9090", "http://user@localhost:9090", "https://chat.example.", "https://chat.example:443", "http://chat.example",
-    "https://chat.example/", "https://chat.example.evil", "https://xchat.example", "https://a.chat.example", "chat.example",
-    "chrome-extension://abcdefgh", "file://", "http://evil.example:9090"])
+    "http://evil.example", "null", "NULL", "", "*", "localhost:9090", "http://localhost",
+    "http://localhost:9091", "http://127.0.0.1:9090", "http://a.localhost:9090",
+    "http://localhost:9090.evil.example", "http://localhost:9090/",
+    "http://localhost:9090 http://evil.example", "http://localhost:9090, http://evil.example",
+    "ws://localhost:9090", "ftp://localhost:9090", "http://user@localhost:9090", "https://chat.example.",
+    "https://chat.example:443", "http://chat.example", "https://chat.example/", "https://chat.example.evil",
+    "https://xchat.example", "https://a.chat.example", "chat.example", "chrome-extension://abcdefgh",
+    "file://", "http://evil.example:9090"])
 def test_any_other_origin_is_refused(anonymous, keyed, origin):
     assert anonymous(f"Origin: {origin}") == "origin_not_allowed"
     assert anonymous(f"Origin: {origin}", "Sec-Fetch-Site: same-origin") == "origin_not_allowed"
@@ -171,7 +181,8 @@ def test_any_other_origin_is_refused(anonymous, keyed, origin):
 
 def test_a_listed_page_is_another_site_and_yet_allowed(anonymous):
     assert anonymous(f"Origin: {LISTED}", "Sec-Fetch-Site: cross-site") is None
-    assert anonymous(f"Referer: {LISTED}/", "Sec-Fetch-Site: cross-site") == "origin_not_allowed"  # that says no page
+    # what says no Origin could be any page
+    assert anonymous(f"Referer: {LISTED}/", "Sec-Fetch-Site: cross-site") == "origin_not_allowed"
 
 
 def test_two_origins_are_none(anonymous):
@@ -179,7 +190,8 @@ def test_two_origins_are_none(anonymous):
         assert anonymous(f"Origin: {first}", f"Origin: {second}") == "origin_not_allowed"
 
 
-@pytest.mark.parametrize("origin", ["http://evil.example", "https://Team.Example:8443", "chrome-extension://abcdefgh"])
+@pytest.mark.parametrize("origin", ["http://evil.example", "https://Team.Example:8443",
+                                    "chrome-extension://abcdefgh"])
 def test_the_403_names_the_origin_to_put_into_the_setting(tmp_path, origin):
     gate = Gate(tmp_path, False)
     with pytest.raises(errors.OriginNotAllowed) as caught:
@@ -200,8 +212,10 @@ def test_nobody_is_told_to_list_the_origin_null(anonymous):
 @pytest.mark.parametrize("lines", [
     [f"Authorization: Bearer {KEY}"], [f"authorization: bearer {KEY}"], [f"AUTHORIZATION: BEARER {KEY}"],
     [f"Authorization: Bearer   {KEY}  "], [f"X-Api-Key: {KEY}"], [f"x-api-key:{KEY}"],
-    [f"Authorization: Bearer {KEY}", f"X-Api-Key: {KEY}"], [f"Authorization: Bearer {KEY}", "X-Api-Key: wrong"],
-    ["Authorization: Bearer wrong", f"X-Api-Key: {KEY}"], ["Authorization: Basic dXNlcjpwYXNz", f"X-Api-Key: {KEY}"],
+    [f"Authorization: Bearer {KEY}", f"X-Api-Key: {KEY}"],
+    [f"Authorization: Bearer {KEY}", "X-Api-Key: wrong"],
+    ["Authorization: Bearer wrong", f"X-Api-Key: {KEY}"],
+    ["Authorization: Basic dXNlcjpwYXNz", f"X-Api-Key: {KEY}"],
     ["Authorization:", f"X-Api-Key: {KEY}"], [f"Authorization: Bearer {KEY}", f"X-Api-Key: {KEYS['phone']}"],
     ["Authorization: Bearer a", "Authorization: Bearer b", f"X-Api-Key: {KEY}"]])
 def test_spellings_of_a_key(keyed, lines):
@@ -209,15 +223,18 @@ def test_spellings_of_a_key(keyed, lines):
 
 
 @pytest.mark.parametrize("lines", [
-    [], ["Authorization:"], ["Authorization: Bearer"], ["Authorization: Bearer "], ["X-Api-Key:"], ["Authorization: Bearer wrong"],
-    [f"Authorization: {KEY}"], [f"Authorization: Basic {KEY}"], ["Authorization: Basic eGFpcF9vZi10aGUtbGFwdG9wOg=="],
-    [f"Authorization: Token {KEY}"], [f"Authorization: Bearer={KEY}"], [f"Authorization: Bearer: {KEY}"],
-    [f"Authorization: Bearer{KEY}"], [f"Authorization: Bearer {KEY} x"], [f"Authorization: x Bearer {KEY}"],
-    [f"Authorization: Bearer {KEY},"], [f"Authorization: Bearer \"{KEY}\""], [f"Authorization: Bearer Bearer {KEY}"],
-    [f"Authorization: Bearer {KEY}", f"Authorization: Bearer {KEY}"], ["Authorization: Bearer x", f"Authorization: Bearer {KEY}"],
-    [f"X-Api-Key: {KEY}", f"X-Api-Key: {KEY}"], [f"X-Api-Key: Bearer {KEY}"], [f"X-Api-Key: {KEY[:-1]}"], [f"X-Api-Key: {KEY}x"],
-    [f"X-Api-Key: {KEY.upper()}"], [f"X-Api-Key: {client_keys.digest(KEY)}"], ["X-Api-Key: laptop"], [f"Api-Key: {KEY}"],
-    [f"Proxy-Authorization: Bearer {KEY}"], [f"Cookie: key={KEY}"], ["X-Api-Key: \xe9\xff"], [f"Authorization: Bearer\t{KEY}"]])
+    [], ["Authorization:"], ["Authorization: Bearer"], ["Authorization: Bearer "], ["X-Api-Key:"],
+    ["Authorization: Bearer wrong"], [f"Authorization: {KEY}"], [f"Authorization: Basic {KEY}"],
+    ["Authorization: Basic eGFpcF9vZi10aGUtbGFwdG9wOg=="], [f"Authorization: Token {KEY}"],
+    [f"Authorization: Bearer={KEY}"], [f"Authorization: Bearer: {KEY}"], [f"Authorization: Bearer{KEY}"],
+    [f"Authorization: Bearer {KEY} x"], [f"Authorization: x Bearer {KEY}"], [f"Authorization: Bearer {KEY},"],
+    [f"Authorization: Bearer \"{KEY}\""], [f"Authorization: Bearer Bearer {KEY}"],
+    [f"Authorization: Bearer {KEY}", f"Authorization: Bearer {KEY}"],
+    ["Authorization: Bearer x", f"Authorization: Bearer {KEY}"], [f"X-Api-Key: {KEY}", f"X-Api-Key: {KEY}"],
+    [f"X-Api-Key: Bearer {KEY}"], [f"X-Api-Key: {KEY[:-1]}"], [f"X-Api-Key: {KEY}x"],
+    [f"X-Api-Key: {KEY.upper()}"], [f"X-Api-Key: {client_keys.digest(KEY)}"], ["X-Api-Key: laptop"],
+    [f"Api-Key: {KEY}"], [f"Proxy-Authorization: Bearer {KEY}"], [f"Cookie: key={KEY}"],
+    ["X-Api-Key: \xe9\xff"], [f"Authorization: Bearer\t{KEY}"]])
 def test_with_keys_the_api_needs_one(keyed, lines):
     assert keyed(*lines) == "client_key_required"
     assert keyed(*lines, key_needed=False) is None  # for a page, what a page can prove is enough
@@ -257,18 +274,19 @@ ASKED = "Access-Control-Request-Method: POST"
 def test_a_preflight_of_a_listed_origin_is_allowed_what_it_asks_for(gate, request):
     gate = request.getfixturevalue(gate)
     assert gate.preflight(f"Origin: {LISTED}", ASKED) == {
-        "Access-Control-Allow-Origin": LISTED, "Access-Control-Allow-Methods": "POST", "Access-Control-Max-Age": "600",
-        "Vary": "Origin"}
-    assert gate.preflight(f"Origin: {LISTED.upper()}", ASKED, "Access-Control-Request-Headers: authorization,content-type",
+        "Access-Control-Allow-Origin": LISTED, "Access-Control-Allow-Methods": "POST",
+        "Access-Control-Max-Age": "600", "Vary": "Origin"}
+    assert gate.preflight(f"Origin: {LISTED.upper()}", ASKED,
+                          "Access-Control-Request-Headers: authorization,content-type",
                           "Access-Control-Request-Private-Network: true", "Sec-Fetch-Site: cross-site") == {
-        "Access-Control-Allow-Origin": LISTED.upper(), "Access-Control-Allow-Methods": "POST", "Access-Control-Max-Age": "600",
-        "Access-Control-Allow-Headers": "authorization,content-type", "Access-Control-Allow-Private-Network": "true",
-        "Vary": "Origin"}
+        "Access-Control-Allow-Origin": LISTED.upper(), "Access-Control-Allow-Methods": "POST",
+        "Access-Control-Max-Age": "600", "Access-Control-Allow-Headers": "authorization,content-type",
+        "Access-Control-Allow-Private-Network": "true", "Vary": "Origin"}
 
 
 @pytest.mark.parametrize("origins", [
-    ["http://evil.example"], ["null"], [""], ["*"], [LISTED + ".evil.example"], [LISTED + "/"], ["http://localhost:9090"],
-    [LISTED, LISTED], [LISTED, "http://evil.example"]])
+    ["http://evil.example"], ["null"], [""], ["*"], [LISTED + ".evil.example"], [LISTED + "/"],
+    ["http://localhost:9090"], [LISTED, LISTED], [LISTED, "http://evil.example"]])
 def test_any_other_preflight_is_refused(anonymous, keyed, origins):
     for gate in (anonymous, keyed):
         lines = [f"Origin: {origin}" for origin in origins]
@@ -278,13 +296,15 @@ def test_any_other_preflight_is_refused(anonymous, keyed, origins):
 
 def test_the_private_network_is_opened_only_when_asked_for(anonymous):
     for value in ("false", "", "true, true"):
-        allowed = anonymous.preflight(f"Origin: {LISTED}", ASKED, f"Access-Control-Request-Private-Network: {value}")
+        allowed = anonymous.preflight(f"Origin: {LISTED}", ASKED,
+                                      f"Access-Control-Request-Private-Network: {value}")
         assert "Access-Control-Allow-Private-Network" not in allowed
 
 
 @pytest.mark.parametrize("method, lines", [
-    ("OPTIONS", [f"Origin: {LISTED}"]), ("OPTIONS", [ASKED]), ("OPTIONS", []), ("GET", [f"Origin: {LISTED}", ASKED]),
-    ("options", [f"Origin: {LISTED}", ASKED]), ("POST", ["Origin: http://evil.example", ASKED])])
+    ("OPTIONS", [f"Origin: {LISTED}"]), ("OPTIONS", [ASKED]), ("OPTIONS", []),
+    ("GET", [f"Origin: {LISTED}", ASKED]), ("options", [f"Origin: {LISTED}", ASKED]),
+    ("POST", ["Origin: http://evil.example", ASKED])])
 def test_what_is_no_preflight_is_a_request_like_others(anonymous, method, lines):
     assert anonymous.preflight(*lines, method=method) is None
 

@@ -57,14 +57,16 @@ def test_only_what_the_proxy_cannot_help_is_a_server_error():
 
 def test_every_401_has_a_challenge():
     for kind, status, _, _ in REFUSALS:
-        assert (("WWW-Authenticate", 'Bearer realm="xaiproxy"') in make(kind).rendered()[1]) is (status == 401)
+        challenges = [value for name, value in make(kind).rendered()[1] if name == "WWW-Authenticate"]
+        assert challenges == (['Bearer realm="xaiproxy"'] if status == 401 else [])
 
 
 def test_retry_after_is_in_seconds():
     assert ("Retry-After", "7") in errors.TokenUnavailable("x", 7).rendered()[1]
 
 
-@pytest.mark.parametrize("message", ["", "\"quoted\" \\ \r\n\0", "é € 😀", "\udcff", "<script>alert(1)</script>", "x" * 10000])
+@pytest.mark.parametrize("message", ["", "\"quoted\" \\ \r\n\0", "é € 😀", "\udcff",
+                                     "<script>alert(1)</script>", "x" * 10000])
 def test_any_message_is_sound_json_in_ascii(message):
     _, fields, body = errors.NotFound(message).rendered()
     assert json.loads(body)["error"]["message"] == message and body.isascii()

@@ -11,7 +11,8 @@ HOP_BY_HOP = ["Connection", "Keep-Alive", "Proxy-Connection", "TE", "Trailer", "
 
 def to_upstream(*fields):
     """What is sent, but for the three fields of our own that must come first."""
-    sent = headers.to_upstream(list(fields), host="api.x.ai", user_agent="xaiproxy/1", access_token="the-token")
+    sent = headers.to_upstream(list(fields), host="api.x.ai", user_agent="xaiproxy/1",
+                               access_token="the-token")
     assert sent[:3] == OURS
     assert not {name.lower() for name, _ in sent[3:]} & {"host", "user-agent", "authorization"}
     return sent[3:]
@@ -31,43 +32,50 @@ def spellings(name):
 # to upstream
 
 def test_order_case_and_repetitions_are_kept_to_upstream():
-    fields = [("x-B", "2"), ("Content-Type", "application/json; charset=\"é\""), ("x-a", "1"), ("X-b", ""), ("x-B", "2"),
-              ("Accept", "text/event-stream"), ("Range", "bytes=0-"), ("If-None-Match", "*"), ("Origin", "http://a"),
-              ("Idempotency-Key", "k"), ("Content-Encoding", "gzip"), ("Via", "1.1 x"), ("X-Grok-Conv-Id", "c")]
+    fields = [("x-B", "2"), ("Content-Type", "application/json; charset=\"é\""), ("x-a", "1"), ("X-b", ""),
+              ("x-B", "2"), ("Accept", "text/event-stream"), ("Range", "bytes=0-"), ("If-None-Match", "*"),
+              ("Origin", "http://a"), ("Idempotency-Key", "k"), ("Content-Encoding", "gzip"),
+              ("Via", "1.1 x"), ("X-Grok-Conv-Id", "c")]
     assert to_upstream(*fields) == [IDENTITY, *fields]
 
 
 @pytest.mark.parametrize("name", [
     *HOP_BY_HOP, "Authorization", "X-Api-Key", "Cookie", "Host", "User-Agent", "Content-Length", "Expect",
-    "Proxy-Authorization", "Proxy-Authenticate", "Proxy-", "Proxy-X", "Forwarded", "X-Forwarded-For", "X-Forwarded-Host",
-    "X-Forwarded-Proto", "X-Forwarded-", "X-Forwarded-Client-Cert"])
+    "Proxy-Authorization", "Proxy-Authenticate", "Proxy-", "Proxy-X", "Forwarded", "X-Forwarded-For",
+    "X-Forwarded-Host", "X-Forwarded-Proto", "X-Forwarded-", "X-Forwarded-Client-Cert"])
 def test_what_is_the_hops_own_or_ours_or_secret_is_dropped(name):
     for spelling in spellings(name):
         assert to_upstream((spelling, "x"), ("X-One", "1"), (spelling, "y")) == [IDENTITY, ("X-One", "1")]
 
 
-@pytest.mark.parametrize("name", ["X-Authorization", "Authorization-X", "Cookie2", "Proxy", "X-Proxy-A", "X-Forwarded",
-                                  "Forwarded-For", "X-Host", "X-Api-Key-Id", "Te-X", "Set-Cookie", "Connection-X"])
+@pytest.mark.parametrize("name", [
+    "X-Authorization", "Authorization-X", "Cookie2", "Proxy", "X-Proxy-A", "X-Forwarded", "Forwarded-For",
+    "X-Host", "X-Api-Key-Id", "Te-X", "Set-Cookie", "Connection-X"])
 def test_names_that_only_look_like_those_pass(name):
     assert to_upstream((name, "x")) == [IDENTITY, (name, "x")]
 
 
-@pytest.mark.parametrize("value", ["x-one", "X-ONE", " x-one ", "close, x-One", "x-one,close", ",,\tx-one ,", "\"x-one\", x-one"])
+@pytest.mark.parametrize("value", ["x-one", "X-ONE", " x-one ", "close, x-One", "x-one,close", ",,\tx-one ,",
+                                   "\"x-one\", x-one"])
 def test_those_that_connection_names_are_dropped(value):
-    assert to_upstream(("X-One", "1"), ("Connection", value), ("x-one", "2"), ("X-Two", "3")) == [IDENTITY, ("X-Two", "3")]
+    sent = to_upstream(("X-One", "1"), ("Connection", value), ("x-one", "2"), ("X-Two", "3"))
+    assert sent == [IDENTITY, ("X-Two", "3")]
 
 
 def test_several_connection_headers_name_more():
-    assert to_upstream(("connection", "a"), ("A", "1"), ("B", "2"), ("CONNECTION", "b"), ("C", "3")) == [IDENTITY, ("C", "3")]
+    sent = to_upstream(("connection", "a"), ("A", "1"), ("B", "2"), ("CONNECTION", "b"), ("C", "3"))
+    assert sent == [IDENTITY, ("C", "3")]
 
 
 def test_connection_cannot_take_away_what_we_set():
-    assert to_upstream(("Connection", "authorization, host, user-agent, content-length, connection")) == [IDENTITY]
+    named = "authorization, host, user-agent, content-length, connection"
+    assert to_upstream(("Connection", named)) == [IDENTITY]
 
 
 def test_connection_can_take_away_what_the_client_sent():
-    assert to_upstream(("Connection", "content-type, accept-encoding"), ("Content-Type", "a"), ("Accept-Encoding", "gzip")) == \
-        [IDENTITY]
+    named = "content-type, accept-encoding"
+    sent = to_upstream(("Connection", named), ("Content-Type", "a"), ("Accept-Encoding", "gzip"))
+    assert sent == [IDENTITY]
 
 
 @pytest.mark.parametrize("value, reduced", [
@@ -107,10 +115,11 @@ def to_client(*fields, length=None):
 
 
 def test_order_case_and_repetitions_are_kept_to_the_client():
-    fields = [("x-B", "2"), ("Content-Type", "text/event-stream"), ("x-a", "é\xff"), ("X-b", ""), ("x-B", "2"),
-              ("Content-Encoding", "gzip"), ("date", "Mon, 01 Jan 2024 00:00:00 GMT"), ("Server", "cloudflare"),
-              ("WWW-Authenticate", "Bearer"), ("Vary", "a"), ("vary", "b"), ("Retry-After", "5"), ("ETag", "W/\"a\""),
-              ("x-should-retry", "true"), ("Access-Control-Allow-Origin", "*"), ("User-Agent", "x"), ("tab", "a\tb")]
+    fields = [("x-B", "2"), ("Content-Type", "text/event-stream"), ("x-a", "é\xff"), ("X-b", ""),
+              ("x-B", "2"), ("Content-Encoding", "gzip"), ("date", "Mon, 01 Jan 2024 00:00:00 GMT"),
+              ("Server", "cloudflare"), ("WWW-Authenticate", "Bearer"), ("Vary", "a"), ("vary", "b"),
+              ("Retry-After", "5"), ("ETag", "W/\"a\""), ("x-should-retry", "true"),
+              ("Access-Control-Allow-Origin", "*"), ("User-Agent", "x"), ("tab", "a\tb")]
     assert to_client(*fields) == fields
 
 
@@ -128,7 +137,8 @@ def test_those_that_upstreams_connection_names_are_dropped(value):
 
 def test_the_content_length_is_the_one_that_we_count_by():
     for spelling in spellings("Content-Length"):
-        assert to_client(("A", "1"), (spelling, "5"), ("B", "2"), length=5) == [("A", "1"), (spelling, "5"), ("B", "2")]
+        fields = [("A", "1"), (spelling, "5"), ("B", "2")]
+        assert to_client(*fields, length=5) == fields
     assert to_client(("Content-Length", "05"), length=5) == [("Content-Length", "5")]
     assert to_client(("Content-Length", "0"), length=0) == [("Content-Length", "0")]
 
@@ -153,10 +163,11 @@ def test_a_folded_line_becomes_a_space(value):
 
 
 @pytest.mark.parametrize("name, value", [
-    ("X", "a\rb"), ("X", "a\nb"), ("X", "a\r\nb"), ("X", "a\r\nSet-Cookie: b"), ("X", "a\0"), ("X", "\x1b[31m"), ("X", "\x7f"),
-    ("X", "a\r"), ("X", "a\n"), ("X", "a\r\n"), ("X", "\u20ac"), ("X", "a\n\n b"), ("X", "a\x0b"),
-    ("", "a"), ("X Y", "a"), ("X ", "a"), ("X:", "a"), ("X\r", "a"), ("X\nY", "a"), ("Xé", "a"), ("X\0", "a"), ("(X)", "a"),
-    ("Content-Length ", "5"), ("Transfer-Encoding\t", "chunked"),
+    ("X", "a\rb"), ("X", "a\nb"), ("X", "a\r\nb"), ("X", "a\r\nSet-Cookie: b"), ("X", "a\0"),
+    ("X", "\x1b[31m"), ("X", "\x7f"), ("X", "a\r"), ("X", "a\n"), ("X", "a\r\n"), ("X", "\u20ac"),
+    ("X", "a\n\n b"), ("X", "a\x0b"), ("", "a"), ("X Y", "a"), ("X ", "a"), ("X:", "a"), ("X\r", "a"),
+    ("X\nY", "a"), ("Xé", "a"), ("X\0", "a"), ("(X)", "a"), ("Content-Length ", "5"),
+    ("Transfer-Encoding\t", "chunked"),
 ])
 def test_what_of_upstream_two_could_read_differently_is_no_answer(name, value):
     with pytest.raises(errors.UpstreamUnreachable, match="malformed header") as caught:

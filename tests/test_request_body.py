@@ -27,7 +27,8 @@ def head(*lines: str, version: str = "HTTP/1.1") -> request_head.Head:
 
 def sized(data: bytes, length: "int | None" = None) -> RequestBody:
     """A body with a Content-Length (of `data`, unless told) that comes as `data`."""
-    return RequestBody(head(f"Content-Length: {len(data) if length is None else length}"), io.BytesIO(data), None, 5)
+    length = len(data) if length is None else length
+    return RequestBody(head(f"Content-Length: {length}"), io.BytesIO(data), None, 5)
 
 
 def chunked(data: bytes) -> RequestBody:
@@ -93,23 +94,24 @@ def test_a_chunked_body_ends_with_its_last_chunk_and_trailers(data, content):
 
 
 @pytest.mark.parametrize("size_line", [
-    b"+1\r\n", b"-1\r\n", b"-0\r\n", b"1_0\r\n", b"0x1\r\n", b"0X1\r\n", b" 1\r\n", b"\t1\r\n", b"1 \r\n", b"1\t\r\n",
-    b"1 1\r\n", b"1,\r\n", b"1.0\r\n", b"1h\r\n", b"g\r\n", b"\r\n", b" \r\n", b";a\r\n", b" ;a\r\n", b"\"1\"\r\n",
-    b"0000000000000001\r\n", b"10000000000000001\r\n", b"ffffffffffffffff\r\n", b"f" * 400 + b"\r\n",  # 16 digits and more
-    b"1\n", b"\n1\r\n", b"1\r\r\n", b"1\rx\r\n", b"1\r", b"1;a\n", b"1;\r\r\n", b"1;a\rb\r\n", b"1;a=\"\r\"\r\n",
-    b"1;a=\"\n\"\r\n", b"1;a=\"\r\n\"\r\n", b"1;\x00\r\n", b"1;\x0b\r\n", b"1;\x7f\r\n", b"1\x00\r\n", b"1\x0b\r\n",
-    b"\xd9\xa1\r\n", b"\xb9\r\n", b"1\xa0\r\n", b"\xef\xbb\xbf1\r\n",
-    b"1;" + b"a" * (LINE_LIMIT - 3) + b"\r\n", b"0" * 100000, b"1;" + b"a" * 100000,
+    b"+1\r\n", b"-1\r\n", b"-0\r\n", b"1_0\r\n", b"0x1\r\n", b"0X1\r\n", b" 1\r\n", b"\t1\r\n", b"1 \r\n",
+    b"1\t\r\n", b"1 1\r\n", b"1,\r\n", b"1.0\r\n", b"1h\r\n", b"g\r\n", b"\r\n", b" \r\n", b";a\r\n",
+    b" ;a\r\n", b"\"1\"\r\n", b"0000000000000001\r\n", b"10000000000000001\r\n", b"ffffffffffffffff\r\n",
+    b"f" * 400 + b"\r\n", b"1\n", b"\n1\r\n", b"1\r\r\n", b"1\rx\r\n", b"1\r", b"1;a\n", b"1;\r\r\n",
+    b"1;a\rb\r\n", b"1;a=\"\r\"\r\n", b"1;a=\"\n\"\r\n", b"1;a=\"\r\n\"\r\n", b"1;\x00\r\n", b"1;\x0b\r\n",
+    b"1;\x7f\r\n", b"1\x00\r\n", b"1\x0b\r\n", b"\xd9\xa1\r\n", b"\xb9\r\n", b"1\xa0\r\n",
+    b"\xef\xbb\xbf1\r\n", b"1;" + b"a" * (LINE_LIMIT - 3) + b"\r\n", b"0" * 100000, b"1;" + b"a" * 100000,
 ])
 def test_a_chunk_size_that_two_servers_could_read_differently(size_line):
     for before in (b"", b"5\r\nhello\r\n"):
         body = chunked(before + size_line + b"x" * 20 + b"\r\n0\r\n\r\n")
-        with pytest.raises(errors.BadRequest) as caught:
+        with pytest.raises(errors.BadRequest, match="chunk size") as caught:
             whole(body)
         assert caught.value.close and not body.ended
 
 
-@pytest.mark.parametrize("after", [b"\n", b"\r0", b"\n\r\n", b"0\r\n\r\n", b"x\r\n", b"\r\r\n", b"  ", b"5\r\nhello\r\n"])
+@pytest.mark.parametrize("after", [b"\n", b"\r0", b"\n\r\n", b"0\r\n\r\n", b"x\r\n", b"\r\r\n", b"  ",
+                                   b"5\r\nhello\r\n"])
 def test_a_chunk_that_does_not_end_where_it_says(after):
     body = chunked(b"5\r\nhello" + after + b"\r\n0\r\n\r\n")
     assert body.read1() == b"hello"
@@ -119,9 +121,9 @@ def test_a_chunk_that_does_not_end_where_it_says(after):
 
 
 @pytest.mark.parametrize("trailers", [
-    b"X\r\n", b" X: y\r\n", b"X : y\r\n", b": y\r\n", b"X: y\n", b"X: y\r\n folded\r\n", b"X: y\rZ: a\r\n", b"X: \x00\r\n",
-    b"\n", b"\r\r\n", b"X: y\r\n\n", b"GET / HTTP/1.1\r\n", b"X: y\r\n" * (TRAILER_LIMIT + 1), b"X: y\r\n" * 100000,
-    b"X: " + b"y" * (LINE_LIMIT - 4) + b"\r\n", b"X: " + b"a" * 4000 + b"\x00\r\n"])
+    b"X\r\n", b" X: y\r\n", b"X : y\r\n", b": y\r\n", b"X: y\n", b"X: y\r\n folded\r\n", b"X: y\rZ: a\r\n",
+    b"X: \x00\r\n", b"\n", b"\r\r\n", b"X: y\r\n\n", b"GET / HTTP/1.1\r\n", b"X: y\r\n" * (TRAILER_LIMIT + 1),
+    b"X: y\r\n" * 100000, b"X: " + b"y" * (LINE_LIMIT - 4) + b"\r\n", b"X: " + b"a" * 4000 + b"\x00\r\n"])
 def test_trailers_that_two_servers_could_read_differently(trailers):
     body = chunked(b"5\r\nhello\r\n0\r\n" + trailers + b"\r\n")
     assert body.read1() == b"hello"
@@ -223,7 +225,7 @@ def test_the_time_out_is_between_two_reads():
             client.sendall(b"x")
             assert body.read1() == b"x"
         assert time.monotonic() - began > 0.1
-        with pytest.raises(errors.ClientTimeout, match="no byte of the request body came for 0.1 s") as caught:
+        with pytest.raises(errors.ClientTimeout, match="no byte .* came for 0.1 s") as caught:
             body.read1()
         assert time.monotonic() - began < 1 and not body.ended
     assert caught.value.close and caught.value.rendered()[0] == "408 Request Timeout"
@@ -259,7 +261,7 @@ def test_the_client_is_told_to_go_on_once_its_body_is_wanted_and_not_before(fram
 
 @pytest.mark.parametrize("lines, version", [
     (("Content-Length: 5",), "HTTP/1.1"),
-    (("Content-Length: 5", "Expect: 100-continue"), "HTTP/1.0"),  # RFC 9110 section 10.1.1: it could not know the answer
+    (("Content-Length: 5", "Expect: 100-continue"), "HTTP/1.0"),  # to which a 100 means nothing
     (("Content-Length: 0", "Expect: 100-continue"), "HTTP/1.1"),
     (("Expect: 100-continue",), "HTTP/1.1"),
     (("Content-Length: 5", "Expect: something-else"), "HTTP/1.1"),
@@ -308,7 +310,8 @@ def test_a_long_body_is_repeated_in_pieces():
 
 @pytest.mark.parametrize("limit, replayable", [(10, False), (11, True), (12, True)])
 def test_a_body_is_kept_up_to_the_limit_and_not_a_byte_beyond(limit, replayable):
-    for source in (sized(b"hello world"), chunked(in_chunks(b"hello world")), chunked(in_chunks(b"hello", b" world")),
+    for source in (sized(b"hello world"), chunked(in_chunks(b"hello world")),
+                   chunked(in_chunks(b"hello", b" world")),
                    chunked(in_chunks(*[b"x"] * 11))):
         memory = ReplayMemory(MANY)
         body = ReplayableBody(source, limit, memory)
@@ -332,7 +335,8 @@ def test_no_body_can_always_be_sent_again():
 def test_all_copies_together_fit_in_the_memory():
     memory = ReplayMemory(10)
     first, second, third, fourth = (ReplayableBody(sized(b"x" * size), MANY, memory) for size in (6, 5, 4, 1))
-    for body, replayable, used in ((first, True, 6), (second, False, 6), (third, True, 10), (fourth, False, 10)):
+    for body, replayable, used in ((first, True, 6), (second, False, 6), (third, True, 10),
+                                   (fourth, False, 10)):
         assert len(b"".join(body)) in (6, 5, 4, 1) and body.ended  # what does not fit streams through
         assert (body.replayable, memory.used) == (replayable, used)
     first.forget()

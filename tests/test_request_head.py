@@ -1,4 +1,4 @@
-"""The head of a request: what two servers could read differently is refused, and the rest is kept as it came."""
+"""The head of a request: what two servers could read differently is refused, the rest is kept as it came."""
 
 import io
 import socket
@@ -27,7 +27,8 @@ def refusal(data: bytes) -> errors.BadRequest:
         request_head.read(io.BytesIO(data))
     assert caught.value.close, "the connection of a head that was not understood must not be read further"
     status, fields, _ = caught.value.rendered()
-    assert status == ("431 Request Header Fields Too Large" if caught.type is errors.HeadTooLarge else "400 Bad Request")
+    too_large = caught.type is errors.HeadTooLarge
+    assert status == ("431 Request Header Fields Too Large" if too_large else "400 Bad Request")
     assert ("X-XAI-Proxy-Error", "bad_request") in fields
     return caught.value
 
@@ -45,18 +46,19 @@ def padded(size: int) -> bytes:
 # what is taken
 
 def test_a_head_is_kept_as_it_came():
-    head = read(b"PATCH /v1/a%2Fb:c?d=%41&e HTTP/1.1\r\nhost: LocalHost:9090\r\nX-One:1\r\nx-two:  a\tb \t\r\nX-ONE: 2\r\n"
-                b"Empty:\r\nBlank: \t \r\nLatin: \xe9\x80\xff\r\n\r\n")
+    head = read(b"PATCH /v1/a%2Fb:c?d=%41&e HTTP/1.1\r\nhost: LocalHost:9090\r\nX-One:1\r\n"
+                b"x-two:  a\tb \t\r\nX-ONE: 2\r\nEmpty:\r\nBlank: \t \r\nLatin: \xe9\x80\xff\r\n\r\n")
     assert (head.method, head.target, head.path) == ("PATCH", "/v1/a%2Fb:c?d=%41&e", "/v1/a%2Fb:c")
-    assert head.fields == [("host", "LocalHost:9090"), ("X-One", "1"), ("x-two", "a\tb"), ("X-ONE", "2"), ("Empty", ""),
-                           ("Blank", ""), ("Latin", "\xe9\x80\xff")]
+    assert head.fields == [("host", "LocalHost:9090"), ("X-One", "1"), ("x-two", "a\tb"), ("X-ONE", "2"),
+                           ("Empty", ""), ("Blank", ""), ("Latin", "\xe9\x80\xff")]
     assert head.values("x-one") == ["1", "2"] and head.values("x-three") == []
-    assert (head.version, head.content_length, head.chunked, head.keep_alive) == ("HTTP/1.1", None, False, True)
+    assert (head.version, head.keep_alive) == ("HTTP/1.1", True)
+    assert (head.content_length, head.chunked) == (None, False)
 
 
 @pytest.mark.parametrize("target", [
-    "/", "//", "/v1//models", "/v1/models?", "/v1/models?a=?b/../c", "/v1/%2e%2e/x", "/v1/a%2fb%2Fc", "/v1/a:b;c=d,e",
-    "/v1/\"<>\\^`{|}~", "/v1/%zz%", "/" + "a" * 60000])
+    "/", "//", "/v1//models", "/v1/models?", "/v1/models?a=?b/../c", "/v1/%2e%2e/x", "/v1/a%2fb%2Fc",
+    "/v1/a:b;c=d,e", "/v1/\"<>\\^`{|}~", "/v1/%zz%", "/" + "a" * 60000])
 def test_the_target_is_raw(target):
     assert read(f"GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()).target == target
 
@@ -128,8 +130,10 @@ def test_a_head_of_64_kib_is_taken_and_a_byte_more_is_not():
 
 
 def test_the_limit_holds_wherever_the_bytes_are():
-    for head in (b"GET /" + b"a" * SIZE_LIMIT, b"a" * (SIZE_LIMIT + 1), with_fields(b"X: " + b"a" * SIZE_LIMIT),
-                 b"GET /" + b"a" * SIZE_LIMIT + b" HTTP/1.1\r\n", with_fields(*[b"X: " + b"a" * 995 + b"\r\n"] * 70)):
+    for head in (b"GET /" + b"a" * SIZE_LIMIT, b"a" * (SIZE_LIMIT + 1),
+                 with_fields(b"X: " + b"a" * SIZE_LIMIT),
+                 b"GET /" + b"a" * SIZE_LIMIT + b" HTTP/1.1\r\n",
+                 with_fields(*[b"X: " + b"a" * 995 + b"\r\n"] * 70)):
         assert isinstance(refusal(head), errors.HeadTooLarge)
 
 
@@ -168,13 +172,13 @@ def body_of(*lines: bytes) -> bytes:
     body_of(b"Content-Length: 5,"),
     # a Content-Length that is no number, or that some read as another
     *(body_of(b"Content-Length:" + value) for value in (
-        b"", b" ", b" +5", b" -5", b" -0", b" 5.0", b" 5e1", b" 0x5", b" 1_0", b" 5 5", b" 5;x", b" \"5\"", b" five",
-        b" \xd9\xa5", b" \xb2", b" 1000000000000000000", b" " + b"9" * 400)),
+        b"", b" ", b" +5", b" -5", b" -0", b" 5.0", b" 5e1", b" 0x5", b" 1_0", b" 5 5", b" 5;x", b" \"5\"",
+        b" five", b" \xd9\xa5", b" \xb2", b" 1000000000000000000", b" " + b"9" * 400)),
     # a Transfer-Encoding other than exactly chunked
     *(body_of(b"Transfer-Encoding:" + value) for value in (
-        b"", b" Chunked", b" CHUNKED", b" identity", b" gzip", b" gzip, chunked", b" chunked, gzip", b" chunked, chunked",
-        b" chunked,", b" ,chunked", b" \"chunked\"", b" chunked;q=1", b" xchunked", b" chunkedx", b" chunk", b" chun ked",
-        b" x chunked", b" c\xe7hunked", b" chunked \xa0")),
+        b"", b" Chunked", b" CHUNKED", b" identity", b" gzip", b" gzip, chunked", b" chunked, gzip",
+        b" chunked, chunked", b" chunked,", b" ,chunked", b" \"chunked\"", b" chunked;q=1", b" xchunked",
+        b" chunkedx", b" chunk", b" chun ked", b" x chunked", b" c\xe7hunked", b" chunked \xa0")),
     body_of(b"Transfer-Encoding: chunked", b"Transfer-Encoding: chunked"),
     body_of(b"Transfer-Encoding: chunked", b"Transfer-Encoding: identity"),
     body_of(b"Transfer-Encoding: identity", b"Transfer-Encoding: chunked"),
@@ -185,40 +189,55 @@ def test_a_body_whose_length_two_servers_could_read_differently(data):
 
 
 @pytest.mark.parametrize("line", [
-    b"X: y\n", b"X: y\r\r\n", b"X: y\rZ: a\r\n", b"X: y\n\r\n", b"\rX: y\r\n", b"\n", b"X: y\n\n",  # bare LF, bare CR
-    b" X: y\r\n", b"\tX: y\r\n", b"X: y\r\n folded\r\n", b"X: y\r\n\tfolded\r\n", b"X: y\r\n \r\n", b" \r\n",  # obs-fold
-    b"X : y\r\n", b"X\t: y\r\n", b"X Y: z\r\n", b"Content-Length : 5\r\n", b"Transfer-Encoding : chunked\r\n",  # a space
-    b": y\r\n", b" : y\r\n", b":\r\n", b"X\r\n", b"X y\r\n", b"X=y\r\n",  # no name, no colon
-    b"X\x00: y\r\n", b"X: y\x00\r\n", b"X: \x00\r\n", b"X: \x01\r\n", b"X: \x0b5\r\n", b"X: a\x0cb\r\n", b"X: \x7f\r\n",
-    b"X: \x1b[31m\r\n", b"X: \x08\r\n",  # controls
-    b"X\xe9: y\r\n", b"\xef\xbb\xbfX: y\r\n", b"X(): y\r\n", b"X[]: y\r\n", b"\"X\": y\r\n", b"X/Y: z\r\n", b"X@Y: z\r\n",
-    b"{X}: y\r\n", b"X,Y: z\r\n", b"X;Y: z\r\n", b"Content-Length\xa0: 5\r\n",  # a name that is no token
+    # bare LF, bare CR
+    b"X: y\n", b"X: y\r\r\n", b"X: y\rZ: a\r\n", b"X: y\n\r\n", b"\rX: y\r\n", b"\n", b"X: y\n\n",
+    # obs-fold
+    b" X: y\r\n", b"\tX: y\r\n", b"X: y\r\n folded\r\n", b"X: y\r\n\tfolded\r\n", b"X: y\r\n \r\n", b" \r\n",
+    # a space
+    b"X : y\r\n", b"X\t: y\r\n", b"X Y: z\r\n", b"Content-Length : 5\r\n", b"Transfer-Encoding : chunked\r\n",
+    # no name, no colon
+    b": y\r\n", b" : y\r\n", b":\r\n", b"X\r\n", b"X y\r\n", b"X=y\r\n",
+    # controls
+    b"X\x00: y\r\n", b"X: y\x00\r\n", b"X: \x00\r\n", b"X: \x01\r\n", b"X: \x0b5\r\n", b"X: a\x0cb\r\n",
+    b"X: \x7f\r\n", b"X: \x1b[31m\r\n", b"X: \x08\r\n",
+    # a name that is no token
+    b"X\xe9: y\r\n", b"\xef\xbb\xbfX: y\r\n", b"X(): y\r\n", b"X[]: y\r\n", b"\"X\": y\r\n", b"X/Y: z\r\n",
+    b"X@Y: z\r\n", b"{X}: y\r\n", b"X,Y: z\r\n", b"X;Y: z\r\n", b"Content-Length\xa0: 5\r\n",
 ])
 def test_a_header_line_that_two_servers_could_read_differently(line):
     assert "header line is malformed" in str(refusal(with_fields(line)))
-    assert "header line is malformed" in str(refusal(with_fields(line, start=b"GET / HTTP/1.1\r\n")))  # also as the first
+    first = with_fields(line, start=b"GET / HTTP/1.1\r\n")
+    assert "header line is malformed" in str(refusal(first))
 
 
 @pytest.mark.parametrize("line", [
-    b"GET / HTTP/1.1\n", b"GET / HTTP/1.1\r\r\n", b"GET /\r HTTP/1.1\r\n", b"\nGET / HTTP/1.1\r\n", b"\n",  # line ends
-    b"GET  / HTTP/1.1\r\n", b"GET /  HTTP/1.1\r\n", b"GET\t/\tHTTP/1.1\r\n", b"GET /\tHTTP/1.1\r\n", b" GET / HTTP/1.1\r\n",
-    b"GET / HTTP/1.1 \r\n", b"GET / a HTTP/1.1\r\n", b"GET /\x0bHTTP/1.1\r\n", b"GET /\xa0HTTP/1.1\r\n",  # spaces
-    b"GET /\r\n", b"GET\r\n", b"GET / \r\n", b"GET HTTP/1.1\r\n", b"/ HTTP/1.1\r\n", b" / HTTP/1.1\r\n",  # something missing
-    b"PRI * HTTP/2.0\r\n", b"GET / HTTP/2\r\n", b"GET / HTTP/2.0\r\n", b"GET / HTTP/1.2\r\n", b"GET / HTTP/0.9\r\n",
-    b"GET / HTTP/1\r\n", b"GET / HTTP/1.10\r\n", b"GET / HTTP/11\r\n", b"GET / HTTP/01.1\r\n", b"GET / http/1.1\r\n",
-    b"GET / Http/1.1\r\n", b"GET / HTTPS/1.1\r\n", b"GET / HTTP/1,1\r\n", b"GET / HTTP 1.1\r\n", b"GET / ICE/1.0\r\n",
-    b"GET / HTTP/1.\xb9\r\n",  # versions
+    # line ends
+    b"GET / HTTP/1.1\n", b"GET / HTTP/1.1\r\r\n", b"GET /\r HTTP/1.1\r\n", b"\nGET / HTTP/1.1\r\n", b"\n",
+    # spaces
+    b"GET  / HTTP/1.1\r\n", b"GET /  HTTP/1.1\r\n", b"GET\t/\tHTTP/1.1\r\n", b"GET /\tHTTP/1.1\r\n",
+    b" GET / HTTP/1.1\r\n", b"GET / HTTP/1.1 \r\n", b"GET / a HTTP/1.1\r\n", b"GET /\x0bHTTP/1.1\r\n",
+    b"GET /\xa0HTTP/1.1\r\n",
+    # something missing
+    b"GET /\r\n", b"GET\r\n", b"GET / \r\n", b"GET HTTP/1.1\r\n", b"/ HTTP/1.1\r\n", b" / HTTP/1.1\r\n",
+    # versions
+    b"PRI * HTTP/2.0\r\n", b"GET / HTTP/2\r\n", b"GET / HTTP/2.0\r\n", b"GET / HTTP/1.2\r\n",
+    b"GET / HTTP/0.9\r\n", b"GET / HTTP/1\r\n", b"GET / HTTP/1.10\r\n", b"GET / HTTP/11\r\n",
+    b"GET / HTTP/01.1\r\n", b"GET / http/1.1\r\n", b"GET / Http/1.1\r\n", b"GET / HTTPS/1.1\r\n",
+    b"GET / HTTP/1,1\r\n", b"GET / HTTP 1.1\r\n", b"GET / ICE/1.0\r\n", b"GET / HTTP/1.\xb9\r\n",
+    # characters
     b"G\x00T / HTTP/1.1\r\n", b"GET /\x00 HTTP/1.1\r\n", b"GET /\x7f HTTP/1.1\r\n", b"GET /\xe9 HTTP/1.1\r\n",
-    b"GET /\xc3\xa9 HTTP/1.1\r\n", b"G\xc9T / HTTP/1.1\r\n", b"G(T / HTTP/1.1\r\n", b"G:T / HTTP/1.1\r\n",  # characters
-    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\n", b"HTTP/1.1 200 OK\r\n", b"SSH-2.0-OpenSSH_9.2\r\n", b"HELO x\r\n",
+    b"GET /\xc3\xa9 HTTP/1.1\r\n", b"G\xc9T / HTTP/1.1\r\n", b"G(T / HTTP/1.1\r\n", b"G:T / HTTP/1.1\r\n",
+    # another protocol
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\n", b"HTTP/1.1 200 OK\r\n", b"SSH-2.0-OpenSSH_9.2\r\n",
+    b"HELO x\r\n",
 ])
 def test_a_request_line_that_is_none(line):
     assert "request line is malformed" in str(refusal(line + HOST + b"\r\n"))
 
 
 @pytest.mark.parametrize("target", [
-    b"http://localhost/v1/models", b"HTTP://localhost/", b"https://api.x.ai/v1/models", b"localhost:9090", b"api.x.ai:443",
-    b"*", b"v1/models", b"?a", b"\\v1", b"%2Fv1", b"/v1/models#fragment", b"/#", b"#"])
+    b"http://localhost/v1/models", b"HTTP://localhost/", b"https://api.x.ai/v1/models", b"localhost:9090",
+    b"api.x.ai:443", b"*", b"v1/models", b"?a", b"\\v1", b"%2Fv1", b"/v1/models#fragment", b"/#", b"#"])
 def test_only_a_path_is_a_target(target):
     assert "must be a path" in str(refusal(with_fields(start=b"GET " + target + b" HTTP/1.1\r\n" + HOST)))
 
@@ -236,10 +255,11 @@ def test_a_request_of_http_1_0_needs_no_host():
 
 
 @pytest.mark.parametrize("names", [
-    [b"Content_Length"], [b"content_length"], [b"Transfer_Encoding"], [b"TRANSFER_ENCODING"], [b"Content_Type"],
-    [b"X_Api_Key"], [b"X-Api_Key"], [b"X_Api-Key"], [b"X_Forwarded_For"], [b"X-Forwarded_Host"], [b"Proxy_Authorization"],
-    [b"Proxy_"], [b"Sec_Fetch_Site"], [b"Keep_Alive"], [b"User_Agent"], [b"Accept_Encoding"],
-    [b"X_Y", b"X-Y"], [b"X-Y", b"X_Y"], [b"x-y", b"X_y"], [b"A_B-C", b"A-B_C"], [b"A_B_C", b"A-B-C"]])
+    [b"Content_Length"], [b"content_length"], [b"Transfer_Encoding"], [b"TRANSFER_ENCODING"],
+    [b"Content_Type"], [b"X_Api_Key"], [b"X-Api_Key"], [b"X_Api-Key"], [b"X_Forwarded_For"],
+    [b"X-Forwarded_Host"], [b"Proxy_Authorization"], [b"Proxy_"], [b"Sec_Fetch_Site"], [b"Keep_Alive"],
+    [b"User_Agent"], [b"Accept_Encoding"], [b"X_Y", b"X-Y"], [b"X-Y", b"X_Y"], [b"x-y", b"X_y"],
+    [b"A_B-C", b"A-B_C"], [b"A_B_C", b"A-B-C"]])
 def test_a_name_with_an_underscore_twin(names):
     assert "with _ in its name" in str(refusal(body_of(*(name + b": 5" for name in names))))
 
@@ -256,10 +276,11 @@ def test_every_header_that_the_proxy_drops_or_sets_has_no_underscore_twin():
 
 @pytest.mark.parametrize("start", [b"X: ", b"Content-Length: ", b""])
 def test_a_malformed_line_takes_no_longer_than_a_good_one(start):
-    for filling in (b"a", b" ", b"a ", b"\t", b": "):
-        began = time.process_time()
-        refusal(with_fields(start + filling * (60000 // len(filling)) + b"\x00\r\n"))
-        assert time.process_time() - began < 1
+    for size in (24, 60000):  # a pattern that takes 2**24 steps fails here, and does not hang
+        for filling in (b"a", b" ", b"a ", b"\t", b": "):
+            began = time.process_time()
+            refusal(with_fields(start + (filling * size)[:size] + b"\0\r\n"))
+            assert time.process_time() - began < 0.5
 
 
 def test_a_refusal_repeats_nothing_that_came():
