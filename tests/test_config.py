@@ -29,7 +29,7 @@ def refusal(environ=(), **values) -> str:
 def elsewhere(folder, what: str, **environ) -> str:
     """What a new process with that working directory and environment says to str(what of the settings)."""
     code = f"import os; from xaiproxy import config; print(config.from_environ(os.environ).{what})"
-    return subprocess.run([sys.executable, "-c", code], env=environ, cwd=folder, text=True, capture_output=True,
+    return subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(ROOT), **environ}, cwd=folder, text=True, capture_output=True,
                           check=True).stdout.rstrip("\n")
 
 

@@ -59,7 +59,7 @@ class Day:
                 "store = token_store.TokenStore(config.from_environ(os.environ))\n"
                 "with token_writer.locked(store, 5) as writer: writer.save(tokens.from_json(open(sys.argv[1]).read()))")
         subprocess.run([sys.executable, "-c", code, self.path.with_name("login")], check=True,
-                       env={**self.sandbox.env, "XAI_PROXY_TOKEN_PATH": str(self.path)}, cwd=self.path.parent)
+                       env={**os.environ, **self.sandbox.env, "XAI_PROXY_TOKEN_PATH": str(self.path)}, cwd=self.path.parent)
         return login
 
     def put(self, **members) -> dict:
