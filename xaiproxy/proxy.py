@@ -148,9 +148,9 @@ class Proxy:
         if login.age(time.time()) < YOUNG:
             gevent.sleep(min(YOUNG_PAUSE, patience))
             return self._reload()
-        asked_at = time.time()
-        if not self._may_come(login, asked_at - WAIT):
+        if login.refresh_token is None:
             return None
+        asked_at = time.time()
         try:
             self._store.ask_refresh(refused.access_token)
         except OSError as error:
@@ -158,7 +158,7 @@ class Proxy:
                            self._store.refused_path, error.strerror)
             return None
         deadline = time.monotonic() + patience
-        while time.monotonic() < deadline:
+        while self._may_come(login, asked_at) and time.monotonic() < deadline:
             gevent.sleep(LOOK)
             try:
                 login = self._store.current()
@@ -166,8 +166,6 @@ class Proxy:
                 raise errors.LoginRequired(str(error)) from error
             if login.access_token != refused.access_token:
                 return login
-            if not self._may_come(login, asked_at):
-                return None
         return None
 
     def _reload(self) -> tokens.Tokens:
@@ -176,14 +174,14 @@ class Proxy:
         except errors.LoginUnusable as error:
             raise errors.LoginRequired(str(error)) from error
 
-    def _may_come(self, login: tokens.Tokens, since: float) -> bool:
-        """Whether to wait for another token: False when the refresher has failed `since` then, or there is none."""
+    def _may_come(self, login: tokens.Tokens, asked_at: float) -> bool:
+        """Whether to wait for another token: not when the refresher has failed since we asked, waits itself, or is gone."""
         error = login.refresh_error
         if error is not None and error.terminal:
             raise errors.LoginRequired(f"the login has ended ({error.code}); {errors.SIGN_IN}")
-        if error is not None and (error.at >= since or (error.retry_at or 0) > time.time() + WAIT):
+        if error is not None and (error.at >= asked_at or (error.retry_at or 0) > time.time() + WAIT):
             return False
-        return login.refresh_token is not None and self._store.refresher_alive(time.time())
+        return self._store.refresher_alive(time.time())
 
 
 class Stream:
