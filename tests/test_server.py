@@ -154,6 +154,31 @@ def test_idle_connections_are_closed_at_once(tmp_path: Path, number: int) -> Non
             proxy.client()
 
 
+def test_requests_that_were_there_before_the_signal_are_answered(tmp_path: Path, upstream: ScriptedUpstream) -> None:
+    """On connections old and new, though the proxy has read nothing of them; it is held still meanwhile."""
+    with ProxyProcess(tmp_path, upstream=upstream.origin) as proxy, proxy.client() as idle:
+        proxy.sign_in()
+        old = [proxy.client() for _ in range(10)]
+        for client in (idle, *old):
+            assert client.ask("GET", "/healthz").status == 200
+        proxy.process.send_signal(signal.SIGSTOP)
+        new, silent = [proxy.client() for _ in range(10)], proxy.client()
+        for client in (*old, *new):
+            client.request("POST", "/v1/x", body=b"{}")
+        proxy.terminate()
+        proxy.process.send_signal(signal.SIGCONT)
+        for _ in (*old, *new):
+            upstream.receive().answer()
+        for client in (*old, *new):
+            answer = client.message()
+            assert (answer.body, answer.value("Connection")) == (b"ok", "close")
+            assert client.closed_within()
+            client.close()
+        assert idle.closed_within() and silent.closed_within()
+        silent.close()
+        assert proxy.wait() == 0
+
+
 def test_open_answers_are_finished(tmp_path: Path, upstream: ScriptedUpstream) -> None:
     with ProxyProcess(tmp_path, upstream=upstream.origin) as proxy, proxy.client() as streaming, \
             proxy.client() as waiting, proxy.client() as uploading, proxy.client() as beginning:

@@ -119,10 +119,12 @@ class Handler(pywsgi.WSGIHandler):
         return True
 
     def _wait_for_request(self) -> bool:
-        """Wait for the first byte; False when none came in time, at its end, or when the server stops."""
+        """Wait for the first byte; False when none came in time, or at its end."""
         settings = self.server.settings
         limit = settings.keepalive_timeout if self.answered_before else settings.client_timeout
-        with self.server.idle(self), gevent.Timeout(limit, False):
+        if self.server.draining:
+            limit = 0  # only what is there already
+        with self.server.idle(self.socket), gevent.Timeout(limit, False):
             return bool(self.rfile.peek(1))
         return False
 

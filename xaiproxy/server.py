@@ -8,6 +8,7 @@ import resource
 import signal
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import gevent
 import gevent.event
@@ -38,29 +39,32 @@ class Server(pywsgi.WSGIServer):
                          environ={"SERVER_NAME": "xaiproxy"})  # else pywsgi looks its name up in the DNS
         self.settings = settings
         self.draining = False
-        self._idle: "set[gevent.Greenlet]" = set()
+        self._idle: "set[Any]" = set()  # sockets
 
     @contextlib.contextmanager
-    def idle(self, handler: Handler) -> "Iterator[None]":
+    def idle(self, sock: Any) -> "Iterator[None]":
         """Between two requests: such a connection may be closed at any time."""
-        greenlet = gevent.getcurrent()
-        if self.draining:
-            raise gevent.GreenletExit
-        self._idle.add(greenlet)
+        self._idle.add(sock)
         try:
             yield
         finally:
-            self._idle.discard(greenlet)
+            self._idle.discard(sock)
 
     def drain(self, cut: gevent.event.Event) -> None:
         """Stop accepting, close idle connections, wait for open answers, then cut what is left.
 
-        `cut`: set to end the wait early.
+        What reached the kernel before is answered. `cut`: set to end the wait early.
         """
         self.draining = True
+        while not self.full() and (accepted := self.do_read()):
+            self.do_handle(*accepted)
         self.close()
-        for greenlet in list(self._idle):
-            greenlet.kill(block=False)
+        for sock in self._idle:
+            with contextlib.suppress(OSError):
+                try:
+                    sock._sock.recv(1, socket.MSG_PEEK)
+                except BlockingIOError:  # nothing there: let its handler read an end
+                    sock.shutdown(socket.SHUT_RD)
         if len(self.pool):
             logger.info("stopping; %d open answers get %g s to finish", len(self.pool), self.settings.drain_timeout)
         finished = gevent.spawn(self.pool.join)
