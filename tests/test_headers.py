@@ -5,7 +5,6 @@ import pytest
 from xaiproxy import errors, headers
 
 OURS = [("Host", "api.x.ai"), ("User-Agent", "xaiproxy/1"), ("Authorization", "Bearer the-token")]
-IDENTITY = ("Accept-Encoding", "identity")
 HOP_BY_HOP = ["Connection", "Keep-Alive", "Proxy-Connection", "TE", "Trailer", "Transfer-Encoding", "Upgrade"]
 
 
@@ -36,7 +35,7 @@ def test_order_case_and_repetitions_are_kept_to_upstream():
               ("x-B", "2"), ("Accept", "text/event-stream"), ("Range", "bytes=0-"), ("If-None-Match", "*"),
               ("Origin", "http://a"), ("Idempotency-Key", "k"), ("Content-Encoding", "gzip"),
               ("Via", "1.1 x"), ("X-Grok-Conv-Id", "c")]
-    assert to_upstream(*fields) == [IDENTITY, *fields]
+    assert to_upstream(*fields) == [*fields]
 
 
 @pytest.mark.parametrize("name", [
@@ -45,37 +44,37 @@ def test_order_case_and_repetitions_are_kept_to_upstream():
     "X-Forwarded-Host", "X-Forwarded-Proto", "X-Forwarded-", "X-Forwarded-Client-Cert"])
 def test_what_is_the_hops_own_or_ours_or_secret_is_dropped(name):
     for spelling in spellings(name):
-        assert to_upstream((spelling, "x"), ("X-One", "1"), (spelling, "y")) == [IDENTITY, ("X-One", "1")]
+        assert to_upstream((spelling, "x"), ("X-One", "1"), (spelling, "y")) == [("X-One", "1")]
 
 
 @pytest.mark.parametrize("name", [
     "X-Authorization", "Authorization-X", "Cookie2", "Proxy", "X-Proxy-A", "X-Forwarded", "Forwarded-For",
     "X-Host", "X-Api-Key-Id", "Te-X", "Set-Cookie", "Connection-X"])
 def test_names_that_only_look_like_those_pass(name):
-    assert to_upstream((name, "x")) == [IDENTITY, (name, "x")]
+    assert to_upstream((name, "x")) == [(name, "x")]
 
 
 @pytest.mark.parametrize("value", ["x-one", "X-ONE", " x-one ", "close, x-One", "x-one,close", ",,\tx-one ,",
                                    "\"x-one\", x-one"])
 def test_those_that_connection_names_are_dropped(value):
     sent = to_upstream(("X-One", "1"), ("Connection", value), ("x-one", "2"), ("X-Two", "3"))
-    assert sent == [IDENTITY, ("X-Two", "3")]
+    assert sent == [("X-Two", "3")]
 
 
 def test_several_connection_headers_name_more():
     sent = to_upstream(("connection", "a"), ("A", "1"), ("B", "2"), ("CONNECTION", "b"), ("C", "3"))
-    assert sent == [IDENTITY, ("C", "3")]
+    assert sent == [("C", "3")]
 
 
 def test_connection_cannot_take_away_what_we_set():
     named = "authorization, host, user-agent, content-length, connection"
-    assert to_upstream(("Connection", named)) == [IDENTITY]
+    assert to_upstream(("Connection", named)) == []
 
 
 def test_connection_can_take_away_what_the_client_sent():
     named = "content-type, accept-encoding"
     sent = to_upstream(("Connection", named), ("Content-Type", "a"), ("Accept-Encoding", "gzip"))
-    assert sent == [IDENTITY]
+    assert sent == []
 
 
 @pytest.mark.parametrize("value, reduced", [
@@ -96,8 +95,8 @@ def test_several_accept_encodings_become_one():
     assert accepted("br", "gzip;q=0.5", "deflate") == "gzip;q=0.5, deflate"
 
 
-def test_without_accept_encoding_any_coding_would_do_so_identity_is_asked_for():
-    assert to_upstream() == [IDENTITY]
+def test_a_client_that_sends_no_accept_encoding_asks_for_none():
+    assert to_upstream() == []
 
 
 def test_nothing_is_changed_in_place():

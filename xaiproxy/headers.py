@@ -30,9 +30,10 @@ def to_upstream(fields: Fields, *, host: str, user_agent: str, access_token: str
     """The fields of the request to upstream, but for the framing of its body."""
     options = connection_options(fields)
     fields = [(name, value) for name, value in fields if name.lower() not in options]
-    accepted = ",".join(value for name, value in fields if name.lower() == "accept-encoding")
-    sent = [("Host", host), ("User-Agent", user_agent), ("Authorization", "Bearer " + access_token),
-            ("Accept-Encoding", _reduced(accepted))]
+    sent = [("Host", host), ("User-Agent", user_agent), ("Authorization", "Bearer " + access_token)]
+    accepted = [value for name, value in fields if name.lower() == "accept-encoding"]
+    if accepted:
+        sent.append(("Accept-Encoding", _reduced(",".join(accepted))))
     for name, value in fields:
         lower = name.lower()
         if lower not in NOT_SENT and not lower.startswith(PREFIXES_NOT_SENT):
