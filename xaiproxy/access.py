@@ -78,6 +78,13 @@ class Access:
             raise errors.OriginNotAllowed("web pages of other sites may not call this proxy; to allow this one, add "
                                           f"{origin} to XAI_PROXY_ALLOWED_ORIGINS")
 
+    def leave(self, head: Head) -> "list[tuple[str, str]]":
+        """The header fields by which a browser lets a page of a listed origin read an answer (CORS); none for others."""
+        origins = head.values("origin")
+        if len(origins) != 1 or origins[0].lower() not in self._origins:
+            return []
+        return [("Access-Control-Allow-Origin", origins[0]), ("Vary", "Origin")]
+
     def preflight(self, head: Head) -> "list[tuple[str, str]] | None":
         """The header fields of the answer to a CORS preflight; None when it is no preflight. Raises OriginNotAllowed.
 
@@ -86,11 +93,11 @@ class Access:
         origins, methods = head.values("origin"), head.values("access-control-request-method")
         if head.method != "OPTIONS" or not origins or not methods:
             return None
-        if len(origins) > 1 or origins[0].lower() not in self._origins:
+        fields = self.leave(head)
+        if not fields:
             raise errors.OriginNotAllowed(f"web pages of {origins[0][:200]} may not call this proxy; to allow them, add it "
                                           "to XAI_PROXY_ALLOWED_ORIGINS")
-        fields = [("Access-Control-Allow-Origin", origins[0]), ("Access-Control-Allow-Methods", methods[0]),
-                  ("Access-Control-Max-Age", str(PREFLIGHT_AGE)), ("Vary", "Origin")]
+        fields += [("Access-Control-Allow-Methods", methods[0]), ("Access-Control-Max-Age", str(PREFLIGHT_AGE))]
         wanted = head.values("access-control-request-headers")
         if wanted:
             fields.append(("Access-Control-Allow-Headers", wanted[0]))

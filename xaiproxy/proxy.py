@@ -57,12 +57,13 @@ class Proxy:
                 start_response("204 No Content", preflight)
                 return []
             handler.key_name = self._gate.check(head, key_needed=True)
+            check_method(head.method)
             check_path(head.path)
             return self._forward(head, environ, start_response)
         except errors.Refusal as refusal:
             handler.ended_by = "proxy"
             status, fields, body = refusal.rendered()
-            start_response(status, fields)
+            start_response(status, fields + self._gate.leave(head))
             return [body]
 
     def _forward(self, head: Head, environ: "dict[str, Any]", start_response: "Callable[..., Any]") -> "Stream":
@@ -81,6 +82,8 @@ class Proxy:
                     exchange = self._send(head, body, newer, watch)
             body.forget()
             fields = headers.to_client(exchange.fields, length=exchange.length)
+            if not any(name.lower() == "access-control-allow-origin" for name, _ in fields):
+                fields += self._gate.leave(head)
             start_response(f"{exchange.status} {_reason(exchange.reason)}", fields)
             return Stream(exchange, watch)
         except BaseException:
@@ -199,6 +202,12 @@ class Stream:
     def close(self) -> None:
         self._watch.close()  # first, or it could break into the other
         self._exchange.close()
+
+
+def check_method(method: str) -> None:
+    """Refuse TRACE, whose answer repeats the request with the token in it, and CONNECT. Raises MethodNotAllowed."""
+    if method in ("TRACE", "CONNECT"):
+        raise errors.MethodNotAllowed(f"{method} is not passed on")
 
 
 def check_path(path: str) -> None:
