@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,13 +17,14 @@ import gevent.monkey
 import gevent.pool
 from gevent import pywsgi
 
-from xaiproxy import __version__, app, client_keys, command, config, errors, log
+from xaiproxy import __version__, app, client_keys, command, config, errors, log, token_store
 from xaiproxy.http_handler import Cut, Handler
 from xaiproxy.upstream import SOCKET_OPTIONS, Upstream
 
 logger = logging.getLogger(__name__)
 
 BACKLOG = 1024  # connections that wait in the kernel when all slots are taken
+REFRESHER_LOOK = 2.0  # seconds between two looks for a living refresher, of which the first leaves it time to start
 SPARE_DESCRIPTORS = 64  # for logs, the token file, the event loop and what the libraries open
 EXAMPLES = """\
   xai-proxy                        serve http://127.0.0.1:9090/v1 with the login of xai-login
@@ -114,10 +116,29 @@ def run(listener: socket.socket, settings: config.Config, keys: client_keys.Clie
     host = f"[{settings.bind}]" if ":" in settings.bind else settings.bind
     logger.info("listening on http://%s:%d/v1%s", host, listener.getsockname()[1],
                 "" if keys.required else "; no client key is asked for")
+    watcher = gevent.spawn(watch_refresher, token_store.TokenStore(settings))
     stop.wait()
+    watcher.kill()
     server.drain(cut)
     upstream.close()
     logger.info("stopped")
+
+
+def watch_refresher(store: token_store.TokenStore) -> None:
+    """Say once when the login has nobody to renew it, and once when it has again."""
+    alive = True
+    while True:
+        gevent.sleep(REFRESHER_LOOK)
+        try:
+            renewable = store.current().refresh_token is not None
+        except errors.LoginUnusable:
+            continue
+        if renewable and store.refresher_alive(time.time()) != alive:
+            alive = not alive
+            if alive:
+                logger.info("the refresher is back")
+            else:
+                logger.warning("%s; look why xai-refresher does not run", app.readiness_of(store, time.time())[1])
 
 
 def listen(settings: config.Config) -> socket.socket:
