@@ -1,6 +1,7 @@
 """How every command of ours parses its line and ends: one sentence on stderr and an exit code of sysexits.h."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -21,10 +22,20 @@ class ArgumentParser(argparse.ArgumentParser):
 def run(name: str, body: "Callable[[], int | None]") -> int:
     """Return body's exit code, or the one of the Error it raised, whose sentence is then printed."""
     try:
-        return body() or 0
+        status = body() or 0
+        _flush_stdout()
+        return status
     except errors.Error as error:
         print(f"{name}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted", file=sys.stderr)
         return errors.EXIT_INTERRUPTED
+
+
+def _flush_stdout() -> None:
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or it would fail once more at the very end
+        raise errors.Error(f"it is done, but the result cannot be printed: {error.strerror}") from error
