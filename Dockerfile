@@ -1,7 +1,7 @@
 # docker build -t xaiproxy .
 FROM python:3.13-slim
 
-ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+ENV PYTHONUNBUFFERED=1
 
 # A fixed number, so that the owner of a mounted folder can be set from outside and runAsNonRoot can be checked.
 RUN groupadd --gid 10001 xaiproxy && useradd --uid 10001 --gid 10001 --create-home xaiproxy \
@@ -9,10 +9,11 @@ RUN groupadd --gid 10001 xaiproxy && useradd --uid 10001 --gid 10001 --create-ho
 
 # What xaiproxy needs, in a layer that a change of its code leaves as it is: a package with nothing but its version.
 WORKDIR /src
-COPY setup.cfg setup.py ./
+COPY setup.cfg setup.py LICENSE ./
 COPY xaiproxy/__init__.py xaiproxy/
 RUN pip install --no-cache-dir --only-binary :all: .
 
+COPY README.md ./
 COPY xaiproxy xaiproxy
 RUN pip install --no-cache-dir --no-deps --force-reinstall . && rm -rf /src/*
 COPY conf/supervisord.conf /etc/xaiproxy/
