@@ -91,7 +91,7 @@ def create(grants: Grants) -> Blueprint:
     @api.post("/chat/completions")
     def chat() -> Answer:
         body = json_body(model=str, messages=list)
-        name, pieces = known(body["model"]), stream.deltas(knobs)
+        name, pieces = known(body["model"]), stream.deltas(knobs.events, knobs.event_size)
         if body.get("stream") and body.get("deferred"):
             sentence = "A request may either be streaming or deferred, but not both."
             return Answer(compact(sentence), 400, content_type="application/json")
@@ -119,7 +119,7 @@ def create(grants: Grants) -> Blueprint:
     def responses() -> Answer:
         body = json_body(model=str, input=(str, list))
         check_token()
-        pieces = stream.deltas(knobs)
+        pieces = stream.deltas(knobs.events, knobs.event_size)
         part = {"type": "output_text", "text": "".join(pieces), "logprobs": [], "annotations": []}
         response = {
             "created_at": int(time.time()), "id": g.request_id, "max_output_tokens": None,
@@ -138,8 +138,9 @@ def create(grants: Grants) -> Blueprint:
     @api.post("/messages")
     def messages() -> Answer:
         body = json_body(model=str, messages=list, max_tokens=int)
+        text = "".join(stream.deltas(knobs.events, knobs.event_size))
         return reply({"id": f"msg_{g.request_id}", "type": "message", "role": "assistant",
-                      "content": [{"type": "text", "text": "".join(stream.deltas(knobs))}],
+                      "content": [{"type": "text", "text": text}],
                       "model": known(body["model"]), "stop_reason": "end_turn", "stop_sequence": None,
                       "usage": {"input_tokens": 12, "output_tokens": knobs.events}})
 

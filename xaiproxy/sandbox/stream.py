@@ -1,6 +1,7 @@
 """Server-sent events as xAI sends them, and the ways in which a stream can be slow, silent or cut."""
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from typing import Any, Iterable, Iterator
@@ -13,10 +14,11 @@ from xaiproxy.sandbox.xai_errors import CAPACITY
 WORDS = [f"{word} " for word in "This is the sandbox, not xAI, and nobody thought about the answer.".split()]
 
 
-def deltas(knobs: Knobs) -> list[str]:
+@functools.lru_cache(maxsize=8)  # a thousand long streams share one list
+def deltas(events: int, event_size: int | None) -> list[str]:
     """The pieces of every answer, streamed or not."""
-    words = itertools.islice(itertools.cycle(WORDS), knobs.events)
-    return [(word * knobs.event_size)[:knobs.event_size] if knobs.event_size else word for word in words]
+    words = itertools.islice(itertools.cycle(WORDS), events)
+    return [(word * event_size)[:event_size] if event_size else word for word in words]
 
 
 def usage(count: int) -> dict[str, Any]:
