@@ -226,7 +226,20 @@ def test_what_is_refused_does_not_reach_upstream(client: Client, upstream: Scrip
     assert_refusal(client.ask("GET", "/models"), 404, "not_found", "/v1/models")
     assert_refusal(client.ask("GET", "/V1/models"), 404, "not_found")
     assert_refusal(client.ask("GET", "/%761/models"), 404, "not_found")
+    assert_refusal(client.ask("TRACE"), 405, "method_not_allowed", "TRACE")
     assert upstream.quiet()
+
+
+@pytest.mark.parametrize("said", [b"", b"Access-Control-Allow-Origin: *\r\n"])
+def test_page_of_a_listed_origin_may_read_the_answer(tmp_path: Path, upstream: ScriptedUpstream, said: bytes) -> None:
+    origin = "https://chat.example"
+    with ProxyProcess(tmp_path, upstream=upstream.origin, allowed_origins=origin) as proxy, proxy.client() as client:
+        assert client.ask("GET", "/v1/models", f"Origin: {origin}").values("Access-Control-Allow-Origin") == [origin]
+        proxy.sign_in()
+        client.request("GET", "/v1/models", f"Origin: {origin}")
+        upstream.receive().answer(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n" + said + b"\r\nok")
+        answer = client.message()
+        assert answer.body == b"ok" and answer.values("Access-Control-Allow-Origin") == ["*" if said else origin]
 
 
 # A refused token

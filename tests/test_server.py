@@ -88,6 +88,17 @@ def test_ipv6(tmp_path: Path) -> None:
             assert client.ask("GET", "/healthz").status == 200
 
 
+def test_missing_refresher_is_said_once(tmp_path: Path) -> None:
+    def said(text: str) -> int:
+        return sum(text in line["message"] for line in proxy.log_lines())
+    with ProxyProcess(tmp_path) as proxy:
+        proxy.sign_in()
+        proxy.wait_for_log(lambda line: "no refresher; the login lapses at" in line["message"])
+        proxy.refresher_lives()
+        proxy.wait_for_log(lambda line: "the refresher is back" in line["message"])
+        assert said("no refresher") == said("is back") == 1
+
+
 # Limits
 
 

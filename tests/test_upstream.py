@@ -22,7 +22,7 @@ from wire import Wire
 from xaiproxy import __version__, config
 from xaiproxy.request_body import ReplayableBody, ReplayMemory, RequestBody
 from xaiproxy.request_head import Head
-from xaiproxy.upstream import Upstream
+from xaiproxy.upstream import Exchange, Upstream
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 SIZED = b"HTTP/1.1 200 OK\r\nContent-Length: 30\r\n\r\n"
@@ -89,7 +89,7 @@ def test_fields_pass_in_order_case_and_number(client: Client, upstream: Scripted
     request = upstream.receive()
     assert request.head == (
         f"GET /v1/models HTTP/1.1\r\nHost: {upstream.authority}\r\nUser-Agent: xaiproxy/{__version__}\r\n"
-        "Authorization: Bearer the-token\r\nAccept-Encoding: identity\r\nX-b: 2\r\nx-B: 1\r\nAccept: a\r\naccept: b\r\nX-Grok-Conv-Id: \xe9 \t!\r\n"
+        "Authorization: Bearer the-token\r\nX-b: 2\r\nx-B: 1\r\nAccept: a\r\naccept: b\r\nX-Grok-Conv-Id: \xe9 \t!\r\n"
         "X-Empty: \r\nContent-Type: application/json\r\n\r\n").encode("latin-1")
 
 
@@ -155,6 +155,20 @@ def test_large_upload_is_not_gathered(running: ProxyProcess, client: Client, ups
     request.answer()
     assert client.message().status == 200
     assert running.resident_kib() - before < 24 * 1024
+
+
+def test_answer_that_comes_before_the_body_was_sent(client: Client, upstream: ScriptedUpstream) -> None:
+    """Upstream has seen enough, and closes; the client hears why."""
+    size = 64 << 20
+    client.request("POST", "/v1/files", f"Content-Length: {size}")
+    client.send(b"x")
+    request = upstream.receive(body=False)
+    request.answer(b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\nno")
+    request.connection.close()
+    client.send(bytes(size - 1))
+    answer = client.message()
+    assert (answer.status, answer.body, answer.value("Connection")) == (413, b"no", "close")
+    assert client.closed_within()
 
 
 # What becomes of its answer
@@ -296,7 +310,9 @@ def test_stream_that_is_not_read_waits_upstream(running: ProxyProcess, client: C
 
 @pytest.mark.parametrize("how", ["fin", "reset"])
 @pytest.mark.parametrize("sent", [b"", b"HTTP/1.1 200 OK\r\nContent-Le", b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n",
-                                  b"SSH-2.0-dropbear\r\n", b"HTTP/1.1 200 OK\r\nnonsense\r\nContent-Length: 5\r\n\r\nx"])
+                                  b"SSH-2.0-dropbear\r\n", b"HTTP/1.1 200 OK\r\nnonsense\r\nContent-Length: 5\r\n\r\nx",
+                                  b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nx",
+                                  b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 150 + b"\r\n"])
 def test_death_before_or_in_the_head_is_502(client: Client, upstream: ScriptedUpstream, sent: bytes, how: str) -> None:
     client.request("GET", "/v1/dies")
     request = upstream.receive().answer(sent)
@@ -440,8 +456,10 @@ def test_tls(tmp_path: Path, certificate: tuple) -> None:
                 request.answer(end)
                 assert framing == "length" or client.chunk() == b""
             assert request.connection.requests == 2
+            request.connection.close()
             client.request()
             request = upstream.receive().answer(CHUNKED + b"1\r\nx\r\n")
+            assert request.connection.requests == 1
             client.head()
             client.chunk()
             client.reset()  # a cancelled one, over TLS too
@@ -568,11 +586,23 @@ def test_loopback_is_never_proxied(tmp_path: Path) -> None:
 # The pool
 
 
+def make_upstream(scripted: ScriptedUpstream, **keywords: float) -> Upstream:
+    """One in this process: nothing it does here waits for what is not there already."""
+    return Upstream(config.from_environ({"HOME": "/", "XAI_PROXY_UPSTREAM": scripted.origin}), **keywords)
+
+
+def a_request(upstream: Upstream, method: str = "GET", body: bytes = b"") -> Exchange:
+    head = Head(method, "/v1/x", "HTTP/1.1", [], len(body) or None, False, True)
+    replayable = ReplayableBody(RequestBody(head, io.BytesIO(body), None, 1), 0, ReplayMemory(0))
+    fields = [("Host", "x"), ("User-Agent", "x"), ("Accept-Encoding", "identity")]
+    framing = [("Content-Length", str(len(body)))] if body else []
+    return Exchange(upstream, method, "/v1/x", fields + framing, replayable)
+
+
 def exchange(upstream: Upstream, scripted: ScriptedUpstream) -> Request:
-    """One request through an Upstream of this process, which waits for nothing that is not there already."""
-    head = Head("GET", "/v1/x", "HTTP/1.1", [], None, False, True)
-    body = ReplayableBody(RequestBody(head, io.BytesIO(), None, 1), 0, ReplayMemory(0))
-    sent = upstream.send("GET", "/v1/x", [("Host", "x"), ("User-Agent", "x"), ("Accept-Encoding", "identity")], body, None)
+    connection = upstream._take()
+    sent = a_request(upstream)
+    sent.send(connection or upstream.connect(), pooled=connection is not None)
     request = scripted.receive().answer()
     sent.receive()
     assert b"".join(sent) == b"ok"
@@ -580,10 +610,25 @@ def exchange(upstream: Upstream, scripted: ScriptedUpstream) -> Request:
     return request
 
 
-def test_connections_idle_for_too_long_are_dropped(tmp_path: Path) -> None:
+@pytest.mark.parametrize("body", [b"", b"{}"])
+def test_broken_pooled_connection_that_took_no_byte_is_replaced_for_all(body: bytes) -> None:
+    """The close comes between the look at the connection and its use, which no other process could time."""
     with ScriptedUpstream() as scripted:
-        settings = config.from_environ({"HOME": str(tmp_path), "XAI_PROXY_UPSTREAM": scripted.origin})
-        upstream = Upstream(settings, idle_limit=0.3)
+        upstream = make_upstream(scripted)
+        first = exchange(upstream, scripted)
+        connection = upstream._take()
+        first.connection.reset()
+        sent = a_request(upstream, "POST", body)
+        sent.send(connection, pooled=True)
+        second = scripted.receive()
+        assert (second.method, second.body, second.connection.requests) == ("POST", body, 1)
+        sent.close()
+        assert second.connection.closed_within()
+
+
+def test_connections_idle_for_too_long_are_dropped() -> None:
+    with ScriptedUpstream() as scripted:
+        upstream = make_upstream(scripted, idle_limit=0.3)
         first = exchange(upstream, scripted)
         gevent.sleep(0.1)
         assert exchange(upstream, scripted).connection is first.connection

@@ -207,7 +207,7 @@ class _Fields:
         self._fields = fields
 
     def __iter__(self):
-        return iter(name for name, _ in self._fields)
+        return iter([*(name for name, _ in self._fields), "accept-encoding"])  # or it would add one of its own
 
     def items(self) -> "list[tuple[str, str]]":
         return self._fields
@@ -322,7 +322,11 @@ class Exchange:
 
     def _release(self) -> None:
         connection, self._connection = self._connection, None
-        if connection is not None and connection.sock is not None and not self._cut_off:
+        if connection is None:
+            return
+        if connection.sock is None or self._cut_off:
+            connection.close()
+        else:
             self._upstream.keep(connection)
 
     def peek(self) -> bytes:
