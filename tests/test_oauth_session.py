@@ -135,6 +135,18 @@ def test_one_deadline_for_all_of_it(script):
     assert "gave no whole answer within 0.3 s" in str(error) and error.sent
 
 
+def test_no_thread_goes_on_reading():
+    with ScriptedServer(drip(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n" + b" " * 1000)) as server:
+        unavailable(lambda: session().post(server.url, FORM, deadline=1))  # 40 bytes of head, then some of the body
+        late().join(1)
+        assert not late()
+
+
+def late() -> "threading.Thread | None":
+    """The thread of a call that was given up."""
+    return next((thread for thread in threading.enumerate() if thread.name.startswith("POST ")), None)
+
+
 def test_a_connection_that_nobody_accepts():
     with socket.create_server(("127.0.0.1", 0), backlog=0) as full, socket.socket() as first, socket.socket() as second:
         for filler in (first, second):
@@ -214,9 +226,8 @@ def test_a_form_that_was_given_up_is_never_sent(tls: ssl.SSLContext, certificate
     with ScriptedServer(tunnel(tls, received, pace=0.03)) as proxy:  # 26 bytes: longer than the deadline
         web = session(HTTPS_PROXY=proxy.url, SSL_CERT_FILE=str(certificate))
         assert not unavailable(lambda: web.post("https://auth.x.ai/oauth2/token", FORM, deadline=0.4)).sent
-        (late,) = [thread for thread in threading.enumerate() if thread.name.startswith("POST ")]
-        late.join(5)
-        assert not late.is_alive()
+        late().join(5)
+        assert not late()
     assert received[1].startswith(b"POST /oauth2/token") and b"refresh_token" not in received[1]
 
 

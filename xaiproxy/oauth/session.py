@@ -106,14 +106,14 @@ class Session:
 
     def _send(self, method: str, url: str, headers: "dict[str, str]", body: "_Body | None", end: float) -> Answer:
         proxy = self.egress.proxy_for(url)
-        timeout = max(end - time.monotonic(), 0.001)  # seconds; so that the thread ends some time, too
+        timeout = max(end - time.monotonic(), 0.001)  # seconds for each step, so that the thread ends some time, too
         with requests.Session() as web:
             web.trust_env = False
             web.headers = requests.structures.CaseInsensitiveDict(HEADERS | headers)
             with web.request(method, url, data=body, stream=True, timeout=timeout, allow_redirects=False,
                              verify=self.egress.ca_file, proxies={"https": proxy} if proxy else {}) as response:
                 content = b""
-                for chunk in response.iter_content(65536):
+                while chunk := response.raw.read1(65536, decode_content=True):
                     content += chunk
                     if len(content) > BODY_LIMIT:
                         raise urllib3.exceptions.ResponseError("too long")
