@@ -202,8 +202,31 @@ def test_another_issuers_login_is_left_alone(login: Login, sandbox: Sandbox, mem
     for arguments in (("--device",), ("--logout",)):
         fails(login.run(*arguments), 78, "is left alone, since the settings say .*; name another file with --token-path")
     assert login.path.read_bytes() == before and sandbox.requests() == []  # nobody was asked to approve anything
+
+
+def test_another_file_can_be_named(login: Login, sandbox: Sandbox):
     sandbox.set(**QUICK)
     assert login.run("--device", "--token-path", f"{login.path}2").returncode == 0
+    assert login.files() == ["tokens.json2", "tokens.json2.lock"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_another_users_login_is_left_alone(login: Login, sandbox: Sandbox):
+    """Ours in its place would be closed to that user's refresher."""
+    sandbox.write_login(login.path)
+    os.chown(login.path, 12345, 12345)
+    sandbox.reset()
+    fails(login.run("--device"), 75, "belongs to user 12345, and this is user 0; run xai-login as that user")
+    assert sandbox.requests() == [] and login.path.stat().st_uid == 12345
+
+
+def test_a_link_is_replaced_once_the_login_is_approved(login: Login, sandbox: Sandbox):
+    sandbox.write_login(login.path.with_name("elsewhere"))
+    sandbox.set(**QUICK, answers=[{"path": "/oauth2/token", "error": "access_denied", "times": 1}])
+    login.path.symlink_to("elsewhere")
+    assert login.run("--device").returncode == 77 and login.path.is_symlink()
+    assert login.run("--device").returncode == 0 and not login.path.is_symlink()
+    assert login.saved()["account"] == ACCOUNT
 
 
 def test_a_file_that_is_no_login_is_kept_aside(login: Login, sandbox: Sandbox):

@@ -4,6 +4,7 @@ All that can fail for reasons on this machine is tried before anybody approves a
 exists nowhere but in this process until it is saved.
 """
 
+import os
 import signal
 import subprocess
 import sys
@@ -37,6 +38,8 @@ def sign_in(store: token_store.TokenStore, talk: Conversation, way: str) -> None
         talk.say(f"Once approved, the new login replaces the one of {who(former)} in {store.path}.")
     session = Session(settings)
     metadata = discovery.discover(session, settings.issuer)
+    if settings.client_id == config.DEFAULT_CLIENT_ID:
+        talk.say("The page will ask for Grok Build: xAI registers no other clients, so this program uses that one's.")
     login = (_by_device if way == "device" else _by_browser)(session, metadata, settings, talk)
     _save(store, login, talk)
     now = time.time()
@@ -53,7 +56,8 @@ def login_in(store: token_store.TokenStore) -> "tokens.Tokens | None":
     """
     settings = store.settings
     try:
-        login = token_store.parse(store.read()[0], store.path)
+        text, file = store.read()
+        login = token_store.parse(text, store.path)
     except errors.LoginUnusable as error:
         if error.state in ("missing", "corrupt"):
             return None
@@ -63,6 +67,10 @@ def login_in(store: token_store.TokenStore) -> "tokens.Tokens | None":
             f"{store.path} holds a login of {login.issuer} for client {login.client_id} and is left alone, since the "
             f"settings say {settings.issuer} and {settings.client_id}; name another file with --token-path, or set "
             "XAI_PROXY_ISSUER and XAI_PROXY_CLIENT_ID to match")
+    if login.refresh_token is not None and file.st_uid != os.geteuid():
+        # What we put in its place would be ours, and closed to the refresher of that user.
+        raise errors.StorageError(f"{store.path} belongs to user {file.st_uid}, and this is user {os.geteuid()}; run "
+                                  "xai-login as that user")
     return login
 
 
