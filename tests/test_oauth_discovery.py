@@ -81,6 +81,8 @@ def test_an_address_that_may_be_used(issuer: str, url: str):
     (XAI, "https://auth.x.ai/ t"), (XAI, "https://auth.x.ai/\x1b[31m"), (XAI, "https://auth.x.ai/t#fragment"),
     (XAI, "https://[auth.x.ai/t"), (XAI, "https:///t"), (XAI, "//auth.x.ai/t"), (XAI, ""), (XAI, None), (XAI, 3),
     (XAI, "http://127.0.0.1/t"), ("https://login.example", "http://127.0.0.1/t"),
+    ("https://login.example", "https://user@login.example/t"), ("https://login.example", "https://login%2eexample/t"),
+    ("https://login.example", "https://evil.example\\.login.example/t"),
     ("http://127.0.0.1:9191", "http://192.0.2.1/t"), ("http://127.0.0.1:9191", "http://localhost.evil.example/t")])
 def test_an_address_that_may_not_be_used(issuer: str, url: object):
     with pytest.raises(errors.IssuerUnavailable) as caught:

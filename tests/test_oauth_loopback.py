@@ -6,6 +6,7 @@ import os
 import socket
 import struct
 import threading
+import time
 import urllib.parse
 from typing import Any, Iterator
 
@@ -205,3 +206,12 @@ def test_the_page_may_answer_after_the_keyboard_has_closed(listener: loopback.Li
         keyboard.write(b"\x04")  # Ctrl-D
         waiting.ask(GOOD)
         assert waiting.result() == "c-1"
+
+
+def test_a_keyboard_that_is_gone_is_not_asked_for_ever(listener: loopback.Listener):
+    gone, other_side = os.pipe()
+    os.close(other_side)
+    before = time.thread_time()
+    with open(gone, "rb"), pytest.raises(errors.ExpiredToken):
+        listener.wait(STATE, seconds=0.4, paste_from=gone)
+    assert time.thread_time() - before < 0.2

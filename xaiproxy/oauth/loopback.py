@@ -43,7 +43,7 @@ class Listener:
         self._socket.setblocking(False)
         self.redirect_uri = f"http://127.0.0.1:{self._socket.getsockname()[1]}{PATH}"
         parts = urllib.parse.urlsplit(issuer)
-        own = {f"{parts.scheme}://{parts.netloc}"} if config.is_loopback(parts.hostname) else set()
+        own = {f"{parts.scheme}://{parts.netloc.lower()}"} if config.is_loopback(parts.hostname) else set()
         self._origins = XAI_ORIGINS | own
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._socket, selectors.EVENT_READ)
