@@ -334,6 +334,19 @@ def test_a_disk_that_filled_up_after_the_approval(mounted, login: Login, sandbox
     assert sandbox.counters()["logins"] == 1
 
 
+def test_a_login_is_saved_though_nobody_reads_of_it(login: Login, sandbox: Sandbox):
+    sandbox.set(device_interval=0.05)
+    with login.start("--device", "--json") as process:
+        device = json.loads(process.stdout.readline())
+        process.stdout.close()
+        sandbox.set(device_interval=0.05, answers=[{"path": "/oauth2/token", "error": "bad_gateway", "times": 1}])
+        sandbox.wait(lambda seen: seen["token_requests"] > 0)  # the trouble that it told then reached nobody
+        sandbox.approve(device["user_code"])
+        _, stderr = process.communicate(timeout=10)
+    assert (process.returncode, login.saved()["account"]) == (75, ACCOUNT)
+    assert stderr.startswith("xai-login: it is done, but the result cannot be printed") and stderr.count("\n") == 1
+
+
 # by browser
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """What xai-login says: sentences on stderr and results on stdout for a person, or JSON lines on stdout for a program."""
 
+import contextlib
 import datetime
 import io
 import json
@@ -28,7 +29,7 @@ class Conversation:
         """A sentence for a person."""
         if not self.as_json:
             self.clear_line()
-            print(text, file=self._stderr, flush=True)
+            _write(self._stderr, text + "\n")
 
     def event(self, name: str, text: str = "", **fields: Any) -> None:
         """A result: `text` for a person, {"event": name, **fields} for a program."""
@@ -36,7 +37,7 @@ class Conversation:
         if self.as_json:
             text = json.dumps({"event": name, **fields})
         if text:
-            print(text, file=self._stdout, flush=True)
+            _write(self._stdout, text + "\n")
 
     def show_qr_code(self, url: str) -> None:
         """On a terminal that can show it."""
@@ -49,8 +50,7 @@ class Conversation:
         lines = text.getvalue().splitlines()
         columns = os.get_terminal_size(self._stderr.fileno()).columns or 80  # 0: nobody told the terminal its size
         if len(lines[0]) <= columns:
-            for line in lines:
-                print(f"{COLOURS}{line}\x1b[0m", file=self._stderr)
+            self.say("\n".join(f"{COLOURS}{line}\x1b[0m" for line in lines))
 
     def countdown(self, what: str, seconds: float, clock: Callable[[], float] = time.monotonic) -> Callable[[float], None]:
         """A sleep that shows meanwhile how much is left of `seconds`."""
@@ -63,8 +63,7 @@ class Conversation:
             while (rest := until - clock()) > 0:
                 left = max(0, round(end - clock()))
                 if self.on_terminal:
-                    self._stderr.write(f"\r\x1b[K{what}, {left // 60}:{left % 60:02} left")
-                    self._stderr.flush()
+                    _write(self._stderr, f"\r\x1b[K{what}, {left // 60}:{left % 60:02} left")
                     self._line_open = True
                 elif clock() - said >= REMINDER:
                     said = clock()
@@ -74,8 +73,16 @@ class Conversation:
 
     def clear_line(self) -> None:
         if self._line_open:
-            self._stderr.write("\r\x1b[K")
+            _write(self._stderr, "\r\x1b[K")
             self._line_open = False
+
+
+def _write(stream: TextIO, text: str) -> None:
+    # Whoever listens may go away, or the disk that takes the output be full: no reason to drop an approved login. A
+    # result that could not be written stays in the stream's buffer, and the command fails over it in the end.
+    with contextlib.suppress(OSError):
+        stream.write(text)
+        stream.flush()
 
 
 def who(login: tokens.Tokens) -> str:
