@@ -225,7 +225,6 @@ class Exchange:
         self._connection: "http.client.HTTPConnection | None" = None
         self._pooled = False
         self._head_written = False
-        self._cut_off = False  # before the whole request was written
         self._response: "urllib3.HTTPResponse | None" = None
         self._peeked: "list[bytes]" = []
         self._peeker: "gevent.Greenlet | None" = None
@@ -250,7 +249,7 @@ class Exchange:
             elif not self._head_written:
                 self.close()
                 raise self._broke_off(error) from error
-            self._cut_off = True  # upstream may have answered before it had read everything: let receive look
+            # else upstream may have answered before it had read everything: let receive look
         except TimeoutError as error:
             self.close()
             raise self._timed_out() from error
@@ -322,11 +321,7 @@ class Exchange:
 
     def _release(self) -> None:
         connection, self._connection = self._connection, None
-        if connection is None:
-            return
-        if connection.sock is None or self._cut_off:
-            connection.close()
-        else:
+        if connection is not None and connection.sock is not None:
             self._upstream.keep(connection)
 
     def peek(self) -> bytes:
