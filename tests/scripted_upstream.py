@@ -33,12 +33,12 @@ class Connection(Wire):
 
 
 class ScriptedUpstream:
-    def __init__(self, context: "ssl.SSLContext | None" = None, backlog: int = 2048):
+    def __init__(self, context: "ssl.SSLContext | None" = None, address: str = "127.0.0.1"):
         self._context = context
-        self.listener = socket.create_server(("127.0.0.1", 0), backlog=backlog)
+        self.listener = socket.create_server((address, 0), backlog=2048)
         self.listener.settimeout(PATIENCE)
         self.port: int = self.listener.getsockname()[1]
-        self.authority = f"127.0.0.1:{self.port}"
+        self.authority = f"{address}:{self.port}"
         self.origin = f"{'https' if context else 'http'}://{self.authority}"
         self.connections: "list[Connection]" = []
 

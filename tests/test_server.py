@@ -284,6 +284,7 @@ def test_unread_log_stops_nothing(tmp_path: Path, upstream: ScriptedUpstream) ->
     """5,000 requests and a stream, with a pipe behind stderr that holds some hundred lines."""
     rounds, requests = 50, 100
     with ProxyProcess(tmp_path, upstream=upstream.origin, read_log=False) as proxy, proxy.client() as streaming:
+        proxy.refresher_lives()  # or a line would be dropped that says that there is none
         proxy.sign_in()
         streaming.request("GET", "/v1/stream")
         stream = upstream.receive().answer(CHUNKED)

@@ -510,10 +510,11 @@ def hosts(folder: Path, *lines: str) -> "tuple[str, ...]":
 
 def test_all_addresses_are_tried(tmp_path: Path, certificate: tuple) -> None:
     authority, context = certificate
-    with ScriptedUpstream(context) as upstream, \
+    # The resolver puts 127.0.0.1 first (RFC 6724, rule 9), where nobody listens.
+    with ScriptedUpstream(context, "127.0.0.2") as upstream, \
             ProxyProcess(tmp_path, upstream=f"https://upstream.test:{upstream.port}",
                          environ={"SSL_CERT_FILE": str(authority)}, prefix=hosts(
-                             tmp_path, "127.0.0.2 upstream.test", "127.0.0.1 upstream.test")) as proxy:
+                             tmp_path, "127.0.0.1 upstream.test", "127.0.0.2 upstream.test")) as proxy:
         proxy.sign_in()
         with proxy.client() as client:
             client.request()
@@ -754,6 +755,26 @@ def test_broken_pooled_connection_is_not_replaced_for_others(client: Client, ups
     assert (answer.status, answer.value("X-XAI-Proxy-Error")) == (502, "upstream_unreachable")
     assert b"may have been worked on" in answer.body
     assert upstream.quiet()
+
+
+@pytest.mark.parametrize("field, again", [("X-a: 1", False), ("Idempotency-Key: 1", True)])
+def test_pooled_connection_that_breaks_amid_the_body(client: Client, upstream: ScriptedUpstream, field: str,
+                                                     again: bool) -> None:
+    client.request()
+    first = upstream.receive().answer()
+    assert client.message().body == b"ok"
+    client.request("POST", "/v1/files", field, "Content-Length: 6").send(b"abc")
+    second = upstream.receive(body=False)
+    assert second.connection is first.connection and second.connection.exactly(3) == b"abc"
+    second.connection.reset()
+    client.send(b"def")
+    if again:
+        third = upstream.receive()
+        assert third.body == b"abcdef"
+        third.answer()
+        assert client.message().body == b"ok"
+    else:
+        assert client.message().status == 502 and upstream.quiet()
 
 
 def test_small_requests_are_not_delayed(client: Client, upstream: ScriptedUpstream) -> None:
