@@ -244,6 +244,11 @@ def in_a_plain_answer(client: Client, upstream: ScriptedUpstream) -> Request:
     return request
 
 
+def while_an_error_is_looked_at(client: Client, upstream: ScriptedUpstream) -> Request:
+    client.request("GET", "/v1/cancelled")
+    return upstream.receive().answer(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 5\r\n\r\nun")
+
+
 def with_the_next_request_unread(client: Client, upstream: ScriptedUpstream) -> Request:
     request = in_silence(client, upstream)
     client.request("GET", "/v1/pipelined")
@@ -273,7 +278,7 @@ def during_an_upload(client: Client, upstream: ScriptedUpstream) -> Request:
     return request
 
 
-MOMENTS = [before_the_head, while_streaming, in_silence, in_a_plain_answer, with_the_next_request_unread,
+MOMENTS = [before_the_head, while_streaming, in_silence, in_a_plain_answer, while_an_error_is_looked_at, with_the_next_request_unread,
            with_the_next_request_sent_along, while_it_does_not_read, during_an_upload]
 
 
@@ -289,7 +294,7 @@ def test_cancelled_request_ends_upstream(client: Client, proxy: ProxyProcess, up
     assert request.connection.closed_within(1)
     line = proxy.wait_for_log(lambda line: line.get("path") == "/v1/cancelled", start=seen)
     assert line["ended_by"] == "client"
-    if moment in (before_the_head, during_an_upload, with_the_next_request_sent_along):
+    if moment in (before_the_head, during_an_upload, with_the_next_request_sent_along, while_an_error_is_looked_at):
         assert (line["status"], line["first_byte_ms"]) == (0, None)
     assert upstream.quiet()
 
@@ -319,7 +324,7 @@ def test_watching_a_client_costs_nothing(client: Client, proxy: ProxyProcess, up
 
 def test_nothing_leaks_from_cancelled_requests(proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
     def cancel(number: int) -> None:
-        moment, how = MOMENTS[:4][number % 4], (Client.close, Client.reset, Client.half_close)[number % 3]
+        moment, how = MOMENTS[:5][number % 5], (Client.close, Client.reset, Client.half_close)[number % 3]
         with proxy.client() as client:
             request = moment(client, upstream)
             how(client)
@@ -334,7 +339,7 @@ def test_nothing_leaks_from_cancelled_requests(proxy: ProxyProcess, upstream: Sc
     upstream.hang_up()
     proxy.ask("GET", "/healthz")
     base = proxy.open_files()
-    for number in range(12):
+    for number in range(15):
         cancel(number)
     wait_until_closed(base)
     memory = proxy.resident_kib()

@@ -380,6 +380,16 @@ def test_wait_ends_when_the_refresher_fails(client: Client, proxy: ProxyProcess,
     assert time.monotonic() - start < 0.5 and upstream.quiet()
 
 
+def test_wait_ends_when_the_client_leaves(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
+    client.request("POST", "/v1/left", body=b"{}")
+    upstream.receive().answer(REFUSED)
+    wait_for_note(proxy)
+    client.close()
+    assert proxy.wait_for_request("/v1/left", 1)["ended_by"] == "client"
+    proxy.sign_in("new")
+    assert upstream.quiet()
+
+
 def test_wait_ends_when_the_login_has_ended(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
     client.request()
     upstream.receive().answer(REFUSED)

@@ -102,10 +102,22 @@ def test_missing_refresher_is_said_once(tmp_path: Path) -> None:
 # Limits
 
 
-def test_low_limit_of_file_descriptors(tmp_path: Path) -> None:
-    with ProxyProcess(tmp_path, prefix=("prlimit", "--nofile=164:164")) as proxy:
+def test_low_limit_of_file_descriptors(tmp_path: Path, upstream: ScriptedUpstream) -> None:
+    with ProxyProcess(tmp_path, upstream=upstream.origin, prefix=("prlimit", "--nofile=164:164")) as proxy:
         line = proxy.wait_for_log(lambda line: "file descriptor" in line["message"])
         assert line["level"] == "warning" and "50 client connections, not 10000" in line["message"]
+        proxy.sign_in()
+        clients = [proxy.client().request() for _ in range(55)]
+        for _ in range(50):  # and so many there can be
+            upstream.receive().answer(CHUNKED)
+        assert not readable([upstream.listener], 0.2)
+        for client in clients[:50]:
+            assert client.head().status == 200
+            client.close()
+        for client in clients[50:]:
+            upstream.receive().answer()
+            assert client.message().body == b"ok"
+            client.close()
 
 
 def test_soft_limit_of_file_descriptors_is_raised(tmp_path: Path) -> None:

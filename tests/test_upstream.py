@@ -425,6 +425,10 @@ def test_upstream_that_is_a_black_hole(tmp_path: Path) -> None:
         assert 0.4 < time.monotonic() - start < 2
         assert (answer.status, answer.value("X-XAI-Proxy-Error")) == (502, "upstream_unreachable")
         assert b"within 0.5 s" in answer.body and b"XAI_PROXY_CONNECT_TIMEOUT" in answer.body
+        with proxy.client() as client:
+            client.request("GET", "/v1/cancelled")
+        line = proxy.wait_for_request("/v1/cancelled")
+        assert line["ended_by"] == "client" and line["duration_ms"] < 400
 
 
 def test_upstream_that_has_no_address(tmp_path: Path) -> None:
