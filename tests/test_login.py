@@ -379,7 +379,7 @@ def test_by_browser_on_a_terminal(login: Login, sandbox: Sandbox, browser):
 def test_by_browser_with_the_answer_pasted(login: Login, sandbox: Sandbox, browser, pasted: str):
     with login.terminal("--browser") as terminal:
         redirect = sandbox.consent(browser())
-        terminal.expect("paste that here")
+        terminal.expect("paste that here:")
         terminal.type("what now?\n")
         terminal.expect("That does not help: it is neither a URL nor a code")
         terminal.type((redirect if pasted == "the address" else re.search("code=([^&]*)", redirect)[1]) + "\n")
@@ -406,7 +406,7 @@ def test_by_browser_denied(login: Login, sandbox: Sandbox, browser):
 
 def test_ctrl_c_in_the_browser_login(login: Login, browser):
     with login.terminal("--browser") as terminal:
-        terminal.expect("paste that here")
+        terminal.expect("paste that here:")
         terminal.type(CTRL_C)
         assert terminal.end() == 130
 

@@ -138,13 +138,15 @@ def test_one_deadline_for_all_of_it(script):
 def test_no_thread_goes_on_reading():
     with ScriptedServer(drip(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n" + b" " * 1000)) as server:
         unavailable(lambda: session().post(server.url, FORM, deadline=1))  # 40 bytes of head, then some of the body
-        late().join(1)
-        assert not late()
+        end_of_late_threads(1)
 
 
-def late() -> "threading.Thread | None":
-    """The thread of a call that was given up."""
-    return next((thread for thread in threading.enumerate() if thread.name.startswith("POST ")), None)
+def end_of_late_threads(seconds: float) -> None:
+    """Wait for the threads of calls that were given up."""
+    for thread in threading.enumerate():
+        if thread.name.startswith("POST "):
+            thread.join(seconds)
+            assert not thread.is_alive()
 
 
 def test_a_connection_that_nobody_accepts():
@@ -187,7 +189,7 @@ def test_a_certificate_that_nobody_vouches_for(tls: ssl.SSLContext, certificate:
 def test_a_server_that_does_not_speak_tls():
     with ScriptedServer(lambda connection: connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")) as server:
         error = unavailable(lambda: session().post(server.url.replace("http", "https"), FORM))
-    assert "no TLS connection" in str(error) and not error.sent
+    assert "gave no TLS connection" in str(error) and not error.sent
 
 
 def tunnel(tls: ssl.SSLContext, received: "list[bytes]", pace: float = 0):
@@ -226,8 +228,7 @@ def test_a_form_that_was_given_up_is_never_sent(tls: ssl.SSLContext, certificate
     with ScriptedServer(tunnel(tls, received, pace=0.03)) as proxy:  # 26 bytes: longer than the deadline
         web = session(HTTPS_PROXY=proxy.url, SSL_CERT_FILE=str(certificate))
         assert not unavailable(lambda: web.post("https://auth.x.ai/oauth2/token", FORM, deadline=0.4)).sent
-        late().join(5)
-        assert not late()
+        end_of_late_threads(5)
     assert received[1].startswith(b"POST /oauth2/token") and b"refresh_token" not in received[1]
 
 

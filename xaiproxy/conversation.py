@@ -1,4 +1,4 @@
-"""What xai-login says: sentences on stderr and results on stdout for a person, or JSON lines on stdout for a program."""
+"""What xai-login says: sentences on stderr and results on stdout, or for programs JSON lines on stdout."""
 
 import contextlib
 import datetime
@@ -13,7 +13,7 @@ from typing import Any, TextIO
 from xaiproxy import log, tokens
 
 QUIET_ZONE = 2  # modules around the QR code; four are the standard, two are enough on a screen
-COLOURS = "\x1b[38;5;231;48;5;16m"  # white on black whatever the terminal's own are, or phones would not read it
+COLOURS = "\x1b[38;5;231;48;5;16m"  # white on black, whatever the terminal's own: phones read no other way
 REMINDER = 60  # seconds between two lines about the time that is left, where no line can be updated in place
 
 
@@ -48,11 +48,12 @@ class Conversation:
         code = segno.make(url, micro=False, error="l", boost_error=False)
         code.terminal(text, compact=True, border=QUIET_ZONE)
         lines = text.getvalue().splitlines()
-        columns = os.get_terminal_size(self._stderr.fileno()).columns or 80  # 0: nobody told the terminal its size
-        if len(lines[0]) <= columns:
+        columns = os.get_terminal_size(self._stderr.fileno()).columns
+        if len(lines[0]) <= (columns or 80):  # 0: nobody told the terminal its size
             self.say("\n".join(f"{COLOURS}{line}\x1b[0m" for line in lines))
 
-    def countdown(self, what: str, seconds: float, clock: Callable[[], float] = time.monotonic) -> Callable[[float], None]:
+    def countdown(self, what: str, seconds: float,
+                  clock: Callable[[], float] = time.monotonic) -> Callable[[float], None]:
         """A sleep that shows meanwhile how much is left of `seconds`."""
         end = clock() + seconds
         said = clock()
@@ -78,8 +79,9 @@ class Conversation:
 
 
 def _write(stream: TextIO, text: str) -> None:
-    # Whoever listens may go away, or the disk that takes the output be full: no reason to drop an approved login. A
-    # result that could not be written stays in the stream's buffer, and the command fails over it in the end.
+    # Whoever listens may go away, or the disk that takes the output be full: no reason to drop an approved
+    # login. A result that could not be written stays in the stream's buffer, and in the end the command fails
+    # over it.
     with contextlib.suppress(OSError):
         stream.write(text)
         stream.flush()

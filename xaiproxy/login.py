@@ -76,7 +76,8 @@ def browser_here(environ: "Mapping[str, str]") -> bool:
     """Whether a browser opened by us would show on the screen that the person looks at."""
     if environ.get("SSH_CONNECTION") or environ.get("SSH_TTY"):
         return False
-    if sys.platform != "darwin" and not any(environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")):
+    if not (sys.platform == "darwin" or environ.get("DISPLAY") or environ.get("WAYLAND_DISPLAY")
+            or environ.get("BROWSER")):
         return False  # what webbrowser finds then is a text browser, in which xAI's page does not work
     import webbrowser
     try:
@@ -100,19 +101,22 @@ def status(store: "TokenStore", talk: "Conversation", now: "Callable[[], float]"
         return errors.EXIT_SIGN_IN
     failure, left, alive = login.refresh_error, login.expires_at - at, store.refresher_alive(at)
     usable = not (failure and failure.terminal) and (left > 0 or login.refresh_token is not None)
+    end = local_time(login.expires_at)
     lines = [f"Signed in as {who(login)} at {login.issuer}; the login is in {store.path}.",
-             f"The access token is valid until {local_time(login.expires_at)}, for another {duration(left)}." if left > 0 else
-             f"The access token expired at {local_time(login.expires_at)}, {duration(-left)} ago."]
+             f"The access token is valid until {end}, for another {duration(left)}." if left > 0 else
+             f"The access token expired at {end}, {duration(-left)} ago."]
     if not (failure and failure.terminal):
         lines.append(outlook(login, alive, at))
     if failure:
-        lines.append(f"The last refresh failed at {local_time(failure.at)}: {printable(failure.description or failure.code)}.")
+        why = printable(failure.description or failure.code)
+        lines.append(f"The last refresh failed at {local_time(failure.at)}: {why}.")
         if failure.terminal:
             lines.append(f"It will not be tried again; {errors.SIGN_IN}.")
         elif failure.retry_at:
             lines.append(f"The next try is due at {local_time(failure.retry_at)}.")
-    talk.event("status", "\n".join(lines), usable=usable, state=login.state(at, store.settings.refresh_skew).value,
-               account=login.account, issuer=login.issuer, expires_at=login.expires_at, token_path=str(store.path),
+    talk.event("status", "\n".join(lines), usable=usable,
+               state=login.state(at, store.settings.refresh_skew).value, account=login.account,
+               issuer=login.issuer, expires_at=login.expires_at, token_path=str(store.path),
                refresher_alive=alive, refresh_error=dataclasses.asdict(failure) if failure else None)
     return 0 if usable else errors.EXIT_SIGN_IN
 
@@ -123,7 +127,8 @@ def log_out(store: "TokenStore", talk: "Conversation") -> int:
     from xaiproxy.conversation import who
     from xaiproxy.oauth import discovery, revocation, session
     if not os.path.lexists(store.path) and not os.path.lexists(store.new_path):
-        talk.event("signed_out", f"Nothing to sign out of: {store.path} does not exist.", revoked=False, account=None)
+        talk.event("signed_out", f"Nothing to sign out of: {store.path} does not exist.", revoked=False,
+                   account=None)
         return 0
     failure = None
     with token_writer.locked(store, sign_in.LOCK_WAIT) as writer:
@@ -139,5 +144,6 @@ def log_out(store: "TokenStore", talk: "Conversation") -> int:
         f"Removed {store.path}, which could not be read as a login and so could not be revoked."
     talk.event("signed_out", text, revoked=bool(login and not failure), account=login and login.account)
     if failure:
-        raise errors.IssuerUnavailable(f"the login was removed here but not revoked, because {failure}") from failure
+        raise errors.IssuerUnavailable(
+            f"the login was removed here but not revoked, because {failure}") from failure
     return 0

@@ -1,7 +1,7 @@
-"""Signing in, as a conversation: by device or by browser, from the first look at the token file to the saved login.
+"""Signing in, as a conversation: from the first look at the token file to the saved login.
 
-All that can fail for reasons on this machine is tried before anybody approves anything, since an approved login
-exists nowhere but in this process until it is saved.
+All that can fail for reasons on this machine is tried before anybody approves anything, since an approved
+login exists nowhere but in this process until it is saved.
 """
 
 import os
@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 
 from xaiproxy import config, errors, token_store, token_writer, tokens
 from xaiproxy.conversation import Conversation, outlook, who
@@ -24,9 +23,11 @@ SAVE_PAUSE = 2.0  # seconds between two of these tries
 
 
 def open_browser(url: str) -> None:
-    # A process of its own, waited for in a thread: some browsers block their caller, many write to its terminal.
-    threading.Thread(target=subprocess.run, args=([sys.executable, "-m", "webbrowser", url],), daemon=True, kwargs=dict(
-        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)).start()
+    # In a process of its own, waited for in a thread: some browsers block their caller, many write to stdout.
+    nothing = subprocess.DEVNULL
+    options = {"stdin": nothing, "stdout": nothing, "stderr": nothing, "start_new_session": True}
+    command = [sys.executable, "-m", "webbrowser", url]
+    threading.Thread(target=subprocess.run, args=(command,), kwargs=options, daemon=True).start()
 
 
 def sign_in(store: token_store.TokenStore, talk: Conversation, way: str) -> None:
@@ -39,20 +40,22 @@ def sign_in(store: token_store.TokenStore, talk: Conversation, way: str) -> None
     session = Session(settings)
     metadata = discovery.discover(session, settings.issuer)
     if settings.client_id == config.DEFAULT_CLIENT_ID:
-        talk.say("The page will ask for Grok Build: xAI registers no other clients, so this program uses that one's.")
+        talk.say("The page will ask for Grok Build: xAI registers no other clients, so this is that one's.")
     login = (_by_device if way == "device" else _by_browser)(session, metadata, settings, talk)
     _save(store, login, talk)
     now = time.time()
     alive = store.refresher_alive(now)
-    talk.event("done", f"Signed in as {who(login)} at {login.issuer}; the login is in {store.path}.", account=login.account,
-               issuer=login.issuer, expires_at=login.expires_at, token_path=str(store.path), refresher_alive=alive)
+    talk.event("done", f"Signed in as {who(login)} at {login.issuer}; the login is in {store.path}.",
+               account=login.account, issuer=login.issuer, expires_at=login.expires_at,
+               token_path=str(store.path), refresher_alive=alive)
     talk.say(outlook(login, alive, now))
 
 
 def login_in(store: token_store.TokenStore) -> "tokens.Tokens | None":
-    """The file's login of the settings' issuer and client; None when there is nothing that can be read as a login.
+    """The file's login of the settings' issuer and client; None when nothing there can be read as a login.
 
-    Raises ConfigurationError when it is of another issuer or client, StorageError when there is no telling.
+    Raises ConfigurationError when it is of another issuer or client, StorageError when there is no telling or
+    it is another user's.
     """
     settings = store.settings
     try:
@@ -64,13 +67,13 @@ def login_in(store: token_store.TokenStore) -> "tokens.Tokens | None":
         raise errors.StorageError(str(error)) from error
     if (login.issuer, login.client_id) != (settings.issuer, settings.client_id):
         raise errors.ConfigurationError(
-            f"{store.path} holds a login of {login.issuer} for client {login.client_id} and is left alone, since the "
-            f"settings say {settings.issuer} and {settings.client_id}; name another file with --token-path, or set "
-            "XAI_PROXY_ISSUER and XAI_PROXY_CLIENT_ID to match")
+            f"{store.path} holds a login of {login.issuer} for client {login.client_id} and is left alone, "
+            f"since the settings say {settings.issuer} and {settings.client_id}; name another file with "
+            "--token-path, or set XAI_PROXY_ISSUER and XAI_PROXY_CLIENT_ID to match")
     if login.refresh_token is not None and file.st_uid != os.geteuid():
         # What we put in its place would be ours, and closed to the refresher of that user.
-        raise errors.StorageError(f"{store.path} belongs to user {file.st_uid}, and this is user {os.geteuid()}; run "
-                                  "xai-login as that user")
+        raise errors.StorageError(f"{store.path} belongs to user {file.st_uid}, and this is user "
+                                  f"{os.geteuid()}; run xai-login as that user")
     return login
 
 
@@ -79,7 +82,8 @@ def _prepare(store: token_store.TokenStore) -> "tokens.Tokens | None":
     token_writer.prepare_folder(store)
     with token_writer.locked(store, LOCK_WAIT) as writer:
         former = login_in(store)
-        whole = former is not None and not store.path.is_symlink()  # a link is replaced, but not before the approval
+        # A link is replaced, but not before the approval.
+        whole = former is not None and not store.path.is_symlink()
         (writer.rehearse(former) if whole else writer.reserve()).discard()
     return former
 
@@ -90,12 +94,13 @@ def _by_device(session: Session, metadata: discovery.Metadata, settings: config.
     url = device.verification_uri_complete
     talk.event("user_code", verification_uri=device.verification_uri, verification_uri_complete=url,
                user_code=device.user_code, expires_in=device.expires_in, interval=device.interval)
-    talk.say(f"To sign in, open this page on any device:\n\n    {device.verification_uri}\n\nand enter the code\n\n"
-             f"    {device.user_code}\n")
+    talk.say(f"To sign in, open this page on any device:\n\n    {device.verification_uri}\n\n"
+             f"and enter the code\n\n    {device.user_code}\n")
     if url:
         talk.say(f"This address has the code in it:\n\n    {url}\n")
         talk.show_qr_code(url)
-    talk.say(f"Approve only on a page that shows this code. It is good for {max(1, round(device.expires_in / 60))} min.")
+    minutes = max(1, round(device.expires_in / 60))
+    talk.say(f"Approve only on a page that shows this code. It is good for {minutes} min.")
     said = set()
 
     def trouble(error: errors.IssuerUnavailable) -> None:
@@ -108,19 +113,21 @@ def _by_device(session: Session, metadata: discovery.Metadata, settings: config.
                                      sleep=talk.countdown("Waiting for the approval", device.expires_in))
 
 
-def _by_browser(session: Session, metadata: discovery.Metadata, settings: config.Config, talk: Conversation,
-                show: Callable[[str], None] = open_browser) -> tokens.Tokens:
+def _by_browser(session: Session, metadata: discovery.Metadata, settings: config.Config,
+                talk: Conversation) -> tokens.Tokens:
     with loopback.Listener(settings.redirect_port, metadata.issuer) as listener:
         attempt = authorization_code.Attempt.begin(listener.redirect_uri)
         url = authorization_code.authorization_url(metadata, settings, attempt)
         talk.event("authorization_url", url=url, redirect_uri=listener.redirect_uri)
-        talk.say(f"To sign in, approve on the page that your browser opens now. If it opens none, open\n\n    {url}\n\n"
-                 "If the browser asks whether that page may reach apps on this device, allow it: that is how it gets here.")
-        show(url)
+        talk.say(f"To sign in, approve on the page that your browser opens now. If it opens none, open\n\n"
+                 f"    {url}\n\n"
+                 "If the browser asks whether that page may reach apps on this device, allow it: that is\n"
+                 "how the answer gets here.")
+        open_browser(url)
         paste_from = None
         if not talk.as_json and sys.stdin and sys.stdin.isatty():
             paste_from = sys.stdin.fileno()
-            talk.say("If the page shows a code in the end, or an address that cannot be opened, paste that here:")
+            talk.say("If the page shows a code, or its address cannot be opened in the end, paste that here:")
         code = listener.wait(attempt.state, seconds=APPROVAL_TIME, paste_from=paste_from, say=talk.say)
     return authorization_code.exchange(session, metadata, settings, attempt, code)
 
@@ -133,17 +140,18 @@ def _save(store: token_store.TokenStore, login: tokens.Tokens, talk: Conversatio
         try:
             with token_writer.locked(store, LOCK_WAIT) as writer:
                 login_in(store)  # raises if another issuer's came there meanwhile
-                former = signal.signal(signal.SIGINT, signal.SIG_IGN)  # for milliseconds, after which all is done
+                former = signal.signal(signal.SIGINT, signal.SIG_IGN)  # for milliseconds; then all is done
                 try:
                     return writer.save(login)
                 finally:
                     signal.signal(signal.SIGINT, former)
         except (errors.StorageError, errors.LockBusy) as error:
             if time.monotonic() > end:
-                raise type(error)(f"the approved login could not be saved and is lost: {error}; then sign in again") from error
+                raise type(error)(f"the approved login could not be saved and is lost: {error}; then sign in "
+                                  "again") from error
             if not said:
                 said = True
                 talk.event("trouble", message=str(error))
-                talk.say(f"The login is approved but cannot be saved: {error}. Trying on for {SAVE_TIME / 60:g} min; Ctrl-C "
-                         "gives the login up.")
+                talk.say(f"The login is approved but cannot be saved: {error}. Trying on for "
+                         f"{SAVE_TIME / 60:g} min; Ctrl-C gives the login up.")
             time.sleep(SAVE_PAUSE)

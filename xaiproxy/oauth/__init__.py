@@ -3,8 +3,8 @@
     web = session.Session(settings)
     metadata = discovery.discover(web, settings.issuer)
     then one of
-        device_authorization.request(...) and .poll(...)     RFC 8628
-        loopback.Listener, authorization_code.authorization_url(...) and .exchange(...)     RFC 6749 4.1, 7636, 8252
-        token_endpoint.refresh(...)     RFC 6749 6
-        revocation.revoke(...)     RFC 7009
+        device_authorization.request(...) and .poll(...)                     RFC 8628
+        authorization_code, with its answer from a loopback.Listener         RFC 6749 section 4.1, 7636, 8252
+        token_endpoint.refresh(...)                                          RFC 6749 section 6
+        revocation.revoke(...)                                               RFC 7009
 """

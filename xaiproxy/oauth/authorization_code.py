@@ -41,7 +41,8 @@ class Attempt:
 
     @classmethod
     def begin(cls, redirect_uri: str) -> "Attempt":
-        return cls(redirect_uri, secrets.token_urlsafe(32), secrets.token_urlsafe(32), secrets.token_urlsafe(64))
+        return cls(redirect_uri, state=secrets.token_urlsafe(32), nonce=secrets.token_urlsafe(32),
+                   verifier=secrets.token_urlsafe(64))
 
     def code_challenge(self) -> str:
         """S256 (RFC 7636 section 4.2)."""
@@ -62,8 +63,10 @@ def authorization_url(metadata: discovery.Metadata, settings: config.Config, att
 
 
 def code_from_query(query: str, state: str, *, state_required: bool = True) -> str:
-    """The code in an authorization response (RFC 6749 section 4.1.2). Raises NotTheAnswer, and AccessDenied or another
-    OAuthError when it is an error response (4.1.2.1)."""
+    """The code in an authorization response (RFC 6749 section 4.1.2).
+
+    Raises NotTheAnswer, and AccessDenied or another OAuthError when it is an error response (4.1.2.1).
+    """
     try:
         pairs = urllib.parse.parse_qsl(query, max_num_fields=20)
     except ValueError:
@@ -82,7 +85,7 @@ def code_from_query(query: str, state: str, *, state_required: bool = True) -> s
 
 
 def code_from_paste(text: str, state: str) -> "str | None":
-    """The code in what a person pasted: the redirect's URL, its query, or the bare code. None for an empty line.
+    """The code in what a person pasted: the redirect's URL, its query, or the bare code; None if nothing.
 
     Raises as `code_from_query`. Without a state in it PKCE alone ties the code to the attempt.
     """
@@ -98,13 +101,17 @@ def code_from_paste(text: str, state: str) -> "str | None":
     return text
 
 
-def exchange(session: Session, metadata: discovery.Metadata, settings: config.Config, attempt: Attempt, code: str, *,
-             sleep: Callable[[float], Any] = time.sleep) -> tokens.Tokens:
-    """Trade the code for tokens (section 4.1.3). Raises GrantRefused, ClientRejected, NotEntitled, IssuerUnavailable."""
+def exchange(session: Session, metadata: discovery.Metadata, settings: config.Config, attempt: Attempt,
+             code: str, *, sleep: Callable[[float], Any] = time.sleep) -> tokens.Tokens:
+    """Trade the code for tokens (section 4.1.3).
+
+    Raises GrantRefused, ClientRejected, NotEntitled, and IssuerUnavailable after several tries.
+    """
     def check_nonce(claims: "Mapping[str, Any]") -> None:  # OpenID Connect Core 3.1.3.7
         if claims.get("nonce") != attempt.nonce:
-            raise errors.GrantRefused("invalid_nonce", "", f"{metadata.issuer} answered with a login that somebody else "
-                                      f"began (its nonce is not ours), which was not saved; {errors.SIGN_IN}")
+            raise errors.GrantRefused("invalid_nonce", "", f"{metadata.issuer} answered with a login that "
+                                      "somebody else began (its nonce is not ours), which was not saved; "
+                                      f"{errors.SIGN_IN}")
 
     form = {"grant_type": "authorization_code", "code": code, "redirect_uri": attempt.redirect_uri,
             "client_id": settings.client_id, "code_verifier": attempt.verifier}
@@ -120,8 +127,10 @@ def exchange(session: Session, metadata: discovery.Metadata, settings: config.Co
 
 
 def _error_response(fields: "Mapping[str, str]") -> errors.OAuthError:
-    code, description = token_endpoint.shown(fields["error"]), token_endpoint.shown(fields.get("error_description"))
+    code = token_endpoint.shown(fields["error"])
+    description = token_endpoint.shown(fields.get("error_description"))
     said = f"{code}: {description}" if description else code
     if code == "access_denied":
-        return errors.AccessDenied(code, description, f"the login was denied ({said}); start again to approve it")
+        return errors.AccessDenied(code, description,
+                                   f"the login was denied ({said}); start again to approve it")
     return errors.OAuthError(code, description, f"the issuer ended the login ({said}); start again")

@@ -53,8 +53,8 @@ def request(session: Session, metadata: discovery.Metadata, settings: config.Con
     device_code, user_code = body.get("device_code"), body.get("user_code")
     if not (isinstance(device_code, str) and re.fullmatch(r"[!-~]+", device_code)
             and isinstance(user_code, str) and re.fullmatch(r"[A-Za-z0-9-]{1,64}", user_code)):
-        raise errors.IssuerUnavailable(f"{host} answered {answer.summary}, but without a device_code and a user_code "
-                                       "that can be shown; try again later")
+        raise errors.IssuerUnavailable(f"{host} answered {answer.summary}, but without a device_code and a "
+                                       "user_code that can be shown; try again later")
     page = body.get("verification_uri", body.get("verification_url"))
     discovery.check_endpoint(metadata.issuer, page)
     return Device(device_code, user_code, page, _complete(metadata.issuer, body, device_code),
@@ -73,7 +73,8 @@ def poll(session: Session, metadata: discovery.Metadata, settings: config.Config
     interval = device.interval
     form = {"grant_type": GRANT_TYPE, "device_code": device.device_code, "client_id": settings.client_id}
     while True:
-        sleep(max(0.0, min(interval, end - clock())))  # before the first poll, too: the issuer counts from its answer
+        # Before the first poll, too: the issuer counts from its answer.
+        sleep(max(0.0, min(interval, end - clock())))
         try:
             if clock() >= end:
                 raise errors.ExpiredToken("expired_token")
@@ -84,8 +85,8 @@ def poll(session: Session, metadata: discovery.Metadata, settings: config.Config
         except errors.AuthorizationPending:
             pass
         except errors.ExpiredToken as error:
-            raise errors.ExpiredToken(error.error, error.description, "the code expired before it was approved; start "
-                                      "again for a new one") from None
+            raise errors.ExpiredToken(error.error, error.description, "the code expired before it was "
+                                      "approved; start again for a new one") from None
         except errors.IssuerUnavailable as error:
             trouble(error)
 
@@ -94,7 +95,8 @@ class _InvalidScope(errors.OAuthError):
     exit_code = errors.EXIT_CONFIGURATION
 
     def __init__(self, error: str, description: str, message: str):
-        super().__init__(error, description, f"the issuer refuses the scope ({description or error}); correct XAI_PROXY_SCOPE")
+        super().__init__(error, description, f"the issuer refuses the scope ({description or error}); "
+                         "correct XAI_PROXY_SCOPE")
 
 
 def _complete(issuer: str, body: "dict[str, Any]", device_code: str) -> "str | None":

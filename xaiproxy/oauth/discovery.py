@@ -24,11 +24,13 @@ def discover(session: Session, issuer: str, *, deadline: float = 30.0) -> Metada
     document = answer.json()
     if answer.status != 200 or document is None:
         raise errors.IssuerUnavailable(
-            f"{url} gave no description of an issuer ({answer.summary}); check XAI_PROXY_ISSUER, or try again later",
+            f"{url} gave no description of an issuer ({answer.summary}); check XAI_PROXY_ISSUER, or try "
+            "again later",
             retry_after=answer.retry_after, html=answer.is_html)
     named = document.get("issuer")
     if not isinstance(named, str) or named.rstrip("/") != issuer:
-        raise errors.IssuerUnavailable(f"{url} does not describe {issuer} but {_shown(named)}; correct XAI_PROXY_ISSUER")
+        raise errors.IssuerUnavailable(f"{url} does not describe {issuer} but {_shown(named)}; correct "
+                                       "XAI_PROXY_ISSUER")
     endpoints = {}
     for field in dataclasses.fields(Metadata)[1:]:
         endpoint = document.get(field.name)
@@ -43,8 +45,8 @@ def discover(session: Session, issuer: str, *, deadline: float = 30.0) -> Metada
 def check_endpoint(issuer: str, url: object) -> None:
     """Raise IssuerUnavailable unless a credential of `issuer` may be sent to `url`, or a person.
 
-    That takes https without a user part; for auth.x.ai also a host on *.x.ai. A loopback issuer may use http, on
-    loopback.
+    That takes https without a user part; for auth.x.ai also a host on *.x.ai. A loopback issuer may use http,
+    on loopback.
     """
     try:
         parts = urllib.parse.urlsplit(url if isinstance(url, str) else "")
@@ -62,8 +64,8 @@ def check_endpoint(issuer: str, url: object) -> None:
         good = parts.scheme == "https"
     if not good:
         wanted = "https on *.x.ai" if issuer == config.DEFAULT_ISSUER else "https"
-        raise errors.IssuerUnavailable(f"{issuer} names the address {_shown(url)}, which is not {wanted} and is not "
-                                       "used; check XAI_PROXY_ISSUER and the network")
+        raise errors.IssuerUnavailable(f"{issuer} names the address {_shown(url)}, which is not {wanted} and "
+                                       "is not used; check XAI_PROXY_ISSUER and the network")
 
 
 def _shown(value: object) -> str:

@@ -1,9 +1,9 @@
-"""The loopback redirect of RFC 8252 section 7.3: a listener for one answer that takes much else in its stride.
+"""The loopback redirect of RFC 8252 section 7.3: a listener for one answer that takes all else in its stride.
 
 The consent page does not redirect here; its script fetches, from another origin. So a browser first sends a
-preflight (CORS, and Private Network Access for a page from the internet), and whatever else is on the machine may
-connect too: a browser's idle spare connection, its request for a favicon, a port scanner. One thread serves them all,
-and the terminal at which the answer may be pasted instead; each connection gets one answer, within bounds.
+preflight (CORS, and Private Network Access for a page from the internet), and others may connect too: a
+browser's idle spare connection, its request for a favicon, a port scanner. One thread serves them all, and
+the terminal at which the answer may be pasted instead; each connection gets one answer, within bounds.
 """
 
 import contextlib
@@ -27,7 +27,8 @@ XAI_ORIGINS = frozenset(("https://accounts.x.ai", "https://auth.x.ai"))
 HEAD_LIMIT = 16384  # bytes of a request
 CONNECTION_LIMIT = 64  # at once; the oldest is closed for a new one
 PATIENCE = 10.0  # seconds that a connection has for its request
-REASONS = {200: "OK", 204: "No Content", 400: "Bad Request", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed"}
+REASONS = {200: "OK", 204: "No Content", 400: "Bad Request", 403: "Forbidden", 404: "Not Found",
+           405: "Method Not Allowed"}
 REQUEST = re.compile(rb"([A-Z]+) (\S+) HTTP/1\.[01]\r?\n((?:.*\n)*?)\r?\n")
 ORIGIN = re.compile(rb"^origin:[ \t]*(\S+)[ \t]*\r?$", re.IGNORECASE | re.MULTILINE)
 
@@ -64,8 +65,8 @@ class Listener:
              say: Callable[[str], Any] = lambda text: None) -> str:
         """The code, from the page or from a line on the file descriptor `paste_from`.
 
-        Raises AccessDenied or another OAuthError when that is the answer, ExpiredToken after `seconds`. `say` gets a
-        sentence about everything that looked like the answer and was not.
+        Raises AccessDenied or another OAuthError when that is the answer, ExpiredToken after `seconds`. `say`
+        gets a sentence about everything that looked like the answer and was not.
         """
         end = time.monotonic() + seconds
         if paste_from is not None:
@@ -81,8 +82,8 @@ class Listener:
                     code = self._serve(key.fileobj, state, say)
                 if code:
                     return code
-        raise errors.ExpiredToken("expired_token", "", f"nobody approved the login within {seconds / 60:g} minutes; start "
-                                  "again")
+        raise errors.ExpiredToken("expired_token", "", f"nobody approved the login within {seconds / 60:g} "
+                                  "minutes; start again")
 
     def _close_overdue(self, now: float) -> float:
         """Returns when the next connection is due, on the monotonic clock."""
@@ -159,8 +160,8 @@ class Listener:
                 _send(connection, 200, "The login was denied. You can close this window.", origin)
                 raise
             else:
-                _send(connection, 200, "The approval has arrived. You can close this window and go back to the terminal.",
-                      origin)
+                _send(connection, 200, "The approval has arrived. You can close this window and go back to "
+                      "the terminal.", origin)
                 return code
         return None
 
@@ -175,9 +176,10 @@ class _Connection:
 def _send(connection: socket.socket, status: int, text: str, origin: "str | None" = None) -> None:
     body = "" if status == 204 else (
         '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>xaiproxy</title>'
-        f'<body style="font-family: sans-serif; margin: 4em"><h1>xaiproxy</h1><p>{html.escape(text)}</p></body></html>\n')
-    lines = [f"HTTP/1.1 {status} {REASONS[status]}", "Connection: close", "Cache-Control: no-store", "Vary: Origin",
-             "Referrer-Policy: no-referrer"]
+        '<body style="font-family: sans-serif; margin: 4em"><h1>xaiproxy</h1>'
+        f"<p>{html.escape(text)}</p></body></html>\n")
+    lines = [f"HTTP/1.1 {status} {REASONS[status]}", "Connection: close", "Cache-Control: no-store",
+             "Vary: Origin", "Referrer-Policy: no-referrer"]
     if body:
         lines += ["Content-Type: text/html; charset=utf-8", f"Content-Length: {len(body.encode())}"]
     if origin:

@@ -1,8 +1,8 @@
 """HTTP to the issuer: one request on one new connection, over before one deadline, with no trace of a secret.
 
-requests bounds neither the name look-up, nor several addresses, nor a server that sends a byte a second, so each
-call is made in a thread of its own, and given up at the deadline. A connection is never used twice: on one that
-lay idle for hours behind a NAT, a refresh token would vanish.
+requests bounds neither the name look-up, nor several addresses, nor a server that sends a byte a second, so
+each call is made in a thread of its own, and given up at the deadline. A connection is never used twice: on
+one that lay idle for hours behind a NAT, a refresh token would vanish.
 """
 
 import dataclasses
@@ -78,7 +78,8 @@ class Session:
         headers = {"Content-Type": "application/x-www-form-urlencoded"}
         return self._call("POST", url, headers, _Body(urllib.parse.urlencode(form).encode()), deadline)
 
-    def _call(self, method: str, url: str, headers: "dict[str, str]", body: "_Body | None", deadline: float) -> Answer:
+    def _call(self, method: str, url: str, headers: "dict[str, str]", body: "_Body | None",
+              deadline: float) -> Answer:
         end = time.monotonic() + deadline
         outcome: "queue.SimpleQueue[Answer | BaseException]" = queue.SimpleQueue()
 
@@ -99,19 +100,21 @@ class Session:
             sent = body.abandon() if body else False
         if isinstance(result, Answer):
             return result
-        if isinstance(result, (OSError, urllib3.exceptions.HTTPError)):  # every exception of requests is an OSError
+        if isinstance(result, (OSError, urllib3.exceptions.HTTPError)):  # all of requests' are OSErrors
             message = _explain(result, url, self.egress.proxy_for(url), deadline)
             raise errors.IssuerUnavailable(message, sent=sent) from result
         raise result
 
-    def _send(self, method: str, url: str, headers: "dict[str, str]", body: "_Body | None", end: float) -> Answer:
+    def _send(self, method: str, url: str, headers: "dict[str, str]", body: "_Body | None",
+              end: float) -> Answer:
         proxy = self.egress.proxy_for(url)
-        timeout = max(end - time.monotonic(), 0.001)  # seconds for each step, so that the thread ends some time, too
+        timeout = max(end - time.monotonic(), 0.001)  # seconds for each step, so that the thread ends, too
         with requests.Session() as web:
             web.trust_env = False
             web.headers = requests.structures.CaseInsensitiveDict(HEADERS | headers)
             with web.request(method, url, data=body, stream=True, timeout=timeout, allow_redirects=False,
-                             verify=self.egress.ca_file, proxies={"https": proxy} if proxy else {}) as response:
+                             verify=self.egress.ca_file,
+                             proxies={"https": proxy} if proxy else {}) as response:
                 content = b""
                 while chunk := response.raw.read1(65536, decode_content=True):
                     content += chunk
@@ -170,22 +173,22 @@ def _explain(error: Exception, url: str, proxy: "str | None", deadline: float) -
         return next((cause for cause in causes if isinstance(cause, kinds)), None)
 
     if certificate := find(ssl.SSLCertVerificationError):
-        return (f"the certificate of {host} cannot be verified ({certificate.verify_message}); if a proxy of your "
-                "network answers in its place, set SSL_CERT_FILE to a file with that proxy's CA certificate")
+        return (f"the certificate of {host} cannot be verified ({certificate.verify_message}); if a proxy of "
+                "your network answers in its place, set SSL_CERT_FILE to a file with its CA certificate")
     if find(requests.exceptions.ProxyError):
-        status = next(filter(None, (re.search(r"Tunnel connection failed: ([0-9]{3})", str(cause)) for cause in causes)), None)
-        return (f"the proxy {through} gave no connection to {host}{f' (HTTP {status[1]})' if status else ''}; check "
-                "HTTPS_PROXY and NO_PROXY")
+        status = re.search(r"Tunnel connection failed: ([0-9]{3})", " ".join(map(str, causes)))
+        said = f" (HTTP {status[1]})" if status else ""
+        return f"the proxy {through} gave no connection to {host}{said}; check HTTPS_PROXY and NO_PROXY"
     if through:
         host += f" (through the proxy {through})"
     if find(socket.gaierror):
-        return f"the name {host} cannot be resolved; check the network, or HTTPS_PROXY if a proxy is needed here"
+        return f"the name {host} cannot be resolved; check the network, or set HTTPS_PROXY if need be"
     if find(urllib3.exceptions.ResponseError):
         return f"{host} answered with more than {BODY_LIMIT} bytes, which is no answer of an issuer"
     if find(ConnectionResetError, BrokenPipeError, http.client.HTTPException):
         return f"{host} broke the connection off before its answer was whole; try again"
     if tls := find(ssl.SSLError):
-        return f"there is no TLS connection to be had with {host} ({tls.reason}); check the network, and SSL_CERT_FILE"
+        return f"{host} gave no TLS connection ({tls.reason}); check the network, and SSL_CERT_FILE"
     if system := next((cause for cause in causes if isinstance(cause, OSError) and cause.strerror), None):
         return f"{host} cannot be reached ({system.strerror}); check the network, or XAI_PROXY_ISSUER"
     if find(TimeoutError, urllib3.exceptions.TimeoutError):

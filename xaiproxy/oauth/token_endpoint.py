@@ -10,7 +10,8 @@ from xaiproxy import errors, log, tokens
 from xaiproxy.oauth.session import Answer, Session
 
 # Beside RFC 6749's invalid_grant, codes that other servers are known to say for a dead grant.
-DEAD_GRANT = frozenset(("invalid_grant", "refresh_token_reused", "revoked_token", "invalid_token", "unauthorized_client"))
+DEAD_GRANT = frozenset(("invalid_grant", "refresh_token_reused", "revoked_token", "invalid_token",
+                        "unauthorized_client"))
 TEXT_LIMIT = 200  # characters of an outsider's text in our messages
 LONG_WORD = re.compile(r"[\w~+/=-]{32,}")  # no word that a person needs, but maybe a token
 
@@ -19,21 +20,22 @@ def refresh(session: Session, endpoint: str, login: tokens.Tokens, *, deadline: 
             now: Callable[[], float] = time.time) -> tokens.Tokens:
     """Spend the refresh token (RFC 6749 section 6). The caller holds the lock and has checked the endpoint.
 
-    Raises GrantRefused, ClientRejected, NotEntitled or IssuerUnavailable, whose `sent` says whether the refresh token
-    may be spent and its successor lost.
+    Raises GrantRefused, ClientRejected, NotEntitled or IssuerUnavailable, whose `sent` says whether the
+    refresh token may be spent and its successor lost.
     """
     form = {"grant_type": "refresh_token", "refresh_token": login.refresh_token, "client_id": login.client_id}
     return request(session, endpoint, form, issuer=login.issuer, former=login, deadline=deadline, now=now)
 
 
-def request(session: Session, endpoint: str, form: "Mapping[str, str]", *, issuer: str, scope: "str | None" = None,
-            former: "tokens.Tokens | None" = None, kinds: "Mapping[str, type[errors.OAuthError]] | None" = None,
+def request(session: Session, endpoint: str, form: "Mapping[str, str]", *, issuer: str,
+            scope: "str | None" = None, former: "tokens.Tokens | None" = None,
+            kinds: "Mapping[str, type[errors.OAuthError]] | None" = None,
             check_id_token: "Callable[[dict[str, Any]], None]" = lambda claims: None,
             deadline: float = 30.0, now: Callable[[], float] = time.time) -> tokens.Tokens:
-    """Post a grant and return the Tokens that it gives (sections 5.1, 5.2). Raises as `refresh`, and as `kinds` says.
+    """Post a grant and return the Tokens that it gives (sections 5.1, 5.2). Raises as `refresh` does.
 
     scope: what was asked for, which an answer without scope grants. former: what is refreshed. kinds: further
-    exceptions by `error` code. check_id_token: called with the id_token's claims, if one came.
+    exceptions to raise, by `error` code. check_id_token: called with the id_token's claims, if one came.
     """
     sent_at = now()  # not when the answer came: the lifetime runs from the issue, which lies between the two
     answer = session.post(endpoint, form, deadline)
@@ -47,7 +49,8 @@ def request(session: Session, endpoint: str, form: "Mapping[str, str]", *, issue
         login = tokens.from_response(body, now=sent_at, issuer=issuer, client_id=form["client_id"],
                                      token_endpoint=endpoint, scope=scope, former=former)
     except ValueError as error:
-        raise errors.IssuerUnavailable(f"{host} answered {answer.summary}, but its body {error}", sent=True) from None
+        raise errors.IssuerUnavailable(f"{host} answered {answer.summary}, but its body {error}",
+                                       sent=True) from None
     if isinstance(body.get("id_token"), str):
         check_id_token(tokens.jwt_claims(body["id_token"]))
     return login
@@ -67,15 +70,16 @@ def refusal(answer: Answer, host: str, form: "Mapping[str, str]",
                 error.interval = body.get("interval")
             return error
         if answer.status == 403 and body:
-            return errors.NotEntitled(code or "forbidden", description, f"{host} refuses this account ({said or 'HTTP 403'}); "
-                                      "the login itself is good: see https://grok.com for what its subscription allows")
+            return errors.NotEntitled(code or "forbidden", description,
+                                      f"{host} refuses this account ({said or 'HTTP 403'}); the login itself "
+                                      "is good: see https://grok.com for what its subscription allows")
         if code in DEAD_GRANT and answer.status != 429:
             noun = "login" if "refresh_token" in form else "code"
-            return errors.GrantRefused(code, description, f"{host} does not take this {noun} any more ({said}); "
-                                       f"{errors.SIGN_IN}")
+            return errors.GrantRefused(code, description, f"{host} does not take this {noun} any more "
+                                       f"({said}); {errors.SIGN_IN}")
         if code == "invalid_client":
-            return errors.ClientRejected(code, description, f"{host} does not know our client ({said}); check "
-                                         "XAI_PROXY_CLIENT_ID, or try again later")
+            return errors.ClientRejected(code, description, f"{host} does not know our client ({said}); "
+                                         "check XAI_PROXY_CLIENT_ID, or try again later")
     if answer.status in (415, 422):
         said = "it did not understand our request; report that as a fault of xaiproxy"
     elif answer.is_html:
@@ -85,7 +89,7 @@ def refusal(answer: Answer, host: str, form: "Mapping[str, str]",
 
 
 def shown(text: object, form: "Mapping[str, str] | None" = None) -> str:
-    """An outsider's text for our messages: printable, short, and without what could be a token or is one we sent."""
+    """An outsider's text for our messages: printable, short, and without what is or could be a token."""
     if not isinstance(text, str):
         return ""
     for name, value in (form or {}).items():
