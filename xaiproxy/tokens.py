@@ -161,7 +161,7 @@ def replaces(text: "str | bytes") -> "str | None":
 
 def _where(error: ValueError) -> str:
     # A JSONDecodeError quotes no content in msg; a UnicodeDecodeError would quote bytes.
-    return f"{error.msg} at line {error.lineno}" if isinstance(error, json.JSONDecodeError) else "it is not UTF-8"
+    return f"{error.msg.removesuffix(' at')} at line {error.lineno}" if isinstance(error, json.JSONDecodeError) else "it is not UTF-8"
 
 
 def _access_token(values: "Mapping[str, Any]") -> str:
