@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import threading
 from typing import Any, Callable
@@ -10,14 +11,18 @@ from typing import Any, Callable
 def answer(status: int, body: Any = "", content_type: str = "application/json", **headers: str) -> bytes:
     """An HTTP answer; a dict or list is sent as JSON, Retry_After=... names a header."""
     content = (body if isinstance(body, str) else json.dumps(body)).encode()
-    lines = [f"HTTP/1.1 {status} Whatever", f"Content-Type: {content_type}", f"Content-Length: {len(content)}",
+    lines = [f"HTTP/1.1 {status} Whatever", f"Content-Type: {content_type}",
+             f"Content-Length: {len(content)}",
              *(f"{name.replace('_', '-')}: {value}" for name, value in headers.items())]
     return "\r\n".join([*lines, "", ""]).encode() + content
 
 
 class ScriptedServer:
-    """Each connection gets the next of the answers: bytes, sent after one whole request was read, or a function of the
-    socket, called at once. The last answer is repeated. With `tls`, an SSLContext, it speaks TLS."""
+    """Each connection gets the next of the answers, and the last one is repeated.
+
+    An answer is bytes, sent after one whole request was read, or a function of the socket, called at once.
+    With `tls`, an SSLContext, it speaks TLS.
+    """
 
     def __init__(self, *answers: "bytes | Callable[[socket.socket], None]", tls: Any = None) -> None:
         self.answers = list(answers)
@@ -80,7 +85,8 @@ def read_request(connection: socket.socket) -> bytes:
     while b"\r\n\r\n" not in received and (more := connection.recv(65536)):
         received += more
     head, _, body = received.partition(b"\r\n\r\n")
-    length = next((int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length:")), 0)
+    found = re.search(rb"(?im)^content-length: *([0-9]+)", head)
+    length = int(found[1]) if found else 0
     while len(body) < length and (more := connection.recv(65536)):
         received += more
         body += more

@@ -22,7 +22,8 @@ class Terminal:
         self._master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
         # setsid --ctty: without a controlling terminal Ctrl-C is a character like any other.
-        self.process = subprocess.Popen(["setsid", "--ctty", *command], stdin=slave, stdout=slave, stderr=slave, **options)
+        self.process = subprocess.Popen(["setsid", "--ctty", *command], stdin=slave, stdout=slave,
+                                        stderr=slave, **options)
         os.close(slave)
         self.screen = ""  # all that was ever written there
 

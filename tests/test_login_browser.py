@@ -1,5 +1,7 @@
-"""xai-login --browser with a real browser: Chromium presses "allow" on the consent page, whose script then fetches
-the listener across origins, preflight and all."""
+"""xai-login --browser with a real browser.
+
+Chromium presses "allow" on the consent page, whose script then calls the listener, preflight and all.
+"""
 from __future__ import annotations
 
 import contextlib
@@ -19,7 +21,8 @@ from sandbox import Sandbox
 from terminal import Terminal
 
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the key of an element's id, W3C WebDriver section 12
-ARGUMENTS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+ARGUMENTS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+             "--disable-sync",
              "--disable-background-networking", "--disable-component-update", "--no-proxy-server"]
 
 
@@ -30,19 +33,24 @@ class Browser:
         self.driver = subprocess.Popen(
             ["chromedriver", "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
             env={"PATH": os.environ["PATH"], "HOME": str(folder)}, start_new_session=True)
-        port = next(int(found[1]) for line in self.driver.stdout if (found := re.search(r"successfully on port (\d+)", line)))
+        port = next(int(found[1]) for line in self.driver.stdout
+                    if (found := re.search(r"successfully on port (\d+)", line)))
         self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
         self._session = ""
-        options = {"binary": shutil.which("chromium"), "args": [*ARGUMENTS, f"--user-data-dir={folder}/profile", *arguments]}
+        options = {"binary": shutil.which("chromium"), "args": [*ARGUMENTS,
+                                                                f"--user-data-dir={folder}/profile",
+                                                                *arguments]}
         try:
-            answer = self.command("POST", "", {"capabilities": {"alwaysMatch": {"goog:chromeOptions": options}}})
+            answer = self.command("POST", "",
+                                  {"capabilities": {"alwaysMatch": {"goog:chromeOptions": options}}})
         except BaseException:
             self.close()
             raise
         self._session = f"/{answer['sessionId']}"
 
     def command(self, method: str, path: str, body: "dict[str, Any] | None" = None) -> Any:
-        self._connection.request(method, f"/session{self._session}{path}", None if body is None else json.dumps(body))
+        self._connection.request(method, f"/session{self._session}{path}",
+                                 None if body is None else json.dumps(body))
         value = json.loads(self._connection.getresponse().read())["value"]
         assert not (isinstance(value, dict) and "error" in value), value
         return value
@@ -79,9 +87,11 @@ def start_browser(tmp_path: Path) -> Iterator[Callable[..., Browser]]:
 @pytest.fixture
 def login(sandbox: Sandbox, tmp_path: Path) -> Iterator[Terminal]:
     """xai-login --browser on a terminal."""
-    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "BROWSER": "true", "XAI_PROXY_ISSUER": sandbox.url,
+    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "BROWSER": "true",
+           "XAI_PROXY_ISSUER": sandbox.url,
            "XAI_PROXY_UPSTREAM": sandbox.url, "XAI_PROXY_TOKEN_PATH": str(tmp_path / "login" / "tokens.json")}
-    command = [sys.executable, "-W", "error", "-c", "import sys; from xaiproxy import login; sys.exit(login.main())"]
+    command = [sys.executable, "-W", "error", "-c",
+               "import sys; from xaiproxy import login; sys.exit(login.main())"]
     with Terminal([*command, "--browser"], env=env) as terminal:
         yield terminal
 
@@ -100,16 +110,18 @@ def allow(browser: Browser, login: Terminal) -> str:
 
 def signed_in(login: Terminal, tmp_path: Path) -> bool:
     saved = json.loads((tmp_path / "login" / "tokens.json").read_text())
-    return "Signed in as sandbox@example.invalid" in login.screen and saved["account"] == "sandbox@example.invalid"
+    return saved["account"] == "sandbox@example.invalid" and "Signed in as" in login.screen
 
 
 def test_the_page_brings_the_answer(start_browser, login: Terminal, tmp_path: Path):
     outcome = allow(start_browser(), login)
-    assert outcome == "Done. You can close this window."  # else the script was not allowed to read the listener's answer
+    # Else the script was not allowed to read the listener's answer.
+    assert outcome == "Done. You can close this window."
     assert login.end() == 0 and signed_in(login, tmp_path)
 
 
-def test_a_page_that_may_not_reach_this_machine_shows_the_code(start_browser, login: Terminal, sandbox: Sandbox, tmp_path: Path):
+def test_a_page_that_may_not_reach_this_machine_shows_the_code(start_browser, login: Terminal,
+                                                               sandbox: Sandbox, tmp_path: Path):
     """Chromium asks before a page from the internet may call loopback; headless it says no."""
     browser = start_browser(f"--ip-address-space-overrides=127.0.0.1:{sandbox.port}=public")
     if allow(browser, login).startswith("Done"):

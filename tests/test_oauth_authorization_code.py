@@ -12,7 +12,8 @@ from scripted_server import ScriptedServer, answer
 
 from xaiproxy import config, errors, tokens
 from xaiproxy.oauth import discovery
-from xaiproxy.oauth.authorization_code import (Attempt, NotTheAnswer, authorization_url, code_from_paste, code_from_query,
+from xaiproxy.oauth.authorization_code import (Attempt, NotTheAnswer, authorization_url, code_from_paste,
+                                               code_from_query,
                                                exchange)
 from xaiproxy.oauth.session import Session
 
@@ -36,7 +37,8 @@ def test_every_attempt_is_another():
 
 def test_the_authorization_request():
     attempt = Attempt.begin(CALLBACK)
-    metadata = discovery.Metadata("https://auth.x.ai", "https://auth.x.ai/t", "https://auth.x.ai/oauth2/authorize")
+    metadata = discovery.Metadata("https://auth.x.ai", "https://auth.x.ai/t",
+                                  "https://auth.x.ai/oauth2/authorize")
     address, _, query = authorization_url(metadata, SETTINGS, attempt).partition("?")
     assert address == "https://auth.x.ai/oauth2/authorize"
     assert "scope=openid%20profile%20email%20offline_access%20grok-cli%3Aaccess%20api%3Aaccess&" in query
@@ -48,13 +50,16 @@ def test_the_authorization_request():
 
 
 def test_an_authorization_endpoint_with_a_query_keeps_it():
-    metadata = discovery.Metadata("https://a.example", "https://a.example/t", "https://a.example/authorize?tenant=1")
-    assert authorization_url(metadata, SETTINGS, Attempt.begin(CALLBACK)).startswith("https://a.example/authorize?tenant=1&resp")
+    metadata = discovery.Metadata("https://a.example", "https://a.example/t",
+                                  "https://a.example/authorize?tenant=1")
+    assert authorization_url(metadata, SETTINGS,
+                             Attempt.begin(CALLBACK)).startswith("https://a.example/authorize?tenant=1&resp")
 
 
 def test_an_issuer_without_browser_login():
     with pytest.raises(errors.IssuerUnavailable, match="use `xai-login --device`"):
-        authorization_url(discovery.Metadata("https://a.example", "https://a.example/t"), SETTINGS, Attempt.begin(CALLBACK))
+        authorization_url(discovery.Metadata("https://a.example", "https://a.example/t"), SETTINGS,
+                          Attempt.begin(CALLBACK))
 
 
 def test_the_code_comes_with_our_state():
@@ -62,10 +67,13 @@ def test_the_code_comes_with_our_state():
 
 
 @pytest.mark.parametrize("query, told", [
-    ("code=c-1&state=other", "another attempt"), ("code=c-1", "another attempt"), ("code=c-1&state=", "another attempt"),
+    ("code=c-1&state=other", "another attempt"), ("code=c-1", "another attempt"),
+    ("code=c-1&state=", "another attempt"),
     ("error=access_denied", "another attempt"), ("error=access_denied&state=other", "another attempt"),
-    ("state=state-1", "no 'code'"), ("code=&state=state-1", "no 'code'"), ("code=a%20b&state=state-1", "no 'code'"),
-    ("code=%1b&state=state-1", "no 'code'"), ("code=a&code=b&state=state-1", "repeats"), ("", "another attempt"),
+    ("state=state-1", "no 'code'"), ("code=&state=state-1", "no 'code'"),
+    ("code=a%20b&state=state-1", "no 'code'"),
+    ("code=%1b&state=state-1", "no 'code'"), ("code=a&code=b&state=state-1", "repeats"),
+    ("", "another attempt"),
     ("&".join(f"a{n}=1" for n in range(99)), "too many")])
 def test_what_is_not_the_answer(query: str, told: str):
     with pytest.raises(NotTheAnswer, match=told):
@@ -80,13 +88,16 @@ def test_a_denial():
 
 def test_another_error():
     with pytest.raises(errors.OAuthError, match=r"invalid_scope: Unknown scope: x \[31m") as caught:
-        code_from_query("error=invalid_scope&error_description=Unknown+scope%3A+x%1b[31m&state=state-1", STATE)
+        code_from_query("error=invalid_scope&error_description=Unknown+scope%3A+x%1b[31m&state=state-1",
+                        STATE)
     assert caught.value.error == "invalid_scope" and not isinstance(caught.value, errors.AccessDenied)
 
 
 @pytest.mark.parametrize("text", [
-    f"{CALLBACK}?code=nqnd-q3_Y&state=state-1", f"  '{CALLBACK}?state=state-1&code=nqnd-q3_Y'\r", f"{CALLBACK}?code=nqnd-q3_Y",
-    "?code=nqnd-q3_Y&state=state-1", "code=nqnd-q3_Y&state=state-1", "state=state-1&code=nqnd-q3_Y", "code=nqnd-q3_Y",
+    f"{CALLBACK}?code=nqnd-q3_Y&state=state-1", f"  '{CALLBACK}?state=state-1&code=nqnd-q3_Y'\r",
+    f"{CALLBACK}?code=nqnd-q3_Y",
+    "?code=nqnd-q3_Y&state=state-1", "code=nqnd-q3_Y&state=state-1", "state=state-1&code=nqnd-q3_Y",
+    "code=nqnd-q3_Y",
     "nqnd-q3_Y", " nqnd-q3_Y\n", '"nqnd-q3_Y"'])
 def test_what_may_be_pasted(text: str):
     assert code_from_paste(text, STATE) == "nqnd-q3_Y"
@@ -103,7 +114,8 @@ def test_an_empty_line_is_nothing():
 
 @pytest.mark.parametrize("text, told", [
     (f"{CALLBACK}?state=state-1", "no 'code'"), (CALLBACK, "no 'code'"), ("?state=state-1", "no 'code'"),
-    (f"{CALLBACK}?code=c&state=other", "another attempt"), ("what now?", "neither a URL nor a code"), ("\x1b[A", "neither"),
+    (f"{CALLBACK}?code=c&state=other", "another attempt"), ("what now?", "neither a URL nor a code"),
+    ("\x1b[A", "neither"),
     ("https://auth.x.ai/oauth2/authorize?response_type=code&state=state-1", "no 'code'")])
 def test_what_does_not_help(text: str, told: str):
     with pytest.raises(NotTheAnswer, match=told):
@@ -118,7 +130,8 @@ def test_a_pasted_refusal_is_one():
 # the exchange
 
 def id_token(**claims: Any) -> str:
-    payload = base64.urlsafe_b64encode(json.dumps({"email": "a@b.example", **claims}).encode()).rstrip(b"=").decode()
+    payload = base64.urlsafe_b64encode(json.dumps({"email": "a@b.example",
+                                                   **claims}).encode()).rstrip(b"=").decode()
     return f"e30.{payload}.c2ln"
 
 
@@ -126,15 +139,20 @@ def trade(*answers: Any, sleeps: "list[float] | None" = None) -> "tuple[tokens.T
     attempt = Attempt(CALLBACK, STATE, "nonce-1", "verifier-1")
     with ScriptedServer(*answers) as server:
         metadata = discovery.Metadata("https://auth.x.ai", server.url + "/t")
-        login = exchange(Session(SETTINGS), metadata, SETTINGS, attempt, "c-1", sleep=([] if sleeps is None else sleeps).append)
+        login = exchange(Session(SETTINGS), metadata, SETTINGS, attempt, "c-1",
+                         sleep=([] if sleeps is None else sleeps).append)
     return login, server.requests
 
 
 def test_what_the_exchange_sends_and_gives():
-    login, requests = trade(answer(200, {"access_token": "at", "refresh_token": "rt", "id_token": id_token(nonce="nonce-1")}))
-    assert requests[0].endswith(f"\r\n\r\ngrant_type=authorization_code&code=c-1&redirect_uri=http%3A%2F%2F127.0.0.1%3A56121%2F"
-                                f"callback&client_id={CLIENT_ID}&code_verifier=verifier-1".encode())
-    assert (login.access_token, login.refresh_token, login.account, login.scope) == ("at", "rt", "a@b.example", SETTINGS.scope)
+    login, requests = trade(answer(200, {"access_token": "at", "refresh_token": "rt",
+                                         "id_token": id_token(nonce="nonce-1")}))
+    assert requests[0].endswith("\r\n\r\ngrant_type=authorization_code&code=c-1&redirect_uri=http%3A%2F%2F"
+                                f"127.0.0.1%3A56121%2Fcallback&client_id={CLIENT_ID}&code_verifier="
+                                "verifier-1".encode())
+    assert (login.access_token, login.refresh_token, login.account, login.scope) == ("at", "rt",
+                                                                                     "a@b.example",
+                                                                                     SETTINGS.scope)
 
 
 def test_an_answer_without_id_token_will_do():
@@ -149,7 +167,8 @@ def test_an_id_token_of_another_attempt(token: str):
 
 def test_an_approval_is_not_given_up_for_one_bad_answer():
     sleeps: "list[float]" = []
-    trade(answer(502, "<html>", "text/html"), lambda connection: None, answer(200, {"access_token": "at"}), sleeps=sleeps)
+    trade(answer(502, "<html>", "text/html"), lambda connection: None, answer(200, {"access_token": "at"}),
+          sleeps=sleeps)
     assert sleeps == [2, 2]
     with pytest.raises(errors.IssuerUnavailable, match="HTTP 503"):
         trade(answer(503))

@@ -1,6 +1,7 @@
 """oauth/device_authorization.py: what is shown, how often is asked, when it ends."""
 from __future__ import annotations
 
+import urllib.parse
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from xaiproxy.oauth.session import Session
 
 SETTINGS = config.from_environ({})
 GOOD = {"device_code": "dc-1", "user_code": "4XWJ-JJAZ", "verification_uri": "http://127.0.0.1/device",
-        "verification_uri_complete": "http://127.0.0.1/device?user_code=4XWJ-JJAZ", "expires_in": 900, "interval": 5}
+        "verification_uri_complete": "http://127.0.0.1/device?user_code=4XWJ-JJAZ", "expires_in": 900,
+        "interval": 5}
 PENDING = answer(400, {"error": "authorization_pending", "error_description": "User has not yet authorized"})
 SLOW_DOWN = answer(400, {"error": "slow_down"})
 TOKENS = answer(200, {"access_token": "at", "refresh_token": "rt", "expires_in": 60})
@@ -33,16 +35,20 @@ class Clock:
 
 def ask(body: Any, issuer: str = "http://127.0.0.1:9191") -> device_authorization.Device:
     with ScriptedServer(body if isinstance(body, bytes) else answer(200, body)) as server:
-        metadata = discovery.Metadata(issuer, server.url, device_authorization_endpoint=server.url + "/device/code")
+        metadata = discovery.Metadata(issuer, server.url,
+                                      device_authorization_endpoint=server.url + "/device/code")
         device = device_authorization.request(Session(SETTINGS), metadata, SETTINGS)
     assert server.requests[0].startswith(b"POST /device/code HTTP/1.1\r\n")
-    assert server.requests[0].endswith(f"client_id={CLIENT_ID}&scope={SCOPE.replace(' ', '+').replace(':', '%3A')}".encode())
+    form = urllib.parse.urlencode({"client_id": CLIENT_ID, "scope": SCOPE})
+    assert server.requests[0].endswith(f"\r\n\r\n{form}".encode())
     return device
 
 
 def poll(*answers: Any, clock: Clock, trouble: Any = lambda error: None, **members: Any) -> tokens.Tokens:
-    device = device_authorization.Device(**{"device_code": "dc-1", "user_code": "A", "verification_uri": "http://127.0.0.1/",
-                                            "verification_uri_complete": None, "expires_in": 900, "interval": 5.0, **members})
+    device = device_authorization.Device(**{"device_code": "dc-1", "user_code": "A",
+                                            "verification_uri": "http://127.0.0.1/",
+                                            "verification_uri_complete": None, "expires_in": 900,
+                                            "interval": 5.0, **members})
     with ScriptedServer(*answers) as server:
         metadata = discovery.Metadata("http://127.0.0.1:9191", server.url + "/t")
         try:
@@ -54,7 +60,8 @@ def poll(*answers: Any, clock: Clock, trouble: Any = lambda error: None, **membe
 
 def test_what_is_shown():
     device = ask(GOOD)
-    assert (device.user_code, device.verification_uri, device.verification_uri_complete, device.expires_in, device.interval) == \
+    assert (device.user_code, device.verification_uri, device.verification_uri_complete, device.expires_in,
+            device.interval) == \
         ("4XWJ-JJAZ", "http://127.0.0.1/device", "http://127.0.0.1/device?user_code=4XWJ-JJAZ", 900, 5)
     assert "dc-1" not in repr(device)
 
@@ -78,7 +85,8 @@ def test_verification_url_is_an_older_name():
     assert ask(body).verification_uri == GOOD["verification_uri"]
 
 
-@pytest.mark.parametrize("complete", ["http://127.0.0.1/?code=dc-1", "http://127.0.0.1/?code=%64c-1", "https://evil example/", 3])
+@pytest.mark.parametrize("complete", ["http://127.0.0.1/?code=dc-1", "http://127.0.0.1/?code=%64c-1",
+                                      "https://evil example/", 3])
 def test_a_complete_address_that_is_not_shown(complete: Any):
     assert ask(GOOD | {"verification_uri_complete": complete}).verification_uri_complete is None
 
@@ -91,8 +99,10 @@ def test_the_pages_of_xai_are_on_xai():
 
 
 @pytest.mark.parametrize("change", [
-    {"user_code": "\x1b[2J"}, {"user_code": "A B"}, {"user_code": ""}, {"user_code": None}, {"user_code": "A" * 65},
-    {"device_code": ""}, {"device_code": 3}, {"verification_uri": "javascript:alert(1)"}, {"verification_uri": None}])
+    {"user_code": "\x1b[2J"}, {"user_code": "A B"}, {"user_code": ""}, {"user_code": None},
+    {"user_code": "A" * 65},
+    {"device_code": ""}, {"device_code": 3}, {"verification_uri": "javascript:alert(1)"},
+    {"verification_uri": None}])
 def test_an_answer_that_cannot_be_shown(change: "dict[str, Any]"):
     with pytest.raises(errors.IssuerUnavailable) as caught:
         ask(GOOD | change)
@@ -100,11 +110,14 @@ def test_an_answer_that_cannot_be_shown(change: "dict[str, Any]"):
 
 
 @pytest.mark.parametrize("reply, kind, exit_code, told", [
-    (answer(400, {"error": "invalid_scope", "error_description": "Scope team:read is not valid for User principals"}),
+    (answer(400,
+            {"error": "invalid_scope",
+             "error_description": "Scope team:read is not valid for User principals"}),
      errors.OAuthError, 78, "Scope team:read is not valid for User principals\\); correct XAI_PROXY_SCOPE"),
     (answer(400, {"error": "invalid_client"}), errors.ClientRejected, 77, "XAI_PROXY_CLIENT_ID"),
     (answer(403, "<html>", "text/html"), errors.IssuerUnavailable, 69, "a page instead of an answer"),
-    (answer(429), errors.IssuerUnavailable, 69, "HTTP 429"), (answer(200, []), errors.IssuerUnavailable, 69, "HTTP 200")])
+    (answer(429), errors.IssuerUnavailable, 69, "HTTP 429"), (answer(200, []), errors.IssuerUnavailable, 69,
+                                                              "HTTP 200")])
 def test_no_code(reply: bytes, kind: type, exit_code: int, told: str):
     with pytest.raises(kind, match=told) as caught:
         ask(reply)
@@ -113,7 +126,8 @@ def test_no_code(reply: bytes, kind: type, exit_code: int, told: str):
 
 def test_an_issuer_without_device_login():
     with pytest.raises(errors.IssuerUnavailable, match="offers no device login; use `xai-login --browser`"):
-        device_authorization.request(Session(SETTINGS), discovery.Metadata("http://127.0.0.1:1", "http://127.0.0.1:1/t"), SETTINGS)
+        device_authorization.request(Session(SETTINGS), discovery.Metadata("http://127.0.0.1:1",
+                                                                           "http://127.0.0.1:1/t"), SETTINGS)
 
 
 # polling
@@ -122,8 +136,8 @@ def test_it_sleeps_before_every_poll():
     clock = Clock()
     login = poll(PENDING, PENDING, TOKENS, clock=clock)
     assert clock.sleeps == [5, 5, 5] and len(clock.requests) == 3
-    assert clock.requests[0].endswith(b"\r\n\r\ngrant_type=urn%3Aietf%3Aparams%3Aoauth%3Agrant-type%3Adevice_code&device_code=dc-1"
-                                      b"&client_id=" + CLIENT_ID.encode())
+    assert clock.requests[0].endswith(b"\r\n\r\ngrant_type=urn%3Aietf%3Aparams%3Aoauth%3Agrant-type%3A"
+                                      b"device_code&device_code=dc-1&client_id=" + CLIENT_ID.encode())
     assert (login.access_token, login.issuer, login.scope) == ("at", "http://127.0.0.1:9191", SETTINGS.scope)
 
 
@@ -142,7 +156,8 @@ def test_slow_down_may_name_a_longer_interval(named: Any, interval: float):
 
 def test_what_is_no_answer_counts_as_pending():
     clock, troubles = Clock(), []
-    poll(answer(502, "<html>", "text/html"), answer(403, "<html>", "text/html"), answer(500, {"error": "invalid_grant"}),
+    poll(answer(502, "<html>", "text/html"), answer(403, "<html>", "text/html"),
+         answer(500, {"error": "invalid_grant"}),
          lambda connection: None, answer(400, {"error": "temporarily_unavailable"}), answer(200, {}), TOKENS,
          clock=clock, trouble=troubles.append)
     assert clock.sleeps == [5] * 7 and len(troubles) == 6
@@ -150,7 +165,8 @@ def test_what_is_no_answer_counts_as_pending():
 
 @pytest.mark.parametrize("body, kind", [
     ({"error": "access_denied", "error_description": "The user rejected the request"}, errors.AccessDenied),
-    ({"error": "authorization_denied"}, errors.AccessDenied), ({"error": "expired_token"}, errors.ExpiredToken),
+    ({"error": "authorization_denied"}, errors.AccessDenied),
+    ({"error": "expired_token"}, errors.ExpiredToken),
     ({"error": "invalid_grant"}, errors.GrantRefused), ({"error": "invalid_client"}, errors.ClientRejected)])
 def test_what_ends_it(body: "dict[str, str]", kind: type):
     clock = Clock()
@@ -174,5 +190,6 @@ def test_the_sandbox(sandbox: Sandbox):
     sandbox.set(answers=[{"path": "/oauth2/token", "cut": "close", "times": 1}])
     login = device_authorization.poll(Session(SETTINGS), metadata, SETTINGS, device,
                                       trouble=lambda error: sandbox.approve(device.user_code))
-    assert (login.account, login.issuer, len(login.refresh_token)) == ("sandbox@example.invalid", sandbox.url, 86)
+    assert (login.account, login.issuer, len(login.refresh_token)) == ("sandbox@example.invalid", sandbox.url,
+                                                                       86)
     assert sandbox.counters()["slow_downs"] == 0

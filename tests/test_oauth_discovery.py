@@ -28,7 +28,8 @@ def test_the_sandbox(sandbox: Sandbox):
 
 def test_only_a_token_endpoint_is_required():
     with ScriptedServer() as server:
-        server.answers.append(answer(200, {"issuer": server.url, "token_endpoint": server.url + "/t", "scopes_supported": []}))
+        server.answers.append(answer(200, {"issuer": server.url, "token_endpoint": server.url + "/t",
+                                           "scopes_supported": []}))
         assert discover(server.url) == discovery.Metadata(server.url, server.url + "/t")
     assert server.requests[0].startswith(b"GET /.well-known/openid-configuration HTTP/1.1\r\n")
 
@@ -41,8 +42,10 @@ def test_only_a_token_endpoint_is_required():
     ({"issuer": "ISSUER"}, "names no token_endpoint"),
     ({"issuer": "ISSUER", "token_endpoint": None}, "names no token_endpoint"),
     ({"issuer": "ISSUER", "token_endpoint": ["ISSUER/t"]}, "names the address something that is no text"),
-    ({"issuer": "ISSUER", "token_endpoint": "http://192.0.2.1/t"}, "names the address 'http://192.0.2.1/t', which is not https"),
-    ({"issuer": "ISSUER", "token_endpoint": "ISSUER/t", "revocation_endpoint": "ftp://127.0.0.1/"}, "'ftp://127.0.0.1/'"),
+    ({"issuer": "ISSUER", "token_endpoint": "http://192.0.2.1/t"},
+     "names the address 'http://192.0.2.1/t', which is not https"),
+    ({"issuer": "ISSUER", "token_endpoint": "ISSUER/t", "revocation_endpoint": "ftp://127.0.0.1/"},
+     "'ftp://127.0.0.1/'"),
 ])
 def test_a_document_that_is_not_the_issuers(document: "dict[str, Any]", told: str):
     with ScriptedServer() as server:
@@ -55,7 +58,8 @@ def test_a_document_that_is_not_the_issuers(document: "dict[str, Any]", told: st
 
 
 @pytest.mark.parametrize("reply, html, retry_after", [
-    (answer(404), False, None), (answer(200, "<html>", "text/html"), True, None), (answer(200, []), False, None),
+    (answer(404), False, None), (answer(200, "<html>", "text/html"), True, None),
+    (answer(200, []), False, None),
     (answer(302, "", Location="/elsewhere"), False, None), (answer(503, "", Retry_After="9"), False, 9)])
 def test_no_document(reply: bytes, html: bool, retry_after: "float | None"):
     with ScriptedServer(reply) as server:
@@ -76,14 +80,18 @@ def test_an_address_that_may_be_used(issuer: str, url: str):
 
 @pytest.mark.parametrize("issuer, url", [
     (XAI, "http://auth.x.ai/t"), (XAI, "https://evilx.ai/t"), (XAI, "https://x.ai.evil.example/t"),
-    (XAI, "https://auth.x.ai@evil.example/t"), (XAI, "https://evil.example\\.x.ai/t"), (XAI, "https://evil.example\\@auth.x.ai/"),
+    (XAI, "https://auth.x.ai@evil.example/t"), (XAI, "https://evil.example\\.x.ai/t"),
+    (XAI, "https://evil.example\\@auth.x.ai/"),
     (XAI, "https://user@auth.x.ai/t"), (XAI, "https://auth.x.ai:8443/t"), (XAI, "https://auth.x.ai:port/t"),
     (XAI, "https://auth.x.ai/ t"), (XAI, "https://auth.x.ai/\x1b[31m"), (XAI, "https://auth.x.ai/t#fragment"),
-    (XAI, "https://[auth.x.ai/t"), (XAI, "https:///t"), (XAI, "//auth.x.ai/t"), (XAI, ""), (XAI, None), (XAI, 3),
+    (XAI, "https://[auth.x.ai/t"), (XAI, "https:///t"), (XAI, "//auth.x.ai/t"), (XAI, ""), (XAI, None),
+    (XAI, 3),
     (XAI, "http://127.0.0.1/t"), ("https://login.example", "http://127.0.0.1/t"),
-    ("https://login.example", "https://user@login.example/t"), ("https://login.example", "https://login%2eexample/t"),
+    ("https://login.example", "https://user@login.example/t"),
+    ("https://login.example", "https://login%2eexample/t"),
     ("https://login.example", "https://evil.example\\.login.example/t"),
-    ("http://127.0.0.1:9191", "http://192.0.2.1/t"), ("http://127.0.0.1:9191", "http://localhost.evil.example/t")])
+    ("http://127.0.0.1:9191", "http://192.0.2.1/t"), ("http://127.0.0.1:9191",
+                                                      "http://localhost.evil.example/t")])
 def test_an_address_that_may_not_be_used(issuer: str, url: object):
     with pytest.raises(errors.IssuerUnavailable) as caught:
         discovery.check_endpoint(issuer, url)

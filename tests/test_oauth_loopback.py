@@ -1,4 +1,4 @@
-"""oauth/loopback.py over raw sockets: what a browser, and whatever else connects to a port, does to the listener."""
+"""oauth/loopback.py over raw sockets: what a browser, and whatever else connects, does to the listener."""
 from __future__ import annotations
 
 import contextlib
@@ -78,17 +78,20 @@ def waiting(listener: loopback.Listener) -> "Iterator[Waiting]":
 
 def test_the_answer(waiting: Waiting):
     reply = waiting.ask(GOOD)
-    assert reply.startswith("HTTP/1.1 200 OK\r\n") and "You can close this window" in reply and "c-1" not in reply
+    assert reply.startswith("HTTP/1.1 200 OK\r\n") and "c-1" not in reply
+    assert "You can close this window" in reply
     assert waiting.result() == "c-1" and waiting.said == []
 
 
 def test_a_preflight_is_answered_and_does_not_use_up_the_login(waiting: Waiting):
-    reply = waiting.ask("OPTIONS /callback?code=c-1 HTTP/1.1\r\nHost: 127.0.0.1:56121\r\nOrigin: https://accounts.x.ai\r\n"
-                        "Access-Control-Request-Method: GET\r\nAccess-Control-Request-Private-Network: true\r\n\r\n")
+    reply = waiting.ask("OPTIONS /callback?code=c-1 HTTP/1.1\r\nHost: 127.0.0.1:56121\r\n"
+                        f"Origin: {XAI}\r\nAccess-Control-Request-Method: GET\r\n"
+                        "Access-Control-Request-Private-Network: true\r\n\r\n")
     head, _, body = reply.partition("\r\n\r\n")
     status, *fields = head.split("\r\n")
     assert status == "HTTP/1.1 204 No Content" and body == "" and "Content-Length" not in head
-    for field in (f"Access-Control-Allow-Origin: {XAI}", "Access-Control-Allow-Methods: GET, OPTIONS", "Vary: Origin",
+    for field in (f"Access-Control-Allow-Origin: {XAI}", "Access-Control-Allow-Methods: GET, OPTIONS",
+                  "Vary: Origin",
                   "Access-Control-Allow-Headers: Content-Type", "Access-Control-Allow-Private-Network: true"):
         assert field in fields
     reply = waiting.ask(GOOD.replace("\r\n\r\n", f"\r\nOrigin: {XAI}\r\n\r\n"))
@@ -96,7 +99,8 @@ def test_a_preflight_is_answered_and_does_not_use_up_the_login(waiting: Waiting)
     assert waiting.result() == "c-1"
 
 
-@pytest.mark.parametrize("origin", ["https://evil.example", "https://accounts.x.ai.evil.example", "http://accounts.x.ai", "null",
+@pytest.mark.parametrize("origin", ["https://evil.example", "https://accounts.x.ai.evil.example",
+                                    "http://accounts.x.ai", "null",
                                     "https://ACCOUNTS.x.ai", "http://127.0.0.1:9191"])
 def test_no_other_origin_may_read_or_preflight(waiting: Waiting, origin: str):
     reply = waiting.ask(f"OPTIONS /callback HTTP/1.1\r\nOrigin: {origin}\r\n\r\n")
@@ -109,15 +113,19 @@ def test_a_loopback_issuers_own_page_may():
     with loopback.Listener(0, "http://127.0.0.1:9191") as listener:
         waiting = Waiting(listener)
         reply = waiting.ask("OPTIONS /callback HTTP/1.1\r\norigin:http://127.0.0.1:9191\r\n\r\n")
-        assert reply.startswith("HTTP/1.1 204 ") and "\r\nAccess-Control-Allow-Origin: http://127.0.0.1:9191\r\n" in reply
+        assert reply.startswith("HTTP/1.1 204 ")
+        assert "\r\nAccess-Control-Allow-Origin: http://127.0.0.1:9191\r\n" in reply
         waiting.ask(GOOD)
         assert waiting.result() == "c-1"
 
 
 @pytest.mark.parametrize("request_line, status", [
-    ("GET /favicon.ico", 404), ("GET /", 404), ("GET /callback/", 404), ("GET //callback?code=c-1&state=state-1", 404),
-    ("POST /callback?code=c-1&state=state-1", 405), ("HEAD /callback?code=c-1&state=state-1", 405), ("GET /callback", 400),
-    ("GET /callback?code=c-2&state=other", 400), ("GET /callback?code=c-2", 400), ("GET /callback?error=access_denied", 400),
+    ("GET /favicon.ico", 404), ("GET /", 404), ("GET /callback/", 404),
+    ("GET //callback?code=c-1&state=state-1", 404),
+    ("POST /callback?code=c-1&state=state-1", 405), ("HEAD /callback?code=c-1&state=state-1", 405),
+    ("GET /callback", 400),
+    ("GET /callback?code=c-2&state=other", 400), ("GET /callback?code=c-2", 400),
+    ("GET /callback?error=access_denied", 400),
     ("GET /callback?state=state-1", 400)])
 def test_what_is_not_the_answer_is_answered_and_waited_past(waiting: Waiting, request_line: str, status: int):
     reply = waiting.ask(f"{request_line} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
@@ -127,8 +135,10 @@ def test_what_is_not_the_answer_is_answered_and_waited_past(waiting: Waiting, re
     assert len(waiting.said) == (status == 400)  # what looks like the answer and is not is worth a sentence
 
 
-@pytest.mark.parametrize("nonsense", [b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"\r\n\r\n", b"GET /callback\r\n\r\n",
-                                      b"GET /callback?code=c-1&state=state-1 HTTP/1.1\r\nHalf: ", b"x" * 70000, b""])
+@pytest.mark.parametrize("nonsense", [b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"\r\n\r\n",
+                                      b"GET /callback\r\n\r\n",
+                                      b"GET /callback?code=c-1&state=state-1 HTTP/1.1\r\nHalf: ",
+                                      b"x" * 70000, b""])
 def test_stray_connections(waiting: Waiting, nonsense: bytes):
     with waiting.connect() as silent, waiting.connect() as stray, waiting.connect() as rude:
         with contextlib.suppress(ConnectionError):
@@ -168,7 +178,8 @@ def test_a_silent_connection_is_closed_after_a_while():
 
 
 def test_a_denial(waiting: Waiting):
-    reply = waiting.ask("GET /callback?error=access_denied&error_description=User+denied&state=state-1 HTTP/1.1\r\n\r\n")
+    reply = waiting.ask("GET /callback?error=access_denied&error_description=User+denied&state=state-1 "
+                        "HTTP/1.1\r\n\r\n")
     assert reply.startswith("HTTP/1.1 200 ") and "denied" in reply
     assert isinstance(waiting.result(), errors.AccessDenied)
 

@@ -1,4 +1,4 @@
-"""oauth/session.py against servers that misbehave in every way that an issuer, or what stands before it, can."""
+"""oauth/session.py against servers that misbehave as an issuer, or what stands before it, can."""
 from __future__ import annotations
 
 import base64
@@ -54,7 +54,8 @@ def test_the_environments_own_proxies_and_netrc_have_no_say(tmp_path: Path):
         subprocess.run([sys.executable, "-W", "error", "-c", "import sys; from xaiproxy import config\n"
                         "from xaiproxy.oauth.session import Session\n"
                         "assert Session(config.from_environ({})).get(sys.argv[1]).status == 200", server.url],
-                       env=os.environ | {"http_proxy": "http://127.0.0.1:1", "ALL_PROXY": "http://127.0.0.1:1",
+                       env=os.environ | {"http_proxy": "http://127.0.0.1:1",
+                                         "ALL_PROXY": "http://127.0.0.1:1",
                                          "NETRC": str(tmp_path / "netrc")}, check=True)
     assert b"Authorization" not in server.requests[0]
 
@@ -79,7 +80,8 @@ def test_refused():
     with socket.create_server(("127.0.0.1", 0)) as closed:
         url = f"http://127.0.0.1:{closed.getsockname()[1]}"
     error = unavailable(lambda: session().post(url, FORM))
-    assert str(error) == f"{url[7:]} cannot be reached (Connection refused); check the network, or XAI_PROXY_ISSUER"
+    assert str(error) == (f"{url[7:]} cannot be reached (Connection refused); check the network, or "
+                          "XAI_PROXY_ISSUER")
     assert not error.sent and error.exit_code == 69
 
 
@@ -106,7 +108,8 @@ def say(text: bytes):
     (say(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n{"), "broke the connection off"),
     (say(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{"), "broke the connection off"),
     (say(b"nonsense\r\n\r\n"), "broke the connection off"),
-    (say(b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}"), "no answer that can be read"),
+    (say(b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}"),
+     "no answer that can be read"),
 ], ids=["closed", "reset", "short", "short chunk", "nonsense", "not gzip"])
 def test_no_whole_answer_after_the_form_was_sent(script, told: str):
     with ScriptedServer(script) as server:
@@ -125,8 +128,10 @@ def drip(text: bytes):
 
 
 @pytest.mark.parametrize("script", [
-    drip(b"HTTP/1.1 200 OK\r\nX: " + b"x" * 1000), drip(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n" + b" " * 1000),
-    lambda connection: read_request(connection) and read_request(connection)], ids=["head", "body", "silence"])
+    drip(b"HTTP/1.1 200 OK\r\nX: " + b"x" * 1000),
+    drip(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n" + b" " * 1000),
+    lambda connection: read_request(connection) and read_request(connection)],
+                         ids=["head", "body", "silence"])
 def test_one_deadline_for_all_of_it(script):
     with ScriptedServer(script) as server:
         begin = time.monotonic()
@@ -137,7 +142,8 @@ def test_one_deadline_for_all_of_it(script):
 
 def test_no_thread_goes_on_reading():
     with ScriptedServer(drip(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n" + b" " * 1000)) as server:
-        unavailable(lambda: session().post(server.url, FORM, deadline=1))  # 40 bytes of head, then some of the body
+        unavailable(lambda: session().post(server.url, FORM,
+                                           deadline=1))  # 40 bytes of head, then some of the body
         end_of_late_threads(1)
 
 
@@ -150,11 +156,13 @@ def end_of_late_threads(seconds: float) -> None:
 
 
 def test_a_connection_that_nobody_accepts():
-    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, socket.socket() as first, socket.socket() as second:
+    with socket.create_server(("127.0.0.1", 0),
+                              backlog=0) as full, socket.socket() as first, socket.socket() as second:
         for filler in (first, second):
             filler.setblocking(False)
             filler.connect_ex(full.getsockname())
-        error = unavailable(lambda: session().post(f"http://127.0.0.1:{full.getsockname()[1]}", FORM, deadline=0.3))
+        error = unavailable(lambda: session().post(f"http://127.0.0.1:{full.getsockname()[1]}", FORM,
+                                                   deadline=0.3))
     assert not error.sent
 
 
@@ -164,7 +172,8 @@ def test_a_connection_that_nobody_accepts():
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A self-signed certificate and its key for localhost and auth.x.ai, in one file."""
     path = tmp_path_factory.mktemp("tls") / "certificate.pem"
-    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
+                    "-nodes",
                     "-keyout", path, "-out", f"{path}.crt", "-subj", "/CN=test", "-days", "2", "-addext",
                     "subjectAltName=DNS:localhost,DNS:auth.x.ai"], check=True, capture_output=True)
     path.write_text(path.read_text() + Path(f"{path}.crt").read_text())
@@ -181,7 +190,8 @@ def tls(certificate: Path) -> ssl.SSLContext:
 def test_a_certificate_that_nobody_vouches_for(tls: ssl.SSLContext, certificate: Path):
     with ScriptedServer(answer(200, {}), tls=tls) as server:
         error = unavailable(lambda: session().post(server.url, FORM))
-        assert f"the certificate of {server.url[8:]} cannot be verified" in str(error) and "SSL_CERT_FILE" in str(error)
+        assert f"the certificate of {server.url[8:]} cannot be verified" in str(error)
+        assert "SSL_CERT_FILE" in str(error)
         assert not error.sent and server.requests == []
         assert session(SSL_CERT_FILE=str(certificate)).post(server.url, FORM).status == 200
 
@@ -215,7 +225,8 @@ def tunnel(tls: ssl.SSLContext, received: "list[bytes]", pace: float = 0):
 def test_through_a_proxy(tls: ssl.SSLContext, certificate: Path):
     received: "list[bytes]" = []
     with ScriptedServer(tunnel(tls, received)) as proxy:
-        web = session(HTTPS_PROXY=f"http://user:pass-word@127.0.0.1:{proxy.port}", SSL_CERT_FILE=str(certificate))
+        web = session(HTTPS_PROXY=f"http://user:pass-word@127.0.0.1:{proxy.port}",
+                      SSL_CERT_FILE=str(certificate))
         assert web.post("https://auth.x.ai/oauth2/token", FORM).json() == {"through": "the proxy"}
     assert received[0].startswith(b"CONNECT auth.x.ai:443 HTTP/1.")
     assert b"Proxy-Authorization: Basic " + base64.b64encode(b"user:pass-word") in received[0]
@@ -223,7 +234,7 @@ def test_through_a_proxy(tls: ssl.SSLContext, certificate: Path):
 
 
 def test_a_form_that_was_given_up_is_never_sent(tls: ssl.SSLContext, certificate: Path):
-    """Whoever is told that nothing was sent sends the same refresh token again: sent twice it would be revoked."""
+    """Whoever is told that nothing was sent sends the refresh token again, and sent twice it is revoked."""
     received: "list[bytes]" = []
     with ScriptedServer(tunnel(tls, received, pace=0.03)) as proxy:  # 26 bytes: longer than the deadline
         web = session(HTTPS_PROXY=proxy.url, SSL_CERT_FILE=str(certificate))
@@ -258,14 +269,17 @@ def test_a_page_is_known_by_its_type_or_its_looks():
 
 
 def test_the_summary_quotes_nothing_but_a_media_type():
-    assert Answer(502, {"Content-Type": "text/html; charset=utf-8"}, b"<p>secret").summary == "HTTP 502, text/html"
-    assert Answer(502, {"Content-Type": "\x1b[31m"}, b"").summary == Answer(502, {}, b"").summary == "HTTP 502, no media type"
+    assert Answer(502, {"Content-Type": "text/html; charset=utf-8"},
+                  b"<p>secret").summary == "HTTP 502, text/html"
+    for headers in ({"Content-Type": "\x1b[31m"}, {}):
+        assert Answer(502, headers, b"").summary == "HTTP 502, no media type"
 
 
 @pytest.mark.parametrize("text, seconds", [
     ("7", 7), ("0", 0), ("Sun, 06 Nov 1994 08:49:47 GMT", 10), ("Sunday, 06-Nov-94 08:49:47 GMT", 10),
     ("Sun Nov  6 08:49:47 1994", 10), ("Sun, 06 Nov 1994 08:49:36 GMT", 0),  # past
-    ("", None), ("-1", None), ("1.5", None), ("soon", None), ("9" * 400, None), ("Sun, 99 Nov 1994 08:49:47 GMT", None)])
+    ("", None), ("-1", None), ("1.5", None), ("soon", None), ("9" * 400, None),
+    ("Sun, 99 Nov 1994 08:49:47 GMT", None)])
 def test_retry_after(text: str, seconds: "float | None"):
     assert parse_retry_after(text, now=784111777) == seconds  # Sun, 06 Nov 1994 08:49:37 GMT
 
