@@ -285,15 +285,19 @@ def seen_from(process: Process, path) -> str:
     return f"/proc/{process.pid}/root{path}"
 
 
+def full(folder, login, room: int = 0) -> "list[str]":
+    """On a disk of its own, with the login and `room` bytes free."""
+    return mounted(f"mount -t tmpfs -o size=128k,mode=700 none $1; cp -p {login} $1/tokens.json; "
+                   f"head -c 1000000 /dev/zero > $1/filling 2>/dev/null || truncate -s -{room} $1/filling", folder)
+
+
 @mounts
 @pytest.mark.parametrize("room, recorded", [(0, False), (32768, True)], ids=["no byte is free", "room for a login only"])
 def test_a_full_disk_leaves_the_old_login_working_and_its_refresh_token_unspent(sandbox, start, tmp_path, room, recorded):
     folder, login = tmp_path / "folder", tmp_path / "login"
     folder.mkdir()
     old = put_stale(sandbox, login)
-    process = start(folder / "tokens.json", before=mounted(
-        f"mount -t tmpfs -o size=128k,mode=700 none $1; cp -p {login} $1/tokens.json; "
-        f"head -c 1000000 /dev/zero > $1/filling 2>/dev/null || truncate -s -{room} $1/filling", folder))
+    process = start(folder / "tokens.json", before=full(folder, login, room))
     process.wait_for("could not be refreshed")
     [said] = [message for message in process.messages() if "could not be refreshed" in message]
     assert "No space left on device; nothing was changed. Make room" in said
@@ -307,6 +311,20 @@ def test_a_full_disk_leaves_the_old_login_working_and_its_refresh_token_unspent(
     os.unlink(seen_from(process, folder / "filling"))
     process.wait_for("refreshed after")
     assert works(sandbox, store.load()) and tries(sandbox) == 1 and store.load().refresh_error is None
+
+
+@mounts
+def test_a_failure_that_cannot_be_recorded_is_no_other_failure(sandbox, start, tmp_path):
+    folder, login = tmp_path / "folder", tmp_path / "login"
+    folder.mkdir()
+    put_stale(sandbox, login, token_endpoint=None)
+    sandbox.set(answers=[{"path": "/.well-known/*", "error": "bad_gateway"}])
+    process = start(folder / "tokens.json", before=full(folder, login))
+    process.wait_for("could not be refreshed")
+    sandbox.wait(lambda seen: len(sandbox.requests("/.well-known")) == 3)
+    process.signal(signal.SIGTERM)
+    assert process.wait() == 0
+    assert process.said("could not be refreshed") == process.said("HTTP 502") == 1 and not process.said("No space")
 
 
 UNWRITABLE = {
