@@ -382,9 +382,10 @@ def test_wait_ends_when_the_refresher_fails(client: Client, proxy: ProxyProcess,
 
 def test_wait_ends_when_the_client_leaves(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
     client.request("POST", "/v1/left", body=b"{}")
-    upstream.receive().answer(REFUSED)
+    request = upstream.receive().answer(b"HTTP/1.1 401 X\r\nContent-Length: 5\r\n\r\nno")
     wait_for_note(proxy)
     client.close()
+    assert request.connection.closed_within(1)
     assert proxy.wait_for_request("/v1/left", 1)["ended_by"] == "client"
     proxy.sign_in("new")
     assert upstream.quiet()
