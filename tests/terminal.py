@@ -1,6 +1,7 @@
 """A program on a terminal of its own, as a person has it: type, read, press Ctrl-C."""
 from __future__ import annotations
 
+import codecs
 import fcntl
 import os
 import pty
@@ -25,6 +26,7 @@ class Terminal:
         self.process = subprocess.Popen(["setsid", "--ctty", *command], stdin=slave, stdout=slave,
                                         stderr=slave, **options)
         os.close(slave)
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
         self.screen = ""  # all that was ever written there
 
     def __enter__(self) -> Terminal:
@@ -60,5 +62,5 @@ class Terminal:
             received = os.read(self._master, 65536)
         except OSError:  # EIO: nobody has the other side open any more
             return False
-        self.screen += received.decode()
+        self.screen += self._decoder.decode(received)
         return bool(received)
