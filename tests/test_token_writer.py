@@ -92,12 +92,14 @@ def test_remove_leaves_only_the_lock(store):
     save(store, OLD)
     store.ask_refresh("old")
     (store.path.parent / "tokens.json.corrupt-5").touch()
+    (store.path.parent / "tokens.json.refused.0123").touch()  # of a proxy that was killed while it asked
     (store.path.parent / "client-keys").touch()
+    (store.path.parent / "tokens.json.txt").touch()
     with token_writer.locked(store, 0) as writer:
         writer.save(NEW)
         leave_behind(store, OLD.to_json(fingerprint("new-refresh")))
         writer.remove()
-    assert files(store) == ["client-keys", "tokens.json.lock"]
+    assert files(store) == ["client-keys", "tokens.json.lock", "tokens.json.txt"]
     with token_writer.locked(store, 0) as writer:
         writer.remove()
 

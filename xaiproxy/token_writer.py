@@ -5,10 +5,10 @@ The rules that a change must keep:
 1. Nobody writes, and nobody reads a refresh token in order to spend it, without the lock. It is a flock on the
    sibling tokens.json.lock, which is never removed: a lock on tokens.json itself would not stop a second one on
    the file renamed over it, and a removed lock file lets two processes hold two locks.
-2. There is one way onto the disk: tokens.json.new, fsync, rename, fsync of the folder. A reader sees the old file
-   or the new one.
-3. tokens.json.new says in `replaces` which refresh token it succeeds. Whoever takes the lock first looks for such a
-   left-over: one that is whole and succeeds what tokens.json holds is the only copy of a login whose writer was
+2. There is one way onto the disk: tokens.json.new, fsync, rename, fsync of the folder. A reader sees the old
+   file or the new one.
+3. tokens.json.new says in `replaces` which refresh token it succeeds. Whoever takes the lock first looks for such
+   a left-over: one that is whole and succeeds what tokens.json holds is the only copy of a login whose writer was
    killed, and is put into place; any other is rubbish.
 4. Before a refresh token is spent the save of its successor is rehearsed, so that a full disk, a read-only folder
    or a bind-mounted file is found out while the old token is still good.
@@ -47,7 +47,8 @@ def prepare_folder(store: token_store.TokenStore) -> None:
     except OSError as error:
         raise _storage_error(folder, error) from error
     if mode & 0o022 and not mode & 0o1000:
-        logger.warning("%s may be written by other users, who could then replace the login; chmod go-w it", folder)
+        logger.warning("%s may be written by other users, who could then replace the login; chmod go-w it",
+                       folder)
 
 
 def beat(store: token_store.TokenStore) -> None:
@@ -63,7 +64,7 @@ def beat(store: token_store.TokenStore) -> None:
 
 
 def tighten(store: token_store.TokenStore) -> str:
-    """Take away others' access to a token file whose mode is wider than 0600; return the warning that is due, or ""."""
+    """Take away others' access to a file whose mode is wider than 0600; return the warning that is due, or ""."""
     try:
         fd = os.open(store.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
@@ -99,8 +100,9 @@ def locked(store: token_store.TokenStore, wait: float, pause: "Callable[[float],
                 break
             except BlockingIOError:
                 if clock() >= end:
-                    raise errors.LockBusy(f"{store.lock_path} has been held by another process for {wait:g} s; look for "
-                                          "a refresher or xai-login that hangs (fuser shows it)") from None
+                    raise errors.LockBusy(
+                        f"{store.lock_path} has been held by another process for {wait:g} s; look for a refresher "
+                        "or xai-login that hangs (fuser shows it)") from None
                 pause(POLL)
             except OSError as error:
                 raise _storage_error(store.lock_path, error) from error
@@ -132,13 +134,15 @@ class TokenWriter:
             trusted = os.fstat(fd).st_uid == os.geteuid()
             try:
                 token_store.parse(text, store.new_path)
-                whole = trusted and tokens.replaces(text) == self._successor_mark() and not store.path.is_symlink()
+                fits = tokens.replaces(text) == self._successor_mark()
+                whole = trusted and fits and not store.path.is_symlink()
             except errors.LoginUnusable:
                 whole = False
             if whole:
                 os.fsync(fd)  # its writer may have been killed before it did
                 self._put_into_place()
-                logger.warning("%s was left behind by a process that was killed; it is now %s", store.new_path, store.path)
+                logger.warning("%s was left behind by a process that was killed; it is now %s",
+                               store.new_path, store.path)
             else:
                 store.new_path.unlink()
         except OSError as error:
@@ -188,8 +192,8 @@ class TokenWriter:
         with self._writing():
             # The left-over goes first: should we be killed in between, it must not come back as a login.
             self.store.new_path.unlink(missing_ok=True)
-            for path in sorted(self.store.path.parent.glob(self.store.path.name + ".*")):
-                if path != self.store.lock_path:
+            for path in self.store.path.parent.iterdir():
+                if path.name.startswith((self.store.refused_path.name, self.store.path.name + ".corrupt-")):
                     path.unlink(missing_ok=True)
             self.store.path.unlink(missing_ok=True)
             self._sync_folder()
@@ -206,7 +210,8 @@ class TokenWriter:
 
     def _create(self) -> int:
         self.store.new_path.unlink(missing_ok=True)
-        return os.open(self.store.new_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+        return os.open(self.store.new_path, flags, 0o600)
 
     def _keep_corrupt(self) -> None:
         try:
@@ -253,7 +258,7 @@ class Reserved:
         self._mark = mark
 
     def commit(self, login: tokens.Tokens) -> None:
-        """Write, sync and rename. Raises StorageError, and may then be called again: `login` is the only copy.
+        """Write, sync and rename. Raises StorageError, and is then to be called again: `login` is the only copy.
 
         Raises LoginUnusable when somebody removed tokens.json.new meanwhile: whoever clears the folder by hand is
         signing out, and a login that has come there since must not be overwritten.
@@ -262,8 +267,8 @@ class Reserved:
         with self._writer._writing():
             if self._fd >= 0:
                 if os.fstat(self._fd).st_nlink == 0:
-                    raise errors.LoginUnusable("missing", f"{store.new_path} was removed while its login was refreshed; "
-                                               f"{errors.SIGN_IN}")
+                    raise errors.LoginUnusable(
+                        "missing", f"{store.new_path} was removed while its login was refreshed; {errors.SIGN_IN}")
                 content = login.to_json(self._mark).encode()
                 os.lseek(self._fd, 0, os.SEEK_SET)
                 _write(self._fd, content)
