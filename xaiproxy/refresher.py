@@ -1,12 +1,12 @@
 """Process 2, by hand or under supervisord: keeps the login alive. The only one that spends the refresh token.
 
-Four times a second it looks at the file, the clock and the proxy's note; schedule.py decides. A try then is: take the
-lock, read the file again, find the token endpoint, rehearse the save, send the refresh token, save the answer. The
-rules that a change must keep:
+Four times a second it looks at the file, the clock and the proxy's note; schedule.py decides. A try then is: take
+the lock, read the file again, find the token endpoint, rehearse the save, send the refresh token, save the answer.
+The rules that a change must keep:
 
 1. From sending the refresh token until its successor is on the disk nothing ends this process but SIGKILL: the
-   handlers of SIGTERM, SIGINT and SIGHUP only set what the loop looks at. (signal.sigtimedwait, which would need no
-   handlers, returns garbage in place of a signal after SIGSTOP and SIGCONT.)
+   handlers of SIGTERM, SIGINT and SIGHUP only set what the loop looks at. (signal.sigtimedwait, which would need
+   no handlers, returns garbage in place of a signal after SIGSTOP and SIGCONT.)
 2. A login that cannot be used is a state to wait in, not a reason to exit: supervisord would give up on us.
 3. What fails is recorded in the file, where the proxy and `xai-login --status` find it.
 """
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 TICK = 0.25  # seconds between two looks; the proxy waits for us
 BEAT = 10.0  # seconds between two signs of life
 DEADLINE = 30.0  # seconds for the whole exchange that spends the refresh token
-DISCOVERY_DEADLINE = 10.0  # seconds; with DEADLINE and BEAT less than the 60 without a beat after which we count as gone
+DISCOVERY_DEADLINE = 10.0  # seconds; with DEADLINE and BEAT still less than token_store.ALIVE
 LOCK_WAIT = 60.0  # seconds: longer than any try of another process takes
 SAVE_AGAIN = 1.0  # seconds between two attempts to save what is only in memory
 
@@ -39,8 +39,8 @@ EXAMPLES = """\
   xai-refresher         keep the login alive until told to stop; SIGHUP: try again now
   xai-refresher --once  look once, refresh the login if that is due, and end; for cron
 
-Exit status of --once: 0 the login is good; 69 the issuer cannot be reached; 75 the token file cannot be written or
-is locked; 77 signed out, or refused; 78 wrong settings; 130 interrupted.
+Exit status of --once: 0 the login is good; 69 the issuer cannot be reached; 75 the token file cannot be
+written or is locked; 77 signed out, or refused; 78 wrong settings; 130 interrupted.
 """
 
 
@@ -92,7 +92,8 @@ class Refresher:
         if login.refresh_error is not None and login.refresh_error.terminal:
             raise errors.GrantRefused(login.refresh_error.code, message=login.refresh_error.description)
         if login.state(self._clock(), self.settings.refresh_skew) is tokens.State.INVALID:
-            raise errors.LoginUnusable("expired", f"the access token in {self.store.path} has expired; {errors.SIGN_IN}")
+            raise errors.LoginUnusable(
+                "expired", f"the access token in {self.store.path} has expired; {errors.SIGN_IN}")
         return errors.EXIT_INTERRUPTED if self._ending else 0
 
     def on_signal(self, number: int, _frame: Any = None) -> None:
@@ -128,8 +129,8 @@ class Refresher:
             self._say("login", str(error))
             return
         if login.refresh_token is None:
-            self._say("login", f"{self.store.path} holds no refresh token, so its login is not renewed, but used as it is "
-                      "until it expires; whoever puts the file there has to replace it")
+            self._say("login", f"{self.store.path} holds no refresh token, so its login is not renewed, but used "
+                      "as it is until it expires; whoever puts the file there has to replace it")
             return
         self._say("login", "")
         if login is not self._seen:
@@ -145,8 +146,8 @@ class Refresher:
             if error is not None and error.terminal:
                 self._say("login", error.description)
             else:
-                logger.info("signed in%s; the access token lasts until %s", f" as {login.account}" if login.account else "",
-                            _date(login.expires_at))
+                logger.info("signed in%s; the access token lasts until %s",
+                            f" as {login.account}" if login.account else "", _date(login.expires_at))
         return self._schedule.decide(login, self._asked(login), self._clock(), self._uptime())
 
     def _asked(self, login: tokens.Tokens) -> bool:
@@ -184,18 +185,20 @@ class Refresher:
             self._beat(at_once=True)  # the last for up to 30 s
             reserved = writer.rehearse(login)
             asked = self._asked(login)
-            successor = token_endpoint.refresh(self._web, login.token_endpoint, login, deadline=DEADLINE, now=self._clock)
+            successor = token_endpoint.refresh(self._web, login.token_endpoint, login, deadline=DEADLINE,
+                                               now=self._clock)
         except (errors.OAuthError, errors.IssuerUnavailable, errors.StorageError) as error:
             if reserved is not None:
                 reserved.discard()
-            if isinstance(error, errors.GrantRefused) and self.store.load().refresh_token != login.refresh_token:
+            if isinstance(error, errors.GrantRefused) \
+                    and self.store.load().refresh_token != login.refresh_token:
                 return  # somebody who takes no lock has put another one there: the next look takes that
             self._failed(error, login, began, writer)
         else:
             self._save(reserved, login, successor, asked)
 
     def _with_token_endpoint(self, login: tokens.Tokens) -> tokens.Tokens:
-        """The login with an endpoint that may be trusted: the remembered one, unless it is in doubt, or a discovered one."""
+        """The login with an endpoint to trust: the remembered one, unless it is in doubt, or a discovered one."""
         try:
             discovery.check_endpoint(login.issuer, login.token_endpoint)
             remembered = login
@@ -211,26 +214,28 @@ class Refresher:
             return login
         return dataclasses.replace(login, token_endpoint=endpoint)
 
-    def _save(self, reserved: token_writer.Reserved, login: tokens.Tokens, successor: tokens.Tokens, asked: bool) -> None:
-        # Until commit has written it, the new login is in this process only: nothing may come first that could fail.
+    def _save(self, reserved: token_writer.Reserved, login: tokens.Tokens, successor: tokens.Tokens,
+              asked: bool) -> None:
+        # Until commit has written it the new login is in this process only: nothing that could fail comes first.
         now = self._clock()
         failures = self._schedule.failures
         wait = self._schedule.succeeded(successor, asked, now, self._uptime())
         if wait is not None:
             successor = dataclasses.replace(successor, refresh_error=tokens.RefreshError(
-                "stale_at_once", f"{login.issuer} gave an access token that ends within moments; check this machine's clock",
-                now, retry_at=now + wait))
+                "stale_at_once", f"{login.issuer} gave an access token that ends within moments; check this "
+                "machine's clock", now, retry_at=now + wait))
         while True:
             try:
                 reserved.commit(successor)
                 break
             except errors.StorageError as error:
-                self._say("unsaved", f"the refreshed login is in this process's memory only: do not end it. {error}")
+                self._say("unsaved", "the refreshed login is in this process's memory only: do not end it. "
+                          f"{error}")
             self._beat()
             self._sleep(SAVE_AGAIN)
         self._say("unsaved", "")
-        logger.info("refreshed%s; the access token lasts until %s", f" after {failures} failures" if failures else "",
-                    _date(successor.expires_at))
+        logger.info("refreshed%s; the access token lasts until %s",
+                    f" after {failures} failures" if failures else "", _date(successor.expires_at))
         self._say("failure", successor.refresh_error.description if successor.refresh_error else "", "stale")
         if self._asked(login):
             with contextlib.suppress(OSError):
@@ -238,30 +243,33 @@ class Refresher:
 
     def _decline(self, writer: token_writer.TokenWriter, login: tokens.Tokens) -> None:
         retry_at = self._clock() + self._schedule.declined(self._uptime())
-        text = f"the API refuses access tokens soon after they are made; the next is asked for at {_date(retry_at)}"
+        text = "the API refuses access tokens soon after they are made; the next is asked for at " + _date(retry_at)
         logger.warning("%s", text)
-        self._record(writer, login, tokens.RefreshError(UPSTREAM_REFUSES, text, self._clock(), retry_at=retry_at))
+        self._record(writer, login, tokens.RefreshError(UPSTREAM_REFUSES, text, self._clock(),
+                                                        retry_at=retry_at))
 
     def _failed(self, error: errors.Error, login: tokens.Tokens, began: float,
                 writer: "token_writer.TokenWriter | None" = None) -> None:
-        """Decide about the next try, and tell. Without a writer there is no lock, and nothing can be recorded."""
+        """Decide about the next try, and tell. Without a writer there is no lock, and nothing is recorded."""
         self._failure = error
         now = self._clock()
         wait = self._schedule.failed(error, login, began, now, self._uptime())
-        # An endpoint that moved answers with a page, if at all. Not so when an answer was lost: each second counts then.
+        # It may have moved. When an answer was lost it has not, and each second counts.
         self._endpoint_in_doubt = isinstance(error, errors.IssuerUnavailable) and not error.sent
         terminal = isinstance(error, errors.GrantRefused)
         next_try = "no further try" if terminal else \
             f"next try in {math.ceil(wait)} s" if wait is not None else \
-            "the refresh token may be spent, so it is not tried again before the access token expires or is refused"
+            "the refresh token may be spent: no try before the access token expires or is refused"
         # An outage may have a new face every minute: told is its first, and the file has the latest.
-        self._say("failure", f"the login could not be refreshed: {error}; {next_try}", f"{_code(error)} {wait is None}")
+        self._say("failure", f"the login could not be refreshed: {error}; {next_try}",
+                  f"{_code(error)} {wait is None}")
         if writer is not None:
             self._record(writer, login, tokens.RefreshError(
                 _code(error), str(error), now, terminal, None if wait is None else now + wait))
 
-    def _record(self, writer: token_writer.TokenWriter, login: tokens.Tokens, error: tokens.RefreshError) -> None:
-        with contextlib.suppress(errors.StorageError):  # a full disk: the login itself is unharmed, and in memory we know
+    def _record(self, writer: token_writer.TokenWriter, login: tokens.Tokens,
+                error: tokens.RefreshError) -> None:
+        with contextlib.suppress(errors.StorageError):  # a full disk: the login is unharmed, and we know in memory
             writer.save(dataclasses.replace(login, refresh_error=error))
 
     # Waiting and telling

@@ -1,11 +1,12 @@
-"""When the refresh token is spent: the refresher's decisions, without a clock, a file or a network of their own.
+"""When the refresh token is spent: the refresher's decisions, without a clock, file or network of their own.
 
-Two clocks come in as arguments. `now` is unix time: tokens expire by it, and it may jump. `uptime` is seconds on a
-clock that only runs forward, also while the machine sleeps: waits are measured by it.
+Two clocks come in as arguments. `now` is unix time: tokens expire by it, and it may jump. `uptime` is seconds on
+a clock that only runs forward, also while the machine sleeps: waits are measured by it.
 
-Failures are of three kinds. Nothing was spent (no connection, or a definite answer): again, with backoff. Sent, but
-no whole answer came: the refresh token may be spent, and presenting a spent one makes xAI revoke the whole login, so
-it is tried a few times while a grace may last, and then only when there is nothing left to lose. Refused: never again.
+Failures are of three kinds. Nothing was spent (no connection, or a definite answer): again, with backoff. Sent,
+but no whole answer came: the refresh token may be spent, and presenting a spent one makes xAI revoke the whole
+login, so it is tried a few times while a grace may last, and then only when there is nothing left to lose.
+Refused: never again.
 """
 
 import enum
@@ -19,7 +20,7 @@ BACKOFF, BACKOFF_LIMIT = 1.0, 60.0  # seconds; the first wait, doubled for each 
 RETRY_AFTER_LIMIT = 300.0  # seconds that we let the issuer's Retry-After make us wait
 STANDING_WAIT = 300.0  # seconds after a refusal of client or plan, which heals by itself or not at all
 LOST_TRIES, LOST_WINDOW = 3, 30.0  # tries, and seconds from the first of them, when answers are lost
-ASKED_WAIT, ASKED_WAIT_LIMIT = 120.0, 3600.0  # seconds between two refreshes because upstream refuses our tokens
+ASKED_WAIT, ASKED_WAIT_LIMIT = 120.0, 3600.0  # seconds between two refreshes that upstream's refusals ask for
 
 ANSWER_LOST = "answer_lost"  # the code of a refresh_error
 UPSTREAM_REFUSES = "upstream_refuses"
@@ -84,7 +85,8 @@ class Schedule:
         """Wait no longer."""
         self._not_before = -math.inf
 
-    def failed(self, error: errors.Error, login: tokens.Tokens, began: float, now: float, uptime: float) -> "float | None":
+    def failed(self, error: errors.Error, login: tokens.Tokens, began: float, now: float,
+               uptime: float) -> "float | None":
         """Return the seconds until the next try, or None when there is to be none while all stays as it is.
 
         `began`: the uptime at which the try began.
@@ -102,7 +104,7 @@ class Schedule:
         return None if self._may_be_spent(self._not_before) and not expired else wait
 
     def succeeded(self, login: tokens.Tokens, asked: bool, now: float, uptime: float) -> "float | None":
-        """Take note of the new login; return the seconds until the next try if it is stale already, which is a failure.
+        """Take note of the new login; return the seconds to the next try if it is stale already: a failure.
 
         `asked`: upstream had refused the access token that it succeeds.
         """
@@ -121,7 +123,8 @@ class Schedule:
 
     def _may_be_spent(self, uptime: float) -> bool:
         """Whether the refresh token may be spent and it is too late for the issuer to overlook that."""
-        return self._lost_since is not None and (self._lost >= LOST_TRIES or uptime > self._lost_since + LOST_WINDOW)
+        return self._lost_since is not None and (
+            self._lost >= LOST_TRIES or uptime > self._lost_since + LOST_WINDOW)
 
     def _wait_after(self, error: errors.Error) -> float:
         if isinstance(error, (errors.NotEntitled, errors.ClientRejected)):
