@@ -40,7 +40,7 @@ def sign_in(store: token_store.TokenStore, talk: Conversation, way: str) -> None
     session = Session(settings)
     metadata = discovery.discover(session, settings.issuer)
     if settings.client_id == config.DEFAULT_CLIENT_ID:
-        talk.say("The page will ask for Grok Build: xAI registers no other clients, so this is that one's.")
+        talk.say("The page will name Grok Build, whose OAuth client this is: xAI registers no others.")
     login = (_by_device if way == "device" else _by_browser)(session, metadata, settings, talk)
     _save(store, login, talk)
     now = time.time()
