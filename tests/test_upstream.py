@@ -9,6 +9,7 @@ import re
 import resource
 import socket
 import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import Iterator
@@ -441,6 +442,38 @@ def test_upstream_that_has_no_address(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple:
     return make_certificate(tmp_path_factory.mktemp("ca"), "127.0.0.1", "upstream.test")
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+def test_error_before_the_body_is_read_reaches_the_client(tmp_path: Path, certificate: tuple, tls: bool) -> None:
+    """And at once: neither the rest of the body, nor upstream's taking it, is waited for."""
+    authority, context = certificate
+    answer = b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 3\r\n\r\nbig"
+    with ScriptedUpstream(context if tls else None) as upstream, \
+            ProxyProcess(tmp_path, upstream=upstream.origin, environ={"SSL_CERT_FILE": str(authority)}) as proxy:
+        proxy.sign_in()
+        for sent in (b"", b"x" * 1000, b"x" * 30_000_000):  # the last does not fit into any socket's buffers
+            with proxy.client() as client:
+                client.send(b"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Length: 40000000\r\n\r\n")
+                sender = threading.Thread(target=client.sock.sendall, args=(sent,))
+                sender.start()
+                request = upstream.receive(body=False).answer(answer)
+                start = time.monotonic()
+                message = client.message()
+                assert (message.status, message.body) == (413, b"big") and time.monotonic() - start < 1
+                sender.join()
+            upstream.connections.remove(request.connection)  # kept open, but not listened to
+            with request.connection, proxy.client() as client:  # the rest of a body must not precede another request
+                client.request()
+                upstream.receive().answer()
+                assert client.message().body == b"ok"
+            upstream.hang_up()
+        with proxy.client() as client:  # an answer that is no error may come early too: all of the body goes through
+            client.send(b"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Length: 8\r\n\r\n1234")
+            request = upstream.receive(body=False).answer()
+            assert request.connection.exactly(4) == b"1234"
+            client.send(b"5678")
+            assert request.connection.exactly(4) == b"5678" and client.message().body == b"ok"
 
 
 def test_tls(tmp_path: Path, certificate: tuple) -> None:

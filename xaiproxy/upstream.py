@@ -213,6 +213,10 @@ class _Fields:
         return self._fields
 
 
+class _AnsweredEarly(Exception):
+    """Thrown into the greenlet that still writes a body which upstream has refused already."""
+
+
 class Exchange:
     """A request that was sent and the answer to it. `close` may be called twice, and at any time."""
 
@@ -225,6 +229,9 @@ class Exchange:
         self._connection: "http.client.HTTPConnection | None" = None
         self._pooled = False
         self._head_written = False
+        self._writing = False
+        self._whole = True  # whether all of the request was written
+        self._reader: "gevent.Greenlet | None" = None  # waits for the answer's head while a body is written
         self._response: "urllib3.HTTPResponse | None" = None
         self._peeked: "list[bytes]" = []
         self._peeker: "gevent.Greenlet | None" = None
@@ -235,21 +242,25 @@ class Exchange:
         self.length: "int | None" = None  # of the body that the client is to be told
 
     def send(self, connection: http.client.HTTPConnection, pooled: bool) -> None:
-        """Write head and body. A pooled connection that took no byte of it is replaced by a new one."""
+        """Write head and body, or as much of it as upstream takes before it answers with an error.
+
+        A pooled connection that took no byte is replaced by a new one.
+        """
         self._connection, self._pooled = connection, pooled
-        self._head_written = False
+        self._head_written, self._writing, self._whole, self._reader = False, True, True, None
         has_body = any(name.lower() in ("content-length", "transfer-encoding") for name, _ in self._request_fields)
         try:
-            connection.request(self._method, self._target, body=self._chunks() if has_body else None,
+            connection.request(self._method, self._target, body=self._chunks(connection) if has_body else None,
                                headers=_Fields(self._request_fields), preload_content=False, decode_content=False)
-        except (BrokenPipeError, ConnectionResetError) as error:
+        except (_AnsweredEarly, BrokenPipeError, ConnectionResetError, http.client.NotConnected) as error:
+            self._writing = self._whole = False
             if pooled and not self._head_written:
                 self.close()
                 self.send(self._upstream.connect(), pooled=False)
             elif not self._head_written:
                 self.close()
                 raise self._broke_off(error) from error
-            # else upstream may have answered before it had read everything: let receive look
+            # else upstream may have answered before it had read everything: receive tells
         except TimeoutError as error:
             self.close()
             raise self._timed_out() from error
@@ -259,15 +270,34 @@ class Exchange:
         except BaseException:
             self.close()
             raise
+        self._writing = False
 
-    def _chunks(self) -> Iterator[bytes]:
+    def _chunks(self, connection: http.client.HTTPConnection) -> Iterator[bytes]:
         self._head_written = True  # urllib3 asks for the first chunk once the head is out
+        self._reader = gevent.spawn(self._read_head, connection, gevent.getcurrent())
         yield from self._body
+
+    def _read_head(self, connection: http.client.HTTPConnection, writer: gevent.Greenlet) -> "urllib3.HTTPResponse | Exception":
+        """Get the answer while the body is written: who refuses it may not read it to its end."""
+        connection.auto_open = 0  # should this answer close the connection, what is still written must open no other
+        try:
+            response = connection.getresponse()
+        except BROKEN as error:
+            return error
+
+        def interrupt() -> None:
+            if self._writing:
+                writer.throw(_AnsweredEarly)
+        if response.status >= 400:
+            gevent.get_hub().loop.run_callback(interrupt)
+        return response
 
     def receive(self) -> None:
         """Wait for the answer's head. Raises UpstreamTimeout, UpstreamUnreachable."""
         try:
-            response = self._connection.getresponse()
+            response = self._reader.get() if self._reader is not None else self._connection.getresponse()
+            if isinstance(response, Exception):
+                raise response
         except TimeoutError as error:
             self.close()
             raise self._timed_out() from error
@@ -321,8 +351,10 @@ class Exchange:
 
     def _release(self) -> None:
         connection, self._connection = self._connection, None
-        if connection is not None and connection.sock is not None:
+        if connection is not None and connection.sock is not None and self._whole:
             self._upstream.keep(connection)
+        elif connection is not None:
+            connection.close()
 
     def peek(self) -> bytes:
         """The beginning of the body, at most PEEK_LIMIT bytes and PEEK_TIME seconds of it; it is not lost to __iter__.
@@ -347,8 +379,9 @@ class Exchange:
 
     def close(self) -> None:
         """Break off: unless the answer was read to its end, the connection is closed and not used again."""
-        if self._peeker is not None:
-            self._peeker.kill()
+        for greenlet in (self._reader, self._peeker):
+            if greenlet is not None:
+                greenlet.kill()
         connection, self._connection = self._connection, None
         if connection is not None:
             if self._response is not None:
