@@ -58,8 +58,6 @@ class Server(pywsgi.WSGIServer):
         What reached the kernel before is answered. `cut`: set to end the wait early.
         """
         self.draining = True
-        while not self.full() and (accepted := self.do_read()):
-            self.do_handle(*accepted)
         self.close()
         for sock in self._idle:
             with contextlib.suppress(OSError):
