@@ -58,8 +58,9 @@ def client(proxy: ProxyProcess) -> Iterator[Client]:
 # Answers
 
 
-def test_http_1_0_gets_no_chunks(client: Client, upstream: ScriptedUpstream) -> None:
-    client.request(version="HTTP/1.0")
+@pytest.mark.parametrize("fields", [(), ("Connection: keep-alive",)])
+def test_http_1_0_gets_no_chunks(client: Client, upstream: ScriptedUpstream, fields: tuple) -> None:
+    client.request("GET", "/v1/x", *fields, version="HTTP/1.0")
     request = upstream.receive().answer(CHUNKED + b"2\r\nok\r\n")
     head = client.head()
     assert head.value("Connection") == "close" and head.value("Transfer-Encoding") is None
@@ -297,6 +298,19 @@ def test_cancelled_request_ends_upstream(client: Client, proxy: ProxyProcess, up
     if moment in (before_the_head, during_an_upload, with_the_next_request_sent_along, while_an_error_is_looked_at):
         assert (line["status"], line["first_byte_ms"]) == (0, None)
     assert upstream.quiet()
+
+
+def test_cancelled_request_with_a_large_body_ends_upstream_at_once(proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
+    """The watcher, which the body had stopped, watches again: to look twice a second would take two seconds here."""
+    waited = 0.0
+    for _ in range(8):
+        with proxy.client() as client:
+            client.request("POST", "/v1/cancelled", body=bytes(100000))
+            request = upstream.receive()
+        start = time.monotonic()
+        assert request.connection.closed_within(1)
+        waited += time.monotonic() - start
+    assert waited < 0.8
 
 
 @pytest.mark.parametrize("body", [b"", bytes(100000)])  # the latter hides the close behind it

@@ -173,7 +173,7 @@ def test_idle_connections_are_closed_at_once(tmp_path: Path, number: int) -> Non
         start = time.monotonic()
         proxy.process.send_signal(number)
         assert used.closed_within(1) and new.closed_within(1)
-        assert proxy.wait() == 0 and time.monotonic() - start < 1
+        assert proxy.wait() == 0 and time.monotonic() - start < 5
         with pytest.raises(ConnectionRefusedError):
             proxy.client()
 
@@ -182,11 +182,11 @@ def test_requests_that_were_there_before_the_signal_are_answered(tmp_path: Path,
     """On connections old and new, though the proxy has read nothing of them; it is held still meanwhile."""
     with ProxyProcess(tmp_path, upstream=upstream.origin) as proxy, proxy.client() as idle:
         proxy.sign_in()
-        old = [proxy.client() for _ in range(10)]
+        old = [proxy.client() for _ in range(20)]
         for client in (idle, *old):
             assert client.ask("GET", "/healthz").status == 200
         proxy.process.send_signal(signal.SIGSTOP)
-        new, silent = [proxy.client() for _ in range(10)], proxy.client()
+        new, silent = [proxy.client() for _ in range(120)], proxy.client()  # more than are accepted at once
         for client in (*old, *new):
             client.request("POST", "/v1/x", body=b"{}")
         proxy.terminate()
