@@ -252,13 +252,13 @@ def test_a_leftover_first_login_is_adopted_but_no_refreshed_one_comes_back_after
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
-def test_another_users_leftover_is_not_adopted(store):
+def test_another_users_leftover_is_left_alone(store):
     save(store, OLD)
     leave_behind(store, NEW.to_json(fingerprint("old-refresh")))
     os.chown(store.new_path, 12345, 12345)
-    with token_writer.locked(store, 0):
-        assert store.load() == OLD
-    assert not store.new_path.exists()
+    with pytest.raises(errors.StorageError, match="user 12345"), token_writer.locked(store, 0):
+        pass
+    assert store.load() == OLD and store.new_path.exists()  # it may be the only copy of that user's login
 
 
 def test_a_leftover_is_not_put_in_the_place_of_a_link(store):
@@ -315,6 +315,29 @@ def test_a_login_removed_by_hand_meanwhile_is_not_brought_back(store):
         with pytest.raises(errors.LoginUnusable, match="removed while"):
             reserved.commit(NEW)
     assert files(store) == []
+
+
+def test_a_login_put_there_without_the_lock_meanwhile_is_kept(store):
+    save(store, OLD)
+    before = len(os.listdir("/proc/self/fd"))
+    with token_writer.locked(store, 0) as writer:
+        reserved = writer.rehearse(OLD)
+        theirs = store.path.with_name("theirs")
+        theirs.write_text(tokens.Tokens("theirs", 4000, "their-refresh").to_json(None))
+        theirs.rename(store.path)
+        with pytest.raises(errors.LoginUnusable, match="replaced or"):
+            reserved.commit(NEW)
+    assert store.load().access_token == "theirs" and files(store) == ["tokens.json", "tokens.json.lock"]
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_reserve_that_somebody_tidied_away_is_made_anew(store):
+    save(store, OLD)
+    with token_writer.locked(store, 0) as writer:
+        reserved = writer.rehearse(OLD)
+        store.new_path.unlink()
+        reserved.commit(NEW)
+    assert store.load() == NEW and files(store) == ["tokens.json", "tokens.json.lock"]
 
 
 # every system call of it fails

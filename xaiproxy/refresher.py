@@ -269,6 +269,8 @@ class Refresher:
 
     def _record(self, writer: token_writer.TokenWriter, login: tokens.Tokens,
                 error: tokens.RefreshError) -> None:
+        if self.store.load().refresh_token != login.refresh_token:
+            return  # somebody who takes no lock has put another login there, which must stay
         with contextlib.suppress(errors.StorageError):  # a full disk: the login is unharmed, and we know in memory
             writer.save(dataclasses.replace(login, refresh_error=error))
 

@@ -131,11 +131,14 @@ class TokenWriter:
         try:
             with open(fd, "rb", closefd=False) as file:
                 text = file.read(token_store.SIZE_LIMIT + 1)
-            trusted = os.fstat(fd).st_uid == os.geteuid()
+            owner = os.fstat(fd).st_uid
+            if owner != os.geteuid():  # it may be the only copy of that user's login
+                raise errors.StorageError(f"{store.new_path} belongs to user {owner}, and this process runs as user "
+                                          f"{os.geteuid()}; run as that user, or remove it")
             try:
                 token_store.parse(text, store.new_path)
                 fits = tokens.replaces(text) == self._successor_mark()
-                whole = trusted and fits and not store.path.is_symlink()
+                whole = fits and not store.path.is_symlink()
             except errors.LoginUnusable:
                 whole = False
             if whole:
@@ -161,7 +164,7 @@ class TokenWriter:
             try:
                 _write(fd, login.to_json(mark).encode())
                 self._put_into_place()
-            except OSError:
+            except BaseException:
                 self._clear_away()
                 raise
             finally:
@@ -181,7 +184,7 @@ class TokenWriter:
                 # Spaces: should we be killed between writing the login over them and cutting off the rest,
                 # what is left is still whole JSON.
                 _write(fd, b" " * RESERVE)
-            except OSError:
+            except BaseException:
                 os.close(fd)
                 self._clear_away()
                 raise
@@ -260,20 +263,25 @@ class Reserved:
     def commit(self, login: tokens.Tokens) -> None:
         """Write, sync and rename. Raises StorageError, and is then to be called again: `login` is the only copy.
 
-        Raises LoginUnusable when somebody removed tokens.json.new meanwhile: whoever clears the folder by hand is
-        signing out, and a login that has come there since must not be overwritten.
+        Raises LoginUnusable when tokens.json is not what it was: whoever removes it by hand is signing out, and
+        whoever puts another login there, as programs that know no lock do, wants that one kept.
         """
         store = self._writer.store
         with self._writer._writing():
             if self._fd >= 0:
-                if os.fstat(self._fd).st_nlink == 0:
-                    raise errors.LoginUnusable(
-                        "missing", f"{store.new_path} was removed while its login was refreshed; {errors.SIGN_IN}")
+                if os.fstat(self._fd).st_nlink == 0:  # somebody tidied up
+                    self.close()
+                    self._fd = self._writer._create()
                 content = login.to_json(self._mark).encode()
                 os.lseek(self._fd, 0, os.SEEK_SET)
                 _write(self._fd, content)
                 os.ftruncate(self._fd, len(content))
                 os.fsync(self._fd)
+                # From here on a kill loses nothing, so not before here may anything else be looked at.
+                if self._writer._successor_mark() != self._mark:
+                    self.discard()
+                    raise errors.LoginUnusable("replaced", f"{store.path} was replaced or removed while its login was "
+                                               "refreshed, so the new tokens of that login are dropped")
                 os.rename(store.new_path, store.path)
                 self.close()
             self._writer._sync_folder()  # all that is left to do when this failed the first time
