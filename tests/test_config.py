@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -241,12 +242,12 @@ def test_socks_needs_its_extra():
 
 
 def test_the_ca_file_is_ssl_cert_file_else_requests_ca_bundle_else_certifis(tmp_path):
-    (tmp_path / "one").touch()
-    (tmp_path / "two").touch()
-    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    one, two = shutil.copy(certifi.where(), tmp_path / "one"), shutil.copy(certifi.where(), tmp_path / "two")
+    one, two = str(one), str(two)
     assert settings({"SSL_CERT_FILE": one, "REQUESTS_CA_BUNDLE": two}).egress.ca_file == one
     assert settings({"REQUESTS_CA_BUNDLE": two}).egress.ca_file == two
-    assert refusal({"SSL_CERT_FILE": "/none"}) == "SSL_CERT_FILE is '/none', but takes a file of PEM certificates"
+    for wrong in ("/none", "/etc/hostname", "/etc"):
+        assert refusal({"SSL_CERT_FILE": wrong}) == f"SSL_CERT_FILE is '{wrong}', but takes a file of PEM certificates"
 
 
 @pytest.mark.parametrize("host, loopback", [

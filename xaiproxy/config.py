@@ -17,6 +17,7 @@ import importlib.util
 import ipaddress
 import os
 import re
+import ssl
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Mapping
@@ -307,8 +308,11 @@ def _egress(environ: Mapping[str, str]) -> Egress:
         proxy = proxy if "://" in proxy else "http://" + proxy
         _check_proxy(name, proxy)
     ca_name, ca_file = first("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
-    if ca_file and not os.path.isfile(ca_file):
-        raise errors.ConfigurationError(f"{ca_name} is {ca_file!r}, but takes a file of PEM certificates")
+    if ca_file:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(ca_file)
+        except OSError as error:  # SSLError is one
+            raise errors.ConfigurationError(f"{ca_name} is {ca_file!r}, but takes a file of PEM certificates") from error
     return Egress(proxy=proxy or None, no_proxy=first("NO_PROXY")[1], ca_file=ca_file or certifi.where())
 
 
