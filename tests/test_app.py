@@ -74,16 +74,16 @@ def test_ready_when_a_login_is_there_and_a_refresher_keeps_it(store):
 
 def test_not_ready_without_a_login_and_how_to_get_one(store):
     ready, reason = app.readiness_of(store, NOW)
-    assert not ready and "not signed in" in reason and "xai-login --device" in reason
+    assert not ready and "missing" in reason and "xai-login --device" in reason
 
 
 @pytest.mark.parametrize("members, said", [
-    ({"access_token": ""}, "holds no access_token"),
-    ({"issuer": "https://another.example"}, "https://another.example")])
+    ({"access_token": ""}, "corrupt"), ({"issuer": "https://another.example"}, "foreign")])
 def test_not_ready_with_a_login_that_cannot_be_used(store, members, said):
     put(store, **members)
     ready, reason = app.readiness_of(store, NOW)
-    assert not ready and said in reason and str(store.path) in reason
+    assert not ready and said in reason
+    assert str(store.path) not in reason and "another.example" not in reason  # it is for everybody to read
 
 
 @pytest.mark.parametrize("expires_in, ready", [(0.01, True), (0, False), (-0.01, False)])
@@ -95,8 +95,8 @@ def test_ready_until_the_second_in_which_the_token_expires(store, expires_in, re
 @pytest.mark.parametrize("members, said", [
     ({}, f"the access token expired at {local(-60)} and has not been renewed yet"),
     ({"refresh_error": failure()},
-     f"the access token expired at {local(-60)} and cannot be renewed: The issuer said why."),
-    ({"refresh_error": failure(description="")}, "cannot be renewed: invalid_grant"),
+     f"the access token expired at {local(-60)} and cannot be renewed (invalid_grant)"),
+    ({"refresh_error": failure(description="")}, "cannot be renewed (invalid_grant)"),
     ({"refresh_error": failure(terminal=True)},
      "the login has ended (invalid_grant); run `xai-login --device` to sign in"),
 ])
@@ -124,7 +124,7 @@ def test_still_ready_without_a_refresh_token_while_the_token_is_valid(store):
 def test_still_ready_with_a_renewal_that_fails_while_the_token_is_valid(store, terminal):
     put(store, refresh_error=failure(terminal))
     assert app.readiness_of(store, NOW) == (
-        True, f"the token is good until {local(7200)}, but its renewal fails: The issuer said why.")
+        True, f"the token is good until {local(7200)}, but its renewal fails (invalid_grant)")
 
 
 @pytest.mark.parametrize("expires_at", [0, 1, 99999999999])
@@ -224,7 +224,7 @@ def test_health_and_readiness_are_open_to_all(proxy, keyed, path, status):
 @pytest.mark.parametrize("path, status", [
     ("/", 404), ("/metrics", 404), ("/nothing", 404), ("/v1", 404), ("/v10/models", 404), ("/V1/models", 404),
     ("/static/x", 404), ("/healthz/", 404), ("/healthz%2F", 404), ("/healthz;a", 404), ("/readyz/x", 404),
-    ("//healthz", 200), ("/%68ealthz", 200)])  # only the plain spelling is open to all
+    ("//healthz", 404), ("/%68ealthz", 404)])  # only the plain spelling is open to all
 def test_every_other_page_is_for_callers_that_no_web_page_can_imitate(proxy, keyed, path, status):
     for running in (proxy, keyed):
         assert error_of(ask(running, path, host="evil.example"))[:2] == (403, "host_not_allowed")
@@ -271,12 +271,12 @@ def test_what_is_nobodys_is_a_404_in_json_that_names_the_nearest_right_path(prox
     assert error_of(proxy.ask("POST", path, body=b"{}"))[:2] == (404, "not_found")
 
 
-@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "TRACE", "FOO"])
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "FOO"])
 def test_another_method_is_a_405_in_json_that_says_which_are_allowed(proxy, method):
     for path in ("/healthz", "/readyz"):
         answer = proxy.ask(method, path)
         assert error_of(answer)[:2] == (405, "method_not_allowed")
-        assert answer.value("Allow") == "GET, HEAD, OPTIONS"
+        assert answer.value("Allow") == "GET, HEAD"
 
 
 def test_head_is_answered_without_a_body(proxy):

@@ -22,12 +22,14 @@ def create_app(settings: config.Config, keys: client_keys.ClientKeys, upstream: 
         environ = flask.request.environ
         if environ["xaiproxy.head"].path not in OPEN_TO_ALL:
             environ["xaiproxy.handler"].key_name = gate.check(environ["xaiproxy.head"], key_needed=False)
+            if flask.request.path in OPEN_TO_ALL:  # in another spelling, such as //healthz
+                flask.abort(404)
 
-    @app.get("/healthz")
+    @app.get("/healthz", provide_automatic_options=False)
     def health() -> "dict[str, str]":
         return {"status": "ok"}
 
-    @app.get("/readyz")
+    @app.get("/readyz", provide_automatic_options=False)
     def readiness() -> Any:
         ready, reason = readiness_of(store, time.time())
         return {"status": "ready" if ready else "not ready", "reason": reason}, 200 if ready else 503
@@ -66,22 +68,25 @@ def hint(path: str) -> str:
 
 
 def readiness_of(store: token_store.TokenStore, now: float) -> "tuple[bool, str]":
-    """Whether a request could be served now, and the reason; never asks upstream."""
+    """Whether a request could be served now, and the reason; never asks upstream.
+
+    The reason is for everybody to read: states and codes, but no path and nothing that others wrote.
+    """
     try:
         login = store.current()
     except errors.LoginUnusable as error:
-        return False, str(error)
+        return False, f"no login that can be used ({error.state}); {errors.SIGN_IN}, or see the log"
     error = login.refresh_error
     expiry = time.strftime("%Y-%m-%d %H:%M", time.localtime(login.expires_at))
     if login.expires_at <= now:
         if error is not None and error.terminal:
             return False, f"the login has ended ({error.code}); {errors.SIGN_IN}"
         return False, f"the access token expired at {expiry} and " + (
-            f"cannot be renewed: {error.description or error.code}" if error else "has not been renewed yet")
+            f"cannot be renewed ({error.code})" if error else "has not been renewed yet")
     if login.refresh_token is None:
         return True, f"the token file holds no refresh token; the login lapses at {expiry}"
     if not store.refresher_alive(now):
         return True, f"no refresher; the login lapses at {expiry}"
     if error is not None:
-        return True, f"the token is good until {expiry}, but its renewal fails: {error.description or error.code}"
+        return True, f"the token is good until {expiry}, but its renewal fails ({error.code})"
     return True, "signed in"
