@@ -66,16 +66,14 @@ class IssuerUnavailable(Error):
 
     sent: whether the request may have reached the issuer and been acted on (its answer then being lost).
     retry_after: seconds that the issuer asked us to wait, or None.
-    html: the answer was a page instead of JSON, which an endpoint that moved gives too.
     """
 
     exit_code = EXIT_UNAVAILABLE
 
-    def __init__(self, message: str, *, sent: bool = False, retry_after: "float | None" = None, html: bool = False):
+    def __init__(self, message: str, *, sent: bool = False, retry_after: "float | None" = None):
         super().__init__(message)
         self.sent = sent
         self.retry_after = retry_after
-        self.html = html
 
 
 class OAuthError(Error):

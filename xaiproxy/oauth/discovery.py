@@ -26,7 +26,7 @@ def discover(session: Session, issuer: str, *, deadline: float = 30.0) -> Metada
         raise errors.IssuerUnavailable(
             f"{url} gave no description of an issuer ({answer.summary}); check XAI_PROXY_ISSUER, or try "
             "again later",
-            retry_after=answer.retry_after, html=answer.is_html)
+            retry_after=answer.retry_after)
     named = document.get("issuer")
     if not isinstance(named, str) or named.rstrip("/") != issuer:
         raise errors.IssuerUnavailable(f"{url} does not describe {issuer} but {_shown(named)}; correct "

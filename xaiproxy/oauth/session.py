@@ -70,9 +70,8 @@ class Session:
         self.egress = settings.egress
         self._now = now
 
-    def get(self, url: str, *, bearer: "str | None" = None, deadline: float = 30.0) -> Answer:
-        headers = {"Authorization": f"Bearer {bearer}"} if bearer else {}
-        return self._call("GET", url, headers, None, deadline)
+    def get(self, url: str, deadline: float = 30.0) -> Answer:
+        return self._call("GET", url, {}, None, deadline)
 
     def post(self, url: str, form: "Mapping[str, str]", deadline: float = 30.0) -> Answer:
         headers = {"Content-Type": "application/x-www-form-urlencoded"}

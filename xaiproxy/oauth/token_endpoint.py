@@ -85,7 +85,7 @@ def refusal(answer: Answer, host: str, form: "Mapping[str, str]",
     elif answer.is_html:
         said = "a page instead of an answer, such as a firewall or an endpoint that moved gives"
     return errors.IssuerUnavailable(f"{host} answered {answer.summary}" + (f": {said}" if said else ""),
-                                    retry_after=answer.retry_after, html=answer.is_html)
+                                    retry_after=answer.retry_after)
 
 
 def shown(text: object, form: "Mapping[str, str] | None" = None) -> str:
