@@ -24,6 +24,8 @@ class Conversation:
         self._stderr = stderr or sys.stderr
         self.on_terminal = not as_json and self._stderr.isatty()
         self._line_open = False
+        if isinstance(self._stdout, io.TextIOWrapper):
+            self._stdout.reconfigure(errors="backslashreplace")  # a path may hold what this terminal cannot show
 
     def say(self, text: str) -> None:
         """A sentence for a person."""

@@ -76,8 +76,7 @@ def browser_here(environ: "Mapping[str, str]") -> bool:
     """Whether a browser opened by us would show on the screen that the person looks at."""
     if environ.get("SSH_CONNECTION") or environ.get("SSH_TTY"):
         return False
-    if not (sys.platform == "darwin" or environ.get("DISPLAY") or environ.get("WAYLAND_DISPLAY")
-            or environ.get("BROWSER")):
+    if not (environ.get("DISPLAY") or environ.get("WAYLAND_DISPLAY") or environ.get("BROWSER")):
         return False  # what webbrowser finds then is a text browser, in which xAI's page does not work
     import webbrowser
     try:
