@@ -79,8 +79,17 @@ def _change(path, edit: "Callable[[dict[str, str]], dict[str, str]]") -> None:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(new, path)
+            _sync_folder(path.parent)
     except OSError as error:
         raise errors.StorageError(f"{path} cannot be written: {error.strerror}; nothing was changed") from error
+
+
+def _sync_folder(folder) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)  # or a removed key might be back after a power cut
+    finally:
+        os.close(fd)
 
 
 if __name__ == "__main__":
