@@ -389,6 +389,40 @@ def test_bytes_in_time_keep_a_slow_answer_alive(hasty: ProxyProcess, upstream: S
         assert client.message().body == b"xxxx"
 
 
+def test_long_upload_is_no_silence_of_upstream(hasty: ProxyProcess, upstream: ScriptedUpstream) -> None:
+    """The limit begins when upstream has all of the request."""
+    with hasty.client() as client:
+        client.request("POST", "/v1/files", "Content-Length: 4")
+        request = upstream.receive(body=False)
+        for _ in range(4):
+            time.sleep(0.2)
+            client.send(b"x")
+            assert request.connection.exactly(1) == b"x"
+        time.sleep(0.3)
+        request.answer(CHUNKED)
+        time.sleep(0.3)
+        request.answer(b"2\r\nok\r\n0\r\n\r\n")
+        assert client.message().body == b"ok"
+        client.request("POST", "/v1/files", body=b"{}")
+        upstream.receive()
+        start = time.monotonic()
+        assert client.message().status == 504 and 0.4 < time.monotonic() - start < 1
+
+
+def test_upstream_that_stops_reading_is_504(hasty: ProxyProcess, upstream: ScriptedUpstream) -> None:
+    with hasty.client() as client:
+        client.request("POST", "/v1/files", "Content-Length: 30000000")
+        sender = threading.Thread(target=client.send, args=(bytes(30_000_000),))  # more than all buffers take
+        sender.start()
+        request = upstream.receive(body=False)
+        start = time.monotonic()
+        answer = client.message()
+        assert answer.status == 504 and b"XAI_PROXY_IDLE_TIMEOUT" in answer.body and 0.4 < time.monotonic() - start < 2
+        sender.join()
+        upstream.connections.remove(request.connection)
+        request.connection.close()
+
+
 # An upstream that cannot be reached
 
 

@@ -249,17 +249,17 @@ class Exchange:
         self._connection, self._pooled = connection, pooled
         self._head_written, self._writing, self._whole, self._reader = False, True, True, None
         has_body = any(name.lower() in ("content-length", "transfer-encoding") for name, _ in self._request_fields)
+        sock, limit = connection.sock, gevent.Timeout(self._upstream.idle_timeout, TimeoutError)
         try:
-            connection.request(self._method, self._target, body=self._chunks(connection) if has_body else None,
+            connection.request(self._method, self._target, body=self._chunks(connection, limit) if has_body else None,
                                headers=_Fields(self._request_fields), preload_content=False, decode_content=False)
         except (_AnsweredEarly, BrokenPipeError, ConnectionResetError, http.client.NotConnected) as error:
             self._writing = self._whole = False
-            if pooled and not self._head_written:
+            if not self._head_written:
                 self.close()
-                self.send(self._upstream.connect(), pooled=False)
-            elif not self._head_written:
-                self.close()
-                raise self._broke_off(error) from error
+                if not pooled:
+                    raise self._broke_off(error) from error
+                return self.send(self._upstream.connect(), pooled=False)
             # else upstream may have answered before it had read everything: receive tells
         except TimeoutError as error:
             self.close()
@@ -270,12 +270,22 @@ class Exchange:
         except BaseException:
             self.close()
             raise
+        finally:
+            limit.close()
         self._writing = False
+        connection.timeout = self._upstream.idle_timeout
+        sock.settimeout(connection.timeout)
 
-    def _chunks(self, connection: http.client.HTTPConnection) -> Iterator[bytes]:
+    def _chunks(self, connection: http.client.HTTPConnection, limit: gevent.Timeout) -> Iterator[bytes]:
+        """The body; `limit` runs while it is upstream that we wait for."""
         self._head_written = True  # urllib3 asks for the first chunk once the head is out
+        connection.timeout = None  # of the reader: that upstream is silent meanwhile says nothing
         self._reader = gevent.spawn(self._read_head, connection, gevent.getcurrent())
-        yield from self._body
+        for data in self._body:
+            limit.start()
+            yield data
+            limit.cancel()
+        limit.start()  # for the last chunk
 
     def _read_head(self, connection: http.client.HTTPConnection, writer: gevent.Greenlet) -> "urllib3.HTTPResponse | Exception":
         """Get the answer while the body is written: who refuses it may not read it to its end."""
@@ -295,7 +305,11 @@ class Exchange:
     def receive(self) -> None:
         """Wait for the answer's head. Raises UpstreamTimeout, UpstreamUnreachable."""
         try:
-            response = self._reader.get() if self._reader is not None else self._connection.getresponse()
+            if self._reader is None:
+                response = self._connection.getresponse()
+            else:  # its own wait has no limit yet
+                with gevent.Timeout(self._upstream.idle_timeout, TimeoutError):
+                    response = self._reader.get()
             if isinstance(response, Exception):
                 raise response
         except TimeoutError as error:
