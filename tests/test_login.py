@@ -16,7 +16,7 @@ from typing import Any, Callable
 import pytest
 import segno
 from sandbox import Sandbox
-from scripted_server import ScriptedServer, answer
+from scripted_server import ScriptedServer
 from terminal import CTRL_C, Terminal
 
 

@@ -5,7 +5,6 @@ Importing this module is cheap on purpose: what only one way of calling it needs
 
 import argparse
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
