@@ -145,7 +145,7 @@ class Sandbox:
         seen = self.get("/_sandbox/requests")[1]
         return [request for request in seen if request["target"].startswith(path or "")]
 
-    def wait(self, predicate: Callable[[dict[str, int]], Any], seconds: float = 5) -> dict[str, int]:
+    def wait(self, predicate: Callable[[dict[str, int]], Any], seconds: float = 20) -> dict[str, int]:
         """Wait until ``predicate(counters)``, and return them."""
         return until(lambda: [seen for seen in [self.counters()] if predicate(seen)], seconds)[0]
 

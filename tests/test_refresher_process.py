@@ -176,7 +176,7 @@ def test_a_signal_ends_an_idle_refresher_within_a_moment(start, tmp_path, number
     process.wait_for("not signed in")
     begin = time.monotonic()
     process.signal(number)
-    assert process.wait() == 0 and time.monotonic() - begin < 1
+    assert process.wait() == 0 and time.monotonic() - begin < 3
 
 
 def test_a_stopped_refresher_catches_up_when_it_goes_on(sandbox, start, tmp_path):
