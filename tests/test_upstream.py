@@ -172,6 +172,18 @@ def test_answer_that_comes_before_the_body_was_sent(client: Client, upstream: Sc
     assert client.closed_within()
 
 
+def test_answer_that_ends_the_connection_amid_the_body(client: Client, upstream: ScriptedUpstream) -> None:
+    """The rest of the body must not go out on a new one."""
+    client.request("POST", "/v1/files", "Content-Length: 6").send(b"abc")
+    request = upstream.receive(body=False)
+    assert request.connection.exactly(3) == b"abc"
+    request.answer(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\nok")
+    time.sleep(0.1)  # so that it is read before the rest comes
+    client.send(b"def")
+    answer = client.message()
+    assert (answer.status, answer.body) == (200, b"ok") and upstream.quiet()
+
+
 # What becomes of its answer
 
 
@@ -389,24 +401,42 @@ def test_bytes_in_time_keep_a_slow_answer_alive(hasty: ProxyProcess, upstream: S
         assert client.message().body == b"xxxx"
 
 
+def long_upload(client: Client, upstream: ScriptedUpstream) -> Request:
+    """One that takes longer than upstream may be silent."""
+    client.request("POST", "/v1/files", "Content-Length: 4")
+    request = upstream.receive(body=False)
+    for _ in range(4):
+        time.sleep(0.2)
+        client.send(b"x")
+        assert request.connection.exactly(1) == b"x"
+    return request
+
+
 def test_long_upload_is_no_silence_of_upstream(hasty: ProxyProcess, upstream: ScriptedUpstream) -> None:
     """The limit begins when upstream has all of the request."""
     with hasty.client() as client:
-        client.request("POST", "/v1/files", "Content-Length: 4")
-        request = upstream.receive(body=False)
-        for _ in range(4):
-            time.sleep(0.2)
-            client.send(b"x")
-            assert request.connection.exactly(1) == b"x"
+        request = long_upload(client, upstream)
         time.sleep(0.3)
         request.answer(CHUNKED)
         time.sleep(0.3)
         request.answer(b"2\r\nok\r\n0\r\n\r\n")
         assert client.message().body == b"ok"
-        client.request("POST", "/v1/files", body=b"{}")
-        upstream.receive()
+        client.request()  # on the same connection to upstream
+        assert upstream.receive().connection is request.connection
         start = time.monotonic()
         assert client.message().status == 504 and 0.4 < time.monotonic() - start < 1
+
+
+@pytest.mark.parametrize("answered", [False, True])
+def test_silence_after_a_long_upload(hasty: ProxyProcess, upstream: ScriptedUpstream, answered: bool) -> None:
+    with hasty.client() as client:
+        request = long_upload(client, upstream)
+        start = time.monotonic()
+        if answered:
+            request.answer(CHUNKED)
+        assert client.head().status == (200 if answered else 504)
+        assert not answered or client.rest() == b""
+        assert 0.4 < time.monotonic() - start < 1
 
 
 def test_upstream_that_stops_reading_is_504(hasty: ProxyProcess, upstream: ScriptedUpstream) -> None:
