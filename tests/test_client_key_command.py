@@ -99,11 +99,11 @@ def test_a_key_is_shown_once_on_stdout_and_stored_hashed(folder):
 
 
 def test_add_list_remove(folder):
-    assert folder.run("list") == (0, "", "")
+    assert folder.run("list") == (0, "", f"There is no client key in {folder.path}.\n")
     keys = {name: folder.add(name) for name in ("b", "a", "x" * 64)}
     assert len(set(keys.values())) == 3
     assert folder.run("list") == (0, "b\na\n" + "x" * 64 + "\n", "")
-    assert folder.run("remove", "b")[:2] == (0, "")
+    assert folder.run("remove", "b") == (0, "", "The key of b is refused from now on.\n")
     assert folder.run("list")[1] == "a\n" + "x" * 64 + "\n"
     seen = client_keys.ClientKeys(folder.path)
     assert [seen.name_of(key) for key in keys.values()] == [None, "a", "x" * 64]
@@ -112,7 +112,8 @@ def test_add_list_remove(folder):
 def test_when_the_last_key_is_removed_the_file_stays_so_that_nobody_is_admitted(folder):
     folder.put(f"a {DIGEST}\n")
     seen = client_keys.ClientKeys(folder.path)
-    assert folder.run("remove", "a")[0] == 0
+    status, _, said = folder.run("remove", "a")
+    assert status == 0 and "nobody is admitted now" in said and f"remove {folder.path} and restart" in said
     seen.refresh()
     assert folder.path.exists() and seen.required and client_keys.parse(folder.path.read_text()) == {}
 

@@ -27,8 +27,11 @@ def main(argv: "list[str] | None" = None) -> int:
     def body() -> "int | None":
         path = config.from_environ(os.environ).client_keys_file
         if arguments.action == "list":
-            for name in _read(path):
+            names = _read(path)
+            for name in names:
                 print(name)
+            if not names:
+                print(f"There is no client key in {path}.", file=sys.stderr)
         elif arguments.action == "add":
             key = "xaip_" + secrets.token_urlsafe(32)
             _change(path, lambda keys: _added(keys, arguments.name, key))
@@ -37,6 +40,9 @@ def main(argv: "list[str] | None" = None) -> int:
         else:
             _change(path, lambda keys: _removed(keys, arguments.name))
             print(f"The key of {arguments.name} is refused from now on.", file=sys.stderr)
+            if not _read(path):
+                print(f"It was the last one: nobody is admitted now. To serve without keys again, remove {path} and restart "
+                      "the proxy.", file=sys.stderr)
     return command.run(parser.prog, body)
 
 
