@@ -88,7 +88,7 @@ def test_by_device_on_a_terminal(login: Login, sandbox: Sandbox):
     sandbox.set(device_interval=1.2)
     with login.terminal("--device") as terminal:
         code = terminal.expect(r"    ([A-Z0-9]{4}-[A-Z0-9]{4})\r\n")[1]
-        terminal.expect("Waiting for the approval, 15:00 left.*\r\x1b\\[KWaiting for the approval, 14:59 ")
+        terminal.expect("Waiting for the approval of ([A-Z0-9-]+), 15:00 left.*\r\x1b\\[KWaiting for the approval of \\1, 14:59 ")
         sandbox.approve(code)
         assert terminal.end() == 0
         screen = terminal.screen
@@ -97,7 +97,7 @@ def test_by_device_on_a_terminal(login: Login, sandbox: Sandbox):
     code = segno.make(url, micro=False, error="l", boost_error=False)
     assert qr_code(screen) == [[module > 0 for module in row] for row in code.matrix_iter(border=2)]
     assert f"\r\x1b[KSigned in as {ACCOUNT} at {sandbox.url}; the login is in {login.path}.\r\n" in screen
-    assert re.search(r"No refresher is running: the login lapses at 20[\d-]{8} \d\d:\d\d UTC; `supervisord",
+    assert re.search(r"No refresher is running: the login lapses at 20[\d-]{8} \d\d:\d\d UTC, unless supervisord",
                      screen)
     saved = login.saved()
     assert (saved["account"], saved["issuer"], saved["token_endpoint"]) == (ACCOUNT, sandbox.url,

@@ -110,7 +110,7 @@ def _by_device(session: Session, metadata: discovery.Metadata, settings: config.
             talk.say(f"Still waiting, although {error}.")
 
     return device_authorization.poll(session, metadata, settings, device, trouble=trouble,
-                                     sleep=talk.countdown("Waiting for the approval", device.expires_in))
+                                     sleep=talk.countdown(f"Waiting for the approval of {device.user_code}", device.expires_in))
 
 
 def _by_browser(session: Session, metadata: discovery.Metadata, settings: config.Config,
