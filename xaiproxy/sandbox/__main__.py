@@ -99,6 +99,9 @@ def serve(listener: Any, knobs: Knobs, options: argparse.Namespace) -> int:
         for name, value in settings.items():
             print(f"export XAI_PROXY_{name}={shlex.quote(value)}")
         sys.stdout.flush()
+        if sys.stderr.isatty():
+            print("Paste these lines into another shell and go on there, with `xai-login --device`; Ctrl-C ends the sandbox.",
+                  file=sys.stderr)
         server.serve_forever(stop_timeout=0)
     return 0
 
