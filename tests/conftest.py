@@ -6,7 +6,9 @@ from typing import Iterator
 import pytest
 
 pytest.register_assert_rewrite("sandbox")
+from proxy_process import ProxyProcess  # noqa: E402
 from sandbox import Sandbox  # noqa: E402
+from scripted_upstream import ScriptedUpstream  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +31,24 @@ def token(sandbox: Sandbox) -> str:
     token = sandbox.mint()["access_token"]
     sandbox.reset()
     return token
+
+
+@pytest.fixture(scope="module")
+def scripted() -> Iterator[ScriptedUpstream]:
+    with ScriptedUpstream() as running:
+        yield running
+
+
+@pytest.fixture
+def upstream(scripted: ScriptedUpstream) -> Iterator[ScriptedUpstream]:
+    """One that does step by step what the test says. `running` and what a module makes for itself send to it."""
+    yield scripted
+    scripted.hang_up()
+
+
+@pytest.fixture(scope="module")
+def running(scripted: ScriptedUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxyProcess]:
+    """A proxy, signed in."""
+    with ProxyProcess(tmp_path_factory.mktemp("proxy"), upstream=scripted.origin) as proxy:
+        proxy.sign_in()
+        yield proxy

@@ -12,29 +12,11 @@ CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
 @pytest.fixture(scope="module")
-def scripted() -> Iterator[ScriptedUpstream]:
-    with ScriptedUpstream() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def running(scripted: ScriptedUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxyProcess]:
-    with ProxyProcess(tmp_path_factory.mktemp("proxy"), upstream=scripted.origin) as proxy:
-        yield proxy
-
-
-@pytest.fixture(scope="module")
 def running_hasty(scripted: ScriptedUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxyProcess]:
     """One that gives clients half a second."""
     with ProxyProcess(tmp_path_factory.mktemp("hasty"), upstream=scripted.origin, client_timeout=0.5,
                       keepalive_timeout=0.3) as proxy:
         yield proxy
-
-
-@pytest.fixture
-def upstream(scripted: ScriptedUpstream) -> Iterator[ScriptedUpstream]:
-    yield scripted
-    scripted.hang_up()
 
 
 @pytest.fixture

@@ -55,29 +55,11 @@ REFUSALS = {
 
 
 @pytest.fixture(scope="module")
-def scripted() -> Iterator[ScriptedUpstream]:
-    with ScriptedUpstream() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def running(scripted: ScriptedUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxyProcess]:
-    with ProxyProcess(tmp_path_factory.mktemp("proxy"), upstream=scripted.origin) as proxy:
-        yield proxy
-
-
-@pytest.fixture(scope="module")
 def running_frugal(scripted: ScriptedUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxyProcess]:
     """One that keeps little for a replay: 10 bytes of a request, 15 of all."""
     with ProxyProcess(tmp_path_factory.mktemp("frugal"), upstream=scripted.origin, replay_limit=10,
                       replay_memory=15) as proxy:
         yield proxy
-
-
-@pytest.fixture
-def upstream(scripted: ScriptedUpstream) -> Iterator[ScriptedUpstream]:
-    yield scripted
-    scripted.hang_up()
 
 
 @pytest.fixture

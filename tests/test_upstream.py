@@ -32,25 +32,6 @@ FRAMINGS = {"chunked": (CHUNKED, lambda data: b"%x\r\n%b\r\n" % (len(data), data
             "length": (SIZED, lambda data: data, b""), "close": (CLOSED, lambda data: data, b"")}
 
 
-@pytest.fixture(scope="module")
-def scripted() -> Iterator[ScriptedUpstream]:
-    with ScriptedUpstream() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def running(scripted: ScriptedUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxyProcess]:
-    with ProxyProcess(tmp_path_factory.mktemp("proxy"), upstream=scripted.origin) as proxy:
-        proxy.sign_in()
-        yield proxy
-
-
-@pytest.fixture
-def upstream(scripted: ScriptedUpstream) -> Iterator[ScriptedUpstream]:
-    yield scripted
-    scripted.hang_up()
-
-
 @pytest.fixture
 def client(running: ProxyProcess, upstream: ScriptedUpstream) -> Iterator[Client]:
     with running.client() as connection:
