@@ -14,7 +14,7 @@ import time
 
 import pytest
 
-from xaiproxy import config, errors, refresher, token_writer, tokens
+from xaiproxy import config, errors, refresher, token_writer
 from xaiproxy.token_store import TokenStore
 from xaiproxy.tokens import State
 
