@@ -6,6 +6,7 @@ from typing import Iterator
 import pytest
 
 pytest.register_assert_rewrite("sandbox")
+from flow import flow  # noqa: E402, F401
 from proxy_process import ProxyProcess  # noqa: E402
 from sandbox import Sandbox  # noqa: E402
 from scripted_upstream import ScriptedUpstream  # noqa: E402

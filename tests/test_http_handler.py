@@ -15,7 +15,7 @@ CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 def running_hasty(scripted: ScriptedUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxyProcess]:
     """One that gives clients half a second."""
     with ProxyProcess(tmp_path_factory.mktemp("hasty"), upstream=scripted.origin, client_timeout=0.5,
-                      keepalive_timeout=0.3) as proxy:
+                      keepalive_timeout=0.2) as proxy:
         yield proxy
 
 
@@ -192,7 +192,7 @@ def test_silent_connections_are_closed(hasty: ProxyProcess) -> None:
     with hasty.client() as new, hasty.client() as used:
         start = time.monotonic()
         assert used.ask("GET", "/healthz").status == 200
-        assert used.closed_within(1) and 0.25 < time.monotonic() - start < 0.45
+        assert used.closed_within(1) and 0.15 < time.monotonic() - start < 0.45
         assert new.closed_within(1) and time.monotonic() - start < 0.8
 
 
@@ -363,7 +363,7 @@ def test_log_line_of_a_request(client: Client, proxy: ProxyProcess, upstream: Sc
                          "duration_ms", "ended_by", "key"}
     assert (line["message"], line["level"], line["method"], line["status"], line["bytes"], line["ended_by"],
             line["key"]) == ("request", "info", "POST", 200, 2, "done", None)
-    assert 95 < line["first_byte_ms"] < 195 and 195 < line["duration_ms"] < 400
+    assert 95 < line["first_byte_ms"] < line["duration_ms"] - 95 < 1000
     log = str(proxy.log_lines())
     assert not any(secret in log for secret in ("secret=", "a prompt", "the-token", "the-refresh-token"))
 

