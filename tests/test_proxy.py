@@ -408,21 +408,43 @@ def test_chunked_body_is_sent_again(client: Client, proxy: ProxyProcess, upstrea
     assert client.message().body == b"ok"
 
 
-def test_body_refused_before_it_was_whole_is_sent_again(client: Client, proxy: ProxyProcess,
-                                                        upstream: ScriptedUpstream) -> None:
+@pytest.mark.parametrize("ended", [False, True])
+def test_body_refused_before_it_was_whole_is_sent_again(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream,
+                                                        ended: bool) -> None:
     """xAI looks at the token before it reads: what came is repeated, then comes the rest."""
-    client.request("POST", "/v1/files", "Content-Length: 6")
-    client.send(b"abc")
+    client.request("POST", "/v1/files", "Content-Length: 6").send(b"abc")
     first = upstream.receive(body=False)
     assert first.connection.exactly(3) == b"abc"
     proxy.sign_in("new")
-    first.answer(REFUSED.replace(b"Date", b"Connection: close\r\nDate"))
-    first.connection.close()
+    first.answer(REFUSED)
+    if ended:
+        first.connection.close()
+    time.sleep(0.1)  # so that it is read before the rest comes
     client.send(b"def")
     second = upstream.receive()
     assert (second.token, second.body) == ("new", b"abcdef")
     second.answer()
     assert client.message().body == b"ok"
+
+
+@pytest.mark.parametrize("ended", [False, True])
+@pytest.mark.parametrize("start, rest", [
+    (b"3\r\nabc", b"\r\n3\r\ndef\r\n0\r\n\r\n"), (b"3\r\nabc\r", b"\n3\r\ndef\r\n0\r\n\r\n"),
+    (b"3\r\nabc\r\n", b"3\r\ndef\r\n0\r\n\r\n"), (b"3\r\nabc\r\n3", b"\r\ndef\r\n0\r\n\r\n"),
+    (b"3\r\nabc\r\n0\r\nA: ", b"b\r\n\r\n")])
+def test_chunks_refused_before_they_were_whole_are_not_sent_again(client: Client, proxy: ProxyProcess, ended: bool,
+                                                                 upstream: ScriptedUpstream, start: bytes, rest: bytes) -> None:
+    client.request("POST", "/v1/files", "Transfer-Encoding: chunked").send(start)
+    first = upstream.receive(body=False)
+    assert first.connection.chunk() == b"abc"
+    first.answer(REFUSED)
+    if ended:
+        first.connection.close()
+    answer = client.message()
+    assert (answer.status, answer.body, answer.value("Connection")) == (403, NEW, "close")
+    client.send(rest)
+    assert client.closed_within() and upstream.quiet()
+    wait_for_note(proxy)
 
 
 @pytest.mark.parametrize("size, again", [(10, True), (11, False)])

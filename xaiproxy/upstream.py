@@ -261,6 +261,8 @@ class Exchange:
                     raise self._broke_off(error) from error
                 return self.send(self._upstream.connect(), pooled=False)
             # else upstream may have answered before it had read everything: receive tells
+            if isinstance(error, _AnsweredEarly) and self._request_fields[-1][0] == "Transfer-Encoding":
+                self._body.forget()  # the reading of a chunk's size cannot be taken up again where it was broken off
         except TimeoutError as error:
             self.close()
             raise self._timed_out() from error
