@@ -46,8 +46,8 @@ class Client(Wire):
 class ProxyProcess:
     """A running `python -m xaiproxy` on a free port.
 
-    Settings are keywords, `idle_timeout=0.5` for XAI_PROXY_IDLE_TIMEOUT; `environ` is for other variables. The token
-    file is `folder`/tokens.json, which sign_in() writes. close() asserts a clean exit.
+    Settings are keywords, `idle_timeout=0.5` for XAI_PROXY_IDLE_TIMEOUT; `environ` is for others. The
+    token file is `folder`/tokens.json, which sign_in() writes. close() asserts a clean exit.
     """
 
     def __init__(self, folder: pathlib.Path, *, prefix: "tuple[str, ...]" = (), read_log: bool = True,
@@ -119,7 +119,8 @@ class ProxyProcess:
 
     # Its login
 
-    def sign_in(self, token: str = "the-token", *, expires_in: float = 3600, age: float = 1000, **members: Any) -> None:
+    def sign_in(self, token: str = "the-token", *, expires_in: float = 3600, age: float = 1000,
+                **members: Any) -> None:
         """Put a login there, as the refresher does; `members` are added or override."""
         now = time.time()
         login = {"access_token": token, "refresh_token": "the-refresh-token", "expires_at": now + expires_in,
@@ -154,7 +155,8 @@ class ProxyProcess:
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
     def resident_kib(self) -> int:
-        return int(re.search(r"VmRSS:\s+(\d+)", pathlib.Path(f"/proc/{self.process.pid}/status").read_text())[1])
+        status = pathlib.Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.search(r"VmRSS:\s+(\d+)", status)[1])
 
     def terminate(self) -> None:
         self.process.send_signal(signal.SIGTERM)
@@ -170,7 +172,7 @@ class ProxyProcess:
         self.wait()
 
     def close(self) -> None:
-        """End it with SIGTERM; open answers are cut by a second one. Asserts that nothing unexpected was logged."""
+        """End it with SIGTERM; a second one cuts open answers. Asserts that nothing unexpected was logged."""
         if self.process.poll() is None:
             self.terminate()
             self.wait_for_log(lambda line: line["message"].startswith(("stopping", "stopped")))
@@ -188,9 +190,11 @@ def _parsed(line: bytes) -> "dict[str, Any]":
         return {"message": line.decode("utf-8", "replace"), "unexpected": True}  # a traceback, a warning
 
 
-def environment(folder: pathlib.Path, environ: "dict[str, str] | None" = None, **settings: Any) -> "dict[str, str]":
+def environment(folder: pathlib.Path, environ: "dict[str, str] | None" = None,
+                **settings: Any) -> "dict[str, str]":
     """A clean environment: what the person who runs the tests has set must not count."""
-    settings = {"port": 0, "token_path": folder / "tokens.json", "issuer": ISSUER, "upstream": ISSUER, **settings}
+    settings = {"port": 0, "token_path": folder / "tokens.json", "issuer": ISSUER, "upstream": ISSUER,
+                **settings}
     return {"PATH": os.environ["PATH"], "HOME": str(folder), "PYTHONPATH": str(ROOT), **(environ or {}),
             **{f"XAI_PROXY_{name.upper()}": str(value) for name, value in settings.items()}}
 
@@ -198,7 +202,8 @@ def environment(folder: pathlib.Path, environ: "dict[str, str] | None" = None, *
 def refuse_to_start(folder: pathlib.Path, environ: "dict[str, str] | None" = None,
                     **settings: Any) -> "tuple[int, str]":
     """Run a proxy that cannot start; its exit code and stderr."""
-    done = subprocess.run(COMMAND, cwd=folder, env=environment(folder, environ, **settings), capture_output=True,
+    done = subprocess.run(COMMAND, cwd=folder, env=environment(folder, environ, **settings),
+                          capture_output=True,
                           text=True, timeout=20)
     assert done.stdout == ""
     return done.returncode, done.stderr

@@ -1,7 +1,7 @@
 """An upstream that does step by step what the test says, down to the byte.
 
-It needs no thread: the kernel takes connections and bytes by itself, and the proxy is another process. So a test
-reads as the sequence of events that it is, and nothing in it happens at the wrong moment.
+It needs no thread: the kernel takes connections and bytes by itself, and the proxy is another process. So a
+test reads as the sequence of events that it is, and nothing in it happens at the wrong moment.
 """
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class ScriptedUpstream:
         self.listener.close()
 
     def hang_up(self) -> None:
-        """Close all connections, also those that nobody took yet: the proxy's pool is then as good as empty."""
+        """Close all connections, also those that nobody took yet: to the proxy its pool is then empty."""
         while readable([self.listener]):
             self.listener.accept()[0].close()
         while self.connections:
@@ -104,13 +104,13 @@ class ScriptedUpstream:
 def _has_bytes(sock: socket.socket) -> bool:
     """Whether a readable socket holds bytes and not just its end."""
     try:
-        return bool(socket.socket.recv(sock, 1, socket.MSG_PEEK))  # under TLS too: its records are bytes enough
+        return bool(socket.socket.recv(sock, 1, socket.MSG_PEEK))  # TLS records are bytes enough
     except ConnectionResetError:
         return False
 
 
 def make_certificate(folder: Path, *names: str) -> "tuple[Path, ssl.SSLContext]":
-    """A CA made for the moment, and a server's context with a certificate by it for `names`: IP addresses or DNS names."""
+    """A CA made for the moment, and a server's context with its certificate for `names` or IP addresses."""
     def openssl(*arguments: str) -> None:
         subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
     key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")

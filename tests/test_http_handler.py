@@ -12,7 +12,8 @@ CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
 @pytest.fixture(scope="module")
-def running_hasty(scripted: ScriptedUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxyProcess]:
+def running_hasty(scripted: ScriptedUpstream,
+                  tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxyProcess]:
     """One that gives clients half a second."""
     with ProxyProcess(tmp_path_factory.mktemp("hasty"), upstream=scripted.origin, client_timeout=0.5,
                       keepalive_timeout=0.2) as proxy:
@@ -101,8 +102,9 @@ def test_body_that_we_refuse_is_taken_in(client: Client, proxy: ProxyProcess) ->
     (b"GET /v1/x HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 70000, 431),
     (b"GET /v1/x HTTP/1.1\r\nHost: a\r\n" + b"X: x\r\n" * 201, 431),
     (b"GET /v1/x HTTP/1.1\r\nHost: a\n\r\n" + b"x" * 70000, 400),
-    (b"GET /v1/x HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n" + b"x" * 70000, 400)])
-def test_refused_head_is_answered_and_ends_the_connection(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream,
+    (b"GET /v1/x HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\n" + b"x" * 70000, 400)])
+def test_refused_head_is_answered_and_ends_the_connection(client: Client, proxy: ProxyProcess,
+                                                          upstream: ScriptedUpstream,
                                                           start: bytes, status: int) -> None:
     client.send(start + bytes(8 << 20))
     answer = client.message()
@@ -188,7 +190,7 @@ def test_limit_is_not_for_the_answer(hasty: ProxyProcess, upstream: ScriptedUpst
 
 
 def test_silent_connections_are_closed(hasty: ProxyProcess) -> None:
-    """A new one within CLIENT_TIMEOUT, one between two requests within KEEPALIVE_TIMEOUT; both without a word."""
+    """New ones after CLIENT_TIMEOUT, those between two requests after KEEPALIVE_TIMEOUT; without a word."""
     with hasty.client() as new, hasty.client() as used:
         start = time.monotonic()
         assert used.ask("GET", "/healthz").status == 200
@@ -261,7 +263,8 @@ def during_an_upload(client: Client, upstream: ScriptedUpstream) -> Request:
     return request
 
 
-MOMENTS = [before_the_head, while_streaming, in_silence, in_a_plain_answer, while_an_error_is_looked_at, with_the_next_request_unread,
+MOMENTS = [before_the_head, while_streaming, in_silence, in_a_plain_answer, while_an_error_is_looked_at,
+           with_the_next_request_unread,
            with_the_next_request_sent_along, while_it_does_not_read, during_an_upload]
 
 
@@ -277,13 +280,15 @@ def test_cancelled_request_ends_upstream(client: Client, proxy: ProxyProcess, up
     assert request.connection.closed_within(1)
     line = proxy.wait_for_log(lambda line: line.get("path") == "/v1/cancelled", start=seen)
     assert line["ended_by"] == "client"
-    if moment in (before_the_head, during_an_upload, with_the_next_request_sent_along, while_an_error_is_looked_at):
+    if moment in (before_the_head, during_an_upload, with_the_next_request_sent_along,
+                  while_an_error_is_looked_at):
         assert (line["status"], line["first_byte_ms"]) == (0, None)
     assert upstream.quiet()
 
 
-def test_cancelled_request_with_a_large_body_ends_upstream_at_once(proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
-    """The watcher, which the body had stopped, watches again: to look twice a second would take two seconds here."""
+def test_cancelled_request_with_a_large_body_ends_upstream_at_once(proxy: ProxyProcess,
+                                                                   upstream: ScriptedUpstream) -> None:
+    """The watcher that the body had stopped watches again: to look twice a second would take two seconds."""
     waited = 0.0
     for _ in range(8):
         with proxy.client() as client:
@@ -297,7 +302,8 @@ def test_cancelled_request_with_a_large_body_ends_upstream_at_once(proxy: ProxyP
 
 @pytest.mark.parametrize("body", [b"", bytes(100000)])  # the latter hides the close behind it
 @pytest.mark.parametrize("how", [Client.close, Client.reset, Client.half_close])
-def test_cancelled_while_waiting_for_a_token(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream, body: bytes,
+def test_cancelled_while_waiting_for_a_token(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream,
+                                             body: bytes,
                                              how: "Callable[[Client], None]") -> None:
     proxy.sign_in(expires_in=-5)
     proxy.refresher_lives()
@@ -310,7 +316,8 @@ def test_cancelled_while_waiting_for_a_token(client: Client, proxy: ProxyProcess
     assert upstream.quiet()
 
 
-def test_watching_a_client_costs_nothing(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
+def test_watching_a_client_costs_nothing(client: Client, proxy: ProxyProcess,
+                                         upstream: ScriptedUpstream) -> None:
     """With bytes to be read that nobody reads, a watcher that went on would be called all the time."""
     with_the_next_request_unread(client, upstream)
     before = proxy.cpu_seconds()
@@ -359,7 +366,8 @@ def test_log_line_of_a_request(client: Client, proxy: ProxyProcess, upstream: Sc
     while client.chunk():
         pass
     line = proxy.wait_for_request("/v1/logged")
-    assert set(line) == {"time", "level", "process", "message", "method", "path", "status", "bytes", "first_byte_ms",
+    assert set(line) == {"time", "level", "process", "message", "method", "path", "status", "bytes",
+                         "first_byte_ms",
                          "duration_ms", "ended_by", "key"}
     assert (line["message"], line["level"], line["method"], line["status"], line["bytes"], line["ended_by"],
             line["key"]) == ("request", "info", "POST", 200, 2, "done", None)
@@ -372,4 +380,5 @@ def test_healthy_probes_are_not_logged(proxy: ProxyProcess) -> None:
     assert proxy.ask("GET", "/healthz").status == proxy.ask("GET", "/readyz").status == 200
     proxy.ask("GET", "/after")
     proxy.wait_for_request("/after")
-    assert not [line for line in proxy.log_lines() if line.get("path") in ("/healthz", "/readyz") and line["status"] == 200]
+    assert not [line for line in proxy.log_lines() if line.get("path") in ("/healthz", "/readyz")
+                and line["status"] == 200]

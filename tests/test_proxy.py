@@ -1,4 +1,4 @@
-"""A request's token: which one it goes with, what happens when it is refused, and what is said when there is none."""
+"""A request's token: which one it is, what happens when it is refused, what is said without one."""
 from __future__ import annotations
 
 import contextlib
@@ -23,8 +23,8 @@ from xaiproxy.proxy import check_path
 from xaiproxy.sandbox.xai_errors import ERRORS
 
 NEW = b'{"code":"unauthenticated:bad-credentials","error":"The OAuth2 access token could not be validated."}'
-OLD = (b'{"code":"The caller does not have permission to execute the specified operation","error":"The OAuth2 access '
-       b'token could not be validated. [WKE=unauthenticated:bad-credentials]"}')
+OLD = (b'{"code":"The caller does not have permission to execute the specified operation",'
+       b'"error":"The OAuth2 access token could not be validated. [WKE=unauthenticated:bad-credentials]"}')
 
 
 def answer(status: int, body: bytes, *fields: bytes) -> bytes:
@@ -53,7 +53,8 @@ REFUSALS = {
 
 
 @pytest.fixture(scope="module")
-def running_frugal(scripted: ScriptedUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxyProcess]:
+def running_frugal(scripted: ScriptedUpstream,
+                   tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxyProcess]:
     """One that keeps little for a replay: 10 bytes of a request, 15 of all."""
     with ProxyProcess(tmp_path_factory.mktemp("frugal"), upstream=scripted.origin, replay_limit=10,
                       replay_memory=15) as proxy:
@@ -122,8 +123,9 @@ def test_requests_begin_to_flow(flow: Flow) -> None:
 
 @pytest.fixture(scope="module")
 def waiting(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[tuple[ProxyProcess, Client, Client]]":
-    """A refused request, and one that came when the token had expired: both wait for a refresher that does nothing."""
-    with ScriptedUpstream() as upstream, ProxyProcess(tmp_path_factory.mktemp("waiting"), upstream=upstream.origin) as proxy, \
+    """A refused request, and one that found the token expired: both wait for an idle refresher."""
+    folder = tmp_path_factory.mktemp("waiting")
+    with ScriptedUpstream() as upstream, ProxyProcess(folder, upstream=upstream.origin) as proxy, \
             proxy.client() as refused, proxy.client() as late:
         signed_in(proxy)
         refused.request("GET", "/v1/refused")
@@ -144,14 +146,16 @@ def test_requests_begin_to_wait(waiting: "tuple[ProxyProcess, Client, Client]") 
 
 
 @pytest.mark.parametrize("path", [
-    "/v1/..", "/v1/../x", "/v1/./x", "/v1/x/.", "/v1/%2e%2E/x", "/v1/x/.%2e", "/v1/a%2f..%2Fb", "/v1/a\\..\\b",
+    "/v1/..", "/v1/../x", "/v1/./x", "/v1/x/.", "/v1/%2e%2E/x", "/v1/x/.%2e", "/v1/a%2f..%2Fb",
+    "/v1/a\\..\\b",
     "/v1/a%5c%2e%2e%5Cb", "/v1/a/..;x=1/b", "/v1//../x", "/v2/.."])
 def test_dot_segments_are_refused(path: str) -> None:
     with pytest.raises(errors.BadRequest):
         check_path(path)
 
 
-@pytest.mark.parametrize("path", ["/v1/...", "/v1/a..b", "/v1/.well-known", "/v1/a.", "/v1/..a/b", "/v1/a;../b", "/v1//"])
+@pytest.mark.parametrize("path", ["/v1/...", "/v1/a..b", "/v1/.well-known", "/v1/a.", "/v1/..a/b",
+                                  "/v1/a;../b", "/v1//"])
 def test_other_dots_are_not(path: str) -> None:
     check_path(path)
 
@@ -167,22 +171,27 @@ def test_what_is_refused_does_not_reach_upstream(client: Client, upstream: Scrip
 
 
 @pytest.mark.parametrize("said", [b"", b"Access-Control-Allow-Origin: *\r\n"])
-def test_page_of_a_listed_origin_may_read_the_answer(tmp_path: Path, upstream: ScriptedUpstream, said: bytes) -> None:
+def test_page_of_a_listed_origin_may_read_the_answer(tmp_path: Path, upstream: ScriptedUpstream,
+                                                     said: bytes) -> None:
     origin = "https://chat.example"
-    with ProxyProcess(tmp_path, upstream=upstream.origin, allowed_origins=origin) as proxy, proxy.client() as client:
-        assert client.ask("GET", "/v1/models", f"Origin: {origin}").values("Access-Control-Allow-Origin") == [origin]
+    with ProxyProcess(tmp_path, upstream=upstream.origin,
+                      allowed_origins=origin) as proxy, proxy.client() as client:
+        refused = client.ask("GET", "/v1/models", f"Origin: {origin}")
+        assert refused.values("Access-Control-Allow-Origin") == [origin]
         proxy.sign_in()
         client.request("GET", "/v1/models", f"Origin: {origin}")
         upstream.receive().answer(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n" + said + b"\r\nok")
         answer = client.message()
-        assert answer.body == b"ok" and answer.values("Access-Control-Allow-Origin") == ["*" if said else origin]
+        assert answer.body == b"ok"
+        assert answer.values("Access-Control-Allow-Origin") == ["*" if said else origin]
 
 
 # A refused token
 
 
 @pytest.mark.parametrize("refusal", REFUSALS)
-def test_refused_request_is_sent_again_with_another_token(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream,
+def test_refused_request_is_sent_again_with_another_token(client: Client, proxy: ProxyProcess,
+                                                          upstream: ScriptedUpstream,
                                                           refusal: str) -> None:
     client.request("POST", "/v1/chat/completions?a=%2F", "X-a: 1", "Accept-Encoding: gzip", body=b"{}")
     first = upstream.receive()
@@ -209,9 +218,11 @@ def test_refused_request_is_sent_again_once(client: Client, proxy: ProxyProcess,
     assert upstream.quiet()
 
 
-@pytest.mark.parametrize("name", sorted(name for name, (status, *_) in ERRORS.items() if status not in (200, 401)
+@pytest.mark.parametrize("name", sorted(name for name, (status, *_) in ERRORS.items()
+                                        if status not in (200, 401)
                                         and not name.startswith("bad_credentials")))
-def test_no_other_error_of_xai_is_retried_or_altered(sandbox: Sandbox, for_sandbox: ProxyProcess, name: str) -> None:
+def test_no_other_error_of_xai_is_retried_or_altered(sandbox: Sandbox, for_sandbox: ProxyProcess,
+                                                     name: str) -> None:
     sandbox.set(answers=[{"path": "/v1/models", "error": name}], gzip="all")
     answers = []
     for port, token in ((sandbox.port, for_sandbox.token), (for_sandbox.port, None)):
@@ -232,20 +243,23 @@ def test_no_other_error_of_xai_is_retried_or_altered(sandbox: Sandbox, for_sandb
 
 @pytest.fixture(scope="module")
 def for_sandbox(shared_sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxyProcess]:
-    with ProxyProcess(tmp_path_factory.mktemp("sandboxed"), upstream=shared_sandbox.url, issuer=shared_sandbox.url) as proxy:
+    with ProxyProcess(tmp_path_factory.mktemp("sandboxed"), upstream=shared_sandbox.url,
+                      issuer=shared_sandbox.url) as proxy:
         proxy.token = shared_sandbox.write_login(proxy.token_path)["access_token"]
         yield proxy
 
 
 @pytest.mark.parametrize("knobs", [{}, {"gzip": "all"}, {"old_shape": True}, {"dead_token_status": 401}])
-def test_token_that_xai_refuses(sandbox: Sandbox, tmp_path: Path, for_sandbox: ProxyProcess, knobs: "dict[str, Any]") -> None:
-    """The real thing: revoked at the issuer, refused by the API as xAI does, renewed by somebody, and served."""
+def test_token_that_xai_refuses(sandbox: Sandbox, tmp_path: Path, for_sandbox: ProxyProcess,
+                                knobs: "dict[str, Any]") -> None:
+    """The real thing: revoked at the issuer, refused as xAI does, renewed by somebody, and served."""
     sandbox.set(**knobs)
     sandbox.write_login(for_sandbox.token_path, obtained_at=0)
     sandbox.kill()
     for_sandbox.refresher_lives()
     with for_sandbox.client() as client:
-        client.request("POST", "/v1/chat/completions", "Content-Type: application/json", "Accept-Encoding: gzip",
+        client.request("POST", "/v1/chat/completions", "Content-Type: application/json",
+                       "Accept-Encoding: gzip",
                        body=b'{"model":"grok-4.5","messages":[]}')
         sandbox.wait(lambda counters: counters["refused_tokens"] == 1)
         sandbox.write_login(tmp_path / "tokens.json")
@@ -254,7 +268,8 @@ def test_token_that_xai_refuses(sandbox: Sandbox, tmp_path: Path, for_sandbox: P
     assert sandbox.counters()["refused_tokens"] == 1
 
 
-def test_young_token_gets_a_second_chance(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
+def test_young_token_gets_a_second_chance(client: Client, proxy: ProxyProcess,
+                                          upstream: ScriptedUpstream) -> None:
     proxy.sign_in("young", age=100)
     client.request()
     start = time.monotonic()
@@ -266,7 +281,8 @@ def test_young_token_gets_a_second_chance(client: Client, proxy: ProxyProcess, u
     assert upstream.quiet() and not note(proxy).exists()
 
 
-def test_refresher_is_asked_for_an_older_one(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
+def test_refresher_is_asked_for_an_older_one(client: Client, proxy: ProxyProcess,
+                                             upstream: ScriptedUpstream) -> None:
     proxy.sign_in("old", age=121)
     client.request()
     upstream.receive().answer(REFUSED)
@@ -300,11 +316,13 @@ def test_fifty_refused_requests_wait_for_one_token(proxy: ProxyProcess, upstream
 
 def now_failed(proxy: ProxyProcess, **error: Any) -> None:
     """The refresher records that it got nowhere."""
-    proxy.sign_in("old", refresh_error={"code": "temporarily_unavailable", "description": "The issuer is down.",
+    proxy.sign_in("old", refresh_error={"code": "temporarily_unavailable",
+                                        "description": "The issuer is down.",
                                         "at": time.time(), "terminal": False, **error})
 
 
-@pytest.mark.parametrize("end", [now_failed, lambda proxy: proxy.refresher_lives(False)], ids=["fails", "dies"])
+@pytest.mark.parametrize("end", [now_failed, lambda proxy: proxy.refresher_lives(False)],
+                         ids=["fails", "dies"])
 def test_wait_ends_when_the_refresher_fails(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream,
                                             end: "Callable[[ProxyProcess], None]") -> None:
     client.request()
@@ -316,7 +334,8 @@ def test_wait_ends_when_the_refresher_fails(client: Client, proxy: ProxyProcess,
     assert time.monotonic() - start < 3 and upstream.quiet()
 
 
-def test_wait_ends_when_the_client_leaves(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
+def test_wait_ends_when_the_client_leaves(client: Client, proxy: ProxyProcess,
+                                          upstream: ScriptedUpstream) -> None:
     client.request("POST", "/v1/left", body=b"{}")
     request = upstream.receive().answer(b"HTTP/1.1 401 X\r\nContent-Length: 5\r\n\r\nno")
     wait_for_note(proxy)
@@ -327,7 +346,8 @@ def test_wait_ends_when_the_client_leaves(client: Client, proxy: ProxyProcess, u
     assert upstream.quiet()
 
 
-def test_wait_ends_when_the_login_has_ended(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
+def test_wait_ends_when_the_login_has_ended(client: Client, proxy: ProxyProcess,
+                                            upstream: ScriptedUpstream) -> None:
     client.request()
     upstream.receive().answer(REFUSED)
     wait_for_note(proxy)
@@ -337,7 +357,8 @@ def test_wait_ends_when_the_login_has_ended(client: Client, proxy: ProxyProcess,
     assert time.monotonic() - start < 3 and upstream.quiet()
 
 
-def test_wait_ends_when_the_login_is_removed(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
+def test_wait_ends_when_the_login_is_removed(client: Client, proxy: ProxyProcess,
+                                             upstream: ScriptedUpstream) -> None:
     client.request()
     upstream.receive().answer(REFUSED)
     wait_for_note(proxy)
@@ -346,10 +367,13 @@ def test_wait_ends_when_the_login_is_removed(client: Client, proxy: ProxyProcess
 
 
 @pytest.mark.parametrize("arrange", [
-    lambda proxy: proxy.refresher_lives(False), lambda proxy: proxy.token_path.with_name("tokens.json.lock").unlink(),
-    lambda proxy: proxy.sign_in("old", refresh_token=None), lambda proxy: now_failed(proxy, retry_at=time.time() + 60)],
+    lambda proxy: proxy.refresher_lives(False),
+    lambda proxy: proxy.token_path.with_name("tokens.json.lock").unlink(),
+    lambda proxy: proxy.sign_in("old", refresh_token=None),
+    lambda proxy: now_failed(proxy, retry_at=time.time() + 60)],
     ids=["dead refresher", "never a refresher", "no refresh token", "no try for a minute"])
-def test_nothing_is_waited_for_that_cannot_come(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream,
+def test_nothing_is_waited_for_that_cannot_come(client: Client, proxy: ProxyProcess,
+                                                upstream: ScriptedUpstream,
                                                 arrange: "Callable[[ProxyProcess], None]") -> None:
     arrange(proxy)
     client.request()
@@ -357,11 +381,12 @@ def test_nothing_is_waited_for_that_cannot_come(client: Client, proxy: ProxyProc
     upstream.receive().answer(REFUSED)
     assert_as_it_came(client.message(), REFUSED)
     assert time.monotonic() - start < 3 and upstream.quiet()
-    # A refresher that is late or comes back still learns of it; without a refresh token there is nothing to be asked for.
+    # A refresher that comes back still learns of it; without a refresh token there is nothing to ask.
     assert note(proxy).exists() is (json.loads(proxy.token_path.read_text())["refresh_token"] is not None)
 
 
-def test_refused_token_of_an_ended_login(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
+def test_refused_token_of_an_ended_login(client: Client, proxy: ProxyProcess,
+                                         upstream: ScriptedUpstream) -> None:
     now_failed(proxy, code="invalid_grant", terminal=True)
     client.request()  # served as long as the token is taken
     upstream.receive().answer()
@@ -372,8 +397,8 @@ def test_refused_token_of_an_ended_login(client: Client, proxy: ProxyProcess, up
 
 
 def test_folder_that_cannot_be_written(tmp_path: Path, upstream: ScriptedUpstream) -> None:
-    read_only = ("unshare", "-rm", "sh", "-c",
-                 f'mount --bind "{tmp_path}" "{tmp_path}" && mount -o remount,bind,ro "{tmp_path}" && exec "$@"', "sh")
+    mount = f'mount --bind "{tmp_path}" "{tmp_path}" && mount -o remount,bind,ro "{tmp_path}"'
+    read_only = ("unshare", "-rm", "sh", "-c", f'{mount} && exec "$@"', "sh")
     if subprocess.run([*read_only, "true"], capture_output=True).returncode:
         pytest.skip("no mount namespace to be had here")
     with ProxyProcess(tmp_path, upstream=upstream.origin, prefix=read_only) as proxy:
@@ -409,7 +434,8 @@ def test_chunked_body_is_sent_again(client: Client, proxy: ProxyProcess, upstrea
 
 
 @pytest.mark.parametrize("ended", [False, True])
-def test_body_refused_before_it_was_whole_is_sent_again(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream,
+def test_body_refused_before_it_was_whole_is_sent_again(client: Client, proxy: ProxyProcess,
+                                                        upstream: ScriptedUpstream,
                                                         ended: bool) -> None:
     """xAI looks at the token before it reads: what came is repeated, then comes the rest."""
     client.request("POST", "/v1/files", "Content-Length: 6").send(b"abc")
@@ -432,8 +458,10 @@ def test_body_refused_before_it_was_whole_is_sent_again(client: Client, proxy: P
     (b"3\r\nabc", b"\r\n3\r\ndef\r\n0\r\n\r\n"), (b"3\r\nabc\r", b"\n3\r\ndef\r\n0\r\n\r\n"),
     (b"3\r\nabc\r\n", b"3\r\ndef\r\n0\r\n\r\n"), (b"3\r\nabc\r\n3", b"\r\ndef\r\n0\r\n\r\n"),
     (b"3\r\nabc\r\n0\r\nA: ", b"b\r\n\r\n")])
-def test_chunks_refused_before_they_were_whole_are_not_sent_again(client: Client, proxy: ProxyProcess, ended: bool,
-                                                                 upstream: ScriptedUpstream, start: bytes, rest: bytes) -> None:
+def test_refused_part_of_a_chunked_body_is_not_sent_again(client: Client, proxy: ProxyProcess, ended: bool,
+                                                          upstream: ScriptedUpstream, start: bytes,
+                                                          rest: bytes) -> None:
+    """The reading of the client's chunks is broken off wherever it is."""
     client.request("POST", "/v1/files", "Transfer-Encoding: chunked").send(start)
     first = upstream.receive(body=False)
     assert first.connection.chunk() == b"abc"
@@ -449,14 +477,16 @@ def test_chunks_refused_before_they_were_whole_are_not_sent_again(client: Client
 
 @pytest.mark.parametrize("size, again", [(10, True), (11, False)])
 @pytest.mark.parametrize("by_length", [True, False])
-def test_body_beyond_the_limit_is_not_sent_again(frugal: ProxyProcess, upstream: ScriptedUpstream, size: int, again: bool,
+def test_body_beyond_the_limit_is_not_sent_again(frugal: ProxyProcess, upstream: ScriptedUpstream, size: int,
+                                                 again: bool,
                                                  by_length: bool) -> None:
     body = b"0123456789a"[:size]
     with frugal.client() as client:
         if by_length:
             client.request("POST", "/v1/x", body=body)
         else:
-            client.request("POST", "/v1/x", "Transfer-Encoding: chunked").send(b"%x\r\n%b\r\n0\r\n\r\n" % (size, body))
+            client.request("POST", "/v1/x", "Transfer-Encoding: chunked")
+            client.send(b"%x\r\n%b\r\n0\r\n\r\n" % (size, body))
         first = upstream.receive()
         assert first.body == body
         frugal.sign_in("new")
@@ -469,7 +499,8 @@ def test_body_beyond_the_limit_is_not_sent_again(frugal: ProxyProcess, upstream:
             assert upstream.quiet()
 
 
-def test_refresher_is_asked_also_when_nothing_is_sent_again(frugal: ProxyProcess, upstream: ScriptedUpstream) -> None:
+def test_refresher_is_asked_also_when_nothing_is_sent_again(frugal: ProxyProcess,
+                                                            upstream: ScriptedUpstream) -> None:
     """Or large uploads alone would be refused until the token expires."""
     with frugal.client() as client:
         client.request("POST", "/v1/x", body=b"0123456789a")
@@ -486,7 +517,8 @@ def test_refresher_is_asked_also_when_nothing_is_sent_again(frugal: ProxyProcess
         assert not note(frugal).exists() and time.monotonic() - start < 0.95
 
 
-def test_bodies_beyond_the_memory_are_not_sent_again(frugal: ProxyProcess, upstream: ScriptedUpstream) -> None:
+def test_bodies_beyond_the_memory_are_not_sent_again(frugal: ProxyProcess,
+                                                     upstream: ScriptedUpstream) -> None:
     def refuse(request: Request, client: Client) -> bool:
         """Whether it then came again."""
         frugal.sign_in("new")
@@ -545,7 +577,8 @@ def test_slow_403_is_passed_on(client: Client, proxy: ProxyProcess, upstream: Sc
 
 
 @pytest.mark.parametrize("start, again", [(0, True), (60000, True), (70000, False)])
-def test_large_403_is_passed_on_whole(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream, start: int,
+def test_large_403_is_passed_on_whole(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream,
+                                      start: int,
                                       again: bool) -> None:
     """The first 64 KiB are looked at."""
     body = b"x" * start + NEW + b"y" * 200000
@@ -560,7 +593,8 @@ def test_large_403_is_passed_on_whole(client: Client, proxy: ProxyProcess, upstr
 
 
 @pytest.mark.parametrize("coding", [b"gzip", b"deflate", b"br", b"gzip, gzip"])
-def test_403_that_cannot_be_decoded_is_passed_on(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream,
+def test_403_that_cannot_be_decoded_is_passed_on(client: Client, proxy: ProxyProcess,
+                                                 upstream: ScriptedUpstream,
                                                  coding: bytes) -> None:
     sent = answer(403, b"\x1f\x8bnonsense", b"Content-Encoding: " + coding)
     client.request()
@@ -577,7 +611,8 @@ def test_403_that_breaks_off_is_broken(client: Client, upstream: ScriptedUpstrea
     assert client.rest() == b"abc"
 
 
-def test_other_statuses_are_not_looked_at(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
+def test_other_statuses_are_not_looked_at(client: Client, proxy: ProxyProcess,
+                                          upstream: ScriptedUpstream) -> None:
     for status in (200, 400, 402, 404, 429, 500, 503):
         client.request()
         request = upstream.receive()
@@ -601,14 +636,17 @@ def test_no_login(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstrea
     assert client.message().body == b"ok"
 
 
-@pytest.mark.parametrize("text, word", [("{", "not JSON"), ("", "not JSON"), ('{"access_token": "a", "expires_at": 1}', "auth.x.ai")])
-def test_unusable_login(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream, text: str, word: str) -> None:
+@pytest.mark.parametrize("text, word", [("{", "not JSON"), ("", "not JSON"),
+                                        ('{"access_token": "a", "expires_at": 1}', "auth.x.ai")])
+def test_unusable_login(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream, text: str,
+                        word: str) -> None:
     proxy.token_path.write_text(text)
     assert_refusal(client.ask(), 401, "login_required", str(proxy.token_path), word)
     assert upstream.quiet()
 
 
-def test_expired_token_is_replaced_in_time(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
+def test_expired_token_is_replaced_in_time(client: Client, proxy: ProxyProcess,
+                                           upstream: ScriptedUpstream) -> None:
     proxy.sign_in("old", expires_in=-1)
     client.request("POST", "/v1/x", body=b"{}")
     time.sleep(0.3)
@@ -620,10 +658,12 @@ def test_expired_token_is_replaced_in_time(client: Client, proxy: ProxyProcess, 
     assert client.message().body == b"ok"
 
 
-@pytest.mark.parametrize("retry_in, retry_after", [(None, "1"), (-60, "1"), (0.5, "1"), (4.6, "5"), (300, "10")])
+@pytest.mark.parametrize("retry_in, retry_after",
+                         [(None, "1"), (-60, "1"), (0.5, "1"), (4.6, "5"), (300, "10")])
 def test_expired_token_that_cannot_be_renewed(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream,
                                               retry_in: "float | None", retry_after: str) -> None:
-    error = {"code": "temporarily_unavailable", "description": "The issuer is down.", "at": time.time(), "terminal": False,
+    error = {"code": "temporarily_unavailable", "description": "The issuer is down.", "at": time.time(),
+             "terminal": False,
              "retry_at": retry_in and time.time() + retry_in}
     proxy.sign_in("old", expires_in=-1, refresh_error=error)
     start = time.monotonic()
@@ -634,7 +674,8 @@ def test_expired_token_that_cannot_be_renewed(client: Client, proxy: ProxyProces
 
 
 def test_expired_token_of_an_ended_login(client: Client, proxy: ProxyProcess) -> None:
-    proxy.sign_in("old", expires_in=-1, refresh_error={"code": "invalid_grant", "description": "Refresh token has been "
+    proxy.sign_in("old", expires_in=-1,
+                  refresh_error={"code": "invalid_grant", "description": "Refresh token has been "
                                                        "revoked", "at": time.time(), "terminal": True})
     assert_refusal(client.ask(), 401, "login_required", "invalid_grant", "xai-login --device")
 

@@ -1,4 +1,4 @@
-"""The proxy as a process: how it starts and refuses to, its limits, its signals, and a log that nobody reads."""
+"""The proxy as a process: how it starts and refuses to, its limits, its end, and a log that nobody reads."""
 from __future__ import annotations
 
 import hashlib
@@ -48,7 +48,8 @@ def test_port_that_is_taken(tmp_path: Path) -> None:
         port = other.getsockname()[1]
         code, text = refuse_to_start(tmp_path, port=port)
     assert code == 78 and text.count("\n") == 1
-    assert re.fullmatch(rf"xai-proxy: .*127\.0\.0\.1 port {port}: Address already in use; .*XAI_PROXY_PORT\n", text)
+    assert re.fullmatch(rf"xai-proxy: .*127\.0\.0\.1 port {port}: Address already in use; .*XAI_PROXY_PORT\n",
+                        text)
 
 
 def test_address_that_is_not_ours(tmp_path: Path) -> None:
@@ -65,7 +66,8 @@ def test_everybody_is_not_served_by_accident(tmp_path: Path, address: str) -> No
 
 @pytest.mark.parametrize("way", ["keys", "missing keys", "anonymous"])
 def test_ways_out_of_that(tmp_path: Path, way: str) -> None:
-    settings = {"keys": {}, "missing keys": {"client_keys_file": tmp_path / "missing"}, "anonymous": {"allow_anonymous": 1}}
+    settings = {"keys": {}, "missing keys": {"client_keys_file": tmp_path / "missing"},
+                "anonymous": {"allow_anonymous": 1}}
     if way == "keys":
         write_keys(tmp_path / "client-keys")
     with ProxyProcess(tmp_path, bind="0.0.0.0", **settings[way]) as proxy:
@@ -78,14 +80,16 @@ def test_ways_out_of_that(tmp_path: Path, way: str) -> None:
 
 def test_unknown_setting(tmp_path: Path) -> None:
     code, text = refuse_to_start(tmp_path, idle_timeoot=3)
-    assert code == 78 and "XAI_PROXY_IDLE_TIMEOOT" in text and "XAI_PROXY_IDLE_TIMEOUT" in text and text.count("\n") == 1
+    assert code == 78 and text.count("\n") == 1
+    assert "XAI_PROXY_IDLE_TIMEOOT" in text and "XAI_PROXY_IDLE_TIMEOUT" in text
 
 
 @pytest.mark.parametrize("arguments, code, text", [
     (["--version"], 0, f"{__version__}\n"), (["--nonsense"], 64, "see xai-proxy --help\n"),
     (["--port", "x"], 78, "XAI_PROXY_PORT")])
 def test_command_line(tmp_path: Path, arguments: "list[str]", code: int, text: str) -> None:
-    done = subprocess.run([*COMMAND, *arguments], cwd=tmp_path, env=environment(tmp_path), text=True, timeout=20,
+    done = subprocess.run([*COMMAND, *arguments], cwd=tmp_path, env=environment(tmp_path), text=True,
+                          timeout=20,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == code and text in done.stdout and "Traceback" not in done.stdout
 
@@ -155,8 +159,10 @@ def test_dead_peers_are_looked_for_on_both_sides(tmp_path: Path, upstream: Scrip
         request = upstream.receive().answer()
         client.message()
         rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-        timers = {(int(local[-4:], 16), int(remote[-4:], 16)): timer for _, local, remote, _, _, timer, *_ in rows}
-        for ports in ((proxy.port, client.sock.getsockname()[1]), (request.connection.sock.getpeername()[1], upstream.port)):
+        timers = {(int(local[-4:], 16), int(remote[-4:], 16)): timer for _, local, remote, _, _, timer,
+                  *_ in rows}
+        for ports in ((proxy.port, client.sock.getsockname()[1]),
+                      (request.connection.sock.getpeername()[1], upstream.port)):
             kind, left = timers[ports].split(":")
             assert kind == "02" and 50 * 100 < int(left, 16) <= 60 * 100
 
@@ -176,7 +182,7 @@ def test_idle_connections_are_closed_at_once(tmp_path: Path, number: int) -> Non
             proxy.client()
 
 
-def test_requests_that_were_there_before_the_signal_are_answered(tmp_path: Path, upstream: ScriptedUpstream) -> None:
+def test_requests_from_before_the_signal_are_answered(tmp_path: Path, upstream: ScriptedUpstream) -> None:
     """On connections old and new, though the proxy has read nothing of them; it is held still meanwhile."""
     with ProxyProcess(tmp_path, upstream=upstream.origin) as proxy, proxy.client() as idle:
         proxy.sign_in()
@@ -245,11 +251,12 @@ def test_answers_that_outlive_the_drain_are_cut_so_that_it_shows(tmp_path: Path,
                                                                 again: bool) -> None:
     """When DRAIN_TIMEOUT is over, or at the second signal."""
     with ProxyProcess(tmp_path, upstream=upstream.origin, drain_timeout=30 if again else 0.5) as proxy, \
-            proxy.client() as chunked, proxy.client() as old, proxy.client() as sized, proxy.client() as waiting, \
-            proxy.client() as beginning, proxy.client() as refused:
+            proxy.client() as chunked, proxy.client() as old, proxy.client() as sized, \
+            proxy.client() as waiting, proxy.client() as beginning, proxy.client() as refused:
         proxy.sign_in()
         streams = []
-        for client, version, head in ((chunked, "1.1", CHUNKED + b"2\r\nok\r\n"), (old, "1.0", CHUNKED + b"2\r\nok\r\n"),
+        for client, version, head in ((chunked, "1.1", CHUNKED + b"2\r\nok\r\n"),
+                                      (old, "1.0", CHUNKED + b"2\r\nok\r\n"),
                                       (sized, "1.1", b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nok")):
             client.request("GET", "/v1/cut", version=f"HTTP/{version}")
             streams.append(upstream.receive().answer(head))
@@ -294,7 +301,8 @@ def test_requests_that_wait_for_a_token_are_cut_too(tmp_path: Path) -> None:
 def test_unread_log_stops_nothing(tmp_path: Path, upstream: ScriptedUpstream) -> None:
     """5,000 requests and a stream, with a pipe behind stderr that holds some hundred lines."""
     rounds, requests = 50, 100
-    with ProxyProcess(tmp_path, upstream=upstream.origin, read_log=False) as proxy, proxy.client() as streaming:
+    with ProxyProcess(tmp_path, upstream=upstream.origin,
+                      read_log=False) as proxy, proxy.client() as streaming:
         proxy.refresher_lives()  # or a line would be dropped that says that there is none
         proxy.sign_in()
         streaming.request("GET", "/v1/stream")
@@ -318,7 +326,8 @@ def test_unread_log_stops_nothing(tmp_path: Path, upstream: ScriptedUpstream) ->
             proxy.ask("GET", "/after")
             asked += 1
     lines = proxy.log_lines()
-    dropped = [int(line["message"].split()[0]) for line in lines if "log lines were dropped" in line["message"]]
+    dropped = [int(line["message"].split()[0]) for line in lines
+               if "log lines were dropped" in line["message"]]
     assert sum(dropped) > 4000 and sum(dropped) + sum(line["message"] == "request" for line in lines) == asked
 
 

@@ -158,7 +158,7 @@ class Wire:
         return not self.buffer and not readable([self.sock])
 
     def closed_within(self, seconds: float = 1.0) -> bool:
-        """Wait for the other side to close, which may be a reset; False when it did not, or sent something."""
+        """Wait for the other side to close, also by a reset; False when it did not, or sent something."""
         try:
             self.sock.settimeout(seconds)
             return not self.buffer and not self.sock.recv(1)
