@@ -35,9 +35,9 @@ class Cut(Exception):
 class ClientWatch:
     """Throws ClientGone into the greenlet that made it when the client closes its side, also in silence.
 
-    It must stop at the first unread byte (a body whose turn has not come, a pipelined request): the socket then stays
-    readable, and the callback would run for ever without ever seeing the close behind it. From there on the kernel is
-    asked now and then whether the connection is still established.
+    It must stop at the first unread byte (a body whose turn has not come, a pipelined request): the socket then
+    stays readable, and the callback would run for ever without ever seeing the close behind it. From there on the
+    kernel is asked now and then whether the connection is still established.
     """
 
     def __init__(self, sock: Any):

@@ -41,7 +41,7 @@ BROKEN = (OSError, http.client.HTTPException, urllib3.exceptions.HTTPError)
 
 
 class _Response(http.client.HTTPResponse):
-    """http.client's, but for two laxities: it skips 100 only of all 1xx, and takes a head cut short for a whole one."""
+    """http.client's, but for two laxities: it skips 100 only of all 1xx, and takes a head cut short for whole."""
 
     def begin(self):
         stream = self.fp
@@ -88,12 +88,12 @@ class _TooLate(TimeoutError):
 
 
 class _Dialling:
-    """Replaces urllib3's way, which goes on to the next address after any OSError, and at others leaves the socket open."""
+    """urllib3's way would go on to the next address after any OSError, and at others leave the socket open."""
 
     def _new_conn(self) -> socket.socket:
         last = OSError("its name has no address")
-        for family, kind, protocol, _, address in socket.getaddrinfo(self._dns_host.strip("[]").encode(), self.port,
-                                                                     type=socket.SOCK_STREAM):
+        host = self._dns_host.strip("[]").encode()  # text would be taken through IDNA, which has its own errors
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, self.port, type=socket.SOCK_STREAM):
             sock = socket.socket(family, kind, protocol)
             try:
                 for option in SOCKET_OPTIONS:
@@ -117,7 +117,8 @@ class _TLSConnection(_Dialling, urllib3.connection.HTTPSConnection):
     pass
 
 
-CONNECTIONS = {urllib3.connection.HTTPConnection: _PlainConnection, urllib3.connection.HTTPSConnection: _TLSConnection}
+CONNECTIONS = {urllib3.connection.HTTPConnection: _PlainConnection,
+               urllib3.connection.HTTPSConnection: _TLSConnection}
 
 
 class Upstream:
@@ -207,7 +208,8 @@ class _Fields:
         self._fields = fields
 
     def __iter__(self):
-        return iter([*(name for name, _ in self._fields), "accept-encoding"])  # or it would add one of its own
+        # The last is for it to add none of its own.
+        return iter([*(name for name, _ in self._fields), "accept-encoding"])
 
     def items(self) -> "list[tuple[str, str]]":
         return self._fields
@@ -262,7 +264,7 @@ class Exchange:
                 return self.send(self._upstream.connect(), pooled=False)
             # else upstream may have answered before it had read everything: receive tells
             if isinstance(error, _AnsweredEarly) and self._request_fields[-1][0] == "Transfer-Encoding":
-                self._body.forget()  # the reading of a chunk's size cannot be taken up again where it was broken off
+                self._body.forget()  # a chunk's size cannot be read on from where that was broken off
         except TimeoutError as error:
             self.close()
             raise self._timed_out() from error
