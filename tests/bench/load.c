@@ -1,9 +1,11 @@
 /* The benchmark's client: HTTP/1.1 in the clear to 127.0.0.1, one thread, epoll.
  *
  *     load requests PORT connections=16 seconds=2          short requests, one after the other on each connection
+ *     load completions PORT connections=16 seconds=2       the same, but POST requests
  *     load streams  PORT connections=100 events=100 interval=20000 seconds=3
  *     load upload   PORT size=20000000 chunked=1 repeat=5
  *     load download PORT size=200000000 repeat=1
+ *     load head PORT                                       only prints the head of its requests
  *
  * Each connection sends a request, reads the answer and starts again, until `seconds` have passed since the window
  * began, or `repeat` times. The window begins when every connection has had an answer (streams: an event) and `warm`
@@ -28,10 +30,10 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { IN_SIZE = 128 << 10, TEXT_SIZE = 16 << 10, PATTERN_SIZE = 1 << 20, CHUNK_SIZE = 16 << 10, MAX_PIDS = 64 };
+enum { IN_SIZE = 128 << 10, TEXT_SIZE = 16 << 10, PATTERN_SIZE = 1 << 20, CHUNK_SIZE = 16 << 10 };
 
-enum mode { REQUESTS, STREAMS, UPLOAD, DOWNLOAD };
-static const char *const mode_names[] = {"requests", "streams", "upload", "download"};
+enum mode { REQUESTS, COMPLETIONS, STREAMS, UPLOAD, DOWNLOAD, HEAD_ONLY };
+static const char *const mode_names[] = {"requests", "completions", "streams", "upload", "download", "head"};
 
 static struct {
     enum mode mode;
@@ -86,11 +88,12 @@ static void prepare_request(void) {
     char body[512] = "", length[64] = "";
     const char *path = "/v1/models";
     char download[64];
-    if (options.mode == STREAMS) {
+    if (options.mode == STREAMS || options.mode == COMPLETIONS) {
         path = "/v1/chat/completions";
-        body_size = snprintf(body, sizeof body, "{\"model\":\"grok-4\",\"stream\":true,\"messages\":[{\"role\":\"user\","
+        body_size = snprintf(body, sizeof body, "{\"model\":\"grok-4\",\"stream\":%s,\"messages\":[{\"role\":\"user\","
                              "\"content\":\"bench events=%ld interval=%ld size=%ld \"}]}",
-                             options.events, options.interval, options.event_size);
+                             options.mode == STREAMS ? "true" : "false", options.events, options.interval,
+                             options.event_size);
         memcpy(pattern, body, pattern_size = body_size);
     } else if (options.mode == DOWNLOAD) {
         snprintf(download, sizeof download, "/v1/files/bench-%ld/content", options.size);
@@ -290,7 +293,7 @@ static void take_event(struct connection *connection, const char *text, size_t s
 
 static void take_body(struct connection *connection, const char *data, size_t size) {
     connection->received += size;
-    if (options.mode == REQUESTS || options.mode == DOWNLOAD) return;
+    if (options.mode != STREAMS && options.mode != UPLOAD) return;
     if (connection->text_size + size >= TEXT_SIZE) {
         wrong("an event longer than %d bytes", TEXT_SIZE);
         size = TEXT_SIZE - 1 - connection->text_size;
@@ -487,8 +490,9 @@ static void print_percentiles(const char *name, struct samples *samples) {
 
 static void print_result(void) {
     double seconds = window_end - window_begin;
-    printf("{\"answers\":%ld,\"events\":%ld,\"bytes\":%ld,\"seconds\":%.6f,\"cpu\":%.6f,\"client_cpu\":%.6f",
-           answers, events, bytes, seconds, cpu_end - cpu_begin, own_end - own_begin);
+    printf("{\"answers\":%ld,\"events\":%ld,\"bytes\":%ld,\"seconds\":%.6f,\"cpu\":%.6f,\"client_cpu\":%.6f,"
+           "\"client_cpu_whole\":%.6f",
+           answers, events, bytes, seconds, cpu_end - cpu_begin, own_end - own_begin, own_cpu());
     print_percentiles("latency", &latencies);
     print_percentiles("first_event", &first_events);
     print_percentiles("delay", &delays);
@@ -498,7 +502,7 @@ static void print_result(void) {
 }
 
 static void usage(const char *what) {
-    fprintf(stderr, "load: %s is not understood; load requests|streams|upload|download PORT NAME=VALUE...\n", what);
+    fprintf(stderr, "load: %s is not understood; load requests|completions|streams|upload|download|head PORT NAME=VALUE...\n", what);
     exit(64);
 }
 
@@ -512,7 +516,7 @@ static void parse_arguments(int count, char **arguments) {
         {"pids", .text = &options.pids}};
     if (count < 3) usage("no mode and port");
     while (strcmp(arguments[1], mode_names[options.mode]))
-        if (++options.mode > DOWNLOAD) usage(arguments[1]);
+        if (++options.mode > HEAD_ONLY) usage(arguments[1]);
     options.port = atoi(arguments[2]);
     for (int i = 3; i < count; i++) {
         size_t k = 0, length = strcspn(arguments[i], "=");
@@ -528,6 +532,10 @@ static void parse_arguments(int count, char **arguments) {
 
 int main(int count, char **arguments) {
     parse_arguments(count, arguments);
+    if (options.mode == HEAD_ONLY) {
+        prepare_request();
+        return fwrite(head, 1, head_size, stdout) != (size_t)head_size;
+    }
     struct rlimit files;
     getrlimit(RLIMIT_NOFILE, &files);
     files.rlim_cur = files.rlim_max;

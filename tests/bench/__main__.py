@@ -1,0 +1,204 @@
+"""bin/bench: measure xaiproxy beside nginx (and LiteLLM); print a table, write bench.json and bench.svg.
+
+Everything runs on loopback, the proxy that is measured on core 0, load client and upstream on core 1; proxies
+whose turn it is not are stopped. What is needed is installed (Debian, as root) or named. Ctrl-C ends it all.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from . import check, machine, measurements, report
+from .measurements import Run
+from .targets import Direct, LiteLLM, Nginx, Other, Rotating, Target, Upstream, Xaiproxy
+
+USAGE, FAILED, INTERRUPTED = 64, 1, 130
+RESULTS = machine.FOLDER / "results"
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        self.exit(USAGE, f"bench: {message}; see bin/bench --help\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    options = Parser(prog="bin/bench", allow_abbrev=False, description=__doc__,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--quick", action="store_true", help="what matters for judging a change, in two minutes: TLS only")
+    options.add_argument("--rounds", type=int, default=3, metavar="N", help="how often each is measured (default: 3)")
+    options.add_argument("--only", nargs="+", default=[], metavar="NAME", help="only the runs whose names begin so; all: "
+                         + ", ".join(run.name for run in all_runs()))
+    options.add_argument("--against", type=pathlib.Path, metavar="FOLDER", help="measure this checkout of xaiproxy, too")
+    options.add_argument("--litellm", action="store_true", help="LiteLLM with --quick, too (its installation takes a while)")
+    options.add_argument("--plain", action="store_true", help="only with the upstream in the clear")
+    options.add_argument("--age", type=int, default=0, metavar="SECONDS", help="also: memory and CPU over this time at load")
+    options.add_argument("--out", type=pathlib.Path, default=RESULTS, metavar="FOLDER",
+                         help="where bench.json and bench.svg go (default: .bench/results)")
+    options.add_argument("--check", action="store_true", help="instead: show that the load client is not the bottleneck")
+    options.add_argument("--table", action="store_true", help="instead: print the table of the bench.json in --out")
+    return options
+
+
+def all_runs() -> "list[Run]":
+    return [*measurements.RUNS, *measurements.HELD, *measurements.FLATNESS, *measurements.LITELLM]
+
+
+def runs_of_round(options: argparse.Namespace, round: int) -> "list[Run]":
+    runs = [*measurements.RUNS]
+    runs += measurements.HELD if round == 1 or not options.quick else []
+    runs += measurements.FLATNESS if round == 1 else []
+    if options.only:
+        runs += measurements.LITELLM
+        return [run for run in runs if run.name.startswith(tuple(options.only))]
+    if options.quick:
+        runs = [run for run in runs if run.quick]
+    return runs + (list(measurements.LITELLM) if options.litellm or not options.quick else [])
+
+
+class Bench:
+    """The targets, started when first needed, and the records of their runs."""
+
+    def __init__(self, folder: pathlib.Path, options: argparse.Namespace):
+        self.folder, self.options = folder, options
+        self.upstream = Upstream(folder)
+        self.running: "dict[tuple[str, bool], Target]" = {}
+        self.records: "list[dict[str, Any]]" = []
+        self.classes: "dict[str, type[Target]]" = {
+            kind.name: kind for kind in (Direct, Nginx, Xaiproxy, Rotating, LiteLLM)}
+        if options.against:
+            Other.checkout = options.against.resolve()
+            self.classes["other"] = Other
+
+    def close(self) -> None:
+        for target in (*self.running.values(), self.upstream):
+            target.close()
+
+    def new(self, name: str, tls: bool) -> Target:
+        return self.classes[name](self.upstream, tls, self.folder / f"{name}-{time.monotonic_ns()}")
+
+    @contextlib.contextmanager
+    def turn(self, name: str, tls: bool, fresh: bool) -> Iterator[Target]:
+        """The target, awake. All others rest."""
+        if fresh:
+            while self.running:  # shared pages would be divided among more processes than in service
+                self.running.popitem()[1].close()
+            target = self.new(name, tls).start()
+            try:
+                yield target
+            finally:
+                target.close()
+            return
+        if (name, tls) not in self.running:
+            self.running[name, tls] = self.new(name, tls).start()
+        target = self.running[name, tls]
+        target.wake()
+        try:
+            yield target
+        finally:
+            target.rest()
+
+    def plan(self) -> "list[tuple[int, bool, Run, str]]":
+        plan = []
+        for round in range(1, self.options.rounds + 1):
+            for tls in (False,) if self.options.plain else (True,) if self.options.quick else (True, False):
+                for run in runs_of_round(self.options, round):
+                    plan += [(round, tls, run, name) for name in run.targets
+                             if name in self.classes and not (name == "direct" and tls)]
+        return plan
+
+    def measure(self) -> None:
+        plan = self.plan()
+        began, planned, done = time.monotonic(), sum(step[2].seconds for step in plan), 0.0
+        for count, (round, tls, run, name) in enumerate(plan, 1):
+            record: "dict[str, Any]" = {"round": round, "tls": tls, "run": run.name, "target": name, "figures": {}}
+            try:
+                with self.turn(name, tls, run.fresh) as target:
+                    result = measurements.measure(run, target, 1 if self.options.quick else 2)
+                record |= {"busy": result["busy"], "disturbed": result["disturbed"], "result": result,
+                           "figures": {figure.name: figure.value(result) for figure in run.figures if name != "direct"
+                                       or result["cpu"] or "cpu" not in figure.name}}
+                shown = ", ".join(f"{figure.title} {report.number(record['figures'].get(figure.name))}" for figure in run.figures[:2])
+            except measurements.Wrong as wrong:
+                record["wrong"] = shown = str(wrong)
+            self.records.append(record)
+            done += run.seconds
+            left = (time.monotonic() - began) / done * (planned - done)
+            machine.say(f"[{count}/{len(plan)}, {int(left) // 60}:{int(left) % 60:02} left] {report.where(record)}: {shown}")
+
+    def age(self, seconds: int) -> "list[dict[str, float]]":
+        """Memory and CPU of one process under load, in slots of 10 s: short requests and streams in turn."""
+        slots = []
+        with self.turn("xaiproxy", not self.options.plain, fresh=True) as target:
+            began = time.monotonic()
+            while (now := time.monotonic() - began) < seconds:
+                requests = measurements.load(target.port, "requests", {"connections": 16, "seconds": 5}, target.pids())
+                streams = measurements.load(target.port, "streams", {**measurements.EACH_50, "events": 50, "seconds": 4},
+                                            target.pids())
+                slots.append({"age": now, **machine.memory(target.pids()),
+                              "cpu_request": 1e6 * requests["cpu"] / requests["answers"],
+                              "cpu_event": 1e6 * streams["cpu"] / streams["events"]})
+                machine.say(f"age {now:.0f} of {seconds} s: {slots[-1]['pss']:.0f} KiB, {slots[-1]['cpu_request']:.1f} µs a request")
+        return slots
+
+
+def bench(options: argparse.Namespace) -> int:
+    with tempfile.TemporaryDirectory(prefix="xaiproxy-bench-") as name, \
+            contextlib.closing(Bench(pathlib.Path(name), options)) as running:
+        if options.check:
+            print(check.report(running))
+            return 0
+        running.measure()
+        found = {"machine": machine.description(), "records": running.records}
+        if not options.only:
+            with running.turn("xaiproxy", not options.plain, fresh=False) as target:
+                assert isinstance(target, Xaiproxy)
+                found["help_cpu"] = measurements.help_cpu(target)
+        if options.age:
+            found["age"] = running.age(options.age)
+    write(found, options.out)
+    print(report.markdown(found))
+    return FAILED if any("wrong" in record for record in running.records) else 0
+
+
+def write(found: "dict[str, Any]", folder: pathlib.Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "bench.json").write_text(json.dumps(found, indent=1) + "\n")
+    python = machine.venv("plot", "matplotlib") / "bin/python"
+    subprocess.run([python, "-m", "tests.bench.plot", folder.resolve() / "bench.json", folder.resolve()],
+                   check=True, cwd=machine.ROOT)
+    machine.say(f"wrote {folder / 'bench.json'}, bench.svg and bench.png")
+
+
+def main() -> int:
+    options = parser().parse_args()
+    if options.table:
+        print(report.markdown(json.loads((options.out / "bench.json").read_text())))
+        return 0
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)  # as Ctrl-C: everything that was started is ended
+    try:
+        machine.prepare()
+        if options.against:
+            subprocess.run([options.against / "bin/.venv-run", "python", "-c", ""], check=True)
+        if options.litellm or not options.quick:
+            machine.venv("litellm", "litellm[proxy]")
+        return bench(options)
+    except machine.Unavailable as missing:
+        machine.say(str(missing))
+        return machine.UNAVAILABLE
+    except KeyboardInterrupt:
+        machine.say("interrupted")
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
