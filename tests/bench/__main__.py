@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fnmatch
 import json
 import pathlib
 import signal
@@ -35,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--quick", action="store_true", help="what matters for judging a change, in two minutes: TLS only")
     options.add_argument("--rounds", type=int, default=3, metavar="N", help="how often each is measured (default: 3)")
-    options.add_argument("--only", nargs="+", default=[], metavar="NAME", help="only the runs whose names begin so; all: "
+    options.add_argument("--only", nargs="+", default=[], metavar="NAME", help="only these runs, wildcards allowed; all: "
                          + ", ".join(run.name for run in all_runs()))
     options.add_argument("--against", type=pathlib.Path, metavar="FOLDER", help="measure this checkout of xaiproxy, too")
     options.add_argument("--litellm", action="store_true", help="LiteLLM with --quick, too (its installation takes a while)")
@@ -58,7 +59,7 @@ def runs_of_round(options: argparse.Namespace, round: int) -> "list[Run]":
     runs += measurements.FLATNESS if round == 1 else []
     if options.only:
         runs += measurements.LITELLM
-        return [run for run in runs if run.name.startswith(tuple(options.only))]
+        return [run for run in runs if any(fnmatch.fnmatch(run.name, name) for name in options.only)]
     if options.quick:
         runs = [run for run in runs if run.quick]
     return runs + (list(measurements.LITELLM) if options.litellm or not options.quick else [])
@@ -127,7 +128,7 @@ class Bench:
                            "figures": {figure.name: figure.value(result) for figure in run.figures if name != "direct"
                                        or result["cpu"] or "cpu" not in figure.name}}
                 shown = ", ".join(f"{figure.title} {report.number(record['figures'].get(figure.name))}" for figure in run.figures[:2])
-            except measurements.Wrong as wrong:
+            except (measurements.Wrong, machine.Unavailable) as wrong:
                 record["wrong"] = shown = str(wrong)
             self.records.append(record)
             done += run.seconds
@@ -180,6 +181,11 @@ def write(found: "dict[str, Any]", folder: pathlib.Path) -> None:
 
 def main() -> int:
     options = parser().parse_args()
+    for name in options.only:
+        if not fnmatch.filter([run.name for run in all_runs()], name):
+            parser().error(f"--only {name}: there is no such run")
+    if options.rounds < 1:
+        parser().error("--rounds takes a number from 1 up")
     if options.table:
         print(report.markdown(json.loads((options.out / "bench.json").read_text())))
         return 0
@@ -189,7 +195,7 @@ def main() -> int:
         machine.prepare()
         if options.against:
             subprocess.run([options.against / "bin/.venv-run", "python", "-c", ""], check=True)
-        if options.litellm or not options.quick:
+        if options.litellm or not (options.quick or options.check or options.only):
             machine.venv("litellm", "litellm[proxy]")
         return bench(options)
     except machine.Unavailable as missing:

@@ -10,7 +10,7 @@ from typing import Any
 from . import machine, measurements
 from .targets import Target
 
-ROUNDS, SECONDS = 3, 2
+ROUNDS, SECONDS = 3, 1
 
 
 def ask_with_load(target: Target, connections: int) -> "tuple[float, float]":

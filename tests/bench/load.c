@@ -310,11 +310,10 @@ static void take_body(struct connection *connection, const char *data, size_t si
     memmove(connection->text, text, connection->text_size);
 }
 
-/* The value of a field of the answer's head, NUL-terminated here, or NULL. `name` is in lower case, with the colon. */
+/* The value of a field of the answer's head, or NULL. `name` begins with the end of the line before it. */
 static char *field(char *answer, const char *name) {
     char *line = strcasestr(answer, name);
-    if (!line || line[-1] != '\n') return NULL;
-    return line + strlen(name) + strspn(line + strlen(name), " ");
+    return line ? line + strlen(name) + strspn(line + strlen(name), " ") : NULL;
 }
 
 /* Returns 0 when the answer cannot be understood. */
@@ -326,10 +325,10 @@ static int take_head(struct connection *connection, char *answer) {
         wrong("answer with status %d", status);
         return 0;
     }
-    connection->closing = (value = field(answer, "connection:")) && !strncasecmp(value, "close", 5);
-    if (field(answer, "transfer-encoding:")) {
+    connection->closing = (value = field(answer, "\nconnection:")) && !strncasecmp(value, "close", 5);
+    if (field(answer, "\ntransfer-encoding:")) {
         connection->expecting = CHUNK_HEAD;
-    } else if ((value = field(answer, "content-length:"))) {
+    } else if ((value = field(answer, "\ncontent-length:"))) {
         connection->expecting = CONTENT;
         connection->left = atol(value);
     } else {

@@ -82,7 +82,7 @@ def venv(name: str, *requirements: str) -> pathlib.Path:
     if not done.exists() or done.read_text() != " ".join(requirements):
         say(f"installing {' '.join(requirements)} into {folder}")
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-        subprocess.run([folder / "bin/python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
+        subprocess.run([folder / "bin/python", "-m", "pip", "install", "-qq", "--disable-pip-version-check",
                         *requirements], check=True, stdout=sys.stderr)
         done.write_text(" ".join(requirements))
     return folder
@@ -101,7 +101,7 @@ class Process:
             self.popen = subprocess.Popen(
                 pinned(core, *command), stdin=subprocess.DEVNULL, stdout=file if stdout is None else stdout,
                 stderr=file, cwd=cwd, start_new_session=True,
-                env={"PATH": os.environ["PATH"], "HOME": str(cwd), "LANG": "C.UTF-8", **(environ or {})})
+                env={"PATH": os.environ["PATH"], "HOME": str(cwd), "TMPDIR": str(cwd), "LANG": "C.UTF-8", **(environ or {})})
         self.log = log
 
     def family(self) -> "list[int]":

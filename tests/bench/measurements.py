@@ -127,7 +127,7 @@ HELD = (
         Figure("idle_pss", "idle process, MB (PSS)", of("idle_pss", 1.024e-3)),
         Figure("idle_rss", "idle process, MB (RSS)", of("idle_rss", 1.024e-3), at_most(45, "")),
         Figure("held_1000", "KiB a stream, 1,000 held", per_stream(1000), at_most(22, "")))),
-    Run("held_5000", "streams", {"connections": 5000, "ramp": 1000, "events": 8, "interval": 2_000_000, "seconds": 1},
+    Run("held_5000", "streams", {"connections": 5000, "ramp": 500, "events": 8, "interval": 2_000_000, "seconds": 1},
         seconds=20, fresh=True, targets=PROXIES, figures=(
         Figure("held_5000", "KiB a stream, 5,000 held and ended well", per_stream(5000), at_most(22, "")),)),
 )
@@ -211,7 +211,6 @@ def help_cpu(target: Xaiproxy) -> float:
     """CPU seconds of `xai-login --help`."""
     import resource
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([target.checkout / ".venv/bin/python", "-m", "xaiproxy.login", "--help"], check=True,
-                   stdout=subprocess.DEVNULL, cwd=target.folder)
+    subprocess.run([target.command("xai-login"), "--help"], check=True, stdout=subprocess.DEVNULL, cwd=target.folder)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime

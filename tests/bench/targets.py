@@ -142,13 +142,12 @@ class Xaiproxy(Target):
         path.write_text(json.dumps({"access_token": TOKEN, "refresh_token": "bench", "issuer": ISSUER, "obtained_at": now,
                                     "expires_at": now + 86400, "client_id": "b1a00492-073a-47ea-816f-4c329264a828"}))
 
-    def python(self, module: str, *arguments: str, core: int = machine.TARGET_CORE,
-               environ: "dict[str, str] | None" = None) -> machine.Process:
-        return self._run(self.checkout / ".venv/bin/python", "-m", module, *arguments, core=core, environ=environ, name=module)
+    def command(self, name: str) -> pathlib.Path:
+        return self.checkout / ".venv/bin" / name
 
     def _start(self) -> None:
         self._sign_in()
-        self.measured = proxy = self.python("xaiproxy", environ=self._settings())
+        self.measured = proxy = self._run(self.command("xai-proxy"), environ=self._settings())
         found = proxy.wait_for("'listening on' in the log", lambda: re.search(
             r"listening on http://127\.0\.0\.1:(\d+)", proxy.log.read_text()))
         self.port = int(found[1])
@@ -167,24 +166,24 @@ class Rotating(Xaiproxy):
     name = "rotating"
 
     def _start(self) -> None:
-        sandbox = self.python("xaiproxy.sandbox", "--port", "0", "--auto-approve", "0", "--device-interval", "1",
-                              "--access-token-lifetime", "3", core=machine.OTHER_CORE)
+        sandbox = self._run(self.command("xai-sandbox"), "--port", "0", "--auto-approve", "0", "--device-interval", "1",
+                            "--access-token-lifetime", "3", core=machine.OTHER_CORE, name="sandbox")
         found = sandbox.wait_for("the sandbox's settings", lambda: re.search(r"ISSUER=(\S+)", sandbox.log.read_text()))
         self.issuer = found[1]
         super()._start()
-        self.python("xaiproxy.refresher", environ=self._settings())
+        self.refresher = self._run(self.command("xai-refresher"), environ=self._settings(), name="refresher")
         self._until_fresh()
 
     def _settings(self) -> "dict[str, str]":
         return super()._settings() | {"XAI_PROXY_ISSUER": self.issuer}
 
     def _sign_in(self) -> None:
-        subprocess.run([self.checkout / ".venv/bin/python", "-m", "xaiproxy.login", "--device"], check=True,
-                       capture_output=True, cwd=self.folder, env={"PATH": os.environ["PATH"], **self._settings()})
+        subprocess.run([self.command("xai-login"), "--device"], check=True, capture_output=True,
+                       cwd=self.folder, env={"PATH": os.environ["PATH"], **self._settings()})
 
     def _until_fresh(self) -> None:
         path = self.folder / "tokens.json"
-        self.processes[0].wait_for("a token that lasts", lambda: json.loads(path.read_text())["expires_at"] > time.time() + 1)
+        self.refresher.wait_for("a token that lasts", lambda: json.loads(path.read_text())["expires_at"] > time.time() + 1)
 
     def refreshes(self) -> int:
         with urllib.request.urlopen(f"{self.issuer}/_sandbox") as answer:
@@ -202,6 +201,10 @@ class LiteLLM(Target):
 
     def _start(self) -> None:
         folder = machine.venv("litellm", "litellm[proxy]")
+        environ = {"SSL_CERT_FILE": str(self.upstream.certificate), "LITELLM_LOG": "ERROR",
+                   "LITELLM_LOCAL_MODEL_COST_MAP": "True", "PATH": f"{folder}/bin:{os.environ['PATH']}",
+                   # without a key, as xaiproxy on loopback: the least work for both
+                   "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true"}
         self.port = free_port()
         (self.folder / "config.yaml").write_text(
             "model_list:\n- model_name: grok-4\n  litellm_params:\n    model: openai/grok-4\n"
@@ -209,8 +212,7 @@ class LiteLLM(Target):
             "litellm_settings:\n  telemetry: false\n  num_retries: 0\n")
         self.measured = self._run(folder / "bin/litellm", "--config", self.folder / "config.yaml", "--host", "127.0.0.1",
                                   "--port", str(self.port), "--num_workers", "1",
-                                  environ={"SSL_CERT_FILE": str(self.upstream.certificate), "LITELLM_LOG": "ERROR",
-                                           "LITELLM_LOCAL_MODEL_COST_MAP": "True", "PATH": f"{folder}/bin:{os.environ['PATH']}"})
+                                  environ=environ)
         self.measured.wait_for("LiteLLM", lambda: answers(self.port, "/health/liveliness"), 180)
 
 
