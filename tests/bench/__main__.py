@@ -23,6 +23,7 @@ from .measurements import Run
 from .targets import Direct, LiteLLM, Nginx, Other, Rotating, Target, Upstream, Xaiproxy
 
 USAGE, FAILED, INTERRUPTED = 64, 1, 130
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 RESULTS = machine.FOLDER / "results"
 
 
@@ -179,6 +180,12 @@ def write(found: "dict[str, Any]", folder: pathlib.Path) -> None:
     machine.say(f"wrote {folder / 'bench.json'}, bench.svg and bench.png")
 
 
+def interrupt(*_: Any) -> None:
+    for number in SIGNALS:  # a second one must not keep the first from ending everything that was started
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def main() -> int:
     options = parser().parse_args()
     for name in options.only:
@@ -189,8 +196,8 @@ def main() -> int:
     if options.table:
         print(report.markdown(json.loads((options.out / "bench.json").read_text())))
         return 0
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)  # as Ctrl-C: everything that was started is ended
+    for number in SIGNALS:
+        signal.signal(number, interrupt)
     try:
         machine.prepare()
         if options.against:

@@ -30,7 +30,10 @@ class Goal:
         return value >= self.limit if self.at_least else value <= self.limit
 
     def __str__(self) -> str:
-        return f"{'≥' if self.at_least else '≤'} {self.limit:g}{f' x {self.against}' if self.against else ''}"
+        sign = "≥" if self.at_least else "≤"
+        if self.against and self.limit < 0.1:
+            return f"{sign} {self.against} / {1 / self.limit:g}"
+        return f"{sign} {self.limit:g}{f' x {self.against}' if self.against else ''}"
 
 
 @dataclasses.dataclass(frozen=True)
