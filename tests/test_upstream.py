@@ -4,7 +4,6 @@ from __future__ import annotations
 import contextlib
 import gzip
 import inspect
-import io
 import re
 import resource
 import socket
@@ -20,9 +19,9 @@ from proxy_process import Client, ProxyProcess
 from scripted_upstream import OK, Request, ScriptedUpstream, make_certificate
 from wire import Wire
 
-from xaiproxy import __version__, config
+from xaiproxy import __version__, config, request_head
+from xaiproxy.connection import Connection
 from xaiproxy.request_body import ReplayableBody, ReplayMemory, RequestBody
-from xaiproxy.request_head import Head
 from xaiproxy.upstream import Exchange, Upstream
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -317,7 +316,7 @@ def test_stream_that_is_not_read_waits_upstream(running: ProxyProcess, client: C
                                   b"SSH-2.0-dropbear\r\n",
                                   b"HTTP/1.1 200 OK\r\nnonsense\r\nContent-Length: 5\r\n\r\nx",
                                   b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nx",
-                                  b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 150 + b"\r\n"])
+                                  b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 201 + b"\r\n"])
 def test_death_before_or_in_the_head_is_502(client: Client, upstream: ScriptedUpstream, sent: bytes,
                                             how: str) -> None:
     client.request("GET", "/v1/dies")
@@ -701,11 +700,15 @@ def make_upstream(scripted: ScriptedUpstream, **keywords: float) -> Upstream:
 
 
 def a_request(upstream: Upstream, method: str = "GET", body: bytes = b"") -> Exchange:
-    head = Head(method, "/v1/x", "HTTP/1.1", [], len(body) or None, False, True)
-    replayable = ReplayableBody(RequestBody(head, io.BytesIO(body), None, 1), 0, ReplayMemory(0))
-    fields = [("Host", "x"), ("User-Agent", "x"), ("Accept-Encoding", "identity")]
-    framing = [("Content-Length", str(len(body)))] if body else []
-    return Exchange(upstream, method, "/v1/x", fields + framing, replayable)
+    framing = f"Content-Length: {len(body)}\r\n" if body else ""
+    head = request_head.parse(f"{method} /v1/x HTTP/1.1\r\nHost: x\r\n{framing}\r\n".encode())
+    ours, theirs = socket.socketpair()
+    client = Connection(ours)
+    client.unread = body
+    ours.close()
+    theirs.close()
+    replayable = ReplayableBody(RequestBody(head, client, 1), 0, ReplayMemory(0))
+    return Exchange(upstream, method, "/v1/x", [("Host", "x")], replayable)
 
 
 def exchange(upstream: Upstream, scripted: ScriptedUpstream) -> Request:

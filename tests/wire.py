@@ -125,8 +125,13 @@ class Wire:
         return Message(self.until(b"\r\n\r\n"))
 
     def chunk(self) -> bytes:
-        """The next chunk's data; b"" for the last one, whose empty line is then read too."""
-        data = self.exactly(int(self.until(b"\r\n"), 16))
+        """The next chunk's data; b"" for the last one, whose trailers and empty line are then read too."""
+        size = int(self.until(b"\r\n").partition(b";")[0], 16)
+        if size == 0:
+            while self.until(b"\r\n") != b"\r\n":
+                pass
+            return b""
+        data = self.exactly(size)
         assert self.exactly(2) == b"\r\n"
         return data
 

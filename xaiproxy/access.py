@@ -21,6 +21,7 @@ class Access:
         self._hosts = settings.allowed_hosts
         self._origins = settings.allowed_origins
         self.keys = keys
+        self._good_host: "list[str] | None" = []  # the last that passed; most clients send one and the same
 
     def check(self, head: Head, *, key_needed: bool) -> "str | None":
         """Return the name of the client key that was shown, if any.
@@ -31,8 +32,12 @@ class Access:
         self.keys.refresh()
         name = self._key_name(head)
         if name is None:
-            self._check_host(head)
-            self._check_origin(head)
+            hosts = head.by_name.get("host")
+            if hosts != self._good_host:
+                self._check_host(head)
+                self._good_host = hosts
+            if "origin" in head.by_name or "sec-fetch-site" in head.by_name:
+                self._check_origin(head)
             if key_needed and self.keys.required:
                 raise errors.ClientKeyRequired("a client key is needed, as `Authorization: Bearer KEY` or `X-Api-Key: KEY`; "
                                                "`xai-client-key add NAME` makes one")
@@ -80,7 +85,7 @@ class Access:
 
     def leave(self, head: Head) -> "list[tuple[str, str]]":
         """The header fields by which a browser lets a page of a listed origin read an answer (CORS); none for others."""
-        origins = head.values("origin")
+        origins = head.by_name.get("origin", ())
         if len(origins) != 1 or origins[0].lower() not in self._origins:
             return []
         return [("Access-Control-Allow-Origin", origins[0]), ("Vary", "Origin")]
@@ -90,8 +95,10 @@ class Access:
 
         It comes without a key even from a page that has one, so only a listed origin gets leave.
         """
+        if head.method != "OPTIONS":
+            return None
         origins, methods = head.values("origin"), head.values("access-control-request-method")
-        if head.method != "OPTIONS" or not origins or not methods:
+        if not origins or not methods:
             return None
         fields = self.leave(head)
         if not fields:

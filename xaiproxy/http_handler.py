@@ -1,23 +1,29 @@
-"""One client connection: pywsgi's handler with a strict head, a body that streams, and a head that does not wait.
+"""One client connection: a strict head, a body that streams, and a head of the answer that does not wait.
 
-It puts into the WSGI environ, beside what PEP 3333 asks for:
+gevent's WSGIServer makes a Handler for each connection. pywsgi's own handler waits for the first part of a body with
+the head, hides the raw request, and costs several times as much. This one puts into the WSGI environ, beside what
+PEP 3333 asks for:
 
     xaiproxy.head     the request_head.Head: the raw target and fields, which PATH_INFO and HTTP_* have lost
     xaiproxy.handler  this object, for what WSGI has no words for: the client's socket, and who ended the request
 """
 
 import contextlib
+import functools
 import logging
 import socket
 import struct
 import time
 import urllib.parse
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import gevent
 from gevent import pywsgi
 
-from xaiproxy import errors, request_head
+from xaiproxy import errors, framing, log, message_head, request_head
+from xaiproxy.connection import Connection
+from xaiproxy.message_head import lower_of
 from xaiproxy.request_body import RequestBody
 
 logger = logging.getLogger("xaiproxy.request")
@@ -33,23 +39,35 @@ class Cut(Exception):
 
 
 class ClientWatch:
-    """Throws ClientGone into the greenlet that made it when the client closes its side, also in silence.
+    """Throws ClientGone into the greenlet that started it when the client closes its side, also in silence.
 
     It must stop at the first unread byte (a body whose turn has not come, a pipelined request): the socket then
     stays readable, and the callback would run for ever without ever seeing the close behind it. From there on the
     kernel is asked now and then whether the connection is still established.
     """
 
+    __slots__ = ("_socket", "_greenlet", "_watcher", "_timer")
+
     def __init__(self, sock: Any):
-        self._socket = sock._sock  # the plain one: the callbacks run in the hub, where nothing may wait
-        self._greenlet = gevent.getcurrent()
-        loop = gevent.get_hub().loop
-        self._watcher = loop.io(sock.fileno(), 1)
-        self._timer = loop.timer(LOOK, LOOK)
+        self._socket = sock
+        self._greenlet: Any = None
+        self._watcher = gevent.get_hub().loop.io(sock.fileno(), 1)
+        self._timer: Any = None
 
     def start(self) -> None:
-        self._timer.stop()
-        self._watcher.start(self._look)
+        """May be called again, to look anew after unread bytes were read."""
+        self._stop_timer()
+        if not self._watcher.active:
+            self._greenlet = gevent.getcurrent()
+            self._watcher.start(self._look)
+
+    def stop(self) -> None:
+        self._watcher.stop()
+        self._stop_timer()
+
+    def close(self) -> None:
+        self.stop()
+        self._watcher.close()
 
     def _look(self) -> None:
         try:
@@ -60,172 +78,247 @@ class ClientWatch:
             data = b""
         self._watcher.stop()
         if data:
+            self._timer = gevent.get_hub().loop.timer(LOOK, LOOK)
             self._timer.start(self._look_behind)
         else:
             self._greenlet.throw(errors.ClientGone)
 
     def _look_behind(self) -> None:
         if self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != TCP_ESTABLISHED:
-            self._timer.stop()
+            self._stop_timer()
             self._greenlet.throw(errors.ClientGone)
 
-    def close(self) -> None:
-        for watcher in (self._watcher, self._timer):
-            watcher.stop()
-            watcher.close()
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.stop()
+            self._timer.close()
+            self._timer = None
 
 
-class Handler(pywsgi.WSGIHandler):
-    head: "request_head.Head | None" = None
-    key_name: "str | None" = None
-    ended_by = ""  # client, upstream, proxy; empty: nobody cut it short
-    body_length = 0  # bytes of the answer's body
-    time_head = 0.0  # when the answer's head left
-    cut_short = False  # the answer, and with it the connection
-    answered_before = False
+class Handler:
+    def __init__(self, sock: Any, address: Any, server: Any):
+        self.server = server
+        self.connection = Connection(sock)
+        self.watch = ClientWatch(sock)
+        self.key_name: "str | None" = None
+        self.ended_by = ""  # client, upstream, proxy; empty: nobody cut it short
+        self._address = address
+        self._head: "request_head.Head | None" = None
+        self._body: Any = None
+        self._answered_before = False
 
-    def handle(self):
-        with contextlib.suppress(Cut):  # while it reads a head, or lingers
-            super().handle()
-
-    def handle_one_request(self):
-        """Read and answer one request; None ends the connection (pywsgi's contract)."""
-        self.head, self.key_name, self.ended_by, self.body_length, self.time_head = None, None, "", 0, 0.0
-        self.code, self.cut_short = 0, False
+    def handle(self) -> None:
+        """Answer requests until the connection ends."""
         try:
-            if not self._wait_for_request():
-                return None
-            settings = self.server.settings
-            with gevent.Timeout(settings.client_timeout, errors.ClientTimeout(
-                    f"the request head was not complete within {settings.client_timeout:g} s", close=True)):
-                self.head = request_head.read(self.rfile)
+            with contextlib.suppress(Cut):  # while it reads a head, or lingers
+                while self._handle_one():
+                    pass
+        finally:
+            self.watch.close()
+            self.connection.close()
+
+    def _handle_one(self) -> bool:
+        """Read and answer one request; whether another may follow."""
+        self._head, self.key_name, self.ended_by = None, None, ""
+        self._code, self._content_bytes, self._time_head = 0, 0, 0.0
+        self._headers_sent = self._cut_short = self._chunks = False
+        try:
+            data = self._wait_for_head()
+            if not data:
+                return False
+            self._time_start = time.time()
+            self._head = head = request_head.parse(data)
         except errors.Refusal as refusal:
             self._refuse_head(refusal)
-            return None
-        except OSError:
-            return None
-        if self.head is None:
-            return None
-        self.answered_before = True
-        self.command, self.path, self.request_version = self.head.method, self.head.target, self.head.version
-        self.close_connection = not self.head.keep_alive
-        self.environ = self.get_environ()
-        self.application = self.server.application
-        self.handle_one_response()
-        if self.close_connection:
-            if not self.wsgi_input.ended and not self.cut_short:
-                self._linger()
-            return None
-        return True
+            return False
+        except (OSError, EOFError):
+            return False
+        self._answered_before = True
+        self._close = not head.keep_alive
+        self._body = RequestBody(head, self.connection, self.server.settings.client_timeout)
+        self._respond()
+        if self._close and not self._body.ended and not self._cut_short:
+            self._linger()
+        return not self._close
 
-    def _wait_for_request(self) -> bool:
-        """Wait for the first byte; False when none came in time, or at its end."""
-        settings = self.server.settings
-        limit = settings.keepalive_timeout if self.answered_before else settings.client_timeout
-        if self.server.draining:
-            limit = 0  # only what is there already
-        with self.server.idle(self.socket), gevent.Timeout(limit, False):
-            return bool(self.rfile.peek(1))
-        return False
+    def _wait_for_head(self) -> bytes:
+        """The head of the next request; b"" when none came in time, or at its end."""
+        server, connection = self.server, self.connection
+        if not connection.unread:
+            limit = server.settings.keepalive_timeout if self._answered_before else server.settings.client_timeout
+            server.idle.add(connection.socket)
+            try:
+                # A drain takes what is there already.
+                connection.unread = connection.receive() if server.draining else connection.recv(limit)
+            except (TimeoutError, BlockingIOError):
+                return b""
+            finally:
+                server.idle.discard(connection.socket)
+            if not connection.unread:
+                return b""
+        try:
+            return connection.recv_head(request_head.SIZE_LIMIT, server.settings.client_timeout)
+        except message_head.Malformed as error:
+            raise request_head.refusal(error) from None
+        except TimeoutError:
+            raise errors.ClientTimeout(f"the request head was not complete within {server.settings.client_timeout:g} s",
+                                       close=True) from None
 
     def _refuse_head(self, refusal: errors.Refusal) -> None:
         status, fields, body = refusal.rendered()
         lines = [f"HTTP/1.1 {status}", *(f"{name}: {value}" for name, value in fields), "Connection: close", "", ""]
-        self.time_start = self.time_head = time.time()
-        self.code, self.body_length, self.ended_by = refusal.status, len(body), "proxy"
-        self.log_request()
+        self._time_start = self._time_head = time.time()
+        self._code, self._content_bytes, self.ended_by = refusal.status, len(body), "proxy"
+        self._log()
         with contextlib.suppress(OSError):
-            self.socket.sendall("\r\n".join(lines).encode("latin-1") + body)
+            self.connection.send_all("\r\n".join(lines).encode("latin-1") + body)
             self._linger()
 
-    def get_environ(self) -> "dict[str, Any]":
-        head, environ = self.head, self.server.get_environ()
-        self.wsgi_input = RequestBody(head, self.rfile, self.socket, self.server.settings.client_timeout)
-        path, _, query = head.target.partition("?")
-        environ.update({
-            "REQUEST_METHOD": head.method, "SCRIPT_NAME": "", "QUERY_STRING": query,
-            "PATH_INFO": urllib.parse.unquote_to_bytes(path).decode("latin-1"),
-            "SERVER_PROTOCOL": head.version, "REMOTE_ADDR": str(self.client_address[0]),
-            "wsgi.input": self.wsgi_input, "wsgi.input_terminated": True,
-            "xaiproxy.head": head, "xaiproxy.handler": self})
-        if head.content_length is not None:
-            environ["CONTENT_LENGTH"] = str(head.content_length)
+    # The answer
+
+    def _respond(self) -> None:
+        result: Any = None
+        try:
+            result = self.server.application(self._environ(), self.start_response)
+            self._send(result)
+        except (errors.ClientGone, errors.UpstreamBroken, Cut, gevent.GreenletExit) as error:
+            self.ended_by = {errors.ClientGone: "client", errors.UpstreamBroken: "upstream"}.get(type(error), "proxy")
+            self._cut()
+        except BaseException:
+            logger.error("an unexpected error; please report it", exc_info=True)
+            self.ended_by = "proxy"
+            if not self._headers_sent:
+                status, fields, body = errors.Refusal("the proxy failed; its log has the details").rendered()
+                self._close = True
+                with contextlib.suppress(errors.ClientGone):
+                    self.start_response(status, fields)(body)
+            self._cut()
+        finally:
+            close = getattr(result, "close", None)
+            if close is not None:
+                close()
+            self._log()
+
+    def _environ(self) -> "dict[str, Any]":
+        head, environ = self._head, self.server.get_environ()
+        environ["REQUEST_METHOD"] = head.method
+        environ["SCRIPT_NAME"] = ""
+        environ["PATH_INFO"] = urllib.parse.unquote_to_bytes(head.path).decode("latin-1") if "%" in head.path else head.path
+        environ["QUERY_STRING"] = head.target[len(head.path) + 1:]
+        environ["SERVER_PROTOCOL"] = head.version
+        environ["REMOTE_ADDR"] = str(self._address[0])
+        environ["wsgi.input"] = self._body
+        environ["wsgi.input_terminated"] = True
+        environ["xaiproxy.head"] = head
+        environ["xaiproxy.handler"] = self
         for name, value in head.fields:
-            if "_" not in name:
-                key = name.upper().replace("-", "_")
-                key = key if key == "CONTENT_TYPE" else "HTTP_" + key
+            key = _environ_key(name)
+            if key:
                 environ[key] = f"{environ[key]},{value}" if key in environ else value
-        environ.pop("HTTP_CONTENT_LENGTH", None)
         return environ
 
-    def start_response(self, status, headers, exc_info=None):
-        # What is unread of the body would be taken for the next request.
-        if self.server.draining or not self.wsgi_input.ended:
-            self.close_connection = True
-        if self.request_version == "HTTP/1.0" and not any(name.lower() == "content-length" for name, _ in headers):
-            self.close_connection = True  # its end is the only end of the body that HTTP/1.0 knows
-        if self.close_connection and self.request_version == "HTTP/1.1":
-            headers = [*headers, ("Connection", "close")]
-        return super().start_response(status, headers, exc_info)
+    def start_response(self, status: str, headers: "list[tuple[str, str]]", exc_info: Any = None) -> "Callable[[bytes], None]":
+        """PEP 3333's. Raises ValueError at a line end in what would become a header line."""
+        if exc_info and self._headers_sent:
+            raise exc_info[1]
+        head = self._head
+        self._code = int(status[:3])
+        names = [lower_of(name) for name, _ in headers]
+        has_length = "content-length" in names
+        no_body = head.method == "HEAD" or self._code in (204, 304)
+        self._chunks = not (has_length or no_body or head.version == "HTTP/1.0")
+        # What is unread of the body would be taken for the next request; and the end of the connection is the only
+        # end of the body that HTTP/1.0 knows.
+        if self.server.draining or not self._body.ended or head.version == "HTTP/1.0" and not (has_length or no_body):
+            self._close = True
+        lines = [f"HTTP/1.1 {status}\r\n", *[f"{name}: {value}\r\n" for name, value in headers]]
+        if "date" not in names:
+            lines.append(f"Date: {pywsgi.format_date_time(time.time()).decode()}\r\n")
+        if self._chunks:
+            lines.append("Transfer-Encoding: chunked\r\n")
+        if self._close:
+            lines.append("Connection: close\r\n")
+        elif head.version == "HTTP/1.0":
+            lines.append("Connection: keep-alive\r\n")
+        text = "".join(lines)
+        if not text.count("\r\n") == text.count("\r") == text.count("\n") == len(lines):
+            raise ValueError("a line end in a header field")
+        self._head_text = text + "\r\n"
+        self._ends_with_connection = not (has_length or self._chunks or no_body)
+        return self.write
 
-    def finalize_headers(self):
-        if self.head is not None and (self.head.method == "HEAD" or self.code in (204, 304)):
-            # pywsgi would announce chunks for them, and send a last one.
-            if self.provided_date is None:
-                self.response_headers.append((b"Date", pywsgi.format_date_time(time.time())))
+    def _take_head(self) -> bytes:
+        self._headers_sent = True
+        self._time_head = time.time()
+        return self._head_text.encode("latin-1")
+
+    def _send(self, result: "Iterable[bytes]") -> None:
+        is_stream = hasattr(result, "relay")
+        if is_stream and self._can_relay(result):
+            result.relay(self.connection, self._take_head(), self._count)
             return
-        super().finalize_headers()
-
-    def process_result(self):
-        if getattr(self.result, "head_first", False):
+        if is_stream:
             self.write(b"")  # the head leaves now, even if no byte of the body follows for an hour
-        super().process_result()
+        for data in result:
+            if data:
+                self.write(data)
+        if not self._headers_sent:
+            self.write(b"")
+        if self._chunks:
+            self._send_all(b"0\r\n\r\n")
 
-    def write(self, data):
-        if self.head.method == "HEAD":
+    def _can_relay(self, result: Any) -> bool:
+        """Whether the client is to have the body in the framing that upstream has put it in."""
+        return result.framing is not framing.UntilClose and (result.framing is framing.Chunked) == self._chunks
+
+    def _count(self, size: int) -> None:
+        self._content_bytes += size
+
+    def write(self, data: bytes) -> None:
+        """PEP 3333's."""
+        if self._head.method == "HEAD":
             data = b""
-        if not self.headers_sent:
-            self.time_head = time.time()
-        self.body_length += len(data)
-        return super().write(data)
+        self._content_bytes += len(data)
+        if self._chunks and data:
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        self._send_all(data if self._headers_sent else self._take_head() + data)
 
-    def _sendall(self, data):
+    def _send_all(self, data: bytes) -> None:
         try:
-            super()._sendall(data)
+            self.connection.send_all(data)
         except OSError:
             raise errors.ClientGone from None
 
-    def handle_error(self, t, v, tb):
-        if issubclass(t, (errors.ClientGone, errors.UpstreamBroken, Cut, gevent.GreenletExit)):
-            self.ended_by = {errors.ClientGone: "client", errors.UpstreamBroken: "upstream"}.get(t, "proxy")
-        else:
-            logger.error("an unexpected error; please report it", exc_info=(t, v, tb))
-            self.ended_by = "proxy"
-            if not self.headers_sent:
-                status, fields, body = errors.Refusal("the proxy failed; its log has the details").rendered()
-                self.close_connection = True
-                self.start_response(status, fields)
-                self.write(body)
-        self.close_connection = self.cut_short = True
-        if self.headers_sent and not self.response_use_chunked and self.provided_content_length is None:
+    def _cut(self) -> None:
+        self._close = self._cut_short = True
+        if self._headers_sent and self._ends_with_connection:
             with contextlib.suppress(OSError):  # nothing but a reset tells this client that the answer is cut short
-                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+                self.connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
 
     def _linger(self) -> None:
         """Take in what the client still sends: to close on unread bytes is a reset, which can destroy our answer."""
         with contextlib.suppress(OSError), gevent.Timeout(LINGER_TIME, False):
-            self.socket.shutdown(socket.SHUT_WR)
-            while self.rfile.read1(65536):
+            self.connection.socket.shutdown(socket.SHUT_WR)
+            while self.connection.recv(None):
                 pass
 
-    def log_request(self):
-        head = self.head
+    def _log(self) -> None:
+        head = self._head
         now = time.time()
         fields: "dict[str, Any]" = {
-            "method": head.method if head else "-", "path": head.path if head else "-", "status": abs(self.code or 0),
-            "bytes": self.body_length,
-            "first_byte_ms": round((self.time_head - self.time_start) * 1000, 1) if self.time_head else None,
-            "duration_ms": round((now - self.time_start) * 1000, 1),
+            "method": head.method if head else "-", "path": head.path if head else "-", "status": abs(self._code or 0),
+            "bytes": self._content_bytes,
+            "first_byte_ms": round((self._time_head - self._time_start) * 1000, 1) if self._time_head else None,
+            "duration_ms": round((now - self._time_start) * 1000, 1),
             "ended_by": self.ended_by or "done", "key": self.key_name}
         quiet = fields["path"] in ("/healthz", "/readyz") and fields["status"] == 200
-        logger.log(logging.DEBUG if quiet else logging.INFO, "request", extra={"fields": fields})
+        log.event(logger, logging.DEBUG if quiet else logging.INFO, "request", fields)
+
+
+@functools.lru_cache(maxsize=1024)
+def _environ_key(name: str) -> str:
+    """CGI's name of a header field; "" for one that it would make look like another."""
+    if "_" in name:
+        return ""
+    key = name.upper().replace("-", "_")
+    return key if key in ("CONTENT_TYPE", "CONTENT_LENGTH") else "HTTP_" + key

@@ -9,13 +9,15 @@ formatted, as the last line of defence behind not logging it in the first place.
 """
 
 import contextlib
-import datetime
+import functools
 import json
 import logging
 import os
 import re
 import select
+import time
 import traceback
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -26,29 +28,48 @@ SECRETS = re.compile(
     r"|xaip_[\w-]{8,}"                      # a client key of ours
     r"|(?<![\w-])[\w-]{80,}(?![\w-])"       # a refresh token: 86 characters of base64url
 )
+SHORTEST_SECRET = 13
+PLAIN = frozenset((int, float, bool, type(None)))  # what cannot hold a secret
 # Controls would let what others send (a path, an error_description) forge lines or drive a terminal.
 CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
+_handler: "LineHandler | None" = None
+
+
 def blot(text: str, limit: int) -> str:
     """The first `limit` characters, without secrets, even one that the limit cuts."""
+    if len(text) < SHORTEST_SECRET:
+        return text[:limit]
     return SECRETS.sub("[secret]", text[:limit + 2048])[:limit]
 
 
-def setup(process: str, level: str, format: str, fd: int = 2,
-          poll: Callable[[], Any] = select.poll) -> None:
-    """Send the package's log to `fd`. Under gevent, `poll` must be the original: the patched one switches greenlets."""
+def setup(process: str, level: str, format: str, fd: int = 2, poll: "Callable[[], Any]" = select.poll,
+          defer: "Callable[[Callable[[], None]], Any] | None" = None) -> None:
+    """Send the package's log to `fd`.
+
+    Under gevent, `poll` must be the original: the patched one switches greenlets. `defer`: runs what it is given a
+    moment later, so that the lines of that moment are written together.
+    """
     as_json = format == "json" or (format == "auto" and not os.isatty(fd))
-    handler = LineHandler(fd, poll)
+    handler = LineHandler(fd, poll, defer)
     handler.setFormatter(JsonFormatter(process) if as_json else TextFormatter(process))
+    global _handler
+    _handler = handler
     logger = logging.getLogger("xaiproxy")
     logger.handlers[:] = [handler]
     logger.setLevel(level.upper())
     logger.propagate = False  # other libraries' logs hold URLs with queries: they stay where they are
 
 
+def event(logger: logging.Logger, level: int, message: str, fields: "dict[str, Any]") -> None:
+    """What logger.log(level, message, extra={"fields": fields}) does, without what that spends on making a record."""
+    if _handler is not None and logger.isEnabledFor(level):
+        _handler.put(_handler.formatter.line(time.time(), logging.getLevelName(level), message, fields))
+
+
 class LineHandler(logging.Handler):
-    def __init__(self, fd: int, poll: Callable[[], Any]):
+    def __init__(self, fd: int, poll: "Callable[[], Any]", defer: "Callable[[Callable[[], None]], Any] | None" = None):
         super().__init__()
         if os.isatty(fd):
             # A terminal stopped with Ctrl-S may have room for half a line. That a write does not wait is a mode of
@@ -57,26 +78,45 @@ class LineHandler(logging.Handler):
                 fd = os.open(os.ttyname(fd), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
         self.fd = fd
         self.dropped = 0
+        self._defer = defer
+        self._lines: "deque[bytes]" = deque()
         self._poll = poll()
         self._poll.register(fd, select.POLLOUT)
 
     def emit(self, record: logging.LogRecord) -> None:
-        if self.dropped:
-            missing = logging.LogRecord(record.name, logging.WARNING, "", 0, "%d log lines were dropped: "
-                                        "nobody read them in time", (self.dropped,), None)
-            if not self._write(missing):
-                self.dropped += 1
+        self.put(self.format(record))
+
+    def put(self, line: str) -> None:
+        first = not self._lines
+        self._lines.append(line.encode("utf-8", "replace") + b"\n")
+        if self._defer is None:
+            self.flush()
+        elif first:
+            self._defer(self.flush)
+
+    def flush(self) -> None:
+        lines = self._lines
+        while lines:
+            if self.dropped:
+                lines.appendleft(self.formatter.line(time.time(), "WARNING", f"{self.dropped} log lines were dropped: "
+                                                     "nobody read them in time", {}).encode() + b"\n")
+            size, count = len(lines[0]), 1
+            while count < len(lines) and size + len(lines[count]) <= LINE_LIMIT:
+                size += len(lines[count])
+                count += 1
+            if not self._write(b"".join([lines[i] for i in range(count)])):
+                self.dropped += len(lines) - (1 if self.dropped else 0)
+                lines.clear()
                 return
             self.dropped = 0
-        if not self._write(record):
-            self.dropped += 1
+            for _ in range(count):
+                lines.popleft()
 
-    def _write(self, record: logging.LogRecord) -> bool:
-        line = self.format(record).encode("utf-8", "replace") + b"\n"
+    def _write(self, data: bytes) -> bool:
         if not any(events & select.POLLOUT for _, events in self._poll.poll(0)):
             return False
         try:
-            os.write(self.fd, line)
+            os.write(self.fd, data)
         except OSError:  # the reader is gone: there is nobody to tell
             return False
         return True
@@ -87,33 +127,55 @@ class _Formatter(logging.Formatter):
         super().__init__()
         self.process = process
 
-    def _parts(self, record: logging.LogRecord) -> "tuple[str, str, str, dict[str, Any]]":
-        time = datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc)
-        fields = {name: value if isinstance(value, (int, float, type(None))) else blot(str(value), 512)
-                  for name, value in getattr(record, "fields", {}).items()}
+    def format(self, record: logging.LogRecord) -> str:
+        fields = dict(getattr(record, "fields", {}))
         if record.exc_info and record.exc_info[1] is not None:
-            fields["traceback"] = blot("".join(traceback.format_exception(record.exc_info[1]))[-1500:], 1500)
-        return time.isoformat(timespec="milliseconds").replace("+00:00", "Z"), record.levelname.lower(), \
-            blot(record.getMessage(), 1000), fields
+            fields["traceback"] = "".join(traceback.format_exception(record.exc_info[1]))
+        return self.line(record.created, record.levelname, record.getMessage(), fields)
+
+    def line(self, created: float, level: str, message: str, fields: "dict[str, Any]") -> str:
+        """`created`: unix seconds."""
+        raise NotImplementedError
+
+
+def _stamp(created: float) -> str:
+    return f"{_second(int(created))}.{int(created % 1 * 1000):03d}Z"
+
+
+@functools.lru_cache(maxsize=1)
+def _second(second: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+
+
+def _blotted(fields: "dict[str, Any]") -> "dict[str, Any]":
+    blotted = {name: value if type(value) in PLAIN else blot(str(value), 512) for name, value in fields.items()}
+    if "traceback" in fields:
+        blotted["traceback"] = blot(fields["traceback"][-1500:], 1500)
+    return blotted
+
+
+def _escaped(line: str, escape: "Callable[[str], str]") -> str:
+    return line if line.isprintable() else CONTROLS.sub(lambda match: escape(match[0]), line)
 
 
 class JsonFormatter(_Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        time, level, message, fields = self._parts(record)
-        entry = {"time": time, "level": level, "process": self.process, "message": message}
-        for attempt in (entry | fields,
-                        entry | {"message": message[:200]} | {name: str(value)[:50] for name, value in fields.items()},
-                        entry | {"message": message[:200]}):
-            line = CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", json.dumps(attempt, ensure_ascii=False))
-            if len(line.encode("utf-8", "replace")) < LINE_LIMIT:
+    _encode = json.JSONEncoder(ensure_ascii=False).encode
+
+    def line(self, created: float, level: str, message: str, fields: "dict[str, Any]") -> str:
+        message, fields = blot(message, 1000), _blotted(fields)
+        entry = {"time": _stamp(created), "level": level.lower(), "process": self.process, "message": message}
+        for shortened in (lambda: fields,
+                          lambda: {"message": message[:200]} | {name: str(value)[:50] for name, value in fields.items()},
+                          lambda: {"message": message[:200]}):
+            line = _escaped(self._encode(entry | shortened()), lambda character: f"\\u{ord(character):04x}")
+            if len(line) < LINE_LIMIT // 4 or len(line.encode("utf-8", "replace")) < LINE_LIMIT:
                 break
         return line
 
 
 class TextFormatter(_Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        time, level, message, fields = self._parts(record)
-        words = [time, level.upper(), f"{self.process}:", message]
-        words += [f"{name}={value}" for name, value in fields.items()]
-        line = CONTROLS.sub(lambda match: repr(match[0])[1:-1], " ".join(words))
+    def line(self, created: float, level: str, message: str, fields: "dict[str, Any]") -> str:
+        words = [_stamp(created), level.upper(), f"{self.process}:", blot(message, 1000)]
+        words += [f"{name}={value}" for name, value in _blotted(fields).items()]
+        line = _escaped(" ".join(words), lambda character: repr(character)[1:-1])
         return line.encode("utf-8", "replace")[:LINE_LIMIT - 200].decode("utf-8", "ignore")

@@ -8,6 +8,7 @@ This is a WSGI layer around Flask's `app.wsgi_app`: a proxied request needs the 
 request context has lost, and nothing of what that context would cost.
 """
 
+import functools
 import logging
 import math
 import re
@@ -18,7 +19,9 @@ from typing import Any
 import gevent
 
 from xaiproxy import access, config, errors, headers, token_store, tokens
+from xaiproxy.connection import Connection
 from xaiproxy.http_handler import ClientWatch
+from xaiproxy.relay import Relay
 from xaiproxy.request_body import ReplayableBody, ReplayMemory
 from xaiproxy.request_head import Head
 from xaiproxy.upstream import USER_AGENT, Exchange, Upstream, is_refused_token
@@ -69,7 +72,7 @@ class Proxy:
     def _forward(self, head: Head, environ: "dict[str, Any]", start_response: "Callable[..., Any]") -> "Stream":
         handler = environ["xaiproxy.handler"]
         body = ReplayableBody(environ["wsgi.input"], self._settings.replay_limit, self._memory)
-        watch = ClientWatch(handler.socket)
+        watch = handler.watch
         exchange = None
         try:
             watch.start()  # while we wait for a token; it stops at the first byte of a body
@@ -82,13 +85,14 @@ class Proxy:
                     exchange = self._send(head, body, newer, watch)
             body.forget()
             fields = headers.to_client(exchange.fields, length=exchange.length)
-            if not any(name.lower() == "access-control-allow-origin" for name, _ in fields):
-                fields += self._gate.leave(head)
-            start_response(f"{exchange.status} {_reason(exchange.reason)}", fields)
+            leave = self._gate.leave(head)
+            if leave and not any(name.lower() == "access-control-allow-origin" for name, _ in fields):
+                fields += leave
+            start_response(f"{exchange.status} {exchange.reason}", fields)
             return Stream(exchange, watch)
         except BaseException:
             body.forget()
-            watch.close()
+            watch.stop()
             if exchange is not None:
                 exchange.close()
             raise
@@ -96,12 +100,7 @@ class Proxy:
     def _send(self, head: Head, body: ReplayableBody, login: tokens.Tokens, watch: ClientWatch) -> Exchange:
         fields = headers.to_upstream(head.fields, host=self._upstream.host, user_agent=USER_AGENT,
                                      access_token=login.access_token)
-        framing = None
-        if head.chunked:
-            framing = ("Transfer-Encoding", "chunked")
-        elif head.content_length is not None:
-            framing = ("Content-Length", str(head.content_length))
-        exchange = self._upstream.send(head.method, head.target, fields, body, framing)
+        exchange = self._upstream.send(head.method, head.target, fields, body)
         watch.start()  # again: the body is read, and nothing else looks at the client's socket from here on
         exchange.receive()
         return exchange
@@ -188,9 +187,10 @@ class Proxy:
 
 
 class Stream:
-    """The answer's body, chunk by chunk. Our handler sends the head as soon as it has one of these."""
+    """The answer's body, content as it comes: what any WSGI server can send.
 
-    head_first = True
+    A handler that finds `relay` in it can have it sent faster, in the framing of upstream.
+    """
 
     def __init__(self, exchange: Exchange, watch: ClientWatch):
         self._exchange = exchange
@@ -199,8 +199,15 @@ class Stream:
     def __iter__(self) -> Iterator[bytes]:
         return iter(self._exchange)
 
+    @property
+    def framing(self) -> type:
+        return type(self._exchange.body)
+
+    def relay(self, client: Connection, head: bytes, count: "Callable[[int], None]") -> None:
+        Relay(self._exchange, client, count).run(head)
+
     def close(self) -> None:
-        self._watch.close()  # first, or it could break into the other
+        self._watch.stop()  # first, or it could break into the other
         self._exchange.close()
 
 
@@ -210,6 +217,7 @@ def check_method(method: str) -> None:
         raise errors.MethodNotAllowed(f"{method} is not passed on")
 
 
+@functools.lru_cache(maxsize=256)
 def check_path(path: str) -> None:
     """Refuse what could leave /v1 further up, and a doubled /v1. Raises BadRequest, NotFound."""
     for segment in SEGMENT_END.split(path):
@@ -218,6 +226,3 @@ def check_path(path: str) -> None:
     if path[3:7] in ("/v1/", "/v2/"):
         raise errors.NotFound(f"there is no {path[:200]}; {path[3:200]} is meant: the base URL ends with one /v1")
 
-
-def _reason(reason: str) -> str:
-    return re.sub(r"[^\t -~\x80-\xff]", "", reason)

@@ -1,17 +1,11 @@
 """The body of a client's request, handed on as it arrives, and the copy kept so that it can be sent again."""
 
-import re
+import time
 from collections.abc import Iterator
 
-import gevent
-
-from xaiproxy import errors
-from xaiproxy.request_head import FIELD_LINE, Head
-
-CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")  # RFC 9112 section 7.1
-LINE_LIMIT = 4096  # bytes of one chunk-size or trailer line
-TRAILER_LIMIT = 100
-READ = 65536
+from xaiproxy import errors, framing
+from xaiproxy.connection import READ, Connection
+from xaiproxy.request_head import Head
 
 
 class RequestBody:
@@ -20,41 +14,37 @@ class RequestBody:
     `ended` says whether the whole body was read, so that another request can follow on the connection.
     """
 
-    def __init__(self, head: Head, stream, sock, timeout: float):
+    def __init__(self, head: Head, connection: Connection, timeout: float):
         self.chunked = head.chunked
         self.content_length = head.content_length
-        self.ended = not head.chunked and not head.content_length
-        self._left = 0 if head.chunked else head.content_length or 0  # bytes of the body, or of this chunk
-        self._first_chunk = True
-        self._stream = stream
-        self._socket = sock
+        self._framing = framing.Chunked() if head.chunked else framing.Sized(head.content_length or 0)
+        self._connection = connection
         self._timeout = timeout
+        self._unread = b""  # content that came with what was asked for
         self._continue_due = not self.ended and head.version == "HTTP/1.1" and \
             [value.lower() for value in head.values("expect")] == ["100-continue"]
 
-    def read1(self, size: int = READ) -> bytes:
-        """Return some bytes, at most `size` if that is positive; b"" at the end.
+    @property
+    def ended(self) -> bool:
+        return self._framing.ended and not self._unread
+
+    @property
+    def has_come(self) -> bool:
+        """Whether read1 need not wait."""
+        return bool(self._unread or self._connection.unread)
+
+    def read1(self, size: int = -1) -> bytes:
+        """Return some bytes, at most `size` if that is not negative; b"" at the end.
 
         Raises BadRequest, ClientTimeout, ClientGone.
         """
-        if self.ended or size == 0:
+        if size == 0:
             return b""
-        try:
-            with gevent.Timeout(self._timeout, errors.ClientTimeout(
-                    f"no byte of the request body came for {self._timeout:g} s", close=True)):
-                if self._continue_due:
-                    self._continue_due = False
-                    self._socket.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-                if self.chunked and self._left == 0 and not self._next_chunk():
-                    return b""
-                data = self._stream.read1(min(size if size > 0 else READ, self._left))
-        except OSError:
-            raise errors.ClientGone from None
-        if not data:
-            raise errors.ClientGone
-        self._left -= len(data)
-        if self._left == 0 and not self.chunked:
-            self.ended = True
+        data = self._unread or self._next()
+        if 0 < size < len(data):
+            data, self._unread = data[:size], data[size:]
+        else:
+            self._unread = b""
         return data
 
     def read(self, size: int = -1) -> bytes:
@@ -64,33 +54,28 @@ class RequestBody:
             size -= len(data) if size > 0 else 0
         return b"".join(parts)
 
-    def _discard(self) -> None:
-        """pywsgi's hook after an answer; what is unread makes our handler close the connection instead."""
-
-    def _next_chunk(self) -> bool:
-        if not self._first_chunk and self._line(2) != b"\r\n":
-            raise errors.BadRequest("a chunk of the request body is longer than it says", close=True)
-        self._first_chunk = False
-        match = CHUNK_LINE.fullmatch(self._line())
-        if match is None:
-            raise errors.BadRequest("a chunk size in the request body is malformed", close=True)
-        self._left = int(match[1], 16)
-        if self._left:
-            return True
-        for _ in range(TRAILER_LIMIT + 1):
-            line = self._line()
-            if line == b"\r\n":
-                self.ended = True
-                return False
-            if FIELD_LINE.fullmatch(line) is None:
-                break
-        raise errors.BadRequest("the trailers of the request body are malformed", close=True)
-
-    def _line(self, limit: int = LINE_LIMIT) -> bytes:
-        line = self._stream.readline(limit)
-        if len(line) < limit and not line.endswith(b"\n"):
-            raise errors.ClientGone
-        return line
+    def _next(self) -> bytes:
+        """The content of what comes next, of all chunks in it."""
+        deadline = time.monotonic() + self._timeout  # bytes that are no content do not push it on
+        content = b""
+        try:
+            if self._continue_due:
+                self._continue_due = False
+                self._connection.send_all(b"HTTP/1.1 100 Continue\r\n\r\n", self._timeout)
+            while not content and not self._framing.ended:
+                data = self._connection.recv(deadline - time.monotonic())
+                if not data:
+                    raise errors.ClientGone
+                spans = self._framing.feed(data)
+                self._connection.unread = data[self._framing.used:]
+                content = b"".join([data[start:end] for start, end in spans]) if spans != [(0, len(data))] else data
+        except TimeoutError:
+            raise errors.ClientTimeout(f"no byte of the request body came for {self._timeout:g} s", close=True) from None
+        except OSError:
+            raise errors.ClientGone from None
+        except framing.Malformed as error:
+            raise errors.BadRequest(f"the request body {error}", close=True) from None
+        return content
 
 
 class ReplayMemory:
@@ -117,6 +102,8 @@ class ReplayableBody:
     """
 
     def __init__(self, body: RequestBody, limit: int, memory: ReplayMemory):
+        self.chunked = body.chunked
+        self.content_length = body.content_length
         self._body = body
         self._limit = limit
         self._memory = memory
@@ -126,6 +113,11 @@ class ReplayableBody:
     @property
     def ended(self) -> bool:
         return self._body.ended
+
+    @property
+    def has_come(self) -> bool:
+        """Whether the first part need not be waited for."""
+        return bool(self._kept) or self._body.has_come
 
     def __iter__(self) -> Iterator[bytes]:
         for start in range(0, len(self._kept), READ):

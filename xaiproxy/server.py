@@ -5,10 +5,10 @@ import errno
 import logging
 import os
 import resource
+import select
 import signal
 import socket
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import gevent
@@ -18,8 +18,9 @@ import gevent.pool
 from gevent import pywsgi
 
 from xaiproxy import __version__, app, client_keys, command, config, errors, log, token_store
+from xaiproxy.dialling import SOCKET_OPTIONS
 from xaiproxy.http_handler import Cut, Handler
-from xaiproxy.upstream import SOCKET_OPTIONS, Upstream
+from xaiproxy.upstream import Upstream
 
 logger = logging.getLogger(__name__)
 
@@ -41,16 +42,7 @@ class Server(pywsgi.WSGIServer):
                          environ={"SERVER_NAME": "xaiproxy"})  # else pywsgi looks its name up in the DNS
         self.settings = settings
         self.draining = False
-        self._idle: "set[Any]" = set()  # sockets
-
-    @contextlib.contextmanager
-    def idle(self, sock: Any) -> "Iterator[None]":
-        """Between two requests: such a connection may be closed at any time."""
-        self._idle.add(sock)
-        try:
-            yield
-        finally:
-            self._idle.discard(sock)
+        self.idle: "set[Any]" = set()  # sockets between two requests, which may be closed at any time
 
     def drain(self, cut: gevent.event.Event) -> None:
         """Stop accepting, close idle connections, wait for open answers, then cut what is left.
@@ -58,11 +50,15 @@ class Server(pywsgi.WSGIServer):
         What reached the kernel before is answered. `cut`: set to end the wait early.
         """
         self.draining = True
+        for _ in range(BACKLOG):  # closing would reset the connections that wait in the kernel
+            if self.full() or not select.select([self.socket], [], [], 0)[0]:
+                break
+            gevent.sleep(0)
         self.close()
-        for sock in self._idle:
+        for sock in self.idle:
             with contextlib.suppress(OSError):
                 try:
-                    sock._sock.recv(1, socket.MSG_PEEK)
+                    sock.recv(1, socket.MSG_PEEK)
                 except BlockingIOError:  # nothing there: let its handler read an end
                     sock.shutdown(socket.SHUT_RD)
         if len(self.pool):
@@ -88,7 +84,8 @@ def main(argv: "list[str] | None" = None) -> int:
 
 def serve(settings: config.Config) -> int:
     # The original poll: the patched one would switch greenlets in the middle of a log line.
-    log.setup("proxy", settings.log_level, settings.log_format, poll=gevent.monkey.get_original("select", "poll"))
+    log.setup("proxy", settings.log_level, settings.log_format, poll=gevent.monkey.get_original("select", "poll"),
+              defer=gevent.get_hub().loop.run_callback)
     gevent.get_hub().exception_stream = _LogStream()
     for warning in settings.warnings:
         logger.warning("%s", warning)

@@ -1,124 +1,39 @@
 """The connection to upstream: one request out, one answer back, whose body is read as it comes and surely closed.
 
-urllib3 makes the connections (TLS, CONNECT and SOCKS proxies) and frames the messages; its pool and its urlopen are
-not used, because they would re-quote the target, hide whether any byte was written, and bound neither the name
-look-up nor several addresses nor TLS in time.
+urllib3 and http.client would do that too, but re-quote the target, hide whether any byte was written, keep upstream's
+framing to themselves, and take ten times as long.
 """
 
-import http.client
-import socket
+import copy
 import ssl
 import time
 import urllib.parse
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator
-from typing import BinaryIO
+from collections.abc import Iterator
+from typing import Any
 
 import gevent
-import urllib3
-import urllib3.connection
-import urllib3.exceptions
-import urllib3.util
 
-from xaiproxy import __version__, config, errors
+from xaiproxy import __version__, config, errors, message_head, response_head
+from xaiproxy.connection import Connection
+from xaiproxy.dialling import Dialler
+from xaiproxy.message_head import Malformed
 from xaiproxy.request_body import ReplayableBody
 
 USER_AGENT = f"xaiproxy/{__version__}"  # our own: Cloudflare turns some clients' away
 IDLE_LIMIT = 60  # seconds that a connection waits for its next request
 INTERIM_LIMIT = 20  # 1xx answers before the final one
-READ = 65536
 PEEK_LIMIT = 65536  # bytes of an error that are looked at
 PEEK_TIME = 2.0  # seconds for them to come
-# Dead peers behind a silent network are noticed within two minutes.
-KEEPALIVE = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
-             (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15), (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)]
-SOCKET_OPTIONS = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), *KEEPALIVE]
 # Sent again on a new connection when a pooled one breaks: repeating these changes nothing (RFC 9110 section 9.2.2
 # would allow PUT and DELETE too, but what they do here may be paid for).
 REPEATABLE = frozenset(("GET", "HEAD", "OPTIONS"))
-BROKEN = (OSError, http.client.HTTPException, urllib3.exceptions.HTTPError)
+BROKEN = (OSError, EOFError, Malformed)
 
 
-class _Response(http.client.HTTPResponse):
-    """http.client's, but for two laxities: it skips 100 only of all 1xx, and takes a head cut short for whole."""
-
-    def begin(self):
-        stream = self.fp
-        self.fp = lines = _HeadLines(stream)
-        try:
-            super().begin()
-        finally:
-            if self.fp is lines:  # else it closed it
-                self.fp = stream
-        if self.msg.defects:  # a line without a colon, at which the parser gave up
-            raise http.client.HTTPException
-        if self.length == 0:
-            self.chunked = False  # RFC 9112 section 6.3: 204, 304 and the answer to HEAD end with their head
-
-    def _read_status(self):
-        for _ in range(INTERIM_LIMIT):
-            version, status, reason = super()._read_status()
-            if not 100 <= status < 200:
-                return version, status, reason
-            if status == 101:  # we ask for no upgrade
-                break
-            http.client.parse_headers(self.fp)
-        raise http.client.HTTPException
-
-
-class _HeadLines:
-    """Reads whole lines, or raises: http.client takes an end of file for the empty line."""
-
-    def __init__(self, stream: BinaryIO):
-        self._stream = stream
-
-    def readline(self, limit: int) -> bytes:
-        line = self._stream.readline(limit)
-        if not line.endswith(b"\n") and len(line) < limit:
-            raise http.client.RemoteDisconnected
-        return line
-
-    def close(self) -> None:
-        self._stream.close()
-
-
-class _TooLate(TimeoutError):
-    """CONNECT_TIMEOUT is over. An OSError, since at others an SSLSocket in its handshake stays open."""
-
-
-class _Dialling:
-    """urllib3's way would go on to the next address after any OSError, and at others leave the socket open."""
-
-    def _new_conn(self) -> socket.socket:
-        last = OSError("its name has no address")
-        host = self._dns_host.strip("[]").encode()  # text would be taken through IDNA, which has its own errors
-        for family, kind, protocol, _, address in socket.getaddrinfo(host, self.port, type=socket.SOCK_STREAM):
-            sock = socket.socket(family, kind, protocol)
-            try:
-                for option in SOCKET_OPTIONS:
-                    sock.setsockopt(*option)
-                sock.settimeout(self.timeout)
-                sock.connect(address)
-                return sock
-            except BaseException as error:
-                sock.close()
-                if not isinstance(error, OSError) or isinstance(error, _TooLate):
-                    raise
-                last = error
-        raise last
-
-
-class _PlainConnection(_Dialling, urllib3.connection.HTTPConnection):
-    pass
-
-
-class _TLSConnection(_Dialling, urllib3.connection.HTTPSConnection):
-    pass
-
-
-CONNECTIONS = {urllib3.connection.HTTPConnection: _PlainConnection,
-               urllib3.connection.HTTPSConnection: _TLSConnection}
+class _TooLate(Exception):
+    """CONNECT_TIMEOUT is over. No OSError: the next address must not be tried."""
 
 
 class Upstream:
@@ -130,38 +45,42 @@ class Upstream:
         self.idle_timeout = settings.idle_timeout
         self._settings = settings
         self._idle_limit = idle_limit
-        self._idle: "deque[tuple[float, http.client.HTTPConnection]]" = deque()  # the last is the latest
+        self._idle: "deque[tuple[float, Connection]]" = deque()  # the last is the latest
         self._sweeper: "gevent.Greenlet | None" = None
-        self._factory = _manager(settings).connection_from_url(settings.upstream)
-        of_urllib3 = self._factory.ConnectionCls
-        self._factory.ConnectionCls = CONNECTIONS.get(of_urllib3, of_urllib3)  # SOCKS dials in its own way
+        self.dialler = Dialler(settings)
 
-    def send(self, method: str, target: str, fields: "Iterable[tuple[str, str]]", body: ReplayableBody,
-             framing: "tuple[str, str] | None") -> "Exchange":
+    def send(self, method: str, target: str, fields: "list[tuple[str, str]]",
+             body: ReplayableBody) -> "Exchange":
         """Send a request, on a pooled connection if there is a live one.
 
-        `framing`: the Content-Length or Transfer-Encoding of the body. Raises UpstreamUnreachable, UpstreamTimeout,
-        and what reading the client's body raises.
+        `fields`: all but the framing of the body. Raises UpstreamUnreachable, UpstreamTimeout, and what reading the
+        client's body raises.
         """
-        fields = [*fields, framing] if framing else list(fields)
         exchange = Exchange(self, method, target, fields, body)
         connection = self._take()
         exchange.send(connection or self.connect(), pooled=connection is not None)
         return exchange
 
-    def _take(self) -> "http.client.HTTPConnection | None":
+    def _take(self) -> "Connection | None":
         while self._idle:
             _, connection = self._idle.pop()
-            if connection.is_connected:
+            connection.readable.stop()
+            if connection.is_quiet():  # the watcher's callback may be due only after us
                 return connection
             connection.close()
         return None
 
-    def keep(self, connection: http.client.HTTPConnection) -> None:
+    def keep(self, connection: Connection) -> None:
         """Pool a connection whose last answer was read to its end."""
-        self._idle.append((time.monotonic(), connection))
+        kept = (time.monotonic(), connection)
+        self._idle.append(kept)
+        connection.readable.start(self._drop, kept)  # a close, or bytes that answer nothing
         if not self._sweeper:
             self._sweeper = gevent.spawn(self._sweep)
+
+    def _drop(self, kept: "tuple[float, Connection]") -> None:
+        self._idle.remove(kept)
+        kept[1].close()
 
     def _sweep(self) -> None:
         """Close what has been idle for too long, until nothing is left."""
@@ -177,42 +96,17 @@ class Upstream:
         while self._idle:
             self._idle.pop()[1].close()
 
-    def connect(self) -> http.client.HTTPConnection:
+    def connect(self) -> Connection:
         """A new connection, within CONNECT_TIMEOUT all in all. Raises UpstreamUnreachable."""
         limit = self._settings.connect_timeout
-        connection = self._factory._new_conn()
-        connection.response_class = _Response
         try:
             with gevent.Timeout(limit, _TooLate):
-                if self._factory.proxy is not None:
-                    self._factory._prepare_proxy(connection)
-                else:
-                    connection.connect()
+                return self.dialler.connect()
         except _TooLate as error:
-            connection.close()
             raise errors.UpstreamUnreachable(f"no connection to {self.origin} within {limit:g} s; look at the network, or "
                                              "raise XAI_PROXY_CONNECT_TIMEOUT") from error
         except BROKEN as error:
-            connection.close()
             raise errors.UpstreamUnreachable(f"no connection to {self.origin}: {_reason(error)}") from error
-        except BaseException:
-            connection.close()
-            raise
-        return connection
-
-
-class _Fields:
-    """What urllib3 wants of a mapping, with order, case and repetitions kept."""
-
-    def __init__(self, fields: "list[tuple[str, str]]"):
-        self._fields = fields
-
-    def __iter__(self):
-        # The last is for it to add none of its own.
-        return iter([*(name for name, _ in self._fields), "accept-encoding"])
-
-    def items(self) -> "list[tuple[str, str]]":
-        return self._fields
 
 
 class _AnsweredEarly(Exception):
@@ -220,102 +114,122 @@ class _AnsweredEarly(Exception):
 
 
 class Exchange:
-    """A request that was sent and the answer to it. `close` may be called twice, and at any time."""
+    """A request that was sent and the answer to it. `close` may be called twice, and at any time.
+
+    `body`, one of framing's, says where on `connection` the answer ends.
+    """
+
+    __slots__ = ("connection", "body", "status", "reason", "fields", "length", "_upstream", "_method", "_request",
+                 "_request_fields", "_request_body", "_pooled", "_whole", "_keep_alive", "_writer")
 
     def __init__(self, upstream: Upstream, method: str, target: str, fields: "list[tuple[str, str]]", body: ReplayableBody):
+        if body.chunked:
+            fields = [*fields, ("Transfer-Encoding", "chunked")]
+        elif body.content_length is not None:
+            fields = [*fields, ("Content-Length", str(body.content_length))]
+        lines = "".join([f"{name}: {value}\r\n" for name, value in fields])
+        self._request = f"{method} {target} HTTP/1.1\r\n{lines}\r\n".encode("latin-1")
         self._upstream = upstream
         self._method = method
-        self._target = target
         self._request_fields = fields
-        self._body = body
-        self._connection: "http.client.HTTPConnection | None" = None
+        self._request_body = body
         self._pooled = False
-        self._head_written = False
-        self._writing = False
         self._whole = True  # whether all of the request was written
-        self._reader: "gevent.Greenlet | None" = None  # waits for the answer's head while a body is written
-        self._response: "urllib3.HTTPResponse | None" = None
-        self._peeked: "list[bytes]" = []
-        self._peeker: "gevent.Greenlet | None" = None
-        self._ended = False
+        self._keep_alive = False
+        self._writer: "gevent.Greenlet | None" = None  # while it writes a body
+        self.connection: "Connection | None" = None
+        self.body: Any = None
         self.status = 0
         self.reason = ""
         self.fields: "list[tuple[str, str]]" = []
         self.length: "int | None" = None  # of the body that the client is to be told
 
-    def send(self, connection: http.client.HTTPConnection, pooled: bool) -> None:
+    def send(self, connection: Connection, pooled: bool) -> None:
         """Write head and body, or as much of it as upstream takes before it answers with an error.
 
         A pooled connection that took no byte is replaced by a new one.
         """
-        self._connection, self._pooled = connection, pooled
-        self._head_written, self._writing, self._whole, self._reader = False, True, True, None
-        has_body = any(name.lower() in ("content-length", "transfer-encoding") for name, _ in self._request_fields)
-        sock, limit = connection.sock, gevent.Timeout(self._upstream.idle_timeout, TimeoutError)
+        self.connection, self._pooled, self._whole = connection, pooled, True
+        body, limit = self._request_body, self._upstream.idle_timeout
+        started = False
         try:
-            connection.request(self._method, self._target, body=self._chunks(connection, limit) if has_body else None,
-                               headers=_Fields(self._request_fields), preload_content=False, decode_content=False)
-        except (_AnsweredEarly, BrokenPipeError, ConnectionResetError, http.client.NotConnected) as error:
-            self._writing = self._whole = False
-            if not self._head_written:
-                self.close()
+            parts = iter(body)
+            start = self._request
+            if body.has_come:  # with the head: most bodies are short
+                start += self._framed(next(parts, b""))
+            try:
+                sent = connection.send(start)
+            except ConnectionError:
                 if not pooled:
-                    raise self._broke_off(error) from error
-                return self.send(self._upstream.connect(), pooled=False)
+                    raise
+                connection.close()
+                self.connection, self._pooled = connection, _ = self._upstream.connect(), False
+                sent = connection.send(start)
+            started = True
+            connection.send_all(start[sent:], limit)
+            if not body.ended or body.chunked:
+                self._send_rest(connection, parts, limit)
+        except (_AnsweredEarly, BrokenPipeError, ConnectionResetError) as error:
+            self._whole = False
+            if not started:
+                self.close()
+                raise self._broke_off(error) from error
             # else upstream may have answered before it had read everything: receive tells
-            if isinstance(error, _AnsweredEarly) and self._request_fields[-1][0] == "Transfer-Encoding":
-                self._body.forget()  # a chunk's size cannot be read on from where that was broken off
         except TimeoutError as error:
             self.close()
             raise self._timed_out() from error
-        except BROKEN as error:
+        except OSError as error:
             self.close()
             raise self._broke_off(error) from error
         except BaseException:
             self.close()
             raise
-        finally:
-            limit.close()
-        self._writing = False
-        connection.timeout = self._upstream.idle_timeout
-        sock.settimeout(connection.timeout)
 
-    def _chunks(self, connection: http.client.HTTPConnection, limit: gevent.Timeout) -> Iterator[bytes]:
-        """The body; `limit` runs while it is upstream that we wait for."""
-        self._head_written = True  # urllib3 asks for the first chunk once the head is out
-        connection.timeout = None  # of the reader: that upstream is silent meanwhile says nothing
-        self._reader = gevent.spawn(self._read_head, connection, gevent.getcurrent())
-        for data in self._body:
-            limit.start()
-            yield data
-            limit.cancel()
-        limit.start()  # for the last chunk
+    def _framed(self, part: bytes) -> bytes:
+        return b"%x\r\n%b\r\n" % (len(part), part) if self._request_body.chunked else part
 
-    def _read_head(self, connection: http.client.HTTPConnection, writer: gevent.Greenlet) -> "urllib3.HTTPResponse | Exception":
-        """Get the answer while the body is written: who refuses it may not read it to its end."""
-        connection.auto_open = 0  # should this answer close the connection, what is still written must open no other
+    def _send_rest(self, connection: Connection, parts: "Iterator[bytes]", limit: float) -> None:
+        self._writer = gevent.getcurrent()
+        connection.readable.start(self._look_for_answer)
         try:
-            response = connection.getresponse()
-        except BROKEN as error:
-            return error
+            for part in parts:
+                connection.send_all(self._framed(part), limit)
+            if self._request_body.chunked:
+                connection.send_all(b"0\r\n\r\n", limit)
+        finally:
+            self._writer = None
+            connection.readable.stop()
 
-        def interrupt() -> None:
-            if self._writing:
-                writer.throw(_AnsweredEarly)
-        if response.status >= 400:
-            gevent.get_hub().loop.run_callback(interrupt)
-        return response
+    def _look_for_answer(self) -> None:
+        """In the hub, while a body is written: who refuses it may not read it to its end."""
+        connection = self.connection
+        try:
+            data = connection.receive()
+        except BlockingIOError:
+            return
+        except OSError:  # as an end: who writes will hear of it
+            data = b""
+        connection.unread += data
+        if not data or self._is_refused_early(connection.unread):
+            connection.readable.stop()
+            if data:
+                self._writer.throw(_AnsweredEarly)
+
+    def _is_refused_early(self, data: bytes) -> bool:
+        try:
+            while end := message_head.end(data, 0, response_head.SIZE_LIMIT):
+                head = response_head.parse(data[:end], self._method)
+                if head.status >= 200:
+                    return head.status >= 400 or not head.keep_alive
+                data = data[end:]
+        except Malformed:
+            return True
+        return False
 
     def receive(self) -> None:
         """Wait for the answer's head. Raises UpstreamTimeout, UpstreamUnreachable."""
         try:
-            if self._reader is None:
-                response = self._connection.getresponse()
-            else:  # its own wait has no limit yet
-                with gevent.Timeout(self._upstream.idle_timeout, TimeoutError):
-                    response = self._reader.get()
-            if isinstance(response, Exception):
-                raise response
+            head = self._receive_head()
         except TimeoutError as error:
             self.close()
             raise self._timed_out() from error
@@ -328,82 +242,87 @@ class Exchange:
         except BaseException:
             self.close()
             raise
-        self._response = response
-        self.status, self.reason = response.status, response.reason or ""
-        self.fields = response._original_response.msg.items()  # with order and repetitions, unlike .headers
-        self.length = None if response.status in (204, 304) else response.length_remaining  # pywsgi wants none there
-        if self._method == "HEAD":  # it tells how long the body would be
-            lengths = [value for name, value in self.fields if name.lower() == "content-length"]
-            self.length = int(lengths[0]) if lengths and lengths[0].isdecimal() else None
+        if not self._pooled:
+            self._upstream.dialler.answered(self.connection)
+        self.status, self.reason, self.fields = head.status, head.reason, head.fields
+        self.body, self._keep_alive = head.body, head.keep_alive
+        self.length = None if head.status in (204, 304) else head.length
+
+    def _receive_head(self) -> response_head.Head:
+        for _ in range(INTERIM_LIMIT + 1):
+            data = self.connection.recv_head(response_head.SIZE_LIMIT, self._upstream.idle_timeout)
+            if not data:
+                raise EOFError
+            head = response_head.parse(data, self._method)
+            if head.status >= 200:
+                return head
+            if head.status == 101:
+                raise Malformed("switches to another protocol, which nobody asked for")
+        raise Malformed("is preceded by too many interim ones")
 
     def _repeatable(self) -> bool:
         names = {name.lower() for name, _ in self._request_fields}
-        return self._body.replayable and (
+        return self._request_body.replayable and (
             self._method in REPEATABLE or bool(names & {"idempotency-key", "x-idempotency-key"}))
+
+    @property
+    def idle_timeout(self) -> float:
+        return self._upstream.idle_timeout
 
     def __iter__(self) -> Iterator[bytes]:
         """The body as it comes. Raises UpstreamBroken."""
-        if self._peeker is not None:
-            yield from self._peeked
-            seen = len(self._peeked)
-            self._peeker.join()  # it may still wait for what comes next
-            yield from self._peeked[seen:]
-            if isinstance(self._peeker.value, errors.UpstreamBroken):
-                raise self._peeker.value
-        while data := self._read():
-            yield data
+        while not self.body.ended:
+            try:
+                data = self.connection.recv(self.idle_timeout)
+                if not data:
+                    self.body.end_of_connection()
+                for start, end in self.body.feed(data):
+                    yield data[start:end]
+            except BROKEN as error:
+                raise self.broken(error) from error
+            self.connection.unread = data[self.body.used:]
+        self.release()
 
-    def _read(self) -> bytes:
-        if self._ended:
-            return b""
-        try:
-            data = self._response.read1(READ, decode_content=False)
-        except urllib3.exceptions.ReadTimeoutError as error:
-            raise errors.UpstreamBroken(f"no byte for {self._upstream.idle_timeout:g} s") from error
-        except BROKEN as error:
-            raise errors.UpstreamBroken(_reason(error)) from error
-        if not data:
-            self._ended = True
-            self._release()
-        return data or b""
+    def broken(self, error: Exception) -> errors.UpstreamBroken:
+        if isinstance(error, TimeoutError):
+            return errors.UpstreamBroken(f"no byte for {self._upstream.idle_timeout:g} s")
+        return errors.UpstreamBroken(_reason(error))
 
-    def _release(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None and connection.sock is not None and self._whole:
+    def release(self) -> None:
+        """The answer was read to its end: pool its connection, if nothing speaks against it."""
+        connection, self.connection = self.connection, None
+        if connection is None:
+            return
+        if self._keep_alive and self._whole and not connection.unread:
             self._upstream.keep(connection)
-        elif connection is not None:
+        else:
             connection.close()
 
     def peek(self) -> bytes:
-        """The beginning of the body, at most PEEK_LIMIT bytes and PEEK_TIME seconds of it; it is not lost to __iter__.
-
-        A greenlet of its own reads it: to give up on a read in the middle would break the connection.
-        """
+        """The beginning of the body, at most PEEK_LIMIT bytes and PEEK_TIME seconds of it; it stays unread."""
+        connection, body = self.connection, copy.copy(self.body)
         deadline = time.monotonic() + PEEK_TIME
-
-        def fill() -> "errors.UpstreamBroken | None":
-            size = 0
-            try:
-                while size < PEEK_LIMIT and time.monotonic() < deadline and (data := self._read()):
-                    self._peeked.append(data)
-                    size += len(data)
-            except errors.UpstreamBroken as error:
-                return error  # for __iter__, after what came before it
-            return None
-
-        self._peeker = gevent.spawn(fill)
-        self._peeker.join(PEEK_TIME)
-        return b"".join(self._peeked)[:PEEK_LIMIT]
+        data, seen, content = connection.unread, 0, b""
+        try:
+            while True:
+                content += b"".join([data[seen:][start:end] for start, end in body.feed(data[seen:])])
+                seen = len(data)
+                if body.ended or len(content) >= PEEK_LIMIT:
+                    break
+                connection.unread = b""
+                more = connection.recv(deadline - time.monotonic())
+                data += more
+                if not more:
+                    break
+        except BROKEN:
+            pass  # in time, or for ever: __iter__ tells
+        connection.unread = data
+        return content[:PEEK_LIMIT]
 
     def close(self) -> None:
         """Break off: unless the answer was read to its end, the connection is closed and not used again."""
-        for greenlet in (self._reader, self._peeker):
-            if greenlet is not None:
-                greenlet.kill()
-        connection, self._connection = self._connection, None
+        connection, self.connection = self.connection, None
         if connection is not None:
-            if self._response is not None:
-                self._response.close()
             connection.close()
 
     def _timed_out(self) -> errors.UpstreamTimeout:
@@ -438,35 +357,14 @@ def _decoded(data: bytes, codings: "list[str]") -> bytes:
     return data
 
 
-def _manager(settings: config.Config) -> urllib3.PoolManager:
-    context = urllib3.util.create_urllib3_context()  # one for all connections: it holds the parsed certificates
-    context.load_verify_locations(settings.egress.ca_file)
-    options = {"ssl_context": context, "socket_options": SOCKET_OPTIONS, "timeout": settings.idle_timeout}
-    proxy = settings.egress.proxy_for(settings.upstream)
-    if proxy is None:
-        return urllib3.PoolManager(**options)
-    if proxy.startswith("socks"):
-        from urllib3.contrib.socks import SOCKSProxyManager
-        return SOCKSProxyManager(proxy, **options)
-    user = urllib3.util.parse_url(proxy).auth
-    return urllib3.ProxyManager(proxy, proxy_ssl_context=context, **options,
-                                proxy_headers=urllib3.util.make_headers(proxy_basic_auth=user) if user else None)
-
-
 def _reason(error: Exception) -> str:
-    """What went wrong, in words: urllib3 wraps it twice and prints object addresses."""
-    cause = error
-    while not isinstance(cause, OSError) or isinstance(cause, urllib3.exceptions.HTTPError):
-        inner = cause.__cause__ or cause.__context__ or next((a for a in cause.args if isinstance(a, Exception)), None)
-        if inner is None:
-            break
-        cause = inner
-    if isinstance(cause, ssl.SSLCertVerificationError):
-        return f"its certificate is not trusted ({cause.verify_message}); set SSL_CERT_FILE if a CA of your own signed it"
-    if isinstance(cause, ssl.SSLError):
-        return f"TLS failed ({(cause.reason or 'closed').lower().replace('_', ' ')})"
-    if isinstance(cause, (http.client.RemoteDisconnected, http.client.IncompleteRead)):
+    """What went wrong, in words."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not trusted ({error.verify_message}); set SSL_CERT_FILE if a CA of your own signed it"
+    if isinstance(error, ssl.SSLError):
+        return f"TLS failed ({(error.reason or 'closed').lower().replace('_', ' ')})"
+    if isinstance(error, EOFError):
         return "it closed the connection"
-    if isinstance(cause, OSError):
-        return cause.strerror or str(cause)
-    return "what it sent is not HTTP"
+    if isinstance(error, Malformed):
+        return f"what it sent is not HTTP/1.1: it {error}"
+    return error.strerror or str(error)

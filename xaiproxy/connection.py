@@ -1,0 +1,207 @@
+"""A connected socket, plain or TLS, that a greenlet can wait on and a callback in gevent's hub can use as well.
+
+gevent's own sockets try before they wait and make new waiters and time-outs each time; what is here waits first, since
+mostly nothing is there yet, on one watcher that stays.
+"""
+
+import select
+import ssl
+import time
+from typing import Any
+
+import gevent
+from gevent import monkey
+
+from xaiproxy import message_head
+
+READ = 65536  # bytes
+RECORD = 16384  # bytes of content that a TLS record holds at most
+_READABLE, _WRITABLE = 1, 2
+_poll = monkey.get_original("select", "poll")
+
+
+class Connection:
+    """`unread`: bytes that came and that nobody has taken; `readable` and `writable`: gevent's watchers."""
+
+    __slots__ = ("socket", "unread", "readable", "_writable", "_poll", "_hub")
+
+    holds_back = False  # bytes that `send` has taken, but the kernel has not
+
+    def __init__(self, sock: Any):
+        sock.settimeout(0)
+        self.socket = sock
+        self.unread = b""
+        self._hub = gevent.get_hub()
+        self.readable = self._hub.loop.io(sock.fileno(), _READABLE)
+        self._writable: Any = None
+        self._poll: Any = None
+
+    @property
+    def writable(self) -> Any:
+        if self._writable is None:  # most never wait to be
+            self._writable = self._hub.loop.io(self.socket.fileno(), _WRITABLE)
+        return self._writable
+
+    # At once
+
+    def receive(self) -> bytes:
+        """What is there; b"" at the end. Raises BlockingIOError when nothing is, OSError."""
+        return self.socket.recv(READ)
+
+    def send(self, data: Any) -> int:
+        """Send what is taken at once; return how many bytes that was. Raises OSError."""
+        try:
+            return self.socket.send(data)
+        except BlockingIOError:
+            return 0
+
+    def is_quiet(self) -> bool:
+        """Whether there is nothing to be read, neither bytes nor an end."""
+        if self._poll is None:
+            self._poll = _poll()
+            self._poll.register(self.socket, select.POLLIN)
+        return not self._poll.poll(0)
+
+    # In a greenlet
+
+    def wait(self, watcher: Any, limit: "float | None") -> None:
+        """Let others run until `watcher` fires. `limit`: seconds. Raises TimeoutError, and what is thrown in."""
+        greenlet = gevent.getcurrent()
+        timer = None
+        watcher.start(greenlet.switch)
+        if limit is not None:
+            timer = self._hub.loop.timer(max(limit, 0))
+            timer.start(greenlet.throw, TimeoutError)
+        try:
+            self._hub.switch()
+        finally:
+            watcher.stop()
+            if timer is not None:
+                timer.stop()
+                timer.close()
+
+    def recv(self, limit: "float | None") -> bytes:
+        """Return what is unread, or else what comes next; b"" at the end. Raises OSError, TimeoutError."""
+        if self.unread:
+            data, self.unread = self.unread, b""
+            return data
+        while True:
+            self.wait(self.readable, limit)
+            try:
+                return self.receive()
+            except BlockingIOError:
+                continue
+
+    def recv_head(self, size_limit: int, limit: float) -> bytes:
+        """Return a whole head, for which the peer has `limit` seconds; b"" when the connection ended before it began.
+
+        Raises message_head.Malformed and TooLong, EOFError when it ended in the middle, OSError, TimeoutError.
+        """
+        data = self.recv(limit)
+        if data.endswith(b"\r\n\r\n") and data.find(b"\r\n\r\n") == len(data) - 4 <= size_limit - 4:
+            return data
+        start = time.monotonic()
+        searched = 0
+        while not (end := message_head.end(data, searched, size_limit)):
+            searched = len(data)
+            more = self.recv(limit - (time.monotonic() - start))
+            if not more:
+                if data:
+                    raise EOFError
+                return b""
+            data += more
+        self.unread = data[end:]
+        return data[:end]
+
+    def send_all(self, data: Any, limit: "float | None" = None) -> None:
+        """`limit`: seconds in which the peer takes no byte. Raises OSError, TimeoutError."""
+        sent = self.send(data)
+        while sent < len(data) or self.holds_back:
+            if sent:
+                data = memoryview(data)[sent:]
+            else:
+                self.wait(self.writable, limit)
+            sent = self.send(data)
+
+    def stop_writing(self) -> None:
+        if self._writable is not None:
+            self._writable.stop()
+
+    def close(self) -> None:
+        """May be called twice."""
+        for watcher in (self.readable, self._writable):
+            if watcher is not None:
+                watcher.stop()
+                watcher.close()
+        self.socket.close()
+
+
+class TLSConnection(Connection):
+    """TLS in another connection, by way of memory, where one system call gets or sends any number of records.
+
+    OpenSSL on a socket would make two to read one record.
+    """
+
+    __slots__ = ("_inner", "_tls", "_in", "_out", "_unsent")
+
+    def __init__(self, inner: Connection, context: ssl.SSLContext, host: str, session: "ssl.SSLSession | None" = None):
+        self._inner = inner
+        self.socket, self.readable, self._hub = inner.socket, inner.readable, inner._hub
+        self.unread = b""
+        self._writable = self._poll = None
+        self._in, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._in, self._out, server_hostname=host, session=session)
+        self._unsent = b""  # what the socket has not taken yet
+
+    @property
+    def holds_back(self) -> bool:  # type: ignore[override]
+        return bool(self._unsent) or self._inner.holds_back
+
+    @property
+    def session(self) -> "ssl.SSLSession | None":
+        """To resume on another connection. In TLS 1.3 it comes behind the handshake, with the first answer."""
+        return self._tls.session
+
+    def shake_hands(self) -> None:
+        """Raises OSError, among them ssl.SSLError; and EOFError."""
+        while True:
+            try:
+                self._tls.do_handshake()
+            except ssl.SSLWantReadError:
+                self._inner.send_all(self._out.read())
+                data = self._inner.recv(None)
+                if not data:
+                    raise EOFError from None
+                self._in.write(data)
+            else:
+                self._inner.send_all(self._out.read())
+                return
+
+    def receive(self) -> bytes:
+        data = self._inner.receive()
+        if data:
+            self._in.write(data)
+        else:
+            self._in.write_eof()
+        parts = []
+        try:
+            while True:
+                parts.append(self._tls.read(RECORD))
+                if not self._in.pending:  # all that came is read: no poll would report what is left in here
+                    break
+        except ssl.SSLWantReadError:  # the rest of a record is still to come
+            if not parts:
+                raise BlockingIOError from None
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def send(self, data: Any) -> int:
+        if self._unsent:
+            self._unsent = self._unsent[self._inner.send(self._unsent):]
+        if self._unsent or not data:
+            return 0
+        taken = self._tls.write(data if len(data) <= READ else memoryview(data)[:READ])
+        records = self._out.read()
+        sent = self._inner.send(records)
+        if sent < len(records):
+            self._unsent = records[sent:]
+        return taken

@@ -1,0 +1,118 @@
+"""Where the body of a message ends (RFC 9112 sections 6 and 7), found out while its bytes pass by.
+
+All three kinds work alike: `feed` them what came, and they say which parts of it are content; then `ended` says
+whether the body is whole, and `used` how many of these bytes were its own, framing included. They keep no content.
+"""
+
+import re
+
+from xaiproxy.message_head import ALLOWED, Malformed, lower_of
+
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")  # section 7.1
+LINE_LIMIT = 4096  # bytes of a chunk-size or trailer line
+TRAILER_LIMIT = 100
+
+Spans = "list[tuple[int, int]]"
+
+
+class Sized:
+    """As many bytes as Content-Length says."""
+
+    __slots__ = ("ended", "used", "_left")
+
+    def __init__(self, length: int):
+        self._left = length
+        self.used = 0
+        self.ended = length == 0
+
+    def feed(self, data: bytes) -> Spans:
+        """Return where in `data` content starts and ends."""
+        self.used = min(len(data), self._left)
+        self._left -= self.used
+        self.ended = self._left == 0
+        return [(0, self.used)]
+
+    def end_of_connection(self) -> None:
+        """Raises EOFError unless the body may end with the connection."""
+        raise EOFError
+
+
+class UntilClose:
+    """An answer that nothing but the end of its connection ends."""
+
+    __slots__ = ("ended", "used")
+
+    def __init__(self) -> None:
+        self.used = 0
+        self.ended = False
+
+    def feed(self, data: bytes) -> Spans:
+        self.used = len(data)
+        return [(0, self.used)]
+
+    def end_of_connection(self) -> None:
+        self.ended = True
+
+
+class Chunked:
+    """The chunked transfer coding. What follows it on the connection would be read as another message, so: in doubt, Malformed."""
+
+    __slots__ = ("ended", "used", "_left", "_line", "_expect", "_trailers")
+
+    def __init__(self) -> None:
+        self.used = 0
+        self.ended = False
+        self._left = 0  # bytes of this chunk's content
+        self._line = b""  # the beginning of a line
+        self._expect = Chunked._size  # what to take the next line for; unbound, so that a copy has its own
+        self._trailers = 0
+
+    def feed(self, data: bytes) -> Spans:
+        """As Sized.feed; raises Malformed."""
+        spans = []
+        at, size = 0, len(data)
+        while at < size and not self.ended:
+            if self._left:
+                end = min(size, at + self._left)
+                spans.append((at, end))
+                self._left -= end - at
+                at = end
+                continue
+            end = data.find(b"\n", at, min(size, at + LINE_LIMIT)) + 1
+            line = data[at:end or size]
+            at = end or size
+            if self._line:
+                line = self._line + line
+            if len(line) > LINE_LIMIT:
+                raise Malformed("has a line that is too long")
+            if end:
+                self._line = b""
+                self._expect(self, line)
+            else:
+                self._line = line
+        self.used = at
+        return spans
+
+    def end_of_connection(self) -> None:
+        raise EOFError
+
+    def _size(self, line: bytes) -> None:
+        match = CHUNK_LINE.fullmatch(line)
+        if match is None:
+            raise Malformed("has a chunk size that is malformed")
+        self._left = int(match[1], 16)
+        self._expect = Chunked._end_of_chunk if self._left else Chunked._trailer
+
+    def _end_of_chunk(self, line: bytes) -> None:
+        if line != b"\r\n":
+            raise Malformed("has a chunk that is longer than it says")
+        self._expect = Chunked._size
+
+    def _trailer(self, line: bytes) -> None:
+        if line == b"\r\n":
+            self.ended = True
+            return
+        self._trailers += 1
+        name, colon, _ = line.decode("latin-1").partition(":")
+        if self._trailers > TRAILER_LIMIT or not colon or not lower_of(name) or line.translate(None, ALLOWED) != b"\r\n":
+            raise Malformed("has trailers that are malformed")

@@ -1,0 +1,82 @@
+"""What the heads of requests and of answers have in common (RFC 9112 sections 2, 5): where they end, and their fields."""
+
+import functools
+import re
+
+NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+ALLOWED = bytes((9, *range(0x20, 0x7F), *range(0x80, 0x100)))  # in a line
+BARE_LF = re.compile(rb"(?<!\r)\n")
+FIELD_LIMIT = 200
+NAME_LIMIT = 256  # bytes: names are kept in caches
+
+
+class Malformed(ValueError):
+    """Says what is wrong, and repeats nothing of it."""
+
+
+class TooLong(Malformed):
+    pass
+
+
+def end(data: bytes, searched: int, limit: int) -> int:
+    """Where the head ends, behind its empty line; 0 when it is not whole yet. `searched`: bytes looked at before.
+
+    Raises Malformed and TooLong as soon as no further byte can mend it.
+    """
+    found = data.find(b"\r\n\r\n", max(0, searched - 3))
+    size = found + 4 if found >= 0 else len(data)
+    if size > limit:
+        raise TooLong(f"is longer than {limit} bytes")
+    if found >= 0:
+        return size
+    if BARE_LF.search(data, max(0, searched - 1)):
+        raise Malformed("has a line that does not end with CRLF")
+    return 0
+
+
+def lines(head: bytes) -> "list[str]":
+    """The lines of a whole head, without its empty one, as Latin-1. Raises Malformed at any control character."""
+    split = head.decode("latin-1").split("\r\n")
+    if head.translate(None, ALLOWED) != b"\r\n" * (len(split) - 1):
+        raise Malformed("has a control character, or a line that does not end with CRLF")
+    return split[:-2]
+
+
+def fields(lines: "list[str]") -> "tuple[list[tuple[str, str]], dict[str, list[str]]]":
+    """The fields in order, as sent; and the values of each name in lower case. Raises Malformed, TooLong."""
+    if len(lines) > FIELD_LIMIT:
+        raise TooLong(f"has more than {FIELD_LIMIT} header lines")
+    in_order, values = [], {}
+    for line in lines:
+        field, lower = (_field if len(line) < 256 else _field.__wrapped__)(line)
+        in_order.append(field)
+        if lower in values:
+            values[lower].append(field[1])
+        else:
+            values[lower] = [field[1]]
+    return in_order, values
+
+
+def keep_alive(values: "dict[str, list[str]]", is_1_0: bool) -> bool:
+    """Whether the connection stays (section 9.3)."""
+    if "connection" not in values:
+        return not is_1_0
+    options = {option.strip(" \t").lower() for value in values["connection"] for option in value.split(",")}
+    return "close" not in options and (not is_1_0 or "keep-alive" in options)
+
+
+@functools.lru_cache(maxsize=2048)  # most lines are those of the message before
+def _field(line: str) -> "tuple[tuple[str, str], str]":
+    name, colon, value = line.partition(":")
+    if len(name) > NAME_LIMIT:
+        raise TooLong(f"has a header name longer than {NAME_LIMIT} bytes")
+    lower = lower_of(name)
+    if not lower or not colon:
+        raise Malformed("has a header line that is malformed: expected Name: value")
+    return (name, value.strip(" \t")), lower
+
+
+@functools.lru_cache(maxsize=1024)
+def lower_of(name: str) -> str:
+    """The name in lower case; "" when it is none."""
+    return name.lower() if NAME.fullmatch(name) else ""

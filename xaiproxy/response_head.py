@@ -1,0 +1,73 @@
+"""The head of upstream's answer, read strictly (RFC 9112 sections 4 to 6).
+
+Where two readers could disagree on where the answer ends, the next one on the connection would be taken for another
+request's: such a head is Malformed, or at least its connection is not used again.
+"""
+
+import functools
+import re
+
+from xaiproxy import framing, message_head
+from xaiproxy.message_head import Malformed
+
+SIZE_LIMIT = 65536  # bytes of the whole head
+STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: (.*))?")
+FOLD = re.compile(rb"\r\n[ \t]+")
+LENGTH = re.compile("[0-9]{1,18}")
+
+
+class Head:
+    """`length`: of the body, as Content-Length says; `body`: one of framing's; `keep_alive`: another answer may follow."""
+
+    __slots__ = ("status", "reason", "fields", "length", "body", "keep_alive")
+
+    def __init__(self, status: int, reason: str, fields: "list[tuple[str, str]]"):
+        self.status = status
+        self.reason = reason
+        self.fields = fields
+        self.length: "int | None" = None
+        self.body: "framing.Sized | framing.Chunked | framing.UntilClose" = framing.Sized(0)
+        self.keep_alive = False
+
+
+def parse(data: bytes, method: str) -> Head:
+    """`data`: up to and with the empty line; `method`: the request's. Raises Malformed."""
+    if b"\r\n " in data or b"\r\n\t" in data:
+        status_line, _, rest = data.partition(b"\r\n")
+        data = status_line + b"\r\n" + FOLD.sub(b" ", rest)  # section 5.2: a folded line becomes a space
+    lines = message_head.lines(data)
+    is_1_0, status, reason = _status_line(lines[0] if lines else "")
+    fields, values = message_head.fields(lines[1:])
+    head = Head(status, reason, fields)
+    _frame(head, values, method, is_1_0)
+    return head
+
+
+@functools.lru_cache(maxsize=256)
+def _status_line(line: str) -> "tuple[bool, int, str]":
+    match = STATUS_LINE.fullmatch(line)
+    if match is None:
+        raise Malformed("has no status line of HTTP/1")
+    return match[1] == "0", int(match[2]), match[3] or ""
+
+
+def _frame(head: Head, values: "dict[str, list[str]]", method: str, is_1_0: bool) -> None:
+    """Section 6.3, for answers."""
+    codings, lengths = values.get("transfer-encoding", ()), values.get("content-length", ())
+    if codings and ([coding.lower() for coding in codings] != ["chunked"] or is_1_0):
+        raise Malformed("has a Transfer-Encoding other than chunked")
+    if lengths:
+        if len(set(lengths)) > 1 or not LENGTH.fullmatch(lengths[0]):
+            raise Malformed("has a Content-Length that is no number")
+        if not codings:
+            head.length = int(lengths[0])
+    head.keep_alive = message_head.keep_alive(values, is_1_0) and not (codings and lengths)
+    if method == "HEAD" or head.status < 200 or head.status in (204, 304):
+        return
+    if codings:
+        head.body = framing.Chunked()
+    elif head.length is not None:
+        head.body = framing.Sized(head.length)
+    else:
+        head.body = framing.UntilClose()
+        head.keep_alive = False
