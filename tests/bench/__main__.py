@@ -54,10 +54,11 @@ def all_runs() -> "list[Run]":
     return [*measurements.RUNS, *measurements.HELD, *measurements.FLATNESS, *measurements.LITELLM]
 
 
-def runs_of_round(options: argparse.Namespace, round: int) -> "list[Run]":
+def runs_of_round(options: argparse.Namespace, round: int, main: bool) -> "list[Run]":
+    """`main`: whether this is the kind of upstream that users have, the only one for what takes long."""
     runs = [*measurements.RUNS]
-    runs += measurements.HELD if round == 1 or not options.quick else []
-    runs += measurements.FLATNESS if round == 1 else []
+    runs += measurements.HELD if round == 1 else []
+    runs += measurements.FLATNESS if round == 1 and main else []
     if options.only:
         runs += measurements.LITELLM
         return [run for run in runs if any(fnmatch.fnmatch(run.name, name) for name in options.only)]
@@ -110,9 +111,10 @@ class Bench:
 
     def plan(self) -> "list[tuple[int, bool, Run, str]]":
         plan = []
+        kinds = (False,) if self.options.plain else (True,) if self.options.quick else (True, False)
         for round in range(1, self.options.rounds + 1):
-            for tls in (False,) if self.options.plain else (True,) if self.options.quick else (True, False):
-                for run in runs_of_round(self.options, round):
+            for tls in kinds:
+                for run in runs_of_round(self.options, round, tls == kinds[0]):
                     plan += [(round, tls, run, name) for name in run.targets
                              if name in self.classes and not (name == "direct" and tls)]
         return plan
@@ -159,7 +161,9 @@ def bench(options: argparse.Namespace) -> int:
             print(check.report(running))
             return 0
         running.measure()
-        found = {"machine": machine.description(), "records": running.records}
+        found: "dict[str, Any]" = {"machine": machine.description(), "records": running.records}
+        if options.against:
+            found["machine"]["other"] = machine.commit(options.against)
         if not options.only:
             with running.turn("xaiproxy", not options.plain, fresh=False) as target:
                 assert isinstance(target, Xaiproxy)

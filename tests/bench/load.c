@@ -41,7 +41,7 @@ static struct {
     long connections, repeat, events, interval /* us between events */, event_size, size, chunked;
     double seconds, warm, ramp /* connections opened a second; 0: all at once */, limit /* seconds for everything */;
     const char *key, *pids;
-} options = {.connections = 1, .events = 1, .event_size = 250, .seconds = 2, .warm = 0.3, .limit = 60,
+} options = {.connections = 1, .events = 1, .event_size = 250, .seconds = 2, .warm = 0.3, .limit = 45,
              .key = "client-key-of-the-benchmark"};
 
 /* ---- time, samples, errors ---- */

@@ -178,5 +178,9 @@ def description() -> "dict[str, str]":
     models = [line.partition(":")[2].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
     return {"cpu": models[0] if models else platform.machine(), "cores": str(os.cpu_count()),
             "kernel": platform.release(), "python": platform.python_version(),
-            "nginx": _first_line("nginx", "-v"), "openssl": _first_line("openssl", "version"),
-            "commit": _first_line("git", "-C", ROOT, "describe", "--always", "--dirty")}
+            "nginx": _first_line("nginx", "-v").rpartition("/")[2], "openssl": _first_line("openssl", "version").split()[1],
+            "xaiproxy": commit(ROOT)}
+
+
+def commit(checkout: pathlib.Path) -> str:
+    return _first_line("git", "-C", checkout, "describe", "--always", "--dirty")

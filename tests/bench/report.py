@@ -9,7 +9,8 @@ from typing import Any
 from .measurements import FLATNESS, HELD, LITELLM, RUNS, Figure
 
 ORDER = ("direct", "nginx", "xaiproxy", "other", "rotating", "litellm")
-UNDISTURBED = 0.1  # of core 0's time; what others may take of it before a run is called disturbed
+UNDISTURBED = 0.1  # of the time; what other processes may take of both cores before a run is called disturbed
+SATURATED = 0.9  # of core 0's time, from which on its proxy was the limit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +63,14 @@ class Records:
         lines = [f"{where(record)}: {record['wrong']}" for record in self.records if record.get("wrong")]
         disturbed = [where(record) for record in self.records if record.get("disturbed", 0) > UNDISTURBED]
         if disturbed:
-            lines.append(f"other processes took more than {UNDISTURBED:.0%} of core 0 during {len(disturbed)} of "
+            lines.append(f"other processes took more than {UNDISTURBED:.0%} of a core during {len(disturbed)} of "
                          f"{len(self.records)} runs: {', '.join(disturbed[:4])}{', …' if disturbed[4:] else ''}")
+        for run in RUNS:
+            for tls, target in {(record["tls"], record["target"]) for record in self.records if run.saturates}:
+                busy = self.busy(run.figures[0].name, target, tls)
+                if target != "direct" and busy is not None and busy < SATURATED:
+                    lines.append(f"{'TLS' if tls else 'plain'} {run.name}: {target} used only {busy:.0%} of core 0, so "
+                                 "something else was the limit")
         return lines
 
 
@@ -85,16 +92,16 @@ def number(value: "float | None") -> str:
 def table(records: Records, tls: bool) -> "list[str]":
     """Markdown: a line a figure. The last columns say how it stands to its goal, and how busy core 0 was (nginx, us)."""
     targets = records.targets(tls)
-    subjects = [name for name in ("xaiproxy", "other") if name in targets]
-    heads = ["", *targets, *(f"{name} : nginx" for name in subjects), "goal", "", "core 0 busy"]
+    beside = [name for name in ("nginx", "other") if name in targets and "xaiproxy" in targets]
+    heads = ["", *targets, *(f"xaiproxy : {name}" for name in beside), "goal", "", "core 0 busy"]
     lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
     for figure in figures():
         medians = [records.spread(figure.name, target, tls) for target in targets]
         if not any(medians):
             continue
         cells = [figure.title, *(number(spread and spread.median) for spread in medians)]
-        for subject in subjects:
-            ratio = records.ratio(figure.name, subject, "nginx", tls)
+        for name in beside:
+            ratio = records.ratio(figure.name, "xaiproxy", name, tls)
             cells.append(f"{ratio.median:.2f} ({ratio.low:.2f}–{ratio.high:.2f})" if ratio else "")
         cells += judged(records, figure, tls)
         busy = [records.busy(figure.name, name, tls) for name in ("nginx", "xaiproxy")]

@@ -45,7 +45,7 @@ class Target:
 
     def __init__(self, upstream: Upstream, tls: bool, folder: pathlib.Path):
         self.upstream, self.tls, self.folder = upstream, tls, folder
-        self.port = 0
+        self.port, self.startup_cpu = 0, 0.0
         self.processes: "list[machine.Process]" = []
         self.measured: "machine.Process | None" = None
         folder.mkdir(parents=True)
@@ -56,6 +56,7 @@ class Target:
         except BaseException:
             self.close()
             raise
+        self.startup_cpu = machine.cpu_seconds(self.pids())
         return self
 
     def _start(self) -> None:
@@ -151,7 +152,6 @@ class Xaiproxy(Target):
         found = proxy.wait_for("'listening on' in the log", lambda: re.search(
             r"listening on http://127\.0\.0\.1:(\d+)", proxy.log.read_text()))
         self.port = int(found[1])
-        self.startup_cpu = machine.cpu_seconds(self.pids())
 
 
 class Other(Xaiproxy):
