@@ -31,6 +31,7 @@ def ratios(axes: Any, records: report.Records, tls: bool) -> None:
     axes.axvline(1, color=COLOURS["nginx"], linestyle=":", label="nginx")
     axes.set_yticks(range(len(figures)), [f"{figure.title} ({'more' if figure.goal and figure.goal.at_least else 'less'} is better)"
                                           for figure in reversed(figures)])
+    axes.set_ylim(-0.6, len(figures) - 0.4)
     axes.set_xscale("log")
     axes.set_xticks([0.25, 0.5, 1, 2, 4], ["0.25", "0.5", "1", "2", "4"])
     axes.minorticks_off()

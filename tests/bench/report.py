@@ -10,7 +10,7 @@ from .measurements import FLATNESS, HELD, LITELLM, RUNS, Figure
 
 ORDER = ("direct", "nginx", "xaiproxy", "other", "rotating", "litellm")
 UNDISTURBED = 0.1  # of the time; what other processes may take of both cores before a run is called disturbed
-SATURATED = 0.9  # of core 0's time, from which on its proxy was the limit
+SATURATED = 0.85  # of core 0's time, from which on its proxy was the limit
 
 
 @dataclasses.dataclass(frozen=True)
