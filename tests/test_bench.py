@@ -32,14 +32,15 @@ def api_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     folder = tmp_path_factory.mktemp("upstream")
     program = machine.compile_program("upstream", ["-lssl", "-lcrypto"], folder)
     make_certificate(folder, "127.0.0.1")
-    with subprocess.Popen([program, folder / "server.pem", folder / "server.key"], stdout=subprocess.PIPE) as process:
+    with subprocess.Popen([program, folder / "server.pem", folder / "server.key"],
+                          stdout=subprocess.PIPE) as process:
         yield int(process.stdout.readline().split()[0])
         process.kill()
 
 
 def start(load: pathlib.Path, mode: str, port: int, **arguments: Any) -> "subprocess.Popen[str]":
-    return subprocess.Popen([load, mode, str(port), *(f"{name}={value}" for name, value in arguments.items())],
-                            stdout=subprocess.PIPE, text=True)
+    options = [f"{name}={value}" for name, value in arguments.items()]
+    return subprocess.Popen([load, mode, str(port), *options], stdout=subprocess.PIPE, text=True)
 
 
 def result(client: "subprocess.Popen[str]") -> "tuple[int, dict[str, Any]]":
@@ -58,23 +59,24 @@ def chunk(data: bytes) -> bytes:
     return b"%x\r\n%s\r\n" % (len(data), data)
 
 
+DONE, END = chunk(b"data: [DONE]\n\n"), b"0\r\n\r\n"
 WRONG = {
     "status": ("requests", b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\n\r\n", "status 500"),
     "cut": ("requests", b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nok", "connection broke"),
     "no framing": ("requests", b"HTTP/1.1 200 OK\r\n\r\nok", "neither Content-Length"),
     "too long": ("requests", b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\nok", "after the end"),
-    "event missing": ("streams", STREAM + chunk(EVENT % 1) + chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n", "1 of 2 events"),
-    "no [DONE]": ("streams", STREAM + 2 * chunk(EVENT % 1) + b"0\r\n\r\n", "without [DONE]"),
-    "stream cut": ("streams", STREAM + 2 * chunk(EVENT % 1) + chunk(b"data: [DONE]\n\n"), "connection broke"),
-    "download too short": ("download", b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok", "2 bytes instead of 7"),
+    "event missing": ("streams", STREAM + chunk(EVENT % 1) + DONE + END, "1 of 2 events"),
+    "no [DONE]": ("streams", STREAM + 2 * chunk(EVENT % 1) + END, "without [DONE]"),
+    "stream cut": ("streams", STREAM + 2 * chunk(EVENT % 1) + DONE, "connection broke"),
+    "download too short": ("download", b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok", "2 bytes instead"),
     "upload not taken whole": ("upload", b'HTTP/1.1 200 OK\r\nContent-Length: 11\r\n\r\n{"bytes":6}', '6}'),
 }
 
 
 @needs_gcc
 @pytest.mark.parametrize("mode, answer, complaint", WRONG.values(), ids=WRONG)
-def test_a_wrong_answer_is_counted_and_fails_the_run(load: pathlib.Path, upstream: ScriptedUpstream, mode: str,
-                                                     answer: bytes, complaint: str) -> None:
+def test_a_wrong_answer_is_counted_and_fails_the_run(load: pathlib.Path, upstream: ScriptedUpstream,
+                                                     mode: str, answer: bytes, complaint: str) -> None:
     client = start(load, mode, upstream.port, repeat=1, events=2, size=7)
     upstream.receive().answer(answer).connection.close()
     code, found = result(client)
@@ -82,12 +84,12 @@ def test_a_wrong_answer_is_counted_and_fails_the_run(load: pathlib.Path, upstrea
 
 
 @needs_gcc
-def test_a_delay_is_counted_from_the_stamp_of_an_event_that_comes_in_pieces(load: pathlib.Path,
-                                                                           upstream: ScriptedUpstream) -> None:
+def test_a_delay_is_counted_from_the_stamp_of_an_event_that_comes_in_pieces(
+        load: pathlib.Path, upstream: ScriptedUpstream) -> None:
     client = start(load, "streams", upstream.port, repeat=1, events=2)
     connection = upstream.receive().connection
     events = [chunk(EVENT % (time.monotonic_ns() - age)) for age in (100_000_000, 200_000_000)]
-    answer = STREAM + b"".join(events) + chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n"
+    answer = STREAM + b"".join(events) + DONE + END
     connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     for begin in range(0, len(answer), 7):
         connection.send(answer[begin:begin + 7])
@@ -104,18 +106,22 @@ def test_no_two_requests_are_the_same(load: pathlib.Path, upstream: ScriptedUpst
     assert result(client)[0] == 0 and len(set(heads)) == 2
 
 
+SMALL = {
+    "requests": {"connections": 4, "seconds": 0.3},
+    "completions": {"connections": 4, "seconds": 0.3},
+    "streams": {"connections": 20, "events": 20, "interval": 10_000, "seconds": 0.3},
+    "upload": {"size": 3_000_000, "chunked": 1, "repeat": 2},
+    "download": {"size": 3_000_000, "repeat": 2},
+}
+
+
 @needs_gcc
 @needs_openssl
 def test_a_small_run_through_the_program(load: pathlib.Path, api_port: int, tmp_path: pathlib.Path) -> None:
     with ProxyProcess(tmp_path, upstream=f"http://127.0.0.1:{api_port}") as proxy:
         proxy.sign_in()
-        runs = {mode: result(start(load, mode, proxy.port, pids=proxy.process.pid, **arguments)) for mode, arguments in {
-            "requests": {"connections": 4, "seconds": 0.3},
-            "completions": {"connections": 4, "seconds": 0.3},
-            "streams": {"connections": 20, "events": 20, "interval": 10_000, "seconds": 0.3},
-            "upload": {"size": 3_000_000, "chunked": 1, "repeat": 2},
-            "download": {"size": 3_000_000, "repeat": 2},
-        }.items()}
+        runs = {mode: result(start(load, mode, proxy.port, pids=proxy.process.pid, **arguments))
+                for mode, arguments in SMALL.items()}
     assert {code for code, _ in runs.values()} == {0}, runs
     assert all(found["answers"] and found["cpu"] > 0 for _, found in runs.values()), runs
     streams = runs["streams"][1]
@@ -141,18 +147,21 @@ def test_ratios_are_of_the_same_round_with_median_and_spread() -> None:
 
 @pytest.mark.parametrize("value, verdict", [(39.9, "**missed**"), (40, "met")])
 def test_a_figure_stands_beside_its_goal(value: float, verdict: str) -> None:
-    text = report.markdown({"machine": {"cpu": "any"}, "records": [record("nginx", 1, 100), record("xaiproxy", 1, value)]})
+    records = [record("nginx", 1, 100), record("xaiproxy", 1, value)]
+    text = report.markdown({"machine": {"cpu": "any"}, "records": records})
     assert f"| ≥ 0.4 x nginx | {verdict} | 97% / 97% |" in text
 
 
 def test_a_goal_is_a_limit_on_one_side() -> None:
     assert Goal(1.2).met(1.2) and not Goal(1.2).met(1.21)
     assert Goal(0.4, at_least=True).met(0.4) and not Goal(0.4, at_least=True).met(0.39)
-    assert [str(Goal(*goal)) for goal in ((1.2,), (45, ""), (1 / 500, "litellm"))] == ["≤ 1.2 x nginx", "≤ 45", "≤ litellm / 500"]
+    assert (str(Goal(1.2)), str(Goal(45, "")), str(Goal(1 / 500, "litellm"))) == (
+        "≤ 1.2 x nginx", "≤ 45", "≤ litellm / 500")
 
 
 def test_wrong_and_disturbed_runs_are_told() -> None:
-    records = report.Records([record("nginx", 1, 1, disturbed=0.2), record("xaiproxy", 1, 1, figures={}, wrong="2 wrong answers")])
+    records = report.Records([record("nginx", 1, 1, disturbed=0.2),
+                              record("xaiproxy", 1, 1, figures={}, wrong="2 wrong answers")])
     wrong, disturbed = records.faults()
     assert wrong == "TLS requests_16 xaiproxy round 1: 2 wrong answers"
     assert "1 of 2 runs: TLS requests_16 nginx round 1" in disturbed
@@ -166,7 +175,8 @@ def test_the_names_of_figures_are_unique() -> None:
 # What the machine tells
 
 def test_the_cpu_time_of_another_process() -> None:
-    with subprocess.Popen(["sh", "-c", "while :; do :; done"]) as busy, subprocess.Popen(["sleep", "60"]) as idle:
+    with subprocess.Popen(["sh", "-c", "while :; do :; done"]) as busy, \
+            subprocess.Popen(["sleep", "60"]) as idle:
         while machine.cpu_seconds([busy.pid]) < 0.1:
             time.sleep(0.01)
         both, one = machine.cpu_seconds([busy.pid, idle.pid]), machine.cpu_seconds([idle.pid])

@@ -1,1 +1,4 @@
-"""The benchmark: xaiproxy beside nginx (and LiteLLM), between one load client and one upstream. See docs/performance.md."""
+"""The benchmark: xaiproxy beside nginx and LiteLLM, between one load client and one upstream.
+
+docs/performance.md says what is measured and how.
+"""

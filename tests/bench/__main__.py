@@ -35,18 +35,25 @@ class Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     options = Parser(prog="bin/bench", allow_abbrev=False, description=__doc__,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--quick", action="store_true", help="what matters for judging a change, in two minutes: TLS only")
-    options.add_argument("--rounds", type=int, default=3, metavar="N", help="how often each is measured (default: 3)")
-    options.add_argument("--only", nargs="+", default=[], metavar="NAME", help="only these runs, wildcards allowed; all: "
-                         + ", ".join(run.name for run in all_runs()))
-    options.add_argument("--against", type=pathlib.Path, metavar="FOLDER", help="measure this checkout of xaiproxy, too")
-    options.add_argument("--litellm", action="store_true", help="LiteLLM with --quick, too (its installation takes a while)")
+    options.add_argument("--quick", action="store_true",
+                         help="what matters for judging a change, in two minutes: TLS upstream only")
+    options.add_argument("--rounds", type=int, default=3, metavar="N",
+                         help="how often each is measured (default: 3)")
+    options.add_argument("--only", nargs="+", default=[], metavar="NAME",
+                         help=f"only these runs (wildcards): {', '.join(run.name for run in all_runs())}")
+    options.add_argument("--against", type=pathlib.Path, metavar="FOLDER",
+                         help="measure this checkout of xaiproxy, too")
+    options.add_argument("--litellm", action="store_true",
+                         help="LiteLLM with --quick, too (its installation takes a while)")
     options.add_argument("--plain", action="store_true", help="only with the upstream in the clear")
-    options.add_argument("--age", type=int, default=0, metavar="SECONDS", help="also: memory and CPU over this time at load")
+    options.add_argument("--age", type=int, default=0, metavar="SECONDS",
+                         help="also: memory and CPU over this time at load")
     options.add_argument("--out", type=pathlib.Path, default=RESULTS, metavar="FOLDER",
                          help="where bench.json and bench.svg go (default: .bench/results)")
-    options.add_argument("--check", action="store_true", help="instead: show that the load client is not the bottleneck")
-    options.add_argument("--table", action="store_true", help="instead: print the table of the bench.json in --out")
+    options.add_argument("--check", action="store_true",
+                         help="instead: show that the load client is not the bottleneck")
+    options.add_argument("--table", action="store_true",
+                         help="instead: print the table of the bench.json in --out")
     return options
 
 
@@ -123,20 +130,24 @@ class Bench:
         plan = self.plan()
         began, planned, done = time.monotonic(), sum(step[2].seconds for step in plan), 0.0
         for count, (round, tls, run, name) in enumerate(plan, 1):
-            record: "dict[str, Any]" = {"round": round, "tls": tls, "run": run.name, "target": name, "figures": {}}
+            record: "dict[str, Any]" = {"round": round, "tls": tls, "run": run.name, "target": name,
+                                        "figures": {}}
             try:
                 with self.turn(name, tls, run.fresh) as target:
                     result = measurements.measure(run, target, 1 if self.options.quick else 2)
+                found = {figure.name: figure.value(result) for figure in run.figures
+                         if name != "direct" or "cpu" not in figure.name}
                 record |= {"busy": result["busy"], "disturbed": result["disturbed"], "result": result,
-                           "figures": {figure.name: figure.value(result) for figure in run.figures if name != "direct"
-                                       or result["cpu"] or "cpu" not in figure.name}}
-                shown = ", ".join(f"{figure.title} {report.number(record['figures'].get(figure.name))}" for figure in run.figures[:2])
+                           "figures": found}
+                shown = ", ".join(f"{figure.title} {report.number(found[figure.name])}"
+                                  for figure in run.figures[:2] if figure.name in found)
             except (measurements.Wrong, machine.Unavailable) as wrong:
                 record["wrong"] = shown = str(wrong)
             self.records.append(record)
             done += run.seconds
             left = (time.monotonic() - began) / done * (planned - done)
-            machine.say(f"[{count}/{len(plan)}, {int(left) // 60}:{int(left) % 60:02} left] {report.where(record)}: {shown}")
+            clock = f"{int(left) // 60}:{int(left) % 60:02}"
+            machine.say(f"[{count}/{len(plan)}, {clock} left] {report.where(record)}: {shown}")
 
     def age(self, seconds: int) -> "list[dict[str, float]]":
         """Memory and CPU of one process under load, in slots of 10 s: short requests and streams in turn."""
@@ -144,13 +155,16 @@ class Bench:
         with self.turn("xaiproxy", not self.options.plain, fresh=True) as target:
             began = time.monotonic()
             while (now := time.monotonic() - began) < seconds:
-                requests = measurements.load(target.port, "requests", {"connections": 16, "seconds": 5}, target.pids())
-                streams = measurements.load(target.port, "streams", {**measurements.EACH_50, "events": 50, "seconds": 4},
+                requests = measurements.load(target.port, "requests",
+                                             {"connections": 16, "seconds": 5}, target.pids())
+                streams = measurements.load(target.port, "streams",
+                                            {**measurements.EACH_50, "events": 50, "seconds": 4},
                                             target.pids())
                 slots.append({"age": now, **machine.memory(target.pids()),
                               "cpu_request": 1e6 * requests["cpu"] / requests["answers"],
                               "cpu_event": 1e6 * streams["cpu"] / streams["events"]})
-                machine.say(f"age {now:.0f} of {seconds} s: {slots[-1]['pss']:.0f} KiB, {slots[-1]['cpu_request']:.1f} µs a request")
+                machine.say(f"age {now:.0f} of {seconds} s: {slots[-1]['pss']:.0f} KiB, "
+                            f"{slots[-1]['cpu_request']:.1f} µs a request")
         return slots
 
 

@@ -21,12 +21,13 @@ def ask_with_load(target: Target, connections: int) -> "tuple[float, float]":
 
 
 def ask_with_wrk(target: Target, connections: int) -> "tuple[float, float]":
-    head = subprocess.run([machine.FOLDER / "load", "head", str(target.port)], check=True, capture_output=True, text=True)
+    head = subprocess.run([machine.FOLDER / "load", "head", str(target.port)], check=True,
+                          capture_output=True, text=True)
     fields = [argument for line in head.stdout.split("\r\n")[1:] if line for argument in ("-H", line)]
     cpu = machine.cpu_seconds(target.pids())
-    done = subprocess.run(machine.pinned(machine.OTHER_CORE, "wrk", "-t1", f"-c{connections}", f"-d{SECONDS}", *fields,
-                                         f"http://127.0.0.1:{target.port}/v1/models"),
-                          check=True, capture_output=True, text=True)
+    command = machine.pinned(machine.OTHER_CORE, "wrk", "-t1", f"-c{connections}", f"-d{SECONDS}", *fields,
+                             f"http://127.0.0.1:{target.port}/v1/models")
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
     if "Non-2xx" in done.stdout or "Socket errors" in done.stdout:
         raise measurements.Wrong(done.stdout)
     rate = re.search(r"Requests/sec:\s+([\d.]+)", done.stdout)
@@ -36,7 +37,7 @@ def ask_with_wrk(target: Target, connections: int) -> "tuple[float, float]":
 
 def report(bench: Any) -> str:
     """Markdown: requests a second by load and by wrk. `bench` gives the targets their turns."""
-    lines = ["| upstream, target | c | load, requests/s | wrk, requests/s | load : wrk | core 0 busy, load / wrk |",
+    lines = ["| upstream, target | c | load, requests/s | wrk, requests/s | load : wrk | core 0 busy |",
              "| --- | --- | --- | --- | --- | --- |"]
     return "\n".join([*lines, *_rows(bench)])
 
@@ -49,7 +50,8 @@ def _rows(bench: Any) -> Iterator[str]:
                 for _ in range(ROUNDS):
                     ours.append(ask_with_load(target, connections))
                     theirs.append(ask_with_wrk(target, connections))
-            (rate, busy), (wrk_rate, wrk_busy) = (map(statistics.median, zip(*results)) for results in (ours, theirs))
+            rate, busy = map(statistics.median, zip(*ours))
+            wrk_rate, wrk_busy = map(statistics.median, zip(*theirs))
             machine.say(f"{name} c={connections}: {rate:,.0f} and {wrk_rate:,.0f} requests/s")
             yield (f"| {'TLS' if tls else 'plain'}, {name} | {connections} | {rate:,.0f} | {wrk_rate:,.0f} | "
                    f"{rate / wrk_rate:.2f} | {busy:.0%} / {wrk_busy:.0%} |")

@@ -1,19 +1,19 @@
 /* The benchmark's client: HTTP/1.1 in the clear to 127.0.0.1, one thread, epoll.
  *
- *     load requests PORT connections=16 seconds=2          short requests, one after the other on each connection
- *     load completions PORT connections=16 seconds=2       the same, but POST requests
- *     load streams  PORT connections=100 events=100 interval=20000 seconds=3
- *     load upload   PORT size=20000000 chunked=1 repeat=5
- *     load download PORT size=200000000 repeat=1
- *     load head PORT                                       only prints the head of its requests
+ *     load requests    PORT connections=16 seconds=2   short requests, one after the other on each connection
+ *     load completions PORT connections=16 seconds=2   the same, but POST requests
+ *     load streams     PORT connections=100 events=100 interval=20000 seconds=3
+ *     load upload      PORT size=20000000 chunked=1 repeat=5
+ *     load download    PORT size=200000000 repeat=1
+ *     load head        PORT                            only prints the head of its requests
  *
- * Each connection sends a request, reads the answer and starts again, until `seconds` have passed since the window
- * began, or `repeat` times. The window begins when every connection has had an answer (streams: an event) and `warm`
- * seconds have passed, or at once with `repeat`. Only what ends inside the window is measured, and the CPU time of
- * the processes in `pids` is taken at both of its ends.
+ * Each connection sends a request, reads the answer and starts again, until `seconds` have passed since the
+ * window began, or `repeat` times. The window begins when every connection has had an answer (streams: an
+ * event) and `warm` seconds have passed, or at once with `repeat`. Only what ends inside the window is
+ * measured, and the CPU time of the processes in `pids` is taken at both of its ends.
  *
- * A line "begin" when the window begins; then one JSON object: times in microseconds, `seconds` and CPU in seconds.
- * Every answer is checked to its end; exit status 1 when one was wrong or missing.
+ * A line "begin" when the window begins; then one JSON object: times in microseconds, `seconds` and CPU in
+ * seconds. Every answer is checked to its end; exit status 1 when one was wrong or missing.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -39,7 +39,9 @@ static struct {
     enum mode mode;
     int port;
     long connections, repeat, events, interval /* us between events */, event_size, size, chunked;
-    double seconds, warm, ramp /* connections opened a second; 0: all at once */, limit /* seconds for everything */;
+    double seconds, warm;
+    double ramp;  /* connections opened a second; 0: all at once */
+    double limit; /* seconds for everything */
     const char *key, *pids;
 } options = {.connections = 1, .events = 1, .event_size = 250, .seconds = 2, .warm = 0.3, .limit = 45,
              .key = "client-key-of-the-benchmark"};
@@ -90,8 +92,9 @@ static void prepare_request(void) {
     char download[64];
     if (options.mode == STREAMS || options.mode == COMPLETIONS) {
         path = "/v1/chat/completions";
-        body_size = snprintf(body, sizeof body, "{\"model\":\"grok-4\",\"stream\":%s,\"messages\":[{\"role\":\"user\","
-                             "\"content\":\"bench events=%ld interval=%ld size=%ld \"}]}",
+        body_size = snprintf(body, sizeof body, "{\"model\":\"grok-4\",\"stream\":%s,"
+                             "\"messages\":[{\"role\":\"user\",\"content\":"
+                             "\"bench events=%ld interval=%ld size=%ld \"}]}",
                              options.mode == STREAMS ? "true" : "false", options.events, options.interval,
                              options.event_size);
         memcpy(pattern, body, pattern_size = body_size);
@@ -160,7 +163,7 @@ enum expecting { HEAD, CONTENT, CHUNK_HEAD, CHUNK_DATA, CHUNK_END, TRAILER };
 struct connection {
     int fd, connected, answered;
     long done;                /* requests */
-    long sent;                /* bytes of the body and its tail; -1: the head has not been sent */
+    long sent;                /* bytes of the body and its tail */
     double started;
     enum expecting expecting;
     long left;                /* bytes of the content or chunk that are still to come */
@@ -225,11 +228,12 @@ static void start_request(struct connection *connection) {
     connection->sent = 0;
     count_request();
     connection->started = now();
-    if (body_size && options.mode != UPLOAD) { /* head and body in one send, as a client's short requests are */
+    if (body_size && options.mode != UPLOAD) { /* head and body in one send, as clients' short requests are */
         memcpy(head + head_size, pattern, body_size);
         connection->sent = body_size;
     }
-    if (send(connection->fd, head, head_size + connection->sent, MSG_NOSIGNAL) != head_size + connection->sent) {
+    long size = head_size + connection->sent;
+    if (send(connection->fd, head, size, MSG_NOSIGNAL) != size) {
         wrong("request could not be sent: %s", strerror(errno));
         disconnect(connection);
     } else if (options.mode == UPLOAD) {
@@ -275,7 +279,7 @@ static void end_answer(struct connection *connection) {
 /* ---- what is received ---- */
 
 static void take_event(struct connection *connection, const char *text, size_t size) {
-    const char *stamp = memmem(text, size, "T=", 2); /* nanoseconds of CLOCK_MONOTONIC, when upstream sent it */
+    const char *stamp = memmem(text, size, "T=", 2); /* when upstream sent it: ns of CLOCK_MONOTONIC */
     if (!stamp) {
         if (memmem(text, size, "[DONE]", 6)) connection->ended = 1;
         return;
@@ -338,7 +342,8 @@ static int take_head(struct connection *connection, char *answer) {
     return 1;
 }
 
-/* Parses what was read. Returns how many bytes it took; the answer has ended, or is no good, when it set *over. */
+/* Parses what was read and returns how many bytes it took. *over: 1 when the answer has ended, -1 when it is
+ * no good. */
 static size_t parse(struct connection *connection, int *over) {
     char *at = connection->in, *end = at + connection->in_size, *line;
     while (at < end || (connection->expecting == CONTENT && !connection->left)) {
@@ -375,7 +380,8 @@ static size_t parse(struct connection *connection, int *over) {
 }
 
 static void receive(struct connection *connection) {
-    ssize_t size = recv(connection->fd, connection->in + connection->in_size, IN_SIZE - connection->in_size, 0);
+    size_t room = IN_SIZE - connection->in_size;
+    ssize_t size = recv(connection->fd, connection->in + connection->in_size, room, 0);
     if (size < 0 && errno == EAGAIN) return;
     if (size <= 0) {
         wrong("connection broke (%s) after %ld bytes and %ld events of an answer",
@@ -423,8 +429,10 @@ static double target_cpu(void) {
     for (const char *pid = options.pids; pid && *pid; pid = strchr(pid, ',') ? strchr(pid, ',') + 1 : NULL) {
         clockid_t clock;
         struct timespec time;
-        if (clock_getcpuclockid(atoi(pid), &clock) || clock_gettime(clock, &time)) wrong("process %d is gone", atoi(pid));
-        else seconds += time.tv_sec + time.tv_nsec / 1e9;
+        if (clock_getcpuclockid(atoi(pid), &clock) || clock_gettime(clock, &time))
+            wrong("process %d is gone", atoi(pid));
+        else
+            seconds += time.tv_sec + time.tv_nsec / 1e9;
     }
     return seconds;
 }
@@ -462,7 +470,8 @@ static void run(struct connection *connections) {
     while (opened < options.connections || active) {
         double time = now();
         if (time > start + options.limit) {
-            wrong("%ld of %ld connections were not through after %g s", active, options.connections, options.limit);
+            wrong("%ld of %ld connections were not through after %g s", active, options.connections,
+                  options.limit);
             break;
         }
         long wanted = options.ramp ? 1 + (long)((time - start) * options.ramp) : options.connections;
@@ -471,7 +480,7 @@ static void run(struct connection *connections) {
             connections[opened].text = malloc(TEXT_SIZE);
             connect_to_target(&connections[opened]);
         }
-        if (!window_begin && (answering == options.connections && time >= start + options.warm)) begin_window();
+        if (!window_begin && answering == options.connections && time >= start + options.warm) begin_window();
         if (in_window && time >= window_end) end_window();
         int count = epoll_wait(epoll, happened, 256, opened < options.connections ? 1 : 20);
         for (int i = 0; i < count; i++) on_event(happened[i].data.ptr, happened[i].events);
@@ -501,7 +510,8 @@ static void print_result(void) {
 }
 
 static void usage(const char *what) {
-    fprintf(stderr, "load: %s is not understood; load requests|completions|streams|upload|download|head PORT NAME=VALUE...\n", what);
+    fprintf(stderr, "load: %s is not understood; "
+            "load requests|completions|streams|upload|download|head PORT NAME=VALUE...\n", what);
     exit(64);
 }
 
@@ -510,9 +520,9 @@ static void parse_arguments(int count, char **arguments) {
         {"connections", .whole = &options.connections}, {"repeat", .whole = &options.repeat},
         {"events", .whole = &options.events}, {"interval", .whole = &options.interval},
         {"event_size", .whole = &options.event_size}, {"size", .whole = &options.size},
-        {"chunked", .whole = &options.chunked}, {"seconds", .real = &options.seconds}, {"warm", .real = &options.warm},
-        {"ramp", .real = &options.ramp}, {"limit", .real = &options.limit}, {"key", .text = &options.key},
-        {"pids", .text = &options.pids}};
+        {"chunked", .whole = &options.chunked}, {"seconds", .real = &options.seconds},
+        {"warm", .real = &options.warm}, {"ramp", .real = &options.ramp}, {"limit", .real = &options.limit},
+        {"key", .text = &options.key}, {"pids", .text = &options.pids}};
     if (count < 3) usage("no mode and port");
     while (strcmp(arguments[1], mode_names[options.mode]))
         if (++options.mode > HEAD_ONLY) usage(arguments[1]);

@@ -5,6 +5,7 @@ import contextlib
 import os
 import pathlib
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -37,16 +38,17 @@ def prepare() -> None:
     """Install and compile what is missing, or raise Unavailable."""
     if len(os.sched_getaffinity(0)) < 2:
         raise Unavailable("two cores are needed: one for the proxy that is measured, one for the rest")
-    missing = sorted({package for thing, package in DEBIAN.items() if not (os.path.exists(thing) or shutil.which(thing))})
+    missing = sorted({package for thing, package in DEBIAN.items()
+                      if not (os.path.exists(thing) or shutil.which(thing))})
     if missing:
         command = ["apt-get", "install", "--yes", "--no-install-recommends", *missing]
         if os.geteuid() != 0 or not shutil.which("apt-get"):
             raise Unavailable(f"{', '.join(missing)} must be installed first: sudo {' '.join(command)}")
         say(f"installing {', '.join(missing)}")
-        # Debian starts an nginx of its own after installing it, unless this file forbids it.
+        environ = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
         with _no_services():
             for arguments in (["apt-get", "update"], command):
-                subprocess.run(arguments, check=True, stdout=sys.stderr, env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"})
+                subprocess.run(arguments, check=True, stdout=sys.stderr, env=environ)
     FOLDER.mkdir(exist_ok=True)
     for name, libraries in PROGRAMS.items():
         compile_program(name, libraries)
@@ -54,6 +56,7 @@ def prepare() -> None:
 
 @contextlib.contextmanager
 def _no_services() -> Iterator[None]:
+    # Debian starts an nginx of its own after installing it, unless this file forbids it.
     policy = pathlib.Path("/usr/sbin/policy-rc.d")
     if policy.exists():
         yield
@@ -101,7 +104,8 @@ class Process:
             self.popen = subprocess.Popen(
                 pinned(core, *command), stdin=subprocess.DEVNULL, stdout=file if stdout is None else stdout,
                 stderr=file, cwd=cwd, start_new_session=True,
-                env={"PATH": os.environ["PATH"], "HOME": str(cwd), "TMPDIR": str(cwd), "LANG": "C.UTF-8", **(environ or {})})
+                env={"PATH": os.environ["PATH"], "HOME": str(cwd), "TMPDIR": str(cwd), "LANG": "C.UTF-8",
+                     **(environ or {})})
         self.log = log
 
     def family(self) -> "list[int]":
@@ -123,7 +127,8 @@ class Process:
         end = time.monotonic() + seconds
         while not (outcome := happened()):
             if self.popen.poll() is not None or time.monotonic() > end:
-                raise Unavailable(f"{what} did not come; the end of its log:\n{self.log.read_text(errors='replace')[-2000:]}")
+                tail = self.log.read_text(errors="replace")[-2000:]
+                raise Unavailable(f"{what} did not come; the end of its log:\n{tail}")
             time.sleep(0.01)
         return outcome
 
@@ -141,7 +146,8 @@ class Process:
 
 
 def cpu_seconds(pids: "list[int]") -> float:
-    """CPU time of processes, threads that have ended included (clock_getcpuclockid(3), which Python has for threads only)."""
+    """CPU time of processes, threads that have ended included."""
+    # The clocks of clock_getcpuclockid(3), which Python has for threads only.
     return sum(time.clock_gettime(~pid << 3 | 2) for pid in pids)
 
 
@@ -157,7 +163,7 @@ def memory(pids: "list[int]") -> "dict[str, float]":
 
 
 def busy_seconds() -> "dict[int, float]":
-    """Seconds that each core has been busy, with whatever, or was not given to this machine by its hypervisor."""
+    """Seconds that each core has been busy, with whatever, or was withheld by the hypervisor."""
     seconds = {}
     for line in pathlib.Path("/proc/stat").read_text().splitlines():
         name, *ticks = line.split()
@@ -175,10 +181,11 @@ def _first_line(*command: "str | os.PathLike[str]") -> str:
 def description() -> "dict[str, str]":
     """What the figures hold for."""
     cpuinfo = pathlib.Path("/proc/cpuinfo").read_text()
-    models = [line.partition(":")[2].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
+    models = re.findall(r"model name\s*: (.*)", cpuinfo)
     return {"cpu": models[0] if models else platform.machine(), "cores": str(os.cpu_count()),
             "kernel": platform.release(), "python": platform.python_version(),
-            "nginx": _first_line("nginx", "-v").rpartition("/")[2], "openssl": _first_line("openssl", "version").split()[1],
+            "nginx": _first_line("nginx", "-v").rpartition("/")[2],
+            "openssl": _first_line("openssl", "version").split()[1],
             "xaiproxy": commit(ROOT)}
 
 

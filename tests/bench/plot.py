@@ -17,7 +17,7 @@ COLOURS = {"nginx": "tab:green", "xaiproxy": "tab:blue", "other": "tab:orange"}
 
 
 def ratios(axes: Any, records: report.Records, tls: bool) -> None:
-    """Each figure that has a goal beside nginx, with its spread and the goal as a tick: left of it is better, or right."""
+    """Each figure that has a goal beside nginx, with its spread, and the goal as a tick."""
     figures = [figure for figure in report.figures() if figure.goal and figure.goal.against == "nginx"
                and records.ratio(figure.name, "xaiproxy", "nginx", tls)]
     for row, figure in enumerate(reversed(figures)):
@@ -25,12 +25,15 @@ def ratios(axes: Any, records: report.Records, tls: bool) -> None:
         for shift, name in ((0.12, "xaiproxy"), (-0.12, "other")):
             ratio = records.ratio(figure.name, name, "nginx", tls)
             if ratio:
-                axes.errorbar(ratio.median, row + shift, xerr=[[ratio.median - ratio.low], [ratio.high - ratio.median]],
-                              fmt="o", color=COLOURS[name], label=name if row == 0 else None)
-        axes.plot([figure.goal.limit], [row], "|", color="black", markersize=18, label="goal" if row == 0 else None)
+                spread = [[ratio.median - ratio.low], [ratio.high - ratio.median]]
+                axes.errorbar(ratio.median, row + shift, xerr=spread, fmt="o", color=COLOURS[name],
+                              label=name if row == 0 else None)
+        axes.plot([figure.goal.limit], [row], "|", color="black", markersize=18,
+                  label="goal" if row == 0 else None)
     axes.axvline(1, color=COLOURS["nginx"], linestyle=":", label="nginx")
-    axes.set_yticks(range(len(figures)), [f"{figure.title} ({'more' if figure.goal and figure.goal.at_least else 'less'} is better)"
-                                          for figure in reversed(figures)])
+    better = ["more" if figure.goal and figure.goal.at_least else "less" for figure in figures]
+    labels = [f"{figure.title} ({word} is better)" for figure, word in zip(figures, better)]
+    axes.set_yticks(range(len(figures)), labels[::-1])
     axes.set_ylim(-0.6, len(figures) - 0.4)
     axes.set_xscale("log")
     axes.set_xticks([0.25, 0.5, 1, 2, 4], ["0.25", "0.5", "1", "2", "4"])
@@ -39,13 +42,15 @@ def ratios(axes: Any, records: report.Records, tls: bool) -> None:
     axes.legend()
 
 
-def flatness(axes: Any, records: report.Records, tls: bool, prefix: str, points: "tuple[int, ...]", title: str, x: str) -> None:
+def flatness(axes: Any, records: report.Records, tls: bool, prefix: str, points: "tuple[int, ...]",
+             title: str, x: str) -> None:
     for name, colour in COLOURS.items():
         found = [(point, spread.median) for point in points
                  if (spread := records.spread(f"{prefix}{point}", name, tls))]
         if found:
             axes.plot(*zip(*found), "o-", color=colour, label=name)
-    axes.set(xscale="log", yscale="log" if "body" in prefix else "linear", xlabel=x, ylabel="CPU µs", title=title)
+    axes.set(xscale="log", yscale="log" if "body" in prefix else "linear", xlabel=x, ylabel="CPU µs",
+             title=title)
     if "body" not in prefix:
         axes.set_ylim(bottom=0)
     axes.legend()
@@ -75,7 +80,8 @@ def main() -> None:
         panels.append(lambda axes: age(axes, bench["age"]))
     if not panels:
         return
-    figure, all_axes = pyplot.subplots(len(panels), 1, figsize=(10, 5 * len(panels)), squeeze=False, layout="constrained")
+    figure, all_axes = pyplot.subplots(len(panels), 1, figsize=(10, 5 * len(panels)), squeeze=False,
+                                       layout="constrained")
     for panel, axes in zip(panels, all_axes[:, 0]):
         panel(axes)
     for ending in ("svg", "png"):

@@ -28,7 +28,8 @@ class Spread:
 
 
 class Records:
-    """What was measured: one dict a run, with `tls`, `run`, `round`, `target`, `busy`, `disturbed` and `figures`, or `wrong`."""
+    """What was measured: a dict a run, with `tls`, `run`, `round`, `target`, `figures` and either `busy` and
+    `disturbed` or `wrong`."""
 
     def __init__(self, records: "list[dict[str, Any]]"):
         self.records = records
@@ -63,14 +64,15 @@ class Records:
         lines = [f"{where(record)}: {record['wrong']}" for record in self.records if record.get("wrong")]
         disturbed = [where(record) for record in self.records if record.get("disturbed", 0) > UNDISTURBED]
         if disturbed:
-            lines.append(f"other processes took more than {UNDISTURBED:.0%} of a core during {len(disturbed)} of "
-                         f"{len(self.records)} runs: {', '.join(disturbed[:4])}{', …' if disturbed[4:] else ''}")
-        for run in RUNS:
-            for tls, target in {(record["tls"], record["target"]) for record in self.records if run.saturates}:
+            some = ", ".join(disturbed[:4]) + (", …" if disturbed[4:] else "")
+            lines.append(f"other processes took more than {UNDISTURBED:.0%} of a core during "
+                         f"{len(disturbed)} of {len(self.records)} runs: {some}")
+        for run in filter(lambda run: run.saturates, RUNS):
+            for tls, target in sorted({(record["tls"], record["target"]) for record in self.records}):
                 busy = self.busy(run.figures[0].name, target, tls)
                 if target != "direct" and busy is not None and busy < SATURATED:
-                    lines.append(f"{'TLS' if tls else 'plain'} {run.name}: {target} used only {busy:.0%} of core 0, so "
-                                 "something else was the limit")
+                    lines.append(f"{'TLS' if tls else 'plain'} {run.name}: {target} used only {busy:.0%} of "
+                                 "core 0, so something else was the limit")
         return lines
 
 
@@ -90,7 +92,7 @@ def number(value: "float | None") -> str:
 
 
 def table(records: Records, tls: bool) -> "list[str]":
-    """Markdown: a line a figure. The last columns say how it stands to its goal, and how busy core 0 was (nginx, us)."""
+    """Markdown: a line a figure. The last column says how busy core 0 was with nginx and with xaiproxy."""
     targets = records.targets(tls)
     beside = [name for name in ("nginx", "other") if name in targets and "xaiproxy" in targets]
     heads = ["", *targets, *(f"xaiproxy : {name}" for name in beside), "goal", "", "core 0 busy"]
@@ -116,7 +118,8 @@ def judged(records: Records, figure: Figure, tls: bool) -> "list[str]":
     if goal is None:
         return ["", ""]
     subject = "rotating" if figure.name.startswith("rotation") else "xaiproxy"
-    found = records.ratio(figure.name, subject, goal.against, tls) if goal.against else records.spread(figure.name, subject, tls)
+    found = (records.ratio(figure.name, subject, goal.against, tls) if goal.against
+             else records.spread(figure.name, subject, tls))
     if found is None:
         return [str(goal), "not measured"]
     shown = f" ({found.median:.3g})" if goal.against not in ("", "nginx") else ""
@@ -133,11 +136,12 @@ def markdown(bench: "dict[str, Any]") -> str:
             lines += ["", f"Upstream {'over TLS' if tls else 'in the clear'}:", "", *table(records, tls)]
     if "help_cpu" in bench:
         seconds = bench["help_cpu"]
-        lines += ["", f"`xai-login --help`: {seconds:.2f} s of CPU (goal ≤ 0.2: {'met' if seconds <= 0.2 else '**missed**'})"]
+        verdict = "met" if seconds <= 0.2 else "**missed**"
+        lines += ["", f"`xai-login --help`: {seconds:.2f} s of CPU (goal ≤ 0.2: {verdict})"]
     if bench.get("age"):
-        first, last = bench["age"][0], bench["age"][-1]
-        lines += ["", f"Age: after {last['age']:.0f} s at load {number(last['pss'])} KiB and {last['cpu_request']:.1f} µs a "
-                  f"request, after {first['age']:.0f} s {number(first['pss'])} KiB and {first['cpu_request']:.1f} µs"]
+        lines += ["", "Age at load: " + "; ".join(
+            f"{slot['age']:.0f} s: {number(slot['pss'])} KiB, {slot['cpu_request']:.1f} µs a request"
+            for slot in (bench["age"][0], bench["age"][-1]))]
     if records.faults():
         lines += ["", *(f"- {fault}" for fault in records.faults())]
     return "\n".join(lines) + "\n"

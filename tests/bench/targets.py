@@ -16,6 +16,7 @@ from . import machine
 
 TOKEN = "bench-" + "t" * 800  # as long as an access token
 ISSUER = "http://127.0.0.1:1"  # of the login; nothing asks it while the token lasts
+CLIENT_ID = "b1a00492-073a-47ea-816f-4c329264a828"  # the only one that the sandbox takes
 
 
 class Upstream:
@@ -23,8 +24,9 @@ class Upstream:
 
     def __init__(self, folder: pathlib.Path):
         self.certificate, key = folder / "certificate.pem", folder / "key.pem"
-        subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
-                        "-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1",
+        subprocess.run(["openssl", "req", "-x509", "-newkey", "ec",
+                        "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj", "/CN=localhost",
+                        "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1",
                         "-out", self.certificate, "-keyout", key], check=True, capture_output=True)
         self.process = machine.Process(machine.OTHER_CORE, machine.FOLDER / "upstream", self.certificate, key,
                                        log=folder / "upstream.log", cwd=folder, stdout=subprocess.PIPE)
@@ -39,7 +41,7 @@ class Upstream:
 
 
 class Target:
-    """A proxy in front of `upstream`, stopped except between wake() and rest(), so that it disturbs no other."""
+    """A proxy in front of `upstream`, stopped between rest() and wake(), so that it disturbs no other."""
 
     name = ""
 
@@ -64,8 +66,8 @@ class Target:
 
     def _run(self, *command: "str | os.PathLike[str]", core: int = machine.TARGET_CORE,
              environ: "dict[str, str] | None" = None, name: "str | None" = None) -> machine.Process:
-        process = machine.Process(core, *command, log=self.folder / f"{name or self.name}.log", cwd=self.folder,
-                                  environ=environ)
+        log = self.folder / f"{name or self.name}.log"
+        process = machine.Process(core, *command, log=log, cwd=self.folder, environ=environ)
         self.processes.append(process)
         return process
 
@@ -101,15 +103,18 @@ worker_processes 1; daemon off; pid nginx.pid; error_log stderr warn; worker_rli
 events {{ worker_connections 16000; }}
 http {{
     access_log off; client_max_body_size 0; keepalive_requests 1000000000;
-    client_body_temp_path body; proxy_temp_path proxy; fastcgi_temp_path fastcgi; uwsgi_temp_path uwsgi; scgi_temp_path scgi;
+    client_body_temp_path body; proxy_temp_path proxy;
+    fastcgi_temp_path fastcgi; uwsgi_temp_path uwsgi; scgi_temp_path scgi;
     upstream api {{ server {address}; keepalive 8000; keepalive_requests 1000000000; }}
     server {{
         listen 127.0.0.1:{port} backlog=4096;
         location / {{
             proxy_pass {scheme}://api; proxy_http_version 1.1; proxy_read_timeout 3600s;
             proxy_buffering off; proxy_request_buffering off;
-            proxy_set_header Connection ""; proxy_set_header Host localhost; proxy_set_header Authorization "Bearer {token}";
-            proxy_ssl_verify on; proxy_ssl_trusted_certificate {certificate}; proxy_ssl_name localhost; proxy_ssl_server_name on;
+            proxy_set_header Connection ""; proxy_set_header Host localhost;
+            proxy_set_header Authorization "Bearer {token}";
+            proxy_ssl_verify on; proxy_ssl_trusted_certificate {certificate};
+            proxy_ssl_name localhost; proxy_ssl_server_name on;
         }}
     }}
 }}
@@ -119,9 +124,9 @@ http {{
         scheme, _, address = self.upstream.origin(self.tls).replace("localhost", "127.0.0.1").partition("://")
         self.port = free_port()
         (self.folder / "nginx.conf").write_text(self.CONFIGURATION.format(
-            port=self.port, scheme=scheme, address=address, token=TOKEN, certificate=self.upstream.certificate,
-            files=os.sysconf("SC_OPEN_MAX")))
-        self.measured = self._run("nginx", "-p", self.folder, "-c", self.folder / "nginx.conf", "-e", "stderr")
+            port=self.port, scheme=scheme, address=address, token=TOKEN,
+            certificate=self.upstream.certificate, files=os.sysconf("SC_OPEN_MAX")))
+        self.measured = self._run("nginx", "-p", self.folder, "-c", "nginx.conf", "-e", "stderr")
         self.measured.wait_for("nginx", lambda: answers(self.port))
 
 
@@ -133,6 +138,7 @@ class Xaiproxy(Target):
 
     def _settings(self) -> "dict[str, str]":
         settings = {"UPSTREAM": self.upstream.origin(self.tls), "ISSUER": ISSUER, "PORT": "0",
+                    "CLIENT_ID": CLIENT_ID,
                     "TOKEN_PATH": str(self.folder / "tokens.json")}
         return {f"XAI_PROXY_{name}": value for name, value in settings.items()} | {
             "SSL_CERT_FILE": str(self.upstream.certificate)}
@@ -140,8 +146,8 @@ class Xaiproxy(Target):
     def _sign_in(self) -> None:
         path, now = self.folder / "tokens.json", int(time.time())
         path.touch(mode=0o600)
-        path.write_text(json.dumps({"access_token": TOKEN, "refresh_token": "bench", "issuer": ISSUER, "obtained_at": now,
-                                    "expires_at": now + 86400, "client_id": "b1a00492-073a-47ea-816f-4c329264a828"}))
+        path.write_text(json.dumps({"access_token": TOKEN, "refresh_token": "bench", "issuer": ISSUER,
+                                    "client_id": CLIENT_ID, "obtained_at": now, "expires_at": now + 86400}))
 
     def command(self, name: str) -> pathlib.Path:
         return self.checkout / ".venv/bin" / name
@@ -166,9 +172,11 @@ class Rotating(Xaiproxy):
     name = "rotating"
 
     def _start(self) -> None:
-        sandbox = self._run(self.command("xai-sandbox"), "--port", "0", "--auto-approve", "0", "--device-interval", "1",
-                            "--access-token-lifetime", "3", core=machine.OTHER_CORE, name="sandbox")
-        found = sandbox.wait_for("the sandbox's settings", lambda: re.search(r"ISSUER=(\S+)", sandbox.log.read_text()))
+        sandbox = self._run(self.command("xai-sandbox"), "--port", "0", "--auto-approve", "0",
+                            "--device-interval", "1", "--access-token-lifetime", "3",
+                            core=machine.OTHER_CORE, name="sandbox")
+        found = sandbox.wait_for("the sandbox's settings",
+                                 lambda: re.search(r"ISSUER=(\S+)", sandbox.log.read_text()))
         self.issuer = found[1]
         super()._start()
         self.refresher = self._run(self.command("xai-refresher"), environ=self._settings(), name="refresher")
@@ -183,7 +191,8 @@ class Rotating(Xaiproxy):
 
     def _until_fresh(self) -> None:
         path = self.folder / "tokens.json"
-        self.refresher.wait_for("a token that lasts", lambda: json.loads(path.read_text())["expires_at"] > time.time() + 1)
+        self.refresher.wait_for("a token that lasts",
+                                lambda: json.loads(path.read_text())["expires_at"] > time.time() + 1)
 
     def refreshes(self) -> int:
         with urllib.request.urlopen(f"{self.issuer}/_sandbox") as answer:
@@ -210,8 +219,8 @@ class LiteLLM(Target):
             "model_list:\n- model_name: grok-4\n  litellm_params:\n    model: openai/grok-4\n"
             f"    api_base: {self.upstream.origin(self.tls)}/v1\n    api_key: {TOKEN}\n"
             "litellm_settings:\n  telemetry: false\n  num_retries: 0\n")
-        self.measured = self._run(folder / "bin/litellm", "--config", self.folder / "config.yaml", "--host", "127.0.0.1",
-                                  "--port", str(self.port), "--num_workers", "1",
+        self.measured = self._run(folder / "bin/litellm", "--config", self.folder / "config.yaml",
+                                  "--host", "127.0.0.1", "--port", str(self.port), "--num_workers", "1",
                                   environ=environ)
         self.measured.wait_for("LiteLLM", lambda: answers(self.port, "/health/liveliness"), 180)
 

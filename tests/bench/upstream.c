@@ -1,18 +1,19 @@
-/* The benchmark's upstream: an API that answers at once, in the clear and over TLS. One thread, epoll, OpenSSL.
+/* The benchmark's upstream: an API that answers at once, in the clear and over TLS. One thread, epoll,
+ * OpenSSL.
  *
  *     upstream CERTIFICATE KEY
  *
- * listens on two free ports of 127.0.0.1 and prints them: plain, then TLS. It serves, with keep-alive and any key:
+ * listens on two free ports of 127.0.0.1 and prints them: plain, then TLS. With keep-alive and any key:
  *
- *     GET  /v1/models                       about 4.6 KB of JSON
- *     POST /v1/chat/completions             a completion; or, if the body has "stream":true and "bench events=N
- *                                           interval=US size=BYTES", that many server-sent events and [DONE]
- *     POST /v1/files                        takes a body of any size and says how many bytes it had
- *     GET  /v1/files/bench-SIZE/content     that many bytes
+ *     GET  /v1/models                     about 4.6 KB of JSON
+ *     POST /v1/chat/completions           a completion; or, if the body has "stream":true and "bench events=N
+ *                                         interval=US size=BYTES", that many server-sent events and [DONE]
+ *     POST /v1/files                      takes a body of any size and says how many bytes it had
+ *     GET  /v1/files/bench-SIZE/content   that many bytes
  *
- * Each event leaves in a write of its own, at its own time, stamped with CLOCK_MONOTONIC in nanoseconds. Streams
- * start at a random phase: events that came in bunches would cost a proxy half as much as those that real streams
- * bring. (That is why this is not nginx with Lua: its timers tick in milliseconds.)
+ * Each event leaves in a write of its own, at its own time, stamped with CLOCK_MONOTONIC in nanoseconds.
+ * Streams start at a random phase: events that came in bunches would cost a proxy half as much as those that
+ * real streams bring. (That is why this is not nginx with Lua: its timers tick in milliseconds.)
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -124,7 +125,8 @@ static long outcome(struct connection *connection, int result) {
 
 static long read_some(struct connection *connection, char *to, long size) {
     ERR_clear_error();
-    return outcome(connection, connection->ssl ? SSL_read(connection->ssl, to, size) : recv(connection->fd, to, size, 0));
+    return outcome(connection, connection->ssl ? SSL_read(connection->ssl, to, size)
+                                               : recv(connection->fd, to, size, 0));
 }
 
 static long write_some(struct connection *connection, const char *from, long size) {
@@ -136,7 +138,8 @@ static long write_some(struct connection *connection, const char *from, long siz
 /* Sends what is owed: 1 when all has left, 0 when the rest waits for EPOLLOUT. */
 static int flush(struct connection *connection) {
     long sent = 0, done = 0;
-    while (done < connection->out_size && (sent = write_some(connection, connection->out + done, connection->out_size - done)) > 0)
+    while (done < connection->out_size &&
+           (sent = write_some(connection, connection->out + done, connection->out_size - done)) > 0)
         done += sent;
     connection->out_size -= done;
     if (done && connection->out_size) memmove(connection->out, connection->out + done, connection->out_size);
@@ -167,12 +170,13 @@ static char models[8192], completion[4096];
 static void prepare_answers(void) {
     char *end = models + sprintf(models, "{\"object\":\"list\",\"data\":[");
     for (int i = 0; i < 45; i++)
-        end += sprintf(end, "%s{\"id\":\"grok-model-%02d\",\"object\":\"model\",\"created\":1700000000,\"owned_by\":\"xai\","
-                       "\"context_window\":131072}", i ? "," : "", i);
+        end += sprintf(end, "%s{\"id\":\"grok-model-%02d\",\"object\":\"model\",\"created\":1700000000,"
+                       "\"owned_by\":\"xai\",\"context_window\":131072}", i ? "," : "", i);
     strcpy(end, "]}");
     memset(block, 'z', sizeof block);
-    sprintf(completion, "{\"id\":\"chatcmpl-1\",\"object\":\"chat.completion\",\"created\":1700000000,\"model\":\"grok-4\","
-            "\"choices\":[{\"index\":0,\"message\":{\"role\":\"assistant\",\"content\":\"%.1700s\"},\"finish_reason\":\"stop\"}],"
+    sprintf(completion, "{\"id\":\"chatcmpl-1\",\"object\":\"chat.completion\",\"created\":1700000000,"
+            "\"model\":\"grok-4\",\"choices\":[{\"index\":0,\"message\":{\"role\":\"assistant\","
+            "\"content\":\"%.1700s\"},\"finish_reason\":\"stop\"}],"
             "\"usage\":{\"prompt_tokens\":10,\"completion_tokens\":300,\"total_tokens\":310}}", block);
 }
 
@@ -217,11 +221,11 @@ static int answer(struct connection *connection, int status, const char *body) {
 
 static int send_event(struct connection *connection) {
     char event[EVENT_SIZE + 32], *data = event + 8; /* the chunk's size goes before it, once it is known */
-    int size = sprintf(data, "data: {\"id\":\"chatcmpl-1\",\"object\":\"chat.completion.chunk\",\"created\":1700000000,"
-                       "\"model\":\"grok-4\",\"choices\":[{\"index\":0,\"delta\":{\"role\":\"assistant\",\"content\":\"T=%019lld ",
-                       (long long)now());
+    int size = sprintf(data, "data: {\"id\":\"chatcmpl-1\",\"object\":\"chat.completion.chunk\","
+                       "\"created\":1700000000,\"model\":\"grok-4\",\"choices\":[{\"index\":0,"
+                       "\"delta\":{\"role\":\"assistant\",\"content\":\"T=%019lld ", (long long)now());
     static const char end[] = "\"},\"finish_reason\":null}]}\n\n\r\n";
-    int padding = connection->event_size - size - (int)sizeof end + 3; /* less NUL and the chunk's own CR LF */
+    int padding = connection->event_size - size - (int)(sizeof end - 3); /* less NUL and the chunk's CR LF */
     if (padding > 0) memset(data + size, 'x', padding), size += padding;
     strcpy(data + size, end);
     size += sizeof end - 1;
@@ -249,13 +253,15 @@ static int continue_stream(struct connection *connection) {
 static int start_stream(struct connection *connection, const char *wish) {
     char head[HEAD_SIZE];
     long interval;
-    if (sscanf(wish, "bench events=%ld interval=%ld size=%ld", &connection->events, &interval, &connection->event_size) != 3 ||
+    if (sscanf(wish, "bench events=%ld interval=%ld size=%ld", &connection->events, &interval,
+               &connection->event_size) != 3 ||
         connection->event_size > EVENT_SIZE || connection->events < 1)
         return answer(connection, 404, "{\"error\":\"no such stream\"}");
     connection->interval = interval * 1000;
     connection->sent_events = 0;
     connection->begin = now() - (interval ? random() % connection->interval : 0);
-    if (send_all(connection, head, answer_head(head, 200, "text/event-stream; charset=utf-8", -1)) < 0) return -1;
+    int size = answer_head(head, 200, "text/event-stream; charset=utf-8", -1);
+    if (send_all(connection, head, size) < 0) return -1;
     return continue_stream(connection);
 }
 
@@ -274,7 +280,8 @@ static int respond(struct connection *connection) {
     }
     if (sscanf(connection->path, "/v1/files/bench-%ld/content", &connection->download) == 1) {
         connection->out = realloc(connection->out, HEAD_SIZE);
-        connection->out_size = answer_head(connection->out, 200, "application/octet-stream", connection->download);
+        connection->out_size = answer_head(connection->out, 200, "application/octet-stream",
+                                           connection->download);
         int sent = flush(connection);
         if (!sent) watch(connection, EPOLL_CTL_MOD, EPOLLIN | EPOLLRDHUP | EPOLLOUT);
         return sent;
@@ -285,13 +292,15 @@ static int respond(struct connection *connection) {
 /* ---- requests ---- */
 
 static int take_head(struct connection *connection, char *head) {
-    char *chunked = strcasestr(head, "\r\ntransfer-encoding: chunked"), *length = strcasestr(head, "\r\ncontent-length:");
+    char *chunked = strcasestr(head, "\r\ntransfer-encoding: chunked");
+    char *length = strcasestr(head, "\r\ncontent-length:");
     if (sscanf(head, "%7s %127s", connection->method, connection->path) != 2) return -1;
     connection->received = connection->body_size = 0;
     connection->body[0] = 0;
     connection->left = length ? atol(length + strlen("\r\ncontent-length:")) : 0;
     connection->expecting = chunked ? CHUNK_HEAD : connection->left ? CONTENT : NOTHING;
-    return strcasestr(head, "\r\nexpect: 100-continue") ? send_all(connection, "HTTP/1.1 100 Continue\r\n\r\n", 25) : 0;
+    if (!strcasestr(head, "\r\nexpect: 100-continue")) return 0;
+    return send_all(connection, "HTTP/1.1 100 Continue\r\n\r\n", 25);
 }
 
 static void take_body(struct connection *connection, const char *data, long size) {
@@ -310,7 +319,8 @@ static int parse(struct connection *connection) {
             long size = end - at < connection->left ? end - at : connection->left;
             take_body(connection, at, size);
             at += size;
-            if (!(connection->left -= size)) connection->expecting = connection->expecting == CONTENT ? NOTHING : CHUNK_END;
+            if (!(connection->left -= size))
+                connection->expecting = connection->expecting == CONTENT ? NOTHING : CHUNK_END;
             continue;
         }
         const char *delimiter = connection->expecting == HEAD ? "\r\n\r\n" : "\r\n";
@@ -353,7 +363,7 @@ static int serve(struct connection *connection) {
 
 static int on_readable(struct connection *connection) {
     long size;
-    do { /* again when there may be more; a TLS record fits whole, so that nothing is left where epoll cannot see it */
+    do { /* while there may be more. A TLS record fits whole: nothing is left where epoll cannot see it */
         if (connection->in_size == IN_SIZE) return 0; /* pipelined requests, which wait */
         size = read_some(connection, connection->in + connection->in_size, IN_SIZE - connection->in_size);
         if (size < 0) return -1;
@@ -413,7 +423,8 @@ static SSL_CTX *tls_context(const char *certificate, const char *key) {
     SSL_CTX *context = SSL_CTX_new(TLS_server_method());
     check(SSL_CTX_use_certificate_chain_file(context, certificate) == 1 &&
           SSL_CTX_use_PrivateKey_file(context, key, SSL_FILETYPE_PEM) == 1, certificate);
-    SSL_CTX_set_mode(context, SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER | SSL_MODE_RELEASE_BUFFERS);
+    SSL_CTX_set_mode(context, SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER |
+                              SSL_MODE_RELEASE_BUFFERS);
     SSL_CTX_set_options(context, SSL_OP_IGNORE_UNEXPECTED_EOF);
     return context;
 }
@@ -453,7 +464,8 @@ int main(int count, char **arguments) {
         for (int due = 0; due < 1024 && heap_size && heap[0]->next <= time; due++) {
             struct connection *connection = heap[0];
             forget(connection);
-            if (continue_stream(connection) < 0 || (idle(connection) && serve(connection) < 0)) drop(connection);
+            if (continue_stream(connection) < 0 || (idle(connection) && serve(connection) < 0))
+                drop(connection);
         }
     }
 }
