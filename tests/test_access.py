@@ -1,6 +1,5 @@
 """Who may call: a key, or a caller that no web page can imitate."""
 
-import io
 import re
 
 import pytest
@@ -17,7 +16,7 @@ def head(*lines: str, method: str = "GET", target: str = "/v1/models", host: "st
     lines = [*lines] if host is None else [f"Host: {host}", *lines]
     version = "HTTP/1.0" if host is None else "HTTP/1.1"
     text = "\r\n".join([f"{method} {target} {version}", *lines, "", ""])
-    return request_head.read(io.BytesIO(text.encode("latin-1")))
+    return request_head.parse(text.encode("latin-1"))
 
 
 def settings(**values: str) -> config.Config:

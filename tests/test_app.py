@@ -1,6 +1,5 @@
 """What is the proxy's own: health, readiness, and what is said of paths that are nobody's."""
 
-import io
 import json
 import os
 import re
@@ -331,7 +330,7 @@ def test_a_fault_of_ours_is_a_500_in_json_and_not_the_clients_fault(tmp_path, ca
     def fault():
         raise RuntimeError("of ours")
     handler = types.SimpleNamespace()
-    head = request_head.read(io.BytesIO(b"GET /fault HTTP/1.1\r\nHost: localhost\r\n\r\n"))
+    head = request_head.parse(b"GET /fault HTTP/1.1\r\nHost: localhost\r\n\r\n")
     environ = {"xaiproxy.head": head, "xaiproxy.handler": handler}
     answer = flask_app.test_client().get("/fault", environ_overrides=environ)
     assert (answer.status_code, handler.ended_by) == (500, "proxy")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from xaiproxy import errors, headers
+from xaiproxy import headers
 
 OURS = [("Host", "api.x.ai"), ("User-Agent", "xaiproxy/1"), ("Authorization", "Bearer the-token")]
 HOP_BY_HOP = ["Connection", "Keep-Alive", "Proxy-Connection", "TE", "Trailer", "Transfer-Encoding", "Upgrade"]
@@ -145,7 +145,6 @@ def test_the_content_length_is_the_one_that_we_count_by():
 def test_a_repeated_content_length_goes_out_once():
     assert to_client(("Content-Length", "5"), ("A", "1"), ("content-length", "5"), length=5) == \
         [("Content-Length", "5"), ("A", "1")]
-    assert to_client(("Content-Length", "5, 5"), length=5) == [("Content-Length", "5")]
 
 
 def test_a_length_that_nobody_can_vouch_for_is_dropped():
@@ -154,32 +153,3 @@ def test_a_length_that_nobody_can_vouch_for_is_dropped():
 
 def test_no_length_is_made_up():
     assert to_client(("A", "1"), length=5) == [("A", "1")]
-
-
-@pytest.mark.parametrize("value", ["a\r\n b", "a\r\n\tb", "a\n b", "a\r\n \t b", "a\r\n \r\n b"])
-def test_a_folded_line_becomes_a_space(value):
-    assert to_client(("X", value)) == [("X", "a  b" if value.count("\n") == 2 else "a b")]
-
-
-@pytest.mark.parametrize("name, value", [
-    ("X", "a\rb"), ("X", "a\nb"), ("X", "a\r\nb"), ("X", "a\r\nSet-Cookie: b"), ("X", "a\0"),
-    ("X", "\x1b[31m"), ("X", "\x7f"), ("X", "a\r"), ("X", "a\n"), ("X", "a\r\n"), ("X", "\u20ac"),
-    ("X", "a\n\n b"), ("X", "a\x0b"), ("", "a"), ("X Y", "a"), ("X ", "a"), ("X:", "a"), ("X\r", "a"),
-    ("X\nY", "a"), ("Xé", "a"), ("X\0", "a"), ("(X)", "a"), ("Content-Length ", "5"),
-    ("Transfer-Encoding\t", "chunked"),
-])
-def test_what_of_upstream_two_could_read_differently_is_no_answer(name, value):
-    with pytest.raises(errors.UpstreamUnreachable, match="malformed header") as caught:
-        to_client(("A", "1"), (name, value), length=5)
-    assert caught.value.status == 502
-
-
-def test_a_malformed_field_that_would_be_dropped_anyway_does_no_harm():
-    assert to_client(("Set-Cookie", "a\0b"), ("A", "1")) == [("A", "1")]
-
-
-def test_a_long_value_takes_no_long_time():
-    value = "a\r\n" + " \t" * 100000 + "b"
-    assert to_client(("X", value)) == [("X", "a b")]
-    with pytest.raises(errors.UpstreamUnreachable):
-        to_client(("X", "\n" * 100000 + "\0"))
