@@ -1,0 +1,180 @@
+"""Where a body ends: found out from bytes that may be split anywhere, and in doubt it is no body."""
+
+import copy
+
+import pytest
+
+from xaiproxy.framing import LINE_LIMIT, TRAILER_LIMIT, Chunked, Sized, UntilClose
+from xaiproxy.message_head import Malformed
+
+BEHIND = b"GET /the-next-request HTTP/1.1\r\n"
+
+
+def fed(body: "Sized | Chunked | UntilClose", data: bytes, size: int = 1 << 30) -> "tuple[bytes, bytes]":
+    """The content of `data`, fed `size` bytes at a time, and what of `data` is behind the body's end."""
+    content, at = b"", 0
+    while at < len(data) and not body.ended:
+        part = data[at:at + size]
+        content += b"".join([part[start:end] for start, end in body.feed(part)])
+        assert 0 <= body.used <= len(part) and (body.ended or body.used == len(part))
+        at += body.used
+    return content, data[at:]
+
+
+def in_chunks(*chunks: bytes) -> bytes:
+    return b"".join(b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in (*chunks, b""))
+
+
+# by length
+
+@pytest.mark.parametrize("size", [1, 2, 3, 100])
+def test_a_sized_body_ends_where_it_says(size):
+    body = Sized(5)
+    assert not body.ended
+    assert fed(body, b"hello" + BEHIND, size) == (b"hello", BEHIND) and body.ended
+
+
+def test_an_empty_body_has_ended_before_anything_came():
+    body = Sized(0)
+    assert body.ended
+    assert body.feed(BEHIND) == [(0, 0)] and body.used == 0
+
+
+def test_content_is_not_copied_to_find_its_end():
+    assert Sized(5).feed(b"hello") == [(0, 5)]  # the one span that is all of it, which callers look for
+    assert UntilClose().feed(b"hello") == [(0, 5)]
+
+
+# until the connection ends
+
+def test_a_body_until_close_ends_with_the_connection_alone():
+    body = UntilClose()
+    assert fed(body, b"hello", 2) == (b"hello", b"") and not body.ended
+    body.end_of_connection()
+    assert body.ended
+
+
+@pytest.mark.parametrize("body, data", [(Sized(5), b"hell"), (Chunked(), b""), (Chunked(), b"5\r\nhello\r\n"),
+                                        (Chunked(), b"0\r\n")])
+def test_every_other_body_is_cut_short_by_the_end_of_the_connection(body, data):
+    body.feed(data)
+    with pytest.raises(EOFError):
+        body.end_of_connection()
+    assert not body.ended
+
+
+# in chunks
+
+GOOD = [
+    (b"0\r\n\r\n", b""),
+    (b"5\r\nhello\r\n0\r\n\r\n", b"hello"),
+    (b"1\r\nh\r\n4\r\nello\r\n000\r\n\r\n", b"hello"),
+    (b"A\r\n0123456789\r\na\r\n0123456789\r\n0\r\n\r\n", b"0123456789" * 2),
+    (b"000000000000005\r\nhello\r\n000000000000000\r\n\r\n", b"hello"),
+    (b"5;a\r\nhello\r\n0;b=c\r\n\r\n", b"hello"),
+    (b"5 ; a = \"b;c\\\"d\"\te=f\r\nhello\r\n0\t;\r\n\r\n", b"hello"),
+    (b"5;\xe9\xff\r\nhello\r\n0\r\n\r\n", b"hello"),
+    (b"5;" + b"a" * (LINE_LIMIT - 4) + b"\r\nhello\r\n0\r\n\r\n", b"hello"),
+    (b"4\r\n\r\n\r\n\r\n0\r\n\r\n", b"\r\n\r\n"),
+    (b"5\r\n0\r\n\r\n\r\n0\r\n\r\n", b"0\r\n\r\n"),
+    (b"0\r\nTrailer: x\r\nEmpty:\r\nx-two: \xe9 \t\r\n\r\n", b""),
+    (b"0\r\n" + b"X: y\r\n" * TRAILER_LIMIT + b"\r\n", b""),
+    (b"0\r\nX: " + b"y" * (LINE_LIMIT - 5) + b"\r\n\r\n", b""),
+    (in_chunks(b"x" * 70000, b"y"), b"x" * 70000 + b"y"),
+]
+BAD_SIZES = [
+    b"+1\r\n", b"-1\r\n", b"-0\r\n", b"1_0\r\n", b"0x1\r\n", b"0X1\r\n", b" 1\r\n", b"\t1\r\n", b"1 \r\n",
+    b"1\t\r\n", b"1 1\r\n", b"1,\r\n", b"1.0\r\n", b"1h\r\n", b"g\r\n", b"\r\n", b" \r\n", b";a\r\n",
+    b" ;a\r\n", b"\"1\"\r\n", b"0000000000000001\r\n", b"10000000000000001\r\n", b"ffffffffffffffff\r\n",
+    b"f" * 400 + b"\r\n", b"1\n", b"\n1\r\n", b"1\r\r\n", b"1\rx\r\n", b"1\r", b"1;a\n", b"1;\r\r\n",
+    b"1;a\rb\r\n", b"1;a=\"\r\"\r\n", b"1;a=\"\n\"\r\n", b"1;a=\"\r\n\"\r\n", b"1;\x00\r\n", b"1;\x0b\r\n",
+    b"1;\x7f\r\n", b"1\x00\r\n", b"1\x0b\r\n", b"\xd9\xa1\r\n", b"\xb9\r\n", b"1\xa0\r\n",
+    b"\xef\xbb\xbf1\r\n"]
+BAD_ENDS = [b"\n", b"\r0", b"\n\r\n", b"0\r\n\r\n", b"x\r\n", b"\r\r\n", b"  ", b"5\r\nhello\r\n"]
+BAD_TRAILERS = [
+    b"X\r\n", b" X: y\r\n", b"X : y\r\n", b": y\r\n", b"X: y\n", b"X: y\r\n folded\r\n", b"X: y\rZ: a\r\n",
+    b"X: \ry\n",
+    b"X: \x00\r\n", b"\n", b"\r\r\n", b"X: y\r\n\n", b"GET / HTTP/1.1\r\n", b"X\xe9: y\r\n",
+    b"Content-Length: 0\r\n", b"X: y\r\ntransfer-encoding: chunked\r\n",
+    b"X: y\r\n" * (TRAILER_LIMIT + 1), b"X: " + b"a" * 4000 + b"\x00\r\n"]
+TOO_LONG = b"a" * (LINE_LIMIT - 3)  # behind two bytes and before a line end
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 1 << 30])
+def test_a_chunked_body_ends_with_its_last_chunk_and_trailers(size):
+    for data, content in GOOD:
+        body = Chunked()
+        assert fed(body, data + BEHIND, size) == (content, BEHIND) and body.ended
+
+
+@pytest.mark.parametrize("data", [data for data, _ in GOOD if len(data) < 100])
+def test_a_chunked_body_may_be_cut_in_two_anywhere(data):
+    whole = fed(Chunked(), data + BEHIND)
+    for at in range(1, len(data) + 2):
+        body = Chunked()
+        first, behind = fed(body, data[:at])
+        second, rest = fed(body, data[at:] + BEHIND)
+        assert body.ended and (first + second, behind + rest) == whole
+
+
+def refusals(data: bytes) -> "set[str]":
+    """What is said of bad chunks, however they are split."""
+    said = set()
+    for size in (1, 2, 1 << 30):
+        body = Chunked()
+        with pytest.raises(Malformed) as caught:
+            fed(body, data, size)
+        assert not body.ended
+        said.add(str(caught.value))
+    return said
+
+
+@pytest.mark.parametrize("size_line", BAD_SIZES)
+def test_a_chunk_size_that_two_servers_could_read_differently(size_line):
+    for before in (b"", b"5\r\nhello\r\n"):
+        said = refusals(before + size_line + b"x" * 20 + b"\r\n0\r\n\r\n")
+        assert said == {"has a chunk size that is malformed"}
+
+
+@pytest.mark.parametrize("after", BAD_ENDS)
+def test_a_chunk_that_does_not_end_where_it_says(after):
+    assert refusals(b"5\r\nhello" + after + b"\r\n0\r\n\r\n") == {"has a chunk that is longer than it says"}
+
+
+@pytest.mark.parametrize("trailers", BAD_TRAILERS)
+def test_trailers_that_two_servers_could_read_differently(trailers):
+    assert refusals(b"5\r\nhello\r\n0\r\n" + trailers + b"\r\n") == {"has trailers that are malformed"}
+
+
+@pytest.mark.parametrize("data", [b"1;" + TOO_LONG + b"\r\n", b"0" * (LINE_LIMIT + 1),
+                                  b"0\r\nX:" + TOO_LONG + b"\r\n", b"0\r\n" + b"a" * (LINE_LIMIT + 1)])
+def test_a_line_is_not_waited_for_beyond_its_limit(data):
+    assert refusals(data) == {"has a line that is too long"}
+
+
+def test_a_chunked_body_that_is_cut_at_any_byte_has_not_ended():
+    data = b"3\r\nabc\r\n0a;x=\"y\"\r\n0123456789\r\n0\r\nTrailer: x\r\n\r\n"
+    for size in range(len(data)):
+        body = Chunked()
+        content, _ = fed(body, data[:size])
+        assert not body.ended and b"abc0123456789".startswith(content)
+
+
+def test_a_chunk_is_given_before_its_own_line_end_has_come():
+    assert Chunked().feed(b"5\r\nhel") == [(3, 6)]
+
+
+def test_a_copy_looks_ahead_and_leaves_the_body_where_it_is():
+    body = Chunked()
+    body.feed(b"5\r\nhe")
+    assert fed(copy.copy(body), b"llo\r\n0\r\n\r\n" + BEHIND) == (b"llo", BEHIND)
+    assert not body.ended
+    assert fed(body, b"LLO\r\n0\r\n\r\n" + BEHIND) == (b"LLO", BEHIND)
+
+
+def test_the_largest_chunk_is_counted_and_not_kept():
+    body = Chunked()
+    body.feed(b"fffffffffffffff\r\n")
+    for _ in range(100):
+        assert body.feed(b"x" * 65536) == [(0, 65536)]
+    assert not body.ended
