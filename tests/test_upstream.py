@@ -705,10 +705,10 @@ def a_request(upstream: Upstream, method: str = "GET", body: bytes = b"") -> Exc
     ours, theirs = socket.socketpair()
     client = Connection(ours)
     client.unread = body
-    ours.close()
+    client.close()
     theirs.close()
     replayable = ReplayableBody(RequestBody(head, client, 1), 0, ReplayMemory(0))
-    return Exchange(upstream, method, "/v1/x", [("Host", "x")], replayable)
+    return Exchange(upstream, f"{method} /v1/x HTTP/1.1\r\nHost: x\r\n", replayable, method, repeatable=False)
 
 
 def exchange(upstream: Upstream, scripted: ScriptedUpstream) -> Request:

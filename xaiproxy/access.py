@@ -21,15 +21,19 @@ class Access:
         self._hosts = settings.allowed_hosts
         self._origins = settings.allowed_origins
         self.keys = keys
+        self._looked_at: object = None
         self._good_host: "list[str] | None" = []  # the last that passed; most clients send one and the same
 
-    def check(self, head: Head, *, key_needed: bool) -> "str | None":
+    def check(self, head: Head, *, key_needed: bool, moment: object = None) -> "str | None":
         """Return the name of the client key that was shown, if any.
 
         `key_needed`: whether a key is asked for when there are any (the API), or the rule for pages is enough.
+        `moment`: when it is that of the last call, the key file is not looked at again.
         Raises HostNotAllowed, OriginNotAllowed, ClientKeyRequired.
         """
-        self.keys.refresh()
+        if moment is None or moment != self._looked_at:
+            self.keys.refresh()
+            self._looked_at = moment
         name = self._key_name(head)
         if name is None:
             hosts = head.by_name.get("host")

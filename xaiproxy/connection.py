@@ -18,23 +18,30 @@ READ = 65536  # bytes
 RECORD = 16384  # bytes of content that a TLS record holds at most
 _READABLE, _WRITABLE = 1, 2
 _poll = monkey.get_original("select", "poll")
+_socket = monkey.get_original("socket", "socket")
 
 
 class Connection:
-    """`unread`: bytes that came and that nobody has taken; `readable` and `writable`: gevent's watchers."""
+    """`unread`: bytes that came and that nobody has taken; `readable` and `writable`: gevent's watchers.
 
-    __slots__ = ("socket", "unread", "readable", "_writable", "_poll", "_hub")
+    It takes the file descriptor over from `sock`, which may be gevent's: the wrapping that those do would cost at each
+    read and write.
+    """
+
+    __slots__ = ("socket", "unread", "readable", "_writable", "_timer", "_limit", "_poll", "_hub")
 
     holds_back = False  # bytes that `send` has taken, but the kernel has not
 
     def __init__(self, sock: Any):
-        sock.settimeout(0)
-        self.socket = sock
+        self.socket = _socket(sock.family, sock.type, sock.proto, sock.detach())
+        self.socket.setblocking(False)
         self.unread = b""
         self._hub = gevent.get_hub()
-        self.readable = self._hub.loop.io(sock.fileno(), _READABLE)
+        self.readable = self._hub.loop.io(self.socket.fileno(), _READABLE)
         self._writable: Any = None
         self._poll: Any = None
+        self._timer: Any = None
+        self._limit = -1.0  # seconds of that timer
 
     @property
     def writable(self) -> Any:
@@ -67,18 +74,27 @@ class Connection:
     def wait(self, watcher: Any, limit: "float | None") -> None:
         """Let others run until `watcher` fires. `limit`: seconds. Raises TimeoutError, and what is thrown in."""
         greenlet = gevent.getcurrent()
-        timer = None
         watcher.start(greenlet.switch)
+        timer = None
         if limit is not None:
-            timer = self._hub.loop.timer(max(limit, 0))
-            timer.start(greenlet.throw, TimeoutError)
+            timer = self._timer
+            if limit != self._limit:
+                timer = self._new_timer(limit)
+            timer.again(greenlet.throw, TimeoutError, update=False)  # `start` would go on where `stop` has left it
         try:
             self._hub.switch()
         finally:
             watcher.stop()
             if timer is not None:
                 timer.stop()
-                timer.close()
+
+    def _new_timer(self, limit: float) -> Any:
+        if self._timer is not None:
+            self._timer.close()
+        self._limit = limit
+        limit = max(limit, 0.001)
+        self._timer = self._hub.loop.timer(limit, limit)
+        return self._timer
 
     def recv(self, limit: "float | None") -> bytes:
         """Return what is unread, or else what comes next; b"" at the end. Raises OSError, TimeoutError."""
@@ -129,7 +145,7 @@ class Connection:
 
     def close(self) -> None:
         """May be called twice."""
-        for watcher in (self.readable, self._writable):
+        for watcher in (self.readable, self._writable, self._timer):
             if watcher is not None:
                 watcher.stop()
                 watcher.close()
@@ -148,7 +164,8 @@ class TLSConnection(Connection):
         self._inner = inner
         self.socket, self.readable, self._hub = inner.socket, inner.readable, inner._hub
         self.unread = b""
-        self._writable = self._poll = None
+        self._writable = self._poll = self._timer = None
+        self._limit = -1.0
         self._in, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._in, self._out, server_hostname=host, session=session)
         self._unsent = b""  # what the socket has not taken yet
@@ -183,16 +200,15 @@ class TLSConnection(Connection):
             self._in.write(data)
         else:
             self._in.write_eof()
-        parts = []
+        content = b""
         try:
-            while True:
-                parts.append(self._tls.read(RECORD))
-                if not self._in.pending:  # all that came is read: no poll would report what is left in here
-                    break
+            content = self._tls.read(RECORD)
+            while self._in.pending:  # until all that came is read: no poll would report what is left in here
+                content += self._tls.read(RECORD)
         except ssl.SSLWantReadError:  # the rest of a record is still to come
-            if not parts:
+            if not content:
                 raise BlockingIOError from None
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        return content
 
     def send(self, data: Any) -> int:
         if self._unsent:

@@ -3,7 +3,9 @@
 import base64
 import socket
 import ssl
+import time
 import urllib.parse
+from typing import Any
 
 from xaiproxy import config, response_head
 from xaiproxy.connection import Connection, TLSConnection
@@ -12,6 +14,7 @@ from xaiproxy.connection import Connection, TLSConnection
 KEEPALIVE = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
              (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15), (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)]
 SOCKET_OPTIONS = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), *KEEPALIVE]
+REMEMBERED = 60  # seconds that what a name server said is used again
 PORTS = {"http": 80, "https": 443, "socks5": 1080, "socks5h": 1080, "socks4": 1080, "socks4a": 1080}
 
 
@@ -23,6 +26,8 @@ class Dialler:
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # one for all: it holds the parsed CA certificates
         self._context.load_verify_locations(settings.egress.ca_file)
         self._session: "ssl.SSLSession | None" = None
+        self._addresses: "list[Any]" = []  # what getaddrinfo said, the one that was reached last in front
+        self._looked_up = 0.0
 
     def connect(self) -> Connection:
         """Raises OSError, EOFError, Malformed. Without a time limit of its own."""
@@ -51,7 +56,30 @@ class Dialler:
         port = target.port or PORTS[target.scheme]
         if target.scheme.startswith("socks"):
             return Connection(_through_socks(target, port, _address(self._upstream)))
-        return Connection(_dial(target.hostname, port))
+        return Connection(self._dial(target.hostname, port))
+
+    def _dial(self, host: str, port: int) -> socket.socket:
+        if not self._addresses or time.monotonic() - self._looked_up > REMEMBERED:
+            # Bytes, since text would be taken through IDNA, which has its own errors.
+            self._addresses = socket.getaddrinfo(host.encode(), port, type=socket.SOCK_STREAM)
+            self._looked_up = time.monotonic()
+        addresses, self._addresses = self._addresses, []
+        last = OSError("its name has no address")
+        for known in addresses:
+            family, kind, protocol, _, address = known
+            sock = socket.socket(family, kind, protocol)
+            try:
+                _prepare(sock)
+                sock.connect(address)
+            except BaseException as error:
+                sock.close()
+                if not isinstance(error, OSError):
+                    raise
+                last = error
+            else:
+                self._addresses = [known, *(other for other in addresses if other is not known)]
+                return sock
+        raise last
 
     def _tunnel(self, connection: Connection) -> None:
         """RFC 9110 section 9.3.6."""
@@ -75,23 +103,6 @@ class Dialler:
 
 def _address(url: urllib.parse.SplitResult) -> "tuple[str, int]":
     return url.hostname, url.port or PORTS[url.scheme]
-
-
-def _dial(host: str, port: int) -> socket.socket:
-    last = OSError("its name has no address")
-    # Bytes, since text would be taken through IDNA, which has its own errors.
-    for family, kind, protocol, _, address in socket.getaddrinfo(host.encode(), port, type=socket.SOCK_STREAM):
-        sock = socket.socket(family, kind, protocol)
-        try:
-            _prepare(sock)
-            sock.connect(address)
-            return sock
-        except BaseException as error:
-            sock.close()
-            if not isinstance(error, OSError):
-                raise
-            last = error
-    raise last
 
 
 def _prepare(sock: socket.socket) -> None:

@@ -11,6 +11,7 @@ from xaiproxy.message_head import ALLOWED, Malformed, lower_of
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")  # section 7.1
 LINE_LIMIT = 4096  # bytes of a chunk-size or trailer line
 TRAILER_LIMIT = 100
+NOT_IN_TRAILERS = ("", "content-length", "transfer-encoding")  # RFC 9110 section 6.5.1; "": no name
 
 Spans = "list[tuple[int, int]]"
 
@@ -77,15 +78,16 @@ class Chunked:
                 spans.append((at, end))
                 self._left -= end - at
                 at = end
+                if data.startswith(b"\r\n", at) and not self._left:
+                    self._expect = Chunked._size
+                    at += 2
                 continue
-            end = data.find(b"\n", at, min(size, at + LINE_LIMIT)) + 1
-            line = data[at:end or size]
-            at = end or size
-            if self._line:
-                line = self._line + line
+            end = data.find(b"\n", at, at + LINE_LIMIT) + 1 or size
+            line = self._line + data[at:end]
+            at = end
             if len(line) > LINE_LIMIT:
                 raise Malformed("has a line that is too long")
-            if end:
+            if line.endswith(b"\n"):
                 self._line = b""
                 self._expect(self, line)
             else:
@@ -114,5 +116,6 @@ class Chunked:
             return
         self._trailers += 1
         name, colon, _ = line.decode("latin-1").partition(":")
-        if self._trailers > TRAILER_LIMIT or not colon or not lower_of(name) or line.translate(None, ALLOWED) != b"\r\n":
+        if (self._trailers > TRAILER_LIMIT or not colon or lower_of(name) in NOT_IN_TRAILERS
+                or not line.endswith(b"\r\n") or line.translate(None, ALLOWED) != b"\r\n"):
             raise Malformed("has trailers that are malformed")

@@ -24,7 +24,7 @@ from gevent import pywsgi
 from xaiproxy import errors, framing, log, message_head, request_head
 from xaiproxy.connection import Connection
 from xaiproxy.message_head import lower_of
-from xaiproxy.request_body import RequestBody
+from xaiproxy.request_body import NO_BODY, RequestBody
 
 logger = logging.getLogger("xaiproxy.request")
 
@@ -99,7 +99,7 @@ class Handler:
     def __init__(self, sock: Any, address: Any, server: Any):
         self.server = server
         self.connection = Connection(sock)
-        self.watch = ClientWatch(sock)
+        self.watch = ClientWatch(self.connection.socket)
         self.key_name: "str | None" = None
         self.ended_by = ""  # client, upstream, proxy; empty: nobody cut it short
         self._address = address
@@ -135,7 +135,9 @@ class Handler:
             return False
         self._answered_before = True
         self._close = not head.keep_alive
-        self._body = RequestBody(head, self.connection, self.server.settings.client_timeout)
+        self._body = NO_BODY
+        if head.chunked or head.content_length is not None:
+            self._body = RequestBody(head, self.connection, self.server.settings.client_timeout)
         self._respond()
         if self._close and not self._body.ended and not self._cut_short:
             self._linger()
@@ -200,17 +202,27 @@ class Handler:
             self._log()
 
     def _environ(self) -> "dict[str, Any]":
-        head, environ = self._head, self.server.get_environ()
+        head = self._head
+        known = head.derived.get("environ")
+        if known is None:
+            known = head.derived["environ"] = self._environ_of(head)
+        environ = known.copy()
+        environ["REMOTE_ADDR"] = str(self._address[0])
+        environ["wsgi.input"] = self._body
+        environ["xaiproxy.head"] = head
+        environ["xaiproxy.handler"] = self
+        if head.content_length is not None:
+            environ["CONTENT_LENGTH"] = str(head.content_length)
+        return environ
+
+    def _environ_of(self, head: request_head.Head) -> "dict[str, Any]":
+        environ = self.server.get_environ()
         environ["REQUEST_METHOD"] = head.method
         environ["SCRIPT_NAME"] = ""
         environ["PATH_INFO"] = urllib.parse.unquote_to_bytes(head.path).decode("latin-1") if "%" in head.path else head.path
         environ["QUERY_STRING"] = head.target[len(head.path) + 1:]
         environ["SERVER_PROTOCOL"] = head.version
-        environ["REMOTE_ADDR"] = str(self._address[0])
-        environ["wsgi.input"] = self._body
         environ["wsgi.input_terminated"] = True
-        environ["xaiproxy.head"] = head
-        environ["xaiproxy.handler"] = self
         for name, value in head.fields:
             key = _environ_key(name)
             if key:
@@ -255,7 +267,11 @@ class Handler:
     def _send(self, result: "Iterable[bytes]") -> None:
         is_stream = hasattr(result, "relay")
         if is_stream and self._can_relay(result):
-            result.relay(self.connection, self._take_head(), self._count)
+            relay = result.relay(self.connection)
+            try:
+                relay.run(self._take_head())
+            finally:
+                self._content_bytes = relay.content
             return
         if is_stream:
             self.write(b"")  # the head leaves now, even if no byte of the body follows for an hour
@@ -270,9 +286,6 @@ class Handler:
     def _can_relay(self, result: Any) -> bool:
         """Whether the client is to have the body in the framing that upstream has put it in."""
         return result.framing is not framing.UntilClose and (result.framing is framing.Chunked) == self._chunks
-
-    def _count(self, size: int) -> None:
-        self._content_bytes += size
 
     def write(self, data: bytes) -> None:
         """PEP 3333's."""
@@ -308,8 +321,8 @@ class Handler:
         fields: "dict[str, Any]" = {
             "method": head.method if head else "-", "path": head.path if head else "-", "status": abs(self._code or 0),
             "bytes": self._content_bytes,
-            "first_byte_ms": round((self._time_head - self._time_start) * 1000, 1) if self._time_head else None,
-            "duration_ms": round((now - self._time_start) * 1000, 1),
+            "first_byte_ms": int((self._time_head - self._time_start) * 10000) / 10 if self._time_head else None,
+            "duration_ms": int((now - self._time_start) * 10000) / 10,
             "ended_by": self.ended_by or "done", "key": self.key_name}
         quiet = fields["path"] in ("/healthz", "/readyz") and fields["status"] == 200
         log.event(logger, logging.DEBUG if quiet else logging.INFO, "request", fields)

@@ -147,35 +147,55 @@ def _second(second: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
 
 
-def _blotted(fields: "dict[str, Any]") -> "dict[str, Any]":
+def _escaped(line: str, escape: "Callable[[str], str]") -> str:
+    return line if line.isprintable() else CONTROLS.sub(lambda match: escape(match[0]), line)
+
+
+def _without_secrets(fields: "dict[str, Any]") -> "dict[str, Any]":
+    """All that is not a number as text."""
     blotted = {name: value if type(value) in PLAIN else blot(str(value), 512) for name, value in fields.items()}
     if "traceback" in fields:
         blotted["traceback"] = blot(fields["traceback"][-1500:], 1500)
     return blotted
 
 
-def _escaped(line: str, escape: "Callable[[str], str]") -> str:
-    return line if line.isprintable() else CONTROLS.sub(lambda match: escape(match[0]), line)
-
-
 class JsonFormatter(_Formatter):
-    _encode = json.JSONEncoder(ensure_ascii=False).encode
-
     def line(self, created: float, level: str, message: str, fields: "dict[str, Any]") -> str:
-        message, fields = blot(message, 1000), _blotted(fields)
-        entry = {"time": _stamp(created), "level": level.lower(), "process": self.process, "message": message}
-        for shortened in (lambda: fields,
-                          lambda: {"message": message[:200]} | {name: str(value)[:50] for name, value in fields.items()},
-                          lambda: {"message": message[:200]}):
-            line = _escaped(self._encode(entry | shortened()), lambda character: f"\\u{ord(character):04x}")
-            if len(line) < LINE_LIMIT // 4 or len(line.encode("utf-8", "replace")) < LINE_LIMIT:
+        start = f'{{"time": "{_stamp(created)}", "level": "{level.lower()}", "process": "{self.process}", "message": '
+        if "traceback" not in fields:
+            pairs = [f', "{name}": {_number(value) if type(value) in PLAIN else _quoted(str(value))}'
+                     for name, value in fields.items()]
+            line = f"{start}{_quoted(message)}{''.join(pairs)}}}"
+            if len(line) < LINE_LIMIT // 4:  # of UTF-8 at most four bytes a character
+                return line
+        return self._shortened(start, blot(message, 1000), _without_secrets(fields))
+
+    def _shortened(self, start: str, message: str, fields: "dict[str, Any]") -> str:
+        for shorter in ({"message": message} | fields,
+                        {"message": message[:200]} | {name: str(value)[:50] for name, value in fields.items()},
+                        {"message": message[:200]}):
+            line = start + _json(shorter).removeprefix('{"message": ')
+            if len(line.encode("utf-8", "replace")) < LINE_LIMIT:
                 break
         return line
+
+
+def _json(value: Any) -> str:
+    return _escaped(json.dumps(value, ensure_ascii=False), lambda character: f"\\u{ord(character):04x}")
+
+
+def _number(value: Any) -> str:
+    return "null" if value is None else repr(value) if type(value) is not bool else "true" if value else "false"
+
+
+@functools.lru_cache(maxsize=512)  # methods, paths, names of keys: they come again
+def _quoted(value: Any) -> str:
+    return _json(blot(str(value), 1000))
 
 
 class TextFormatter(_Formatter):
     def line(self, created: float, level: str, message: str, fields: "dict[str, Any]") -> str:
         words = [_stamp(created), level.upper(), f"{self.process}:", blot(message, 1000)]
-        words += [f"{name}={value}" for name, value in _blotted(fields).items()]
+        words += [f"{name}={value}" for name, value in _without_secrets(fields).items()]
         line = _escaped(" ".join(words), lambda character: repr(character)[1:-1])
         return line.encode("utf-8", "replace")[:LINE_LIMIT - 200].decode("utf-8", "ignore")

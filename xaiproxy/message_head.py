@@ -46,9 +46,10 @@ def fields(lines: "list[str]") -> "tuple[list[tuple[str, str]], dict[str, list[s
     """The fields in order, as sent; and the values of each name in lower case. Raises Malformed, TooLong."""
     if len(lines) > FIELD_LIMIT:
         raise TooLong(f"has more than {FIELD_LIMIT} header lines")
-    in_order, values = [], {}
+    in_order: "list[tuple[str, str]]" = []
+    values: "dict[str, list[str]]" = {}
     for line in lines:
-        field, lower = (_field if len(line) < 256 else _field.__wrapped__)(line)
+        field, lower = _field(line) if len(line) < 256 else _field.__wrapped__(line)
         in_order.append(field)
         if lower in values:
             values[lower].append(field[1])

@@ -8,7 +8,6 @@ This is a WSGI layer around Flask's `app.wsgi_app`: a proxied request needs the 
 request context has lost, and nothing of what that context would cost.
 """
 
-import functools
 import logging
 import math
 import re
@@ -22,7 +21,7 @@ from xaiproxy import access, config, errors, headers, token_store, tokens
 from xaiproxy.connection import Connection
 from xaiproxy.http_handler import ClientWatch
 from xaiproxy.relay import Relay
-from xaiproxy.request_body import ReplayableBody, ReplayMemory
+from xaiproxy.request_body import NO_BODY, ReplayableBody, ReplayMemory
 from xaiproxy.request_head import Head
 from xaiproxy.upstream import USER_AGENT, Exchange, Upstream, is_refused_token
 
@@ -34,6 +33,10 @@ LOOK = 0.1  # seconds between two looks at the token file meanwhile
 # A token younger than this was minted a moment ago: xAI has refused such ones once and then taken them.
 YOUNG = 120  # seconds
 YOUNG_PAUSE = 1.0  # seconds
+# Sent again on a new connection when a pooled one breaks: repeating these changes nothing (RFC 9110 section 9.2.2
+# would allow PUT and DELETE too, but what they do here may be paid for).
+REPEATABLE = frozenset(("GET", "HEAD", "OPTIONS"))
+IDEMPOTENCY_KEYS = {"idempotency-key", "x-idempotency-key"}
 SEGMENT_END = re.compile(r"/|%2f|\\|%5c", re.IGNORECASE)
 
 
@@ -48,6 +51,8 @@ class Proxy:
         self._gate = gate
         self._upstream = upstream
         self._memory = ReplayMemory(settings.replay_memory)
+        self._loop = gevent.get_hub().loop
+        self._latest: "tuple[float, tokens.Tokens | None]" = (0.0, None)  # a moment, and the good login that was there then
 
     def __call__(self, environ: "dict[str, Any]", start_response: "Callable[..., Any]") -> "Iterable[bytes]":
         head: Head = environ["xaiproxy.head"]
@@ -55,13 +60,16 @@ class Proxy:
             return self._otherwise(environ, start_response)
         handler = environ["xaiproxy.handler"]
         try:
-            preflight = self._gate.preflight(head)
-            if preflight is not None:
-                start_response("204 No Content", preflight)
-                return []
-            handler.key_name = self._gate.check(head, key_needed=True)
-            check_method(head.method)
-            check_path(head.path)
+            if head.method == "OPTIONS":
+                preflight = self._gate.preflight(head)
+                if preflight is not None:
+                    start_response("204 No Content", preflight)
+                    return []
+            handler.key_name = self._gate.check(head, key_needed=True, moment=self._loop.now())
+            if "checked" not in head.derived:
+                check_method(head.method)
+                check_path(head.path)
+                head.derived["checked"] = True
             return self._forward(head, environ, start_response)
         except errors.Refusal as refusal:
             handler.ended_by = "proxy"
@@ -70,9 +78,10 @@ class Proxy:
             return [body]
 
     def _forward(self, head: Head, environ: "dict[str, Any]", start_response: "Callable[..., Any]") -> "Stream":
-        handler = environ["xaiproxy.handler"]
-        body = ReplayableBody(environ["wsgi.input"], self._settings.replay_limit, self._memory)
-        watch = handler.watch
+        body = environ["wsgi.input"]
+        if body is not NO_BODY:
+            body = ReplayableBody(body, self._settings.replay_limit, self._memory)
+        watch = environ["xaiproxy.handler"].watch
         exchange = None
         try:
             watch.start()  # while we wait for a token; it stops at the first byte of a body
@@ -98,9 +107,14 @@ class Proxy:
             raise
 
     def _send(self, head: Head, body: ReplayableBody, login: tokens.Tokens, watch: ClientWatch) -> Exchange:
-        fields = headers.to_upstream(head.fields, host=self._upstream.host, user_agent=USER_AGENT,
-                                     access_token=login.access_token)
-        exchange = self._upstream.send(head.method, head.target, fields, body)
+        token, request = head.derived.get("request", ("", ""))
+        if token != login.access_token:
+            fields = headers.to_upstream(head.fields, host=self._upstream.host, user_agent=USER_AGENT,
+                                         access_token=login.access_token)
+            request = f"{head.method} {head.target} HTTP/1.1\r\n" + "".join([f"{name}: {value}\r\n" for name, value in fields])
+            head.derived["request"] = login.access_token, request
+        exchange = self._upstream.send(request, body, method=head.method, repeatable=head.method in REPEATABLE or bool(
+            IDEMPOTENCY_KEYS & head.by_name.keys()))
         watch.start()  # again: the body is read, and nothing else looks at the client's socket from here on
         exchange.receive()
         return exchange
@@ -109,6 +123,9 @@ class Proxy:
 
     def _login(self) -> tokens.Tokens:
         """A login whose token has not expired. Raises LoginRequired, TokenUnavailable."""
+        moment, login = self._latest
+        if moment == self._loop.now():  # the requests that came together need but one look
+            return login
         deadline = time.monotonic() + WAIT
         while True:
             try:
@@ -117,6 +134,7 @@ class Proxy:
                 raise errors.LoginRequired(str(error)) from error
             now = time.time()
             if login.expires_at > now:
+                self._latest = self._loop.now(), login
                 return login
             self._check_hope(login, now)
             if time.monotonic() >= deadline:
@@ -203,8 +221,8 @@ class Stream:
     def framing(self) -> type:
         return type(self._exchange.body)
 
-    def relay(self, client: Connection, head: bytes, count: "Callable[[int], None]") -> None:
-        Relay(self._exchange, client, count).run(head)
+    def relay(self, client: Connection) -> Relay:
+        return Relay(self._exchange, client)
 
     def close(self) -> None:
         self._watch.stop()  # first, or it could break into the other
@@ -217,7 +235,6 @@ def check_method(method: str) -> None:
         raise errors.MethodNotAllowed(f"{method} is not passed on")
 
 
-@functools.lru_cache(maxsize=256)
 def check_path(path: str) -> None:
     """Refuse what could leave /v1 further up, and a doubled /v1. Raises BadRequest, NotFound."""
     for segment in SEGMENT_END.split(path):

@@ -4,7 +4,6 @@ A callback in the hub passes on what comes; the greenlet of the request sleeps u
 a look at its framing and a write, and no greenlet switch.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import gevent
@@ -15,36 +14,39 @@ from xaiproxy.upstream import BROKEN, Exchange
 
 
 class Relay:
-    def __init__(self, exchange: Exchange, client: Connection, count: "Callable[[int], None]"):
-        """`count` is told how many bytes of content each part had."""
+    __slots__ = ("content", "_exchange", "_upstream", "_body", "_client", "_unsent", "_greenlet", "_timer")
+
+    def __init__(self, exchange: Exchange, client: Connection):
+        self.content = 0  # bytes that were passed on, without their framing
         self._exchange = exchange
         self._upstream = exchange.connection
         self._body = exchange.body
         self._client = client
-        self._count = count
-        self._unsent: Any = b""  # what the client has not taken; until it has, nothing more is read
-        self._greenlet = gevent.getcurrent()
-        self._timer: Any = None
 
     def run(self, head: bytes) -> None:
         """Send `head` and the body behind it. Raises ClientGone, UpstreamBroken, and what is thrown in."""
-        came, self._upstream.unread = self._upstream.unread, b""
+        upstream, body = self._upstream, self._body
+        came = upstream.unread
+        if came:
+            try:
+                self._look_at(came)
+            except BROKEN as error:
+                raise self._exchange.broken(error) from error
+            upstream.unread = came[body.used:]
+            head += came[:body.used] if upstream.unread else came
         try:
-            self._count_content(came)
-        except BROKEN as error:
-            raise self._exchange.broken(error) from error
-        try:
-            self._client.send_all(head + came[:self._body.used] if came else head)
+            self._client.send_all(head)
         except OSError:
             raise ClientGone from None
-        self._upstream.unread = came[self._body.used:]
-        if not self._body.ended:
+        if not body.ended:
             self._wait()
         self._exchange.release()
 
     def _wait(self) -> None:
         hub = gevent.get_hub()
         limit = self._exchange.idle_timeout
+        self._greenlet = gevent.getcurrent()
+        self._unsent: Any = b""  # what the client has not taken; until it has, nothing more is read
         self._timer = hub.loop.timer(limit, limit)
         self._read_on()
         try:
@@ -58,54 +60,48 @@ class Relay:
             self._client.stop_writing()
 
     def _read_on(self) -> None:
-        self._upstream.readable.start(self._in_hub, self._pass_on)
-        self._timer.again(self._greenlet.throw, TimeoutError)
+        self._upstream.readable.start(self._pass_on)
+        self._timer.again(self._greenlet.throw, TimeoutError, update=False)
 
-    def _in_hub(self, step: "Callable[[], None]") -> None:
-        try:
-            step()
-        except Exception as error:
-            self._greenlet.throw(error)
+    # In the hub, whose callbacks must not raise
 
     def _pass_on(self) -> None:
         try:
             data = self._upstream.receive()
+            self._look_at(data)
         except BlockingIOError:
             return
-        if not data:
-            self._body.end_of_connection()
-        self._count_content(data)
+        except Exception as error:
+            self._greenlet.throw(error)
+            return
         used = self._body.used
         if used < len(data):
             self._upstream.unread = data[used:]  # behind the end
             data = data[:used]
-        try:
-            sent = self._client.send(data)
-        except OSError:
-            raise ClientGone from None
-        if sent < used:
-            self._unsent = memoryview(data)[sent:]
-            self._upstream.readable.stop()
-            self._timer.stop()
-            self._client.writable.start(self._in_hub, self._send_on)
-        elif self._body.ended:
-            self._greenlet.switch()
-        else:
-            self._timer.again(self._greenlet.throw, TimeoutError)
+        self._unsent = data
+        self._send_on()
 
     def _send_on(self) -> None:
         try:
-            self._unsent = self._unsent[self._client.send(self._unsent):]
+            sent = self._client.send(self._unsent)
         except OSError:
-            raise ClientGone from None
-        if self._unsent:
+            self._greenlet.throw(ClientGone)
             return
-        self._client.writable.stop()
-        if self._body.ended:
+        if sent < len(self._unsent):
+            self._unsent = memoryview(self._unsent)[sent:]
+            self._upstream.readable.stop()
+            self._timer.stop()
+            self._client.writable.start(self._send_on)
+        elif self._body.ended:
             self._greenlet.switch()
+        elif self._upstream.readable.active:
+            self._timer.again(self._greenlet.throw, TimeoutError, update=False)
         else:
+            self._client.stop_writing()
             self._read_on()
 
-    def _count_content(self, data: bytes) -> None:
-        spans = self._body.feed(data)
-        self._count(sum([end - start for start, end in spans]))
+    def _look_at(self, data: bytes) -> None:
+        if not data:
+            self._body.end_of_connection()
+        for start, end in self._body.feed(data):
+            self.content += end - start

@@ -78,6 +78,28 @@ class RequestBody:
         return content
 
 
+class NoBody:
+    """What a request without a body has in place of both, a RequestBody and a ReplayableBody; one for all."""
+
+    chunked = has_come = False
+    ended = replayable = True
+    content_length = None
+
+    def read1(self, size: int = -1) -> bytes:
+        return b""
+
+    read = read1
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(())
+
+    def forget(self) -> None:
+        pass
+
+
+NO_BODY = NoBody()
+
+
 class ReplayMemory:
     """How many bytes all requests together may keep for a replay."""
 

@@ -5,11 +5,17 @@ another. So: CRLF line ends only, no folded lines, no space before the colon, on
 no Transfer-Encoding but exactly `chunked`, never both, and no name that an underscore makes look like another.
 """
 
+import copy
+import functools
 import re
+
+from typing import Any
 
 from xaiproxy import errors, headers, message_head
 
 SIZE_LIMIT = 65536  # bytes of the whole head
+MEMO_LIMIT = 4096  # bytes of a head that is remembered
+LENGTH_LINE = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: ([0-9]{1,18})\r\n")
 REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) (HTTP/1\.[01])")
 # Names that steer somebody on the way: content_length reads as content-length behind CGI's rules.
 RESERVED = headers.NOT_SENT | {"content-type", "origin", "sec-fetch-site"}
@@ -18,10 +24,10 @@ RESERVED = headers.NOT_SENT | {"content-type", "origin", "sec-fetch-site"}
 class Head:
     """`target` is the request line's, byte for byte; `fields` are in order, as sent. Text is Latin-1.
 
-    `by_name`: the values of each name in lower case. `content_length` is None without a body and with a chunked one.
+    `derived`: what others have found out from the rest; shared by equal heads, which are one. `by_name`: the values of each name in lower case. `content_length` is None without a body and with a chunked one.
     """
 
-    __slots__ = ("method", "target", "path", "version", "fields", "content_length", "chunked", "keep_alive", "by_name")
+    __slots__ = ("method", "target", "path", "version", "fields", "content_length", "chunked", "keep_alive", "by_name", "derived")
 
     def __init__(self, method: str, target: str, version: str, fields: "list[tuple[str, str]]",
                  values: "dict[str, list[str]]"):
@@ -34,6 +40,7 @@ class Head:
         self.content_length: "int | None" = None
         self.chunked = False
         self.keep_alive = False
+        self.derived: "dict[str, Any]" = {}
 
     def values(self, name: str) -> "list[str]":
         """All values of a field; `name` in lower case."""
@@ -41,7 +48,20 @@ class Head:
 
 
 def parse(data: bytes) -> Head:
-    """`data`: up to and with the empty line. Raises BadRequest, HeadTooLarge."""
+    """`data`: up to and with the empty line. Raises BadRequest, HeadTooLarge.
+
+    A client's heads differ in their Content-Length, if at all: what else follows from one is found out once.
+    """
+    length = LENGTH_LINE.search(data)
+    if length is None:
+        return (_parsed if len(data) < MEMO_LIMIT else _parse)(data)
+    data = data[:length.start(1)] + b"0" + data[length.end(1):]
+    head = copy.copy((_parsed if len(data) < MEMO_LIMIT else _parse)(data))
+    head.content_length = int(length[1])
+    return head
+
+
+def _parse(data: bytes) -> Head:
     if data.startswith(b"\r\n"):  # RFC 9112 section 2.2: one empty line before a request is to be forgiven
         data = data[2:]
     try:
@@ -54,6 +74,9 @@ def parse(data: bytes) -> Head:
     _check_names(values)
     _frame(head, values)
     return head
+
+
+_parsed = functools.lru_cache(maxsize=256)(_parse)
 
 
 def refusal(error: message_head.Malformed) -> errors.BadRequest:

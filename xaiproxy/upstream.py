@@ -26,9 +26,6 @@ IDLE_LIMIT = 60  # seconds that a connection waits for its next request
 INTERIM_LIMIT = 20  # 1xx answers before the final one
 PEEK_LIMIT = 65536  # bytes of an error that are looked at
 PEEK_TIME = 2.0  # seconds for them to come
-# Sent again on a new connection when a pooled one breaks: repeating these changes nothing (RFC 9110 section 9.2.2
-# would allow PUT and DELETE too, but what they do here may be paid for).
-REPEATABLE = frozenset(("GET", "HEAD", "OPTIONS"))
 BROKEN = (OSError, EOFError, Malformed)
 
 
@@ -49,14 +46,14 @@ class Upstream:
         self._sweeper: "gevent.Greenlet | None" = None
         self.dialler = Dialler(settings)
 
-    def send(self, method: str, target: str, fields: "list[tuple[str, str]]",
-             body: ReplayableBody) -> "Exchange":
+    def send(self, request: str, body: ReplayableBody, *, method: str, repeatable: bool) -> "Exchange":
         """Send a request, on a pooled connection if there is a live one.
 
-        `fields`: all but the framing of the body. Raises UpstreamUnreachable, UpstreamTimeout, and what reading the
-        client's body raises.
+        `request`: its head, but for the framing of the body and the empty line; `repeatable`: whether to send it again
+        when a pooled connection breaks. Raises UpstreamUnreachable, UpstreamTimeout, and what reading the client's
+        body raises.
         """
-        exchange = Exchange(self, method, target, fields, body)
+        exchange = Exchange(self, request, body, method, repeatable)
         connection = self._take()
         exchange.send(connection or self.connect(), pooled=connection is not None)
         return exchange
@@ -120,18 +117,17 @@ class Exchange:
     """
 
     __slots__ = ("connection", "body", "status", "reason", "fields", "length", "_upstream", "_method", "_request",
-                 "_request_fields", "_request_body", "_pooled", "_whole", "_keep_alive", "_writer")
+                 "_repeatable", "_request_body", "_pooled", "_whole", "_keep_alive", "_writer")
 
-    def __init__(self, upstream: Upstream, method: str, target: str, fields: "list[tuple[str, str]]", body: ReplayableBody):
+    def __init__(self, upstream: Upstream, request: str, body: ReplayableBody, method: str, repeatable: bool):
         if body.chunked:
-            fields = [*fields, ("Transfer-Encoding", "chunked")]
+            request += "Transfer-Encoding: chunked\r\n"
         elif body.content_length is not None:
-            fields = [*fields, ("Content-Length", str(body.content_length))]
-        lines = "".join([f"{name}: {value}\r\n" for name, value in fields])
-        self._request = f"{method} {target} HTTP/1.1\r\n{lines}\r\n".encode("latin-1")
+            request += f"Content-Length: {body.content_length}\r\n"
+        self._request = (request + "\r\n").encode("latin-1")
         self._upstream = upstream
         self._method = method
-        self._request_fields = fields
+        self._repeatable = repeatable
         self._request_body = body
         self._pooled = False
         self._whole = True  # whether all of the request was written
@@ -235,7 +231,7 @@ class Exchange:
             raise self._timed_out() from error
         except BROKEN as error:
             self.close()
-            if self._pooled and self._repeatable():
+            if self._pooled and self._repeatable and self._request_body.replayable:
                 self.send(self._upstream.connect(), pooled=False)
                 return self.receive()
             raise self._broke_off(error) from error
@@ -259,11 +255,6 @@ class Exchange:
             if head.status == 101:
                 raise Malformed("switches to another protocol, which nobody asked for")
         raise Malformed("is preceded by too many interim ones")
-
-    def _repeatable(self) -> bool:
-        names = {name.lower() for name, _ in self._request_fields}
-        return self._request_body.replayable and (
-            self._method in REPEATABLE or bool(names & {"idempotency-key", "x-idempotency-key"}))
 
     @property
     def idle_timeout(self) -> float:
