@@ -504,6 +504,15 @@ def test_a_record_that_was_changed_on_the_way_is_an_error(tls):
         ours.recv(5)
 
 
+def test_bytes_behind_close_notify_are_nothing(tls):
+    """OpenSSL never takes them: who read until they were gone would stop the whole process."""
+    ours, theirs = tls
+    theirs.socket.sendall(theirs.records(b"all") + theirs.close_notify() + b"garbage")
+    assert ours.recv(5) == b"all"
+    theirs.socket.sendall(b"more")
+    assert ours.recv(5) == b""
+
+
 def test_a_head_over_tls(tls):
     ours, theirs = tls
     theirs.sendall(HEAD + b"body")

@@ -41,7 +41,7 @@ class Connection:
         self._writable: Any = None
         self._poll: Any = None
         self._timer: Any = None
-        self._limit = -1.0  # seconds of that timer
+        self._limit: "float | None" = None  # seconds of that timer
 
     @property
     def writable(self) -> Any:
@@ -80,7 +80,8 @@ class Connection:
             timer = self._timer
             if limit != self._limit:
                 timer = self._new_timer(limit)
-            timer.again(greenlet.throw, TimeoutError, update=False)  # `start` would go on where `stop` has left it
+            # Not `start`, which would go on where `stop` has left it. Counted from when this turn of the loop began.
+            timer.again(greenlet.throw, TimeoutError, update=False)
         try:
             self._hub.switch()
         finally:
@@ -113,10 +114,8 @@ class Connection:
 
         Raises message_head.Malformed and TooLong, EOFError when it ended in the middle, OSError, TimeoutError.
         """
-        data = self.recv(limit)
-        if data.endswith(b"\r\n\r\n") and data.find(b"\r\n\r\n") == len(data) - 4 <= size_limit - 4:
-            return data
         start = time.monotonic()
+        data = self.recv(limit)
         searched = 0
         while not (end := message_head.end(data, searched, size_limit)):
             searched = len(data)
@@ -165,7 +164,7 @@ class TLSConnection(Connection):
         self.socket, self.readable, self._hub = inner.socket, inner.readable, inner._hub
         self.unread = b""
         self._writable = self._poll = self._timer = None
-        self._limit = -1.0
+        self._limit = None
         self._in, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._in, self._out, server_hostname=host, session=session)
         self._unsent = b""  # what the socket has not taken yet
@@ -204,7 +203,10 @@ class TLSConnection(Connection):
         try:
             content = self._tls.read(RECORD)
             while self._in.pending:  # until all that came is read: no poll would report what is left in here
-                content += self._tls.read(RECORD)
+                more = self._tls.read(RECORD)
+                if not more:  # close_notify: OpenSSL leaves what is behind it
+                    break
+                content += more
         except ssl.SSLWantReadError:  # the rest of a record is still to come
             if not content:
                 raise BlockingIOError from None

@@ -57,8 +57,12 @@ def _reduced(accept_encoding: str) -> str:
 
 def to_client(fields: Fields, *, length: "int | None") -> Fields:
     """The fields of the answer to the client. `length`: of the body as we read it; None when nobody can say."""
-    dropped = NOT_PASSED | connection_options(fields)
     passed = []
+    dropped = NOT_PASSED
+    for field in fields:
+        if lower_of(field[0]) == "connection":
+            dropped = NOT_PASSED | connection_options(fields)
+            break
     for field in fields:
         lower = lower_of(field[0])
         if lower in dropped:

@@ -235,16 +235,22 @@ class Handler:
             raise exc_info[1]
         head = self._head
         self._code = int(status[:3])
-        names = [lower_of(name) for name, _ in headers]
-        has_length = "content-length" in names
+        has_length = has_date = False
+        lines = [f"HTTP/1.1 {status}\r\n"]
+        for name, value in headers:
+            lines.append(f"{name}: {value}\r\n")
+            lower = lower_of(name)
+            if lower == "content-length":
+                has_length = True
+            elif lower == "date":
+                has_date = True
         no_body = head.method == "HEAD" or self._code in (204, 304)
         self._chunks = not (has_length or no_body or head.version == "HTTP/1.0")
         # What is unread of the body would be taken for the next request; and the end of the connection is the only
         # end of the body that HTTP/1.0 knows.
         if self.server.draining or not self._body.ended or head.version == "HTTP/1.0" and not (has_length or no_body):
             self._close = True
-        lines = [f"HTTP/1.1 {status}\r\n", *[f"{name}: {value}\r\n" for name, value in headers]]
-        if "date" not in names:
+        if not has_date:
             lines.append(f"Date: {pywsgi.format_date_time(time.time()).decode()}\r\n")
         if self._chunks:
             lines.append("Transfer-Encoding: chunked\r\n")

@@ -29,6 +29,7 @@ SECRETS = re.compile(
     r"|(?<![\w-])[\w-]{80,}(?![\w-])"       # a refresh token: 86 characters of base64url
 )
 SHORTEST_SECRET = 13
+NUMBERS = frozenset((int, float))
 PLAIN = frozenset((int, float, bool, type(None)))  # what cannot hold a secret
 # Controls would let what others send (a path, an error_description) forge lines or drive a terminal.
 CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
@@ -104,7 +105,7 @@ class LineHandler(logging.Handler):
             while count < len(lines) and size + len(lines[count]) <= LINE_LIMIT:
                 size += len(lines[count])
                 count += 1
-            if not self._write(b"".join([lines[i] for i in range(count)])):
+            if not self._write(lines[0] if count == 1 else b"".join([lines[i] for i in range(count)])):
                 self.dropped += len(lines) - (1 if self.dropped else 0)
                 lines.clear()
                 return
@@ -113,7 +114,8 @@ class LineHandler(logging.Handler):
                 lines.popleft()
 
     def _write(self, data: bytes) -> bool:
-        if not any(events & select.POLLOUT for _, events in self._poll.poll(0)):
+        ready = self._poll.poll(0)
+        if not (ready and ready[0][1] & select.POLLOUT):
             return False
         try:
             os.write(self.fd, data)
@@ -163,8 +165,7 @@ class JsonFormatter(_Formatter):
     def line(self, created: float, level: str, message: str, fields: "dict[str, Any]") -> str:
         start = f'{{"time": "{_stamp(created)}", "level": "{level.lower()}", "process": "{self.process}", "message": '
         if "traceback" not in fields:
-            pairs = [f', "{name}": {_number(value) if type(value) in PLAIN else _quoted(str(value))}'
-                     for name, value in fields.items()]
+            pairs = [f', "{name}": {value if type(value) in NUMBERS else _text(value)}' for name, value in fields.items()]
             line = f"{start}{_quoted(message)}{''.join(pairs)}}}"
             if len(line) < LINE_LIMIT // 4:  # of UTF-8 at most four bytes a character
                 return line
@@ -184,13 +185,13 @@ def _json(value: Any) -> str:
     return _escaped(json.dumps(value, ensure_ascii=False), lambda character: f"\\u{ord(character):04x}")
 
 
-def _number(value: Any) -> str:
-    return "null" if value is None else repr(value) if type(value) is not bool else "true" if value else "false"
+def _text(value: Any) -> str:
+    return _json(value) if type(value) in PLAIN else _quoted(str(value))
 
 
 @functools.lru_cache(maxsize=512)  # methods, paths, names of keys: they come again
-def _quoted(value: Any) -> str:
-    return _json(blot(str(value), 1000))
+def _quoted(text: str) -> str:
+    return _json(blot(text, 1000))
 
 
 class TextFormatter(_Formatter):

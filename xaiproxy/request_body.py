@@ -30,8 +30,10 @@ class RequestBody:
 
     @property
     def has_come(self) -> bool:
-        """Whether read1 need not wait."""
-        return bool(self._unread or self._connection.unread)
+        """Whether read1 need not wait. Raises BadRequest."""
+        if not self._unread and self._connection.unread:
+            self._unread = self._content(self._connection.recv(None))
+        return bool(self._unread)
 
     def read1(self, size: int = -1) -> bytes:
         """Return some bytes, at most `size` if that is not negative; b"" at the end.
@@ -66,16 +68,20 @@ class RequestBody:
                 data = self._connection.recv(deadline - time.monotonic())
                 if not data:
                     raise errors.ClientGone
-                spans = self._framing.feed(data)
-                self._connection.unread = data[self._framing.used:]
-                content = b"".join([data[start:end] for start, end in spans]) if spans != [(0, len(data))] else data
+                content = self._content(data)
         except TimeoutError:
             raise errors.ClientTimeout(f"no byte of the request body came for {self._timeout:g} s", close=True) from None
         except OSError:
             raise errors.ClientGone from None
+        return content
+
+    def _content(self, data: bytes) -> bytes:
+        try:
+            spans = self._framing.feed(data)
         except framing.Malformed as error:
             raise errors.BadRequest(f"the request body {error}", close=True) from None
-        return content
+        self._connection.unread = data[self._framing.used:]
+        return b"".join([data[start:end] for start, end in spans]) if spans != [(0, len(data))] else data
 
 
 class NoBody:

@@ -24,10 +24,13 @@ RESERVED = headers.NOT_SENT | {"content-type", "origin", "sec-fetch-site"}
 class Head:
     """`target` is the request line's, byte for byte; `fields` are in order, as sent. Text is Latin-1.
 
-    `derived`: what others have found out from the rest; shared by equal heads, which are one. `by_name`: the values of each name in lower case. `content_length` is None without a body and with a chunked one.
+    `by_name`: the values of each name in lower case. `content_length` is None without a body and with a chunked one;
+    the value of the field itself is nowhere else. `derived`: what others have found out from the rest, by their own
+    names; shared by equal heads, which are one.
     """
 
-    __slots__ = ("method", "target", "path", "version", "fields", "content_length", "chunked", "keep_alive", "by_name", "derived")
+    __slots__ = ("method", "target", "path", "version", "fields", "by_name", "content_length", "chunked", "keep_alive",
+                 "derived")
 
     def __init__(self, method: str, target: str, version: str, fields: "list[tuple[str, str]]",
                  values: "dict[str, list[str]]"):
