@@ -22,7 +22,6 @@ class Access:
         self._origins = settings.allowed_origins
         self.keys = keys
         self._looked_at: object = None
-        self._good_host: "list[str] | None" = []  # the last that passed; most clients send one and the same
 
     def check(self, head: Head, *, key_needed: bool, moment: object = None) -> "str | None":
         """Return the name of the client key that was shown, if any.
@@ -34,14 +33,16 @@ class Access:
         if moment is None or moment != self._looked_at:
             self.keys.refresh()
             self._looked_at = moment
+        verdict = head.derived.get("access")
+        if verdict is None or verdict[:2] != (self.keys.version, key_needed):
+            verdict = head.derived["access"] = self.keys.version, key_needed, self._name(head, key_needed)
+        return verdict[2]
+
+    def _name(self, head: Head, key_needed: bool) -> "str | None":
         name = self._key_name(head)
         if name is None:
-            hosts = head.by_name.get("host")
-            if hosts != self._good_host:
-                self._check_host(head)
-                self._good_host = hosts
-            if "origin" in head.by_name or "sec-fetch-site" in head.by_name:
-                self._check_origin(head)
+            self._check_host(head)
+            self._check_origin(head)
             if key_needed and self.keys.required:
                 raise errors.ClientKeyRequired("a client key is needed, as `Authorization: Bearer KEY` or `X-Api-Key: KEY`; "
                                                "`xai-client-key add NAME` makes one")
@@ -89,7 +90,7 @@ class Access:
 
     def leave(self, head: Head) -> "list[tuple[str, str]]":
         """The header fields by which a browser lets a page of a listed origin read an answer (CORS); none for others."""
-        origins = head.by_name.get("origin", ())
+        origins = head.values("origin")
         if len(origins) != 1 or origins[0].lower() not in self._origins:
             return []
         return [("Access-Control-Allow-Origin", origins[0]), ("Vary", "Origin")]

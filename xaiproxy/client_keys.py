@@ -49,6 +49,7 @@ class ClientKeys:
         self._seen: "tuple | None" = None
         self._keys: "dict[str, str]" = {}
         self._complaint = ""
+        self.version = 0  # another with each change
         self.refresh()
 
     def refresh(self) -> None:
@@ -59,6 +60,7 @@ class ClientKeys:
             if seen == self._seen:
                 return
             self.required = True
+            self.version += 1
             if not stat.S_ISREG(status.st_mode):  # to open a FIFO would wait for a writer, and all requests with it
                 raise ValueError("it is not a file")
             with open(self.path, encoding="utf-8") as file:
@@ -67,6 +69,7 @@ class ClientKeys:
             if not self._keys:
                 self._complain(f"{self.path} holds no key")
         except FileNotFoundError:
+            self.version += self._seen is not None
             self._keys, self._seen = {}, None
             if self.required:
                 self._complain(f"{self.path} does not exist")

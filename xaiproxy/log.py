@@ -141,7 +141,8 @@ class _Formatter(logging.Formatter):
 
 
 def _stamp(created: float) -> str:
-    return f"{_second(int(created))}.{int(created % 1 * 1000):03d}Z"
+    second = int(created)
+    return f"{_second(second)}.{int((created - second) * 1000):03d}Z"
 
 
 @functools.lru_cache(maxsize=1)
@@ -186,6 +187,8 @@ def _json(value: Any) -> str:
 
 
 def _text(value: Any) -> str:
+    if value is None:
+        return "null"
     return _json(value) if type(value) in PLAIN else _quoted(str(value))
 
 
