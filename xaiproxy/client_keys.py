@@ -75,6 +75,7 @@ class ClientKeys:
                 self._complain(f"{self.path} does not exist")
         except (OSError, ValueError) as error:
             self._keys, self._seen, self.required = {}, None, True
+            self.version += 1
             reason = error.strerror if isinstance(error, OSError) else error
             self._complain(f"{self.path} cannot be used: {reason}")
 
