@@ -1,7 +1,12 @@
 """Fixtures for all tests."""
 from __future__ import annotations
 
-from typing import Iterator
+import contextlib
+import functools
+import resource
+import ssl
+from pathlib import Path
+from typing import Any, Callable, Iterator
 
 import pytest
 
@@ -9,7 +14,7 @@ pytest.register_assert_rewrite("sandbox")
 from flow import flow  # noqa: E402, F401
 from proxy_process import ProxyProcess  # noqa: E402
 from sandbox import Sandbox  # noqa: E402
-from scripted_upstream import ScriptedUpstream  # noqa: E402
+from scripted_upstream import ScriptedUpstream, make_certificate  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -42,14 +47,44 @@ def scripted() -> Iterator[ScriptedUpstream]:
 
 @pytest.fixture
 def upstream(scripted: ScriptedUpstream) -> Iterator[ScriptedUpstream]:
-    """One that does step by step what the test says. `running` and what a module makes for itself send to it."""
+    """One that does step by step what the test says; what `start_proxy` starts sends to it."""
     yield scripted
     scripted.hang_up()
 
 
+@pytest.fixture
+def way() -> str:
+    """How the proxy sends answers; a test marked with both_ways runs once for each."""
+    return "relayed"
+
+
 @pytest.fixture(scope="module")
-def running(scripted: ScriptedUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxyProcess]:
-    """A proxy, signed in."""
-    with ProxyProcess(tmp_path_factory.mktemp("proxy"), upstream=scripted.origin) as proxy:
-        proxy.sign_in()
-        yield proxy
+def start_proxy(scripted: ScriptedUpstream,
+                tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Callable[..., ProxyProcess]]":
+    """Gives the module's one proxy for these settings, signed in."""
+    with contextlib.ExitStack() as stack:
+        @functools.cache
+        def start(**settings: Any) -> ProxyProcess:
+            proxy = ProxyProcess(tmp_path_factory.mktemp("proxy"), upstream=scripted.origin, **settings)
+            stack.enter_context(proxy).sign_in()
+            return proxy
+        yield start
+
+
+@pytest.fixture
+def running(start_proxy: "Callable[..., ProxyProcess]", way: str) -> ProxyProcess:
+    return start_proxy(way=way)
+
+
+@pytest.fixture
+def many_files() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 4096:
+        pytest.skip(f"the file descriptor limit is {hard}")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 4096), hard))
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> "tuple[Path, ssl.SSLContext]":
+    """A CA's file, and the context of a server that it has signed a certificate for."""
+    return make_certificate(tmp_path_factory.mktemp("ca"), "127.0.0.1", "upstream.test")

@@ -13,13 +13,18 @@ import threading
 import time
 from typing import Any, Callable
 
+import pytest
 from wire import PATIENCE, Message, Wire
 
 from xaiproxy import config
 
 ISSUER = "http://127.0.0.1:1"  # of the logins here; nothing asks it
 ROOT = pathlib.Path(__file__).parents[1]
-COMMAND = [sys.executable, "-W", "error", "-m", "xaiproxy"]
+PYTHON = [sys.executable, "-W", "error"]
+COMMAND = [*PYTHON, "-m", "xaiproxy"]
+# An answer's body goes from socket to socket, or is iterated: see Handler._can_relay.
+WAYS = {"relayed": COMMAND, "iterated": [*PYTHON, str(ROOT / "tests" / "plain_proxy.py")]}
+both_ways = pytest.mark.parametrize("way", WAYS)
 
 
 class Client(Wire):
@@ -44,18 +49,18 @@ class Client(Wire):
 
 
 class ProxyProcess:
-    """A running `python -m xaiproxy` on a free port.
+    """A running `python -m xaiproxy` on a free port, or another of WAYS.
 
     Settings are keywords, `idle_timeout=0.5` for XAI_PROXY_IDLE_TIMEOUT; `environ` is for others. The
     token file is `folder`/tokens.json, which sign_in() writes. close() asserts a clean exit.
     """
 
-    def __init__(self, folder: pathlib.Path, *, prefix: "tuple[str, ...]" = (), read_log: bool = True,
-                 environ: "dict[str, str] | None" = None, **settings: Any):
+    def __init__(self, folder: pathlib.Path, *, way: str = "relayed", prefix: "tuple[str, ...]" = (),
+                 read_log: bool = True, environ: "dict[str, str] | None" = None, **settings: Any):
         self.token_path = folder / "tokens.json"
         self._lines: "list[dict[str, Any]]" = []
         self._changed = threading.Condition()
-        self.process = subprocess.Popen([*prefix, *COMMAND], cwd=folder, stderr=subprocess.PIPE,
+        self.process = subprocess.Popen([*prefix, *WAYS[way]], cwd=folder, stderr=subprocess.PIPE,
                                         env=environment(folder, environ, **settings))
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reading = threading.Event()

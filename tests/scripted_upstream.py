@@ -5,6 +5,7 @@ test reads as the sequence of events that it is, and nothing in it happens at th
 """
 from __future__ import annotations
 
+import contextlib
 import socket
 import ssl
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from wire import PATIENCE, Message, Wire, readable
 
+PATTERN = bytes(range(256)) * 256
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
 
@@ -33,9 +35,10 @@ class Connection(Wire):
 
 
 class ScriptedUpstream:
-    def __init__(self, context: "ssl.SSLContext | None" = None, address: str = "127.0.0.1"):
+    def __init__(self, context: "ssl.SSLContext | None" = None, address: str = "127.0.0.1",
+                 port: int = 0):
         self._context = context
-        self.listener = socket.create_server((address, 0), backlog=2048)
+        self.listener = socket.create_server((address, port), backlog=2048)
         self.listener.settimeout(PATIENCE)
         self.port: int = self.listener.getsockname()[1]
         self.authority = f"{address}:{self.port}"
@@ -49,8 +52,10 @@ class ScriptedUpstream:
         self.close()
 
     def close(self) -> None:
-        self.hang_up()
-        self.listener.close()
+        """May be called twice."""
+        if self.listener.fileno() >= 0:
+            self.hang_up()
+            self.listener.close()
 
     def hang_up(self) -> None:
         """Close all connections, also those that nobody took yet: to the proxy its pool is then empty."""
@@ -99,6 +104,20 @@ class ScriptedUpstream:
     def quiet(self) -> bool:
         """Whether no further connection has come, and no byte on those that there are."""
         return not any(sock is self.listener or _has_bytes(sock) for sock in self._readable(0))
+
+
+def pour(wire: Wire, at: int, size: int, patience: float = 0.3) -> int:
+    """Send PATTERN over and over, from byte `at` to `size`; return how far that got.
+
+    It ends early when nothing was taken for `patience` seconds.
+    """
+    wire.sock.settimeout(patience)
+    with contextlib.suppress(TimeoutError):
+        while at < size:
+            # After a time-out the same again, as TLS wants it.
+            at += wire.sock.send(PATTERN[at % len(PATTERN):][:size - at])
+    wire.sock.settimeout(PATIENCE)
+    return at
 
 
 def _has_bytes(sock: socket.socket) -> bool:

@@ -5,19 +5,10 @@ import time
 from typing import Callable, Iterator
 
 import pytest
-from proxy_process import Client, ProxyProcess
+from proxy_process import Client, ProxyProcess, both_ways
 from scripted_upstream import Request, ScriptedUpstream
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
-
-
-@pytest.fixture(scope="module")
-def running_hasty(scripted: ScriptedUpstream,
-                  tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxyProcess]:
-    """One that gives clients half a second."""
-    with ProxyProcess(tmp_path_factory.mktemp("hasty"), upstream=scripted.origin, client_timeout=0.5,
-                      keepalive_timeout=0.2) as proxy:
-        yield proxy
 
 
 @pytest.fixture
@@ -27,9 +18,9 @@ def proxy(running: ProxyProcess, upstream: ScriptedUpstream) -> ProxyProcess:
 
 
 @pytest.fixture
-def hasty(running_hasty: ProxyProcess, upstream: ScriptedUpstream) -> ProxyProcess:
-    running_hasty.sign_in()
-    return running_hasty
+def hasty(start_proxy: "Callable[..., ProxyProcess]", upstream: ScriptedUpstream) -> ProxyProcess:
+    """One that gives clients half a second."""
+    return start_proxy(client_timeout=0.5, keepalive_timeout=0.2)
 
 
 @pytest.fixture
@@ -52,6 +43,7 @@ def test_http_1_0_gets_no_chunks(client: Client, upstream: ScriptedUpstream, fie
     assert client.rest() == b"!"
 
 
+@both_ways
 def test_http_1_0_may_keep_its_connection(client: Client, upstream: ScriptedUpstream) -> None:
     for _ in range(2):
         client.request("GET", "/v1/x", "Connection: keep-alive", version="HTTP/1.0")
@@ -63,6 +55,7 @@ def test_http_1_0_may_keep_its_connection(client: Client, upstream: ScriptedUpst
     assert client.message().value("Connection") == "close" and client.closed_within()
 
 
+@both_ways
 def test_connection_is_closed_when_the_client_says_so(client: Client, upstream: ScriptedUpstream) -> None:
     client.request("GET", "/v1/x", "Connection: close")
     upstream.receive().answer()
@@ -71,6 +64,7 @@ def test_connection_is_closed_when_the_client_says_so(client: Client, upstream: 
     assert client.closed_within()
 
 
+@both_ways
 def test_pipelined_requests_are_answered_in_turn(client: Client, upstream: ScriptedUpstream) -> None:
     client.request("POST", "/v1/1", body=b"one").request("POST", "/v1/2", body=b"two")
     for target, body in (("/v1/1", b"one"), ("/v1/2", b"two")):
@@ -264,13 +258,15 @@ def during_an_upload(client: Client, upstream: ScriptedUpstream) -> Request:
     return request
 
 
-MOMENTS = [before_the_head, while_streaming, in_silence, in_a_plain_answer, while_an_error_is_looked_at,
-           with_the_next_request_unread,
-           with_the_next_request_sent_along, while_it_does_not_read, during_an_upload]
+IN_THE_BODY = [while_streaming, in_silence, in_a_plain_answer, with_the_next_request_unread,
+               while_it_does_not_read]
+MOMENTS = [before_the_head, while_an_error_is_looked_at, with_the_next_request_sent_along, during_an_upload,
+           *IN_THE_BODY]
 
 
 @pytest.mark.parametrize("how", [Client.close, Client.reset, Client.half_close])
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("way, moment", [*(("relayed", moment) for moment in MOMENTS),
+                                         *(("iterated", moment) for moment in IN_THE_BODY)])
 def test_cancelled_request_ends_upstream(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream,
                                          moment: "Callable[[Client, ScriptedUpstream], Request]",
                                          how: "Callable[[Client], None]") -> None:
@@ -281,9 +277,10 @@ def test_cancelled_request_ends_upstream(client: Client, proxy: ProxyProcess, up
     assert request.connection.closed_within(1)
     line = proxy.wait_for_log(lambda line: line.get("path") == "/v1/cancelled", start=seen)
     assert line["ended_by"] == "client"
-    if moment in (before_the_head, during_an_upload, with_the_next_request_sent_along,
-                  while_an_error_is_looked_at):
-        assert (line["status"], line["first_byte_ms"]) == (0, None)
+    if moment not in IN_THE_BODY:
+        assert (line["status"], line["first_byte_ms"], line["bytes"]) == (0, None, 0)
+    elif moment is not while_it_does_not_read:
+        assert line["bytes"] in (2, 3)  # of content, whatever its framing
     assert upstream.quiet()
 
 
@@ -317,6 +314,7 @@ def test_cancelled_while_waiting_for_a_token(client: Client, proxy: ProxyProcess
     assert upstream.quiet()
 
 
+@both_ways
 def test_watching_a_client_costs_nothing(client: Client, proxy: ProxyProcess,
                                          upstream: ScriptedUpstream) -> None:
     """With bytes to be read that nobody reads, a watcher that went on would be called all the time."""
@@ -326,9 +324,12 @@ def test_watching_a_client_costs_nothing(client: Client, proxy: ProxyProcess,
     assert proxy.cpu_seconds() - before < 0.1
 
 
+@both_ways
 def test_nothing_leaks_from_cancelled_requests(proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
+    quick = [before_the_head, while_streaming, in_silence, in_a_plain_answer, while_an_error_is_looked_at]
+
     def cancel(number: int) -> None:
-        moment, how = MOMENTS[:5][number % 5], (Client.close, Client.reset, Client.half_close)[number % 3]
+        moment, how = quick[number % 5], (Client.close, Client.reset, Client.half_close)[number % 3]
         with proxy.client() as client:
             request = moment(client, upstream)
             how(client)
@@ -356,6 +357,7 @@ def test_nothing_leaks_from_cancelled_requests(proxy: ProxyProcess, upstream: Sc
 # The log
 
 
+@both_ways
 def test_log_line_of_a_request(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
     client.request("POST", "/v1/logged?secret=1", body=b"a prompt")
     request = upstream.receive()

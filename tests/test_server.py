@@ -12,8 +12,8 @@ from typing import Iterator
 
 import pytest
 from flow import Flow
-from proxy_process import COMMAND, Client, ProxyProcess, environment, refuse_to_start
-from scripted_upstream import ScriptedUpstream
+from proxy_process import COMMAND, Client, ProxyProcess, both_ways, environment, refuse_to_start
+from scripted_upstream import ScriptedUpstream, pour
 from wire import readable
 
 from xaiproxy import __version__
@@ -178,6 +178,7 @@ def test_idle_connections_are_closed_at_once(tmp_path: Path, number: int) -> Non
         proxy.process.send_signal(number)
         assert used.closed_within(1) and new.closed_within(1)
         assert proxy.wait() == 0 and time.monotonic() - start < 5
+        assert proxy.log_lines()[-1]["message"] == "stopped"
         with pytest.raises(ConnectionRefusedError):
             proxy.client()
 
@@ -207,8 +208,9 @@ def test_requests_from_before_the_signal_are_answered(tmp_path: Path, upstream: 
         assert proxy.wait() == 0
 
 
-def test_open_answers_are_finished(tmp_path: Path, upstream: ScriptedUpstream) -> None:
-    with ProxyProcess(tmp_path, upstream=upstream.origin) as proxy, proxy.client() as streaming, \
+@both_ways
+def test_open_answers_are_finished(tmp_path: Path, upstream: ScriptedUpstream, way: str) -> None:
+    with ProxyProcess(tmp_path, way=way, upstream=upstream.origin) as proxy, proxy.client() as streaming, \
             proxy.client() as waiting, proxy.client() as uploading, proxy.client() as beginning:
         proxy.sign_in()
         streaming.request("GET", "/v1/stream")
@@ -246,12 +248,15 @@ def test_open_answers_are_finished(tmp_path: Path, upstream: ScriptedUpstream) -
         assert not [line for line in proxy.log_lines() if "cutting" in line["message"]]
 
 
+@both_ways
 @pytest.mark.parametrize("again", [False, True])
 def test_answers_that_outlive_the_drain_are_cut_so_that_it_shows(tmp_path: Path, upstream: ScriptedUpstream,
-                                                                again: bool) -> None:
+                                                                way: str, again: bool) -> None:
     """When DRAIN_TIMEOUT is over, or at the second signal."""
-    with ProxyProcess(tmp_path, upstream=upstream.origin, drain_timeout=30 if again else 0.5) as proxy, \
+    with ProxyProcess(tmp_path, way=way, upstream=upstream.origin,
+                      drain_timeout=30 if again else 0.3) as proxy, \
             proxy.client() as chunked, proxy.client() as old, proxy.client() as sized, \
+            proxy.client() as unread, \
             proxy.client() as waiting, proxy.client() as beginning, proxy.client() as refused:
         proxy.sign_in()
         streams = []
@@ -262,6 +267,9 @@ def test_answers_that_outlive_the_drain_are_cut_so_that_it_shows(tmp_path: Path,
             streams.append(upstream.receive().answer(head))
             client.head()
         assert chunked.chunk() == old.exactly(2) == sized.exactly(2) == b"ok"
+        unread.request("GET", "/v1/unread")
+        streams.append(upstream.receive().answer(CHUNKED + b"5000000\r\n"))
+        pour(streams[-1].connection, 0, 0x5000000)
         waiting.request("GET", "/v1/cut")
         streams.append(upstream.receive())
         beginning.send(b"GET /v1/begin HTTP/1.1\r\nHo")
@@ -275,12 +283,15 @@ def test_answers_that_outlive_the_drain_are_cut_so_that_it_shows(tmp_path: Path,
         assert chunked.rest() == sized.rest() == waiting.rest() == beginning.rest() == b""
         with pytest.raises(ConnectionResetError):
             old.rest()
-        assert (0 if again else 0.45) < time.monotonic() - start < 5
+        assert (0 if again else 0.25) < time.monotonic() - start < 5
+        assert 0 < len(unread.rest()) < 0x5000000
         assert all(stream.connection.closed_within() for stream in streams)
         assert proxy.wait() == 0
-        assert [line for line in proxy.log_lines() if "cutting 6 open answers" in line["message"]]
+        assert [line for line in proxy.log_lines() if "cutting 7 open answers" in line["message"]]
         cut = [line for line in proxy.log_lines() if line.get("path") == "/v1/cut"]
-        assert [line["ended_by"] for line in cut] == ["proxy"] * 4
+        assert {line["ended_by"] for line in cut} == {"proxy"}
+        assert sorted(line["bytes"] for line in cut) == [0, 2, 2, 2]
+        assert proxy.wait_for_request("/v1/unread")["ended_by"] == "proxy"
 
 
 def test_requests_that_wait_for_a_token_are_cut_too(tmp_path: Path) -> None:

@@ -4,20 +4,16 @@ from __future__ import annotations
 import contextlib
 import gzip
 import inspect
-import re
-import resource
 import socket
-import subprocess
 import threading
 import time
 from pathlib import Path
-from typing import Iterator
+from typing import Callable, Iterator
 
 import gevent
 import pytest
-from proxy_process import Client, ProxyProcess
-from scripted_upstream import OK, Request, ScriptedUpstream, make_certificate
-from wire import Wire
+from proxy_process import Client, ProxyProcess, both_ways
+from scripted_upstream import OK, Request, ScriptedUpstream
 
 from xaiproxy import __version__, config, request_head
 from xaiproxy.connection import Connection
@@ -37,12 +33,10 @@ def client(running: ProxyProcess, upstream: ScriptedUpstream) -> Iterator[Client
         yield connection
 
 
-@pytest.fixture(scope="module")
-def hasty(scripted: ScriptedUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxyProcess]:
+@pytest.fixture
+def hasty(start_proxy: "Callable[..., ProxyProcess]", way: str, upstream: ScriptedUpstream) -> ProxyProcess:
     """One that gives upstream half a second."""
-    with ProxyProcess(tmp_path_factory.mktemp("hasty"), upstream=scripted.origin, idle_timeout=0.5) as proxy:
-        proxy.sign_in()
-        yield proxy
+    return start_proxy(way=way, idle_timeout=0.5)
 
 
 # What upstream sees
@@ -173,6 +167,7 @@ def test_answer_that_ends_the_connection_amid_the_body(client: Client, upstream:
 # What becomes of its answer
 
 
+@both_ways
 def test_answer_passes_as_it_came(client: Client, upstream: ScriptedUpstream) -> None:
     client.request()
     upstream.receive().answer(
@@ -186,6 +181,7 @@ def test_answer_passes_as_it_came(client: Client, upstream: ScriptedUpstream) ->
     assert answer.body == b"\x1f\x8b\x00\xff\n"
 
 
+@both_ways
 @pytest.mark.parametrize("framing", FRAMINGS)
 def test_gzip_passes_untouched(client: Client, upstream: ScriptedUpstream, framing: str) -> None:
     head, frame, end = FRAMINGS[framing]
@@ -199,6 +195,7 @@ def test_gzip_passes_untouched(client: Client, upstream: ScriptedUpstream, frami
     assert answer.body == packed and answer.value("Content-Encoding") == "gzip"
 
 
+@both_ways
 @pytest.mark.parametrize("status", [200, 202, 204, 304, 205, 404, 500])
 def test_answer_without_a_body(client: Client, upstream: ScriptedUpstream, status: int) -> None:
     client.request()
@@ -213,6 +210,7 @@ def test_answer_without_a_body(client: Client, upstream: ScriptedUpstream, statu
     assert client.message().body == b"ok"
 
 
+@both_ways
 @pytest.mark.parametrize("head", [b"304 Not Modified\r\nContent-Length: 30",
                                   b"204 No Content\r\nContent-Length: 0",
                                   b"304 Not Modified\r\nTransfer-Encoding: chunked"])
@@ -225,6 +223,7 @@ def test_framing_of_a_body_that_never_comes(client: Client, upstream: ScriptedUp
     assert client.message().body == b"ok"
 
 
+@both_ways
 @pytest.mark.parametrize("head", [SIZED, CHUNKED, b"HTTP/1.1 200 OK\r\nDate: x\r\n\r\n"])
 def test_answer_to_head(client: Client, upstream: ScriptedUpstream, head: bytes) -> None:
     client.request("HEAD")
@@ -257,6 +256,7 @@ def test_upgrade_that_nobody_asked_for_is_an_error(client: Client, upstream: Scr
     assert (answer.status, answer.value("X-XAI-Proxy-Error")) == (502, "upstream_unreachable")
 
 
+@both_ways
 @pytest.mark.parametrize("framing", FRAMINGS)
 def test_stream_arrives_in_time(client: Client, upstream: ScriptedUpstream, framing: str) -> None:
     """Head, then three times 10 bytes: each is there before the next is sent."""
@@ -279,6 +279,7 @@ def test_stream_arrives_in_time(client: Client, upstream: ScriptedUpstream, fram
     assert client.message().body == b"ok"
 
 
+@both_ways
 def test_chunk_split_anywhere_arrives(client: Client, upstream: ScriptedUpstream) -> None:
     """Upstream's framing in pieces of one byte, extensions and trailers among it."""
     client.request()
@@ -290,21 +291,6 @@ def test_chunk_split_anywhere_arrives(client: Client, upstream: ScriptedUpstream
     client.request()
     assert upstream.receive().answer().connection.requests == 2
     assert client.message().body == b"ok"
-
-
-def test_stream_that_is_not_read_waits_upstream(running: ProxyProcess, client: Client,
-                                                upstream: ScriptedUpstream) -> None:
-    """A client that reads nothing while upstream sends: the proxy takes no more than the sockets hold."""
-    before = running.resident_kib()
-    client.request()
-    request = upstream.receive().answer(b"HTTP/1.1 200 OK\r\nContent-Length: 100000000\r\n\r\n")
-    sent = 0
-    request.connection.sock.settimeout(0.5)
-    with contextlib.suppress(TimeoutError):
-        while True:
-            sent += request.connection.sock.send(bytes(1 << 20))
-    assert sent < 60e6 and running.resident_kib() - before < 4096
-    client.exactly(sent)  # it goes on as the client reads
 
 
 # An upstream that dies
@@ -330,6 +316,7 @@ def test_death_before_or_in_the_head_is_502(client: Client, upstream: ScriptedUp
     assert upstream.quiet()  # a fresh connection's request is not sent again
 
 
+@both_ways
 @pytest.mark.parametrize("framing, how", [("chunked", "fin"), ("chunked", "reset"), ("length", "fin"),
                                           ("length", "reset"),
                                           ("close", "reset")])  # a FIN ends the last as it should
@@ -372,6 +359,7 @@ def test_silence_before_the_head_is_504(hasty: ProxyProcess, upstream: ScriptedU
         assert upstream.quiet()
 
 
+@both_ways
 @pytest.mark.parametrize("framing", FRAMINGS)
 def test_silence_in_the_body_cuts_the_answer(hasty: ProxyProcess, upstream: ScriptedUpstream,
                                              framing: str) -> None:
@@ -386,6 +374,7 @@ def test_silence_in_the_body_cuts_the_answer(hasty: ProxyProcess, upstream: Scri
     assert hasty.wait_for_request(f"/v1/silent-{framing}")["ended_by"] == "upstream"
 
 
+@both_ways
 def test_bytes_in_time_keep_a_slow_answer_alive(hasty: ProxyProcess, upstream: ScriptedUpstream) -> None:
     """The limit is between two bytes, not for the whole answer."""
     with hasty.client() as client:
@@ -451,59 +440,7 @@ def test_upstream_that_stops_reading_is_504(hasty: ProxyProcess, upstream: Scrip
         request.connection.close()
 
 
-# An upstream that cannot be reached
-
-
-def refused_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
-
-
-@contextlib.contextmanager
-def black_hole(address: str = "127.0.0.1", port: int = 0) -> Iterator[int]:
-    """A port whose listen queue is full: the kernel drops every further SYN."""
-    with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(socket.create_server((address, port), backlog=0))
-        for _ in range(8):
-            filler = stack.enter_context(socket.socket())
-            filler.setblocking(False)
-            filler.connect_ex(listener.getsockname())
-        yield listener.getsockname()[1]
-
-
-def test_upstream_that_refuses_connections(tmp_path: Path) -> None:
-    with ProxyProcess(tmp_path, upstream=f"http://127.0.0.1:{refused_port()}") as proxy:
-        proxy.sign_in()
-        answer = proxy.ask()
-        assert (answer.status, answer.value("X-XAI-Proxy-Error")) == (502, "upstream_unreachable")
-        assert b"Connection refused" in answer.body
-
-
-def test_upstream_that_is_a_black_hole(tmp_path: Path) -> None:
-    with black_hole() as port, \
-            ProxyProcess(tmp_path, upstream=f"http://127.0.0.1:{port}", connect_timeout=0.5) as proxy:
-        proxy.sign_in()
-        start = time.monotonic()
-        answer = proxy.ask()
-        assert 0.4 < time.monotonic() - start < 3
-        assert (answer.status, answer.value("X-XAI-Proxy-Error")) == (502, "upstream_unreachable")
-        assert b"within 0.5 s" in answer.body and b"XAI_PROXY_CONNECT_TIMEOUT" in answer.body
-        with proxy.client() as client:
-            client.request("GET", "/v1/cancelled")
-        line = proxy.wait_for_request("/v1/cancelled")
-        assert line["ended_by"] == "client" and line["duration_ms"] < 400
-
-
-def test_upstream_that_has_no_address(tmp_path: Path) -> None:
-    with ProxyProcess(tmp_path, upstream="https://upstream.invalid", connect_timeout=5) as proxy:
-        proxy.sign_in()
-        answer = proxy.ask()
-        assert answer.status == 502 and re.search(rb"https://upstream.invalid: .*[Nn]ame", answer.body)
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple:
-    return make_certificate(tmp_path_factory.mktemp("ca"), "127.0.0.1", "upstream.test")
+# Errors that come early, and TLS
 
 
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
@@ -566,129 +503,6 @@ def test_tls(tmp_path: Path, certificate: tuple) -> None:
             client.chunk()
             client.reset()  # a cancelled one, over TLS too
             assert request.connection.sock.recv(1) == b""
-
-
-@pytest.mark.parametrize("settings, sentence", [
-    ({}, b"its certificate is not trusted (unable to get local issuer certificate); set SSL_CERT_FILE"),
-    ({"host": "127.0.0.2"}, b"its certificate is not trusted (IP address mismatch")])
-def test_untrusted_certificate(tmp_path: Path, certificate: tuple, settings: dict, sentence: bytes) -> None:
-    authority, context = certificate
-    environ = {"SSL_CERT_FILE": str(authority)} if settings else None
-    listener = socket.create_server((settings.get("host", "127.0.0.1"), 0))
-    with listener, ProxyProcess(tmp_path, upstream="https://%s:%d" % listener.getsockname(),
-                                environ=environ) as proxy:
-        proxy.sign_in()
-        with proxy.client() as client:
-            client.request()
-            with pytest.raises(OSError):
-                context.wrap_socket(listener.accept()[0], server_side=True).recv(1)
-            answer = client.message()
-            assert answer.status == 502 and sentence in answer.body
-
-
-@pytest.mark.parametrize("said", [b"HTTP/1.1 400 Bad Request\r\n\r\n", None])
-def test_upstream_that_does_not_speak_tls(tmp_path: Path, said: "bytes | None") -> None:
-    """One that answers in plain text, and one that is silent: the limit includes TLS."""
-    with ScriptedUpstream() as upstream, \
-            ProxyProcess(tmp_path, upstream=upstream.origin.replace("http", "https"),
-                         connect_timeout=0.5) as proxy:
-        proxy.sign_in()
-        with proxy.client() as client:
-            client.request()
-            connection = upstream.accept()
-            if said:
-                connection.send(said)
-            answer = client.message()
-            assert (answer.status, answer.value("X-XAI-Proxy-Error")) == (502, "upstream_unreachable")
-            assert (b"TLS" if said else b"within 0.5 s") in answer.body
-
-
-def hosts(folder: Path, *lines: str) -> "tuple[str, ...]":
-    """What to put before a command that shall see these lines as its /etc/hosts."""
-    (folder / "hosts").write_text("\n".join(lines) + "\n")
-    prefix = ("unshare", "-rm", "sh", "-c", f'mount --bind "{folder}/hosts" /etc/hosts && exec "$@"', "sh")
-    if subprocess.run([*prefix, "true"], capture_output=True).returncode:
-        pytest.skip("no mount namespace to be had here")
-    return prefix
-
-
-def test_all_addresses_are_tried(tmp_path: Path, certificate: tuple) -> None:
-    authority, context = certificate
-    # The resolver puts 127.0.0.1 first (RFC 6724, rule 9), where nobody listens.
-    with ScriptedUpstream(context, "127.0.0.2") as upstream, \
-            ProxyProcess(tmp_path, upstream=f"https://upstream.test:{upstream.port}",
-                         environ={"SSL_CERT_FILE": str(authority)}, prefix=hosts(
-                             tmp_path, "127.0.0.1 upstream.test", "127.0.0.2 upstream.test")) as proxy:
-        proxy.sign_in()
-        with proxy.client() as client:
-            client.request()
-            request = upstream.receive().answer()
-            assert client.message().body == b"ok"
-            assert request.value("Host") == f"upstream.test:{upstream.port}"
-
-
-def test_time_limit_is_for_all_addresses_together(tmp_path: Path) -> None:
-    with black_hole("127.0.0.2") as port, black_hole("127.0.0.3", port), \
-            ProxyProcess(tmp_path, upstream=f"https://upstream.test:{port}", connect_timeout=1, prefix=hosts(
-                tmp_path, "127.0.0.2 upstream.test", "127.0.0.3 upstream.test")) as proxy:
-        proxy.sign_in()
-        start = time.monotonic()
-        answer = proxy.ask()
-        assert answer.status == 502 and 0.9 < time.monotonic() - start < 1.9
-
-
-# A proxy on the way
-
-
-def test_connect_proxy_is_used_for_https(tmp_path: Path, certificate: tuple) -> None:
-    authority, context = certificate
-    with ScriptedUpstream() as egress, ProxyProcess(
-            tmp_path, upstream="https://upstream.test", environ={
-                "SSL_CERT_FILE": str(authority),
-                "HTTPS_PROXY": f"http://me:secret@{egress.authority}"}) as proxy:
-        proxy.sign_in()
-        with proxy.client() as client:
-            client.request("GET", "/v1/models?x")
-            tunnel = egress.receive()
-            assert tunnel.line.split()[:2] == ["CONNECT", "upstream.test:443"]
-            assert tunnel.value("Proxy-Authorization") == "Basic bWU6c2VjcmV0" and tunnel.token == ""
-            tunnel.answer(b"HTTP/1.1 200 Go on\r\n\r\n")
-            with Wire(context.wrap_socket(tunnel.connection.sock, server_side=True)) as inside:
-                request = inside.message()
-                assert request.line == "GET /v1/models?x HTTP/1.1"
-                assert request.value("Host") == "upstream.test"
-                assert request.token == "the-token" and request.value("Proxy-Authorization") is None
-                inside.send(OK)
-                assert client.message().body == b"ok"
-                client.request()  # through the same tunnel
-                assert inside.message().line == "GET /v1/models HTTP/1.1"
-                inside.send(OK)
-                assert client.message().body == b"ok"
-
-
-def test_connect_proxy_that_refuses(tmp_path: Path) -> None:
-    with ScriptedUpstream() as egress, ProxyProcess(
-            tmp_path, upstream="https://upstream.test",
-            environ={"HTTPS_PROXY": f"http://me:secret@{egress.authority}"}) as proxy:
-        proxy.sign_in()
-        with proxy.client() as client:
-            client.request()
-            egress.receive().answer(b"HTTP/1.1 407 Authentication Required\r\nContent-Length: 0\r\n\r\n")
-            answer = client.message()
-            assert answer.status == 502 and b"407 Authentication Required" in answer.body
-            assert b"secret" not in answer.body
-
-
-def test_loopback_is_never_proxied(tmp_path: Path) -> None:
-    with ScriptedUpstream() as egress, ScriptedUpstream() as upstream, ProxyProcess(
-            tmp_path, upstream=upstream.origin,
-            environ=dict.fromkeys(("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "http_proxy"),
-                                  egress.origin)) as proxy:
-        proxy.sign_in()
-        with proxy.client() as client:
-            client.request()
-            upstream.receive().answer()
-            assert client.message().body == b"ok" and egress.quiet()
 
 
 # The pool
@@ -756,14 +570,7 @@ def test_a_minute_is_too_long() -> None:
     assert inspect.signature(Upstream).parameters["idle_limit"].default == 60
 
 
-@pytest.fixture
-def many_files() -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY and hard < 4096:
-        pytest.skip(f"the file descriptor limit is {hard}")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 4096), hard))
-
-
+@both_ways
 def test_a_thousand_streams_at_once(running: ProxyProcess, upstream: ScriptedUpstream,
                                     many_files: None) -> None:
     with contextlib.ExitStack() as stack:
@@ -788,6 +595,7 @@ def test_a_thousand_streams_at_once(running: ProxyProcess, upstream: ScriptedUps
             assert client.chunk() == b""
 
 
+@both_ways
 def test_connection_is_kept_and_used_again(client: Client, upstream: ScriptedUpstream) -> None:
     connections = set()
     for number in range(5):
@@ -798,6 +606,7 @@ def test_connection_is_kept_and_used_again(client: Client, upstream: ScriptedUps
     assert len(connections) == 1
 
 
+@both_ways
 def test_answers_that_end_the_connection(client: Client, upstream: ScriptedUpstream) -> None:
     for head in (b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\nok",
                  b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok"):
@@ -807,6 +616,7 @@ def test_answers_that_end_the_connection(client: Client, upstream: ScriptedUpstr
         assert request.connection.closed_within()
 
 
+@both_ways
 def test_bytes_after_an_answer_end_the_connection(client: Client, upstream: ScriptedUpstream) -> None:
     client.request()
     first = upstream.receive().answer(OK)
@@ -890,6 +700,7 @@ def test_pooled_connection_that_breaks_amid_the_body(client: Client, upstream: S
         assert client.message().status == 502 and upstream.quiet()
 
 
+@both_ways
 def test_small_requests_are_not_delayed(client: Client, upstream: ScriptedUpstream) -> None:
     """Without TCP_NODELAY on both sides each of these would wait 40 ms for a delayed acknowledgement."""
     start = time.monotonic()

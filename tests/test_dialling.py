@@ -1,0 +1,478 @@
+"""How upstream is reached: names, addresses, TLS, a proxy on the way; and what is said when it is not."""
+from __future__ import annotations
+
+import contextlib
+import re
+import socket
+import ssl
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+import pytest
+from proxy_process import Client, ProxyProcess
+from scripted_upstream import OK, ScriptedUpstream, make_certificate
+from wire import PATIENCE, Wire
+
+from xaiproxy import config
+from xaiproxy.dialling import Dialler
+
+
+# An upstream that cannot be reached
+
+
+def refused_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+@contextlib.contextmanager
+def black_hole(address: str = "127.0.0.1", port: int = 0) -> Iterator[int]:
+    """A port whose listen queue is full: the kernel drops every further SYN."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server((address, port), backlog=0))
+        for _ in range(8):
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(listener.getsockname())
+        yield listener.getsockname()[1]
+
+
+def test_upstream_that_refuses_connections(tmp_path: Path) -> None:
+    with ProxyProcess(tmp_path, upstream=f"http://127.0.0.1:{refused_port()}") as proxy:
+        proxy.sign_in()
+        answer = proxy.ask()
+        assert (answer.status, answer.value("X-XAI-Proxy-Error")) == (502, "upstream_unreachable")
+        assert b"Connection refused" in answer.body
+
+
+def test_upstream_that_is_a_black_hole(tmp_path: Path) -> None:
+    with black_hole() as port, \
+            ProxyProcess(tmp_path, upstream=f"http://127.0.0.1:{port}", connect_timeout=0.5) as proxy:
+        proxy.sign_in()
+        start = time.monotonic()
+        answer = proxy.ask()
+        assert 0.4 < time.monotonic() - start < 3
+        assert (answer.status, answer.value("X-XAI-Proxy-Error")) == (502, "upstream_unreachable")
+        assert b"within 0.5 s" in answer.body and b"XAI_PROXY_CONNECT_TIMEOUT" in answer.body
+        with proxy.client() as client:
+            client.request("GET", "/v1/cancelled")
+        line = proxy.wait_for_request("/v1/cancelled")
+        assert line["ended_by"] == "client" and line["duration_ms"] < 400
+
+
+def test_upstream_that_has_no_address(tmp_path: Path) -> None:
+    with ProxyProcess(tmp_path, upstream="https://upstream.invalid", connect_timeout=5) as proxy:
+        proxy.sign_in()
+        answer = proxy.ask()
+        assert answer.status == 502 and re.search(rb"https://upstream.invalid: .*[Nn]ame", answer.body)
+
+
+# Its names and addresses
+
+
+def reaches(client: Client, upstream: ScriptedUpstream) -> bool:
+    """Whether a request comes there, on a connection of its own."""
+    client.request()
+    request = upstream.receive().answer()
+    assert client.message().body == b"ok"
+    upstream.hang_up()
+    return request.connection.requests == 1
+
+
+def hosts(folder: Path, *lines: str) -> "tuple[str, ...]":
+    """What to put before a command that shall see these lines as its /etc/hosts."""
+    (folder / "hosts").write_text("\n".join(lines) + "\n")
+    prefix = ("unshare", "-rm", "sh", "-c", f'mount --bind "{folder}/hosts" /etc/hosts && exec "$@"', "sh")
+    if subprocess.run([*prefix, "true"], capture_output=True).returncode:
+        pytest.skip("no mount namespace to be had here")
+    return prefix
+
+
+def test_all_addresses_are_tried(tmp_path: Path, certificate: tuple) -> None:
+    authority, context = certificate
+    # The resolver puts 127.0.0.1 first (RFC 6724, rule 9), where nobody listens.
+    with ScriptedUpstream(context, "127.0.0.2") as upstream, \
+            ProxyProcess(tmp_path, upstream=f"https://upstream.test:{upstream.port}",
+                         environ={"SSL_CERT_FILE": str(authority)}, prefix=hosts(
+                             tmp_path, "127.0.0.1 upstream.test", "127.0.0.2 upstream.test")) as proxy:
+        proxy.sign_in()
+        with proxy.client() as client:
+            client.request()
+            request = upstream.receive().answer()
+            assert client.message().body == b"ok"
+            assert request.value("Host") == f"upstream.test:{upstream.port}"
+
+
+def test_time_limit_is_for_all_addresses_together(tmp_path: Path) -> None:
+    with black_hole("127.0.0.2") as port, black_hole("127.0.0.3", port), \
+            ProxyProcess(tmp_path, upstream=f"https://upstream.test:{port}", connect_timeout=1, prefix=hosts(
+                tmp_path, "127.0.0.2 upstream.test", "127.0.0.3 upstream.test")) as proxy:
+        proxy.sign_in()
+        start = time.monotonic()
+        answer = proxy.ask()
+        assert answer.status == 502 and 0.9 < time.monotonic() - start < 1.9
+
+
+def test_names_are_remembered_until_no_address_answers(tmp_path: Path, certificate: tuple) -> None:
+    authority, context = certificate
+    with ScriptedUpstream(context, "127.0.0.2") as first, \
+            ScriptedUpstream(context, "127.0.0.3", first.port) as second, \
+            ProxyProcess(tmp_path, upstream=f"https://upstream.test:{first.port}",
+                         environ={"SSL_CERT_FILE": str(authority)},
+                         prefix=hosts(tmp_path, "127.0.0.2 upstream.test")) as proxy, \
+            proxy.client() as client:
+        proxy.sign_in()
+        assert reaches(client, first)
+        (tmp_path / "hosts").write_text("127.0.0.3 upstream.test\n")  # in place: it is what is mounted
+        assert reaches(client, first)
+        first.close()
+        assert client.ask().status == 502
+        assert reaches(client, second)
+
+
+def test_names_are_remembered_for_a_minute() -> None:
+    with ScriptedUpstream() as told, ScriptedUpstream(address="127.0.0.2", port=told.port) as remembered:
+        dialler = Dialler(config.from_environ({"HOME": "/", "XAI_PROXY_UPSTREAM": told.origin}))
+        dialler.connect().close()
+        assert told.accept()
+        # As if it had been told another then.
+        dialler._addresses = socket.getaddrinfo("127.0.0.2", told.port, type=socket.SOCK_STREAM)
+        dialler._looked_up -= 59
+        dialler.connect().close()
+        assert remembered.accept() and told.quiet()
+        dialler._looked_up -= 2
+        dialler.connect().close()
+        assert told.accept() and remembered.quiet()
+
+
+def test_address_that_was_reached_last_is_tried_first(tmp_path: Path, certificate: tuple) -> None:
+    authority, context = certificate
+    prefix = hosts(tmp_path, "127.0.0.2 upstream.test", "127.0.0.3 upstream.test")
+    with ScriptedUpstream(context, "127.0.0.3") as third, ProxyProcess(
+            tmp_path, upstream=f"https://upstream.test:{third.port}", prefix=prefix,
+            environ={"SSL_CERT_FILE": str(authority)}) as proxy, proxy.client() as client:
+        proxy.sign_in()
+        assert reaches(client, third)  # nobody listens at the other
+        with ScriptedUpstream(context, "127.0.0.2", third.port) as second:
+            assert reaches(client, third) and second.quiet()
+            third.close()
+            assert reaches(client, second)
+
+
+# TLS
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_session_is_resumed(tmp_path: Path, version: ssl.TLSVersion) -> None:
+    authority, context = make_certificate(tmp_path, "127.0.0.1")
+    context.maximum_version = context.minimum_version = version
+    with ScriptedUpstream(context) as upstream, \
+            ProxyProcess(tmp_path, upstream=upstream.origin,
+                         environ={"SSL_CERT_FILE": str(authority)}) as proxy, proxy.client() as client:
+        proxy.sign_in()
+        reused = []
+        for _ in range(3):
+            client.request()
+            request = upstream.receive().answer()
+            reused.append(request.connection.sock.session_reused)
+            assert client.message().body == b"ok"
+            upstream.hang_up()
+        assert reused == [False, True, True]
+        upstream._context = another(tmp_path, version)  # one that knows nothing of these: a restart
+        assert reaches(client, upstream)
+
+
+def another(folder: Path, version: ssl.TLSVersion) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.maximum_version = context.minimum_version = version
+    context.load_cert_chain(folder / "server.pem", folder / "server.key")
+    return context
+
+
+@pytest.mark.parametrize("settings, sentence", [
+    ({}, b"its certificate is not trusted (unable to get local issuer certificate); set SSL_CERT_FILE"),
+    ({"host": "127.0.0.2"}, b"its certificate is not trusted (IP address mismatch")])
+def test_untrusted_certificate(tmp_path: Path, certificate: tuple, settings: dict, sentence: bytes) -> None:
+    authority, context = certificate
+    environ = {"SSL_CERT_FILE": str(authority)} if settings else None
+    listener = socket.create_server((settings.get("host", "127.0.0.1"), 0))
+    with listener, ProxyProcess(tmp_path, upstream="https://%s:%d" % listener.getsockname(),
+                                environ=environ) as proxy:
+        proxy.sign_in()
+        with proxy.client() as client:
+            client.request()
+            with pytest.raises(OSError):
+                context.wrap_socket(listener.accept()[0], server_side=True).recv(1)
+            answer = client.message()
+            assert answer.status == 502 and sentence in answer.body
+
+
+@pytest.mark.parametrize("said", [b"HTTP/1.1 400 Bad Request\r\n\r\n", None])
+def test_upstream_that_does_not_speak_tls(tmp_path: Path, said: "bytes | None") -> None:
+    """One that answers in plain text, and one that is silent: the limit includes TLS."""
+    with ScriptedUpstream() as upstream, \
+            ProxyProcess(tmp_path, upstream=upstream.origin.replace("http", "https"),
+                         connect_timeout=0.5) as proxy:
+        proxy.sign_in()
+        with proxy.client() as client:
+            client.request()
+            connection = upstream.accept()
+            if said:
+                connection.send(said)
+            answer = client.message()
+            assert (answer.status, answer.value("X-XAI-Proxy-Error")) == (502, "upstream_unreachable")
+            assert (b"TLS" if said else b"within 0.5 s") in answer.body
+
+
+# A proxy on the way
+
+
+def test_connect_proxy_is_used_for_https(tmp_path: Path, certificate: tuple) -> None:
+    authority, context = certificate
+    with ScriptedUpstream() as egress, ProxyProcess(
+            tmp_path, upstream="https://upstream.test", environ={
+                "SSL_CERT_FILE": str(authority),
+                "HTTPS_PROXY": f"http://me:secret@{egress.authority}"}) as proxy:
+        proxy.sign_in()
+        with proxy.client() as client:
+            client.request("GET", "/v1/models?x")
+            tunnel = egress.receive()
+            assert tunnel.line.split()[:2] == ["CONNECT", "upstream.test:443"]
+            assert tunnel.value("Proxy-Authorization") == "Basic bWU6c2VjcmV0" and tunnel.token == ""
+            tunnel.answer(b"HTTP/1.1 200 Go on\r\n\r\n")
+            with Wire(context.wrap_socket(tunnel.connection.sock, server_side=True)) as inside:
+                request = inside.message()
+                assert request.line == "GET /v1/models?x HTTP/1.1"
+                assert request.value("Host") == "upstream.test"
+                assert request.token == "the-token" and request.value("Proxy-Authorization") is None
+                inside.send(OK)
+                assert client.message().body == b"ok"
+                client.request()  # through the same tunnel
+                assert inside.message().line == "GET /v1/models HTTP/1.1"
+                inside.send(OK)
+                assert client.message().body == b"ok"
+
+
+def test_connect_proxy_that_refuses(tmp_path: Path) -> None:
+    with ScriptedUpstream() as egress, ProxyProcess(
+            tmp_path, upstream="https://upstream.test",
+            environ={"HTTPS_PROXY": f"http://me:secret@{egress.authority}"}) as proxy:
+        proxy.sign_in()
+        with proxy.client() as client:
+            client.request()
+            egress.receive().answer(b"HTTP/1.1 407 Authentication Required\r\nContent-Length: 0\r\n\r\n")
+            answer = client.message()
+            assert answer.status == 502 and b"407 Authentication Required" in answer.body
+            assert b"secret" not in answer.body
+
+
+def test_loopback_is_never_proxied(tmp_path: Path) -> None:
+    with ScriptedUpstream() as egress, ScriptedUpstream() as upstream, ProxyProcess(
+            tmp_path, upstream=upstream.origin,
+            environ=dict.fromkeys(("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "http_proxy"),
+                                  egress.origin)) as proxy:
+        proxy.sign_in()
+        with proxy.client() as client:
+            client.request()
+            upstream.receive().answer()
+            assert client.message().body == b"ok" and egress.quiet()
+
+
+GO_ON = b"HTTP/1.1 200 Go on\r\n\r\n"
+
+
+@pytest.fixture(scope="module")
+def egress() -> Iterator[ScriptedUpstream]:
+    with ScriptedUpstream() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def behind_egress(egress: ScriptedUpstream, certificate: tuple,
+                  tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxyProcess]:
+    with ProxyProcess(
+            tmp_path_factory.mktemp("behind"), upstream="https://upstream.test", connect_timeout=0.5,
+            environ={"SSL_CERT_FILE": str(certificate[0]), "HTTPS_PROXY": egress.origin}) as proxy:
+        proxy.sign_in()
+        yield proxy
+
+
+@pytest.mark.parametrize("said", [
+    b"HTTP/1.1 100 Continue\r\n\r\n" + GO_ON,
+    b"HTTP/1.1 103 Early\r\nLink: x\r\n\r\nHTTP/1.1 199 \r\n\r\n" + GO_ON,
+    b"HTTP/1.0 200 Connection established\r\n\r\n", b"HTTP/1.1 204 Fine\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n",  # RFC 9110 section 9.3.6: to be ignored
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"])
+def test_tunnel_that_opens(behind_egress: ProxyProcess, egress: ScriptedUpstream, certificate: tuple,
+                           said: bytes) -> None:
+    with behind_egress.client() as client:
+        client.request()
+        tunnel = egress.receive()
+        for byte in said:
+            tunnel.answer(bytes([byte]))
+        egress.connections.remove(tunnel.connection)
+        with Wire(certificate[1].wrap_socket(tunnel.connection.sock, server_side=True)) as inside:
+            assert inside.message().token == "the-token"
+            inside.send(OK)
+            assert client.message().body == b"ok"
+
+
+@pytest.mark.parametrize("said, end, sentence", [
+    (b"HTTP/1.1 403 Forbidden\r\nContent-Length: 13\r\n\r\nsecret-reason", None,
+     b"the proxy on the way answered 403 Forbidden"),
+    (b"HTTP/1.1 502 Bad Gateway\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nsecret", None,
+     b"answered 502 Bad Gateway"),
+    (b"HTTP/1.1 302 Found\r\nLocation: /secret\r\n\r\n", None, b"answered 302 Found"),
+    (b"SSH-2.0-dropbear\r\n\r\n", None, b"is not HTTP/1.1"),
+    (b"HTTP/1.1 200 OK\n\n", None, b"is not HTTP/1.1"),
+    (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 12000, None, b"is longer than 65536 bytes"),
+    (b"", Wire.close, b"it closed the connection"),
+    (b"HTTP/1.1 200 O", Wire.close, b"it closed the connection"),
+    (b"HTTP/1.1 200 OK\r\n", Wire.reset, b"reset by peer"),
+    (GO_ON, Wire.close, b"no connection to https://upstream.test: "),  # before hands are shaken
+    (GO_ON + b"220 smtp.example\r\n", None, b"TLS failed"),
+    (b"", None, b"within 0.5 s"), (b"HTTP/1.1 200", None, b"within 0.5 s"),
+    (b"HTTP/1.1 100 Continue\r\n\r\n", None, b"within 0.5 s"), (GO_ON, None, b"within 0.5 s")])
+def test_tunnel_that_does_not(behind_egress: ProxyProcess, egress: ScriptedUpstream, said: bytes,
+                              end: "Callable[[Wire], None] | None", sentence: bytes) -> None:
+    with behind_egress.client() as client:
+        client.request("POST", "/v1/x", body=b"{}")
+        start = time.monotonic()
+        tunnel = egress.receive()
+        assert tunnel.line == "CONNECT upstream.test:443 HTTP/1.1" and tunnel.token == ""
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may have heard enough
+            tunnel.answer(said)
+        if end:
+            if said == GO_ON:
+                tunnel.connection.exactly(5)  # the beginning of a record
+            end(tunnel.connection)
+        answer = client.message()
+        assert (answer.status, answer.value("X-XAI-Proxy-Error")) == (502, "upstream_unreachable")
+        assert sentence in answer.body and b"secret" not in answer.body and time.monotonic() - start < 2
+        if not end:
+            tunnel.connection.sock.settimeout(1)
+            with contextlib.suppress(ConnectionResetError):
+                while tunnel.connection.sock.recv(65536):  # a greeting of TLS, and then the end
+                    pass
+        assert egress.quiet()
+
+
+class TLSInTLS:
+    """A server's side of TLS on a connection that speaks TLS already; as much of a socket as Wire needs."""
+
+    def __init__(self, outer: ssl.SSLSocket, context: ssl.SSLContext):
+        self._outer = outer
+        self._in, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._in, self._out, server_side=True)
+        self._do(self._tls.do_handshake)
+        self.settimeout, self.setsockopt, self.close = outer.settimeout, outer.setsockopt, outer.close
+
+    def _do(self, step: "Callable[..., Any]", *arguments: object) -> "Any":
+        while True:
+            try:
+                return step(*arguments)
+            except ssl.SSLWantReadError:
+                self._outer.sendall(self._out.read())
+                self._in.write(self._outer.recv(65536))
+            finally:
+                self._outer.sendall(self._out.read())
+
+    def recv(self, size: int) -> bytes:
+        return self._do(self._tls.read, size)
+
+    def sendall(self, data: bytes) -> None:
+        for start in range(0, len(data), 16384):
+            self._do(self._tls.write, data[start:start + 16384])
+
+
+def test_tls_in_tls(tmp_path: Path, certificate: tuple) -> None:
+    """An egress proxy that speaks TLS itself."""
+    authority, context = certificate
+    body = bytes(range(256)) * 4096
+    with ScriptedUpstream(context) as egress, ProxyProcess(
+            tmp_path, upstream="https://upstream.test", environ={
+                "SSL_CERT_FILE": str(authority), "HTTPS_PROXY": egress.origin}) as proxy, \
+            proxy.client() as client:
+        proxy.sign_in()
+        sender = threading.Thread(target=client.request, args=("POST", "/v1/x"), kwargs={"body": body})
+        sender.start()
+        tunnel = egress.receive()
+        assert tunnel.line == "CONNECT upstream.test:443 HTTP/1.1" and tunnel.token == ""
+        tunnel.answer(GO_ON)
+        inside = Wire(TLSInTLS(tunnel.connection.sock, context))
+        request = inside.message()
+        sender.join()
+        assert request.token == "the-token" and request.body == body
+        inside.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        assert client.message().body == body
+        for _ in range(3):  # through the same tunnel, and as it comes
+            client.request()
+            assert inside.message().token == "the-token"
+            inside.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+            client.head()
+            for chunk in (b"2\r\nok\r\n", b"0\r\n\r\n"):
+                inside.send(chunk)
+                assert client.chunk() == chunk[3:5].strip()
+
+
+# SOCKS
+
+
+@pytest.fixture
+def socks(tmp_path: Path, certificate: tuple) -> "Iterator[tuple[ProxyProcess, socket.socket]]":
+    pytest.importorskip("socks", reason="PySocks, of the extra socks, is not installed")
+    with socket.create_server(("127.0.0.1", 0)) as listener, ProxyProcess(
+            tmp_path, upstream="https://upstream.test", connect_timeout=0.5, environ={
+                "SSL_CERT_FILE": str(certificate[0]),
+                "ALL_PROXY": f"socks5h://me:secret@127.0.0.1:{listener.getsockname()[1]}"}) as proxy:
+        listener.settimeout(PATIENCE)
+        proxy.sign_in()
+        yield proxy, listener
+
+
+def asked_for_upstream(listener: socket.socket) -> Wire:
+    """The server's part of RFC 1928 and 1929 up to its last word."""
+    wire = Wire(listener.accept()[0])
+    assert wire.exactly(1) == b"\5" and 2 in wire.exactly(wire.exactly(1)[0])  # who are you?
+    wire.send(b"\5\2")
+    assert wire.exactly(11) == b"\1\2me\6secret"
+    wire.send(b"\1\0")
+    assert wire.exactly(20) == b"\5\1\0\3\x0dupstream.test\1\xbb"  # by its name, for the proxy to look up
+    return wire
+
+
+def test_socks_proxy_is_used(socks: tuple, certificate: tuple) -> None:
+    proxy, listener = socks
+    with proxy.client() as client:
+        client.request()
+        tunnel = asked_for_upstream(listener)
+        tunnel.send(b"\5\0\0\1" + bytes(6))
+        with Wire(certificate[1].wrap_socket(tunnel.sock, server_side=True)) as inside:
+            for _ in range(2):
+                request = inside.message()
+                assert (request.value("Host"), request.token) == ("upstream.test", "the-token")
+                inside.send(OK)
+                assert client.message().body == b"ok"
+                client.request()
+
+
+@pytest.mark.parametrize("said, end, sentence", [
+    (b"\5\5\0\1" + bytes(6), False, b"refused"),
+    (b"HTTP/1.1 400 Bad Request", False, b"no connection to"),
+    (b"\5\0", True, b"closed"), (b"\5\0", False, b"within 0.5 s")],
+    ids=["refused", "garbage", "cut", "silent"])
+def test_socks_proxy_that_does_not_connect(socks: tuple, said: bytes, end: bool, sentence: bytes) -> None:
+    proxy, listener = socks
+    with proxy.client() as client:
+        client.request()
+        with asked_for_upstream(listener) as tunnel:
+            start = time.monotonic()
+            tunnel.send(said)
+            if end:
+                tunnel.close()
+            answer = client.message()
+            assert answer.status == 502 and sentence in answer.body and b"secret" not in answer.body
+            assert time.monotonic() - start < 2 and (end or tunnel.closed_within())
