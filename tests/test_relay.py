@@ -1,0 +1,293 @@
+"""The body of an answer on its way, sent either way: where it ends, who holds it up, what is left of it."""
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Callable, Iterator
+
+import gevent
+import gevent.event
+import gevent.server
+import gevent.socket
+import greenlet
+import pytest
+from proxy_process import ISSUER, Client, ProxyProcess, both_ways
+from scripted_upstream import OK, PATTERN, ScriptedUpstream, pour
+
+from xaiproxy import app, client_keys, config, server
+from xaiproxy.upstream import Upstream
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+SIZED = b"HTTP/1.1 200 OK\r\nContent-Length: 13\r\n\r\n"
+CONTENT = b"abc0123456789"
+DECORATED = b'3;x="y;z"\r\nabc\r\n000A ;\tq=1\r\n0123456789\r\n00;last\r\nX-Sum: 1\r\nY:\r\n\r\n'
+SIZE = 48 << 20  # bytes; more than the sockets on the way hold
+
+
+@pytest.fixture
+def client(running: ProxyProcess, upstream: ScriptedUpstream) -> Iterator[Client]:
+    with running.client() as connection:
+        yield connection
+
+
+# Framing
+
+
+def in_one(data: bytes) -> "list[bytes]":
+    return [data]
+
+
+def head_first(data: bytes) -> "list[bytes]":
+    head, _, body = data.partition(b"\r\n\r\n")
+    return [head + b"\r\n\r\n", body]
+
+
+def in_bytes(data: bytes) -> "list[bytes]":
+    head, body = head_first(data)
+    return [head, *(bytes([byte]) for byte in body)]
+
+
+def end_apart(data: bytes) -> "list[bytes]":
+    return [data[:-1], data[-1:]]
+
+
+def head_and_end_apart(data: bytes) -> "list[bytes]":
+    head, body = head_first(data)
+    return [head, body[:-1], body[-1:]]
+
+
+SPLITS = (in_one, head_first, in_bytes, end_apart, head_and_end_apart)
+
+
+@both_ways
+@pytest.mark.parametrize("split", SPLITS)
+def test_framing_is_upstream_s_own_or_ours(client: Client, running: ProxyProcess, upstream: ScriptedUpstream,
+                                           way: str, split: "Callable[[bytes], list[bytes]]") -> None:
+    """Relayed, extensions and trailers stay; that they do not when iterated shows that there are two ways."""
+    client.request("GET", f"/v1/{split.__name__}")
+    request = upstream.receive()
+    parts = split(CHUNKED + DECORATED)
+    request.answer(parts[0])
+    head = client.head()
+    for part in parts[1:]:
+        request.answer(part)
+    if way == "relayed":
+        assert client.exactly(len(DECORATED)) == DECORATED
+    else:
+        content = b""
+        while len(content) < len(CONTENT):
+            size = int(client.until(b"\r\n"), 16)  # nothing but a number
+            content += client.exactly(size)
+            assert client.exactly(2) == b"\r\n"
+        assert content == CONTENT and client.exactly(5) == b"0\r\n\r\n"
+    assert head.value("Transfer-Encoding") == "chunked" and client.silent()
+    line = running.wait_for_request(f"/v1/{split.__name__}")
+    assert (line["bytes"], line["ended_by"]) == (len(CONTENT), "done")
+    client.request()
+    assert upstream.receive().answer().connection is request.connection
+    assert client.message().body == b"ok"
+
+
+@both_ways
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("whole", [SIZED + CONTENT, CHUNKED + DECORATED], ids=["length", "chunked"])
+def test_bytes_behind_the_end_are_not_the_answer_s(client: Client, running: ProxyProcess,
+                                                   upstream: ScriptedUpstream, whole: bytes,
+                                                   split: "Callable[[bytes], list[bytes]]") -> None:
+    path = f"/v1/behind-{split.__name__}-{len(whole)}"
+    client.request("GET", path)
+    request = upstream.receive()
+    parts = split(whole)
+    parts[-1] += b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil"
+    for part in parts:
+        request.answer(part)
+    assert client.message().body == CONTENT and client.silent()
+    assert request.connection.closed_within()
+    line = running.wait_for_request(path)
+    assert (line["bytes"], line["ended_by"]) == (len(CONTENT), "done")
+    client.request()
+    upstream.receive().answer()
+    assert client.message().body == b"ok"
+
+
+@both_ways
+@pytest.mark.parametrize("with_the_head", [True, False])
+def test_malformed_chunk_cuts_the_answer(client: Client, running: ProxyProcess, upstream: ScriptedUpstream,
+                                         with_the_head: bool) -> None:
+    """What stands before it may come or not; it does not itself, and no end either."""
+    path = f"/v1/malformed-{with_the_head}"
+    client.request("GET", path)
+    request = upstream.receive()
+    if not with_the_head:
+        request.answer(CHUNKED)
+        client.head()
+    request.answer((CHUNKED if with_the_head else b"") + b"3\r\nabc\r\n+3\r\nevil\r\n0\r\n\r\n")
+    came = client.rest()
+    assert b"evil" not in came and b"0\r\n\r\n" not in came
+    assert request.connection.closed_within()
+    assert running.wait_for_request(path)["ended_by"] == "upstream"
+
+
+# One side that does not read
+
+
+@both_ways
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+def test_answer_that_is_not_read_waits_upstream(tmp_path: Path, certificate: tuple, way: str,
+                                                tls: bool) -> None:
+    with ScriptedUpstream(certificate[1] if tls else None) as upstream, \
+            ProxyProcess(tmp_path, way=way, upstream=upstream.origin,
+                         environ={"SSL_CERT_FILE": str(certificate[0])}) as proxy, \
+            proxy.client() as client:
+        proxy.sign_in()
+        client.request()
+        upstream.receive().answer(OK)
+        client.message()
+        before = proxy.resident_kib()
+        client.request("GET", "/v1/unread")
+        request = upstream.receive().answer(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % SIZE)
+        sent = pour(request.connection, 0, SIZE)
+        assert sent < SIZE * 3 / 4
+        spent = proxy.cpu_seconds()
+        time.sleep(0.2)
+        assert proxy.cpu_seconds() - spent < 0.05  # it waits; it does not try again and again
+        rest = threading.Thread(target=pour, args=(request.connection, sent, SIZE, 5))
+        rest.start()
+        client.head()
+        assert client.exactly(SIZE) == PATTERN * (SIZE // len(PATTERN))
+        rest.join()
+        assert proxy.resident_kib() - before < 4096
+        line = proxy.wait_for_request("/v1/unread")
+        assert (line["bytes"], line["ended_by"]) == (SIZE, "done")
+        client.request()
+        assert upstream.receive().answer().connection is request.connection
+        assert client.message().body == b"ok"
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+def test_upload_that_is_not_read_waits_at_the_client(tmp_path: Path, certificate: tuple, tls: bool) -> None:
+    with ScriptedUpstream(certificate[1] if tls else None) as upstream, \
+            ProxyProcess(tmp_path, upstream=upstream.origin, replay_limit=1,
+                         environ={"SSL_CERT_FILE": str(certificate[0])}) as proxy, proxy.client() as client:
+        proxy.sign_in()
+        client.request("POST", "/v1/files", body=b"{}")
+        upstream.receive().answer(OK)
+        client.message()
+        before = proxy.resident_kib()
+        client.request("POST", "/v1/files", f"Content-Length: {SIZE}")
+        request = upstream.receive(body=False)
+        sent = pour(client, 0, SIZE)
+        assert sent < SIZE * 3 / 4
+        rest = threading.Thread(target=pour, args=(client, sent, SIZE, 5))
+        rest.start()
+        assert request.connection.exactly(SIZE) == PATTERN * (SIZE // len(PATTERN))
+        rest.join()
+        assert proxy.resident_kib() - before < 4096
+        request.answer()
+        assert client.message().body == b"ok"
+
+
+@both_ways
+def test_time_that_the_client_takes_is_no_silence_of_upstream(start_proxy: "Callable[..., ProxyProcess]",
+                                                              upstream: ScriptedUpstream, way: str) -> None:
+    """The limit stands still while the client does not read, and then begins anew."""
+    hasty = start_proxy(way=way, idle_timeout=0.5)
+    with hasty.client() as client:
+        client.request("GET", "/v1/slow-reader")
+        request = upstream.receive().answer(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % SIZE)
+        sent = pour(request.connection, 0, SIZE)
+        assert sent < SIZE
+        time.sleep(0.6)
+        rest = threading.Thread(target=pour, args=(request.connection, sent, SIZE - 10, 5))
+        rest.start()
+        client.head()
+        client.exactly(SIZE - 10)
+        rest.join()
+        start = time.monotonic()
+        assert client.rest() == b"" and 0.4 < time.monotonic() - start < 3
+        line = hasty.wait_for_request("/v1/slow-reader")
+        assert (line["bytes"], line["ended_by"]) == (SIZE - 10, "upstream")
+
+
+@both_ways
+@pytest.mark.parametrize("how", ["fin", "reset"])
+def test_death_of_upstream_behind_unread_bytes_is_visible(client: Client, running: ProxyProcess,
+                                                          upstream: ScriptedUpstream, how: str) -> None:
+    client.request("GET", f"/v1/dies-unread-{how}")
+    request = upstream.receive().answer(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % SIZE)
+    sent = pour(request.connection, 0, SIZE)
+    request.connection.close() if how == "fin" else request.connection.reset()
+    client.head()
+    came = client.rest()
+    assert PATTERN * (SIZE // len(PATTERN)) > came == (PATTERN * (SIZE // len(PATTERN)))[:len(came)]
+    assert len(came) == sent if how == "fin" else 0 < len(came) <= sent
+    line = running.wait_for_request(f"/v1/dies-unread-{how}")
+    assert (line["bytes"], line["ended_by"]) == (len(came), "upstream")
+
+
+# What is left
+
+
+def stream_for_ever(sock: gevent.socket.socket, address: object) -> None:
+    """An upstream's side of one connection."""
+    with sock, contextlib.suppress(ConnectionError):
+        while b"\r\n\r\n" not in sock.recv(65536):
+            pass
+        sock.sendall(CHUNKED + b"2\r\nok\r\n")
+        assert sock.recv(1) == b""
+
+
+@contextlib.contextmanager
+def serving(folder: Path, origin: str) -> "Iterator[int]":
+    """A proxy in this process, so that its greenlets and objects can be counted; its port."""
+    settings = config.from_environ({
+        "HOME": str(folder), "XAI_PROXY_UPSTREAM": origin, "XAI_PROXY_ISSUER": ISSUER,
+        "XAI_PROXY_TOKEN_PATH": str(folder / "tokens.json")})
+    (folder / "tokens.json").write_text(
+        f'{{"access_token": "a", "expires_at": {time.time() + 3600}, "issuer": "{ISSUER}"}}')
+    upstream = Upstream(settings)
+    with gevent.socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(1024)
+        keys = client_keys.ClientKeys(settings.client_keys_file)
+        running = server.Server(listener, app.create_app(settings, keys, upstream), settings, 5000)
+        running.start()
+        yield listener.getsockname()[1]
+        running.drain(gevent.event.Event())
+    upstream.close()
+
+
+def test_nothing_is_left_of_a_thousand_cancelled_streams(tmp_path: Path, many_files: None) -> None:
+    origin = gevent.server.StreamServer(("127.0.0.1", 0), stream_for_ever, backlog=1024)
+    origin.start()
+
+    def open_and_cancel(count: int) -> None:
+        clients = []
+        for _ in range(count):
+            clients.append(gevent.socket.create_connection(("127.0.0.1", port)))
+            clients[-1].sendall(b"POST /v1/x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{}")
+        for client in clients:
+            came = b""
+            while not came.endswith(b"2\r\nok\r\n"):
+                came += client.recv(65536)
+            client.close()
+        with gevent.Timeout(5):
+            while len(os.listdir("/proc/self/fd")) > descriptors:
+                gevent.sleep(0.01)
+
+    def objects() -> "tuple[int, int]":
+        gc.collect()
+        every = gc.get_objects()
+        return sum(isinstance(one, greenlet.greenlet) for one in every), len(every)
+
+    with contextlib.closing(origin), serving(tmp_path, f"http://127.0.0.1:{origin.server_port}") as port:
+        descriptors = len(os.listdir("/proc/self/fd"))
+        open_and_cancel(250)
+        greenlets, before = objects()
+        for _ in range(4):
+            open_and_cancel(250)
+        assert objects()[0] == greenlets and objects()[1] - before < 200
