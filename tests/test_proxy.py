@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import hashlib
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ from typing import Any, Callable, Iterator
 
 import pytest
 from flow import Flow
-from proxy_process import Client, ProxyProcess
+from proxy_process import Client, ProxyProcess, both_ways
 from sandbox import Sandbox
 from scripted_upstream import Request, ScriptedUpstream
 from wire import PATIENCE, Message, readable
@@ -52,23 +53,15 @@ REFUSALS = {
     "401": answer(401, b""), "401, text": answer(401, b"No credentials presented.")}
 
 
-@pytest.fixture(scope="module")
-def running_frugal(scripted: ScriptedUpstream,
-                   tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxyProcess]:
-    """One that keeps little for a replay: 10 bytes of a request, 15 of all."""
-    with ProxyProcess(tmp_path_factory.mktemp("frugal"), upstream=scripted.origin, replay_limit=10,
-                      replay_memory=15) as proxy:
-        yield proxy
-
-
 @pytest.fixture
 def proxy(running: ProxyProcess, upstream: ScriptedUpstream) -> ProxyProcess:
     return signed_in(running)
 
 
 @pytest.fixture
-def frugal(running_frugal: ProxyProcess, upstream: ScriptedUpstream) -> ProxyProcess:
-    return signed_in(running_frugal)
+def frugal(start_proxy: "Callable[..., ProxyProcess]", upstream: ScriptedUpstream) -> ProxyProcess:
+    """One that keeps little for a replay: 10 bytes of a request, 15 of all."""
+    return signed_in(start_proxy(replay_limit=10, replay_memory=15))
 
 
 @pytest.fixture
@@ -184,6 +177,111 @@ def test_page_of_a_listed_origin_may_read_the_answer(tmp_path: Path, upstream: S
         answer = client.message()
         assert answer.body == b"ok"
         assert answer.values("Access-Control-Allow-Origin") == ["*" if said else origin]
+
+
+# Heads that repeat: what was found out from one before is used again
+
+
+@pytest.mark.parametrize("pipelined", [False, True])
+def test_equal_heads_with_bodies_of_other_lengths(client: Client, upstream: ScriptedUpstream,
+                                                  pipelined: bool) -> None:
+    bodies = [b"one", b"three", b"", b"x" * 100000, b"one",
+              b"GET /v1/evil HTTP/1.1\r\nHost: localhost\r\n\r\n"]
+    head = b"POST /v1/x HTTP/1.1\r\nHost: localhost\r\nX-a: 1\r\nContent-Length: %d\r\n\r\n"
+    sent = [head % len(body) + body for body in bodies]
+    if pipelined:
+        client.send(b"".join(sent))
+    for one, body in zip(sent, bodies):
+        if not pipelined:
+            client.send(one)
+        request = upstream.receive()
+        assert (request.line, request.body) == ("POST /v1/x HTTP/1.1", body)
+        assert request.values("Content-Length") == [str(len(body))] and request.values("X-a") == ["1"]
+        request.answer(answer(200, body))
+        assert client.message().body == body
+    assert upstream.quiet()
+
+
+def test_equal_heads_on_several_connections_at_once(proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(proxy.client()) for _ in range(10)]
+        requests: "list[Request]" = []
+        for number, client in enumerate(clients):
+            client.request("POST", "/v1/x", f"Content-Length: {number + 1}")
+            requests.append(upstream.receive(body=False))
+            assert requests[-1].values("Content-Length") == [str(number + 1)]
+        for number, client in enumerate(clients):
+            client.send(b"%d" % number * (number + 1))
+            assert requests[number].connection.exactly(number + 1) == b"%d" % number * (number + 1)
+            requests[number].answer(answer(200, b"%d" % number))
+            assert client.message().body == b"%d" % number
+
+
+def ask_twice(client: Client, upstream: ScriptedUpstream) -> str:
+    """The token of two equal requests, so that whatever is remembered of them is."""
+    seen = set()
+    for _ in range(2):
+        client.request("GET", "/v1/x", "X-a: 1")
+        request = upstream.receive().answer()
+        assert client.message().body == b"ok"
+        seen.add(request.token)
+    assert len(seen) == 1
+    return seen.pop()
+
+
+def test_token_file_counts_from_the_very_next_request(client: Client, proxy: ProxyProcess,
+                                                      upstream: ScriptedUpstream) -> None:
+    assert ask_twice(client, upstream) == "old"
+    for number in range(10):
+        proxy.sign_in(f"new-{number}")
+        assert ask_twice(client, upstream) == f"new-{number}"
+    proxy.token_path.unlink()
+    assert_refusal(client.ask("GET", "/v1/x", "X-a: 1"), 401, "login_required")
+    proxy.sign_in("again")
+    assert ask_twice(client, upstream) == "again"
+    proxy.sign_in("again", refresh_token=None, expires_in=-1)
+    assert_refusal(client.ask("GET", "/v1/x", "X-a: 1"), 503, "token_unavailable")
+    assert upstream.quiet()
+
+
+def test_client_keys_count_from_the_very_next_request(tmp_path: Path, upstream: ScriptedUpstream) -> None:
+    keys = tmp_path / "client-keys"
+
+    def admit(*names: str) -> None:
+        keys.with_suffix(".new").write_text("".join(
+            f"{name} {hashlib.sha256(f'key-of-{name}'.encode()).hexdigest()}\n"
+            for name in names) or "# nobody\n")
+        keys.with_suffix(".new").replace(keys)
+
+    def is_admitted(client: Client, name: str) -> bool:
+        client.request("GET", "/v1/x", f"Authorization: Bearer key-of-{name}")
+        if client.sock in readable([client.sock, upstream.listener,
+                                    *(one.sock for one in upstream.connections)], PATIENCE):
+            assert_refusal(client.message(), 401, "client_key_required")
+            return False
+        upstream.receive().answer()
+        assert client.message().body == b"ok"
+        return True
+
+    admit("ann", "bob")
+    with ProxyProcess(tmp_path, upstream=upstream.origin) as proxy, \
+            proxy.client() as first, proxy.client() as second:
+        proxy.sign_in()
+        for admitted in (("ann", "bob"), ("bob",), ("bob", "ann"), (), ("ann",)):
+            admit(*admitted)
+            for _ in range(2):
+                assert is_admitted(first, "ann") is ("ann" in admitted)
+                assert is_admitted(second, "bob") is ("bob" in admitted)
+        # Gone, no file, a link to itself, and no keys.
+        for spoil in (lambda: None, keys.mkdir, lambda: keys.symlink_to(keys),
+                      lambda: keys.write_text("nonsense")):
+            admit("ann")
+            assert is_admitted(first, "ann")
+            keys.unlink()
+            spoil()
+            assert not is_admitted(first, "ann") and not is_admitted(first, "ann")
+            if keys.is_dir():
+                keys.rmdir()
 
 
 # A refused token
@@ -559,6 +657,7 @@ def test_bodies_beyond_the_memory_are_not_sent_again(frugal: ProxyProcess,
 # Other answers of 403
 
 
+@both_ways
 def test_slow_403_is_passed_on(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
     """After two seconds of it, and with all that came by then."""
     client.request()
@@ -578,6 +677,7 @@ def test_slow_403_is_passed_on(client: Client, proxy: ProxyProcess, upstream: Sc
     assert client.message().body == b"ok"
 
 
+@both_ways
 @pytest.mark.parametrize("start, again", [(0, True), (60000, True), (70000, False)])
 def test_large_403_is_passed_on_whole(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream,
                                       start: int,
@@ -594,6 +694,7 @@ def test_large_403_is_passed_on_whole(client: Client, proxy: ProxyProcess, upstr
     assert upstream.quiet()
 
 
+@both_ways
 @pytest.mark.parametrize("coding", [b"gzip", b"deflate", b"br", b"gzip, gzip"])
 def test_403_that_cannot_be_decoded_is_passed_on(client: Client, proxy: ProxyProcess,
                                                  upstream: ScriptedUpstream,
@@ -605,6 +706,7 @@ def test_403_that_cannot_be_decoded_is_passed_on(client: Client, proxy: ProxyPro
     assert upstream.quiet()
 
 
+@both_ways
 def test_403_that_breaks_off_is_broken(client: Client, upstream: ScriptedUpstream) -> None:
     client.request("GET", "/v1/broken-403")
     request = upstream.receive().answer(b"HTTP/1.1 403 X\r\nContent-Length: 9\r\n\r\nabc")
@@ -613,6 +715,7 @@ def test_403_that_breaks_off_is_broken(client: Client, upstream: ScriptedUpstrea
     assert client.rest() == b"abc"
 
 
+@both_ways
 def test_other_statuses_are_not_looked_at(client: Client, proxy: ProxyProcess,
                                           upstream: ScriptedUpstream) -> None:
     for status in (200, 400, 402, 404, 429, 500, 503):
