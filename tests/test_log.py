@@ -24,10 +24,10 @@ FILLING = "x " * 50
 class Pipe:
     """The log on a real pipe; read() gives the lines written since."""
 
-    def __init__(self, format: str, level: str = "debug"):
-        self.read_end, self.write_end = os.pipe()
+    def __init__(self, format: str, level: str = "debug", flags: int = 0, defer=None):
+        self.read_end, self.write_end = os.pipe2(flags)
         os.set_blocking(self.read_end, False)
-        log.setup("test", level, format, self.write_end)
+        log.setup("test", level, format, self.write_end, defer=defer)
 
     def read(self) -> "list[str]":
         content = b""
@@ -49,9 +49,9 @@ class Pipe:
 @pytest.fixture(autouse=True)
 def restored():
     root = logging.getLogger("xaiproxy")
-    before = root.handlers[:], root.level, root.propagate
+    before = root.handlers[:], root.level, root.propagate, log._handler
     yield
-    root.handlers[:], root.level, root.propagate = before
+    root.handlers[:], root.level, root.propagate, log._handler = before
 
 
 @pytest.fixture(params=["text", "json"])
@@ -245,3 +245,113 @@ def test_a_stopped_terminal_does_not_block():
         logger.info(FILLING)
     assert logging.getLogger("xaiproxy").handlers[0].dropped > 0
     os.close(terminal), os.close(its_end)
+
+
+# lines of one turn of the event loop
+
+class Deferred(Pipe):
+    """The log on a pipe that keeps one write apart from the next, written when turn() says so."""
+
+    def __init__(self, format: str):
+        self.due = []
+        super().__init__(format, flags=os.O_DIRECT, defer=self.due.append)
+
+    def turn(self):
+        [write] = self.due  # once a turn, however many lines
+        self.due.clear()
+        write()
+
+    def writes(self) -> "list[bytes]":
+        found = []
+        try:
+            while data := os.read(self.read_end, 1 << 20):
+                found.append(data)
+        except BlockingIOError:
+            pass
+        return found
+
+
+@pytest.fixture(params=["text", "json"])
+def deferred(request):
+    pipe = Deferred(request.param)
+    yield pipe
+    pipe.close()
+
+
+def numbers(data: bytes) -> "list[int]":
+    return [int(number) for number in re.findall(rb"line (\d+)", data)]
+
+
+@pytest.mark.parametrize("length", [1, 50, 900])
+def test_lines_of_one_turn_are_written_together_and_in_order(deferred, length):
+    for number in range(100):
+        if number % 2:
+            logger.info("line %d %s", number, "x " * (number % 7 * length // 14))
+        else:
+            log.event(logger, logging.INFO, f"line {number}", {"path": "x " * (number % 5 * length // 10)})
+    assert deferred.writes() == []
+    deferred.turn()
+    writes = deferred.writes()
+    assert numbers(b"".join(writes)) == list(range(100))
+    assert all(write.endswith(b"\n") and len(write) < select.PIPE_BUF for write in writes)
+    for write, following in zip(writes, writes[1:]):  # as few as can be
+        assert len(write) + following.index(b"\n") + 1 >= select.PIPE_BUF
+    logger.info("line 100")
+    deferred.turn()
+    assert numbers(b"".join(deferred.writes())) == [100]
+
+
+def test_lines_that_together_are_as_long_as_a_pipe_takes_at_once(deferred):
+    """At the limit and one byte beyond."""
+    logger.info("line 0")
+    deferred.turn()
+    [plain] = deferred.writes()
+    for beyond in (0, 1):
+        sizes = [900, 900, 900, 900, select.PIPE_BUF - 1 - 3600 + beyond]
+        for number, size in enumerate(sizes):
+            logger.info("line %d %s", number, "." * (size - len(plain) - 1))
+        deferred.turn()
+        writes = deferred.writes()
+        assert [len(write) for write in writes] == ([3600, 496] if beyond else [4095])
+        assert numbers(b"".join(writes)) == [0, 1, 2, 3, 4]
+
+
+def test_lines_of_many_turns_that_nobody_reads_are_counted(deferred):
+    written = dropped = 0
+    for _ in range(3):
+        for turn in range(50):
+            for number in range(30):
+                logger.info("line %d %s", turn * 30 + number, FILLING)
+            deferred.turn()
+        data = b"".join(deferred.writes())
+        seen = numbers(data)
+        assert seen == sorted(seen) and 0 < len(seen) < 1500
+        written += len(seen)
+        dropped += sum(int(number) for number in re.findall(rb"(\d+) log lines were dropped", data))
+    logger.info("line 0")
+    deferred.turn()
+    data = b"".join(deferred.writes())
+    assert data.index(b"were dropped") < data.index(b"line 0")
+    dropped += sum(int(number) for number in re.findall(rb"(\d+) log lines were dropped", data))
+    assert written + dropped == 3 * 1500
+
+
+def test_lines_of_the_last_turn_are_written_at_the_end():
+    code = ("import logging; from xaiproxy import log\n"
+            "log.setup('p', 'info', 'json', defer=lambda write: None)\n"
+            "for number in range(100): logging.getLogger('xaiproxy').info('line %d', number)")
+    done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, timeout=20)
+    assert numbers(done.stderr) == list(range(100)) and done.returncode == 0
+
+
+def test_an_event_is_the_line_of_a_record(deferred):
+    for fields in ({"status": 200, "path": "/v1/x", "key": None, "seconds": 0.5, "ok": True}, {},
+                   {"path": f"/v1/{ACCESS}?{KEY}", "method": "x" * 3000, "object": [REFRESH]},
+                   {"path": "a\n\x1b\ud800"}):
+        log.event(logger, logging.WARNING, "line 1", fields)
+        logger.warning("line 1", extra={"fields": fields})
+        log.event(logger, logging.NOTSET, "not this", fields)
+        deferred.turn()
+        of_event, of_record = b"".join(deferred.writes()).splitlines()
+        stamp = re.compile(rb"20\d\d-\d\d-\d\dT[0-9:.]+Z")
+        assert stamp.sub(b"", of_event) == stamp.sub(b"", of_record)
