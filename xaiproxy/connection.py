@@ -174,6 +174,10 @@ class TLSConnection(Connection):
         return bool(self._unsent) or self._inner.holds_back
 
     @property
+    def session_reused(self) -> bool:
+        return bool(self._tls.session_reused)
+
+    @property
     def session(self) -> "ssl.SSLSession | None":
         """To resume on another connection. In TLS 1.3 it comes behind the handshake, with the first answer."""
         return self._tls.session

@@ -48,7 +48,7 @@ class Dialler:
 
     def answered(self, connection: Connection) -> None:
         """To be called when a new connection has brought its first answer: the next one need not shake hands in full."""
-        if isinstance(connection, TLSConnection):
+        if isinstance(connection, TLSConnection) and not connection.session_reused:  # to ask for it costs a lot
             self._session = connection.session
 
     def _reach(self) -> Connection:
