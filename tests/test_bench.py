@@ -100,10 +100,12 @@ def test_a_delay_is_counted_from_the_stamp_of_an_event_that_comes_in_pieces(
 
 
 @needs_gcc
-def test_no_two_requests_are_the_same(load: pathlib.Path, upstream: ScriptedUpstream) -> None:
-    client = start(load, "requests", upstream.port, repeat=2)
-    heads = [upstream.receive().answer().head for _ in range(2)]
-    assert result(client)[0] == 0 and len(set(heads)) == 2
+@pytest.mark.parametrize("vary, different", [(0, 1), (1, 3)])
+def test_heads_vary_if_they_are_told_to(load: pathlib.Path, upstream: ScriptedUpstream, vary: int,
+                                        different: int) -> None:
+    client = start(load, "requests", upstream.port, repeat=3, vary=vary)
+    heads = [upstream.receive().answer().head for _ in range(3)]
+    assert result(client)[0] == 0 and len(set(heads)) == different
 
 
 SMALL = {

@@ -1,6 +1,7 @@
 /* The benchmark's client: HTTP/1.1 in the clear to 127.0.0.1, one thread, epoll.
  *
- *     load requests    PORT connections=16 seconds=2   short requests, one after the other on each connection
+ *     load requests    PORT connections=16 seconds=2   short requests, one after the other on each connection;
+ *                                                      with vary=1 no two have the same head
  *     load completions PORT connections=16 seconds=2   the same, but POST requests
  *     load streams     PORT connections=100 events=100 interval=20000 seconds=3
  *     load upload      PORT size=20000000 chunked=1 repeat=5
@@ -38,7 +39,7 @@ static const char *const mode_names[] = {"requests", "completions", "streams", "
 static struct {
     enum mode mode;
     int port;
-    long connections, repeat, events, interval /* us between events */, event_size, size, chunked;
+    long connections, repeat, events, interval /* us between events */, event_size, size, chunked, vary;
     double seconds, warm;
     double ramp;  /* connections opened a second; 0: all at once */
     double limit; /* seconds for everything */
@@ -81,7 +82,7 @@ __attribute__((format(printf, 1, 2))) static void wrong(const char *format, ...)
     va_end(arguments);
 }
 
-/* ---- what is sent: a head with a counter in it, and a body that repeats a pattern ---- */
+/* ---- what is sent: a head, with a counter in it if heads are to vary, and a body that repeats a pattern ---- */
 
 static char head[2048], *counter, pattern[PATTERN_SIZE], tail[8];
 static long head_size, pattern_size, body_size /* on the wire, without the tail */;
@@ -123,7 +124,8 @@ static void prepare_request(void) {
     }
     if (options.chunked) strcpy(length, "Transfer-Encoding: chunked\r\n");
     else if (body_size) snprintf(length, sizeof length, "Content-Length: %ld\r\n", body_size);
-    /* The fields are those of the OpenAI library for Python. */
+    /* The fields are those of the OpenAI library for Python, whose requests differ in Content-Length alone. Some
+     * clients give each a number of its own: `vary`. */
     head_size = snprintf(head, sizeof head,
         "%s %s HTTP/1.1\r\n"
         "Host: 127.0.0.1:%d\r\n"
@@ -142,14 +144,15 @@ static void prepare_request(void) {
         "X-Stainless-Async: false\r\n"
         "x-stainless-retry-count: 0\r\n"
         "x-stainless-read-timeout: 600\r\n"
-        "X-Client-Request-Id: 00000000\r\n"
-        "%s\r\n",
+        "%s%s\r\n",
         *length ? "POST" : "GET", path, options.port,
-        options.mode == UPLOAD ? "application/octet-stream" : "application/json", options.key, length);
-    counter = strstr(head, "Request-Id: ") + strlen("Request-Id: ");
+        options.mode == UPLOAD ? "application/octet-stream" : "application/json", options.key,
+        options.vary ? "X-Client-Request-Id: 00000000\r\n" : "", length);
+    if (options.vary) counter = strstr(head, "Request-Id: ") + strlen("Request-Id: ");
 }
 
 static void count_request(void) {
+    if (!counter) return;
     for (int digit = 7; digit >= 0; digit--) {
         if (++counter[digit] <= '9') return;
         counter[digit] = '0';
@@ -520,7 +523,7 @@ static void parse_arguments(int count, char **arguments) {
         {"connections", .whole = &options.connections}, {"repeat", .whole = &options.repeat},
         {"events", .whole = &options.events}, {"interval", .whole = &options.interval},
         {"event_size", .whole = &options.event_size}, {"size", .whole = &options.size},
-        {"chunked", .whole = &options.chunked}, {"seconds", .real = &options.seconds},
+        {"chunked", .whole = &options.chunked}, {"vary", .whole = &options.vary}, {"seconds", .real = &options.seconds},
         {"warm", .real = &options.warm}, {"ramp", .real = &options.ramp}, {"limit", .real = &options.limit},
         {"key", .text = &options.key}, {"pids", .text = &options.pids}};
     if (count < 3) usage("no mode and port");
