@@ -70,8 +70,14 @@ class Chunked:
 
     def feed(self, data: bytes) -> Spans:
         """As Sized.feed; raises Malformed."""
+        size = len(data)
+        if self._expect is Chunked._size and not self._left and not self._line:
+            whole = CHUNK_LINE.match(data)  # an event mostly comes as one chunk, and nothing with it
+            if whole and size == whole.end() + int(whole[1], 16) + 2 > whole.end() + 2 and data.endswith(b"\r\n"):
+                self.used = size
+                return [(whole.end(), size - 2)]
         spans = []
-        at, size = 0, len(data)
+        at = 0
         while at < size and not self.ended:
             if self._left:
                 end = min(size, at + self._left)

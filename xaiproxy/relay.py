@@ -74,30 +74,37 @@ class Relay:
         except Exception as error:
             self._greenlet.throw(error)
             return
-        used = self._body.used
-        if used < len(data):
-            self._upstream.unread = data[used:]  # behind the end
-            data = data[:used]
-        self._unsent = data
-        self._send_on()
-
-    def _send_on(self) -> None:
+        body = self._body
+        if body.used < len(data):
+            self._upstream.unread = data[body.used:]  # behind the end
+            data = data[:body.used]
         try:
-            sent = self._client.send(self._unsent)
+            sent = self._client.send(data)
         except OSError:
             self._greenlet.throw(ClientGone)
             return
-        if sent < len(self._unsent):
-            self._unsent = memoryview(self._unsent)[sent:]
+        if sent < len(data):
+            self._unsent = memoryview(data)[sent:]
             self._upstream.readable.stop()
             self._timer.stop()
             self._client.writable.start(self._send_on)
-        elif self._body.ended:
+        elif body.ended:
             self._greenlet.switch()
-        elif self._upstream.readable.active:
-            self._timer.again(self._greenlet.throw, TimeoutError, update=False)
         else:
-            self._client.stop_writing()
+            self._timer.again(self._greenlet.throw, TimeoutError, update=False)
+
+    def _send_on(self) -> None:
+        try:
+            self._unsent = self._unsent[self._client.send(self._unsent):]
+        except OSError:
+            self._greenlet.throw(ClientGone)
+            return
+        if self._unsent:
+            return
+        self._client.stop_writing()
+        if self._body.ended:
+            self._greenlet.switch()
+        else:
             self._read_on()
 
     def _look_at(self, data: bytes) -> None:
