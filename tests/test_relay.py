@@ -191,6 +191,25 @@ def test_upload_that_is_not_read_waits_at_the_client(tmp_path: Path, certificate
         assert client.message().body == b"ok"
 
 
+def test_answer_that_comes_beside_the_upload_waits_upstream(running: ProxyProcess, client: Client,
+                                                            upstream: ScriptedUpstream) -> None:
+    """It is passed on when the request was sent; until then little of it is kept."""
+    before = running.resident_kib()
+    client.request("POST", "/v1/files", "Content-Length: 6").send(b"abc")
+    request = upstream.receive(body=False)
+    assert request.connection.exactly(3) == b"abc"
+    request.answer(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % SIZE)
+    sent = pour(request.connection, 0, SIZE)
+    assert sent < SIZE * 3 / 4 and running.resident_kib() - before < 4096
+    client.send(b"def")
+    assert request.connection.exactly(3) == b"def"
+    rest = threading.Thread(target=pour, args=(request.connection, sent, SIZE, 5))
+    rest.start()
+    client.head()
+    assert client.exactly(SIZE) == PATTERN * (SIZE // len(PATTERN))
+    rest.join()
+
+
 @both_ways
 def test_time_that_the_client_takes_is_no_silence_of_upstream(start_proxy: "Callable[..., ProxyProcess]",
                                                               upstream: ScriptedUpstream, way: str) -> None:

@@ -206,9 +206,10 @@ class Exchange:
         except OSError:  # as an end: who writes will hear of it
             data = b""
         connection.unread += data
-        if not data or self._is_refused_early(connection.unread):
-            connection.readable.stop()
-            if data:
+        refused = bool(data) and self._is_refused_early(connection.unread)
+        if refused or not data or len(connection.unread) > response_head.SIZE_LIMIT:
+            connection.readable.stop()  # the rest waits in the kernel until the body was sent
+            if refused:
                 self._writer.throw(_AnsweredEarly)
 
     def _is_refused_early(self, data: bytes) -> bool:
