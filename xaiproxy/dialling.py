@@ -63,9 +63,8 @@ class Dialler:
             # Bytes, since text would be taken through IDNA, which has its own errors.
             self._addresses = socket.getaddrinfo(host.encode(), port, type=socket.SOCK_STREAM)
             self._looked_up = time.monotonic()
-        addresses, self._addresses = self._addresses, []
         last = OSError("its name has no address")
-        for known in addresses:
+        for known in self._addresses:
             family, kind, protocol, _, address = known
             sock = socket.socket(family, kind, protocol)
             try:
@@ -77,8 +76,9 @@ class Dialler:
                     raise
                 last = error
             else:
-                self._addresses = [known, *(other for other in addresses if other is not known)]
+                self._addresses = [known, *(other for other in self._addresses if other != known)]
                 return sock
+        self._addresses = []
         raise last
 
     def _tunnel(self, connection: Connection) -> None:

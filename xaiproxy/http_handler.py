@@ -96,6 +96,8 @@ class ClientWatch:
 
 
 class Handler:
+    """What WSGIServer asks for: made with a connection, and `handle` called once."""
+
     def __init__(self, sock: Any, address: Any, server: Any):
         self.server = server
         self.connection = Connection(sock)

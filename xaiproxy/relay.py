@@ -26,18 +26,20 @@ class Relay:
     def run(self, head: bytes) -> None:
         """Send `head` and the body behind it. Raises ClientGone, UpstreamBroken, and what is thrown in."""
         upstream, body = self._upstream, self._body
-        came = upstream.unread
+        came, fault = upstream.unread, None
         if came:
             try:
                 self._look_at(came)
+                upstream.unread = came[body.used:]
+                head += came[:body.used] if upstream.unread else came
             except BROKEN as error:
-                raise self._exchange.broken(error) from error
-            upstream.unread = came[body.used:]
-            head += came[:body.used] if upstream.unread else came
+                fault = error
         try:
             self._client.send_all(head)
         except OSError:
             raise ClientGone from None
+        if fault is not None:
+            raise self._exchange.broken(fault) from fault
         if not body.ended:
             self._wait()
         self._exchange.release()
