@@ -18,6 +18,7 @@ PREFIXES_NOT_SENT = ("proxy-", "x-forwarded-")
 NOT_PASSED = HOP_BY_HOP | {"set-cookie"}
 CODINGS = ("gzip", "deflate", "identity")
 
+
 def connection_options(fields: "Iterable[tuple[str, str]]") -> "set[str]":
     """The names that Connection makes hop-by-hop for this message."""
     return {option.strip().lower() for name, value in fields if lower_of(name) == "connection"
