@@ -14,7 +14,7 @@ import gevent.socket
 import pytest
 from scripted_upstream import make_certificate
 
-from xaiproxy.connection import READ, Connection, TLSConnection
+from xaiproxy.connection import BURST, READ, Connection, TLSConnection
 from xaiproxy.message_head import Malformed, TooLong
 
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER that turns close into a reset
@@ -588,3 +588,32 @@ def test_tls_in_tls(tls, context, certificates):
         assert not ours.holds_back
         proxy.socket.sendall(proxy.records(theirs.close_notify()))
         assert ours.recv(5) == b""
+
+
+# what others have of it
+
+class Endless(Connection):
+    """One on which every read is full, which no process can be relied on to bring about."""
+
+    def receive(self) -> bytes:
+        return bytes(READ)
+
+
+def test_a_peer_that_sends_without_a_pause_leaves_others_their_turn():
+    ours, theirs = socket.socketpair()
+    theirs.send(b"x")  # it is readable all the time
+    connection, reads, turns = Endless(ours), 0, []
+
+    def take_turns() -> None:
+        while reads < 10 * BURST:
+            turns.append(reads)
+            gevent.sleep(0)
+        turns.append(reads)
+    other = gevent.spawn(take_turns)
+    while reads < 10 * BURST:
+        assert len(connection.recv(5)) == READ
+        reads += 1
+    other.join()
+    theirs.close()
+    connection.close()
+    assert max(later - earlier for earlier, later in zip(turns, turns[1:])) <= BURST

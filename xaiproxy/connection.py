@@ -15,6 +15,7 @@ from gevent import monkey
 from xaiproxy import message_head
 
 READ = 65536  # bytes; above 128 KiB malloc would map and unmap memory at each read
+BURST = 8  # full reads in a row, then others have their turn
 RECORD = 16384  # bytes of content that a TLS record holds at most
 _READABLE, _WRITABLE = 1, 2
 _poll = monkey.get_original("select", "poll")
@@ -28,7 +29,7 @@ class Connection:
     read and write.
     """
 
-    __slots__ = ("socket", "unread", "readable", "_writable", "_more", "_timer", "_limit", "_poll", "_hub")
+    __slots__ = ("socket", "unread", "readable", "_writable", "_eager", "_timer", "_limit", "_poll", "_hub")
 
     holds_back = False  # bytes that `send` has taken, but the kernel has not
 
@@ -39,7 +40,7 @@ class Connection:
         self._hub = gevent.get_hub()
         self.readable = self._hub.loop.io(self.socket.fileno(), _READABLE)
         self._writable: Any = None
-        self._more = False
+        self._eager = 0  # reads that may be tried without waiting, since the last one was full
         self._poll: Any = None
         self._timer: Any = None
         self._limit: "float | None" = None  # seconds of that timer
@@ -104,14 +105,15 @@ class Connection:
             data, self.unread = self.unread, b""
             return data
         while True:
-            if not self._more:
+            if not self._eager:
                 self.wait(self.readable, limit)
+                self._eager = BURST
             try:
                 data = self.receive()
             except BlockingIOError:
-                self._more = False
+                self._eager = 0
                 continue
-            self._more = len(data) == READ  # then it is worth trying before waiting
+            self._eager = self._eager - 1 if len(data) == READ else 0
             return data
 
     def recv_head(self, size_limit: int, limit: float) -> bytes:
@@ -169,7 +171,7 @@ class TLSConnection(Connection):
         self.socket, self.readable, self._hub = inner.socket, inner.readable, inner._hub
         self.unread = b""
         self._writable = self._poll = self._timer = None
-        self._more = False
+        self._eager = 0
         self._limit = None
         self._in, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._in, self._out, server_hostname=host, session=session)
