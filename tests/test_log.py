@@ -355,3 +355,9 @@ def test_an_event_is_the_line_of_a_record(deferred):
         of_event, of_record = b"".join(deferred.writes()).splitlines()
         stamp = re.compile(rb"20\d\d-\d\d-\d\dT[0-9:.]+Z")
         assert stamp.sub(b"", of_event) == stamp.sub(b"", of_record)
+
+
+def test_a_long_field_is_cut_also_in_a_short_line(pipe):
+    logging.getLogger("xaiproxy.x").info("request", extra={"fields": {"path": "/v1/" + "y " * 300}})
+    line, = pipe.read()
+    assert line.count("y") == (512 - len("/v1/")) // 2

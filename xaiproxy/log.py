@@ -28,12 +28,13 @@ SECRETS = re.compile(
     r"|xaip_[\w-]{8,}"                      # a client key of ours
     r"|(?<![\w-])[\w-]{80,}(?![\w-])"       # a refresh token: 86 characters of base64url
 )
-SHORTEST_SECRET = 13
+SHORTEST_SECRET = 13  # characters, of those
+MESSAGE_LIMIT = 1000  # characters
+FIELD_LIMIT = 512
 NUMBERS = frozenset((int, float))
 PLAIN = frozenset((int, float, bool, type(None)))  # what cannot hold a secret
 # Controls would let what others send (a path, an error_description) forge lines or drive a terminal.
 CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-
 
 _handler: "LineHandler | None" = None
 
@@ -156,7 +157,7 @@ def _escaped(line: str, escape: "Callable[[str], str]") -> str:
 
 def _without_secrets(fields: "dict[str, Any]") -> "dict[str, Any]":
     """All that is not a number as text."""
-    blotted = {name: value if type(value) in PLAIN else blot(str(value), 512) for name, value in fields.items()}
+    blotted = {name: value if type(value) in PLAIN else blot(str(value), FIELD_LIMIT) for name, value in fields.items()}
     if "traceback" in fields:
         blotted["traceback"] = blot(fields["traceback"][-1500:], 1500)
     return blotted
@@ -167,10 +168,10 @@ class JsonFormatter(_Formatter):
         start = f'{{"time": "{_stamp(created)}", "level": "{level.lower()}", "process": "{self.process}", "message": '
         if "traceback" not in fields:
             pairs = [f', "{name}": {value if type(value) in NUMBERS else _text(value)}' for name, value in fields.items()]
-            line = f"{start}{_quoted(message)}{''.join(pairs)}}}"
+            line = f"{start}{_quoted(message, MESSAGE_LIMIT)}{''.join(pairs)}}}"
             if len(line) < LINE_LIMIT // 4:  # of UTF-8 at most four bytes a character
                 return line
-        return self._shortened(start, blot(message, 1000), _without_secrets(fields))
+        return self._shortened(start, blot(message, MESSAGE_LIMIT), _without_secrets(fields))
 
     def _shortened(self, start: str, message: str, fields: "dict[str, Any]") -> str:
         for shorter in ({"message": message} | fields,
@@ -189,17 +190,17 @@ def _json(value: Any) -> str:
 def _text(value: Any) -> str:
     if value is None:
         return "null"
-    return _json(value) if type(value) in PLAIN else _quoted(str(value))
+    return _json(value) if type(value) in PLAIN else _quoted(str(value), FIELD_LIMIT)
 
 
 @functools.lru_cache(maxsize=512)  # methods, paths, names of keys: they come again
-def _quoted(text: str) -> str:
-    return _json(blot(text, 1000))
+def _quoted(text: str, limit: int) -> str:
+    return _json(blot(text, limit))
 
 
 class TextFormatter(_Formatter):
     def line(self, created: float, level: str, message: str, fields: "dict[str, Any]") -> str:
-        words = [_stamp(created), level.upper(), f"{self.process}:", blot(message, 1000)]
+        words = [_stamp(created), level.upper(), f"{self.process}:", blot(message, MESSAGE_LIMIT)]
         words += [f"{name}={value}" for name, value in _without_secrets(fields).items()]
         line = _escaped(" ".join(words), lambda character: repr(character)[1:-1])
         return line.encode("utf-8", "replace")[:LINE_LIMIT - 200].decode("utf-8", "ignore")
