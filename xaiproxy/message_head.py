@@ -7,6 +7,7 @@ NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 ALLOWED = bytes((9, *range(0x20, 0x7F), *range(0x80, 0x100)))  # in a line
 BARE_LF = re.compile(rb"(?<!\r)\n")
 FIELD_LIMIT = 200
+MEMO_LIMIT = 256  # bytes of a line that is remembered
 NAME_LIMIT = 256  # bytes: names are kept in caches
 
 
@@ -49,7 +50,7 @@ def fields(lines: "list[str]") -> "tuple[list[tuple[str, str]], dict[str, list[s
     in_order: "list[tuple[str, str]]" = []
     values: "dict[str, list[str]]" = {}
     for line in lines:
-        field, lower = _field(line) if len(line) < 256 else _field.__wrapped__(line)
+        field, lower = _field(line) if len(line) < MEMO_LIMIT else _field.__wrapped__(line)
         in_order.append(field)
         if lower in values:
             values[lower].append(field[1])

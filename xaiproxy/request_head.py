@@ -8,7 +8,6 @@ no Transfer-Encoding but exactly `chunked`, never both, and no name that an unde
 import copy
 import functools
 import re
-
 from typing import Any
 
 from xaiproxy import errors, headers, message_head
@@ -55,11 +54,11 @@ def parse(data: bytes) -> Head:
 
     A client's heads differ in their Content-Length, if at all: what else follows from one is found out once.
     """
+    parse_new = _remembered if len(data) < MEMO_LIMIT else _parse
     length = LENGTH_LINE.search(data)
     if length is None:
-        return (_parsed if len(data) < MEMO_LIMIT else _parse)(data)
-    data = data[:length.start(1)] + b"0" + data[length.end(1):]
-    head = copy.copy((_parsed if len(data) < MEMO_LIMIT else _parse)(data))
+        return parse_new(data)
+    head = copy.copy(parse_new(data[:length.start(1)] + b"0" + data[length.end(1):]))
     head.content_length = int(length[1])
     return head
 
@@ -79,7 +78,7 @@ def _parse(data: bytes) -> Head:
     return head
 
 
-_parsed = functools.lru_cache(maxsize=256)(_parse)
+_remembered = functools.lru_cache(maxsize=256)(_parse)
 
 
 def refusal(error: message_head.Malformed) -> errors.BadRequest:
