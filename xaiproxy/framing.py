@@ -9,6 +9,7 @@ import re
 from xaiproxy.message_head import ALLOWED, Malformed, lower_of
 
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")  # section 7.1
+LAST = b"0\r\n\r\n"  # the end without trailers
 LINE_LIMIT = 4096  # bytes of a chunk-size or trailer line
 TRAILER_LIMIT = 100
 NOT_IN_TRAILERS = ("", "content-length", "transfer-encoding")  # RFC 9110 section 6.5.1; "": no name
@@ -88,6 +89,15 @@ class Chunked:
                     self._expect = Chunked._size
                     at += 2
                 continue
+            if self._expect is Chunked._size and not self._line:  # most often what follows is there already
+                if data.startswith(LAST, at):
+                    self.ended, at = True, at + len(LAST)
+                    break
+                line = CHUNK_LINE.match(data, at, at + LINE_LIMIT)
+                if line:
+                    self._begin_chunk(line)
+                    at = line.end()
+                    continue
             end = data.find(b"\n", at, at + LINE_LIMIT) + 1 or size
             line = self._line + data[at:end]
             at = end
@@ -108,7 +118,10 @@ class Chunked:
         match = CHUNK_LINE.fullmatch(line)
         if match is None:
             raise Malformed("has a chunk size that is malformed")
-        self._left = int(match[1], 16)
+        self._begin_chunk(match)
+
+    def _begin_chunk(self, line: "re.Match[bytes]") -> None:
+        self._left = int(line[1], 16)
         self._expect = Chunked._end_of_chunk if self._left else Chunked._trailer
 
     def _end_of_chunk(self, line: bytes) -> None:
