@@ -67,7 +67,7 @@ def setup(process: str, level: str, format: str, fd: int = 2, poll: "Callable[[]
 def event(logger: logging.Logger, level: int, message: str, fields: "dict[str, Any]") -> None:
     """What logger.log(level, message, extra={"fields": fields}) does, without what that spends on making a record."""
     if _handler is not None and logger.isEnabledFor(level):
-        _handler.put(_handler.formatter.line(time.time(), logging.getLevelName(level), message, fields))
+        _handler.put(time.time(), logging.getLevelName(level), message, fields)
 
 
 class LineHandler(logging.Handler):
@@ -81,38 +81,44 @@ class LineHandler(logging.Handler):
         self.fd = fd
         self.dropped = 0
         self._defer = defer
-        self._lines: "deque[bytes]" = deque()
+        self._waiting: "list[tuple[float, str, str, dict[str, Any]]]" = []
         self._poll = poll()
         self._poll.register(fd, select.POLLOUT)
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.put(self.format(record))
+        fields = dict(getattr(record, "fields", {}))
+        if record.exc_info and record.exc_info[1] is not None:
+            fields["traceback"] = "".join(traceback.format_exception(record.exc_info[1]))
+        self.put(record.created, record.levelname, record.getMessage(), fields)
 
-    def put(self, line: str) -> None:
-        first = not self._lines
-        self._lines.append(line.encode("utf-8", "replace") + b"\n")
+    def put(self, created: float, level: str, message: str, fields: "dict[str, Any]") -> None:
+        """`created`: unix seconds."""
+        self._waiting.append((created, level, message, fields))
         if self._defer is None:
             self.flush()
-        elif first:
+        elif len(self._waiting) == 1:
             self._defer(self.flush)
 
     def flush(self) -> None:
-        lines = self._lines
+        waiting, self._waiting = self._waiting, []
+        lines = deque([self._line(*event) for event in waiting])
         while lines:
             if self.dropped:
-                lines.appendleft(self.formatter.line(time.time(), "WARNING", f"{self.dropped} log lines were dropped: "
-                                                     "nobody read them in time", {}).encode() + b"\n")
+                lines.appendleft(self._line(time.time(), "WARNING", f"{self.dropped} log lines were dropped: nobody read "
+                                            "them in time", {}))
             size, count = len(lines[0]), 1
             while count < len(lines) and size + len(lines[count]) <= LINE_LIMIT:
                 size += len(lines[count])
                 count += 1
             if not self._write(lines[0] if count == 1 else b"".join([lines[i] for i in range(count)])):
                 self.dropped += len(lines) - (1 if self.dropped else 0)
-                lines.clear()
                 return
             self.dropped = 0
             for _ in range(count):
                 lines.popleft()
+
+    def _line(self, created: float, level: str, message: str, fields: "dict[str, Any]") -> bytes:
+        return self.formatter.line(created, level, message, fields).encode("utf-8", "replace") + b"\n"
 
     def _write(self, data: bytes) -> bool:
         ready = self._poll.poll(0)
@@ -129,12 +135,6 @@ class _Formatter(logging.Formatter):
     def __init__(self, process: str):
         super().__init__()
         self.process = process
-
-    def format(self, record: logging.LogRecord) -> str:
-        fields = dict(getattr(record, "fields", {}))
-        if record.exc_info and record.exc_info[1] is not None:
-            fields["traceback"] = "".join(traceback.format_exception(record.exc_info[1]))
-        return self.line(record.created, record.levelname, record.getMessage(), fields)
 
     def line(self, created: float, level: str, message: str, fields: "dict[str, Any]") -> str:
         """`created`: unix seconds."""

@@ -25,6 +25,7 @@ from xaiproxy.upstream import Upstream
 logger = logging.getLogger(__name__)
 
 BACKLOG = 1024  # connections that wait in the kernel when all slots are taken
+LOG_DELAY = 0.005  # seconds that a log line waits for others, so that they are written together
 REFRESHER_LOOK = 2.0  # seconds between two looks for a living refresher, of which the first leaves it time to start
 SPARE_DESCRIPTORS = 64  # for logs, the token file, the event loop and what the libraries open
 EXAMPLES = """\
@@ -85,7 +86,7 @@ def main(argv: "list[str] | None" = None) -> int:
 def serve(settings: config.Config) -> int:
     # The original poll: the patched one would switch greenlets in the middle of a log line.
     log.setup("proxy", settings.log_level, settings.log_format, poll=gevent.monkey.get_original("select", "poll"),
-              defer=gevent.get_hub().loop.run_callback)
+              defer=lambda write: gevent.get_hub().loop.timer(LOG_DELAY).start(write))
     gevent.get_hub().exception_stream = _LogStream()
     for warning in settings.warnings:
         logger.warning("%s", warning)
