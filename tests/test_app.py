@@ -286,13 +286,24 @@ def test_head_is_answered_without_a_body(proxy):
             assert client.ask("GET", "/healthz").status == 200  # so no byte of a body came between
 
 
+SMUGGLED = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
 def test_a_body_that_nobody_asked_for_ends_the_connection(proxy):
     """It is not read, so it must not be taken for the next request."""
     with proxy.client() as client:
-        client.request("POST", "/nothing", body=b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        client.request("POST", "/nothing", f"Content-Length: {2 * len(SMUGGLED)}").send(SMUGGLED)
         answer = client.message()
         assert (answer.status, answer.value("Connection")) == (404, "close")
+        client.send(SMUGGLED)
         assert client.rest() == b""
+
+
+def test_a_body_that_came_with_its_head_is_no_request(proxy):
+    with proxy.client() as client:
+        client.request("POST", "/nothing", body=SMUGGLED)
+        assert client.message().status == 404
+        assert client.ask("GET", "/readyz").status == 503  # and no answer of /healthz came between
 
 
 @pytest.mark.parametrize("lines", [

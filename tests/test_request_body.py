@@ -13,7 +13,7 @@ import pytest
 
 from xaiproxy import errors, request_head
 from xaiproxy.connection import READ, Connection
-from xaiproxy.request_body import ReplayableBody, ReplayMemory, RequestBody
+from xaiproxy.request_body import ReplayableBody, ReplayMemory, RequestBody, WholeBody, body_of
 
 BEHIND = b"GET /the-next-request HTTP/1.1\r\n"
 MANY = 1 << 30  # bytes, as a limit that is none
@@ -370,3 +370,49 @@ def test_a_copy_takes_no_more_memory_than_it_has_bytes():
     finally:
         tracemalloc.stop()
     assert body.replayable and taken < 2 * 20000
+
+
+# a body that came with its head
+
+def body_that_came(data: bytes, *lines: str) -> "tuple[object, Came]":
+    connection = Came(data)
+    return body_of(head(*lines), connection, 5), connection
+
+
+def test_a_body_that_came_whole_needs_no_reading():
+    body, connection = body_that_came(b"hello" + BEHIND, "Content-Length: 5")
+    assert isinstance(body, WholeBody) and (body.ended, body.content_length) == (True, 5)
+    assert connection.unread == BEHIND
+    assert (body.read1(2), body.read(), body.read1()) == (b"he", b"llo", b"")
+
+
+@pytest.mark.parametrize("lines, data", [(["Content-Length: 5"], b"hell"),
+                                         (["Transfer-Encoding: chunked"], in_chunks(b"hello"))])
+def test_any_other_body_is_read(lines, data):
+    body, connection = body_that_came(data, *lines)
+    assert isinstance(body, RequestBody) and not body.ended and connection.unread == data
+
+
+def test_no_body_is_a_whole_one():
+    for lines, length in (([], None), (["Content-Length: 0"], 0)):
+        body, connection = body_that_came(BEHIND, *lines)
+        assert (body.ended, body.has_come, body.content_length, connection.unread) == (True, False, length, BEHIND)
+        for _ in range(2):
+            body.keep(0, ReplayMemory(0))
+            assert list(body) == [] and body.replayable
+            body.forget()
+        assert body.read1() == b""
+
+
+@pytest.mark.parametrize("limit, size, replayable", [(5, 5, True), (4, 5, False), (5, 4, False)])
+def test_a_whole_body_is_kept_within_both_limits(limit, size, replayable):
+    body, _ = body_that_came(b"hello", "Content-Length: 5")
+    memory = ReplayMemory(size)
+    body.keep(limit, memory)
+    assert (body.replayable, memory.used) == (replayable, 5 if replayable else 0)
+    for _ in range(2):
+        assert body.has_come and list(body) == [b"hello"]
+    for _ in range(2):
+        body.forget()
+        assert (body.replayable, memory.used) == (False, 0)
+    assert list(body) == []

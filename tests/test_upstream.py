@@ -4,7 +4,6 @@ from __future__ import annotations
 import contextlib
 import gzip
 import inspect
-import socket
 import threading
 import time
 from pathlib import Path
@@ -15,9 +14,8 @@ import pytest
 from proxy_process import Client, ProxyProcess, both_ways
 from scripted_upstream import OK, Request, ScriptedUpstream
 
-from xaiproxy import __version__, config, request_head
-from xaiproxy.connection import Connection
-from xaiproxy.request_body import ReplayableBody, ReplayMemory, RequestBody
+from xaiproxy import __version__, config
+from xaiproxy.request_body import WholeBody
 from xaiproxy.upstream import Exchange, Upstream
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -514,15 +512,8 @@ def make_upstream(scripted: ScriptedUpstream, **keywords: float) -> Upstream:
 
 
 def a_request(upstream: Upstream, method: str = "GET", body: bytes = b"") -> Exchange:
-    framing = f"Content-Length: {len(body)}\r\n" if body else ""
-    head = request_head.parse(f"{method} /v1/x HTTP/1.1\r\nHost: x\r\n{framing}\r\n".encode())
-    ours, theirs = socket.socketpair()
-    client = Connection(ours)
-    client.unread = body
-    client.close()
-    theirs.close()
-    replayable = ReplayableBody(RequestBody(head, client, 1), 0, ReplayMemory(0))
-    return Exchange(upstream, f"{method} /v1/x HTTP/1.1\r\nHost: x\r\n", replayable, method, repeatable=False)
+    content = WholeBody(body, len(body) or None)
+    return Exchange(upstream, f"{method} /v1/x HTTP/1.1\r\nHost: x\r\n".encode(), content, method, repeatable=False)
 
 
 def exchange(upstream: Upstream, scripted: ScriptedUpstream) -> Request:

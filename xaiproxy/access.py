@@ -7,6 +7,7 @@ here, Sec-Fetch-Site must not speak of another site, and Origin must be our own 
 
 import ipaddress
 import re
+from collections.abc import Callable
 
 from xaiproxy import client_keys, config, errors
 from xaiproxy.request_head import Head
@@ -17,22 +18,22 @@ PREFLIGHT_AGE = 600  # seconds that a browser may remember a preflight
 
 
 class Access:
-    def __init__(self, settings: config.Config, keys: client_keys.ClientKeys):
+    def __init__(self, settings: config.Config, keys: client_keys.ClientKeys,
+                 keys_due: "Callable[[], bool]" = lambda: True):
+        """`keys_due`: whether the key file may have changed since it was last asked."""
         self._hosts = settings.allowed_hosts
         self._origins = settings.allowed_origins
         self.keys = keys
-        self._looked_at: object = None
+        self._keys_due = keys_due
 
-    def check(self, head: Head, *, key_needed: bool, moment: object = None) -> "str | None":
+    def check(self, head: Head, *, key_needed: bool) -> "str | None":
         """Return the name of the client key that was shown, if any.
 
         `key_needed`: whether a key is asked for when there are any (the API), or the rule for pages is enough.
-        `moment`: when it is that of the last call, the key file is not looked at again.
         Raises HostNotAllowed, OriginNotAllowed, ClientKeyRequired.
         """
-        if moment is None or moment != self._looked_at:
+        if self._keys_due():
             self.keys.refresh()
-            self._looked_at = moment
         verdict = head.derived.get("access")
         if verdict is None or verdict[:2] != (self.keys.version, key_needed):
             verdict = head.derived["access"] = self.keys.version, key_needed, self._name(head, key_needed)

@@ -7,6 +7,7 @@ import flask
 import werkzeug.exceptions
 
 from xaiproxy import access, client_keys, config, errors, proxy, token_store
+from xaiproxy.file_watch import FileWatch
 from xaiproxy.upstream import Upstream
 
 OPEN_TO_ALL = frozenset(("/healthz", "/readyz"))
@@ -15,7 +16,7 @@ OPEN_TO_ALL = frozenset(("/healthz", "/readyz"))
 def create_app(settings: config.Config, keys: client_keys.ClientKeys, upstream: Upstream) -> flask.Flask:
     app = flask.Flask("xaiproxy", static_folder=None, template_folder=None)
     store = token_store.TokenStore(settings)
-    gate = access.Access(settings, keys)
+    gate = access.Access(settings, keys, FileWatch(keys.path).due)
 
     @app.before_request
     def check_access() -> None:
@@ -51,7 +52,7 @@ def create_app(settings: config.Config, keys: client_keys.ClientKeys, upstream: 
             return refuse(errors.Refusal("the proxy failed; its log has the details"))
         return refuse(errors.BadRequest(error.description or error.name))
 
-    app.wsgi_app = proxy.Proxy(app.wsgi_app, settings, store, gate, upstream)
+    app.wsgi_app = proxy.Proxy(app.wsgi_app, settings, store, gate, upstream, FileWatch(store.path).due)
     return app
 
 

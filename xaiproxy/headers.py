@@ -1,9 +1,8 @@
-"""Which header fields pass, both ways (RFC 9110 section 7.6.1). Pure functions over lists of (name, value)."""
+"""Which header fields pass, both ways (RFC 9110 section 7.6.1). Pure functions."""
 
 import functools
-from collections.abc import Iterable
 
-from xaiproxy.message_head import lower_of
+from xaiproxy.message_head import connection_options, lower_of
 
 Fields = "list[tuple[str, str]]"
 
@@ -19,15 +18,9 @@ NOT_PASSED = HOP_BY_HOP | {"set-cookie"}
 CODINGS = ("gzip", "deflate", "identity")
 
 
-def connection_options(fields: "Iterable[tuple[str, str]]") -> "set[str]":
-    """The names that Connection makes hop-by-hop for this message."""
-    return {option.strip().lower() for name, value in fields if lower_of(name) == "connection"
-            for option in value.split(",")}
-
-
 def to_upstream(fields: Fields, *, host: str, user_agent: str, access_token: str) -> Fields:
     """The fields of the request to upstream, but for the framing of its body."""
-    options = connection_options(fields)
+    options = connection_options(",".join([value for name, value in fields if lower_of(name) == "connection"]))
     sent = [("Host", host), ("User-Agent", user_agent), ("Authorization", "Bearer " + access_token)]
     accepted = []
     for field in fields:
@@ -56,21 +49,20 @@ def _reduced(accept_encoding: str) -> str:
     return ", ".join(kept) or "identity"
 
 
-def to_client(fields: Fields, *, length: "int | None") -> Fields:
-    """The fields of the answer to the client. `length`: of the body as we read it; None when nobody can say."""
-    passed = []
-    dropped = NOT_PASSED
-    for field in fields:
-        if lower_of(field[0]) == "connection":
-            dropped = NOT_PASSED | connection_options(fields)
-            break
-    for field in fields:
-        lower = lower_of(field[0])
-        if lower in dropped:
-            continue
-        if lower == "content-length":
-            if length is None:
-                continue
-            field, length = (field[0], str(length)), None  # once, and as we count it
-        passed.append(field)
-    return passed
+def to_client(lines: str, values: "dict[str, list[str]]", *, length: "int | None") -> str:
+    """The header lines of the answer to the client, each preceded by its CRLF.
+
+    `lines`: those of upstream's but for NOT_PASSED; `values`: at least those of Connection and Content-Length; `length`:
+    of the body as we read it, None when nobody can say. A length is sent if there was one, and once.
+    """
+    dropped: "set[str] | frozenset[str]" = frozenset()
+    if "connection" in values:
+        dropped = connection_options(",".join(values["connection"])) - NOT_PASSED - {"content-length", "close"}
+    lengths = values.get("content-length")
+    end = ""
+    if lengths is not None and lengths != [str(length)]:
+        dropped |= {"content-length"}
+        end = "" if length is None else f"\r\nContent-Length: {length}"
+    if dropped:
+        lines = "\r\n".join([line for line in lines.split("\r\n") if line.partition(":")[0].lower() not in dropped])
+    return lines + end

@@ -23,8 +23,7 @@ from gevent import pywsgi
 
 from xaiproxy import errors, framing, log, message_head, request_head
 from xaiproxy.connection import Connection
-from xaiproxy.message_head import lower_of
-from xaiproxy.request_body import NO_BODY, RequestBody
+from xaiproxy.request_body import body_of
 
 logger = logging.getLogger("xaiproxy.request")
 
@@ -137,9 +136,7 @@ class Handler:
             return False
         self._answered_before = True
         self._close = not head.keep_alive
-        self._body = NO_BODY
-        if head.chunked or head.content_length is not None:
-            self._body = RequestBody(head, self.connection, self.server.settings.client_timeout)
+        self._body = body_of(head, self.connection, self.server.settings.client_timeout)
         self._respond()
         if self._close and not self._body.ended and not self._cut_short:
             self._linger()
@@ -235,42 +232,41 @@ class Handler:
         """PEP 3333's. Raises ValueError at a line end in what would become a header line."""
         if exc_info and self._headers_sent:
             raise exc_info[1]
-        head = self._head
-        self._code = int(status[:3])
-        has_length = has_date = False
-        lines = [f"HTTP/1.1 {status}\r\n"]
-        for name, value in headers:
-            lines.append(f"{name}: {value}\r\n")
-            lower = lower_of(name)
-            if lower == "content-length":
-                has_length = True
-            elif lower == "date":
-                has_date = True
-        no_body = head.method == "HEAD" or self._code in (204, 304)
-        self._chunks = not (has_length or no_body or head.version == "HTTP/1.0")
+        text = f"HTTP/1.1 {status}" + "".join([f"\r\n{name}: {value}" for name, value in headers])
+        if not text.count("\r\n") == text.count("\r") == text.count("\n") == len(headers):
+            raise ValueError("a line end in a header field")
+        names = {name.lower() for name, _ in headers}
+        self.start(int(status[:3]), text, "content-length" in names, "date" in names)
+        return self.write
+
+    def start(self, code: int, text: str, has_length: bool, has_date: bool) -> None:
+        """Take the answer's head, to go out with the first bytes of its body.
+
+        `text`: its lines, each but the first preceded by a CRLF, without those that are up to this connection.
+        """
+        is_1_0 = self._head.version == "HTTP/1.0"
+        no_body = self._head.method == "HEAD" or code in (204, 304)
+        self._code = code
+        self._chunks = not (has_length or no_body or is_1_0)
+        self._ends_with_connection = not (has_length or self._chunks or no_body)
         # What is unread of the body would be taken for the next request; and the end of the connection is the only
         # end of the body that HTTP/1.0 knows.
-        if self.server.draining or not self._body.ended or head.version == "HTTP/1.0" and not (has_length or no_body):
+        if self.server.draining or self._ends_with_connection or not self._body.ended:
             self._close = True
         if not has_date:
-            lines.append(f"Date: {pywsgi.format_date_time(time.time()).decode()}\r\n")
+            text += f"\r\nDate: {pywsgi.format_date_time(time.time()).decode()}"
         if self._chunks:
-            lines.append("Transfer-Encoding: chunked\r\n")
+            text += "\r\nTransfer-Encoding: chunked"
         if self._close:
-            lines.append("Connection: close\r\n")
-        elif head.version == "HTTP/1.0":
-            lines.append("Connection: keep-alive\r\n")
-        text = "".join(lines)
-        if not text.count("\r\n") == text.count("\r") == text.count("\n") == len(lines):
-            raise ValueError("a line end in a header field")
-        self._head_text = text + "\r\n"
-        self._ends_with_connection = not (has_length or self._chunks or no_body)
-        return self.write
+            text += "\r\nConnection: close"
+        elif is_1_0:
+            text += "\r\nConnection: keep-alive"
+        self._head_bytes = f"{text}\r\n\r\n".encode("latin-1")
 
     def _take_head(self) -> bytes:
         self._headers_sent = True
         self._time_head = time.time()
-        return self._head_text.encode("latin-1")
+        return self._head_bytes
 
     def _send(self, result: "Iterable[bytes]") -> None:
         is_stream = hasattr(result, "relay")

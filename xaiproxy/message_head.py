@@ -59,23 +59,34 @@ def fields(lines: "list[str]") -> "tuple[list[tuple[str, str]], dict[str, list[s
     return in_order, values
 
 
+@functools.lru_cache(maxsize=256)
+def connection_options(connection: str) -> "frozenset[str]":
+    """The names in a value of Connection, in lower case (RFC 9110 section 7.6.1)."""
+    return frozenset([lower_of(option.strip(" \t")) for option in connection.split(",")]) - {""}
+
+
 def keep_alive(values: "dict[str, list[str]]", is_1_0: bool) -> bool:
     """Whether the connection stays (section 9.3)."""
     if "connection" not in values:
         return not is_1_0
-    options = {option.strip(" \t").lower() for value in values["connection"] for option in value.split(",")}
+    options = connection_options(",".join(values["connection"]))
     return "close" not in options and (not is_1_0 or "keep-alive" in options)
 
 
 @functools.lru_cache(maxsize=2048)  # most lines are those of the message before
 def _field(line: str) -> "tuple[tuple[str, str], str]":
     name, colon, value = line.partition(":")
+    return (name, value.strip(" \t")), check_name(name, colon)
+
+
+def check_name(name: str, colon: str) -> str:
+    """The name in lower case. `colon`: what followed it. Raises Malformed, TooLong."""
     if len(name) > NAME_LIMIT:
         raise TooLong(f"has a header name longer than {NAME_LIMIT} bytes")
     lower = lower_of(name)
     if not lower or not colon:
         raise Malformed("has a header line that is malformed: expected Name: value")
-    return (name, value.strip(" \t")), lower
+    return lower
 
 
 @functools.lru_cache(maxsize=1024)

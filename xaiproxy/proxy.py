@@ -17,11 +17,11 @@ from typing import Any
 
 import gevent
 
-from xaiproxy import access, config, errors, headers, token_store, tokens
+from xaiproxy import access, config, errors, headers, response_head, token_store, tokens
 from xaiproxy.connection import Connection
 from xaiproxy.http_handler import ClientWatch
 from xaiproxy.relay import Relay
-from xaiproxy.request_body import NO_BODY, ReplayableBody, ReplayMemory
+from xaiproxy.request_body import ReplayableBody, ReplayMemory, RequestBody, WholeBody
 from xaiproxy.request_head import Head
 from xaiproxy.upstream import USER_AGENT, Exchange, Upstream, is_refused_token
 
@@ -44,15 +44,16 @@ class Proxy:
     """The WSGI layer: answers what is under PREFIXES and hands on everything else."""
 
     def __init__(self, otherwise: "Callable[..., Iterable[bytes]]", settings: config.Config,
-                 store: token_store.TokenStore, gate: access.Access, upstream: Upstream):
+                 store: token_store.TokenStore, gate: access.Access, upstream: Upstream, login_due: "Callable[[], bool]"):
+        """`login_due`: whether the token file may have changed since it was last asked."""
         self._otherwise = otherwise
         self._settings = settings
         self._store = store
         self._gate = gate
         self._upstream = upstream
         self._memory = ReplayMemory(settings.replay_memory)
-        self._loop = gevent.get_hub().loop
-        self._latest: "tuple[float, tokens.Tokens | None]" = (0.0, None)  # a moment, and the good login that was there then
+        self._login_due = login_due
+        self._latest: "tokens.Tokens | None" = None  # what the last look found
 
     def __call__(self, environ: "dict[str, Any]", start_response: "Callable[..., Any]") -> "Iterable[bytes]":
         head: Head = environ["xaiproxy.head"]
@@ -65,22 +66,24 @@ class Proxy:
                 if preflight is not None:
                     start_response("204 No Content", preflight)
                     return []
-            handler.key_name = self._gate.check(head, key_needed=True, moment=self._loop.now())
+            handler.key_name = self._gate.check(head, key_needed=True)
             if "checked" not in head.derived:
                 check_method(head.method)
                 check_path(head.path)
                 head.derived["checked"] = True
-            return self._forward(head, environ, start_response)
+            return self._forward(head, environ)
         except errors.Refusal as refusal:
             handler.ended_by = "proxy"
             status, fields, body = refusal.rendered()
             start_response(status, fields + self._gate.leave(head))
             return [body]
 
-    def _forward(self, head: Head, environ: "dict[str, Any]", start_response: "Callable[..., Any]") -> "Stream":
+    def _forward(self, head: Head, environ: "dict[str, Any]") -> "Stream":
         body = environ["wsgi.input"]
-        if body is not NO_BODY:
+        if isinstance(body, RequestBody):
             body = ReplayableBody(body, self._settings.replay_limit, self._memory)
+        else:
+            body.keep(self._settings.replay_limit, self._memory)
         watch = environ["xaiproxy.handler"].watch
         exchange = None
         try:
@@ -93,11 +96,7 @@ class Proxy:
                     exchange.close()
                     exchange = self._send(head, body, newer, watch)
             body.forget()
-            fields = headers.to_client(exchange.fields, length=exchange.length)
-            leave = self._gate.leave(head)
-            if leave and not any(name.lower() == "access-control-allow-origin" for name, _ in fields):
-                fields += leave
-            start_response(f"{exchange.status} {exchange.reason}", fields)
+            self._start(exchange.head, exchange.length, head, environ["xaiproxy.handler"])
             return Stream(exchange, watch)
         except BaseException:
             body.forget()
@@ -106,40 +105,54 @@ class Proxy:
                 exchange.close()
             raise
 
-    def _send(self, head: Head, body: ReplayableBody, login: tokens.Tokens, watch: ClientWatch) -> Exchange:
-        token, request = head.derived.get("request", ("", ""))
+    def _send(self, head: Head, body: "ReplayableBody | WholeBody", login: tokens.Tokens, watch: ClientWatch) -> Exchange:
+        token, request, repeatable = head.derived.get("request", ("", b"", False))
         if token != login.access_token:
             fields = headers.to_upstream(head.fields, host=self._upstream.host, user_agent=USER_AGENT,
                                          access_token=login.access_token)
-            request = f"{head.method} {head.target} HTTP/1.1\r\n" + "".join([f"{name}: {value}\r\n" for name, value in fields])
-            head.derived["request"] = login.access_token, request
-        exchange = self._upstream.send(request, body, method=head.method, repeatable=head.method in REPEATABLE or bool(
-            IDEMPOTENCY_KEYS & head.by_name.keys()))
+            lines = "".join([f"{name}: {value}\r\n" for name, value in fields])
+            request = f"{head.method} {head.target} HTTP/1.1\r\n{lines}".encode("latin-1")
+            repeatable = head.method in REPEATABLE or not IDEMPOTENCY_KEYS.isdisjoint(head.by_name)
+            head.derived["request"] = login.access_token, request, repeatable
+        exchange = self._upstream.send(request, body, method=head.method, repeatable=repeatable)
         watch.start()  # again: the body is read, and nothing else looks at the client's socket from here on
         exchange.receive()
         return exchange
+
+    def _start(self, answer: response_head.Head, length: "int | None", head: Head, handler: Any) -> None:
+        lines = headers.to_client(answer.lines, answer.values, length=length)
+        leave = self._gate.leave(head)
+        if leave and "access-control-allow-origin" not in answer.values:
+            lines += "".join([f"\r\n{name}: {value}" for name, value in leave])
+        handler.start(answer.status, f"HTTP/1.1 {answer.status} {answer.reason}{lines}",
+                      has_length=length is not None, has_date="date" in answer.values)
 
     # Which token
 
     def _login(self) -> tokens.Tokens:
         """A login whose token has not expired. Raises LoginRequired, TokenUnavailable."""
-        moment, login = self._latest
-        if moment == self._loop.now():  # the requests that came together need but one look
-            return login
         deadline = time.monotonic() + WAIT
         while True:
-            try:
-                login = self._store.current()
-            except errors.LoginUnusable as error:
-                raise errors.LoginRequired(str(error)) from error
-            now = time.time()
+            login, now = self._known_login(), time.time()
             if login.expires_at > now:
-                self._latest = self._loop.now(), login
                 return login
             self._check_hope(login, now)
             if time.monotonic() >= deadline:
                 raise errors.TokenUnavailable(f"the access token has expired and {WAIT:g} s brought no new one; try again", 1)
             gevent.sleep(LOOK)
+
+    def _known_login(self) -> tokens.Tokens:
+        login = self._latest
+        if self._login_due() or login is None:
+            self._latest = None
+            login = self._latest = self._current()
+        return login
+
+    def _current(self) -> tokens.Tokens:
+        try:
+            return self._store.current()
+        except errors.LoginUnusable as error:
+            raise errors.LoginRequired(str(error)) from error
 
     def _check_hope(self, login: tokens.Tokens, now: float) -> None:
         """Raise unless a new token may come within seconds."""
@@ -180,10 +193,7 @@ class Proxy:
         deadline = time.monotonic() + patience
         while self._may_come(login, asked_at) and time.monotonic() < deadline:
             gevent.sleep(LOOK)
-            try:
-                login = self._store.current()
-            except errors.LoginUnusable as error:
-                raise errors.LoginRequired(str(error)) from error
+            login = self._current()
             if login.access_token != refused.access_token:
                 return login
         return None

@@ -84,28 +84,6 @@ class RequestBody:
         return b"".join([data[start:end] for start, end in spans]) if spans != [(0, len(data))] else data
 
 
-class NoBody:
-    """What a request without a body has in place of both, a RequestBody and a ReplayableBody; one for all."""
-
-    chunked = has_come = False
-    ended = replayable = True
-    content_length = None
-
-    def read1(self, size: int = -1) -> bytes:
-        return b""
-
-    read = read1
-
-    def __iter__(self) -> Iterator[bytes]:
-        return iter(())
-
-    def forget(self) -> None:
-        pass
-
-
-NO_BODY = NoBody()
-
-
 class ReplayMemory:
     """How many bytes all requests together may keep for a replay."""
 
@@ -121,6 +99,59 @@ class ReplayMemory:
 
     def give_back(self, size: int) -> None:
         self.used -= size
+
+
+class WholeBody:
+    """A body that came with its head, or none at all: what RequestBody and ReplayableBody are in one."""
+
+    chunked = False
+    ended = True
+
+    def __init__(self, content: bytes, content_length: "int | None"):
+        self.content_length = content_length
+        self.replayable = True
+        self._content = content
+        self._memory: "ReplayMemory | None" = None
+
+    @property
+    def has_come(self) -> bool:
+        return bool(self._content)
+
+    def read1(self, size: int = -1) -> bytes:
+        size = len(self._content) if size < 0 else size
+        data, self._content = self._content[:size], self._content[size:]
+        return data
+
+    read = read1
+
+    def keep(self, limit: int, memory: ReplayMemory) -> None:
+        """Count what there is."""
+        self.replayable = len(self._content) <= limit and memory.take(len(self._content))
+        self._memory = memory if self.replayable else None
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter((self._content,) if self._content else ())
+
+    def forget(self) -> None:
+        if self._content:
+            self.replayable = False
+            if self._memory is not None:
+                self._memory.give_back(len(self._content))
+            self._content = b""
+
+
+NO_BODY = WholeBody(b"", None)
+
+
+def body_of(head: Head, connection: Connection, timeout: float) -> "RequestBody | WholeBody":
+    """The body that follows this head on the connection."""
+    if head.content_length is None:
+        return RequestBody(head, connection, timeout) if head.chunked else NO_BODY
+    unread = connection.unread
+    if len(unread) < head.content_length:
+        return RequestBody(head, connection, timeout)
+    connection.unread = unread[head.content_length:]
+    return WholeBody(unread[:head.content_length], head.content_length)
 
 
 class ReplayableBody:

@@ -5,7 +5,6 @@ another. So: CRLF line ends only, no folded lines, no space before the colon, on
 no Transfer-Encoding but exactly `chunked`, never both, and no name that an underscore makes look like another.
 """
 
-import copy
 import functools
 import re
 from typing import Any
@@ -31,18 +30,24 @@ class Head:
     __slots__ = ("method", "target", "path", "version", "fields", "by_name", "content_length", "chunked", "keep_alive",
                  "derived")
 
-    def __init__(self, method: str, target: str, version: str, fields: "list[tuple[str, str]]",
-                 values: "dict[str, list[str]]"):
+    def __init__(self, method: str, target: str, path: str, version: str, fields: "list[tuple[str, str]]",
+                 values: "dict[str, list[str]]", derived: "dict[str, Any]"):
         self.method = method
         self.target = target
-        self.path = target.partition("?")[0]
+        self.path = path
         self.version = version
         self.fields = fields
         self.by_name = values
         self.content_length: "int | None" = None
         self.chunked = False
         self.keep_alive = False
-        self.derived: "dict[str, Any]" = {}
+        self.derived = derived
+
+    def with_length(self, content_length: int) -> "Head":
+        """The same with another `content_length`."""
+        other = Head(self.method, self.target, self.path, self.version, self.fields, self.by_name, self.derived)
+        other.content_length, other.keep_alive = content_length, self.keep_alive
+        return other
 
     def values(self, name: str) -> "list[str]":
         """All values of a field; `name` in lower case."""
@@ -58,9 +63,7 @@ def parse(data: bytes) -> Head:
     length = LENGTH_LINE.search(data)
     if length is None:
         return parse_new(data)
-    head = copy.copy(parse_new(data[:length.start(1)] + b"0" + data[length.end(1):]))
-    head.content_length = int(length[1])
-    return head
+    return parse_new(data[:length.start(1)] + b"0" + data[length.end(1):]).with_length(int(length[1]))
 
 
 def _parse(data: bytes) -> Head:
@@ -72,7 +75,7 @@ def _parse(data: bytes) -> Head:
         fields, values = message_head.fields(lines[1:])
     except message_head.Malformed as error:
         raise refusal(error) from None
-    head = Head(method, target, version, fields, values)
+    head = Head(method, target, target.partition("?")[0], version, fields, values, {})
     _check_names(values)
     _frame(head, values)
     return head

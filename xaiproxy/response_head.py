@@ -1,30 +1,37 @@
 """The head of upstream's answer, read strictly (RFC 9112 sections 4 to 6).
 
 Where two readers could disagree on where the answer ends, the next one on the connection would be taken for another
-request's: such a head is Malformed, or at least its connection is not used again.
+request's: such a head is Malformed, or at least its connection is not used again. Most lines are nobody's business
+here: they are checked, and stay the bytes that they are.
 """
 
 import functools
 import re
 
-from xaiproxy import framing, message_head
+from xaiproxy import framing, headers, message_head
 from xaiproxy.message_head import Malformed
 
 SIZE_LIMIT = 65536  # bytes of the whole head
 STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: (.*))?")
+READ = headers.NOT_PASSED | {"content-length", "content-encoding", "date", "access-control-allow-origin"}
+KNOWN_LIMIT = 1024  # names that are remembered
 FOLD = re.compile(rb"\r\n[ \t]+")
 LENGTH = re.compile("[0-9]{1,18}")
 
 
 class Head:
-    """`length`: of the body, as Content-Length says; `body`: one of framing's; `keep_alive`: another answer may follow."""
+    """`lines`: the header lines that may pass, as they came, each preceded by its CRLF; `values`: of the names in READ.
 
-    __slots__ = ("status", "reason", "fields", "length", "body", "keep_alive")
+    `length`: of the body, as Content-Length says; `body`: one of framing's; `keep_alive`: another answer may follow.
+    """
 
-    def __init__(self, status: int, reason: str, fields: "list[tuple[str, str]]"):
+    __slots__ = ("status", "reason", "lines", "values", "length", "body", "keep_alive")
+
+    def __init__(self, status: int, reason: str, lines: str, values: "dict[str, list[str]]"):
         self.status = status
         self.reason = reason
-        self.fields = fields
+        self.lines = lines
+        self.values = values
         self.length: "int | None" = None
         self.body: "framing.Sized | framing.Chunked | framing.UntilClose" = framing.Sized(0)
         self.keep_alive = False
@@ -35,12 +42,35 @@ def parse(data: bytes, method: str) -> Head:
     if b"\r\n " in data or b"\r\n\t" in data:
         status_line, _, rest = data.partition(b"\r\n")
         data = status_line + b"\r\n" + FOLD.sub(b" ", rest)  # section 5.2: a folded line becomes a space
-    lines = message_head.lines(data)
-    is_1_0, status, reason = _status_line(lines[0] if lines else "")
-    fields, values = message_head.fields(lines[1:])
-    head = Head(status, reason, fields)
-    _frame(head, values, method, is_1_0)
+    status_line, *lines = message_head.lines(data)
+    is_1_0, status, reason = _status_line(status_line)
+    if len(lines) > message_head.FIELD_LIMIT:
+        raise message_head.TooLong(f"has more than {message_head.FIELD_LIMIT} header lines")
+    passed, values = [""], {}
+    for line in lines:
+        name, colon, value = line.partition(":")
+        known = _known.get(name) if colon else None
+        if known is None:
+            known = _look_at(name, colon)
+        if known:
+            values.setdefault(known, []).append(value.strip(" \t"))
+            if known in headers.NOT_PASSED:
+                continue
+        passed.append(line)
+    head = Head(status, reason, "\r\n".join(passed), values)
+    _frame(head, method, is_1_0)
     return head
+
+
+_known: "dict[str, str]" = {}  # names as they come, to those in READ; all others to ""
+
+
+def _look_at(name: str, colon: str) -> str:
+    lower = message_head.check_name(name, colon)
+    known = lower if lower in READ else ""
+    if len(_known) < KNOWN_LIMIT:
+        _known[name] = known
+    return known
 
 
 @functools.lru_cache(maxsize=256)
@@ -51,9 +81,9 @@ def _status_line(line: str) -> "tuple[bool, int, str]":
     return match[1] == "0", int(match[2]), match[3] or ""
 
 
-def _frame(head: Head, values: "dict[str, list[str]]", method: str, is_1_0: bool) -> None:
+def _frame(head: Head, method: str, is_1_0: bool) -> None:
     """Section 6.3, for answers."""
-    codings, lengths = values.get("transfer-encoding", ()), values.get("content-length", ())
+    codings, lengths = head.values.get("transfer-encoding", ()), head.values.get("content-length", ())
     if codings and ([coding.lower() for coding in codings] != ["chunked"] or is_1_0):
         raise Malformed("has a Transfer-Encoding other than chunked")
     if lengths:
@@ -61,7 +91,7 @@ def _frame(head: Head, values: "dict[str, list[str]]", method: str, is_1_0: bool
             raise Malformed("has a Content-Length that is no number")
         if not codings:
             head.length = int(lengths[0])
-    head.keep_alive = message_head.keep_alive(values, is_1_0) and not (codings and lengths)
+    head.keep_alive = message_head.keep_alive(head.values, is_1_0) and not (codings and lengths)
     if method == "HEAD" or head.status < 200 or head.status in (204, 304):
         return
     if codings:

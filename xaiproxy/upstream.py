@@ -19,7 +19,7 @@ from xaiproxy import __version__, config, errors, message_head, response_head
 from xaiproxy.connection import Connection
 from xaiproxy.dialling import Dialler
 from xaiproxy.message_head import Malformed
-from xaiproxy.request_body import ReplayableBody
+from xaiproxy.request_body import ReplayableBody, WholeBody
 
 USER_AGENT = f"xaiproxy/{__version__}"  # our own: Cloudflare turns some clients' away
 IDLE_LIMIT = 60  # seconds that a connection waits for its next request
@@ -46,7 +46,7 @@ class Upstream:
         self._sweeper: "gevent.Greenlet | None" = None
         self.dialler = Dialler(settings)
 
-    def send(self, request: str, body: ReplayableBody, *, method: str, repeatable: bool) -> "Exchange":
+    def send(self, request: bytes, body: "ReplayableBody | WholeBody", *, method: str, repeatable: bool) -> "Exchange":
         """Send a request, on a pooled connection if there is a live one.
 
         `request`: its head, but for the framing of the body and the empty line; `repeatable`: whether to send it again
@@ -116,28 +116,26 @@ class Exchange:
     `body`, one of framing's, says where on `connection` the answer ends.
     """
 
-    __slots__ = ("connection", "body", "status", "reason", "fields", "length", "_upstream", "_method", "_request",
-                 "_repeatable", "_request_body", "_pooled", "_whole", "_keep_alive", "_writer")
+    __slots__ = ("connection", "head", "body", "length", "_upstream", "_method", "_request",
+                 "_repeatable", "_request_body", "_pooled", "_whole", "_writer")
 
-    def __init__(self, upstream: Upstream, request: str, body: ReplayableBody, method: str, repeatable: bool):
+    def __init__(self, upstream: Upstream, request: bytes, body: "ReplayableBody | WholeBody", method: str,
+                 repeatable: bool):
         if body.chunked:
-            request += "Transfer-Encoding: chunked\r\n"
+            request += b"Transfer-Encoding: chunked\r\n"
         elif body.content_length is not None:
-            request += f"Content-Length: {body.content_length}\r\n"
-        self._request = (request + "\r\n").encode("latin-1")
+            request += b"Content-Length: %d\r\n" % body.content_length
+        self._request = request + b"\r\n"
         self._upstream = upstream
         self._method = method
         self._repeatable = repeatable
         self._request_body = body
         self._pooled = False
         self._whole = True  # whether all of the request was written
-        self._keep_alive = False
         self._writer: "gevent.Greenlet | None" = None  # while it writes a body
         self.connection: "Connection | None" = None
+        self.head: "response_head.Head | None" = None
         self.body: Any = None
-        self.status = 0
-        self.reason = ""
-        self.fields: "list[tuple[str, str]]" = []
         self.length: "int | None" = None  # of the body that the client is to be told
 
     def send(self, connection: Connection, pooled: bool) -> None:
@@ -241,8 +239,7 @@ class Exchange:
             raise
         if not self._pooled:
             self._upstream.dialler.answered(self.connection)
-        self.status, self.reason, self.fields = head.status, head.reason, head.fields
-        self.body, self._keep_alive = head.body, head.keep_alive
+        self.head, self.body = head, head.body
         self.length = None if head.status in (204, 304) else head.length
 
     def _receive_head(self) -> response_head.Head:
@@ -285,7 +282,7 @@ class Exchange:
         connection, self.connection = self.connection, None
         if connection is None:
             return
-        if self._keep_alive and self._whole and not connection.unread:
+        if self.head.keep_alive and self._whole and not connection.unread:
             self._upstream.keep(connection)
         else:
             connection.close()
@@ -328,11 +325,11 @@ class Exchange:
 
 def is_refused_token(exchange: Exchange) -> bool:
     """Whether the answer says that the access token is dead: xAI does so with 403, whose other causes are not ours."""
-    if exchange.status == 401:
+    if exchange.head.status == 401:
         return True
-    if exchange.status != 403:
+    if exchange.head.status != 403:
         return False
-    codings = [value.strip().lower() for name, value in exchange.fields if name.lower() == "content-encoding"]
+    codings = [value.lower() for value in exchange.head.values.get("content-encoding", ())]
     text = _decoded(exchange.peek(), codings).lower()
     return b"unauthenticated:" in text or b"could not be validated" in text
 
