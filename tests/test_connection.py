@@ -16,6 +16,7 @@ from scripted_upstream import make_certificate
 
 from xaiproxy.connection import BURST, READ, Connection, TLSConnection
 from xaiproxy.message_head import Malformed, TooLong
+from xaiproxy.tunnel import _Pipe
 
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER that turns close into a reset
 SOON = 0.05  # seconds, as a limit that is to be reached
@@ -617,3 +618,23 @@ def test_a_peer_that_sends_without_a_pause_leaves_others_their_turn():
     theirs.close()
     connection.close()
     assert max(later - earlier for earlier, later in zip(turns, turns[1:])) <= BURST
+
+
+def test_a_tunnel_sends_on_what_tls_holds_back(tls):
+    """The records of the last bytes, which the kernel did not take at once, though nothing comes behind them."""
+    ours, theirs = tls
+    ours.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    source, far = socket.socketpair()
+    with contextlib.closing(Connection(source)) as source, far:
+        pipe = _Pipe(source, ours, pytest.fail, pytest.fail, lambda size: None)
+        pipe.start()
+        data = os.urandom(40_000)
+        far.sendall(data)
+        gevent.sleep(0.01)
+        assert ours.holds_back
+        with gevent.Timeout(5):
+            came = b""
+            while len(came) < len(data):
+                came += theirs.recv(READ)
+        assert came == data
+        pipe.stop()

@@ -4,7 +4,9 @@ gevent's own sockets try before they wait and make new waiters and time-outs eac
 mostly nothing is there yet, on one watcher that stays.
 """
 
+import contextlib
 import select
+import socket
 import ssl
 import time
 from typing import Any
@@ -144,6 +146,16 @@ class Connection:
             else:
                 self.wait(self.writable, limit)
             sent = self.send(data)
+
+    def linger(self, limit: float) -> None:
+        """Close our side, and take in what still comes, for `limit` seconds or until the peer has closed, too.
+
+        To close on unread bytes is a reset, which can destroy what was sent before.
+        """
+        with contextlib.suppress(OSError), gevent.Timeout(limit, False):
+            self.socket.shutdown(socket.SHUT_WR)
+            while self.recv(None):
+                pass
 
     def stop_writing(self) -> None:
         if self._writable is not None:

@@ -138,8 +138,8 @@ class Handler:
         self._close = not head.keep_alive
         self._body = body_of(head, self.connection, self.server.settings.client_timeout)
         self._respond()
-        if self._close and not self._body.ended and not self._cut_short:
-            self._linger()
+        if self._close and not self._cut_short and (not self._body.ended or self._code == 101):
+            self.connection.linger(LINGER_TIME)
         return not self._close
 
     def _wait_for_head(self) -> bytes:
@@ -173,7 +173,7 @@ class Handler:
         self._log()
         with contextlib.suppress(OSError):
             self.connection.send_all("\r\n".join(lines).encode("latin-1") + body)
-            self._linger()
+            self.connection.linger(LINGER_TIME)
 
     # The answer
 
@@ -245,7 +245,7 @@ class Handler:
         `text`: its lines, each but the first preceded by a CRLF, without those that are up to this connection.
         """
         is_1_0 = self._head.version == "HTTP/1.0"
-        no_body = self._head.method == "HEAD" or code in (204, 304)
+        no_body = self._head.method == "HEAD" or code in (101, 204, 304)
         self._code = code
         self._chunks = not (has_length or no_body or is_1_0)
         self._ends_with_connection = not (has_length or self._chunks or no_body)
@@ -257,7 +257,10 @@ class Handler:
             text += f"\r\nDate: {pywsgi.format_date_time(time.time()).decode()}"
         if self._chunks:
             text += "\r\nTransfer-Encoding: chunked"
-        if self._close:
+        if code == 101:  # what follows on this connection is no HTTP
+            text += "\r\nConnection: Upgrade\r\nUpgrade: websocket"
+            self._close = True
+        elif self._close:
             text += "\r\nConnection: close"
         elif is_1_0:
             text += "\r\nConnection: keep-alive"
@@ -270,7 +273,7 @@ class Handler:
 
     def _send(self, result: "Iterable[bytes]") -> None:
         is_stream = hasattr(result, "relay")
-        if is_stream and self._can_relay(result):
+        if is_stream and (self._code == 101 or self._can_relay(result)):
             relay = result.relay(self.connection)
             try:
                 relay.run(self._take_head())
@@ -311,13 +314,6 @@ class Handler:
         if self._headers_sent and self._ends_with_connection:
             with contextlib.suppress(OSError):  # nothing but a reset tells this client that the answer is cut short
                 self.connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-
-    def _linger(self) -> None:
-        """Take in what the client still sends: to close on unread bytes is a reset, which can destroy our answer."""
-        with contextlib.suppress(OSError), gevent.Timeout(LINGER_TIME, False):
-            self.connection.socket.shutdown(socket.SHUT_WR)
-            while self.connection.recv(None):
-                pass
 
     def _log(self) -> None:
         head = self._head

@@ -17,12 +17,13 @@ from typing import Any
 
 import gevent
 
-from xaiproxy import access, config, errors, headers, response_head, token_store, tokens
+from xaiproxy import access, config, errors, headers, message_head, response_head, token_store, tokens
 from xaiproxy.connection import Connection
 from xaiproxy.http_handler import ClientWatch
 from xaiproxy.relay import Relay
 from xaiproxy.request_body import ReplayableBody, ReplayMemory, RequestBody, WholeBody
 from xaiproxy.request_head import Head
+from xaiproxy.tunnel import Tunnel
 from xaiproxy.upstream import USER_AGENT, Exchange, Upstream, is_refused_token
 
 logger = logging.getLogger(__name__)
@@ -106,15 +107,18 @@ class Proxy:
             raise
 
     def _send(self, head: Head, body: "ReplayableBody | WholeBody", login: tokens.Tokens, watch: ClientWatch) -> Exchange:
-        token, request, repeatable = head.derived.get("request", ("", b"", False))
+        token, request, repeatable, upgrade = head.derived.get("request", ("", b"", False, False))
         if token != login.access_token:
             fields = headers.to_upstream(head.fields, host=self._upstream.host, user_agent=USER_AGENT,
                                          access_token=login.access_token)
+            upgrade = asks_for_websocket(head)
+            if upgrade:
+                fields += [("Connection", "Upgrade"), ("Upgrade", "websocket")]
             lines = "".join([f"{name}: {value}\r\n" for name, value in fields])
             request = f"{head.method} {head.target} HTTP/1.1\r\n{lines}".encode("latin-1")
             repeatable = head.method in REPEATABLE or not IDEMPOTENCY_KEYS.isdisjoint(head.by_name)
-            head.derived["request"] = login.access_token, request, repeatable
-        exchange = self._upstream.send(request, body, method=head.method, repeatable=repeatable)
+            head.derived["request"] = login.access_token, request, repeatable, upgrade
+        exchange = self._upstream.send(request, body, method=head.method, repeatable=repeatable, upgrade=upgrade)
         watch.start()  # again: the body is read, and nothing else looks at the client's socket from here on
         exchange.receive()
         return exchange
@@ -231,7 +235,10 @@ class Stream:
     def framing(self) -> type:
         return type(self._exchange.body)
 
-    def relay(self, client: Connection) -> Relay:
+    def relay(self, client: Connection) -> "Relay | Tunnel":
+        if self._exchange.head.status == 101:
+            self._watch.stop()  # the tunnel reads on that socket
+            return Tunnel(self._exchange, client)
         return Relay(self._exchange, client)
 
     def close(self) -> None:
@@ -243,6 +250,13 @@ def check_method(method: str) -> None:
     """Refuse TRACE, whose answer repeats the request with the token in it, and CONNECT. Raises MethodNotAllowed."""
     if method in ("TRACE", "CONNECT"):
         raise errors.MethodNotAllowed(f"{method} is not passed on")
+
+
+def asks_for_websocket(head: Head) -> bool:
+    """RFC 6455 section 4.1."""
+    return (head.method == "GET" and head.version == "HTTP/1.1" and not head.chunked and not head.content_length
+            and "upgrade" in message_head.connection_options(",".join(head.values("connection")))
+            and [value.lower() for value in head.values("upgrade")] == ["websocket"])
 
 
 def check_path(path: str) -> None:

@@ -46,14 +46,15 @@ class Upstream:
         self._sweeper: "gevent.Greenlet | None" = None
         self.dialler = Dialler(settings)
 
-    def send(self, request: bytes, body: "ReplayableBody | WholeBody", *, method: str, repeatable: bool) -> "Exchange":
+    def send(self, request: bytes, body: "ReplayableBody | WholeBody", *, method: str, repeatable: bool,
+             upgrade: bool = False) -> "Exchange":
         """Send a request, on a pooled connection if there is a live one.
 
         `request`: its head, but for the framing of the body and the empty line; `repeatable`: whether to send it again
-        when a pooled connection breaks. Raises UpstreamUnreachable, UpstreamTimeout, and what reading the client's
-        body raises.
+        when a pooled connection breaks; `upgrade`: whether it asks for a WebSocket. Raises UpstreamUnreachable,
+        UpstreamTimeout, and what reading the client's body raises.
         """
-        exchange = Exchange(self, request, body, method, repeatable)
+        exchange = Exchange(self, request, body, method, repeatable, upgrade)
         connection = self._take()
         exchange.send(connection or self.connect(), pooled=connection is not None)
         return exchange
@@ -117,10 +118,10 @@ class Exchange:
     """
 
     __slots__ = ("connection", "head", "body", "length", "_upstream", "_method", "_request",
-                 "_repeatable", "_request_body", "_pooled", "_whole", "_writer")
+                 "_repeatable", "_upgrade", "_request_body", "_pooled", "_whole", "_writer")
 
     def __init__(self, upstream: Upstream, request: bytes, body: "ReplayableBody | WholeBody", method: str,
-                 repeatable: bool):
+                 repeatable: bool, upgrade: bool = False):
         if body.chunked:
             request += b"Transfer-Encoding: chunked\r\n"
         elif body.content_length is not None:
@@ -129,6 +130,7 @@ class Exchange:
         self._upstream = upstream
         self._method = method
         self._repeatable = repeatable
+        self._upgrade = upgrade
         self._request_body = body
         self._pooled = False
         self._whole = True  # whether all of the request was written
@@ -251,6 +253,8 @@ class Exchange:
             if head.status >= 200:
                 return head
             if head.status == 101:
+                if self._upgrade and [value.lower() for value in head.values.get("upgrade", ())] == ["websocket"]:
+                    return head
                 raise Malformed("switches to another protocol, which nobody asked for")
         raise Malformed("is preceded by too many interim ones")
 

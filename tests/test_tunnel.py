@@ -1,0 +1,340 @@
+"""WebSockets: the handshake passed through with the token, then bytes both ways until either side ends."""
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from pathlib import Path
+from typing import Callable, Iterator
+
+import pytest
+import websockets.sync.client
+import websockets.sync.server
+from proxy_process import Client, ProxyProcess
+from scripted_upstream import PATTERN, Request, ScriptedUpstream, pour
+from websockets.exceptions import ConnectionClosed, ConnectionClosedError
+from wire import PATIENCE
+
+HANDSHAKE = ("Connection: keep-alive, Upgrade", "upgrade: WebSocket", "Sec-WebSocket-Version: 13",
+             "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Protocol: realtime, other",
+             "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits")
+LINES = (b"Upgrade: websocket", b"Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=", b"Sec-WebSocket-Protocol: realtime",
+         b"Sec-WebSocket-Extensions: permessage-deflate")
+ACCEPTED = b"\r\n".join([b"HTTP/1.1 101 Switching Protocols", b"Connection: upgrade", *LINES, b"", b""])
+SIZE = 100 << 20  # bytes each way
+FULL = 48 << 20  # bytes; more than the sockets on the way hold
+
+Ask = Callable[[str], "tuple[Client, Request]"]
+
+
+@pytest.fixture
+def client(running: ProxyProcess, upstream: ScriptedUpstream) -> Iterator[Client]:
+    with running.client() as connection:
+        yield connection
+
+
+def handshake(client: Client, upstream: ScriptedUpstream, target: str = "/v1/realtime",
+              behind: bytes = b"") -> Request:
+    client.request("GET", target, *HANDSHAKE)
+    request = upstream.receive().answer(ACCEPTED + behind)
+    assert client.head().status == 101
+    return request
+
+
+# The handshake
+
+
+@pytest.mark.parametrize("target", ["/v1/realtime?model=grok-voice", "/v1/responses", "/v1/stt", "/v1/tts", "/v2/any"])
+def test_handshake_passes_with_the_token_added(client: Client, upstream: ScriptedUpstream, target: str) -> None:
+    client.request("GET", target, *HANDSHAKE, "Authorization: Bearer none", "X-One: 1")
+    request = upstream.receive()
+    assert (request.target, request.token) == (target, "the-token")
+    assert (request.value("Connection"), request.value("Upgrade")) == ("Upgrade", "websocket")
+    for line in (*HANDSHAKE[2:], "X-One: 1"):
+        name, _, value = line.partition(": ")
+        assert request.value(name) == value
+    request.answer(ACCEPTED)
+    head = client.head()
+    assert head.line == "HTTP/1.1 101 Switching Protocols"
+    assert (head.value("Connection"), head.value("Upgrade")) == ("Upgrade", "websocket")
+    for name in ("Sec-WebSocket-Accept", "Sec-WebSocket-Protocol", "Sec-WebSocket-Extensions"):
+        assert f"{name}: {head.value(name)}".encode() in LINES
+    assert head.value("Transfer-Encoding") is head.value("Content-Length") is None
+
+
+def test_what_came_with_the_handshake_is_not_lost(client: Client, upstream: ScriptedUpstream) -> None:
+    lines = "\r\n".join(["GET /v1/realtime HTTP/1.1", "Host: localhost", *HANDSHAKE, "", ""])
+    client.send(lines.encode() + b"too early")
+    request = upstream.receive().answer(ACCEPTED + b"at once")
+    assert client.head().status == 101 and client.exactly(7) == b"at once"
+    assert request.connection.exactly(9) == b"too early"
+
+
+@pytest.mark.parametrize("fields", [
+    ("Connection: Upgrade", "Upgrade: h2c"), ("Upgrade: websocket",), ("Connection: Upgrade",),
+    ("Connection: Upgrade", "Upgrade: websocket, h2c"), ("Connection: Upgrade", "Upgrade: websocket", "Upgrade: h2c")])
+def test_no_other_upgrade_is_asked_for(client: Client, upstream: ScriptedUpstream, fields: "tuple[str, ...]") -> None:
+    client.request("GET", "/v1/x", *fields)
+    request = upstream.receive().answer()
+    assert request.value("Upgrade") is None and request.value("Connection") is None
+    assert client.message().body == b"ok"
+
+
+def test_nor_by_a_request_with_a_body_or_another_method(client: Client, upstream: ScriptedUpstream) -> None:
+    for method, body in (("POST", b""), ("GET", b"{}")):
+        client.request(method, "/v1/x", *HANDSHAKE, body=body)
+        assert upstream.receive().answer().value("Upgrade") is None
+        assert client.message().body == b"ok"
+
+
+@pytest.mark.parametrize("answer", [ACCEPTED.replace(b"Upgrade: websocket", b"Upgrade: h2c"),
+                                    ACCEPTED.replace(b"Upgrade: websocket\r\n", b"")])
+def test_another_protocol_than_the_one_asked_for_is_none(client: Client, upstream: ScriptedUpstream,
+                                                         answer: bytes) -> None:
+    client.request("GET", "/v1/realtime", *HANDSHAKE)
+    request = upstream.receive().answer(answer)
+    assert client.message().status == 502 and request.connection.closed_within()
+
+
+def test_refused_handshake_is_passed_on_as_it_came(client: Client, upstream: ScriptedUpstream) -> None:
+    body = b'{"code":"permission-denied","error":"Team is not authorized"}'
+    refusal = b"HTTP/1.1 403 Forbidden\r\nDate: then\r\nX-One: 1\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    client.request("GET", "/v1/realtime", *HANDSHAKE)
+    upstream.receive().answer(refusal)
+    answer = client.message()
+    assert answer.head + answer.body == refusal
+    handshake(client, upstream)  # the connection is as good as before
+
+
+def test_token_that_is_refused_at_the_handshake_is_replaced(client: Client, running: ProxyProcess,
+                                                            upstream: ScriptedUpstream) -> None:
+    client.request("GET", "/v1/realtime", *HANDSHAKE)
+    first = upstream.receive()
+    running.sign_in("newer")
+    first.answer(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 16\r\n\r\nunauthenticated:")
+    second = upstream.receive()
+    assert (second.token, second.value("Upgrade")) == ("newer", "websocket")
+    second.answer(ACCEPTED)
+    assert client.head().status == 101
+    running.sign_in()
+
+
+def test_web_page_of_another_site_gets_no_tunnel(client: Client, upstream: ScriptedUpstream) -> None:
+    client.request("GET", "/v1/realtime", *HANDSHAKE, "Origin: http://evil.example")
+    assert client.message().status == 403 and upstream.quiet()
+
+
+# The tunnel
+
+
+def test_bytes_pass_both_ways_at_once_and_unread(client: Client, running: ProxyProcess,
+                                                 upstream: ScriptedUpstream) -> None:
+    request = handshake(client, upstream, "/v1/bytes")
+    for size in (1, 2, 3, 1000, 65536, 200_000):
+        data = (PATTERN * 4)[:size]
+        client.send(data)
+        assert request.connection.exactly(size) == data
+        request.answer(data)
+        assert client.exactly(size) == data
+    request.connection.close()
+    assert client.closed_within()
+    client.close()
+    line = running.wait_for_request("/v1/bytes")
+    assert (line["status"], line["bytes"], line["ended_by"]) == (101, 266_542, "done")
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+def test_whoever_is_not_read_from_waits(tmp_path: Path, certificate: tuple, tls: bool) -> None:
+    with ScriptedUpstream(certificate[1] if tls else None) as upstream, \
+            ProxyProcess(tmp_path, upstream=upstream.origin,
+                         environ={"SSL_CERT_FILE": str(certificate[0])}) as proxy, proxy.client() as client:
+        proxy.sign_in()
+        request = handshake(client, upstream)
+        before = proxy.resident_kib()
+        down, up = pour(request.connection, 0, FULL), pour(client, 0, FULL)
+        assert down < FULL * 3 / 4 and up < FULL * 3 / 4 and proxy.resident_kib() - before < 4096
+        for source, sink, sent in ((request.connection, client, down), (client, request.connection, up)):
+            rest = threading.Thread(target=pour, args=(source, sent, FULL, 5))
+            rest.start()
+            assert sink.exactly(FULL) == PATTERN * (FULL // len(PATTERN))
+            rest.join()
+        request.connection.close()
+        assert client.closed_within()
+
+
+@pytest.mark.parametrize("end", [Client.close, Client.reset])
+def test_upstream_is_closed_when_the_client_leaves(client: Client, upstream: ScriptedUpstream,
+                                                   end: "Callable[[Client], None]") -> None:
+    request = handshake(client, upstream)
+    end(client)
+    assert request.connection.closed_within(1)
+
+
+def test_last_words_of_a_client_that_leaves_arrive(running: ProxyProcess, upstream: ScriptedUpstream) -> None:
+    """Though upstream sends all the while, which nobody reads any more."""
+    with running.client() as client:
+        request = handshake(client, upstream)
+        for _ in range(100):
+            request.answer(PATTERN[:8192])
+        client.send(b"last words")
+        client.half_close()
+        assert request.connection.rest() == b"last words"
+
+
+def test_last_words_of_upstream_arrive(running: ProxyProcess, upstream: ScriptedUpstream) -> None:
+    with running.client() as client:
+        request = handshake(client, upstream)
+        request.answer(b"last words")
+        request.connection.half_close()
+        for _ in range(100):
+            client.send(PATTERN[:8192])
+        assert client.rest() == b"last words"
+
+
+def test_client_sees_that_upstream_broke_off(client: Client, running: ProxyProcess,
+                                             upstream: ScriptedUpstream) -> None:
+    request = handshake(client, upstream, "/v1/breaks-off")
+    request.answer(b"half a fra")
+    assert client.exactly(10) == b"half a fra"
+    request.connection.reset()
+    assert client.closed_within()
+    assert running.wait_for_request("/v1/breaks-off")["ended_by"] == "upstream"
+
+
+def test_silence_of_upstream_has_the_limit_of_a_stream(start_proxy: "Callable[..., ProxyProcess]",
+                                                       upstream: ScriptedUpstream) -> None:
+    hasty = start_proxy(idle_timeout=0.5)
+    with hasty.client() as client:
+        request = handshake(client, upstream, "/v1/silent")
+        for _ in range(3):
+            time.sleep(0.3)
+            request.answer(b"x")
+        assert client.exactly(3) == b"xxx"
+        start = time.monotonic()
+        assert client.closed_within(3) and time.monotonic() - start > 0.3
+        assert hasty.wait_for_request("/v1/silent")["ended_by"] == "upstream"
+        assert request.connection.closed_within()
+
+
+def test_tunnels_get_the_time_of_streams_at_the_end(tmp_path: Path, upstream: ScriptedUpstream) -> None:
+    with ProxyProcess(tmp_path, upstream=upstream.origin, drain_timeout=0.5) as proxy, proxy.client() as short, \
+            proxy.client() as long:
+        proxy.sign_in()
+        one, other = handshake(short, upstream, "/v1/short"), handshake(long, upstream, "/v1/long")
+        proxy.terminate()
+        assert "2 open answers" in proxy.wait_for_log(lambda line: line["message"].startswith("stopping"))["message"]
+        one.answer(b"bye")
+        one.connection.close()
+        assert short.rest() == b"bye"
+        short.close()
+        assert long.closed_within(3) and other.connection.closed_within()
+        assert proxy.wait() == 0
+        ended = {line["path"]: line["ended_by"] for line in proxy.log_lines() if "path" in line}
+        assert ended == {"/v1/short": "done", "/v1/long": "proxy"}
+
+
+def test_five_hundred_at_once_leave_nothing_behind(running: ProxyProcess, upstream: ScriptedUpstream,
+                                                   many_files: None) -> None:
+    files = running.open_files()
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(running.client()) for _ in range(500)]
+        requests = [handshake(client, upstream) for client in clients]
+        for number, (client, request) in enumerate(zip(clients, requests)):
+            client.send(b"%04d" % number)
+            request.answer(b"%04d" % number)
+        for number, (client, request) in enumerate(zip(clients, requests)):
+            assert client.exactly(4) == request.connection.exactly(4) == b"%04d" % number
+        assert running.open_files() == files + 1000
+    for request in requests:
+        assert request.connection.closed_within()
+        request.connection.close()
+    deadline = time.monotonic() + 5
+    while running.open_files() > files and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert running.open_files() <= files
+
+
+# A real client and a real server
+
+
+def serve(connection: websockets.sync.server.ServerConnection) -> None:
+    """Echo; and close when told to."""
+    with contextlib.suppress(ConnectionClosed):
+        for message in connection:
+            if message == "close":
+                connection.close(4321, "as you like")
+                return
+            if message == "cut":
+                connection.socket.close()
+                return
+            connection.send(message)
+    closes.append((connection.close_code, connection.close_reason))
+
+
+closes: "list[tuple[int | None, str | None]]" = []
+
+
+@pytest.fixture(scope="module", params=["plain", "tls"])
+def address(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory,
+            certificate: tuple) -> "Iterator[tuple[ProxyProcess, str]]":
+    """A proxy in front of an echo server, and the address of that through it."""
+    context = certificate[1] if request.param == "tls" else None
+    with websockets.sync.server.serve(serve, "127.0.0.1", 0, ssl=context, max_size=None) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        origin = f"http{'s' if context else ''}://127.0.0.1:{server.socket.getsockname()[1]}"
+        with ProxyProcess(tmp_path_factory.mktemp("proxy"), upstream=origin,
+                          environ={"SSL_CERT_FILE": str(certificate[0])}) as proxy:
+            proxy.sign_in()
+            yield proxy, f"ws://127.0.0.1:{proxy.port}/v1/realtime"
+        server.shutdown()
+        thread.join()
+
+
+def connect(address: "tuple[ProxyProcess, str]") -> websockets.sync.client.ClientConnection:
+    return websockets.sync.client.connect(address[1], max_size=None, proxy=None, compression=None)
+
+
+def test_a_hundred_megabytes_each_way(address: "tuple[ProxyProcess, str]") -> None:
+    proxy, _ = address
+    count = SIZE // len(PATTERN)
+    ahead = threading.Semaphore(16)  # a side of this library that waits to send reads nothing
+
+    def send() -> None:
+        for _ in range(count):
+            ahead.acquire()
+            connection.send(PATTERN)
+    with connect(address) as connection:
+        before = proxy.resident_kib()
+        sender = threading.Thread(target=send)
+        sender.start()
+        for _ in range(count):
+            assert connection.recv(PATIENCE) == PATTERN
+            ahead.release()
+        sender.join()
+        assert proxy.resident_kib() - before < 8192
+
+
+def test_close_codes_stay_as_they_are(address: "tuple[ProxyProcess, str]") -> None:
+    with connect(address) as connection:
+        connection.send("close")
+        with pytest.raises(ConnectionClosedError):
+            connection.recv()
+        assert (connection.close_code, connection.close_reason) == (4321, "as you like")
+    closes.clear()
+    with connect(address) as connection:
+        connection.send("hello")
+        assert connection.recv() == "hello"
+        connection.close(4000, "enough")
+    deadline = time.monotonic() + 3
+    while not closes and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert closes == [(4000, "enough")]
+
+
+def test_cut_is_an_abnormal_end(address: "tuple[ProxyProcess, str]") -> None:
+    with connect(address) as connection:
+        connection.send("cut")
+        with pytest.raises(ConnectionClosedError):
+            connection.recv()
+        assert connection.close_code == 1006
