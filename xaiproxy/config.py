@@ -35,6 +35,7 @@ DEFAULT_CLIENT_ID = "b1a00492-073a-47ea-816f-4c329264a828"
 ALIASES = {"AUTH_PROXY_TOKEN_PATH": PREFIX + "TOKEN_PATH"}
 # What Kubernetes puts into every pod of a namespace that has a Service called xai-proxy.
 KUBERNETES_NAME = re.compile(r"XAI_PROXY_(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT_\d+_(TCP|UDP|SCTP)(_.*)?)")
+SPARE_DESCRIPTORS = 64  # for logs, the token file, the event loop and what the libraries open
 KUBERNETES_PORT = re.compile(r"(tcp|udp|sctp)://")
 # Clients and other proxies use these; they are no setting of ours.
 FOREIGN_NAMES = frozenset(PREFIX + name for name in ("KEY", "API_KEY", "BASE_URL", "OUTBOUND"))
@@ -50,6 +51,16 @@ def is_loopback(host: "str | None") -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def descriptors_for(connections: int) -> int:
+    """File descriptors that so many client connections take: each has a connection to upstream."""
+    return 2 * connections + SPARE_DESCRIPTORS
+
+
+def connections_within(descriptors: int) -> int:
+    """Client connections that fit in a file descriptor limit."""
+    return max(1, (descriptors - SPARE_DESCRIPTORS) // 2)
 
 
 def _number(kind: type, low: float, high: float, noun: str) -> Callable[[str], Any]:

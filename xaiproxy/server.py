@@ -27,7 +27,6 @@ logger = logging.getLogger(__name__)
 BACKLOG = 1024  # connections that wait in the kernel when all slots are taken
 LOG_DELAY = 0.005  # seconds that a log line waits for others, so that they are written together
 REFRESHER_LOOK = 2.0  # seconds between two looks for a living refresher, of which the first leaves it time to start
-SPARE_DESCRIPTORS = 64  # for logs, the token file, the event loop and what the libraries open
 EXAMPLES = """\
   xai-proxy                        serve http://127.0.0.1:9090/v1 with the login of xai-login
   xai-proxy --port 8080            on another port
@@ -173,13 +172,13 @@ def _names_a_key_file(settings: config.Config) -> bool:
 def connection_limit(wanted: int) -> int:
     """Raise our own file descriptor limit as far as it goes; return how many client connections fit in it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = 2 * wanted + SPARE_DESCRIPTORS  # each client has a connection to upstream
+    needed = config.descriptors_for(wanted)
     if soft != resource.RLIM_INFINITY and soft < needed:
         soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return wanted
-    fitting = max(1, (soft - SPARE_DESCRIPTORS) // 2)
+    fitting = config.connections_within(soft)
     logger.warning("the file descriptor limit of %d has room for %d client connections, not %d; raise it with ulimit -n",
                    soft, fitting, wanted)
     return fitting
