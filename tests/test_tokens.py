@@ -7,6 +7,7 @@ import math
 import pytest
 
 from xaiproxy import config, tokens
+from xaiproxy.sandbox.xai_errors import ERRORS
 from xaiproxy.tokens import State
 
 FIELDS = {"now": 1000.0, "issuer": "https://auth.x.ai", "client_id": "client", "token_endpoint": "https://auth.x.ai/t"}
@@ -179,3 +180,12 @@ def test_a_refresh_error_without_its_members_is_not_terminal():
 def test_a_token_is_in_no_repr():
     assert "access" not in repr(make()).replace("access_token", "") and "refresh'" not in repr(make())
     assert tokens.fingerprint("refresh") not in repr(make())
+
+
+# what the API says of it
+
+@pytest.mark.parametrize("name", [name for name, (status, *_) in ERRORS.items() if status == 403])
+def test_only_a_dead_token_is_one_that_a_403_refuses(name):
+    body = ERRORS[name][1]
+    body = (body if isinstance(body, str) else json.dumps(body)).encode()
+    assert tokens.is_refusal(body) is name.startswith("bad_credentials")

@@ -100,6 +100,12 @@ def jwt_claims(token: str) -> "dict[str, Any]":
     return claims if isinstance(claims, dict) else {}
 
 
+def is_refusal(body: bytes) -> bool:
+    """Whether the body of a 403 of the API says that the access token is dead; other causes are the account's."""
+    text = body.lower()
+    return b"unauthenticated:" in text or b"could not be validated" in text
+
+
 def from_response(response: "Mapping[str, Any]", *, now: float, issuer: str, client_id: str, token_endpoint: str,
                   scope: "str | None" = None, former: "Tokens | None" = None) -> Tokens:
     """Make Tokens of a successful answer (RFC 6749 section 5.1), or raise ValueError saying what is wrong with it.

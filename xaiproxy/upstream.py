@@ -15,7 +15,7 @@ from typing import Any
 
 import gevent
 
-from xaiproxy import __version__, config, errors, message_head, response_head
+from xaiproxy import __version__, config, errors, message_head, response_head, tokens
 from xaiproxy.connection import Connection
 from xaiproxy.dialling import Dialler
 from xaiproxy.message_head import Malformed
@@ -334,8 +334,7 @@ def is_refused_token(exchange: Exchange) -> bool:
     if exchange.head.status != 403:
         return False
     codings = [value.lower() for value in exchange.head.values.get("content-encoding", ())]
-    text = _decoded(exchange.peek(), codings).lower()
-    return b"unauthenticated:" in text or b"could not be validated" in text
+    return tokens.is_refusal(_decoded(exchange.peek(), codings))
 
 
 def _decoded(data: bytes, codings: "list[str]") -> bytes:
