@@ -203,6 +203,17 @@ def test_a_password_in_a_url_is_not_repeated(url):
         assert "cret" not in said and "me:" not in said
 
 
+def test_what_is_wrong_can_be_gathered_and_then_counts_as_not_set(tmp_path):
+    (tmp_path / "env").write_bytes(b"XAI_PROXY_PORT=\xff\n")
+    wrong: "list[errors.ConfigurationError]" = []
+    environ = {"XAI_PROXY_PORT": "http", "XAI_PROXY_BIND": "::1", "XAI_PROXY_ISUER": "x", "XAI_PROXY_WHATEVER_THIS": "x",
+               "all_proxy": "ftp://p", "SSL_CERT_FILE": "/none"}
+    chosen = config.from_environ(environ, dotenv_path=str(tmp_path / "env"), complain=wrong.append)
+    assert chosen == settings(BIND="::1")
+    assert [error.setting for error in wrong] == [None, "XAI_PROXY_ISSUER", "XAI_PROXY_WHATEVER_THIS", "XAI_PROXY_PORT",
+                                                  "ALL_PROXY", "SSL_CERT_FILE"]
+
+
 # egress
 
 def test_the_proxy_is_https_proxy_else_all_proxy_in_lower_case_first():
@@ -214,6 +225,7 @@ def test_the_proxy_is_https_proxy_else_all_proxy_in_lower_case_first():
     assert proxy(HTTPS_PROXY="http://S:1", https_proxy="http://s:1") == "http://s:1"
     assert proxy(HTTPS_PROXY="s:3128") == "http://s:3128"
     assert proxy(HTTPS_PROXY="", all_proxy="https://a:1") == "https://a:1"
+    assert settings({"ALL_PROXY": "http://a:1", "https_proxy": "http://s:1"}).egress.proxy_from == "https_proxy"
 
 
 def test_no_proxy_and_loopback_are_reached_directly():
@@ -246,6 +258,7 @@ def test_the_ca_file_is_ssl_cert_file_else_requests_ca_bundle_else_certifis(tmp_
     one, two = str(one), str(two)
     assert settings({"SSL_CERT_FILE": one, "REQUESTS_CA_BUNDLE": two}).egress.ca_file == one
     assert settings({"REQUESTS_CA_BUNDLE": two}).egress.ca_file == two
+    assert settings({"REQUESTS_CA_BUNDLE": two}).egress.ca_from == "REQUESTS_CA_BUNDLE"
     for wrong in ("/none", "/etc/hostname", "/etc"):
         assert refusal({"SSL_CERT_FILE": wrong}) == f"SSL_CERT_FILE is '{wrong}', but takes a file of PEM certificates"
 

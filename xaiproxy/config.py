@@ -22,7 +22,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import certifi
 import dotenv
@@ -180,12 +180,15 @@ def _setting(default: str, parse: Callable[[str], Any], meaning: str) -> Any:
 class Egress:
     """How we reach the world: one answer for both processes, since the libraries' own look-ups disagree.
 
-    HTTP_PROXY has no say: plain http is spoken to loopback only, and loopback is never proxied.
+    HTTP_PROXY has no say: plain http is spoken to loopback only, and loopback is never proxied. `proxy_from` and
+    `ca_from` are the variables that the two come from, "" when there is none.
     """
 
     proxy: "str | None" = dataclasses.field(default=None, repr=False)
     no_proxy: str = ""
     ca_file: str = dataclasses.field(default_factory=certifi.where)
+    proxy_from: str = ""
+    ca_from: str = ""
 
     def proxy_for(self, url: str) -> "str | None":
         """The proxy's URL for `url`, or None for a direct connection. It may hold a password: do not log it."""
@@ -255,12 +258,21 @@ class Config:
 SETTINGS = {PREFIX + field.name.upper(): field for field in dataclasses.fields(Config) if field.metadata}
 
 
+def _refuse(error: errors.ConfigurationError) -> NoReturn:
+    raise error
+
+
 def from_environ(environ: Mapping[str, str], options: "Mapping[str, str | None] | None" = None,
-                 dotenv_path: str = ".env") -> Config:
-    """Return the Config, or raise ConfigurationError. `options`: setting name to text; None means not given."""
+                 dotenv_path: str = ".env",
+                 complain: "Callable[[errors.ConfigurationError], object]" = _refuse) -> Config:
+    """Return the Config, or raise ConfigurationError. `options`: setting name to text; None means not given.
+
+    `complain` may take a ConfigurationError instead: what is wrong then counts as not set. Raised all the same is that
+    of a default which makes no sense here: there is no home folder.
+    """
     given: "dict[str, str]" = {}
     warnings = []
-    for source in (_read_dotenv(dotenv_path), _ours(environ), options or {}):
+    for source in (_read_dotenv(dotenv_path, complain), _ours(environ), options or {}):
         for name, text in source.items():
             name = ALIASES.get(name, name)
             if not text or KUBERNETES_NAME.fullmatch(name):
@@ -272,22 +284,29 @@ def from_environ(environ: Mapping[str, str], options: "Mapping[str, str | None] 
             elif name not in SETTINGS:
                 ours = [known.removeprefix(PREFIX) for known in SETTINGS]
                 near = difflib.get_close_matches(name.removeprefix(PREFIX), ours, 1)
-                raise errors.ConfigurationError(
+                complain(errors.ConfigurationError(
                     f"{name} is not a setting" + (f"; did you mean {PREFIX}{near[0]}?" if near else
-                                                  "; conf/xaiproxy.env.example lists them all"))
+                                                  "; conf/xaiproxy.env.example lists them all"),
+                    PREFIX + near[0] if near else name))
             else:
                 given[name] = text
-    values = {}
-    for name, field in SETTINGS.items():
-        text = given.get(name, field.metadata["default"])
-        try:
-            values[field.name] = field.metadata["parse"](text)
-        except ValueError as error:
-            shown = re.sub(r"(?s).*@", "***@", text)  # somebody may have put a password into a URL
-            raise errors.ConfigurationError(f"{name} is {shown!r}, but takes {error}") from None
+    values = {field.name: _value(name, given.get(name), field.metadata, complain) for name, field in SETTINGS.items()}
     if PREFIX + "CLIENT_KEYS_FILE" not in given:
         values["client_keys_file"] = values["token_path"].parent / "client-keys"
-    return Config(egress=_egress(environ), warnings=tuple(dict.fromkeys(warnings)), **values)
+    return Config(egress=_egress(environ, complain), warnings=tuple(dict.fromkeys(warnings)), **values)
+
+
+def _value(name: str, text: "str | None", about: "Mapping[str, Any]", complain: Callable) -> Any:
+    chosen = about["default"] if text is None else text
+    try:
+        return about["parse"](chosen)
+    except ValueError as error:
+        shown = re.sub(r"(?s).*@", "***@", chosen)  # somebody may have put a password into a URL
+        wrong = errors.ConfigurationError(f"{name} is {shown!r}, but takes {error}", name)
+    if text is None:
+        raise wrong
+    complain(wrong)
+    return _value(name, None, about, complain)
 
 
 def _ours(environ: Mapping[str, str]) -> "dict[str, str]":
@@ -295,18 +314,19 @@ def _ours(environ: Mapping[str, str]) -> "dict[str, str]":
     return aliases | {name: text for name, text in environ.items() if name.startswith(PREFIX)}
 
 
-def _read_dotenv(path: str) -> "dict[str, str]":
+def _read_dotenv(path: str, complain: Callable) -> "dict[str, str]":
     # Only our own names: a .env often belongs to somebody else's program. No ${} interpolation: values are values.
     if not os.path.isfile(path):
         return {}
     try:
         values = dotenv.dotenv_values(path, interpolate=False)
     except (OSError, UnicodeDecodeError) as error:
-        raise errors.ConfigurationError(f"{os.path.abspath(path)} cannot be read: {error}") from error
+        complain(errors.ConfigurationError(f"{os.path.abspath(path)} cannot be read: {error}"))
+        return {}
     return {name: text or "" for name, text in values.items() if name.startswith(PREFIX)}
 
 
-def _egress(environ: Mapping[str, str]) -> Egress:
+def _egress(environ: Mapping[str, str], complain: Callable) -> Egress:
     def first(*names: str) -> "tuple[str, str]":
         for name in names:
             for spelling in (name.lower(), name):  # lower case wins, as in curl
@@ -314,20 +334,26 @@ def _egress(environ: Mapping[str, str]) -> Egress:
                     return spelling, environ[spelling]
         return "", ""
 
+    def wrong(name: str, takes: str) -> "tuple[str, str]":
+        complain(errors.ConfigurationError(f"{name} {takes}", name.upper()))
+        return "", ""
+
     name, proxy = first("HTTPS_PROXY", "ALL_PROXY")
     if proxy:
         proxy = proxy if "://" in proxy else "http://" + proxy
-        _check_proxy(name, proxy)
+        if takes := _wrong_with_proxy(proxy):
+            name, proxy = wrong(name, takes)
     ca_name, ca_file = first("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
     if ca_file:
         try:
             ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(ca_file)
-        except OSError as error:  # SSLError is one
-            raise errors.ConfigurationError(f"{ca_name} is {ca_file!r}, but takes a file of PEM certificates") from error
-    return Egress(proxy=proxy or None, no_proxy=first("NO_PROXY")[1], ca_file=ca_file or certifi.where())
+        except OSError:  # SSLError is one
+            ca_name, ca_file = wrong(ca_name, f"is {ca_file!r}, but takes a file of PEM certificates")
+    return Egress(proxy=proxy or None, no_proxy=first("NO_PROXY")[1], ca_file=ca_file or certifi.where(),
+                  proxy_from=name, ca_from=ca_name)
 
 
-def _check_proxy(name: str, proxy: str) -> None:
+def _wrong_with_proxy(proxy: str) -> str:
     # The value may hold a password: it is not repeated in the error.
     try:
         url = urllib.parse.urlsplit(proxy)
@@ -335,9 +361,10 @@ def _check_proxy(name: str, proxy: str) -> None:
     except ValueError:
         usable = False
     if not usable or url.scheme not in ("http", "https", "socks5", "socks5h", "socks4", "socks4a"):
-        raise errors.ConfigurationError(f"{name} takes the URL of a proxy, such as http://proxy.example:3128")
+        return "takes the URL of a proxy, such as http://proxy.example:3128"
     if url.scheme.startswith("socks") and importlib.util.find_spec("socks") is None:
-        raise errors.ConfigurationError(f"{name} names a SOCKS proxy: install xaiproxy[socks] for that")
+        return "names a SOCKS proxy: install xaiproxy[socks] for that"
+    return ""
 
 
 def example() -> str:

@@ -34,9 +34,16 @@ class UsageError(Error):
 
 
 class ConfigurationError(Error):
-    """A setting that cannot be; names the variable, what it got and what it takes."""
+    """A setting that cannot be; names the variable, what it got and what it takes.
+
+    `setting`: the variable that is wrong or was probably meant; None when it may be any.
+    """
 
     exit_code = EXIT_CONFIGURATION
+
+    def __init__(self, message: str, setting: "str | None" = None):
+        super().__init__(message)
+        self.setting = setting
 
 
 class StorageError(Error):
