@@ -47,6 +47,12 @@ def test_what_goes_over_the_wire():
     assert first.startswith("GET /x?y=z HTTP/1.1\r\n")
 
 
+def test_a_request_may_bring_fields_of_its_own():
+    with ScriptedServer(answer(200, {})) as server:
+        session().get(server.url, headers={"Authorization": "Bearer t"})
+    assert b"\r\nAuthorization: Bearer t\r\n" in server.requests[0]
+
+
 def test_the_environments_own_proxies_and_netrc_have_no_say(tmp_path: Path):
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login somebody password something\n")
     (tmp_path / "netrc").chmod(0o600)

@@ -64,14 +64,19 @@ class Answer:
 
 
 class Session:
-    """Sends requests. Each raises IssuerUnavailable; `deadline` is in seconds and bounds all of it."""
+    """Sends requests. Each raises IssuerUnavailable; `deadline` is in seconds and bounds all of it.
 
-    def __init__(self, settings: config.Config, now: Callable[[], float] = time.time):
+    `address_from`: the setting that an error names when an address does not answer.
+    """
+
+    def __init__(self, settings: config.Config, now: Callable[[], float] = time.time,
+                 address_from: str = "XAI_PROXY_ISSUER"):
         self.egress = settings.egress
+        self.address_from = address_from
         self._now = now
 
-    def get(self, url: str, deadline: float = 30.0) -> Answer:
-        return self._call("GET", url, {}, None, deadline)
+    def get(self, url: str, deadline: float = 30.0, headers: "Mapping[str, str]" = {}) -> Answer:
+        return self._call("GET", url, dict(headers), None, deadline)
 
     def post(self, url: str, form: "Mapping[str, str]", deadline: float = 30.0) -> Answer:
         headers = {"Content-Type": "application/x-www-form-urlencoded"}
@@ -100,7 +105,7 @@ class Session:
         if isinstance(result, Answer):
             return result
         if isinstance(result, (OSError, urllib3.exceptions.HTTPError)):  # all of requests' are OSErrors
-            message = _explain(result, url, self.egress.proxy_for(url), deadline)
+            message = _explain(result, url, self.egress.proxy_for(url), deadline, self.address_from)
             raise errors.IssuerUnavailable(message, sent=sent) from result
         raise result
 
@@ -152,19 +157,25 @@ def parse_retry_after(text: str, now: float) -> "float | None":
     """Seconds from `now`, of either form of RFC 9110 section 10.2.3; None when it is neither."""
     if re.fullmatch(r"[0-9]{1,9}", text):
         return float(text)
+    date = parse_date(text)
+    return None if date is None else max(0.0, date - now)
+
+
+def parse_date(text: str) -> "float | None":
+    """Unix seconds of an HTTP date (RFC 9110 section 5.6.7); None when it is none."""
     try:
         date = email.utils.parsedate_to_datetime(text)
     except (TypeError, ValueError):
         return None
     if date.tzinfo is None:  # the asctime form names no zone
         date = date.replace(tzinfo=datetime.timezone.utc)
-    return max(0.0, date.timestamp() - now)
+    return date.timestamp()
 
 
-def _explain(error: Exception, url: str, proxy: "str | None", deadline: float) -> str:
+def _explain(error: Exception, url: str, proxy: "str | None", deadline: float, address_from: str) -> str:
     """One sentence. The exceptions' own texts are not used: they may hold the proxy's password."""
     host = urllib.parse.urlsplit(url).netloc
-    causes = list(_causes(error))
+    causes = list(causes_of(error))
     through = urllib.parse.urlsplit(proxy or "")
     through = f"{through.hostname}:{through.port}" if through.port else through.hostname
 
@@ -183,19 +194,19 @@ def _explain(error: Exception, url: str, proxy: "str | None", deadline: float) -
     if find(socket.gaierror):
         return f"the name {host} cannot be resolved; check the network, or set HTTPS_PROXY if need be"
     if find(urllib3.exceptions.ResponseError):
-        return f"{host} answered with more than {BODY_LIMIT} bytes, which is no answer of an issuer"
+        return f"{host} answered with more than {BODY_LIMIT} bytes, which cannot be right"
     if find(ConnectionResetError, BrokenPipeError, http.client.HTTPException):
         return f"{host} broke the connection off before its answer was whole; try again"
     if tls := find(ssl.SSLError):
         return f"{host} gave no TLS connection ({tls.reason}); check the network, and SSL_CERT_FILE"
     if system := next((cause for cause in causes if isinstance(cause, OSError) and cause.strerror), None):
-        return f"{host} cannot be reached ({system.strerror}); check the network, or XAI_PROXY_ISSUER"
+        return f"{host} cannot be reached ({system.strerror}); check the network, or {address_from}"
     if find(TimeoutError, urllib3.exceptions.TimeoutError):
         return f"{host} gave no whole answer within {deadline:g} s; check the network and try again"
     return f"{host} gave no answer that can be read ({type(error).__name__}); try again"
 
 
-def _causes(error: "BaseException | None") -> "Any":
+def causes_of(error: "BaseException | None") -> "Any":
     """The exception and those inside it: urllib3 and requests keep them in args, reason, cause or context."""
     pending, seen = [error], set()
     while pending:
