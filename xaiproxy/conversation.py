@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TextIO
 
-from xaiproxy import log, tokens
+from xaiproxy import errors, log, tokens
 
 QUIET_ZONE = 2  # modules around the QR code; four are the standard, two are enough on a screen
 COLOURS = "\x1b[38;5;231;48;5;16m"  # white on black, whatever the terminal's own: phones read no other way
@@ -32,6 +32,12 @@ class Conversation:
         if not self.as_json:
             self.clear_line()
             _write(self._stderr, text + "\n")
+
+    def passing(self, text: str) -> None:
+        """What is being done now: on a terminal, a line that the next one takes the place of."""
+        if self.on_terminal:
+            _write(self._stderr, f"\r\x1b[K{text}")
+            self._line_open = True
 
     def event(self, name: str, text: str = "", **fields: Any) -> None:
         """A result: `text` for a person, {"event": name, **fields} for a program."""
@@ -65,10 +71,8 @@ class Conversation:
             until = clock() + pause
             while (rest := until - clock()) > 0:
                 left = max(0, round(end - clock()))
-                if self.on_terminal:
-                    _write(self._stderr, f"\r\x1b[K{what}, {left // 60}:{left % 60:02} left")
-                    self._line_open = True
-                elif clock() - said >= REMINDER:
+                self.passing(f"{what}, {left // 60}:{left % 60:02} left")
+                if not self.on_terminal and clock() - said >= REMINDER:
                     said = clock()
                     self.say(f"{what}, {left // 60} min left")
                 time.sleep(min(rest, 1))
@@ -91,6 +95,28 @@ def _write(stream: TextIO, text: str) -> None:
 
 def who(login: tokens.Tokens) -> str:
     return login.account or "an account without a name"
+
+
+def validity(login: tokens.Tokens, now: float) -> str:
+    """Until when the access token is good, in a sentence."""
+    left, end = login.expires_at - now, local_time(login.expires_at)
+    if left > 0:
+        return f"The access token is valid until {end}, for another {duration(left)}."
+    return f"The access token expired at {end}, {duration(-left)} ago."
+
+
+def last_failure(login: tokens.Tokens) -> "list[str]":
+    """What became of the last refresh if it failed, in sentences."""
+    failure = login.refresh_error
+    if failure is None:
+        return []
+    why = printable(failure.description or failure.code)
+    sentences = [f"The last refresh failed at {local_time(failure.at)}: {why}."]
+    if failure.terminal:
+        sentences.append(f"It will not be tried again; {errors.SIGN_IN}.")
+    elif failure.retry_at:
+        sentences.append(f"The next try is due at {local_time(failure.retry_at)}.")
+    return sentences
 
 
 def outlook(login: tokens.Tokens, refresher_alive: bool, now: float) -> str:

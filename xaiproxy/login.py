@@ -89,7 +89,7 @@ def status(store: "TokenStore", talk: "Conversation", now: "Callable[[], float]"
     """What the files say; nothing is refreshed, written or locked."""
     import dataclasses
 
-    from xaiproxy.conversation import duration, local_time, outlook, printable, who
+    from xaiproxy.conversation import last_failure, outlook, validity, who
     at = now()
     try:
         login = store.load()
@@ -99,19 +99,10 @@ def status(store: "TokenStore", talk: "Conversation", now: "Callable[[], float]"
         return errors.EXIT_SIGN_IN
     failure, left, alive = login.refresh_error, login.expires_at - at, store.refresher_alive(at)
     usable = not (failure and failure.terminal) and (left > 0 or login.refresh_token is not None)
-    end = local_time(login.expires_at)
-    lines = [f"Signed in as {who(login)} at {login.issuer}; the login is in {store.path}.",
-             f"The access token is valid until {end}, for another {duration(left)}." if left > 0 else
-             f"The access token expired at {end}, {duration(-left)} ago."]
+    lines = [f"Signed in as {who(login)} at {login.issuer}; the login is in {store.path}.", validity(login, at)]
     if not (failure and failure.terminal):
         lines.append(outlook(login, alive, at))
-    if failure:
-        why = printable(failure.description or failure.code)
-        lines.append(f"The last refresh failed at {local_time(failure.at)}: {why}.")
-        if failure.terminal:
-            lines.append(f"It will not be tried again; {errors.SIGN_IN}.")
-        elif failure.retry_at:
-            lines.append(f"The next try is due at {local_time(failure.retry_at)}.")
+    lines += last_failure(login)
     talk.event("status", "\n".join(lines), usable=usable,
                state=login.state(at, store.settings.refresh_skew).value, account=login.account,
                issuer=login.issuer, expires_at=login.expires_at, token_path=str(store.path),
