@@ -230,8 +230,8 @@ def test_the_proxy_is_https_proxy_else_all_proxy_in_lower_case_first():
 
 def test_no_proxy_and_loopback_are_reached_directly():
     egress = settings({"HTTPS_PROXY": "http://p:1", "NO_PROXY": "x.ai, .example.org,10.0.0.1"}).egress
-    for url in ("https://x.ai", "https://api.x.ai:443/v1", "https://a.example.org", "https://10.0.0.1", "http://127.0.0.1:1",
-                "http://localhost", "http://[::1]:5", "http://LOCALHOST"):
+    for url in ("https://x.ai", "https://api.x.ai:443/v1", "https://a.example.org", "https://10.0.0.1", "https://127.0.0.1:1",
+                "https://localhost", "https://[::1]:5", "https://LOCALHOST", "http://login.example"):
         assert egress.proxy_for(url) is None, url
     for url in ("https://evilx.ai", "https://login.example"):
         assert egress.proxy_for(url) == "http://p:1"

@@ -193,7 +193,7 @@ class Egress:
     def proxy_for(self, url: str) -> "str | None":
         """The proxy's URL for `url`, or None for a direct connection. It may hold a password: do not log it."""
         parts = urllib.parse.urlsplit(url)
-        if self.proxy is None or is_loopback(parts.hostname):
+        if self.proxy is None or parts.scheme == "http" or is_loopback(parts.hostname):
             return None
         if urllib.request.proxy_bypass_environment(parts.netloc, {"no": self.no_proxy}):
             return None
