@@ -13,7 +13,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "xaiproxy"
 # Where each side begins; what they import belongs to it too.
 WEB = ["__main__", "headers", "access", "upstream", "proxy", "app", "server", "sandbox.__main__"]
 CREDENTIAL = ["oauth.session", "oauth.discovery", "oauth.token_endpoint", "oauth.device_authorization",
-              "oauth.authorization_code", "oauth.revocation", "login", "refresher", "token_writer"]
+              "oauth.authorization_code", "oauth.revocation", "login", "doctor", "refresher", "token_writer"]
 SPENDERS = {"xaiproxy.oauth", "xaiproxy.login", "xaiproxy.refresher", "xaiproxy.token_writer"}
 
 
@@ -65,6 +65,13 @@ def test_the_web_side_can_neither_spend_nor_lock():
     # gevent and the standard library import fcntl themselves: the rule is about our own sources.
     _, everything = reachable(WEB)
     assert not everything & (SPENDERS | {"fcntl"})
+
+
+def test_the_doctor_can_neither_spend_nor_write_nor_lock():
+    ours, everything = reachable(["doctor"])
+    assert "xaiproxy.oauth.discovery" in ours
+    assert not everything & {"xaiproxy.oauth.token_endpoint", "xaiproxy.refresher", "xaiproxy.sign_in",
+                             "xaiproxy.token_writer", "fcntl"}
 
 
 @pytest.mark.parametrize("module", WEB)

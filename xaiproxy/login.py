@@ -1,4 +1,4 @@
-"""xai-login: sign in, look at the login, sign out.
+"""xai-login: sign in, look at the login and all it needs, sign out.
 
 Importing this module is cheap on purpose: what only one way of calling it needs is imported there.
 """
@@ -19,10 +19,13 @@ EXAMPLES = """\
   xai-login             sign in with this machine's browser; without one, as --device
   xai-login --device    sign in with the browser of any other device: shows an address and a code
   xai-login --status    say who is signed in and until when
+  xai-login --doctor    find out what keeps the login or the proxy from working, and what to do
 
 Exit status: 0 done; 64 wrong usage; 69 the issuer cannot be reached (after --logout: the login was removed
 here but not revoked there); 75 the token file cannot be written; 77 denied, expired or signed out;
-78 wrong settings, or another issuer's login is in the way; 130 interrupted.
+78 wrong settings, or another issuer's login is in the way; 130 interrupted. --doctor ends with that of the
+first failure that it finds, and with 0 when there are only warnings: 69 also for the API and a proxy that does
+not answer, 75 also for what passes by itself, 77 also for an account whose plan does not allow it.
 """
 
 
@@ -42,6 +45,8 @@ def _parser() -> argparse.ArgumentParser:
                       help="approve it in a browser on this machine, or paste the code that the page shows")
     what.add_argument("--status", action="store_const", dest="what", const="status",
                       help="look only: nothing is refreshed or changed")
+    what.add_argument("--doctor", action="store_const", dest="what", const="doctor",
+                      help="look at settings, login, network, account and proxy; changes nothing")
     what.add_argument("--logout", action="store_const", dest="what", const="logout",
                       help="revoke the login at the issuer and remove its files")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line, for programs")
@@ -51,8 +56,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(arguments: argparse.Namespace, talk: "Conversation") -> int:
     from xaiproxy import config, token_store
+    options = {"XAI_PROXY_TOKEN_PATH": arguments.token_path}
     try:
-        settings = config.from_environ(os.environ, {"XAI_PROXY_TOKEN_PATH": arguments.token_path})
+        if arguments.what == "doctor":
+            from xaiproxy import doctor
+            return doctor.examine(os.environ, options, talk)
+        settings = config.from_environ(os.environ, options)
         for warning in settings.warnings:
             talk.say(f"Note: {warning}.")
         store = token_store.TokenStore(settings)
