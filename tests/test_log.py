@@ -139,7 +139,9 @@ NASTY = [
 
 
 @pytest.mark.parametrize("text", NASTY, ids=range(len(NASTY)))
-def test_any_text_is_one_short_line_without_controls(text, pipe, caplog):
+def test_any_text_is_one_short_line_without_controls(text, pipe):
+    # Without pytest's handler, whose notes cannot go to another process when there is half a surrogate pair in them.
+    logging.getLogger("xaiproxy").handlers[:] = [log._handler]
     logger.info("%s", text)
     logger.info("request", extra={"fields": {"path": text, "object": [text], "a": text, "b": text, "c": text, "d": text,
                                              **{f"more{number}": text for number in range(40)}}})
@@ -153,7 +155,6 @@ def test_any_text_is_one_short_line_without_controls(text, pipe, caplog):
         assert not re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", line)
         if line.startswith("{"):
             assert json.loads(line)["process"] == "test"
-    caplog.clear()  # half a surrogate pair cannot be reported from one process to another
 
 
 def test_what_fits_is_not_cut(json_pipe):
