@@ -236,15 +236,30 @@ def test_answer_to_head(client: Client, upstream: ScriptedUpstream, head: bytes)
     assert client.message().body == b"ok"
 
 
-def test_interim_answers_are_skipped(client: Client, upstream: ScriptedUpstream) -> None:
+INTERIM = [b"103 Early Hints\r\nLink: </a>\r\nSet-Cookie: a\r\n", b"102 Processing\r\nX: y\r\nContent-Length: 5\r\n",
+           b"100 Continue\r\n", b"199 \r\n"]
+
+
+def test_interim_answers_are_passed_on_as_they_come(client: Client, upstream: ScriptedUpstream) -> None:
+    """But for 100, which we say ourselves to those who ask."""
     client.request()
     request = upstream.receive()
-    for interim in (b"100 Continue\r\n", b"103 Early Hints\r\nLink: </a>\r\n", b"102 Processing\r\nX: y\r\n",
-                    b"199 \r\n"):
+    for interim, passed in zip(INTERIM, ((b"103 Early Hints\r\nLink: </a>\r\n"), b"102 Processing\r\nX: y\r\n", b"", b"199 \r\n")):
         request.answer(b"HTTP/1.1 " + interim + b"\r\n")
+        if passed:
+            assert client.head().head == b"HTTP/1.1 " + passed + b"\r\n"
     request.answer(OK)
     assert client.message().line == "HTTP/1.1 200 OK"
     assert client.silent()
+
+
+def test_http_1_0_gets_no_interim_answers(client: Client, upstream: ScriptedUpstream) -> None:
+    client.request(version="HTTP/1.0")
+    request = upstream.receive()
+    for interim in INTERIM:
+        request.answer(b"HTTP/1.1 " + interim + b"\r\n")
+    request.answer(OK)
+    assert client.message().line == "HTTP/1.1 200 OK"
 
 
 def test_upgrade_that_nobody_asked_for_is_an_error(client: Client, upstream: ScriptedUpstream) -> None:

@@ -234,6 +234,9 @@ class Config:
         "Seconds for a connection to upstream: name, all its addresses and TLS together.")
     idle_timeout: float = _setting("3600", _seconds(0.1, 86400),
         "Seconds without a byte from upstream before it is given up. Reasoning models may be silent for long.")
+    sse_keepalive: float = _setting("0", _seconds(0, 3600),
+        "Seconds of silence between two events of a stream after which the proxy sends a comment; 0: never. For clients "
+        "that cut off long reasoning.")
     client_timeout: float = _setting("30", _seconds(0.1, 3600),
         "Seconds that a client has to send its request head, and between two reads of its body.")
     keepalive_timeout: float = _setting("75", _seconds(0.1, 3600),

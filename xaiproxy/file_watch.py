@@ -9,7 +9,7 @@ from pathlib import Path
 
 import gevent
 
-RELOOK = 1.0  # seconds after which it is looked at all the same: of other machines and moved folders inotify tells nothing
+RELOOK = 1.0  # seconds after which it is looked at all the same: inotify knows no other machines, nor moved folders
 # inotify(7)
 _MODIFY, _ATTRIB, _MOVED_TO, _CREATE, _DELETE_SELF, _MOVE_SELF = 0x2, 0x4, 0x80, 0x100, 0x400, 0x800
 _OF_FILE = _MODIFY | _ATTRIB | _DELETE_SELF | _MOVE_SELF

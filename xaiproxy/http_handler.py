@@ -266,6 +266,11 @@ class Handler:
             text += "\r\nConnection: keep-alive"
         self._head_bytes = f"{text}\r\n\r\n".encode("latin-1")
 
+    def send_interim(self, code: int, text: str) -> None:
+        """A head before the final one (RFC 9110 section 15.2); `text` as for `start`. Raises ClientGone."""
+        if code != 100 and self._head.version != "HTTP/1.0":  # to go on is what we say ourselves
+            self._send_all(f"{text}\r\n\r\n".encode("latin-1"))
+
     def _take_head(self) -> bytes:
         self._headers_sent = True
         self._time_head = time.time()
@@ -292,7 +297,7 @@ class Handler:
 
     def _can_relay(self, result: Any) -> bool:
         """Whether the client is to have the body in the framing that upstream has put it in."""
-        return result.framing is not framing.UntilClose and (result.framing is framing.Chunked) == self._chunks
+        return result.framing not in (None, framing.UntilClose) and (result.framing is framing.Chunked) == self._chunks
 
     def write(self, data: bytes) -> None:
         """PEP 3333's."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import gevent
 
-from xaiproxy import access, config, errors, headers, message_head, response_head, token_store, tokens
+from xaiproxy import access, config, errors, event_stream, headers, message_head, response_head, token_store, tokens
 from xaiproxy.connection import Connection
 from xaiproxy.http_handler import ClientWatch
 from xaiproxy.relay import Relay
@@ -85,20 +85,23 @@ class Proxy:
             body = ReplayableBody(body, self._settings.replay_limit, self._memory)
         else:
             body.keep(self._settings.replay_limit, self._memory)
-        watch = environ["xaiproxy.handler"].watch
+        handler = environ["xaiproxy.handler"]
+        watch = handler.watch
         exchange = None
         try:
             watch.start()  # while we wait for a token; it stops at the first byte of a body
             login = self._login()
-            exchange = self._send(head, body, login, watch)
+            exchange = self._send(head, body, login, handler)
             if is_refused_token(exchange):
                 newer = self._other_login(login, WAIT if body.replayable else 0)
                 if newer is not None and body.replayable:
                     exchange.close()
-                    exchange = self._send(head, body, newer, watch)
+                    exchange = self._send(head, body, newer, handler)
             body.forget()
-            self._start(exchange.head, exchange.length, head, environ["xaiproxy.handler"])
-            return Stream(exchange, watch)
+            handler.start(exchange.head.status, self._head_text(exchange.head, exchange.length, head),
+                          has_length=exchange.length is not None, has_date="date" in exchange.head.values)
+            pause = self._settings.sse_keepalive
+            return Stream(exchange, watch, pause if pause and event_stream.is_event_stream(exchange.head) else 0)
         except BaseException:
             body.forget()
             watch.stop()
@@ -106,7 +109,7 @@ class Proxy:
                 exchange.close()
             raise
 
-    def _send(self, head: Head, body: "ReplayableBody | WholeBody", login: tokens.Tokens, watch: ClientWatch) -> Exchange:
+    def _send(self, head: Head, body: "ReplayableBody | WholeBody", login: tokens.Tokens, handler: Any) -> Exchange:
         token, request, repeatable, upgrade = head.derived.get("request", ("", b"", False, False))
         if token != login.access_token:
             fields = headers.to_upstream(head.fields, host=self._upstream.host, user_agent=USER_AGENT,
@@ -119,17 +122,16 @@ class Proxy:
             repeatable = head.method in REPEATABLE or not IDEMPOTENCY_KEYS.isdisjoint(head.by_name)
             head.derived["request"] = login.access_token, request, repeatable, upgrade
         exchange = self._upstream.send(request, body, method=head.method, repeatable=repeatable, upgrade=upgrade)
-        watch.start()  # again: the body is read, and nothing else looks at the client's socket from here on
-        exchange.receive()
+        handler.watch.start()  # again: the body is read, and nothing else looks at the client's socket from here on
+        exchange.receive(lambda interim: handler.send_interim(interim.status, self._head_text(interim, None, head)))
         return exchange
 
-    def _start(self, answer: response_head.Head, length: "int | None", head: Head, handler: Any) -> None:
+    def _head_text(self, answer: response_head.Head, length: "int | None", head: Head) -> str:
         lines = headers.to_client(answer.lines, answer.values, length=length)
         leave = self._gate.leave(head)
         if leave and "access-control-allow-origin" not in answer.values:
             lines += "".join([f"\r\n{name}: {value}" for name, value in leave])
-        handler.start(answer.status, f"HTTP/1.1 {answer.status} {answer.reason}{lines}",
-                      has_length=length is not None, has_date="date" in answer.values)
+        return f"HTTP/1.1 {answer.status} {answer.reason}{lines}"
 
     # Which token
 
@@ -224,16 +226,21 @@ class Stream:
     A handler that finds `relay` in it can have it sent faster, in the framing of upstream.
     """
 
-    def __init__(self, exchange: Exchange, watch: ClientWatch):
+    def __init__(self, exchange: Exchange, watch: ClientWatch, pause: float):
+        """`pause`: seconds of silence after which an event stream gets a comment; 0 in all others."""
         self._exchange = exchange
         self._watch = watch
+        self._pause = pause
 
     def __iter__(self) -> Iterator[bytes]:
-        return iter(self._exchange)
+        if self._pause:
+            return event_stream.kept_alive(self._exchange.parts(self._pause))
+        return self._exchange.parts()
 
     @property
-    def framing(self) -> type:
-        return type(self._exchange.body)
+    def framing(self) -> "type | None":
+        """One of framing's; None when it cannot be upstream's, since something may come between."""
+        return None if self._pause else type(self._exchange.body)
 
     def relay(self, client: Connection) -> "Relay | Tunnel":
         if self._exchange.head.status == 101:

@@ -13,7 +13,7 @@ from xaiproxy.message_head import Malformed
 
 SIZE_LIMIT = 65536  # bytes of the whole head
 STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: (.*))?")
-READ = headers.NOT_PASSED | {"content-length", "content-encoding", "date", "access-control-allow-origin"}
+READ = headers.NOT_PASSED | {"content-length", "content-type", "content-encoding", "date", "access-control-allow-origin"}
 KNOWN_LIMIT = 1024  # names that are remembered
 FOLD = re.compile(rb"\r\n[ \t]+")
 LENGTH = re.compile("[0-9]{1,18}")

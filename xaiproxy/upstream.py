@@ -10,7 +10,7 @@ import time
 import urllib.parse
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import gevent
@@ -223,10 +223,10 @@ class Exchange:
             return True
         return False
 
-    def receive(self) -> None:
-        """Wait for the answer's head. Raises UpstreamTimeout, UpstreamUnreachable."""
+    def receive(self, on_interim: "Callable[[response_head.Head], None]" = lambda head: None) -> None:
+        """Wait for the answer's head; `on_interim` gets those before it. Raises UpstreamTimeout, UpstreamUnreachable."""
         try:
-            head = self._receive_head()
+            head = self._receive_head(on_interim)
         except TimeoutError as error:
             self.close()
             raise self._timed_out() from error
@@ -234,7 +234,7 @@ class Exchange:
             self.close()
             if self._pooled and self._repeatable and self._request_body.replayable:
                 self.send(self._upstream.connect(), pooled=False)
-                return self.receive()
+                return self.receive(on_interim)
             raise self._broke_off(error) from error
         except BaseException:
             self.close()
@@ -244,7 +244,7 @@ class Exchange:
         self.head, self.body = head, head.body
         self.length = None if head.status in (204, 304) else head.length
 
-    def _receive_head(self) -> response_head.Head:
+    def _receive_head(self, on_interim: "Callable[[response_head.Head], None]") -> response_head.Head:
         for _ in range(INTERIM_LIMIT + 1):
             data = self.connection.recv_head(response_head.SIZE_LIMIT, self._upstream.idle_timeout)
             if not data:
@@ -256,25 +256,35 @@ class Exchange:
                 if self._upgrade and [value.lower() for value in head.values.get("upgrade", ())] == ["websocket"]:
                     return head
                 raise Malformed("switches to another protocol, which nobody asked for")
+            on_interim(head)
         raise Malformed("is preceded by too many interim ones")
 
     @property
     def idle_timeout(self) -> float:
         return self._upstream.idle_timeout
 
-    def __iter__(self) -> Iterator[bytes]:
-        """The body as it comes. Raises UpstreamBroken."""
+    def parts(self, pause: "float | None" = None) -> Iterator[bytes]:
+        """The body as it comes; b"" whenever nothing has come for `pause` seconds. Raises UpstreamBroken."""
+        limit = min(pause or self.idle_timeout, self.idle_timeout)
+        silent = 0.0
         while not self.body.ended:
             try:
-                data = self.connection.recv(self.idle_timeout)
+                data = self.connection.recv(limit)
+                silent = 0.0
                 if not data:
                     self.body.end_of_connection()
                 for start, end in self.body.feed(data):
                     yield data[start:end]
             except BROKEN as error:
-                raise self.broken(error) from error
+                silent += limit
+                if not isinstance(error, TimeoutError) or silent >= self.idle_timeout:
+                    raise self.broken(error) from error
+                yield b""
+                continue
             self.connection.unread = data[self.body.used:]
         self.release()
+
+    __iter__ = parts
 
     def broken(self, error: Exception) -> errors.UpstreamBroken:
         if isinstance(error, TimeoutError):
