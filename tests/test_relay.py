@@ -248,6 +248,57 @@ def test_death_of_upstream_behind_unread_bytes_is_visible(client: Client, runnin
     assert (line["bytes"], line["ended_by"]) == (len(came), "upstream")
 
 
+# Large and small
+
+
+@both_ways
+def test_event_of_eight_megabytes_passes_as_it_is(client: Client, upstream: ScriptedUpstream) -> None:
+    event = b"data: " + PATTERN.replace(b"\n", b"") * 129 + b"\n\n"
+    client.request("POST", "/v1/responses", body=b"{}")
+    request = upstream.receive().answer(CHUNKED)
+    sender = threading.Thread(target=request.answer, args=(b"%x\r\n%b\r\n0\r\n\r\n" % (len(event), event),))
+    sender.start()
+    assert client.message().body == event and len(event) > 8 << 20
+    sender.join()
+
+
+@both_ways
+@pytest.mark.parametrize("body", [b"{}", b"x" * 300_000])
+def test_delete_with_a_body(client: Client, upstream: ScriptedUpstream, body: bytes) -> None:
+    client.request("DELETE", "/v1/files/one", body=body)
+    request = upstream.receive()
+    assert (request.method, request.body) == ("DELETE", body)
+    request.answer(b"HTTP/1.1 204 No Content\r\n\r\n")
+    assert client.message().status == 204
+
+
+@pytest.mark.parametrize("chunked", [False, True], ids=["length", "chunked"])
+def test_upload_takes_no_more_memory_for_being_longer(tmp_path: Path, upstream: ScriptedUpstream, chunked: bool) -> None:
+    """But for the copy for a replay, which is begun of a chunked one before its length shows, and is none here."""
+    with ProxyProcess(tmp_path, upstream=upstream.origin, replay_limit=0) as proxy, proxy.client() as client:
+        proxy.sign_in()
+
+        def upload(size: int) -> int:
+            client.request("POST", "/v1/files", "Transfer-Encoding: chunked" if chunked else f"Content-Length: {size}")
+            part = b"%x\r\n%b\r\n" % (len(PATTERN), PATTERN) if chunked else PATTERN
+            last = b"0\r\n\r\n" if chunked else b""
+            sender = threading.Thread(target=lambda: [*map(client.send, [part] * (size // len(PATTERN))), client.send(last)])
+            sender.start()
+            request, came = upstream.receive(body=False), 0
+            while came < size:
+                data = request.connection.chunk() if chunked else request.connection.exactly(len(PATTERN))
+                assert data == (PATTERN * 2)[came % len(PATTERN):][:len(data)]
+                came += len(data)
+            assert not chunked or request.connection.chunk() == b""
+            sender.join()
+            resident = proxy.resident_kib()
+            request.answer()
+            assert client.message().body == b"ok"
+            return resident
+        short = upload(300 * len(PATTERN))
+        assert upload(6000 * len(PATTERN)) - short < 2048
+
+
 # What is left
 
 
