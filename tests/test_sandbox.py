@@ -122,7 +122,8 @@ def test_responses_looks_at_the_body_before_the_token(sandbox: Sandbox) -> None:
     assert sandbox.post("/v1/responses", {"model": "grok-4.5", "input": "x"})[0] == 401
 
 
-@pytest.mark.parametrize("path", ["/", "/v1", "/v1/v1/models", "/models", "/v1//models", "/v1/audio/speech"])
+@pytest.mark.parametrize("path", ["/", "/v1", "/v1/v1/models", "/models", "/v1//models",
+                                  "/v1/audio/transcriptions"])
 def test_an_unknown_route_is_not_found(sandbox: Sandbox, path: str) -> None:
     refused, answer = sandbox.get(path)
     assert refused == 404 and answer["error"].startswith("No handler found on route.")

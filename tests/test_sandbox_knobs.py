@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -148,7 +149,13 @@ def test_a_responses_stream(sandbox: Sandbox, token: str) -> None:
     assert list(said[0])[:2] == ["sequence_number", "type"] and said[0]["type"] == "response.created"
     assert said[-1]["type"] == "response.completed" and "usage" in said[-1]["response"]
     text = "".join(event["delta"] for event in said if event["type"] == "response.output_text.delta")
-    assert text == said[-1]["response"]["output"][0]["content"][0]["text"]
+    assert text == said[-1]["response"]["output"][1]["content"][0]["text"]
+    kinds = [event["type"].removeprefix("response.") for event in said]
+    assert [kind for kind, _ in itertools.groupby(kinds)] == [
+        "created", "in_progress", "output_item.added", "reasoning_summary_part.added", "reasoning_summary_text.delta",
+        "reasoning_summary_text.done", "reasoning_summary_part.done", "output_item.done", "output_item.added",
+        "content_part.added", "output_text.delta", "output_text.done", "content_part.done", "output_item.done",
+        "completed"]
 
 
 def test_the_head_of_a_stream_leaves_before_its_first_event(sandbox: Sandbox, token: str) -> None:

@@ -41,7 +41,8 @@ def parser() -> Parser:
         description="A simulated xAI on loopback: authorization server and API. It is not xAI.",
         epilog=f"The fields of a scripted answer:\n{fields}\n\nIts errors: {', '.join(sorted(ERRORS))}\n\n"
                "While it runs: GET /_sandbox counts, GET /_sandbox/requests shows what came, POST /_sandbox\n"
-               "turns knobs (JSON, with _ for -), DELETE /_sandbox puts all back.")
+               "turns knobs (JSON, with _ for -), DELETE /_sandbox puts all back. The WebSocket\n"
+               "/v1/realtime?model=echo sends back what it gets.")
     options.add_argument("--port", type=int, default=9191, help="0: any free one (default: %(default)s)")
     options.add_argument("--bind", default="127.0.0.1", help="a loopback address (default: %(default)s)")
     options.add_argument("--state", type=pathlib.Path, metavar="DIR",

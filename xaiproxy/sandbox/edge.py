@@ -84,7 +84,7 @@ class Edge:
     def _wants_gzip(self, response: Answer) -> bool:
         refusal = response.is_json and response.status_code in (401, 403)
         chosen = self.knobs.gzip == "all" or self.knobs.gzip == "refusals" and refusal
-        return chosen and "Content-Encoding" not in response.headers
+        return chosen and "Content-Encoding" not in response.headers and response.status_code != 101
 
 
 def scripted(script: dict[str, Any]) -> Answer | None:

@@ -82,6 +82,7 @@ class Grants:
         self.device_codes: dict[str, Request] = {}
         self.families: dict[str, Family] = {}  # by every refresh token they ever had
         self.access_tokens: dict[str, AccessToken] = {}
+        self.client_secrets: dict[str, float] = {}  # each good for one WebSocket, and until when
         self._secret = secrets.token_bytes(32)
 
     # authorization code, RFC 6749 4.1 with RFC 7636
@@ -196,6 +197,15 @@ class Grants:
             access.refusals -= 1
             return None
         return access.family
+
+    def mint_secret(self, seconds: int) -> dict[str, Any]:
+        value, expires = f"xai-realtime-client-secret-{secrets.token_urlsafe(24)}", time.time() + seconds
+        self.client_secrets[value] = expires
+        return {"value": value, "expires_at": int(expires)}
+
+    def take_secret(self, value: str | None) -> bool:
+        """Whether this client secret is good; it is not, from then on."""
+        return self.client_secrets.pop(value, 0) > time.time()
 
     def revoke(self, family: Family) -> None:
         if not family.revoked:

@@ -105,6 +105,7 @@ KNOBS = {
     "cut": Knob("close", one_of("close", "reset"), "how it is cut: close (FIN) or reset (RST)"),
     "capacity_error_after": Knob(None, whole(0, unset=True), "events after which a stream ends in an error"),
     "framing": Knob("chunked", one_of("chunked", "length", "close"), "of a stream: chunked, length or close"),
+    "close_code": Knob(None, whole(1000, 4999, unset=True), "close /v1/realtime with this code once it has begun"),
     "answers": Knob([], answers, "scripted answers: a JSON list of objects with the fields below"),
 }
 

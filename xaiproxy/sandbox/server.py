@@ -12,7 +12,7 @@ import re
 import socket
 import struct
 import time
-from typing import Any, NoReturn
+from typing import Any, Callable, NoReturn
 
 import gevent
 from gevent import pywsgi
@@ -38,6 +38,7 @@ class Handler(pywsgi.WSGIHandler):
     raw_head = b""  # the header section as it came
     _numbers = itertools.count(1)
     close_delimited = False  # set by the application: no framing, the end of the connection ends the body
+    talk: "Callable[[], None] | None" = None  # set by it with a 101: what the connection is for from then on
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -77,12 +78,17 @@ class Handler(pywsgi.WSGIHandler):
         return [value for name, value in self.header_list() if name.lower() == wanted]
 
     def get_environ(self) -> dict[str, Any]:
-        self.close_delimited = False
-        return {**super().get_environ(), "sandbox.handler": self}
+        self.close_delimited, self.talk = False, None
+        environ = {**super().get_environ(), "sandbox.handler": self}
+        environ.pop("HTTP_UPGRADE", None)  # with it Werkzeug would look among other routes, that know no plain GET
+        return environ
 
     def process_result(self) -> None:
         self.write(b"")
         super().process_result()
+        if self.talk and self.connection_upgraded:
+            self.close_connection = True
+            self.talk()
 
     def finalize_headers(self) -> None:
         super().finalize_headers()

@@ -2,10 +2,11 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import hashlib
-from typing import Any
+from typing import Any, Iterator
 
-from xaiproxy.sandbox.server import ClientGone, Handler
+from xaiproxy.sandbox.server import ClientGone, Cut, Handler
 
 COUNTERS = {
     "malformed": "requests that are no HTTP, or that two servers could read differently; counted only here",
@@ -26,6 +27,9 @@ COUNTERS = {
     "streams": "streamed answers begun",
     "open_streams": "streamed answers under way",
     "cancelled_streams": "streamed answers whose client left before the end",
+    "websockets": "WebSockets opened",
+    "open_websockets": "WebSockets that are open",
+    "cancelled_websockets": "WebSockets whose client left without closing them",
     "cancelled_requests": "requests whose client left before the answer's head",
 }
 SECRET = {"authorization", "proxy-authorization", "x-api-key", "cookie"}
@@ -44,6 +48,22 @@ class Witness:
 
     def count(self, name: str) -> None:
         self.counters[name] += 1
+
+    @contextlib.contextmanager
+    def open(self, what: str) -> Iterator[None]:
+        """Count one of these as begun, then as open, and at an end that the sandbox did not bring as cancelled."""
+        counters = self.counters
+        counters[what] += 1
+        counters[f"open_{what}"] += 1
+        try:
+            yield
+        except Cut:
+            raise
+        except BaseException:
+            counters[f"cancelled_{what}"] += 1
+            raise
+        finally:
+            counters[f"open_{what}"] -= 1
 
     def begin(self, handler: Handler) -> dict[str, Any]:
         """Record a request's head; the record grows as its body comes and its answer goes."""

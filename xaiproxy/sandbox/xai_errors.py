@@ -93,6 +93,7 @@ ERRORS: dict[str, tuple] = {
         "Access to the chat endpoint is denied. Please ensure you're using the correct credentials. If you "
         "believe this is a mistake, please log into console.x.ai and update the permissions, or contact "
         "support.")),
+    "team_not_authorized": (403, _coded("permission-denied", "Team is not authorized")),
     "blocked_user": (403, _coded("unauthorized:blocked-user", "User is blocked")),
     # the API: what was asked
     "unsupported_parameter": (400, _coded(

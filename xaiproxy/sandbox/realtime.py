@@ -1,0 +1,124 @@
+"""/v1/realtime: a conversation over a WebSocket, here in text alone, and the secrets that let a web page begin one.
+
+For tests of what lies between, /v1/realtime?model=echo sends every part of every message back as it comes, text or
+binary, of any size. It is for clients that read while they write: one that does not is not read from either.
+"""
+from __future__ import annotations
+
+import functools
+import time
+import uuid
+from typing import Any, Callable, Iterator
+
+from flask import Blueprint, request
+
+from xaiproxy.sandbox import stream
+from xaiproxy.sandbox.bodies import json_body
+from xaiproxy.sandbox.grants import Grants
+from xaiproxy.sandbox.replies import Answer, reply
+from xaiproxy.sandbox.stream import deltas
+from xaiproxy.sandbox.websocket import WebSocket, upgrade
+from xaiproxy.sandbox.xai_errors import CAPACITY
+
+Event = "dict[str, Any]"
+FAILURE = {"type": "error", "error": {"type": "server_error", "code": "resource-exhausted", "message": CAPACITY}}
+
+
+def create(grants: Grants) -> Blueprint:
+    realtime = Blueprint("realtime", __name__)
+
+    @realtime.get("/v1/realtime")
+    def connect() -> Answer:
+        model = request.args.get("model", "grok-voice")
+        return upgrade(grants, echo if model == "echo" else functools.partial(converse, grants, model))
+
+    @realtime.post("/v1/realtime/client_secrets")
+    def client_secret() -> Answer:
+        seconds = (json_body().get("expires_after") or {}).get("seconds", 600)
+        return reply(grants.mint_secret(min(seconds, 3600)))
+
+    @realtime.post("/v1/realtime/calls/<call>/<any('refer', 'hangup'):what>")
+    def call(call: str, what: str) -> Answer:
+        return reply({})
+
+    @realtime.route("/v2/phone-numbers", methods=["GET", "POST"])
+    def phone_numbers() -> Answer:
+        return reply({"phone_numbers": []})
+
+    return realtime
+
+
+def echo(client: WebSocket) -> None:
+    for part in client.parts():
+        client.send(part)
+
+
+def converse(grants: Grants, model: str, client: WebSocket) -> None:
+    knobs = grants.knobs
+    session = {"id": new("sess"), "object": "realtime.session", "type": "realtime", "model": model, "voice": "ara",
+               "instructions": "", "output_modalities": ["text"], "turn_detection": None, "tools": []}
+    client.stream(map(numbered, [
+        {"type": "session.created", "session": session},
+        {"type": "conversation.created", "conversation": {"id": new("conv"), "object": "realtime.conversation"}},
+        {"type": "ping", "timestamp": int(time.time() * 1000)}]))
+    if knobs.close_code:
+        client.close(knobs.close_code, "as the sandbox was told")
+    for said in client.messages():
+        kind = said.get("type")
+        if kind == "session.update":
+            session.update(said.get("session") or {})
+            client.tell(numbered({"type": "session.updated", "session": session}))
+        elif kind == "response.create":
+            client.stream(map(numbered, stream.troubled(response_events(deltas(knobs)), FAILURE, knobs)))
+        elif kind in SIMPLE:
+            client.tell(*map(numbered, SIMPLE[kind](said)))
+        else:
+            client.tell(numbered({"type": "error", "error": {
+                "type": "invalid_request_error", "code": "invalid_event", "message": f"There is no event {kind}.",
+                "param": None, "event_id": None}}))
+
+
+def item_added(item: Any) -> Event:
+    return {"type": "conversation.item.added", "previous_item_id": None, "item": {"id": new("item"), **(item or {})}}
+
+
+# What is answered at once, if at all.
+SIMPLE: "dict[str, Callable[[Event], list[Event]]]" = {
+    "ping": lambda said: [{"type": "pong", "timestamp": said.get("timestamp")}],
+    "pong": lambda said: [],
+    "conversation.item.create": lambda said: [item_added(said.get("item"))],
+    "input_audio_buffer.append": lambda said: [],
+    "input_audio_buffer.clear": lambda said: [{"type": "input_audio_buffer.cleared"}],
+    "input_audio_buffer.commit": lambda said: [
+        {"type": "input_audio_buffer.committed", "previous_item_id": None, "item_id": new("item")}],
+}
+
+
+def response_events(pieces: list[str]) -> "Iterator[Event]":
+    part = {"type": "output_text", "text": "".join(pieces)}
+    item = {"id": new("item"), "object": "realtime.item", "type": "message", "role": "assistant",
+            "status": "completed", "content": [part]}
+    response = {"id": new("resp"), "object": "realtime.response", "status": "completed", "status_details": None,
+                "output": [item], "output_modalities": ["text"], "metadata": None,
+                "usage": {"input_tokens": 12, "output_tokens": len(pieces), "total_tokens": 12 + len(pieces)}}
+    where = {"response_id": response["id"], "output_index": 0}
+    inside = {**where, "item_id": item["id"], "content_index": 0}
+    begun = {**item, "status": "in_progress", "content": []}
+    yield {"type": "response.created", "response": {**response, "status": "in_progress", "output": [], "usage": None}}
+    yield {"type": "response.output_item.added", **where, "item": begun}
+    yield item_added(begun)
+    yield {"type": "response.content_part.added", **inside, "part": {**part, "text": ""}}
+    for piece in pieces:
+        yield {"type": "response.output_text.delta", **inside, "delta": piece}
+    yield {"type": "response.output_text.done", **inside, "text": part["text"]}
+    yield {"type": "response.content_part.done", **inside, "part": part}
+    yield {"type": "response.output_item.done", **where, "item": item}
+    yield {"type": "response.done", "response": response}
+
+
+def new(kind: str) -> str:
+    return f"{kind}_{uuid.uuid4().hex[:16]}"
+
+
+def numbered(event: Event) -> Event:
+    return {"event_id": new("event"), **event}
