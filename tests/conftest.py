@@ -76,6 +76,21 @@ def running(start_proxy: "Callable[..., ProxyProcess]", way: str) -> ProxyProces
     return start_proxy(way=way)
 
 
+@pytest.fixture(scope="session")
+def shared_endpoint(shared_sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxyProcess]:
+    origin = shared_sandbox.url
+    with ProxyProcess(tmp_path_factory.mktemp("endpoint"), issuer=origin, upstream=origin) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def endpoint(sandbox: Sandbox, shared_endpoint: ProxyProcess) -> ProxyProcess:
+    """The proxy in front of `sandbox`, for real clients: signed in anew, and without client keys."""
+    sandbox.write_login(shared_endpoint.token_path)
+    sandbox.reset()
+    return shared_endpoint
+
+
 @pytest.fixture
 def many_files() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

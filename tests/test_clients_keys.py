@@ -1,0 +1,69 @@
+"""A proxy that asks for a client key, and how real clients bring theirs."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Iterator
+
+import anthropic
+import openai
+import pytest
+from langchain_openai import ChatOpenAI
+from proxy_process import ProxyProcess
+from sandbox import Sandbox
+
+from xaiproxy import client_keys
+
+KEY = "xaip_of-the-laptop"
+MESSAGES: Any = [{"role": "user", "content": "Hello"}]
+
+
+@pytest.fixture(scope="module")
+def shared_keyed(shared_sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxyProcess]:
+    folder, origin = tmp_path_factory.mktemp("keyed"), shared_sandbox.url
+    (folder / "client-keys").write_text(f"laptop {client_keys.digest(KEY)}\n")
+    shared_sandbox.write_login(folder / "tokens.json")
+    with ProxyProcess(folder, issuer=origin, upstream=origin) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def keyed(sandbox: Sandbox, shared_keyed: ProxyProcess) -> ProxyProcess:
+    return shared_keyed
+
+
+def ask_openai(url: str, key: str) -> Any:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key=key) as client:
+        return client.chat.completions.create(model="grok-4.5", messages=MESSAGES)
+
+
+def ask_langchain(url: str, key: str) -> Any:
+    return ChatOpenAI(model="grok-4.5", base_url=f"{url}/v1", api_key=key).invoke("Hello")
+
+
+def ask_anthropic(url: str, **credential: str) -> Any:
+    with anthropic.Anthropic(base_url=url, **credential) as client:
+        return client.messages.create(model="grok-4.5", max_tokens=9, messages=MESSAGES)
+
+
+CLIENTS: "dict[str, tuple[Callable[[str, str], Any], str]]" = {
+    "openai": (ask_openai, "authorization"), "langchain": (ask_langchain, "authorization"),
+    "anthropic, api_key": (lambda url, key: ask_anthropic(url, api_key=key), "x-api-key"),
+    "anthropic, auth_token": (lambda url, key: ask_anthropic(url, auth_token=key), "authorization")}
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_a_key_is_taken_and_goes_no_further(keyed: ProxyProcess, sandbox: Sandbox, client: str) -> None:
+    before = len(keyed.log_lines())
+    assert CLIENTS[client][0](keyed.url, KEY)
+    [seen] = sandbox.requests()
+    assert [name.lower() for name, _ in seen["headers"]].count("authorization") == 1
+    assert "x-api-key" not in [name.lower() for name, _ in seen["headers"]]
+    assert keyed.wait_for_log(lambda line: "status" in line, start=before)["key"] == "laptop"
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_another_key_is_refused_in_a_sentence(keyed: ProxyProcess, sandbox: Sandbox, client: str) -> None:
+    with pytest.raises((openai.AuthenticationError, anthropic.AuthenticationError)) as error:
+        CLIENTS[client][0](keyed.url, "xaip_of-somebody-else")
+    assert "a client key is needed" in str(error.value) and "xaip_" not in str(error.value)
+    assert sandbox.requests() == []
