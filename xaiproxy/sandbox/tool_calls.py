@@ -1,10 +1,11 @@
 """Which tool the model calls, and with what.
 
-Agents bring tools that run commands and write files. So one is called only when the last message is the user's and names
-it, or when tool_choice demands one; and then with arguments that mean nothing.
+Agents bring tools that run commands and write files. So one is called only when the user has just named it, or when
+tool_choice demands one; and then with arguments that mean nothing.
 """
 from __future__ import annotations
 
+import re
 from typing import Any, NamedTuple
 
 from xaiproxy.sandbox.replies import compact
@@ -44,13 +45,14 @@ def _demanded(choice: Any, tools: dict[str, Any]) -> str | None:
 
 
 def _named(messages: Any, tools: dict[str, Any]) -> str | None:
-    last = messages[-1] if isinstance(messages, list) and messages else {"role": "user", "content": messages}
-    if not isinstance(last, dict) or last.get("role") != "user":
-        return None
-    content = last.get("content") or ""
-    parts = [{"text": content}] if isinstance(content, str) else content
-    text = " ".join(part.get("text") or "" for part in parts if isinstance(part, dict))
-    return next((name for name in tools if name in text), None)
+    """The tool that the user names in what they wrote last; agents put notes of their own before and after it."""
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    said = [message for message in messages if isinstance(message, dict) and message.get("role") not in ("system", "developer")]
+    content = said[-1].get("content") if said and said[-1].get("role") == "user" else ""
+    if isinstance(content, list):
+        content = content[-1].get("text") if content else ""
+    return next((name for name in tools if re.search(rf"\b{re.escape(name)}\b", content or "")), None)
 
 
 def example(schema: dict[str, Any]) -> Any:

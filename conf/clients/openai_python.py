@@ -1,0 +1,14 @@
+"""OpenAI's Python library: pip install openai. OPENAI_BASE_URL and OPENAI_API_KEY do the same without a change."""
+import os
+
+from openai import OpenAI
+
+# No time limit of ours: a reasoning model may be silent for long, and the library gives up after ten minutes.
+client = OpenAI(base_url="http://127.0.0.1:9090/v1", api_key=os.environ.get("XAIPROXY_KEY", "none"), timeout=3600)
+
+with client.responses.stream(model="grok-4.5", input="Say hello.") as stream:
+    for event in stream:
+        if event.type == "response.output_text.delta":
+            print(event.delta, end="", flush=True)
+print()
+client.close()
