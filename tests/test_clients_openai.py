@@ -191,6 +191,7 @@ def test_it_tries_again_by_itself_while_the_token_cannot_be_renewed(
     sandbox.write_login(endpoint.token_path)
     asking.join()
     assert MODEL in [model.id for model in models]
+    endpoint.wait_for_log(lambda line: line.get("status") == 200, start=before)
     statuses = [line["status"] for line in endpoint.log_lines()[before:] if "status" in line]
     assert statuses == [503, 200]
 
