@@ -152,6 +152,32 @@ def test_a_chat_completion(sandbox: Sandbox, token: str) -> None:
         assert f"\r\n{field}\r\n".encode() in answer
 
 
+def user(content: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+@pytest.mark.parametrize("messages, choice, called", [
+    ([user("weather?")], None, True), ([user("Hello")], None, False), ([user("weathered")], None, False),
+    ([user([{"type": "text", "text": "Hello"}, {"type": "text", "text": "weather"}])], "auto", True),
+    ([user([{"type": "text", "text": "weather"}, {"type": "text", "text": "Hello"}])], "auto", False),
+    ([user("weather"), {"role": "system", "content": "Be brief."}], None, True),
+    ([user("weather"), {"role": "assistant", "content": "weather"}], None, False), ([], None, False),
+    ([user("weather"), {"role": "tool", "content": "weather: fog"}], None, False),
+    ([user("weather")], "none", False), ([user("Hello")], "required", True),
+    ([user("Hello")], {"type": "function", "function": {"name": "weather"}}, True)])
+def test_a_tool_is_called_when_the_user_names_it_or_it_is_demanded(
+        sandbox: Sandbox, token: str, messages: list[Any], choice: Any, called: bool) -> None:
+    """Agents bring tools that run commands: nothing else may set one off."""
+    properties = {"where": {"type": "string"}, "unit": {"enum": ["K", "C"]}, "days": {"type": "integer"}}
+    tools = [{"type": "web_search"}, {"type": "function", "function": {
+        "name": "weather", "parameters": {"type": "object", "properties": properties, "required": ["where", "unit"]}}}]
+    body = {"model": "grok-4.5", "messages": messages, "tools": tools, **({"tool_choice": choice} if choice else {})}
+    [choice] = sandbox.post("/v1/chat/completions", body, token)[1]["choices"]
+    assert (choice["finish_reason"] == "tool_calls") == ("tool_calls" in choice["message"]) == called
+    for call in choice["message"].get("tool_calls", []):
+        assert call["function"] == {"name": "weather", "arguments": '{"where":"sandbox","unit":"K"}'}
+
+
 def test_a_deferred_completion(sandbox: Sandbox, token: str) -> None:
     refused = sandbox.post("/v1/chat/completions", {**CHAT, "deferred": True}, token)
     assert refused == (400, "A request may either be streaming or deferred, but not both.")

@@ -128,6 +128,7 @@ def test_a_client_secret_opens_one_websocket(sandbox: Sandbox, connect: Callable
     assert said(connect("/v1/realtime", None, subprotocols=offered), 1) == ["session.created"]
     with pytest.raises(InvalidStatus, match="HTTP 401"):
         connect("/v1/realtime", None, subprotocols=offered)
+    assert secret["value"] not in json.dumps(sandbox.requests())
     expired = sandbox.post("/v1/realtime/client_secrets", {"expires_after": {"seconds": 0}}, token)[1]["value"]
     with pytest.raises(InvalidStatus, match="HTTP 401"):
         connect("/v1/realtime", None, subprotocols=[f"xai-client-secret.{expired}"])

@@ -20,7 +20,7 @@ from xaiproxy.sandbox.stream import deltas
 from xaiproxy.sandbox.websocket import WebSocket, upgrade
 from xaiproxy.sandbox.xai_errors import CAPACITY
 
-Event = "dict[str, Any]"
+Event = dict[str, Any]
 FAILURE = {"type": "error", "error": {"type": "server_error", "code": "resource-exhausted", "message": CAPACITY}}
 
 
@@ -83,7 +83,7 @@ def item_added(item: Any) -> Event:
 
 
 # What is answered at once, if at all.
-SIMPLE: "dict[str, Callable[[Event], list[Event]]]" = {
+SIMPLE: dict[str, Callable[[Event], list[Event]]] = {
     "ping": lambda said: [{"type": "pong", "timestamp": said.get("timestamp")}],
     "pong": lambda said: [],
     "conversation.item.create": lambda said: [item_added(said.get("item"))],
@@ -94,7 +94,7 @@ SIMPLE: "dict[str, Callable[[Event], list[Event]]]" = {
 }
 
 
-def response_events(pieces: list[str]) -> "Iterator[Event]":
+def response_events(pieces: list[str]) -> Iterator[Event]:
     part = {"type": "output_text", "text": "".join(pieces)}
     item = {"id": new("item"), "object": "realtime.item", "type": "message", "role": "assistant",
             "status": "completed", "content": [part]}

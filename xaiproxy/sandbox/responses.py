@@ -16,23 +16,25 @@ from xaiproxy.sandbox.replies import Answer, reply
 from xaiproxy.sandbox.stream import THOUGHT, deltas, sse
 from xaiproxy.sandbox.xai_errors import CAPACITY
 
+STORED = 1000  # the newest
 FAILURE = {"sequence_number": 0, "type": "error", "code": None, "message": CAPACITY, "param": None}
 
 
 def create(grants: Grants) -> Blueprint:
     responses = Blueprint("responses", __name__)
     knobs = grants.knobs
-    stored: dict[str, dict[str, Any]] = {}
-    inputs: dict[str, list[Any]] = {}  # of those stored
+    stored: dict[str, tuple[dict[str, Any], list[Any]]] = {}  # with what they were asked
 
     def respond(name: str, body: dict[str, Any]) -> dict[str, Any]:
         """The complete response, stored unless the request says no."""
         response = complete(name, body, deltas(knobs))
         if response["store"]:
-            stored[name], inputs[name] = response, input_items(body["input"])
+            stored[name] = response, input_items(body["input"])
+        if len(stored) > STORED:
+            del stored[next(iter(stored))]
         return response
 
-    def existing(name: str) -> dict[str, Any]:
+    def existing(name: str) -> tuple[dict[str, Any], list[Any]]:
         if name not in stored:
             abort(reply({"code": "not-found", "error": f"Response {name} does not exist."}, 404))
         return stored[name]
@@ -58,17 +60,16 @@ def create(grants: Grants) -> Blueprint:
 
     @responses.get("/v1/responses/<name>")
     def one_response(name: str) -> Answer:
-        return reply(existing(name))
+        return reply(existing(name)[0])
 
     @responses.get("/v1/responses/<name>/input_items")
     def list_input_items(name: str) -> Answer:
-        existing(name)
-        return reply({"object": "list", "data": inputs[name], "has_more": False})
+        return reply({"object": "list", "data": existing(name)[1], "has_more": False})
 
     @responses.delete("/v1/responses/<name>")
     def delete(name: str) -> Answer:
         existing(name)
-        del stored[name], inputs[name]
+        del stored[name]
         return reply({"id": name, "object": "response", "deleted": True})
 
     @responses.get("/v1/responses")

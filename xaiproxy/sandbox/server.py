@@ -38,7 +38,7 @@ class Handler(pywsgi.WSGIHandler):
     raw_head = b""  # the header section as it came
     _numbers = itertools.count(1)
     close_delimited = False  # set by the application: no framing, the end of the connection ends the body
-    talk: "Callable[[], None] | None" = None  # set by it with a 101: what the connection is for from then on
+    talk: Callable[[], None] | None = None  # set by it with a 101: what the connection is for from then on
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)

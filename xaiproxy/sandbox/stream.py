@@ -4,7 +4,7 @@ from __future__ import annotations
 import functools
 import itertools
 import time
-from typing import Any, Iterable, Iterator, NoReturn, Protocol
+from typing import Any, Iterable, Iterator
 
 from flask import request
 
@@ -14,14 +14,6 @@ from xaiproxy.sandbox.replies import Answer, compact
 
 WORDS = [f"{word} " for word in "This is the sandbox, not xAI, and nobody thought about the answer.".split()]
 THOUGHT = "Hm."  # what every answer says of its reasoning
-
-
-class Peer(Protocol):
-    """The client at the other end, over HTTP or a WebSocket."""
-
-    def pause(self, seconds: float) -> None: ...
-
-    def cut(self, how: str) -> NoReturn: ...
 
 
 def deltas(knobs: Knobs) -> list[str]:
@@ -70,8 +62,11 @@ def troubled(events: Iterable[Any], failure: Any, knobs: Knobs) -> Iterator[Any]
         yield failure
 
 
-def paced(events: Iterable[bytes], knobs: Knobs, peer: Peer) -> Iterator[bytes]:
-    """The events at the pace of the knobs; the client's leaving is noticed at once."""
+def paced(events: Iterable[bytes], knobs: Knobs, peer: Any) -> Iterator[bytes]:
+    """The events at the pace of the knobs; the client's leaving is noticed at once.
+
+    `peer`, a Handler or a WebSocket, can pause(seconds) and cut(how).
+    """
     interval = 1 / knobs.events_per_second if knobs.events_per_second else 0
     silence_after, cut_after = knobs.silence_after, knobs.cut_after
     peer.pause(knobs.first_event_delay)

@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 from xaiproxy.sandbox.replies import compact
 
 
+NOTES = ("system", "developer")  # roles; some agents put one of these last
+
+
 class Call(NamedTuple):
     name: str
     arguments: Any
@@ -35,7 +38,7 @@ def _function(tool: dict[str, Any]) -> tuple[str, Any] | None:
 
 
 def _demanded(choice: Any, tools: dict[str, Any]) -> str | None:
-    """The name that tool_choice comes to: one of none that there is, if it forbids them; None when it leaves it open."""
+    """The name that tool_choice comes to: that of no tool if it forbids them; None when it leaves it open."""
     kind = choice.get("type") if isinstance(choice, dict) else choice
     if kind in ("required", "any"):
         return next(iter(tools), None)
@@ -48,7 +51,7 @@ def _named(messages: Any, tools: dict[str, Any]) -> str | None:
     """The tool that the user names in what they wrote last; agents put notes of their own before and after it."""
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
-    said = [message for message in messages if isinstance(message, dict) and message.get("role") not in ("system", "developer")]
+    said = [message for message in messages if isinstance(message, dict) and message.get("role") not in NOTES]
     content = said[-1].get("content") if said and said[-1].get("role") == "user" else ""
     if isinstance(content, list):
         content = content[-1].get("text") if content else ""

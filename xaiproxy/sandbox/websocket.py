@@ -6,6 +6,7 @@ echoed needs little memory, however large it is, and a client that does not read
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import json
 import time
@@ -42,7 +43,7 @@ def offered_secret() -> str | None:
     return next((offer[len(SECRET):] for offer in offered_subprotocols() if offer.startswith(SECRET)), None)
 
 
-def upgrade(grants: Grants, talk: "Callable[[WebSocket], None]") -> Answer:
+def upgrade(grants: Grants, talk: Callable[[WebSocket], None]) -> Answer:
     """The 101 that the request in hand gets, after which its connection is talk's; else what it lacks."""
     handler = request.environ["sandbox.handler"]
     opening = handshake.H11Handshake(ConnectionType.SERVER)
@@ -60,12 +61,10 @@ def upgrade(grants: Grants, talk: "Callable[[WebSocket], None]") -> Answer:
     return Answer(status=101, headers=[line.split(": ", 1) for line in accepted.split("\r\n")[1:-2]])
 
 
-def _run(grants: Grants, talk: "Callable[[WebSocket], None]", websocket: "WebSocket") -> None:
+def _run(grants: Grants, talk: Callable[[WebSocket], None], websocket: WebSocket) -> None:
     with grants.witness.open("websockets"):
-        try:
+        with contextlib.suppress(Closed):
             talk(websocket)
-        except Closed:
-            pass
 
 
 class WebSocket:
@@ -96,7 +95,7 @@ class WebSocket:
                 yield self._parsed(type(part.data)().join(parts), binary)
                 parts, size = [], 0
 
-    def _parsed(self, message: "str | bytes", binary: bool) -> Any:
+    def _parsed(self, message: str | bytes, binary: bool) -> Any:
         if isinstance(message, bytes):
             return message if binary else self.close(1003, "not text")
         try:
@@ -118,8 +117,8 @@ class WebSocket:
                 self._received.append(event)
             elif isinstance(event, Ping) and self._connection.state is ConnectionState.OPEN:
                 self.send(event.response())
-            elif isinstance(event, CloseConnection):  # also wsproto's own, at what is no frame
-                if self._connection.state is not ConnectionState.CLOSED:
+            elif isinstance(event, CloseConnection):  # the client's, or wsproto's own at what is no frame
+                if self._connection.state in (ConnectionState.REMOTE_CLOSING, ConnectionState.OPEN):
                     self.send(event.response())
                 raise Closed
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import hashlib
+import re
 from typing import Any, Iterator
 
 from xaiproxy.sandbox.server import ClientGone, Cut, Handler
@@ -94,7 +95,13 @@ class Witness:
 
 def _hidden(name: str, value: str) -> str:
     """A secret's SHA-256 in its place, with the scheme, if any, kept."""
+    if name.lower() == "sec-websocket-protocol":
+        return re.sub(r"(?<=xai-client-secret\.)[^, ]+", lambda found: _digest(found[0]), value)
     if name.lower() not in SECRET:
         return value
     scheme, space, secret = value.rpartition(" ")
-    return scheme + space + hashlib.sha256(secret.encode("latin-1")).hexdigest()
+    return scheme + space + _digest(secret)
+
+
+def _digest(secret: str) -> str:
+    return hashlib.sha256(secret.encode("latin-1")).hexdigest()
