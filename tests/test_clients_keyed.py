@@ -40,21 +40,26 @@ def ask_langchain(url: str, key: str) -> Any:
     return ChatOpenAI(model="grok-4.5", base_url=f"{url}/v1", api_key=key).invoke("Hello")
 
 
-def ask_anthropic(url: str, **credential: str) -> Any:
+def ask_anthropic(url: str, **credential: Any) -> Any:
     with anthropic.Anthropic(base_url=url, **credential) as client:
         return client.messages.create(model="grok-4.5", max_tokens=9, messages=MESSAGES)
 
 
-CLIENTS: "dict[str, tuple[Callable[[str, str], Any], str]]" = {
-    "openai": (ask_openai, "authorization"), "langchain": (ask_langchain, "authorization"),
-    "anthropic, api_key": (lambda url, key: ask_anthropic(url, api_key=key), "x-api-key"),
-    "anthropic, auth_token": (lambda url, key: ask_anthropic(url, auth_token=key), "authorization")}
+def ask_older_anthropic(url: str, key: str) -> Any:
+    """As it was before 2.0, and as Claude Code is with ANTHROPIC_API_KEY."""
+    return ask_anthropic(url, default_headers={"X-Api-Key": key, "Authorization": anthropic.Omit()})
+
+
+CLIENTS: "dict[str, Callable[[str, str], Any]]" = {
+    "openai": ask_openai, "langchain": ask_langchain, "anthropic, X-Api-Key": ask_older_anthropic,
+    "anthropic, api_key": lambda url, key: ask_anthropic(url, api_key=key),
+    "anthropic, auth_token": lambda url, key: ask_anthropic(url, auth_token=key)}
 
 
 @pytest.mark.parametrize("client", CLIENTS)
 def test_a_key_is_taken_and_goes_no_further(keyed: ProxyProcess, sandbox: Sandbox, client: str) -> None:
     before = len(keyed.log_lines())
-    assert CLIENTS[client][0](keyed.url, KEY)
+    assert CLIENTS[client](keyed.url, KEY)
     [seen] = sandbox.requests()
     assert [name.lower() for name, _ in seen["headers"]].count("authorization") == 1
     assert "x-api-key" not in [name.lower() for name, _ in seen["headers"]]
@@ -64,6 +69,6 @@ def test_a_key_is_taken_and_goes_no_further(keyed: ProxyProcess, sandbox: Sandbo
 @pytest.mark.parametrize("client", CLIENTS)
 def test_another_key_is_refused_in_a_sentence(keyed: ProxyProcess, sandbox: Sandbox, client: str) -> None:
     with pytest.raises((openai.AuthenticationError, anthropic.AuthenticationError)) as error:
-        CLIENTS[client][0](keyed.url, "xaip_of-somebody-else")
+        CLIENTS[client](keyed.url, "xaip_of-somebody-else")
     assert "a client key is needed" in str(error.value) and "xaip_" not in str(error.value)
     assert sandbox.requests() == []
