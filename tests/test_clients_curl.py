@@ -52,8 +52,9 @@ def test_a_whole_stream_by_http_1_0_too(endpoint: ProxyProcess) -> None:
         assert curl("-N", version, *JSON, "-d", CHAT, url).stdout.endswith(b"data: [DONE]\n\n")
 
 
-@pytest.mark.parametrize("how", [["-H", "Expect: 100-continue"], ["-H", "Expect: 100-continue", "-H",
-                                 "Transfer-Encoding: chunked"], ["-H", "Expect:"]], ids=["expect", "chunked", "at once"])
+@pytest.mark.parametrize("how", [
+    ["-H", "Expect: 100-continue"], ["-H", "Expect: 100-continue", "-H", "Transfer-Encoding: chunked"],
+    ["-H", "Expect:"]], ids=["expect", "chunked", "at once"])
 def test_an_upload(endpoint: ProxyProcess, sandbox: Sandbox, tmp_path: Path, how: "list[str]") -> None:
     content = bytes(range(256)) * 8000
     (tmp_path / "a.bin").write_bytes(content)

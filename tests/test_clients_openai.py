@@ -224,7 +224,8 @@ def test_what_xai_says_of_a_model_that_does_not_exist_passes(client: openai.Open
     ("no_subscription", openai.PermissionDeniedError, "do not have an active Grok subscription"),
     ("unsupported_parameter", openai.BadRequestError, "does not support parameter"),
     ("unavailable", openai.InternalServerError, "Service temporarily unavailable")])
-def test_an_error_of_xais_passes(endpoint: ProxyProcess, sandbox: Sandbox, name: str, error: Any, sentence: str) -> None:
+def test_an_error_of_xais_passes(
+        endpoint: ProxyProcess, sandbox: Sandbox, name: str, error: Any, sentence: str) -> None:
     sandbox.set(answers=[{"path": "/v1/chat/completions", "error": name}])
     with openai_client(endpoint, max_retries=0) as client, pytest.raises(error) as raised:
         client.chat.completions.create(model=MODEL, messages=HELLO)

@@ -191,7 +191,8 @@ def test_speech_both_ways(connect: Callable[..., Connection]) -> None:
 
 
 @pytest.mark.parametrize("compression", [None, "deflate"])
-@pytest.mark.parametrize("message", ["", b"", "é" * 70_000, bytes(range(256)) * 5000], ids=["no text", "nothing", "text", "bytes"])
+@pytest.mark.parametrize("message", ["", b"", "é" * 70_000, bytes(range(256)) * 5000],
+                         ids=["no text", "nothing", "text", "bytes"])
 def test_an_echo(connect: Callable[..., Connection], compression: "str | None", message: "str | bytes") -> None:
     connection = connect("/v1/realtime?model=echo", compression=compression, max_size=None)
     assert bool(connection.protocol.extensions) == bool(compression)

@@ -3,7 +3,7 @@ import os
 
 from openai import OpenAI
 
-# No time limit of ours: a reasoning model may be silent for long, and the library gives up after ten minutes.
+# The library gives up after ten minutes of itself, and a reasoning model may be silent for longer; seconds.
 client = OpenAI(base_url="http://127.0.0.1:9090/v1", api_key=os.environ.get("XAIPROXY_KEY", "none"), timeout=3600)
 
 with client.responses.stream(model="grok-4.5", input="Say hello.") as stream:

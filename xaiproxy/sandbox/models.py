@@ -44,7 +44,8 @@ def about(name: str) -> dict[str, Any]:
 
 
 def priced(name: str) -> dict[str, Any]:
-    return {**about(name), "input_modalities": ["text"], "output_modalities": ["text"], "prompt_text_token_price": 20000}
+    return {**about(name), "input_modalities": ["text"], "output_modalities": ["text"],
+            "prompt_text_token_price": 20000}
 
 
 def known(name: str, names: Any = tuple(MODELS)) -> str:

@@ -1,4 +1,4 @@
-"""What is streamed, as server-sent events or over a WebSocket, and the ways in which that can be slow, silent or cut."""
+"""What is streamed, as server-sent events or over a WebSocket, and how that can be slow, silent or cut."""
 from __future__ import annotations
 
 import functools
