@@ -54,10 +54,8 @@ def setup(process: str, level: str, format: str, fd: int = 2, poll: "Callable[[]
     moment later, so that the lines of that moment are written together.
     """
     as_json = format == "json" or (format == "auto" and not os.isatty(fd))
-    handler = LineHandler(fd, poll, defer)
-    handler.setFormatter(JsonFormatter(process) if as_json else TextFormatter(process))
     global _handler
-    _handler = handler
+    _handler = handler = LineHandler(fd, JsonFormatter(process) if as_json else TextFormatter(process), poll, defer)
     logger = logging.getLogger("xaiproxy")
     logger.handlers[:] = [handler]
     logger.setLevel(level.upper())
@@ -71,8 +69,10 @@ def event(logger: logging.Logger, level: int, message: str, fields: "dict[str, A
 
 
 class LineHandler(logging.Handler):
-    def __init__(self, fd: int, poll: "Callable[[], Any]", defer: "Callable[[Callable[[], None]], Any] | None" = None):
+    def __init__(self, fd: int, style: "_Formatter", poll: "Callable[[], Any]",
+                 defer: "Callable[[Callable[[], None]], Any] | None" = None):
         super().__init__()
+        self._style = style
         if os.isatty(fd):
             # A terminal stopped with Ctrl-S may have room for half a line. That a write does not wait is a mode of
             # the open file, which the shell shares: hence one of our own.
@@ -118,7 +118,7 @@ class LineHandler(logging.Handler):
                 lines.popleft()
 
     def _line(self, created: float, level: str, message: str, fields: "dict[str, Any]") -> bytes:
-        return self.formatter.line(created, level, message, fields).encode("utf-8", "replace") + b"\n"
+        return self._style.line(created, level, message, fields).encode("utf-8", "replace") + b"\n"
 
     def _write(self, data: bytes) -> bool:
         ready = self._poll.poll(0)
@@ -131,9 +131,8 @@ class LineHandler(logging.Handler):
         return True
 
 
-class _Formatter(logging.Formatter):
+class _Formatter:
     def __init__(self, process: str):
-        super().__init__()
         self.process = process
 
     def line(self, created: float, level: str, message: str, fields: "dict[str, Any]") -> str:
