@@ -4,65 +4,17 @@ import concurrent.futures
 import json
 import os
 import re
-import shutil
 import signal
 import stat
-import subprocess
-import sys
-import threading
 import time
 
 import pytest
+from refresher_process import Process, make_store, mounted, mounts, seen_from, strace, wait_until
 
-from xaiproxy import config, errors, refresher, token_writer
-from xaiproxy.token_store import TokenStore
+from xaiproxy import errors, refresher, token_writer
 from xaiproxy.tokens import State
 
 TOKEN_ENDPOINT = "/oauth2/token"
-COMMAND = "import sys; from xaiproxy.refresher import main; sys.exit(main())"  # as the installed xai-refresher has it
-
-
-def environment(sandbox, path, **more) -> "dict[str, str]":
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("XAI_PROXY_")}
-    return {**inherited, **sandbox.env, "XAI_PROXY_TOKEN_PATH": str(path), **more}
-
-
-class Process:
-    """A refresher; `before` is a command that executes it, such as strace. Its log is read as it comes."""
-
-    def __init__(self, sandbox, path, *options: str, before=(), **more: str):
-        self.path = path
-        self.process = subprocess.Popen(
-            [*map(str, before), sys.executable, "-W", "error", "-c", COMMAND, *options],
-            env=environment(sandbox, path, **more), cwd="/", text=True, stderr=subprocess.PIPE)
-        self.pid = self.process.pid
-        self.lines: "list[str]" = []
-        self._reader = threading.Thread(target=lambda: self.lines.extend(self.process.stderr))
-        self._reader.start()
-
-    def messages(self) -> "list[str]":
-        return [json.loads(line)["message"] for line in list(self.lines) if line.startswith("{")]
-
-    def said(self, text: str) -> int:
-        return sum(text in message for message in self.messages())
-
-    def wait_for(self, text: str, seconds: float = 10) -> None:
-        wait_until(lambda: self.said(text), seconds, lambda: f"{text!r} was not said: {self.lines}")
-
-    def signal(self, *numbers: int) -> None:
-        for number in numbers:
-            self.process.send_signal(number)
-
-    def wait(self, seconds: float = 10) -> int:
-        status = self.process.wait(seconds)
-        self._reader.join()
-        self.process.stderr.close()
-        return status
-
-    def close(self) -> None:
-        self.process.kill()
-        self.wait()
-        assert not re.search(r"eyJ|[\w-]{80}", "".join(self.lines)), "a token in the log"
 
 
 @pytest.fixture
@@ -77,17 +29,6 @@ def start(sandbox):
     yield start
     for process in started:
         process.close()
-
-
-def wait_until(true, seconds: float = 10, why=lambda: "it did not happen") -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, why()
-        time.sleep(0.02)
-
-
-def make_store(sandbox, path) -> TokenStore:
-    return TokenStore(config.from_environ(environment(sandbox, path), dotenv_path=os.devnull))
 
 
 def put_stale(sandbox, path, **members) -> dict:
@@ -198,11 +139,6 @@ def test_a_stopped_refresher_catches_up_when_it_goes_on(sandbox, start, tmp_path
 # killed at every system call of its save
 
 SAVING = "openat,write,fsync,ftruncate,rename,unlink"
-strace = pytest.mark.skipif(
-    shutil.which("strace") is None or subprocess.run(["strace", "-o", os.devnull, "true"], capture_output=True).returncode,
-    reason="strace is not installed, or not permitted here")
-
-
 def traced(path, log, *inject) -> "list[str]":
     """strace, for the system calls that touch the token files. -D: the refresher, not strace, is our child."""
     paths = [path, *(path.with_name(path.name + suffix) for suffix in (".new", ".lock", ".refused")), path.parent]
@@ -268,22 +204,6 @@ def test_a_refreshed_login_that_cannot_be_saved_is_kept_in_memory_and_saved_when
 
 
 # disks that take nothing
-
-mounts = pytest.mark.skipif(
-    shutil.which("unshare") is None or
-    subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True).returncode,
-    reason="unshare is not installed, or may mount nothing here")
-
-
-def mounted(script: str, folder) -> "list[str]":
-    """A shell script that mounts something on "$1", in a mount namespace of the refresher's own, and then runs it."""
-    return ["unshare", "-rm", "sh", "-ec", script + '; shift; exec "$@"', "sh", str(folder)]
-
-
-def seen_from(process: Process, path) -> str:
-    """A path in the mount namespace of a process."""
-    return f"/proc/{process.pid}/root{path}"
-
 
 def full(folder, login, room: int = 0) -> "list[str]":
     """On a disk of its own, with the login and `room` bytes free."""

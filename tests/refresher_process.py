@@ -1,0 +1,93 @@
+"""A refresher as a process of its own, and what it can be run under: strace, a mount namespace."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from xaiproxy import config
+from xaiproxy.token_store import TokenStore
+
+COMMAND = "import sys; from xaiproxy.refresher import main; sys.exit(main())"  # as the installed xai-refresher has it
+
+
+def environment(sandbox, path, **more) -> "dict[str, str]":
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("XAI_PROXY_")}
+    return {**inherited, **sandbox.env, "XAI_PROXY_TOKEN_PATH": str(path), **more}
+
+
+def make_store(sandbox, path) -> TokenStore:
+    return TokenStore(config.from_environ(environment(sandbox, path), dotenv_path=os.devnull))
+
+
+class Process:
+    """A refresher; `before` is a command that executes it, such as strace, and `code` what it runs.
+
+    Its log is read as it comes.
+    """
+
+    def __init__(self, sandbox, path, *options: str, before=(), code: str = COMMAND, **more: str):
+        self.path = path
+        self.process = subprocess.Popen(
+            [*map(str, before), sys.executable, "-W", "error", "-c", code, *options],
+            env=environment(sandbox, path, **more), cwd="/", text=True, stderr=subprocess.PIPE)
+        self.pid = self.process.pid
+        self.lines: "list[str]" = []
+        self._reader = threading.Thread(target=lambda: self.lines.extend(self.process.stderr))
+        self._reader.start()
+
+    def messages(self) -> "list[str]":
+        return [json.loads(line)["message"] for line in list(self.lines) if line.startswith("{")]
+
+    def said(self, text: str) -> int:
+        return sum(text in message for message in self.messages())
+
+    def wait_for(self, text: str, seconds: float = 10) -> None:
+        wait_until(lambda: self.said(text), seconds, lambda: f"{text!r} was not said: {self.lines}")
+
+    def signal(self, *numbers: int) -> None:
+        for number in numbers:
+            self.process.send_signal(number)
+
+    def wait(self, seconds: float = 10) -> int:
+        status = self.process.wait(seconds)
+        self._reader.join()
+        self.process.stderr.close()
+        return status
+
+    def close(self) -> None:
+        self.process.kill()
+        self.wait()
+        assert not re.search(r"eyJ|[\w-]{80}", "".join(self.lines)), "a token in the log"
+
+
+def wait_until(true, seconds: float = 10, why=lambda: "it did not happen") -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, why()
+        time.sleep(0.02)
+
+
+strace = pytest.mark.skipif(
+    shutil.which("strace") is None or subprocess.run(["strace", "-o", os.devnull, "true"], capture_output=True).returncode,
+    reason="strace is not installed, or not permitted here")
+mounts = pytest.mark.skipif(
+    shutil.which("unshare") is None or
+    subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True).returncode,
+    reason="unshare is not installed, or may mount nothing here")
+
+
+def mounted(script: str, folder) -> "list[str]":
+    """A shell script that mounts something on "$1", in a mount namespace of the refresher's own, and then runs it."""
+    return ["unshare", "-rm", "sh", "-ec", script + '; shift; exec "$@"', "sh", str(folder)]
+
+
+def seen_from(process: Process, path) -> str:
+    """A path in the mount namespace of a process."""
+    return f"/proc/{process.pid}/root{path}"
