@@ -331,6 +331,16 @@ def test_a_login_put_there_without_the_lock_meanwhile_is_kept(store):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+@pytest.mark.parametrize("write", [lambda writer: writer.rehearse(OLD), lambda writer: writer.save(OLD, over=OLD)])
+def test_a_login_put_there_before_the_rehearsal_is_kept(store, write):
+    save(store, NEW)
+    before = len(os.listdir("/proc/self/fd"))
+    with token_writer.locked(store, 0) as writer, pytest.raises(errors.LoginUnusable, match="replaced or"):
+        write(writer)
+    assert store.load() == NEW and files(store) == ["tokens.json", "tokens.json.lock"]
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_a_reserve_that_somebody_tidied_away_is_made_anew(store):
     save(store, OLD)
     with token_writer.locked(store, 0) as writer:

@@ -272,7 +272,7 @@ class Refresher:
         if self.store.load().refresh_token != login.refresh_token:
             return  # somebody who takes no lock has put another login there, which must stay
         with contextlib.suppress(errors.StorageError):  # a full disk: the login is unharmed, and we know in memory
-            writer.save(dataclasses.replace(login, refresh_error=error))
+            writer.save(dataclasses.replace(login, refresh_error=error), over=login)
 
     # Waiting and telling
 

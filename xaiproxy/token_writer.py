@@ -153,16 +153,19 @@ class TokenWriter:
         finally:
             os.close(fd)
 
-    def save(self, login: tokens.Tokens) -> None:
+    def save(self, login: tokens.Tokens, over: "tokens.Tokens | None" = None) -> None:
         """Make `login` the file's content, durably. Raises StorageError, with the old content still in place.
 
-        A file that does not parse is kept aside as tokens.json.corrupt-<unix time>.
+        A file that does not parse is kept aside as tokens.json.corrupt-<unix time>. `over`: the login that it is to
+        take the place of; raises LoginUnusable when somebody who takes no lock has put another one there.
         """
         with self._writing():
-            mark = self._successor_mark()
+            mark = self._successor_mark() if over is None else _mark_of(over)
             fd = self._create()
             try:
                 _write(fd, login.to_json(mark).encode())
+                if over is not None:
+                    self._check_holds(mark, "and is left as it is")
                 self._put_into_place()
             except BaseException:
                 self._clear_away()
@@ -171,9 +174,15 @@ class TokenWriter:
                 os.close(fd)
 
     def rehearse(self, login: tokens.Tokens) -> "Reserved":
-        """Do the whole save with the login in hand, and reserve room for its successor. Raises StorageError."""
-        self.save(login)
-        return self.reserve()
+        """Do the whole save with the login in hand, and reserve room for its successor. Raises as `save` does."""
+        self.save(login, over=login)
+        reserved = self.reserve()
+        try:
+            self._check_holds(_mark_of(login), "and is left as it is")
+        except BaseException:
+            reserved.discard()
+            raise
+        return reserved
 
     def reserve(self) -> "Reserved":
         """Make tokens.json.new, with room for a login. Raises StorageError."""
@@ -209,7 +218,12 @@ class TokenWriter:
             if error.state == "unreadable":
                 raise errors.StorageError(str(error)) from error
             return None
-        return tokens.fingerprint(login.refresh_token) if login.refresh_token else None
+        return _mark_of(login)
+
+    def _check_holds(self, mark: "str | None", consequence: str) -> None:
+        if self._successor_mark() != mark:
+            raise errors.LoginUnusable("replaced", f"{self.store.path} was replaced or removed while its login was "
+                                       f"refreshed, {consequence}")
 
     def _create(self) -> int:
         self.store.new_path.unlink(missing_ok=True)
@@ -278,10 +292,11 @@ class Reserved:
                 os.ftruncate(self._fd, len(content))
                 os.fsync(self._fd)
                 # From here on a kill loses nothing, so not before here may anything else be looked at.
-                if self._writer._successor_mark() != self._mark:
+                try:
+                    self._writer._check_holds(self._mark, "so the new tokens of that login are dropped")
+                except errors.LoginUnusable:
                     self.discard()
-                    raise errors.LoginUnusable("replaced", f"{store.path} was replaced or removed while its login was "
-                                               "refreshed, so the new tokens of that login are dropped")
+                    raise
                 os.rename(store.new_path, store.path)
                 self.close()
             self._writer._sync_folder()  # all that is left to do when this failed the first time
@@ -295,6 +310,10 @@ class Reserved:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def _mark_of(login: tokens.Tokens) -> "str | None":
+    return tokens.fingerprint(login.refresh_token) if login.refresh_token else None
 
 
 def _write(fd: int, content: bytes) -> None:
