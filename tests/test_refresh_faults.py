@@ -1,0 +1,522 @@
+"""What a refresh survives, as a table: steps of a refresh, and what goes wrong at each.
+
+Each cell is a refresher of its own, stopped at a system call of that step, with a login and an issuer of its own.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import io
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import threading
+import time
+import urllib.parse
+
+import pytest
+from proxy_process import ProxyProcess
+from refresher_process import Process, make_store, mounted, mounts, seen_from, strace, wait_until
+from scripted_server import ScriptedServer, answer, read_request
+
+from xaiproxy import app, conversation, login, token_store, token_writer, tokens
+from xaiproxy.tokens import State
+
+LIFETIME = 21600
+PATIENCE = 12  # seconds; the cells of a row share the cores
+
+
+class Issuer(ScriptedServer):
+    """An issuer of one login. It rotates the refresh token and ends the login when a former one comes again.
+
+    `faults`: what becomes of the first requests to the token endpoint: bytes that are answered instead, or a function
+    of the connection and of another, which spends the token and returns the answer. `grace`: former ones are taken.
+    """
+
+    def __init__(self, *faults, grace: bool = False):
+        super().__init__(self._reply)
+        self.env = {"XAI_PROXY_ISSUER": self.url, "XAI_PROXY_UPSTREAM": self.url}
+        self.login = [self.name()]  # its refresh tokens; only the last is good
+        self.ended = False
+        self.calls: "list[float]" = []
+        self.reuses = 0
+        self.lifetime = LIFETIME  # of access tokens, in seconds
+        self._faults = list(faults)
+        self._grace = grace
+        self._mutex = threading.Lock()
+
+    @staticmethod
+    def name() -> str:
+        return os.urandom(12).hex()
+
+    def _reply(self, connection: socket.socket) -> None:
+        head, _, body = read_request(connection).partition(b"\r\n\r\n")
+        if not head:
+            return  # who connected is gone
+        if head.startswith(b"GET"):
+            connection.sendall(answer(200, {"issuer": self.url, "token_endpoint": f"{self.url}/token"}))
+            return
+        form = dict(urllib.parse.parse_qsl(body.decode()))
+        with self._mutex:
+            self.calls.append(time.monotonic())
+            fault = self._faults.pop(0) if self._faults else None
+        if fault is None:
+            connection.sendall(self.spend(form["refresh_token"]))
+        elif isinstance(fault, bytes):
+            connection.sendall(fault)
+        else:
+            fault(connection, lambda: self.spend(form["refresh_token"]))
+
+    def spend(self, token: str) -> bytes:
+        with self._mutex:
+            if token != self.login[-1] and not self._grace:
+                self.reuses += 1
+                self.ended = True
+            if self.ended:
+                return answer(400, {"error": "invalid_grant"})
+            self.login.append(self.name())
+            return answer(200, {"access_token": self.name(), "expires_in": self.lifetime, "refresh_token": self.login[-1]})
+
+    def go_down(self) -> None:
+        self.__exit__()
+
+    def come_back(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", self.port))
+        self._acceptor = threading.Thread(target=self._accept)
+        self._acceptor.start()
+
+
+def cut_before(connection, spend) -> None:
+    pass
+
+
+def cut_after(connection, spend) -> None:
+    spend()
+
+
+def drip(connection, spend) -> None:
+    """The last three bytes take a second each."""
+    whole = spend()
+    connection.sendall(whole[:-3])
+    for byte in whole[-3:]:
+        time.sleep(1)
+        connection.sendall(bytes([byte]))
+
+
+class Held:
+    """A fault that spends the token, and sends the answer when the test lets it."""
+
+    def __init__(self):
+        self.spent, self.released = threading.Event(), threading.Event()
+
+    def __call__(self, connection, spend) -> None:
+        whole = spend()
+        self.spent.set()
+        self.released.wait(PATIENCE)
+        connection.sendall(whole)
+
+
+# Where a refresher is stopped: the file of the login that a system call is about, its name, and which such call. The
+# signal comes when the call is done. At `awaiting` the issuer holds the answer back instead.
+STEPS = {
+    "starting": (".lock", "openat", 4),  # to have it: finds that it is there; a beat has made two before
+    "locked": (".lock", "flock", 2),  # the first was that of the start
+    "rehearsing": (".new", "write", 1),
+    "rehearsed": (".new", "rename", 1),
+    "reserved": (".new", "fsync", 2),
+    "connected": (None, "connect", 1),
+    "awaiting": None,
+    "answered": (".new", "lseek", 1),
+    "written": (".new", "ftruncate", 1),
+    "renamed": (".new", "rename", 2),
+    "synced": ("", "fsync", 2),  # of the folder
+}
+
+# A number: the login is kept, with so many requests to the token endpoint. "lost": nobody could keep it, and the former
+# refresh token was presented once more. "-": it cannot happen there, or makes no difference there.
+TABLE = """
+                   starting locked rehearsing rehearsed reserved connected awaiting answered written renamed synced
+killed             1        1      1          1         1        1         lost     lost     1       1       1
+killed_with_grace  -        -      -          -         -        -         2        2        -       -       -
+told_to_end        1        1      1          1         1        1         1        1        1       1       1
+suspended          1        1      1          1         1        1         1        1        1       1       1
+replaced           0        0      0          0         0        1         1        1        1       1       1
+disk_full          1        1      1          1         1        1         1        1        1       1       1
+disk_broken        -        -      1          1         1        -         -        -        1       1       1
+read_only          1        -      -          -         -        -         -        -        -       -       -
+clock_forward      1        1      1          1         1        1         1        1        1       1       1
+clock_back         1        1      1          1         1        1         1        1        1       1       1
+"""
+
+
+class Case:
+    """A refresher, stopped at `step`, with a stale login."""
+
+    def __init__(self, folder: pathlib.Path, step: str = "", *, faults=(), grace: bool = False, mount: str = "",
+                 code: str = ""):
+        self.step, self.folder = step, folder
+        self.path = folder / "tokens.json"
+        self.held = Held()
+        self.issuer = Issuer(*[self.held] if step == "awaiting" else faults, grace=grace)
+        self.processes: "list[Process]" = []
+        self.clock = folder.with_suffix(".clock")
+        self.log = folder.with_suffix(".strace")
+        self._before = mounted(mount, folder) if mount else []
+        self._code = {"code": code, "CLOCK": str(self.clock)} if code else {}
+
+    def __enter__(self) -> "Case":
+        self.folder.mkdir(0o700)
+        self.clock.write_text("0")
+        self.issuer.__enter__()
+        self.store = make_store(self.issuer, self.path)
+        self.put("old", self.issuer.login[0], expires_in=100)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.held.released.set()
+        for process in self.processes:
+            process.close()
+        self.issuer.__exit__(*error)
+
+    def put(self, access_token: str, refresh_token: str, expires_in: float = LIFETIME) -> None:
+        """A login, by somebody who takes no lock."""
+        now = time.time()
+        written = self.folder / "written"
+        written.write_text(tokens.Tokens(access_token, now + expires_in, refresh_token, f"{self.issuer.url}/token",
+                                         now - 1000 * (expires_in < LIFETIME), self.issuer.url).to_json(None))
+        written.chmod(0o600)
+        written.replace(self.path)
+
+    def start(self, *before: str, **environ: str) -> Process:
+        process = Process(self.issuer, self.path, before=[*self._before, *before], **self._code, **environ)
+        self.processes.append(process)
+        return process
+
+    def stop_at_step(self) -> Process:
+        if self.step == "awaiting":
+            process = self.start()
+            assert self.held.spent.wait(PATIENCE), process.lines
+            process.signal(signal.SIGSTOP)
+            wait_until(lambda: state_of(process) == "T", PATIENCE)
+            return process
+        process = self.start(*self.traced("signal=STOP"))
+        wait_until(lambda: self.log.exists() and "stopped by SIGSTOP" in self.log.read_text(), PATIENCE,
+                   lambda: f"{self.step} was not reached: {process.lines}")
+        return process
+
+    def traced(self, injected: str) -> "list[str]":
+        """strace, which does that at the step's system call. -D: the refresher, not strace, is our child."""
+        suffix, call, nth = STEPS[self.step]
+        path = [] if suffix is None else ["-P", str(self.path) + suffix if suffix else str(self.folder)]
+        return ["strace", "-D", "-f", "-o", str(self.log), *path,
+                "-e", f"trace={call}", "-e", f"inject={call}:{injected}:when={nth}"]
+
+    def go_on(self) -> None:
+        self.held.released.set()
+        self.processes[-1].signal(signal.SIGCONT)
+
+    def seen(self) -> "tuple[str, tuple[bool, str]]":
+        """What `xai-login --status`, /readyz and the log say of it."""
+        said = io.StringIO()
+        login.status(self.store, conversation.Conversation(False, said, said))
+        return said.getvalue(), app.readiness_of(self.store, time.time())
+
+    def messages(self) -> "list[str]":
+        return [message for process in self.processes for message in process.messages()]
+
+    def said(self, text: str) -> int:
+        return sum(text in message for message in self.messages())
+
+    def outcome(self) -> str:
+        """Wait until the login is good again, or has ended; return the table's word for it."""
+        wait_until(lambda: self.store.load().access_token != "old" or self.said("run `xai-login --device`"), PATIENCE,
+                   lambda: f"{self.step}: neither kept nor lost: {self.messages()}")
+        if self.issuer.ended:
+            wait_until(lambda: self.store.load().refresh_error, PATIENCE)
+        else:
+            wait_until(lambda: self.store.load().state(time.time(), 120) is State.FRESH, PATIENCE)
+        time.sleep(0.6)  # two more looks, in which nothing is to happen
+        status, (ready, reason) = self.seen()
+        if self.issuer.ended:
+            assert "It will not be tried again; run `xai-login" in status and self.issuer.reuses == 1
+            assert self.said("run `xai-login --device`") == 1 and "(invalid_grant)" in reason
+            return "lost"
+        assert (ready, reason) == (True, "signed in"), reason
+        assert "The refresher is running and renews it" in status and "failed" not in status
+        assert self.issuer.reuses == 0
+        assert self.store.load().refresh_token in (self.issuer.login[-1], "theirs")
+        left = {path.name for path in self.store.path.parent.iterdir()} - {"filling"}
+        assert left == {"tokens.json", "tokens.json.lock"}, left
+        return str(len(self.issuer.calls))
+
+
+def state_of(process: Process) -> str:
+    return pathlib.Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+# the faults
+
+def killed(case: Case) -> None:
+    process = case.stop_at_step()
+    process.signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    case.held.released.set()
+    case.start()
+
+
+def killed_with_grace(case: Case) -> None:
+    killed(case)
+
+
+def told_to_end(case: Case) -> None:
+    process = case.stop_at_step()
+    process.signal(signal.SIGTERM)
+    case.go_on()
+    assert process.wait(PATIENCE) == 0 and process.messages()[-1] == "ended"
+    assert case.store.load().access_token != "old" and len(case.issuer.calls) == 1
+    case.start()
+
+
+def suspended(case: Case) -> None:
+    case.put("old", case.issuer.login[0], expires_in=2)
+    expires = time.time() + 2
+    case.stop_at_step()
+    minute_ago = time.time() - token_store.ALIVE
+    os.utime(case.store.lock_path, (minute_ago, minute_ago))
+    assert "No refresher is running" in case.seen()[0]
+    wait_until(lambda: time.time() > expires)
+    if not case.store.load().access_token == "old":
+        assert case.seen()[1][1].startswith("no refresher; the login lapses at ")
+    os.utime(case.store.lock_path)
+    case.go_on()
+
+
+def replaced(case: Case) -> None:
+    process = case.stop_at_step()
+    case.put("theirs", "theirs")
+    case.go_on()
+    wait_until(lambda: process.said("signed in") == 2, PATIENCE, lambda: f"{case.step}: {process.lines}")
+    assert case.store.load().access_token == "theirs", case.step
+
+
+def disk_full(case: Case) -> None:
+    process = case.stop_at_step()
+    case.store = make_store(case.issuer, seen_from(process, case.path))
+    filling = pathlib.Path(seen_from(process, case.folder / "filling"))
+    with open(filling, "wb", buffering=0) as file:
+        with pytest.raises(OSError, match="No space"):
+            while True:
+                file.write(bytes(4096))
+        file.truncate(file.tell() - 16384)  # room for a login, so that the failure can be recorded
+    case.go_on()
+    if case.step in ("starting", "locked", "rehearsing", "rehearsed"):  # before there is room for the successor
+        process.wait_for("No space left on device; nothing was changed. Make room", PATIENCE)
+        wait_until(lambda: case.store.load().refresh_error, PATIENCE)
+        status, readiness = case.seen()
+        assert "No space left on device" in status and readiness[0] and readiness[1].endswith("(storage)")
+        assert case.store.load().access_token == "old" and not case.issuer.calls
+        filling.unlink()
+
+
+def disk_broken(case: Case) -> None:
+    case.start(*case.traced("error=EIO"))
+    wait_until(lambda: case.said("Input/output error") == 1, PATIENCE)
+
+
+def read_only(case: Case) -> None:
+    process = case.stop_at_step()
+    case.store = make_store(case.issuer, seen_from(process, case.path))
+
+    def mount(how: str) -> None:
+        subprocess.run(["nsenter", "-m", "-t", str(process.pid), "mount", "-o", f"remount,{how},bind", case.folder],
+                       check=True)
+    mount("ro")
+    case.go_on()
+    process.wait_for("Read-only file system; nothing was changed. Mount", PATIENCE)
+    assert case.store.load().access_token == "old" and not case.issuer.calls
+    mount("rw")
+
+
+def clock_forward(case: Case) -> None:
+    case.stop_at_step()
+    case.clock.write_text("3600")
+    case.go_on()
+
+
+def clock_back(case: Case) -> None:
+    case.stop_at_step()
+    case.clock.write_text("-3600")
+    case.store.ask_refresh("old")  # to this clock it is good for another hour, but upstream refuses it
+    case.go_on()
+
+
+CLOCKED = """
+import os, pathlib, signal, sys, time
+from xaiproxy import config, log, refresher
+clock = pathlib.Path(os.environ["CLOCK"])
+log.setup("refresher", "info", "json")
+begin, speed = refresher.uptime(), float(os.environ.get("SPEED", 1))
+one = refresher.Refresher(config.from_environ(os.environ), clock=lambda: time.time() + float(clock.read_text()),
+                          uptime=lambda: begin + speed * (refresher.uptime() - begin))
+signal.signal(signal.SIGTERM, one.on_signal)
+sys.exit(one.run())
+"""
+TMPFS = "cp -p $1/tokens.json $1.login; mount -t tmpfs -o size=256k,mode=700 none $1; cp -p $1.login $1/tokens.json"
+HOW = {  # beyond what most of the rows need
+    killed_with_grace: {"grace": True},
+    disk_full: {"mount": TMPFS},
+    read_only: {"mount": "mount --bind $1 $1"},
+    clock_forward: {"code": CLOCKED},
+    clock_back: {"code": CLOCKED},
+}
+
+
+def together(outcome, cases) -> dict:
+    """The outcome of each, several at the same time: most of them wait most of the time."""
+    def told(case) -> str:
+        try:
+            return outcome(case)
+        except Exception as error:  # shown beside the others
+            return f"{type(error).__name__}: {error}"
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        return dict(zip(cases, pool.map(told, cases)))
+
+
+@pytest.mark.parametrize("with_mounts", [pytest.param(False, marks=strace), pytest.param(True, marks=[strace, mounts])])
+def test_a_fault_at_any_step_of_a_refresh(with_mounts, tmp_path):
+    head, *rows = [line.split() for line in TABLE.strip().splitlines()]
+    assert head == list(STEPS)
+    expected = {(name, step): cell for name, *cells in rows for step, cell in zip(head, cells)
+                if cell != "-" and ("mount" in HOW.get(globals()[name], {})) == with_mounts}
+
+    def outcome(cell: "tuple[str, str]") -> str:
+        name, step = cell
+        fault = globals()[name]
+        with Case(tmp_path / f"{name}-{step}", step, **HOW.get(fault, {})) as case:
+            fault(case)
+            return case.outcome()
+    assert together(outcome, expected) == expected
+
+
+# What the issuer answers the first time; whether it takes former refresh tokens; the least seconds until the second
+# time; the code that is shown until then; what becomes of the login.
+ANSWERS = {
+    "cut before it spends": (cut_before, False, 0.5, "answer_lost", "2"),
+    "cut when it has spent": (cut_after, False, 0.5, "answer_lost", "lost"),
+    "cut when it has spent, with grace": (cut_after, True, 0.5, "answer_lost", "2"),
+    "429": (answer(429, {"error": "slow_down"}, Retry_After="2"), False, 2, "issuer_unavailable", "2"),
+    "500": (answer(500, "oops", "text/plain"), False, 0.5, "issuer_unavailable", "2"),
+    "a page": (answer(403, "<html>Just a moment...", "text/html"), False, 0.5, "issuer_unavailable", "2"),
+    "nothing": (answer(200), False, 0.5, "answer_lost", "2"),
+    "byte by byte": (drip, False, 0, None, "1"),
+}
+
+
+def test_an_answer_that_is_none(tmp_path):
+    def outcome(name: str) -> str:
+        fault, grace, wait, code, _ = ANSWERS[name]
+        held = Held()
+        with Case(tmp_path / name, faults=[fault, held], grace=grace) as case:
+            case.start()
+            if code is not None:
+                assert held.spent.wait(PATIENCE)  # the second time; the answer waits
+                status, readiness = case.seen()
+                assert readiness[0] and readiness[1].endswith(f"its renewal fails ({code})")
+                assert case.said("could not be refreshed") == 1 and "The last refresh failed at " in status
+                held.released.set()
+            shown = case.outcome()
+            gaps = [later - earlier for earlier, later in zip(case.issuer.calls, case.issuer.calls[1:])]
+            assert all(gap >= wait for gap in gaps), gaps
+            return shown
+    assert together(outcome, ANSWERS) == {name: row[-1] for name, row in ANSWERS.items()}
+
+
+# others
+
+def test_a_stopped_holder_of_the_lock_is_waited_for(tmp_path):
+    """Nobody refreshes without it; both ends of the wait are in the log, and then one refresh follows."""
+    with Case(tmp_path / "folder", "locked", code=CLOCKED) as case:
+        holder = case.stop_at_step()
+        others = [case.start(SPEED="60"), case.start(SPEED="60")]
+        for other in others:
+            other.wait_for("tokens.json.lock has been held by another process for 60 s; look for a refresher", PATIENCE)
+        assert not case.issuer.calls and case.store.load().access_token == "old"
+        minute_ago = time.time() - token_store.ALIVE
+        for other in others:
+            other.signal(signal.SIGSTOP)
+        os.utime(case.store.lock_path, (minute_ago, minute_ago))
+        assert "no refresher; " in case.seen()[1][1]
+        for other in others:
+            other.signal(signal.SIGCONT)
+        wait_until(lambda: case.seen()[1] == (True, "signed in"), PATIENCE)  # those who wait give signs of life
+        assert not case.issuer.calls
+        holder.signal(signal.SIGKILL)
+        assert holder.wait() == -signal.SIGKILL
+        assert case.outcome() == "1"
+
+
+REFUSED = {"code": "unauthenticated:bad-credentials", "error": "The OAuth2 access token could not be validated."}
+
+
+@pytest.fixture
+def served(tmp_path):
+    """served(answer) gives a refresher and a proxy of one login, with an upstream that always answers that."""
+    with contextlib.ExitStack() as stack:
+        def start(always: bytes, lifetime: int = LIFETIME) -> "tuple[Case, ProxyProcess]":
+            upstream = stack.enter_context(ScriptedServer(always))
+            case = stack.enter_context(Case(tmp_path / "folder"))
+            case.issuer.lifetime = lifetime
+            proxy = stack.enter_context(ProxyProcess(case.folder, upstream=upstream.url, issuer=case.issuer.url))
+            case.start()
+            return case, proxy
+        yield start
+
+
+def test_an_issuer_that_is_down_for_long(served):
+    """Requests are served until the token expires, then refused at once, and served again when it is back."""
+    case, proxy = served(answer(200, {}), lifetime=3)
+    wait_until(lambda: case.said("refreshed"), PATIENCE)
+    case.issuer.go_down()
+    expires = case.store.load().expires_at
+    while time.time() < expires - 0.2:
+        assert proxy.ask().status == 200
+    assert case.said("could not be refreshed") == 1 and case.seen()[1][1].endswith("fails (issuer_unavailable)")
+    wait_until(lambda: time.time() > expires)
+    for _ in range(5):
+        began = time.monotonic()
+        refused = proxy.ask()
+        assert time.monotonic() - began < 1
+        assert refused.status == 503 and 1 <= int(refused.value("Retry-After")) <= 10
+        assert b"cannot be reached (Connection refused)" in refused.body
+    ready = proxy.ask("GET", "/readyz")
+    assert ready.status == 503 and b"cannot be renewed (issuer_unavailable)" in ready.body
+    case.issuer.come_back()
+    wait_until(lambda: proxy.ask().status == 200, 6)  # the backoff has come to 4 s
+    wait_until(lambda: case.said("refreshed after"))
+    assert (len(case.issuer.calls), case.issuer.reuses) == (2, 0)
+
+
+def test_an_upstream_that_refuses_every_new_token_costs_one_refresh(served):
+    case, proxy = served(answer(403, REFUSED))
+    wait_until(lambda: case.said("refreshed"), PATIENCE)
+
+    def ask_for(seconds: float) -> None:
+        end = time.monotonic() + seconds
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            while time.monotonic() < end:
+                assert {message.status for message in pool.map(lambda _: proxy.ask(), range(8))} == {403}
+    ask_for(1)
+    assert len(case.issuer.calls) == 1  # a token so young is not complained about
+    old = dataclasses.replace(case.store.load(), obtained_at=time.time() - 1000)
+    with token_writer.locked(case.store, 1) as writer:
+        writer.save(old)
+    wait_until(lambda: (proxy.ask(), len(case.issuer.calls) == 2)[1])
+    old = dataclasses.replace(case.store.load(), obtained_at=time.time() - 1000)
+    with token_writer.locked(case.store, 1) as writer:
+        writer.save(old)
+    ask_for(1)
+    assert len(case.issuer.calls) == 2 and case.said("the API refuses access tokens soon after they are made") == 1
+    status, readiness = case.seen()
+    assert readiness[1].endswith("its renewal fails (upstream_refuses)") and "The next try is due at " in status
