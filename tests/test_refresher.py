@@ -443,6 +443,15 @@ def test_an_ask_that_comes_too_early_is_declined_once_and_done_when_it_may_be(da
     assert tries(day) == 3
 
 
+def test_an_upstream_that_refuses_every_token_costs_six_refreshes_in_two_hours(day):
+    day.put_fresh()
+    for _ in range(240):
+        day.store.ask_refresh(day.login().access_token)
+        day.pass_(30)
+    # At 0, and after 2, 4, 8, 16 and 32 minutes: each wait is twice the last, up to an hour.
+    assert tries(day) == day.sandbox.counters()["refreshes"] == 6 and day.sandbox.counters()["reuses"] == 0
+
+
 def test_a_token_that_is_stale_at_once_is_no_storm(sandbox, tmp_path, caplog):
     sandbox.set(send_expires_in=False)
     day = Day(sandbox, tmp_path, clock_error=864000)

@@ -1,0 +1,1 @@
+"""The soak: xaiproxy for long, while things go wrong. bin/soak --help says what is run and counted."""

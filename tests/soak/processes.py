@@ -1,0 +1,68 @@
+"""Refreshers and proxies, their logs in files, all ended when the run ends."""
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+REFRESHER = ("-c", "import sys; from xaiproxy.refresher import main; sys.exit(main())")
+PROXY = ("-m", "xaiproxy")
+STATUS = ("-c", "import sys; from xaiproxy.login import main; sys.exit(main(['--status']))")
+
+
+class Process:
+    def __init__(self, running: contextlib.ExitStack, log: pathlib.Path, environ: "dict[str, str]", *command: str):
+        self.log = log
+        with open(log, "ab") as file:
+            self._process = subprocess.Popen([sys.executable, *command], env=environ, cwd=log.parent, stderr=file,
+                                             start_new_session=True)  # Ctrl-C is for us alone
+        self.pid = self._process.pid
+        running.callback(self.kill)
+
+    def kill(self) -> None:
+        """May be called twice."""
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+
+    def signal(self, number: int) -> None:
+        self._process.send_signal(number)
+
+    def port(self) -> int:
+        """Where a proxy listens."""
+        return int(await_(lambda: re.search(r"listening on http://[^ ]*?:([0-9]+)/", self.log.read_text()))[1])
+
+
+def environment(folder: pathlib.Path, settings: "dict[str, str]") -> "dict[str, str]":
+    """Nothing of what the person who runs this has set."""
+    return {"PATH": os.environ["PATH"], "HOME": str(folder), "PYTHONPATH": str(pathlib.Path(__file__).parents[2]),
+            "XAI_PROXY_PORT": "0", **settings}
+
+
+def warnings(folder: pathlib.Path) -> "list[str]":
+    """What the logs say above info, each once."""
+    lines = [line for log in sorted(folder.glob("*.log")) for line in log.read_text().splitlines()]
+    return sorted({message(line) for line in lines if '"level": "info"' not in line})
+
+
+def message(line: str) -> str:
+    try:
+        return json.loads(line)["message"]
+    except ValueError:
+        return line
+
+
+def await_(happened: Callable[[], Any], seconds: float = 20) -> Any:
+    end = time.monotonic() + seconds
+    while not (outcome := happened()):
+        if time.monotonic() > end:
+            raise TimeoutError
+        time.sleep(0.05)
+    return outcome
