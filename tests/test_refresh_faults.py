@@ -25,7 +25,7 @@ from xaiproxy import app, conversation, login, token_store, token_writer, tokens
 from xaiproxy.tokens import State
 
 LIFETIME = 21600
-PATIENCE = 12  # seconds; the cells of a row share the cores
+PATIENCE = 12  # seconds; a dozen cells share the cores
 
 
 class Issuer(ScriptedServer):
@@ -77,7 +77,8 @@ class Issuer(ScriptedServer):
             if self.ended:
                 return answer(400, {"error": "invalid_grant"})
             self.login.append(self.name())
-            return answer(200, {"access_token": self.name(), "expires_in": self.lifetime, "refresh_token": self.login[-1]})
+            return answer(200, {"access_token": self.name(), "expires_in": self.lifetime,
+                                "refresh_token": self.login[-1]})
 
     def go_down(self) -> None:
         self.__exit__()
@@ -121,7 +122,7 @@ class Held:
 # Where a refresher is stopped: the file of the login that a system call is about, its name, and which such call. The
 # signal comes when the call is done. At `awaiting` the issuer holds the answer back instead.
 STEPS = {
-    "starting": (".lock", "openat", 4),  # to have it: finds that it is there; a beat has made two before
+    "starting": (".lock", "openat", 4),  # of the lock: it exists, and is opened next; three came at the start
     "locked": (".lock", "flock", 2),  # the first was that of the start
     "rehearsing": (".new", "write", 1),
     "rehearsed": (".new", "rename", 1),
@@ -135,7 +136,8 @@ STEPS = {
 }
 
 # A number: the login is kept, with so many requests to the token endpoint. "lost": nobody could keep it, and the former
-# refresh token was presented once more. "-": it cannot happen there, or makes no difference there.
+# refresh token was presented once more. "-": it cannot happen there (the kernel makes nothing read-only while a file in
+# it is open for writing), or is another fault's cell.
 TABLE = """
                    starting locked rehearsing rehearsed reserved connected awaiting answered written renamed synced
 killed             1        1      1          1         1        1         lost     lost     1       1       1
@@ -218,7 +220,7 @@ class Case:
         self.processes[-1].signal(signal.SIGCONT)
 
     def seen(self) -> "tuple[str, tuple[bool, str]]":
-        """What `xai-login --status`, /readyz and the log say of it."""
+        """What `xai-login --status` and /readyz say of it."""
         said = io.StringIO()
         login.status(self.store, conversation.Conversation(False, said, said))
         return said.getvalue(), app.readiness_of(self.store, time.time())
@@ -231,6 +233,7 @@ class Case:
 
     def outcome(self) -> str:
         """Wait until the login is good again, or has ended; return the table's word for it."""
+        self.processes[-1].wait_for("signed in", PATIENCE)  # it has begun, and seen a login
         wait_until(lambda: self.store.load().access_token != "old" or self.said("run `xai-login --device`"), PATIENCE,
                    lambda: f"{self.step}: neither kept nor lost: {self.messages()}")
         if self.issuer.ended:
@@ -435,6 +438,7 @@ def test_an_answer_that_is_none(tmp_path):
 
 # others
 
+@strace
 def test_a_stopped_holder_of_the_lock_is_waited_for(tmp_path):
     """Nobody refreshes without it; both ends of the wait are in the log, and then one refresh follows."""
     with Case(tmp_path / "folder", "locked", code=CLOCKED) as case:
@@ -472,6 +476,20 @@ def served(tmp_path):
             case.start()
             return case, proxy
         yield start
+
+
+@strace
+def test_a_dead_login_is_presented_once_by_all_refreshers_together(tmp_path):
+    with Case(tmp_path / "folder", "locked") as case:
+        case.issuer.ended = True
+        holder = case.stop_at_step()
+        for other in [case.start(), case.start()]:
+            other.wait_for("signed in", PATIENCE)  # it has seen that a refresh is due, and now it waits for the lock
+        time.sleep(0.3)
+        holder.signal(signal.SIGCONT)
+        holder.wait_for("run `xai-login --device`", PATIENCE)
+        time.sleep(0.6)  # in which the others had the lock
+        assert len(case.issuer.calls) == 1 and case.store.load().refresh_error.terminal
 
 
 def test_an_issuer_that_is_down_for_long(served):

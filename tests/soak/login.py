@@ -22,9 +22,9 @@ PACE = 0.1  # seconds between two requests through each proxy
 KILLS = (2.0, 8.0)  # seconds from one kill to the next, at random
 PROGRESS = 10  # seconds between two lines of progress
 SEEN_WITHIN = 61  # seconds from the stop of the refreshers until everybody says so: token_store.ALIVE and a look
-HELP = (f"{REFRESHERS} refreshers and {PROXIES} proxies on one token file, with tokens of {LIFETIME} s at an issuer that "
-        "ends the login when a former refresh token comes again; a refresher is killed every few seconds; then all are "
-        "stopped until it shows, which takes another minute (default: 10 minutes)")
+HELP = (f"{REFRESHERS} refreshers and {PROXIES} proxies on one token file, with tokens of {LIFETIME} s at an issuer "
+        "that ends the login when a former refresh token comes again; a refresher is killed every few seconds; then "
+        "all are stopped until it shows, which takes another minute (default: 10 minutes)")
 
 
 class Client(threading.Thread):
@@ -129,7 +129,7 @@ class Soak:
         return one
 
     def holds_only_copy(self, one: Process) -> bool:
-        """Whether the successor of a refresh token may be in this process's memory alone: a kill would lose the login."""
+        """Whether a new login may be in this process's memory alone: nobody could keep it if that were killed."""
         try:
             with open(self.path.with_name("tokens.json.new"), "rb") as file:
                 return one is self.holding() and file.read(1) in (b"", b" ")
