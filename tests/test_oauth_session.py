@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import base64
 import os
+import signal
 import socket
 import ssl
 import struct
@@ -144,6 +145,34 @@ def test_one_deadline_for_all_of_it(script):
         error = unavailable(lambda: session().post(server.url, FORM, deadline=0.3))
         assert 0.3 <= time.monotonic() - begin < 0.9
     assert "gave no whole answer within 0.3 s" in str(error) and error.sent
+
+
+STOPPED = """
+import sys
+from xaiproxy import config
+from xaiproxy.oauth.session import Session
+print(Session(config.from_environ({})).post(sys.argv[1], {"a": "b"}, deadline=1).status)
+"""
+
+
+def test_an_answer_that_came_while_the_process_was_stopped_past_the_deadline_is_had():
+    read, released = threading.Event(), threading.Event()
+
+    def script(connection: socket.socket) -> None:
+        read_request(connection)
+        read.set()
+        released.wait(10)
+        connection.sendall(answer(200, {"refresh_token": "the only copy"}))
+
+    with ScriptedServer(script) as server:
+        process = subprocess.Popen([sys.executable, "-W", "error", "-c", STOPPED, server.url],
+                                   stdout=subprocess.PIPE, text=True)
+        assert read.wait(10)
+        process.send_signal(signal.SIGSTOP)
+        released.set()
+        time.sleep(1.2)  # its deadline passes
+        process.send_signal(signal.SIGCONT)
+        assert process.communicate(timeout=10) == ("200\n", None)
 
 
 def test_no_thread_goes_on_reading():

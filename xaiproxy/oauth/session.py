@@ -27,6 +27,9 @@ import urllib3
 from xaiproxy import __version__, config, errors
 
 BODY_LIMIT = 1 << 20  # bytes
+# Seconds, at most, after a deadline that a process slept through (SIGSTOP, docker pause): what came meanwhile is still
+# to be read, and may be the only copy of a login.
+LAST_LOOK = 1.0
 HEADERS = {"User-Agent": f"xaiproxy/{__version__}", "Accept": "application/json"}
 MEDIA_TYPE = re.compile(r"[\w.+-]{1,40}/[\w.+-]{1,40}")
 
@@ -86,19 +89,27 @@ class Session:
               deadline: float) -> Answer:
         end = time.monotonic() + deadline
         outcome: "queue.SimpleQueue[Answer | BaseException]" = queue.SimpleQueue()
+        given_up = threading.Event()
 
         def work() -> None:
             try:
-                outcome.put(self._send(method, url, headers, body, end))
+                outcome.put(self._send(method, url, headers, body, end, given_up))
             except BaseException as error:  # handed to the caller, who raises it
                 outcome.put(error)
 
         threading.Thread(target=work, name=f"{method} {url}", daemon=True).start()
         try:
-            result = outcome.get(timeout=deadline)
+            try:
+                result = outcome.get(timeout=deadline)
+            except queue.Empty:
+                if body:
+                    body.abandon()
+                late = max(0.0, time.monotonic() - end)
+                result = outcome.get(timeout=min(late, LAST_LOOK))
         except queue.Empty:
             result = TimeoutError()
         finally:
+            given_up.set()
             # Whoever was told that nothing was sent may send the same refresh token again: from here on, the
             # thread must not.
             sent = body.abandon() if body else False
@@ -110,7 +121,7 @@ class Session:
         raise result
 
     def _send(self, method: str, url: str, headers: "dict[str, str]", body: "_Body | None",
-              end: float) -> Answer:
+              end: float, given_up: threading.Event) -> Answer:
         proxy = self.egress.proxy_for(url)
         timeout = max(end - time.monotonic(), 0.001)  # seconds for each step, so that the thread ends, too
         with requests.Session() as web:
@@ -124,7 +135,7 @@ class Session:
                     content += chunk
                     if len(content) > BODY_LIMIT:
                         raise urllib3.exceptions.ResponseError("too long")
-                    if time.monotonic() > end:
+                    if given_up.is_set():
                         raise TimeoutError
                 retry_after = parse_retry_after(response.headers.get("Retry-After", ""), self._now())
                 return Answer(response.status_code, response.headers, content, retry_after)
