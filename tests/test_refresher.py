@@ -226,6 +226,16 @@ def test_a_definite_failure_backs_off_and_the_old_login_stays(day, answer, caplo
     assert said(caplog, f"refreshed after {len(times)} failures") == 1
 
 
+def test_failures_leave_nothing_open(day):
+    day.put()
+    script(day, error="unavailable")
+    day.pass_(5)
+    before = len(os.listdir("/proc/self/fd"))
+    day.pass_(100)
+    assert tries(day) > 6 and len(os.listdir("/proc/self/fd")) == before
+    assert sorted(os.listdir(day.path.parent)) == ["tokens.json", "tokens.json.lock"]
+
+
 def test_retry_after_is_honoured(day):
     day.put()
     script(day, error="unavailable", headers={"Retry-After": "40"})
