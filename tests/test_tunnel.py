@@ -80,6 +80,14 @@ def test_no_other_upgrade_is_asked_for(client: Client, upstream: ScriptedUpstrea
     assert client.message().body == b"ok"
 
 
+def test_handshakes_that_differ_in_their_length_alone_are_told_apart(client: Client, upstream: ScriptedUpstream) -> None:
+    for body, upgrade in ((b"", "websocket"), (b"{}", None), (b"", "websocket")):
+        client.request("GET", "/v1/lengths", *HANDSHAKE, f"Content-Length: {len(body)}").send(body)
+        request = upstream.receive().answer()
+        assert (request.body, request.value("Upgrade")) == (body, upgrade)
+        assert client.message().body == b"ok"
+
+
 def test_nor_by_a_request_with_a_body_or_another_method(client: Client, upstream: ScriptedUpstream) -> None:
     for method, body in (("POST", b""), ("GET", b"{}")):
         client.request(method, "/v1/x", *HANDSHAKE, body=body)

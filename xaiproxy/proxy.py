@@ -110,8 +110,9 @@ class Proxy:
             raise
 
     def _send(self, head: Head, body: "ReplayableBody | WholeBody", login: tokens.Tokens, handler: Any) -> Exchange:
-        token, request, repeatable, upgrade = head.derived.get("request", ("", b"", False, False))
-        if token != login.access_token:
+        key = login.access_token, bool(head.content_length)  # equal heads may differ in that: see asks_for_websocket
+        known, request, repeatable, upgrade = head.derived.get("request", (None, b"", False, False))
+        if known != key:
             fields = headers.to_upstream(head.fields, host=self._upstream.host, user_agent=USER_AGENT,
                                          access_token=login.access_token)
             upgrade = asks_for_websocket(head)
@@ -120,7 +121,7 @@ class Proxy:
             lines = "".join([f"{name}: {value}\r\n" for name, value in fields])
             request = f"{head.method} {head.target} HTTP/1.1\r\n{lines}".encode("latin-1")
             repeatable = head.method in REPEATABLE or not IDEMPOTENCY_KEYS.isdisjoint(head.by_name)
-            head.derived["request"] = login.access_token, request, repeatable, upgrade
+            head.derived["request"] = key, request, repeatable, upgrade
         exchange = self._upstream.send(request, body, method=head.method, repeatable=repeatable, upgrade=upgrade)
         handler.watch.start()  # again: the body is read, and nothing else looks at the client's socket from here on
         exchange.receive(lambda interim: handler.send_interim(interim.status, self._head_text(interim, None, head)))
