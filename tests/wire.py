@@ -139,7 +139,7 @@ class Wire:
         """A whole request or answer. `body`: False for the answer to a HEAD."""
         message = self.head()
         length = message.value("Content-Length")
-        if not body or message.head.startswith((b"HTTP/1.1 204", b"HTTP/1.1 304")):
+        if not body or message.head.startswith((b"HTTP/1.1 1", b"HTTP/1.1 204", b"HTTP/1.1 304")):
             pass
         elif message.value("Transfer-Encoding") == "chunked":
             while chunk := self.chunk():

@@ -1,0 +1,278 @@
+"""Answers of an upstream that means harm: they are refused, or reach the client as what they are, and bounded.
+
+After each one another request is answered as itself: nothing of a bad answer is left on a connection.
+"""
+from __future__ import annotations
+
+import shutil
+import subprocess
+import threading
+from typing import Iterator
+
+import pytest
+from proxy_process import Client, ProxyProcess, both_ways
+from scripted_upstream import OK, Request, ScriptedUpstream
+from wire import Wire
+
+EVIL = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil"
+START = b"HTTP/1.1 200 OK\r\n"
+CHUNKED = START + b"Transfer-Encoding: chunked\r\n\r\n"
+SWITCH = b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\n"
+END = b"Content-Length: 2\r\n\r\nok"
+
+
+@pytest.fixture
+def client(running: ProxyProcess, upstream: ScriptedUpstream) -> Iterator[Client]:
+    with running.client() as connection:
+        yield connection
+
+
+def assert_next_is_answered_as_itself(running: ProxyProcess, upstream: ScriptedUpstream, bad: Request) -> None:
+    """On another connection to upstream than that of the `bad` answer."""
+    with running.client() as client:
+        client.request("GET", "/v1/next")
+        request = upstream.receive()
+        assert request.target == "/v1/next" and request.connection is not bad.connection
+        request.answer()
+        assert client.message().body == b"ok" and client.silent()
+
+
+# Heads
+
+SPLIT = {  # one answer to some, another or two to others
+    "bare LF": START + b"X: y\nSet-Cookie: evil=1\r\n" + END,
+    "bare CR": START + b"X: y\rSet-Cookie: evil=1\r\n" + END, "LF LF": START + b"X: y\n\n" + EVIL,
+    "CR CR LF": START + b"X: y\r\r\n" + END, "CR LF CR": START + b"X: y\r\n\r" + EVIL,
+    "bare LF in the status line": b"HTTP/1.1 200 OK\nX: y\r\n" + END,
+    "CR in the status line": b"HTTP/1.1 200 OK\rX: y\r\n" + END, "NUL in a value": START + b"X: a\0b\r\n" + END,
+    "NUL in a name": START + b"X\0: y\r\n" + END, "NUL in the reason": b"HTTP/1.1 200 O\0K\r\n" + END,
+    "escape": START + b"X: \x1b[2J\r\n" + END, "DEL": START + b"X: \x7f\r\n" + END,
+    "fold of the first line": START + b" X: y\r\n" + END,
+    "fold of the status line": b"HTTP/1.1 200\r\n OK\r\n" + END,
+    "fold before the colon": START + b"Set-Cookie\r\n : evil=1\r\n" + END,
+    "blank before the colon": START + b"Content-Length : 9\r\n" + END, "no colon": START + b"X\r\n" + END,
+    "no name": START + b": y\r\n" + END, "UTF-8 name": START + b"X\xc3\xa9: y\r\n" + END,
+    "HTTP/2": b"HTTP/2 200\r\n" + END, "HTTP/0.9": b"evil" + b"\r\n" * 2, "LF before": b"\n" + OK,
+    "CRLF before": b"\r\n" + OK, "status of two digits": b"HTTP/1.1 20 OK\r\n" + END,
+    "status of four digits": b"HTTP/1.1 2000 OK\r\n" + END, "two blanks": b"HTTP/1.1  200 OK\r\n" + END,
+    "a request": b"GET /v1/evil HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "two lengths": START + b"Content-Length: 1\r\n" + END,
+    "list of lengths": START + b"Content-Length: 2, 2\r\n\r\nok",
+    "signed length": START + b"Content-Length: +2\r\n\r\nok",
+    "length of 30 digits": START + b"Content-Length: " + b"9" * 30 + b"\r\n\r\nok",
+    "hexadecimal length": START + b"Content-Length: 0x2\r\n\r\nok",
+    "empty length": START + b"Content-Length:\r\n\r\nok",
+    "folded lengths": START + b"Content-Length: 1\r\n 2\r\n\r\nok",
+    "gzip coding": START + b"Transfer-Encoding: gzip\r\n\r\nok",
+    "two codings": START + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+    "coding twice": START + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    "coding with a tab in it": START + b"Transfer-Encoding: \x0bchunked\r\n\r\n0\r\n\r\n",
+    "chunks in HTTP/1.0": CHUNKED.replace(b"1.1", b"1.0") + b"0\r\n\r\n",
+    "201 lines": START + b"X: y\r\n" * 201 + END, "name of 257 bytes": START + b"x" * 257 + b": y\r\n" + END,
+    "101 that nobody asked for": SWITCH + b"Upgrade: websocket\r\n\r\nevil",
+    "101 to h2c": SWITCH + b"Upgrade: h2c\r\n\r\nPRI * HTTP/2.0\r\n\r\n",
+    "bad interim one": b"HTTP/1.1 103 Early Hints\r\nX: a\0b\r\n\r\n" + OK,
+    "interim one with two codings": b"HTTP/1.1 103 x\r\nTransfer-Encoding: gzip\r\n\r\n" + OK,
+    "interim one with a bare LF": b"HTTP/1.1 103 x\r\nX: a\nSet-Cookie: evil=1\r\n\r\n" + OK,
+    "21 interim ones": b"HTTP/1.1 103 x\r\n\r\n" * 21 + OK,
+    "1000 times 100": b"HTTP/1.1 100 Continue\r\n\r\n" * 1000 + OK,
+}
+
+
+def by_name(table: dict) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("answer", [pytest.param(answer, id=name) for name, answer in table.items()])
+
+
+@by_name(SPLIT)
+def test_head_that_two_could_read_differently_is_a_502(client: Client, running: ProxyProcess,
+                                                       upstream: ScriptedUpstream, answer: bytes) -> None:
+    client.request("GET", "/v1/x")
+    request = upstream.receive().answer(answer)
+    came = client.message()
+    while came.status == 103:  # those before the bad one
+        assert came.value("Set-Cookie") is None
+        came = client.message()
+    assert (came.status, came.value("X-XAI-Proxy-Error")) == (502, "upstream_unreachable")
+    assert b"evil" not in came.head + came.body and client.silent() and request.connection.closed_within()
+    assert_next_is_answered_as_itself(running, upstream, request)
+
+
+FOLDED = {  # to one line, RFC 9112 section 5.2, wherever the fold is
+    "in a value": (b"X: a\r\n b\r\n\t c\r\n", [("X", "a b c")]),
+    "of blanks": (b"X: a\r\n \t \r\nY: b\r\n", [("X", "a "), ("Y", "b")]),
+    "a field in it": (b"X: a\r\n Set-Cookie: b\r\n", [("X", "a Set-Cookie: b")]),
+    "a status line in it": (b"X: a\r\n HTTP/1.1 200 OK\r\n", [("X", "a HTTP/1.1 200 OK")]),
+    "an empty line that is none": (b"X: a\r\n \r\n\t\r\nY: b\r\n", [("X", "a  "), ("Y", "b")]),
+    "a cookie": (b"Set-Cookie:\r\n evil=1\r\n", []),
+    "another cookie": (b"SET-cookie: evil=1;\r\n\tSecure\r\nX: y\r\n", [("X", "y")]),
+}
+
+
+@pytest.mark.parametrize("lines, passed", FOLDED.values(), ids=FOLDED)
+def test_fold_is_undone(client: Client, upstream: ScriptedUpstream, lines: bytes,
+                        passed: "list[tuple[str, str]]") -> None:
+    client.request("GET", "/v1/x")
+    upstream.receive().answer(b"HTTP/1.1 200 OK\r\nDate: then\r\n" + lines + END)
+    answer = client.message()
+    assert answer.fields == [("Date", "then"), *passed, ("Content-Length", "2")] and answer.body == b"ok"
+
+
+COOKIES = [b"Set-Cookie: evil=1\r\n", b"set-cookie: evil=1\r\nSET-COOKIE: evil=2\r\n",
+           b"Connection: set-cookie\r\nSet-Cookie: evil=1\r\n",
+           b"Set-Cookie:\tevil=1\r\nX: y\r\nSet-Cookie: evil=2\r\n"]
+
+
+@both_ways
+@pytest.mark.parametrize("lines", COOKIES)
+def test_no_cookie_reaches_the_client(client: Client, upstream: ScriptedUpstream, lines: bytes) -> None:
+    for status in (200, 403, 404, 500):
+        client.request("GET", "/v1/x")
+        interim = b"HTTP/1.1 103 x\r\nLink: <a>\r\n%b\r\n" % lines
+        upstream.receive().answer(interim + b"HTTP/1.1 %d x\r\n%b" % (status, lines) + END)
+        interim, answer = client.message(), client.message()
+        assert (interim.status, interim.values("Link"), answer.status, answer.body) == (103, ["<a>"], status, b"ok")
+        assert b"evil" not in interim.head + answer.head
+
+
+def test_cookie_in_a_trailer_is_kept_by_no_client(running: ProxyProcess, upstream: ScriptedUpstream) -> None:
+    """Trailers pass, as all of a body does; clients keep them apart from the head (RFC 9110 section 6.5.1)."""
+    if not shutil.which("curl"):
+        pytest.skip("there is no curl here")
+    command = ["curl", "-sS", "--max-time", "8", "-c", "-", f"{running.url}/v1/x"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as curl:
+        upstream.receive().answer(CHUNKED + b"2\r\nok\r\n0\r\nSet-Cookie: evil=1\r\nX: y\r\n\r\n")
+        came, _ = curl.communicate()
+    assert curl.returncode == 0 and came.startswith(b"ok") and b"evil" not in came
+
+
+# Bodies
+
+CUT = {  # in the middle, so that it shows
+    "plus": b"+4\r\nevil\r\n0\r\n\r\n", "0x": b"0x4\r\nevil\r\n0\r\n\r\n",
+    "blank behind": b"4 \r\nevil\r\n0\r\n\r\n", "bare LF": b"4\nevil\n0\n\n",
+    "empty size": b"\r\nevil\r\n0\r\n\r\n", "2 ** 64 and 4": b"10000000000000004\r\nevil\r\n0\r\n\r\n",
+    "LF in an extension": b"4;\nevil\r\n0\r\n\r\n",
+    "huge extension": b"4;" + b"x" * 5000 + b"\r\nevil\r\n0\r\n\r\n",
+    "NUL in an extension": b"4;\0\r\nevil\r\n0\r\n\r\n",
+    "length in a trailer": b"0\r\nContent-Length: 4\r\n\r\n" + EVIL,
+    "coding in a trailer": b"0\r\ntransfer-encoding: chunked\r\n\r\n" + EVIL,
+    "fold in a trailer": b"0\r\nX: y\r\n z\r\n\r\n" + EVIL, "answer as a trailer": b"0\r\n" + EVIL,
+    "bare LF in a trailer": b"0\r\nX: y\n\r\n" + EVIL,
+    "101 trailers": b"0\r\n" + b"X: y\r\n" * 101 + b"\r\n" + EVIL,
+}
+
+
+@both_ways
+@pytest.mark.parametrize("with_the_head", [True, False])
+@by_name(CUT)
+def test_chunks_that_two_could_read_differently_are_cut(client: Client, running: ProxyProcess,
+                                                        upstream: ScriptedUpstream, answer: bytes,
+                                                        with_the_head: bool) -> None:
+    client.request("GET", "/v1/x")
+    request, start = upstream.receive(), CHUNKED + b"2\r\nok\r\n"
+    if with_the_head:
+        request.answer(start + answer)
+    else:
+        request.answer(start)
+        client.head()
+        assert client.chunk() == b"ok"
+        request.answer(answer)
+    came = client.rest()
+    assert b"evil" not in came and not came.endswith(b"0\r\n\r\n") and request.connection.closed_within()
+    assert_next_is_answered_as_itself(running, upstream, request)
+
+
+BEHIND = {  # whole, and what is behind them is no answer to anybody
+    "length": START + END, "chunks": CHUNKED + b"2\r\nok\r\n0\r\n\r\n",
+    "204": b"HTTP/1.1 204 No Content\r\n\r\n",
+    "204 with a length": b"HTTP/1.1 204 No Content\r\nContent-Length: 90\r\n\r\n",
+    "304": b"HTTP/1.1 304 Not Modified\r\nContent-Length: 90\r\n\r\n",
+    "304 in chunks": b"HTTP/1.1 304 Not Modified\r\nTransfer-Encoding: chunked\r\n\r\n",
+    "length and chunks": START + b"Content-Length: 90\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+    "chunks and length": START + b"Transfer-Encoding: chunked\r\nContent-Length: 1\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+    "length twice": START + b"Content-Length: 2\r\n" + END,
+}
+
+
+@both_ways
+@by_name(BEHIND)
+def test_answer_behind_an_answer_is_nobody_s(client: Client, upstream: ScriptedUpstream, answer: bytes) -> None:
+    client.request("GET", "/v1/x").request("GET", "/v1/pipelined")
+    request = upstream.receive().answer(answer + EVIL)
+    came = client.message()
+    assert came.body == (b"" if came.status in (204, 304) else b"ok")
+    assert len(came.values("Content-Length") + came.values("Transfer-Encoding")) == (came.status == 200)
+    following = upstream.receive()
+    assert following.target == "/v1/pipelined" and following.connection is not request.connection
+    following.answer()
+    assert client.message().body == b"ok" and client.silent()
+
+
+def test_length_beside_chunks_ends_the_connection(client: Client, upstream: ScriptedUpstream) -> None:
+    """Though nothing is behind it: who of those before us has seen another end cannot be known."""
+    client.request("GET", "/v1/x")
+    request = upstream.receive().answer(START + b"Content-Length: 9\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n")
+    assert client.message().body == b""
+    assert request.connection.closed_within()
+
+
+def test_answer_before_it_was_asked_for_is_nobody_s(client: Client, running: ProxyProcess,
+                                                    upstream: ScriptedUpstream) -> None:
+    client.request("GET", "/v1/x")
+    request = upstream.receive().answer()
+    client.message()
+    request.answer(EVIL)  # on a pooled connection
+    assert request.connection.closed_within()
+    assert_next_is_answered_as_itself(running, upstream, request)
+
+
+# Without end
+
+def pour(wire: Wire, part: bytes, size: int) -> int:
+    """Send `part` again and again; how many bytes were taken before the other side had enough."""
+    sent = 0
+    try:
+        while sent < size:
+            wire.send(part)
+            sent += len(part)
+    except OSError:
+        pass
+    return sent
+
+
+SIZE = 200 << 20
+
+
+ENDLESS = {
+    "fields": (START, b"X: " + b"y" * 8000 + b"\r\n"), "value": (START + b"X: ", b"y" * 65536),
+    "reason": (b"HTTP/1.1 200 ", b"y" * 65536), "line": (b"", b"y" * 65536),
+    "folds": (START + b"X: y\r\n", b" folded\r\n" * 1000),
+    "103": (b"", b"HTTP/1.1 103 Early Hints\r\nLink: <a>\r\n\r\n" * 1000),
+    "100": (b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 1000),
+}
+
+
+@pytest.mark.parametrize("start, part", ENDLESS.values(), ids=ENDLESS)
+@pytest.mark.parametrize("amid_an_upload", [False, True], ids=["behind it", "amid an upload"])
+def test_head_of_two_hundred_megabytes_is_refused(client: Client, running: ProxyProcess, upstream: ScriptedUpstream,
+                                                  start: bytes, part: bytes, amid_an_upload: bool) -> None:
+    before = running.resident_kib()
+    client.request("POST", "/v1/x", "Content-Length: 6").send(b"abc" if amid_an_upload else b"abcdef")
+    request = upstream.receive(body=False)
+    request.connection.exactly(3 if amid_an_upload else 6)
+    sent: "list[int]" = []
+    pouring = threading.Thread(target=lambda: sent.append(pour(request.answer(start).connection, part, SIZE)))
+    pouring.start()
+    if amid_an_upload:
+        pouring.join(0.3)  # as much as it takes, with nobody who reads
+        client.send(b"def")
+    answer = client.message()
+    interim = 0
+    while answer.status == 103:
+        interim += 1
+        answer = client.message()
+    pouring.join()
+    assert answer.status == 502 and interim in (0, 21)
+    assert sent[0] < 16 << 20 and running.resident_kib() - before < 4096
+    request.connection.close()
+    assert_next_is_answered_as_itself(running, upstream, request)
