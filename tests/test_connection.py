@@ -626,7 +626,7 @@ def test_a_tunnel_sends_on_what_tls_holds_back(tls):
     ours.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     source, far = socket.socketpair()
     with contextlib.closing(Connection(source)) as source, far:
-        pipe = _Pipe(source, ours, pytest.fail, pytest.fail, lambda size: None)
+        pipe = _Pipe(source, ours, pytest.fail, pytest.fail, lambda size: None, lambda: None)
         pipe.start()
         data = os.urandom(40_000)
         far.sendall(data)

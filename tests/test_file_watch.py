@@ -110,10 +110,36 @@ def test_a_file_that_is_not_there_yet_is_waited_for(tmp_path: Path, clock: Clock
     assert watch.due()
 
 
-def test_what_else_happens_in_the_folder_is_nothing(watch: FileWatch, path: Path) -> None:
-    path.with_name("log").write_text("x")
+def test_what_is_written_to_other_files_is_nothing(path: Path, clock: Clock) -> None:
+    with open(path.with_name("log"), "w") as log:
+        watch = FileWatch(path, clock)
+        assert watch.due()
+        for _ in range(3):
+            print("a line", file=log, flush=True)
+            turn()
+            assert not watch.due()
+
+
+def test_a_link_that_points_elsewhere_is_a_change(tmp_path: Path, clock: Clock) -> None:
+    """As the kubelet swaps them."""
+    for name in ("one", "two"):
+        (tmp_path / name).write_text(name)
+    link = tmp_path / "folder" / "file"
+    link.parent.mkdir()
+    link.symlink_to(tmp_path / "one")
+    watch = FileWatch(link, clock)
+    assert watch.due()
+    (tmp_path / "folder" / "new").symlink_to(tmp_path / "two")
     turn()
-    assert not watch.due()
+    watch.due()
+    (tmp_path / "folder" / "new").replace(link)
+    turn()
+    assert watch.due()
+    turn()
+    watch.due()
+    (tmp_path / "two").write_text("more")
+    turn()
+    assert watch.due()
 
 
 def test_a_look_is_due_now_and_then_whatever_the_kernel_tells(watch: FileWatch, path: Path, clock: Clock) -> None:

@@ -178,6 +178,31 @@ def test_upstream_is_closed_when_the_client_leaves(client: Client, upstream: Scr
     assert request.connection.closed_within(1)
 
 
+def test_so_it_is_when_it_takes_none_of_the_client_s_bytes(running: ProxyProcess, upstream: ScriptedUpstream) -> None:
+    """A reset, that is: a FIN waits in the client's kernel, behind what nobody takes."""
+    files = running.open_files()
+    with running.client() as client:
+        request = handshake(client, upstream, "/v1/unread")
+        assert pour(client, 0, FULL) < FULL
+        client.reset()
+        running.wait_for_request("/v1/unread", 3)
+        assert running.open_files() <= files
+        request.connection.close()
+
+
+def test_time_that_the_client_takes_is_no_silence(start_proxy: "Callable[..., ProxyProcess]",
+                                                  upstream: ScriptedUpstream) -> None:
+    hasty = start_proxy(idle_timeout=0.5)
+    with hasty.client() as client:
+        request = handshake(client, upstream, "/v1/slow")
+        sent = pour(request.connection, 0, FULL)
+        assert sent < FULL
+        time.sleep(0.7)
+        assert client.exactly(sent) == (PATTERN * (sent // len(PATTERN) + 1))[:sent]
+        start = time.monotonic()
+        assert client.closed_within(3) and time.monotonic() - start > 0.3
+
+
 def test_last_words_of_a_client_that_leaves_arrive(running: ProxyProcess, upstream: ScriptedUpstream) -> None:
     """Though upstream sends all the while, which nobody reads any more."""
     with running.client() as client:

@@ -18,6 +18,7 @@ from xaiproxy import message_head
 
 READ = 65536  # bytes; above 128 KiB malloc would map and unmap memory at each read
 BURST = 8  # full reads in a row, then others have their turn
+TCP_ESTABLISHED = 1  # the first byte of Linux's struct tcp_info
 RECORD = 16384  # bytes of content that a TLS record holds at most
 _READABLE, _WRITABLE = 1, 2
 _poll = monkey.get_original("select", "poll")
@@ -72,6 +73,10 @@ class Connection:
             self._poll = _poll()
             self._poll.register(self.socket, select.POLLIN)
         return not self._poll.poll(0)
+
+    def is_established(self) -> bool:
+        """Whether the peer has closed nothing, as far as the kernel knows; also behind unread bytes."""
+        return self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == TCP_ESTABLISHED
 
     # In a greenlet
 

@@ -29,7 +29,6 @@ logger = logging.getLogger("xaiproxy.request")
 
 LINGER_TIME = 5.0  # seconds that a client gets to stop sending a body that nobody reads
 LOOK = 0.5  # seconds between two looks at a connection with unread bytes
-TCP_ESTABLISHED = 1  # the first byte of Linux's struct tcp_info
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER that turns close into a reset
 
 
@@ -45,12 +44,12 @@ class ClientWatch:
     kernel is asked now and then whether the connection is still established.
     """
 
-    __slots__ = ("_socket", "_greenlet", "_watcher", "_timer")
+    __slots__ = ("_connection", "_greenlet", "_watcher", "_timer")
 
-    def __init__(self, sock: Any):
-        self._socket = sock
+    def __init__(self, connection: Connection):
+        self._connection = connection
         self._greenlet: Any = None
-        self._watcher = gevent.get_hub().loop.io(sock.fileno(), 1)
+        self._watcher = gevent.get_hub().loop.io(connection.socket.fileno(), 1)
         self._timer: Any = None
 
     def start(self) -> None:
@@ -70,7 +69,7 @@ class ClientWatch:
 
     def _look(self) -> None:
         try:
-            data = self._socket.recv(1, socket.MSG_PEEK)
+            data = self._connection.socket.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
             return
         except OSError:
@@ -83,7 +82,7 @@ class ClientWatch:
             self._greenlet.throw(errors.ClientGone)
 
     def _look_behind(self) -> None:
-        if self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != TCP_ESTABLISHED:
+        if not self._connection.is_established():
             self._stop_timer()
             self._greenlet.throw(errors.ClientGone)
 
@@ -100,7 +99,7 @@ class Handler:
     def __init__(self, sock: Any, address: Any, server: Any):
         self.server = server
         self.connection = Connection(sock)
-        self.watch = ClientWatch(self.connection.socket)
+        self.watch = ClientWatch(self.connection)
         self.key_name: "str | None" = None
         self.ended_by = ""  # client, upstream, proxy; empty: nobody cut it short
         self._address = address

@@ -4,6 +4,7 @@ A callback in the hub passes on what comes; the greenlet of the request sleeps u
 a look at its framing and a write, and no greenlet switch.
 """
 
+import time
 from typing import Any
 
 import gevent
@@ -14,7 +15,8 @@ from xaiproxy.upstream import BROKEN, Exchange
 
 
 class Relay:
-    __slots__ = ("content", "_exchange", "_upstream", "_body", "_client", "_unsent", "_greenlet", "_timer")
+    __slots__ = ("content", "_exchange", "_upstream", "_body", "_client", "_unsent", "_greenlet", "_timer",
+                 "_heard")
 
     def __init__(self, exchange: Exchange, client: Connection):
         self.content = 0  # bytes that were passed on, without their framing
@@ -45,14 +47,12 @@ class Relay:
         self._exchange.release()
 
     def _wait(self) -> None:
-        hub = gevent.get_hub()
-        limit = self._exchange.idle_timeout
         self._greenlet = gevent.getcurrent()
         self._unsent: Any = b""  # what the client has not taken; until it has, nothing more is read
-        self._timer = hub.loop.timer(limit, limit)
         self._read_on()
+        self._watch_silence(self._exchange.idle_timeout)
         try:
-            hub.switch()
+            gevent.get_hub().switch()
         except BROKEN as error:
             raise self._exchange.broken(error) from error
         finally:
@@ -62,10 +62,24 @@ class Relay:
             self._client.stop_writing()
 
     def _read_on(self) -> None:
+        self._heard = time.monotonic()
         self._upstream.readable.start(self._pass_on)
-        self._timer.again(self._greenlet.throw, TimeoutError, update=False)
+
+    def _watch_silence(self, seconds: float) -> None:
+        self._timer = gevent.get_hub().loop.timer(seconds)
+        self._timer.start(self._on_silence)
 
     # In the hub, whose callbacks must not raise
+
+    def _on_silence(self) -> None:
+        """Time is over, if nothing came meanwhile: to note when something comes costs less than to begin anew each time."""
+        self._timer.close()
+        limit = self._exchange.idle_timeout
+        left = limit if self._unsent else self._heard + limit - time.monotonic()
+        if left > 0:
+            self._watch_silence(left)
+        else:
+            self._greenlet.throw(TimeoutError)
 
     def _pass_on(self) -> None:
         try:
@@ -88,12 +102,11 @@ class Relay:
         if sent < len(data):
             self._unsent = memoryview(data)[sent:]
             self._upstream.readable.stop()
-            self._timer.stop()
             self._client.writable.start(self._send_on)
         elif body.ended:
             self._greenlet.switch()
         else:
-            self._timer.again(self._greenlet.throw, TimeoutError, update=False)
+            self._heard = time.monotonic()
 
     def _send_on(self) -> None:
         try:

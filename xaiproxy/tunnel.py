@@ -13,6 +13,7 @@ from xaiproxy.connection import Connection
 from xaiproxy.errors import ClientGone
 from xaiproxy.upstream import BROKEN, Exchange
 
+LOOK = 0.5  # seconds between two looks at a client whose bytes upstream does not take
 LINGER_TIME = 0.5  # seconds that upstream gets to read what a client sent before it left
 
 
@@ -45,22 +46,28 @@ class Tunnel:
     def _wait(self, client: Connection, upstream: Connection) -> "tuple[Connection, Exception | None]":
         """Who ended, and of what."""
         hub, end, limit = gevent.get_hub(), gevent.getcurrent().switch, self._exchange.idle_timeout
-        timer = hub.loop.timer(limit, limit)
+        silence, looks = hub.loop.timer(limit, limit), hub.loop.timer(LOOK, LOOK)
 
         def heard(size: int) -> None:
             self.content += size
-            timer.again(end, upstream, TimeoutError(), update=False)
-        pipes = (_Pipe(upstream, client, end, functools.partial(end, client), heard),
+            silence.again(end, upstream, TimeoutError(), update=False)
+
+        def look_behind() -> None:  # what it sent is unread, and hides its leaving
+            if not client.is_established():
+                end(client, None)
+        pipes = (_Pipe(upstream, client, end, functools.partial(end, client), heard, silence.stop),
                  # To an upstream that takes no more the rest is not sent; what it still says comes first, then its end.
-                 _Pipe(client, upstream, end, lambda error: None, lambda size: None))
+                 _Pipe(client, upstream, end, lambda error: None, lambda size: looks.stop(),
+                       lambda: looks.again(look_behind)))
         try:
             heard(0)
             for pipe in pipes:
                 hub.loop.run_callback(pipe.start)
             return hub.switch()
         finally:
-            timer.stop()
-            timer.close()
+            for timer in (silence, looks):
+                timer.stop()
+                timer.close()
             for pipe in pipes:
                 pipe.stop()
 
@@ -69,18 +76,20 @@ class _Pipe:
     """One way. Works in the hub, whose callbacks must not raise; while the sink takes nothing, nothing is read.
 
     `end(source, error)` is called at the end of the source, `refused(error)` at that of the sink, `heard` with the size
-    of all that came.
+    of all that came, and with 0 when the sink takes something again after `blocked` was called.
     """
 
-    __slots__ = ("_source", "_sink", "_end", "_refused", "_heard", "_unsent", "_stopped")
+    __slots__ = ("_source", "_sink", "_end", "_refused", "_heard", "_blocked", "_is_blocked", "_unsent", "_stopped")
 
     def __init__(self, source: Connection, sink: Connection, end: "Callable[..., Any]",
-                 refused: "Callable[[Exception], Any]", heard: "Callable[[int], None]"):
+                 refused: "Callable[[Exception], Any]", heard: "Callable[[int], Any]", blocked: "Callable[[], Any]"):
         self._source = source
         self._sink = sink
         self._end = end
         self._refused = refused
         self._heard = heard
+        self._blocked = blocked
+        self._is_blocked = False
         self._unsent: Any = b""
         self._stopped = False
 
@@ -122,7 +131,13 @@ class _Pipe:
             self._unsent = memoryview(self._unsent)[sent:]
             self._source.readable.stop()
             self._sink.writable.start(self._send_on)
+            if not self._is_blocked:
+                self._is_blocked = True
+                self._blocked()
         else:
+            if self._is_blocked:
+                self._is_blocked = False
+                self._heard(0)
             self._unsent = b""
             self._sink.stop_writing()
             self._source.readable.start(self._pass_on)
