@@ -227,7 +227,7 @@ def test_time_that_the_client_takes_is_no_silence_of_upstream(start_proxy: "Call
         client.exactly(SIZE - 10)
         rest.join()
         start = time.monotonic()
-        assert client.rest() == b"" and 0.4 < time.monotonic() - start < 3
+        assert client.rest() == b"" and 0.2 < time.monotonic() - start < 3  # not at once
         line = hasty.wait_for_request("/v1/slow-reader")
         assert (line["bytes"], line["ended_by"]) == (SIZE - 10, "upstream")
 
