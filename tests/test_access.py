@@ -71,8 +71,8 @@ def test_without_keys_whoever_is_no_web_page_is_served(anonymous):
 
 OUR_HOSTS = [
     "localhost", "LOCALHOST", "LocalHost:9090", "localhost.", "localhost.:80", "a.localhost",
-    "A.B.LocalHost:1", "evil.localhost", "127.0.0.1", "127.0.0.1:9090", "127.0.0.1.", "127.1.2.3", "0.0.0.0",
-    "10.1.2.3:65535", "8.8.8.8", "[::1]", "[::1]:9090", "[::]", "[::ffff:127.0.0.1]:1", "[FE80::1]",
+    "A.B.LocalHost:1", "evil.localhost", "127.0.0.1", "127.0.0.1:9090", "127.0.0.1.", "127.1.2.3",
+    "10.1.2.3:65535", "8.8.8.8", "[::1]", "[::1]:9090", "[FE80::1]",
     # no stranger's DNS can point a name without a dot here
     "xai-proxy", "xai-proxy:9090", "XAI-PROXY.", "my_box", "2130706433", "0x7f000001",
     "host.docker.internal", "Host.Docker.Internal:9090", "host.containers.internal.",
@@ -83,7 +83,9 @@ STRANGE_HOSTS = [
     "localhost..", "127.0.0.1.nip.io", "host.docker.internal.evil.example", "evil.host.docker.internal",
     "a.proxy.example", "proxy.example.evil.example", "xproxy.example", "docker.internal", "0x7f.1", "127.1",
     "127.0.0.01", "0177.0.0.1", "127.0.0.1.1", "256.1.1.1", "1.2.3", "xn--80ak6aa92e.com",
-    "sidecar.local.net"]
+    "sidecar.local.net",
+    # other ways to loopback
+    "0.0.0.0", "0.0.0.0:9090", "0.0.0.0.", "[::]", "[0:0::0]:9090", "[::ffff:127.0.0.1]:1", "[::FFFF:7f00:1]", "[::ffff:0:0]"]
 NO_HOSTS = [
     "", ".", "..", ".localhost", "-a", ":9090", ":", "localhost:", "localhost:x", "localhost:123456",
     "localhost:80:80", "local host", "localhost,evil.example", "localhost, localhost",
@@ -122,7 +124,8 @@ def test_a_valid_key_counts_under_every_host(keyed):
         assert keyed(f"Authorization: Bearer {KEY}", host=host) == "laptop"
 
 
-@pytest.mark.parametrize("host", ["evil.example", "Team.Example.Org:9090", "a.b.example.", "1.2.3"])
+@pytest.mark.parametrize("host", ["evil.example", "Team.Example.Org:9090", "a.b.example.", "1.2.3",
+                                  "0.0.0.0", "[::]:9090"])
 def test_the_403_names_the_setting_and_the_value_to_put_in_it(tmp_path, host):
     gate = Gate(tmp_path, False)
     with pytest.raises(errors.HostNotAllowed) as caught:

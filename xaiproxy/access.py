@@ -72,10 +72,12 @@ class Access:
                                         "XAI_PROXY_ALLOWED_HOSTS, or send a client key")
 
     def _is_ours(self, name: str) -> bool:
+        if name in self._hosts:
+            return True
         if name.startswith("["):
             return _is_address(name[1:-1])
         return (name == "localhost" or name.endswith(".localhost") or "." not in name or _is_address(name)
-                or name in CONTAINER_HOSTS or name in self._hosts)
+                or name in CONTAINER_HOSTS)
 
     def _check_origin(self, head: Head) -> None:
         origins = [value.lower() for value in head.values("origin")]
@@ -121,7 +123,9 @@ class Access:
 
 def _is_address(name: str) -> bool:
     try:
-        ipaddress.ip_address(name)
+        address = ipaddress.ip_address(name)
     except ValueError:
         return False
-    return True
+    # These lead to loopback, too, and browsers do not know it: the request of an <img> of any page to them says neither
+    # Origin nor Sec-Fetch-Site.
+    return not address.is_unspecified and getattr(address, "ipv4_mapped", None) is None
