@@ -17,13 +17,11 @@ from pathlib import Path
 from typing import Any, Callable, Iterator
 
 import pytest
+from chromium import ARGUMENTS
 from sandbox import Sandbox
 from terminal import Terminal
 
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the key of an element's id, W3C WebDriver section 12
-ARGUMENTS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-             "--disable-sync",
-             "--disable-background-networking", "--disable-component-update", "--no-proxy-server"]
 
 
 class Browser:
