@@ -1,0 +1,155 @@
+"""Clients that take their time, thousands of them, beside one that does not and must not notice."""
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from typing import Callable, Iterator
+
+import pytest
+from proxy_process import Client, ProxyProcess
+from recording_upstream import RecordingUpstream
+from wire import readable
+
+from xaiproxy.http_handler import LINGER_TIME
+
+COUNT = 300  # of each kind
+LIMIT = 2.0  # seconds: CLIENT_TIMEOUT and KEEPALIVE_TIMEOUT
+PROMPT = 1.0  # seconds within which every good request is answered, on a machine that does other things, too
+HEAD = b"POST /v1/files HTTP/1.1\r\nHost: localhost\r\n"
+
+
+@pytest.fixture(scope="module")
+def upstream() -> Iterator[RecordingUpstream]:
+    with RecordingUpstream() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def proxy(tmp_path_factory: pytest.TempPathFactory, upstream: RecordingUpstream) -> Iterator[ProxyProcess]:
+    with ProxyProcess(tmp_path_factory.mktemp("proxy"), upstream=upstream.origin, client_timeout=LIMIT,
+                      keepalive_timeout=LIMIT) as running:
+        running.sign_in()
+        yield running
+
+
+class GoodClient:
+    """Asks one thing after the other, for as long as it is entered; `slowest`: seconds that an answer took."""
+
+    def __init__(self, proxy: ProxyProcess):
+        self._proxy = proxy
+        self._thread = threading.Thread(target=self._ask)
+        self._stopped = threading.Event()
+        self.answers = 0
+        self.slowest = 0.0
+
+    def __enter__(self) -> "GoodClient":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def _ask(self) -> None:
+        while not self._stopped.wait(0.01):
+            began = time.monotonic()
+            with self._proxy.client() as client:  # in the queue of new ones, too
+                for body in (b"", b"{}"):
+                    answer = client.ask("POST", "/v1/chat/completions", body=body)
+                    assert (answer.status, answer.body) == (200, b"POST /v1/chat/completions")
+                    self.answers += 1
+            self.slowest = max(self.slowest, time.monotonic() - began)
+
+
+def nothing(client: Client) -> None:
+    pass
+
+
+def half_a_head(client: Client) -> None:
+    client.send(HEAD + b"X: ")
+
+
+def half_a_body(client: Client) -> None:
+    client.send(HEAD + b"Content-Length: 100\r\n\r\nx")
+
+
+def half_a_chunk(client: Client) -> None:
+    client.send(HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\nx")
+
+
+def chunk_size_without_end(client: Client) -> None:
+    client.send(HEAD + b"Transfer-Encoding: chunked\r\n\r\n1;x=")
+
+
+def one_request(client: Client) -> None:
+    assert client.ask("GET", "/healthz").status == 200
+
+
+STAYS = "stays"
+KINDS = [  # how each begins, what it goes on to send now and then, and the status that it gets in the end
+    (nothing, b"", None), (one_request, b"", None), (half_a_head, b"", 408), (half_a_head, b"x", 408),
+    (half_a_body, b"", 408), (half_a_chunk, b"", 408),
+    (chunk_size_without_end, b"x", 408),  # bytes that are no content buy no time
+    (half_a_body, b"x", STAYS),  # a body that comes, however slowly, is an upload
+]
+
+
+def wait_for(condition: "Callable[[], bool]", seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_good_client_notices_nothing_of_thousands_of_slow_ones(proxy: ProxyProcess, upstream: RecordingUpstream,
+                                                               many_files: None) -> None:
+    before = proxy.open_files()
+    with contextlib.ExitStack() as stack, GoodClient(proxy) as good:
+        slow: "dict[socket.socket, tuple[Client, bytes, int | str | None]]" = {}
+        for begin, drip, status in KINDS * COUNT:
+            client = stack.enter_context(proxy.client())
+            begin(client)
+            slow[client.sock] = client, drip, status
+        # The first may be gone again on a slow machine. Bodies have begun to go upstream as well.
+        wait_for(lambda: proxy.open_files() - before > COUNT * len(KINDS), LIMIT)
+        end = time.monotonic() + 3 * LIMIT
+        while {status for _, _, status in slow.values()} != {STAYS}:
+            assert time.monotonic() < end, f"{len(slow)} are still there"
+            for sock in readable(slow, LIMIT / 4):
+                client, drip, status = slow.pop(sock)
+                with contextlib.suppress(*[ConnectionError] if drip else []):  # it drips on what is closed
+                    came = client.rest()
+                    assert came.startswith(b"HTTP/1.1 %d " % status) if status else came == b""
+                client.close()
+            for client, drip, _ in slow.values():
+                with contextlib.suppress(ConnectionError):
+                    client.sock.send(drip, socket.MSG_DONTWAIT)
+        assert len(slow) == COUNT
+    assert good.answers > 20 and good.slowest < PROMPT
+    assert {request.target for request in upstream.taken()} == {"/v1/chat/completions"}
+    wait_for(lambda: proxy.open_files() < before + 20, LIMIT)  # some connections to upstream are pooled
+
+
+ENDLESS = [("Content-Length: 999999999999999999", b"x" * 65536),
+           ("Transfer-Encoding: chunked", b"ffff\r\n" + b"x" * 65535 + b"\r\n"),
+           ("Transfer-Encoding: chunked", b"1;" + b"x" * 4000 + b"\r\nx\r\n")]
+
+
+def test_bodies_without_end_that_nobody_reads_are_cut(proxy: ProxyProcess) -> None:
+    before, began = proxy.resident_kib(), time.monotonic()
+
+    def pour(fields: str, part: bytes) -> None:
+        with proxy.client() as client, contextlib.suppress(ConnectionError):
+            client.request("POST", "/nothing", fields)
+            while time.monotonic() - began < 2 * LINGER_TIME:
+                client.send(part)
+    with GoodClient(proxy) as good:
+        pouring = [threading.Thread(target=pour, args=how) for how in ENDLESS]
+        for thread in pouring:
+            thread.start()
+        for thread in pouring:
+            thread.join()
+    assert LINGER_TIME - 1 < time.monotonic() - began < 2 * LINGER_TIME
+    assert good.answers > 20 and good.slowest < PROMPT and proxy.resident_kib() - before < 8192
