@@ -156,6 +156,7 @@ def test_other_dots_are_not(path: str) -> None:
 def test_what_is_refused_does_not_reach_upstream(client: Client, upstream: ScriptedUpstream) -> None:
     assert_refusal(client.ask("GET", "/v1/../admin"), 400, "bad_request", "dot segment")
     assert_refusal(client.ask("GET", "/v1/v1/models"), 404, "not_found", "/v1/models")
+    assert_refusal(client.ask("GET", "/v1/v1"), 404, "not_found", "/v1 is meant")
     assert_refusal(client.ask("GET", "/models"), 404, "not_found", "/v1/models")
     assert_refusal(client.ask("GET", "/V1/models"), 404, "not_found")
     assert_refusal(client.ask("GET", "/%761/models"), 404, "not_found")

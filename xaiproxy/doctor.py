@@ -211,7 +211,8 @@ def keys(settings: config.Config) -> Finding:
             return failure(errors.EXIT_CONFIGURATION, f"{path} cannot be used ({reason}), so that nobody is admitted; "
                            "put it right or remove it")
         if not known:
-            return failure(errors.EXIT_CONFIGURATION, f"{path} holds no key, so that nobody is admitted; {make}")
+            return failure(errors.EXIT_CONFIGURATION, f"{path} holds no key, so that nobody is admitted; {make}, or remove "
+                           "it and restart the proxy, which then asks for none")
         return ok(f"each call needs one; {path} holds {len(known)}")
     if path != settings.token_path.parent / "client-keys":
         return failure(errors.EXIT_CONFIGURATION, f"{path} does not exist, so that nobody is admitted; {make}")

@@ -272,6 +272,6 @@ def check_path(path: str) -> None:
     for segment in SEGMENT_END.split(path):
         if re.sub("%2e", ".", segment.partition(";")[0], flags=re.IGNORECASE) in (".", ".."):
             raise errors.BadRequest("the path has a dot segment; send the path that is meant")
-    if path[3:7] in ("/v1/", "/v2/"):
+    if (path + "/")[3:7] in PREFIXES:
         raise errors.NotFound(f"there is no {path[:200]}; {path[3:200]} is meant: the base URL ends with one /v1")
 
