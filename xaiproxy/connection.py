@@ -16,10 +16,10 @@ from gevent import monkey
 
 from xaiproxy import message_head
 
-READ = 65536  # bytes; above 128 KiB malloc would map and unmap memory at each read
+RECORD = 16384  # bytes of content that a TLS record holds at most
+READ = 7 * RECORD  # bytes: a call of the kernel for many, but above 128 KiB malloc would map and unmap memory each time
 BURST = 8  # full reads in a row, then others have their turn
 TCP_ESTABLISHED = 1  # the first byte of Linux's struct tcp_info
-RECORD = 16384  # bytes of content that a TLS record holds at most
 _READABLE, _WRITABLE = 1, 2
 _poll = monkey.get_original("select", "poll")
 _socket = monkey.get_original("socket", "socket")
@@ -228,18 +228,19 @@ class TLSConnection(Connection):
             self._in.write(data)
         else:
             self._in.write_eof()
-        content = b""
+        parts = []
         try:
             content = self._tls.read(RECORD)
             while self._in.pending:  # until all that came is read: no poll would report what is left in here
-                more = self._tls.read(RECORD)
-                if not more:  # close_notify: OpenSSL leaves what is behind it
+                parts.append(content)
+                content = self._tls.read(RECORD)
+                if not content:  # close_notify: OpenSSL leaves what is behind it
                     break
-                content += more
         except ssl.SSLWantReadError:  # the rest of a record is still to come
-            if not content:
+            if not parts:
                 raise BlockingIOError from None
-        return content
+            content = b""
+        return b"".join([*parts, content]) if parts else content
 
     def send(self, data: Any) -> int:
         if self._unsent:
