@@ -9,6 +9,7 @@ import select
 import signal
 import socket
 import time
+from collections.abc import Callable
 from typing import Any
 
 import gevent
@@ -25,7 +26,7 @@ from xaiproxy.upstream import Upstream
 logger = logging.getLogger(__name__)
 
 BACKLOG = 1024  # connections that wait in the kernel when all slots are taken
-LOG_DELAY = 0.005  # seconds that a log line waits for others, so that they are written together
+LOG_DELAY = 0.005  # seconds that a log line waits at most, for others or until nothing else is to be done
 REFRESHER_LOOK = 2.0  # seconds between two looks for a living refresher, of which the first leaves it time to start
 EXAMPLES = """\
   xai-proxy                        serve http://127.0.0.1:9090/v1 with the login of xai-login
@@ -82,10 +83,33 @@ def main(argv: "list[str] | None" = None) -> int:
         "XAI_PROXY_TOKEN_PATH": arguments.token_path})))
 
 
+class Leisure:
+    """Calls back when the event loop has nothing else to do, and after `limit` seconds at the latest."""
+
+    def __init__(self, limit: float):
+        loop = gevent.get_hub().loop
+        self._idle, self._timer = loop.idle(), loop.timer(limit, limit)
+
+    def __call__(self, callback: "Callable[[], None]") -> None:
+        self._idle.start(self._call, callback)
+        if not self._timer.active:  # to start it anew each time would cost more than what is called
+            self._timer.again(self._tick, callback)
+
+    def _call(self, callback: "Callable[[], None]") -> None:
+        self._idle.stop()
+        callback()
+
+    def _tick(self, callback: "Callable[[], None]") -> None:
+        if self._idle.active:
+            self._call(callback)
+        else:
+            self._timer.stop()
+
+
 def serve(settings: config.Config) -> int:
     # The original poll: the patched one would switch greenlets in the middle of a log line.
     log.setup("proxy", settings.log_level, settings.log_format, poll=gevent.monkey.get_original("select", "poll"),
-              defer=lambda write: gevent.get_hub().loop.timer(LOG_DELAY).start(write))
+              defer=Leisure(LOG_DELAY))
     gevent.get_hub().exception_stream = _LogStream()
     for warning in settings.warnings:
         logger.warning("%s", warning)
