@@ -11,8 +11,6 @@ import pytest
 from proxy_process import Client, ProxyProcess, environment
 from sandbox import Sandbox
 
-REFRESHER = "import sys; from xaiproxy.refresher import main; sys.exit(main())"
-
 
 class Flow:
     """Requests all the time, some short and some streamed, in threads of its own."""
@@ -67,7 +65,7 @@ def flow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flow]:
         sandbox.write_login(folder / "tokens.json")
         environ = environment(folder, issuer=sandbox.url, upstream=sandbox.url)
         with open(folder / "refresher.log", "wb") as log:
-            refresher = subprocess.Popen([sys.executable, "-W", "error", "-c", REFRESHER], cwd=folder,
+            refresher = subprocess.Popen([sys.executable, "-W", "error", "-m", "xaiproxy.refresher"], cwd=folder,
                                          env=environ, stderr=log)
         with ProxyProcess(folder, issuer=sandbox.url, upstream=sandbox.url) as proxy:
             flow = Flow(sandbox, proxy)

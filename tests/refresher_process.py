@@ -14,9 +14,6 @@ import pytest
 from xaiproxy import config
 from xaiproxy.token_store import TokenStore
 
-COMMAND = "import sys; from xaiproxy.refresher import main; sys.exit(main())"  # as the installed xai-refresher has it
-
-
 def environment(sandbox, path, **more) -> "dict[str, str]":
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("XAI_PROXY_")}
     return {**inherited, **sandbox.env, "XAI_PROXY_TOKEN_PATH": str(path), **more}
@@ -32,10 +29,11 @@ class Process:
     Its log is read as it comes.
     """
 
-    def __init__(self, sandbox, path, *options: str, before=(), code: str = COMMAND, **more: str):
+    def __init__(self, sandbox, path, *options: str, before=(), code: str = "", **more: str):
         self.path = path
         self.process = subprocess.Popen(
-            [*map(str, before), sys.executable, "-W", "error", "-c", code, *options],
+            [*map(str, before), sys.executable, "-W", "error",
+             *(["-c", code] if code else ["-m", "xaiproxy.refresher"]), *options],
             env=environment(sandbox, path, **more), cwd="/", text=True, stderr=subprocess.PIPE)
         self.pid = self.process.pid
         self.lines: "list[str]" = []

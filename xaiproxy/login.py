@@ -5,6 +5,7 @@ Importing this module is cheap on purpose: what only one way of calling it needs
 
 import argparse
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
@@ -145,3 +146,7 @@ def log_out(store: "TokenStore", talk: "Conversation") -> int:
         raise errors.IssuerUnavailable(
             f"the login was removed here but not revoked, because {failure}") from failure
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -18,6 +18,7 @@ import logging
 import math
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +27,7 @@ from xaiproxy import command, config, errors, log, token_store, token_writer, to
 from xaiproxy.oauth import discovery, session, token_endpoint
 from xaiproxy.schedule import ANSWER_LOST, UPSTREAM_REFUSES, Decision, Schedule
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("xaiproxy.refresher")  # also as `python -m xaiproxy.refresher`
 
 TICK = 0.25  # seconds between two looks; the proxy waits for us
 BEAT = 10.0  # seconds between two signs of life
@@ -335,3 +336,7 @@ def _main(arguments: Any) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, refresher.on_signal)
     return refresher.once() if arguments.once else refresher.run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

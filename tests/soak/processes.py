@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-REFRESHER = ("-c", "import sys; from xaiproxy.refresher import main; sys.exit(main())")
+REFRESHER = ("-m", "xaiproxy.refresher")
 PROXY = ("-m", "xaiproxy")
-STATUS = ("-c", "import sys; from xaiproxy.login import main; sys.exit(main(['--status']))")
+STATUS = ("-m", "xaiproxy.login", "--status")
 
 
 class Process:
