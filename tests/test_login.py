@@ -20,8 +20,7 @@ from scripted_server import ScriptedServer
 from terminal import CTRL_C, Terminal
 
 
-COMMAND = [sys.executable, "-W", "error", "-c",
-           "import sys; from xaiproxy import login; sys.exit(login.main())"]
+COMMAND = [sys.executable, "-W", "error", "-m", "xaiproxy.login"]
 ACCOUNT = "sandbox@example.invalid"
 QUICK = {"device_interval": 0.05, "auto_approve": 0}
 
@@ -97,8 +96,13 @@ def test_by_device_on_a_terminal(login: Login, sandbox: Sandbox):
     code = segno.make(url, micro=False, error="l", boost_error=False)
     assert qr_code(screen) == [[module > 0 for module in row] for row in code.matrix_iter(border=2)]
     assert f"\r\x1b[KSigned in as {ACCOUNT} at {sandbox.url}; the login is in {login.path}.\r\n" in screen
-    assert re.search(r"No refresher is running: the login lapses at 20[\d-]{8} \d\d:\d\d UTC, unless supervisord",
-                     screen)
+    # What the README shows at its top, and no word of a fault: nobody can have started a refresher yet.
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    shown = re.sub(r"20[\d-]{8} \d\d:\d\d UTC", "2026-11-23 14:05 CET", screen.rpartition("\x1b[K")[2])
+    for ours, shown_as in ((ACCOUNT, "you@example.org"), (sandbox.url, "https://auth.x.ai"),
+                           (str(login.path), "/home/you/.xai-proxy/tokens.json")):
+        shown = shown.replace(ours, shown_as)
+    assert "\n" + shown.replace("\r\n", "\n") in readme and "Next: `supervisord -c conf/supervisord.conf`" in shown
     saved = login.saved()
     assert (saved["account"], saved["issuer"], saved["token_endpoint"]) == (ACCOUNT, sandbox.url,
                                                                             f"{sandbox.url}/oauth2/token")

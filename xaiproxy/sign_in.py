@@ -12,7 +12,7 @@ import threading
 import time
 
 from xaiproxy import config, errors, token_store, token_writer, tokens
-from xaiproxy.conversation import Conversation, outlook, who
+from xaiproxy.conversation import Conversation, local_time, outlook, who
 from xaiproxy.oauth import authorization_code, device_authorization, discovery, loopback
 from xaiproxy.oauth.session import Session
 
@@ -48,7 +48,11 @@ def sign_in(store: token_store.TokenStore, talk: Conversation, way: str) -> None
     talk.event("done", f"Signed in as {who(login)} at {login.issuer}; the login is in {store.path}.",
                account=login.account, issuer=login.issuer, expires_at=login.expires_at,
                token_path=str(store.path), refresher_alive=alive)
-    talk.say(outlook(login, alive, now))
+    if alive or login.refresh_token is None:
+        talk.say(outlook(login, alive, now))
+    else:  # as after every first sign-in: what comes next, and no fault
+        talk.say("Next: `supervisord -c conf/supervisord.conf` serves it and keeps it alive. Without that it lapses at "
+                 f"{local_time(login.expires_at)}.")
 
 
 def login_in(store: token_store.TokenStore) -> "tokens.Tokens | None":
