@@ -9,16 +9,19 @@ import dataclasses
 import io
 import os
 import pathlib
+import shutil
 import signal
 import socket
+import struct
 import subprocess
+import sys
 import threading
 import time
 import urllib.parse
 
 import pytest
 from proxy_process import ProxyProcess
-from refresher_process import Process, make_store, mounted, mounts, seen_from, strace, wait_until
+from refresher_process import Process, environment, make_store, mounted, mounts, seen_from, strace, wait_until
 from scripted_server import ScriptedServer, answer, read_request
 
 from xaiproxy import app, conversation, login, token_store, token_writer, tokens
@@ -157,20 +160,21 @@ class Case:
     """A refresher, stopped at `step`, with a stale login."""
 
     def __init__(self, folder: pathlib.Path, step: str = "", *, faults=(), grace: bool = False, mount: str = "",
-                 code: str = ""):
+                 clock: str = ""):
         self.step, self.folder = step, folder
         self.path = folder / "tokens.json"
         self.held = Held()
         self.issuer = Issuer(*[self.held] if step == "awaiting" else faults, grace=grace)
         self.processes: "list[Process]" = []
-        self.clock = folder.with_suffix(".clock")
         self.log = folder.with_suffix(".strace")
         self._before = mounted(mount, folder) if mount else []
-        self._code = {"code": code, "CLOCK": str(self.clock)} if code else {}
+        self._clock = folder.with_suffix(".clock")
+        self._ahead = [0, 0]  # what tests/clock.c adds
+        self.environ = {"LD_PRELOAD": clock, "CLOCK": str(self._clock)} if clock else {}
 
     def __enter__(self) -> "Case":
         self.folder.mkdir(0o700)
-        self.clock.write_text("0")
+        self._clock.write_bytes(bytes(16))
         self.issuer.__enter__()
         self.store = make_store(self.issuer, self.path)
         self.put("old", self.issuer.login[0], expires_in=100)
@@ -191,8 +195,8 @@ class Case:
         written.chmod(0o600)
         written.replace(self.path)
 
-    def start(self, *before: str, **environ: str) -> Process:
-        process = Process(self.issuer, self.path, before=[*self._before, *before], **self._code, **environ)
+    def start(self, *before: str) -> Process:
+        process = Process(self.issuer, self.path, before=[*self._before, *before], **self.environ)
         self.processes.append(process)
         return process
 
@@ -219,11 +223,42 @@ class Case:
         self.held.released.set()
         self.processes[-1].signal(signal.SIGCONT)
 
+    def set_clocks(self, time_of_day: int = 0, uptime: int = 0) -> None:
+        """Both by so many seconds, for all processes that were started here."""
+        self._ahead = [self._ahead[0] + time_of_day, self._ahead[1] + uptime]
+        with open(self._clock, "r+b") as file:  # not truncated: they have it mapped
+            file.write(struct.pack("2q", *self._ahead))
+
+    def now(self) -> float:
+        return time.time() + self._ahead[0]
+
     def seen(self) -> "tuple[str, tuple[bool, str]]":
         """What `xai-login --status` and /readyz say of it."""
         said = io.StringIO()
-        login.status(self.store, conversation.Conversation(False, said, said))
-        return said.getvalue(), app.readiness_of(self.store, time.time())
+        login.status(self.store, conversation.Conversation(False, said, said), self.now)
+        return said.getvalue(), app.readiness_of(self.store, self.now())
+
+    def status(self) -> str:
+        """What `xai-login --status` says, as a process."""
+        return subprocess.run([sys.executable, "-W", "error", "-m", "xaiproxy.login", "--status"], cwd="/", text=True,
+                              env=environment(self.issuer, self.path, **self.environ), stdout=subprocess.PIPE,
+                              check=True, timeout=PATIENCE).stdout
+
+    def look_a_minute_old(self) -> None:
+        """The refresher's last sign of life, so that nobody has to wait for a minute."""
+        at = self.now() - token_store.ALIVE
+        os.utime(self.store.lock_path, (at, at))
+
+    def shows_nobody(self) -> None:
+        self.look_a_minute_old()
+        while True:
+            expired = self.store.load().state(self.now(), 120) is State.INVALID
+            status, (ready, reason) = self.seen()
+            if expired == (self.store.load().state(self.now(), 120) is State.INVALID):
+                break
+        assert f"No refresher is running: the login {'lapsed' if expired else 'lapses'} at " in status, status
+        assert ready is not expired, reason
+        assert reason.endswith("and has not been renewed yet") if expired else reason.startswith("no refresher; "), reason
 
     def messages(self) -> "list[str]":
         return [message for process in self.processes for message in process.messages()]
@@ -239,7 +274,7 @@ class Case:
         if self.issuer.ended:
             wait_until(lambda: self.store.load().refresh_error, PATIENCE)
         else:
-            wait_until(lambda: self.store.load().state(time.time(), 120) is State.FRESH, PATIENCE)
+            wait_until(lambda: self.store.load().state(self.now(), 120) is State.FRESH, PATIENCE)
         time.sleep(0.6)  # two more looks, in which nothing is to happen
         status, (ready, reason) = self.seen()
         if self.issuer.ended:
@@ -265,8 +300,12 @@ def killed(case: Case) -> None:
     process = case.stop_at_step()
     process.signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
+    case.shows_nobody()
     case.held.released.set()
-    case.start()
+    successor = case.start()
+    successor.wait_for("signed in", PATIENCE)
+    assert successor.said("was left behind by a process that was killed; it is now") == (
+        case.step in ("rehearsing", "written"))
 
 
 def killed_with_grace(case: Case) -> None:
@@ -278,6 +317,7 @@ def told_to_end(case: Case) -> None:
     process.signal(signal.SIGTERM)
     case.go_on()
     assert process.wait(PATIENCE) == 0 and process.messages()[-1] == "ended"
+    case.shows_nobody()
     assert case.store.load().access_token != "old" and len(case.issuer.calls) == 1
     case.start()
 
@@ -286,12 +326,9 @@ def suspended(case: Case) -> None:
     case.put("old", case.issuer.login[0], expires_in=2)
     expires = time.time() + 2
     case.stop_at_step()
-    minute_ago = time.time() - token_store.ALIVE
-    os.utime(case.store.lock_path, (minute_ago, minute_ago))
-    assert "No refresher is running" in case.seen()[0]
+    case.shows_nobody()
     wait_until(lambda: time.time() > expires)
-    if not case.store.load().access_token == "old":
-        assert case.seen()[1][1].startswith("no refresher; the login lapses at ")
+    case.shows_nobody()
     os.utime(case.store.lock_path)
     case.go_on()
 
@@ -335,45 +372,47 @@ def read_only(case: Case) -> None:
     def mount(how: str) -> None:
         subprocess.run(["nsenter", "-m", "-t", str(process.pid), "mount", "-o", f"remount,{how},bind", case.folder],
                        check=True)
+    case.look_a_minute_old()
     mount("ro")
     case.go_on()
     process.wait_for("Read-only file system; nothing was changed. Mount", PATIENCE)
+    status, (ready, reason) = case.seen()  # it can neither record a failure nor give a sign of life
+    assert "No refresher is running: the login lapses at " in status and ready and "no refresher; " in reason
     assert case.store.load().access_token == "old" and not case.issuer.calls
     mount("rw")
 
 
 def clock_forward(case: Case) -> None:
     case.stop_at_step()
-    case.clock.write_text("3600")
+    case.set_clocks(time_of_day=3600)
     case.go_on()
 
 
 def clock_back(case: Case) -> None:
     case.stop_at_step()
-    case.clock.write_text("-3600")
+    case.set_clocks(time_of_day=-3600)
     case.store.ask_refresh("old")  # to this clock it is good for another hour, but upstream refuses it
     case.go_on()
 
 
-CLOCKED = """
-import os, pathlib, signal, sys, time
-from xaiproxy import config, log, refresher
-clock = pathlib.Path(os.environ["CLOCK"])
-log.setup("refresher", "info", "json")
-begin, speed = refresher.uptime(), float(os.environ.get("SPEED", 1))
-one = refresher.Refresher(config.from_environ(os.environ), clock=lambda: time.time() + float(clock.read_text()),
-                          uptime=lambda: begin + speed * (refresher.uptime() - begin))
-signal.signal(signal.SIGTERM, one.on_signal)
-sys.exit(one.run())
-"""
 TMPFS = "cp -p $1/tokens.json $1.login; mount -t tmpfs -o size=256k,mode=700 none $1; cp -p $1.login $1/tokens.json"
 HOW = {  # beyond what most of the rows need
     killed_with_grace: {"grace": True},
     disk_full: {"mount": TMPFS},
     read_only: {"mount": "mount --bind $1 $1"},
-    clock_forward: {"code": CLOCKED},
-    clock_back: {"code": CLOCKED},
 }
+CLOCKS = (clock_forward, clock_back)
+
+
+@pytest.fixture(scope="session")
+def clock(tmp_path_factory) -> str:
+    """What to preload for Case.set_clocks."""
+    if shutil.which("gcc") is None:
+        pytest.skip("gcc is not installed")
+    library = str(tmp_path_factory.mktemp("clock") / "clock.so")
+    source = pathlib.Path(__file__).with_name("clock.c")
+    subprocess.run(["gcc", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o", library, source], check=True)
+    return library
 
 
 def together(outcome, cases) -> dict:
@@ -387,20 +426,36 @@ def together(outcome, cases) -> dict:
         return dict(zip(cases, pool.map(told, cases)))
 
 
-@pytest.mark.parametrize("with_mounts", [pytest.param(False, marks=strace), pytest.param(True, marks=[strace, mounts])])
-def test_a_fault_at_any_step_of_a_refresh(with_mounts, tmp_path):
+def check_table(tmp_path, chosen, **options) -> None:
+    """The rows of the faults that were chosen."""
     head, *rows = [line.split() for line in TABLE.strip().splitlines()]
     assert head == list(STEPS)
     expected = {(name, step): cell for name, *cells in rows for step, cell in zip(head, cells)
-                if cell != "-" and ("mount" in HOW.get(globals()[name], {})) == with_mounts}
+                if cell != "-" and chosen(globals()[name])}
 
     def outcome(cell: "tuple[str, str]") -> str:
         name, step = cell
         fault = globals()[name]
-        with Case(tmp_path / f"{name}-{step}", step, **HOW.get(fault, {})) as case:
+        with Case(tmp_path / f"{name}-{step}", step, **HOW.get(fault, {}), **options) as case:
             fault(case)
             return case.outcome()
     assert together(outcome, expected) == expected
+
+
+@strace
+def test_a_fault_at_any_step_of_a_refresh(tmp_path):
+    check_table(tmp_path, lambda fault: fault not in CLOCKS and "mount" not in HOW.get(fault, {}))
+
+
+@strace
+@mounts
+def test_a_disk_that_takes_nothing_at_any_step_of_a_refresh(tmp_path):
+    check_table(tmp_path, lambda fault: "mount" in HOW.get(fault, {}))
+
+
+@strace
+def test_a_clock_that_is_set_at_any_step_of_a_refresh(tmp_path, clock):
+    check_table(tmp_path, lambda fault: fault in CLOCKS, clock=clock)
 
 
 # What the issuer answers the first time; whether it takes former refresh tokens; the least seconds until the second
@@ -439,28 +494,36 @@ def test_an_answer_that_is_none(tmp_path):
 # others
 
 @strace
-def test_a_stopped_holder_of_the_lock_is_waited_for(tmp_path):
+def test_a_stopped_holder_of_the_lock_is_waited_for(tmp_path, clock):
     """Nobody refreshes without it; both ends of the wait are in the log, and then one refresh follows."""
-    with Case(tmp_path / "folder", "locked", code=CLOCKED) as case:
+    with Case(tmp_path / "folder", "locked", clock=clock) as case:
         holder = case.stop_at_step()
-        others = [case.start(SPEED="60"), case.start(SPEED="60")]
+        others = [case.start(), case.start()]
         for other in others:
-            other.wait_for("tokens.json.lock has been held by another process for 60 s; look for a refresher", PATIENCE)
+            other.wait_for("signed in", PATIENCE)
+
+        def ten_seconds_later() -> None:
+            case.set_clocks(uptime=10)
+            time.sleep(0.1)  # the next look at the lock
+        wait_until(lambda: (ten_seconds_later(), all(other.said(HELD) for other in others))[1], PATIENCE)
         assert not case.issuer.calls and case.store.load().access_token == "old"
-        minute_ago = time.time() - token_store.ALIVE
+        case.look_a_minute_old()
+        wait_until(lambda: (ten_seconds_later(), case.seen()[1] == (True, "signed in"))[1], PATIENCE)  # those who wait live
+        assert "The refresher is running and renews it" in case.seen()[0]
         for other in others:
             other.signal(signal.SIGSTOP)
-        os.utime(case.store.lock_path, (minute_ago, minute_ago))
-        assert "no refresher; " in case.seen()[1][1]
+            wait_until(lambda: state_of(other) == "T")
+        case.shows_nobody()
         for other in others:
             other.signal(signal.SIGCONT)
-        wait_until(lambda: case.seen()[1] == (True, "signed in"), PATIENCE)  # those who wait give signs of life
-        assert not case.issuer.calls
+        wait_until(lambda: (ten_seconds_later(), case.seen()[1] == (True, "signed in"))[1], PATIENCE)
+        assert not case.issuer.calls and case.said(HELD) == 2
         holder.signal(signal.SIGKILL)
         assert holder.wait() == -signal.SIGKILL
         assert case.outcome() == "1"
 
 
+HELD = "tokens.json.lock has been held by another process for 60 s; look for a refresher"
 REFUSED = {"code": "unauthenticated:bad-credentials", "error": "The OAuth2 access token could not be validated."}
 
 

@@ -70,6 +70,7 @@ class Refresher:
         self._seen: "tokens.Tokens | None" = None
         self._endpoint_in_doubt = False
         self._next_beat = -math.inf
+        self._clock_offset = math.inf  # of the time of day to the uptime, at the last sign of life
         self._said: "dict[str, str]" = {}
 
     def run(self) -> int:
@@ -284,9 +285,13 @@ class Refresher:
             raise Ending
 
     def _beat(self, at_once: bool = False) -> None:
-        if self._once or not at_once and self._uptime() < self._next_beat:
+        uptime = self._uptime()
+        offset = self._clock() - uptime
+        # Once the clock was set, our last sign looks like that of another hour, and we like one who is gone.
+        clock_was_set = abs(offset - self._clock_offset) > BEAT
+        if self._once or not (at_once or clock_was_set) and uptime < self._next_beat:
             return
-        self._next_beat = self._uptime() + BEAT
+        self._next_beat, self._clock_offset = uptime + BEAT, offset
         try:
             token_writer.beat(self.store)
             self._say("folder", "")
