@@ -102,6 +102,22 @@ def test_backoff_doubles_from_one_second_to_sixty(stale):
     assert waits == [1, 2, 4, 8, 16, 32, 60, 60, 60]
 
 
+@pytest.mark.parametrize("error", [UNAVAILABLE, errors.StorageError("full")])
+def test_backoff_ends_ten_seconds_after_expiry_at_the_latest(stale, error):
+    stale.now = LOGIN.expires_at - 100
+    assert [stale.fail(error) for _ in range(7)][-1] == 60
+    stale.now = LOGIN.expires_at - 7
+    assert [stale.fail(error) for _ in range(2)] == [17, 17]
+    stale.now = LOGIN.expires_at + 1000
+    assert [stale.fail(error) for _ in range(2)] == [10, 10]
+    assert stale.wait_until_due() == 10
+
+
+def test_what_the_issuer_asks_for_is_waited_for_after_expiry_too(stale):
+    stale.now = LOGIN.expires_at + 1000
+    assert stale.fail(errors.IssuerUnavailable("busy", retry_after=40)) == 40
+
+
 def test_backoff_is_measured_on_the_clock_that_never_jumps(stale):
     for _ in range(7):
         stale.fail(UNAVAILABLE)

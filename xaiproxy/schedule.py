@@ -17,6 +17,9 @@ from collections.abc import Callable
 from xaiproxy import errors, tokens
 
 BACKOFF, BACKOFF_LIMIT = 1.0, 60.0  # seconds; the first wait, doubled for each further failure
+# Past expiry, unless the refresh token may be spent: requests fail until the next try, and are told to come again within
+# so many seconds.
+EXPIRED_LIMIT = 10.0
 RETRY_AFTER_LIMIT = 300.0  # seconds that we let the issuer's Retry-After make us wait
 STANDING_WAIT = 300.0  # seconds after a refusal of client or plan, which heals by itself or not at all
 LOST_TRIES, LOST_WINDOW = 3, 30.0  # tries, and seconds from the first of them, when answers are lost
@@ -95,7 +98,7 @@ class Schedule:
         if isinstance(error, errors.GrantRefused):
             self._terminal = True
             return None
-        wait = self._wait_after(error)
+        wait = self._wait_after(error, max(0.0, login.expires_at - now))
         self._not_before = uptime + wait
         if isinstance(error, errors.IssuerUnavailable) and error.sent:
             self._lost += 1
@@ -126,11 +129,14 @@ class Schedule:
         return self._lost_since is not None and (
             self._lost >= LOST_TRIES or uptime > self._lost_since + LOST_WINDOW)
 
-    def _wait_after(self, error: errors.Error) -> float:
+    def _wait_after(self, error: errors.Error, left: float) -> float:
+        """`left`: seconds until the access token expires."""
         if isinstance(error, (errors.NotEntitled, errors.ClientRejected)):
             return STANDING_WAIT
-        retry_after = error.retry_after if isinstance(error, errors.IssuerUnavailable) else None
-        return max(self._backoff(), min(retry_after or 0.0, RETRY_AFTER_LIMIT))
+        if not isinstance(error, errors.IssuerUnavailable):
+            return min(self._backoff(), left + EXPIRED_LIMIT)
+        longest = BACKOFF_LIMIT if error.sent else left + EXPIRED_LIMIT
+        return max(min(self._backoff(), longest), min(error.retry_after or 0.0, RETRY_AFTER_LIMIT))
 
     def _backoff(self) -> float:
         """1, 2, 4 … 60 seconds, each shortened by up to a half so that many of us do not come at once."""
