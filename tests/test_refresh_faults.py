@@ -7,8 +7,10 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import io
+import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import socket
@@ -18,6 +20,7 @@ import sys
 import threading
 import time
 import urllib.parse
+from collections.abc import Callable
 
 import pytest
 from proxy_process import ProxyProcess
@@ -46,7 +49,7 @@ class Issuer(ScriptedServer):
         self.calls: "list[float]" = []
         self.reuses = 0
         self.lifetime = LIFETIME  # of access tokens, in seconds
-        self._faults = list(faults)
+        self.faults = list(faults)
         self._grace = grace
         self._mutex = threading.Lock()
 
@@ -64,7 +67,7 @@ class Issuer(ScriptedServer):
         form = dict(urllib.parse.parse_qsl(body.decode()))
         with self._mutex:
             self.calls.append(time.monotonic())
-            fault = self._faults.pop(0) if self._faults else None
+            fault = self.faults.pop(0) if self.faults else None
         if fault is None:
             connection.sendall(self.spend(form["refresh_token"]))
         elif isinstance(fault, bytes):
@@ -524,21 +527,124 @@ def test_a_stopped_holder_of_the_lock_is_waited_for(tmp_path, clock):
 
 
 HELD = "tokens.json.lock has been held by another process for 60 s; look for a refresher"
-REFUSED = {"code": "unauthenticated:bad-credentials", "error": "The OAuth2 access token could not be validated."}
+REFUSED = answer(403, {"code": "unauthenticated:bad-credentials",
+                       "error": "The OAuth2 access token could not be validated."})
 
 
-@pytest.fixture
-def served(tmp_path):
-    """served(answer) gives a refresher and a proxy of one login, with an upstream that always answers that."""
-    with contextlib.ExitStack() as stack:
-        def start(always: bytes, lifetime: int = LIFETIME) -> "tuple[Case, ProxyProcess]":
-            upstream = stack.enter_context(ScriptedServer(always))
-            case = stack.enter_context(Case(tmp_path / "folder"))
-            case.issuer.lifetime = lifetime
-            proxy = stack.enter_context(ProxyProcess(case.folder, upstream=upstream.url, issuer=case.issuer.url))
-            case.start()
-            return case, proxy
-        yield start
+class Served:
+    """A case with a proxy of its own, in front of an upstream that refuses `dead` tokens."""
+
+    def __init__(self, folder: pathlib.Path, *dead: str, **options):
+        self.case = Case(folder, **options)
+        self.dead = set(dead)
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> "Served":
+        upstream = self._stack.enter_context(ScriptedServer(self._reply))
+        self._stack.enter_context(self.case)
+        self.proxy = self._stack.enter_context(ProxyProcess(
+            self.case.folder, upstream=upstream.url, issuer=self.case.issuer.url, environ=self.case.environ))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.__exit__(*error)
+
+    def _reply(self, connection: socket.socket) -> None:
+        token = re.search(rb"(?im)^authorization: bearer (\S+)", read_request(connection))
+        if token:
+            connection.sendall(REFUSED if self.dead & {token[1].decode(), "all"} else answer(200, {}))
+
+    def logged(self, text: str) -> int:
+        return sum(text in line["message"] for line in self.proxy.log_lines())
+
+    def ready(self) -> "tuple[int, str]":
+        message = self.proxy.ask("GET", "/readyz")
+        return message.status, json.loads(message.body)["reason"]
+
+
+def gone(case: Case) -> "Callable[[], object]":
+    process = case.start()
+    process.wait_for("refreshed")
+    process.signal(signal.SIGKILL)
+    process.wait()
+    return case.start
+
+
+def stopped(case: Case) -> "Callable[[], object]":
+    process = case.start()
+    process.wait_for("refreshed")
+    process.signal(signal.SIGSTOP)
+    wait_until(lambda: state_of(process) == "T")
+    return lambda: process.signal(signal.SIGCONT)
+
+
+def stuck(case: Case) -> "Callable[[], object]":
+    """In a sync that takes a minute, or until strace is gone."""
+    case.step = "reserved"
+    process = case.start(*case.traced(f"delay_enter={60 * 10 ** 6}"))
+    wait_until(lambda: case.store.new_path.exists() and case.store.new_path.stat().st_size, PATIENCE)
+    tracer = re.search(r"TracerPid:\s+(\d+)", pathlib.Path(f"/proc/{process.pid}/status").read_text())[1]
+    return lambda: os.kill(int(tracer), signal.SIGKILL)
+
+
+@strace
+def test_a_refresher_that_is_gone_stopped_or_stuck_is_seen(tmp_path, clock):
+    """A minute after its last sign of life, which is made a minute old here; and so is its return."""
+    def outcome(fault) -> str:
+        with Served(tmp_path / fault.__name__, clock=clock) as served:
+            case, proxy = served.case, served.proxy
+            come_back = fault(case)
+            calls = len(case.issuer.calls)
+            case.look_a_minute_old()
+            proxy.wait_for_log(lambda line: line["message"].startswith("no refresher; the login lapses at "))
+            status, reason = served.ready()
+            assert status == 200 and reason.startswith("no refresher; the login lapses at "), reason
+            assert "No refresher is running: the login lapses at " in case.status()
+            assert proxy.ask().status == 200 and len(case.issuer.calls) == calls
+            come_back()
+            case.set_clocks(uptime=10)  # the next is due
+            proxy.wait_for_log(lambda line: line["message"] == "the refresher is back", PATIENCE)
+            wait_until(lambda: served.ready() == (200, "signed in"))
+            assert "The refresher is running and renews it" in case.status()
+            assert served.logged("no refresher") == served.logged("is back") == 1
+            return case.outcome()
+    faults = gone, stopped, stuck
+    assert together(outcome, faults) == dict.fromkeys(faults, "1")
+
+
+@pytest.mark.parametrize("hour", [3600, -3600], ids=["forward", "back"])
+def test_a_clock_that_is_set_by_an_hour_costs_no_request(tmp_path, clock, hour):
+    with Served(tmp_path / "folder", clock=clock) as served:
+        case, proxy = served.case, served.proxy
+        case.put("old", case.issuer.login[0], expires_in=3000)
+        case.issuer.faults.append(case.held)
+        case.start().wait_for("signed in")
+        assert proxy.ask().status == 200 and served.ready() == (200, "signed in") and not case.issuer.calls
+        case.set_clocks(time_of_day=hour)
+        wait_until(lambda: case.store.refresher_alive(case.now()), 2)
+        if hour < 0:  # to this clock the token is good for longer than to upstream's
+            served.dead.add("old")
+        with proxy.client() as client:
+            client.request()
+            assert case.held.spent.wait(PATIENCE)
+            assert "The refresher is running and renews it" in case.status()
+            case.held.released.set()
+            assert client.message().status == 200
+        assert served.ready() == (200, "signed in") and case.outcome() == "1"
+
+
+def test_a_refresh_goes_on_when_the_client_that_needed_it_leaves(tmp_path):
+    with Served(tmp_path / "folder", "old") as served:
+        case = served.case
+        case.put("old", case.issuer.login[0], expires_in=3000)
+        case.issuer.faults.append(case.held)
+        case.start().wait_for("signed in")
+        with served.proxy.client() as client:
+            client.request("GET", "/v1/left")
+            assert case.held.spent.wait(PATIENCE)
+        assert served.proxy.wait_for_request("/v1/left")["ended_by"] == "client"
+        case.held.released.set()
+        assert case.outcome() == "1" and served.proxy.ask().status == 200
 
 
 @strace
@@ -555,9 +661,17 @@ def test_a_dead_login_is_presented_once_by_all_refreshers_together(tmp_path):
         assert len(case.issuer.calls) == 1 and case.store.load().refresh_error.terminal
 
 
+@pytest.fixture
+def served(tmp_path):
+    with Served(tmp_path / "folder") as served:
+        yield served
+
+
 def test_an_issuer_that_is_down_for_long(served):
     """Requests are served until the token expires, then refused at once, and served again when it is back."""
-    case, proxy = served(answer(200, {}), lifetime=3)
+    case, proxy = served.case, served.proxy
+    case.issuer.lifetime = 3
+    case.start()
     wait_until(lambda: case.said("refreshed"), PATIENCE)
     case.issuer.go_down()
     expires = case.store.load().expires_at
@@ -580,7 +694,9 @@ def test_an_issuer_that_is_down_for_long(served):
 
 
 def test_an_upstream_that_refuses_every_new_token_costs_one_refresh(served):
-    case, proxy = served(answer(403, REFUSED))
+    case, proxy = served.case, served.proxy
+    served.dead.add("all")
+    case.start()
     wait_until(lambda: case.said("refreshed"), PATIENCE)
 
     def ask_for(seconds: float) -> None:
