@@ -6,10 +6,12 @@ import os
 import re
 import signal
 import stat
+import subprocess
+import sys
 import time
 
 import pytest
-from refresher_process import Process, make_store, mounted, mounts, seen_from, strace, wait_until
+from refresher_process import Process, environment, make_store, mounted, mounts, seen_from, strace, wait_until
 
 from xaiproxy import errors, refresher, token_writer
 from xaiproxy.tokens import State
@@ -93,6 +95,23 @@ def test_two_refreshers_of_one_login_never_spend_a_token_twice(sandbox, start, t
         assert not process.said("could not be refreshed")
     assert (sandbox.counters()["reuses"], tries(sandbox)) == (0, 3)
     assert works(sandbox, store.load())
+
+
+def test_a_sign_in_during_a_refresh_waits_for_it_and_is_what_stays(sandbox, start, tmp_path):
+    path = tmp_path / "tokens.json"
+    store = make_store(sandbox, path)
+    put_stale(sandbox, path)
+    process = start(path)
+    process.wait_for("refreshed")
+    sandbox.set(device_interval=0.05, auto_approve=0,
+                answers=[{"path": TOKEN_ENDPOINT, "grant_type": "refresh_token", "delay": 1.5}])
+    store.ask_refresh(store.load().access_token)
+    sandbox.wait(lambda seen: seen["refreshes"] == 2)  # its answer is on the way
+    subprocess.run([sys.executable, "-W", "error", "-m", "xaiproxy.login", "--device"], check=True, cwd="/",
+                   env=environment(sandbox, path), capture_output=True, timeout=20)
+    wait_until(lambda: process.said("signed in") == 2)
+    assert process.said("refreshed") == 2 and not process.said("could not") and works(sandbox, store.load())
+    assert sandbox.refresh(store.load().refresh_token)[0] == 200 and sandbox.counters()["reuses"] == 0
 
 
 # signals
