@@ -17,8 +17,8 @@ from collections.abc import Callable
 from xaiproxy import errors, tokens
 
 BACKOFF, BACKOFF_LIMIT = 1.0, 60.0  # seconds; the first wait, doubled for each further failure
-# Past expiry, unless the refresh token may be spent: requests fail until the next try, and are told to come again within
-# so many seconds.
+# Seconds from expiry to the next try, unless the refresh token may be spent: requests fail until then, and the proxy
+# tells them to come again within so many.
 EXPIRED_LIMIT = 10.0
 RETRY_AFTER_LIMIT = 300.0  # seconds that we let the issuer's Retry-After make us wait
 STANDING_WAIT = 300.0  # seconds after a refusal of client or plan, which heals by itself or not at all
