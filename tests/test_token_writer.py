@@ -390,6 +390,13 @@ def every_call(tmp_path):
 
 
 @strace
+def test_a_successor_is_synced_whole_before_its_rename_and_the_folder_after_it(tmp_path):
+    (tmp_path / "whole").mkdir()
+    calls = [name for name, _ in every_call(tmp_path) if name not in ("openat", "unlink")]
+    assert calls[-6:] == ["write", "fsync", "ftruncate", "fsync", "rename", "fsync"]
+
+
+@strace
 def test_an_error_of_any_system_call_loses_nothing(tmp_path):
     (tmp_path / "whole").mkdir()
     calls = every_call(tmp_path)
