@@ -181,6 +181,31 @@ def test_any_other_origin_is_refused(anonymous, keyed, origin):
     assert keyed(f"Origin: {origin}", f"X-Api-Key: {KEY}") == "laptop"  # whoever has a key may
 
 
+BROWSER = "User-Agent: Mozilla/5.0 (X11; Linux x86_64) AppleWebKit/537.36"
+
+
+@pytest.mark.parametrize("host", ["xai-proxy", "box:9090", "10.1.2.3", "[fe80::1]:9090", "host.docker.internal", "localhost.",
+                                  "proxy.example", "127box", "localhost-1", "2130706433"])
+def test_a_get_of_a_browser_that_tells_nothing_of_its_page_is_refused(anonymous, keyed, host):
+    for method in ("GET", "HEAD"):
+        assert anonymous(BROWSER, host=host, method=method) == "origin_not_allowed"
+        assert anonymous(BROWSER, host=host, method=method, key_needed=False) == "origin_not_allowed"
+    assert keyed(BROWSER, f"X-Api-Key: {KEY}", host=host) == "laptop"
+    # what tells of its page, which browsers do with every other method, or is none
+    assert anonymous(BROWSER, host=host, method="POST") is None  # PowerShell
+    assert anonymous(BROWSER, "Sec-Fetch-Site: none", host=host) is None
+    assert anonymous(BROWSER, f"Origin: http://{host}", host=host) is None
+    assert anonymous(BROWSER, f"Origin: {LISTED}", host=host) is None
+    for agent in ("curl/8", "OpenAI/JS 4.1", "compatible; Mozilla/5.0", ""):
+        assert anonymous(f"User-Agent: {agent}", host=host) is None
+    assert anonymous("User-Agent: a", BROWSER, host=host) == "origin_not_allowed"
+
+
+@pytest.mark.parametrize("host", ["localhost", "LocalHost:9090", "a.b.localhost", "127.0.0.1:9090", "127.1.2.3", "[::1]:9090"])
+def test_on_loopback_a_browser_would_have_told(anonymous, host):
+    assert anonymous(BROWSER, host=host) is None  # PowerShell
+
+
 def test_a_listed_page_is_another_site_and_yet_allowed(anonymous):
     assert anonymous(f"Origin: {LISTED}", "Sec-Fetch-Site: cross-site") is None
     # what says no Origin could be any page

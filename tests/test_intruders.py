@@ -138,7 +138,7 @@ def visit(site: Site, tmp_path: Path) -> "Iterator[Callable[[str, list[str]], li
         def visit(name: str, urls: "list[str]") -> "list[list[str]]":
             site.page = PAGE.replace("URLS", json.dumps(urls)).encode()
             browser = subprocess.Popen(
-                ["chromium", *ARGUMENTS, "--host-resolver-rules=MAP *.test 127.0.0.1", "--remote-debugging-port=0",
+                ["chromium", *ARGUMENTS, "--host-resolver-rules=MAP *.test 127.0.0.1, MAP box 127.0.0.1", "--remote-debugging-port=0",
                  f"--user-data-dir={tmp_path}/{name}", f"http://{name}:{site.server_port}/"],
                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
                 env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)})
@@ -148,7 +148,7 @@ def visit(site: Site, tmp_path: Path) -> "Iterator[Callable[[str, list[str]], li
         yield visit
 
 
-NAMES = ("127.0.0.1", "localhost", "rebound.test", "0.0.0.0", "[::ffff:127.0.0.1]", "evil.localhost")
+NAMES = ("127.0.0.1", "localhost", "rebound.test", "0.0.0.0", "[::ffff:127.0.0.1]", "evil.localhost", "box")
 
 
 @pytest.mark.parametrize("page", ["127.0.0.1", "localhost", "rebound.test"])

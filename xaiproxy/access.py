@@ -13,6 +13,8 @@ from xaiproxy import client_keys, config, errors
 from xaiproxy.request_head import Head
 
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_][A-Za-z0-9._-]*)(:[0-9]{1,5})?")
+# Where browsers send Sec-Fetch-Site also over plain HTTP: "potentially trustworthy" (Secure Contexts, section 3.1).
+TRUSTWORTHY = re.compile(r"(([a-z0-9_-]+\.)*localhost|127\.[0-9.]+|\[::1\])(:[0-9]+)?", re.IGNORECASE)
 CONTAINER_HOSTS = frozenset(("host.docker.internal", "host.containers.internal"))
 PREFLIGHT_AGE = 600  # seconds that a browser may remember a preflight
 
@@ -90,6 +92,9 @@ class Access:
             origin = origins[0][:200] if origins and origins[0] != "null" else "the page's origin"
             raise errors.OriginNotAllowed("web pages of other sites may not call this proxy; to allow this one, add "
                                           f"{origin} to XAI_PROXY_ALLOWED_ORIGINS")
+        if not (origins or sites) and _may_be_of_any_page(head):
+            raise errors.OriginNotAllowed("a browser does not tell under this Host which page its GET is for; address the "
+                                          "proxy as localhost, or send a client key")
 
     def leave(self, head: Head) -> "list[tuple[str, str]]":
         """The header fields by which a browser lets a page of a listed origin read an answer (CORS); none for others."""
@@ -119,6 +124,15 @@ class Access:
         if head.values("access-control-request-private-network") == ["true"]:
             fields.append(("Access-Control-Allow-Private-Network", "true"))
         return fields
+
+
+def _may_be_of_any_page(head: Head) -> bool:
+    """Whether this is what a browser sends for the <img> of a page that it says nothing of.
+
+    With a GET it sends no Origin, and Sec-Fetch-Site only over TLS or to what it knows as loopback.
+    """
+    return (head.method in ("GET", "HEAD") and any(value.startswith("Mozilla/") for value in head.values("user-agent"))
+            and TRUSTWORTHY.fullmatch("".join(head.values("host"))) is None)
 
 
 def _is_address(name: str) -> bool:
