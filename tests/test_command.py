@@ -1,5 +1,7 @@
 """How every command ends: one sentence on stderr and an exit code."""
 
+import os
+import resource
 import signal
 import subprocess
 import sys
@@ -56,3 +58,22 @@ def test_help_keeps_worked_examples_as_they_are_written(capsys):
     with pytest.raises(SystemExit) as caught:
         command.ArgumentParser(prog="xai-test", description="  one\n     two\n").parse_args(["--help"])
     assert caught.value.code == 0 and "  one\n     two\n" in capsys.readouterr().out
+
+
+def crash(folder, code: str) -> bool:
+    """Whether a process with leave to do so dumps its core when it crashes in `body`, with `code` before."""
+    code += "\nbody = lambda: os.kill(os.getpid(), signal.SIGSEGV)\ncommand.run('xai-test', body) if guarded else body()"
+    hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=folder,
+                               preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CORE, (hard, hard)))
+    status = os.waitpid(process.pid, 0)[1]
+    process.returncode = status
+    assert os.WTERMSIG(status) == signal.SIGSEGV
+    return os.WCOREDUMP(status)
+
+
+def test_a_crash_leaves_no_core(tmp_path):
+    imports = "import os, signal; from xaiproxy import command; guarded = "
+    if not crash(tmp_path, imports + "False"):
+        pytest.skip("no process dumps its core here")
+    assert not crash(tmp_path, imports + "True")
