@@ -13,6 +13,7 @@ import pytest
 from xaiproxy import config, errors
 
 ROOT = pathlib.Path(__file__).parent.parent
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
 
 
 def settings(environ=(), options=None, dotenv_path=os.devnull, **values):
@@ -79,7 +80,8 @@ REFUSES = {
     "BIND": ["example.org", "127.0.0.1:80", "1", "256.0.0.1"],
     "PORT": ["-1", "65536", "0x50", "1.0", "9" * 5000, "²", " 1", "http"],
     "UPSTREAM": ["http://api.x.ai", "https://api.x.ai/v1", "https://", "api.x.ai", "ftp://x.ai", "https://x.ai:99999",
-                 "https://x.ai?", "https://x.ai#", "https://a@x.ai", "https://x .ai", "https://[::1", "https://\u0435.ai"],
+                 "https://x.ai?", "https://x.ai#", "https://a@x.ai", "https://x .ai", "https://[::1", "https://\u0435.ai",
+                 *(f"https://evil.example{cut}.x.ai" for cut in ("\\", "%2f", "%00", ",", ";", "|", "&", "'", "*"))],
     "ISSUER": ["http://auth.x.ai", "https://auth.x.ai/?a", "auth.x.ai", "https://127.0.0.1\n", "http://127.0.0.1.evil.example"],
     "CLIENT_ID": ["a b", "é", "a\n"],
     "SCOPE": ["a  b", " a", "a ", 'a"b', "a\\b"],
@@ -162,6 +164,48 @@ def test_a_dotenv_that_cannot_be_read_is_told(tmp_path):
     (tmp_path / "env").write_bytes(b"XAI_PROXY_PORT=\xff\n")
     with pytest.raises(errors.ConfigurationError, match=f"{tmp_path}/env cannot be read"):
         settings(dotenv_path=str(tmp_path / "env"))
+
+
+@needs_root
+def test_a_dotenv_of_another_user_is_refused(tmp_path):
+    path = tmp_path / "env"
+    path.write_text("XAI_PROXY_ISSUER=https://evil.example\n")
+    os.chown(path, 12345, 0)
+    with pytest.raises(errors.ConfigurationError, match=f"{path} belongs to user 12345, and this process runs as user 0"):
+        settings(dotenv_path=str(path))
+    path.write_text("DATABASE_URL=x\nHTTPS_PROXY=http://evil.example\n")  # of somebody else's program: nothing is taken
+    assert settings(dotenv_path=str(path)) == settings()
+
+
+@needs_root
+def test_roots_dotenv_is_taken_by_every_user(tmp_path):
+    (tmp_path / ".env").write_text("XAI_PROXY_PORT=77\n")
+    done = subprocess.run(["setpriv", "--reuid=12345", "--clear-groups", "--inh-caps=+dac_override,+dac_read_search",
+                           "--ambient-caps=+dac_override,+dac_read_search", sys.executable, "-c",
+                           "import os; from xaiproxy import config; print(os.geteuid(), config.from_environ(os.environ).port)"],
+                          env={"PYTHONPATH": str(ROOT), "HOME": "/"}, cwd=tmp_path, text=True, capture_output=True)
+    assert done.stdout == "12345 77\n", done.stderr
+
+
+def test_a_dotenv_that_every_user_may_write_is_refused(tmp_path):
+    path = tmp_path / "env"
+    path.write_text("XAI_PROXY_PORT=77\n")
+    path.chmod(0o646)
+    with pytest.raises(errors.ConfigurationError, match=f"{path} may be written by every user.*chmod o-w it"):
+        settings(dotenv_path=str(path))
+    wrong: "list[errors.ConfigurationError]" = []
+    assert config.from_environ({"HOME": "/home/me"}, dotenv_path=str(path), complain=wrong.append) == settings()
+    assert len(wrong) == 1
+
+
+@pytest.mark.parametrize("mode, warned", [(0o600, 0), (0o644, 0), (0o664, 1)])
+def test_a_dotenv_that_its_group_may_write_is_taken_with_a_warning(tmp_path, mode, warned):
+    path = tmp_path / "env"
+    path.write_text("XAI_PROXY_PORT=77\n")
+    path.chmod(mode)
+    chosen = settings(dotenv_path=str(path))
+    assert chosen.port == 77 and len(chosen.warnings) == warned
+    assert all(f"{path} may be written by its group" in warning for warning in chosen.warnings)
 
 
 def test_the_older_name_of_the_token_path():

@@ -18,6 +18,7 @@ import ipaddress
 import os
 import re
 import ssl
+import stat
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Mapping
@@ -127,6 +128,8 @@ def _url(text: str) -> urllib.parse.SplitResult:
         raise ValueError(wanted) from None
     plain_on_loopback = url.scheme == "http" and is_loopback(host)
     if not host or not (url.scheme == "https" or plain_on_loopback) or not re.fullmatch(r"[!-~]+", text):
+        raise ValueError(wanted)
+    if not re.fullmatch(r"[A-Za-z0-9._:-]+", host):  # what we take for a name in x.ai, another may cut at a backslash
         raise ValueError(wanted)
     if "@" in url.netloc or "?" in text or "#" in text:
         raise ValueError(wanted)
@@ -275,7 +278,7 @@ def from_environ(environ: Mapping[str, str], options: "Mapping[str, str | None] 
     """
     given: "dict[str, str]" = {}
     warnings = []
-    for source in (_read_dotenv(dotenv_path, complain), _ours(environ), options or {}):
+    for source in (_read_dotenv(dotenv_path, complain, warnings.append), _ours(environ), options or {}):
         for name, text in source.items():
             name = ALIASES.get(name, name)
             if not text or KUBERNETES_NAME.fullmatch(name):
@@ -317,16 +320,35 @@ def _ours(environ: Mapping[str, str]) -> "dict[str, str]":
     return aliases | {name: text for name, text in environ.items() if name.startswith(PREFIX)}
 
 
-def _read_dotenv(path: str, complain: Callable) -> "dict[str, str]":
+def _read_dotenv(path: str, complain: Callable, warn: Callable[[str], object]) -> "dict[str, str]":
     # Only our own names: a .env often belongs to somebody else's program. No ${} interpolation: values are values.
     if not os.path.isfile(path):
         return {}
     try:
-        values = dotenv.dotenv_values(path, interpolate=False)
+        with open(path, encoding="utf-8") as file:
+            values = dotenv.dotenv_values(stream=file, interpolate=False)
+            status = os.fstat(file.fileno())
     except (OSError, UnicodeDecodeError) as error:
         complain(errors.ConfigurationError(f"{os.path.abspath(path)} cannot be read: {error}"))
         return {}
-    return {name: text or "" for name, text in values.items() if name.startswith(PREFIX)}
+    ours = {name: text or "" for name, text in values.items() if name.startswith(PREFIX)}
+    if ours and (wrong := _wrong_with_file(status)):
+        complain(errors.ConfigurationError(f"{os.path.abspath(path)} {wrong}"))
+        return {}
+    if ours and status.st_mode & stat.S_IWGRP:
+        warn(f"{os.path.abspath(path)} may be written by its group, who could have others call, or sign you in elsewhere; "
+             "chmod g-w it")
+    return ours
+
+
+def _wrong_with_file(status: os.stat_result) -> str:
+    """Why nothing is to be believed that stands in a file: a stranger who sets ISSUER is who the next login goes to."""
+    if status.st_uid not in (0, os.geteuid()):
+        return (f"belongs to user {status.st_uid}, and this process runs as user {os.geteuid()}: its settings may be a "
+                "stranger's; start in another folder, chown it, or set them in the environment")
+    if status.st_mode & stat.S_IWOTH:
+        return "may be written by every user, so its settings may be a stranger's; look through it and chmod o-w it"
+    return ""
 
 
 def _egress(environ: Mapping[str, str], complain: Callable) -> Egress:
