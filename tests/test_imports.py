@@ -74,6 +74,13 @@ def test_the_doctor_can_neither_spend_nor_write_nor_lock():
                              "xaiproxy.token_writer", "fcntl"}
 
 
+def test_nothing_but_the_sandbox_knows_the_sandbox():
+    for path in PACKAGE.rglob("*.py"):
+        if PACKAGE / "sandbox" not in path.parents:
+            module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+            assert not any(name.startswith("xaiproxy.sandbox") for name in imports(module.removesuffix(".__init__"))), module
+
+
 @pytest.mark.parametrize("module", WEB)
 def test_nothing_of_the_credential_side_is_loaded_with_the_web_side(module):
     # __main__ lets gevent patch the standard library before it imports the rest in main().

@@ -160,15 +160,15 @@ def lifetime(login: tokens.Tokens, store: token_store.TokenStore, now: float) ->
 def token_folder(store: token_store.TokenStore, login: "tokens.Tokens | None") -> "Iterator[Finding]":
     folder, user = store.path.parent, os.geteuid()
     try:
-        mode, disk = os.stat(folder).st_mode, os.statvfs(folder)
+        risk, disk = token_store.risk_of(os.stat(folder)), os.statvfs(folder)
     except FileNotFoundError:
         yield skipped(f"{folder} does not exist; signing in makes it")
         return
     except OSError as error:
         yield failure(errors.EXIT_TRY_AGAIN, f"{folder} cannot be looked at ({error.strerror}); give user {user} leave")
         return
-    if mode & 0o022 and not mode & stat.S_ISVTX:
-        yield warning(f"{folder} may be written by other users, who could then replace the login; chmod go-w it")
+    if risk:
+        yield warning(f"{folder} {risk}")
     if login is not None and login.refresh_token is None:
         return  # a mounted Secret: nobody writes there
     why = ""

@@ -137,6 +137,15 @@ def parse(text: bytes, path: Path) -> tokens.Tokens:
         raise errors.LoginUnusable("corrupt", f"{path} {error}; {errors.SIGN_IN} (the file is then kept aside)") from None
 
 
+def risk_of(folder: os.stat_result) -> str:
+    """Who else could replace what is in a folder, and what to do; "" when nobody could."""
+    if folder.st_uid not in (0, os.geteuid()):
+        return f"belongs to user {folder.st_uid}, who could replace the login; chown it to user {os.geteuid()}"
+    if folder.st_mode & 0o022 and not folder.st_mode & stat.S_ISVTX:
+        return "may be written by other users, who could then replace the login; chmod go-w it"
+    return ""
+
+
 def is_xai(url: str) -> bool:
     """Whether `url` is https on x.ai or a name below it, on the standard port, with no user part."""
     parts = urllib.parse.urlsplit(url)

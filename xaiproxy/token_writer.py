@@ -43,12 +43,11 @@ def prepare_folder(store: token_store.TokenStore) -> None:
     folder = store.path.parent
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        mode = folder.stat().st_mode
+        risk = token_store.risk_of(folder.stat())
     except OSError as error:
         raise _storage_error(folder, error) from error
-    if mode & 0o022 and not mode & 0o1000:
-        logger.warning("%s may be written by other users, who could then replace the login; chmod go-w it",
-                       folder)
+    if risk:
+        logger.warning("%s %s", folder, risk)
 
 
 def beat(store: token_store.TokenStore) -> None:
