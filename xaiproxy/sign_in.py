@@ -23,10 +23,11 @@ SAVE_PAUSE = 2.0  # seconds between two of these tries
 
 
 def open_browser(url: str) -> None:
-    # In a process of its own, waited for in a thread: some browsers block their caller, many write to stdout.
+    # In a process of its own, waited for in a thread: some browsers block their caller, many write to stdout. -I, or
+    # it would run a webbrowser.py that lies in the working directory.
     nothing = subprocess.DEVNULL
     options = {"stdin": nothing, "stdout": nothing, "stderr": nothing, "start_new_session": True}
-    command = [sys.executable, "-m", "webbrowser", url]
+    command = [sys.executable, "-I", "-m", "webbrowser", url]
     threading.Thread(target=subprocess.run, args=(command,), kwargs=options, daemon=True).start()
 
 
