@@ -11,7 +11,7 @@ from typing import Iterator
 
 import pytest
 from proxy_process import PYTHON, ProxyProcess, environment, refuse_to_start
-from sandbox import Sandbox
+from sandbox import Sandbox, until
 from scripted_upstream import ScriptedUpstream
 
 from xaiproxy import config
@@ -176,22 +176,16 @@ def test_a_module_in_the_working_directory_is_not_run(tmp_path: Path, sandbox: S
     """What opens the browser is a Python of its own, which would find this one first."""
     for name in ("webbrowser", "sitecustomize", "subprocess", "xaiproxy", "certifi"):
         (tmp_path / f"{name}.py").write_text(f"open('{name}-was-run', 'w')\n")
-    opened = tmp_path / "opened"
-    os.mkfifo(opened)
     browser = tmp_path / "browser"
-    browser.write_text(f'#!/bin/sh\necho "$1" >{opened}\n')
+    browser.write_text('#!/bin/sh\necho "$1" >opening && mv opening opened\n')
     browser.chmod(0o755)
     code = "import sys; del sys.path[0]; from xaiproxy.login import main; sys.exit(main())"  # as a console script has it
     process = subprocess.Popen([*PYTHON, "-c", code, "--browser"], cwd=tmp_path, stdin=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL, env=environment(tmp_path, {"BROWSER": str(browser)},
                                                                           issuer=sandbox.url, upstream=sandbox.url))
     try:
-        watchdog = threading.Timer(20, process.kill)
-        watchdog.start()
-        with open(os.open(opened, os.O_RDWR)) as pipe:
-            assert pipe.readline().startswith(sandbox.url)
-        watchdog.cancel()
+        until(lambda: (tmp_path / "opened").exists() or list(tmp_path.glob("*-was-run")), 20)
     finally:
         process.kill()
         process.wait()
-    assert not list(tmp_path.glob("*-was-run"))
+    assert not list(tmp_path.glob("*-was-run")) and (tmp_path / "opened").read_text().startswith(sandbox.url)
