@@ -29,12 +29,14 @@ class Sandbox:
     close() ends it with SIGTERM and asserts that it left with 0 and had no fault to tell of on stderr.
     """
 
+    program = ["-m", "xaiproxy.sandbox"]
+
     def __init__(self, *options: str, **knobs: Any) -> None:
         for name, value in knobs.items():
             options += (f"--{name.replace('_', '-')}", json.dumps(value))
         self._stderr = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-m", "xaiproxy.sandbox", "--port", "0", *options],
+            [sys.executable, "-W", "error", *self.program, "--port", "0", *options],
             stdout=subprocess.PIPE, stderr=self._stderr, text=True,
             env={**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[1])})
         lines = [shlex.split(self.process.stdout.readline()) for _ in range(3)]
