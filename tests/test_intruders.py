@@ -300,3 +300,18 @@ def test_nobody_comes_in_without_a_key(tmp_path: Path, upstream: RecordingUpstre
         upstream.taken()
         run_key_command(proxy, "remove", "tablet")  # the last
         assert_nobody_is_admitted(proxy, upstream, [[], [f"X-Api-Key: {made}"], *SOMEBODY])
+
+
+@pytest.mark.parametrize("broken", ["empty", "half-written", "a folder", "gone, and named"])
+def test_nobody_comes_in_after_a_restart_with_a_broken_key_file(tmp_path: Path, upstream: RecordingUpstream,
+                                                                broken: str) -> None:
+    keys, settings = tmp_path / "client-keys", {}
+    if broken == "a folder":
+        keys.mkdir()
+    elif broken == "gone, and named":
+        settings["client_keys_file"] = tmp_path / "none"
+    else:
+        keys.write_text(f"laptop {client_keys.digest(KEY)}"[:40 if broken == "half-written" else 0])
+    with ProxyProcess(tmp_path, upstream=upstream.origin, **settings) as proxy:
+        proxy.sign_in()
+        assert_nobody_is_admitted(proxy, upstream, [[], *SOMEBODY])
