@@ -16,7 +16,7 @@ import gevent.socket
 import greenlet
 import pytest
 from proxy_process import ISSUER, Client, ProxyProcess, both_ways
-from scripted_upstream import OK, PATTERN, ScriptedUpstream, pour
+from scripted_upstream import OK, PATTERN, Request, ScriptedUpstream, pour
 
 from xaiproxy import app, client_keys, config, server
 from xaiproxy.upstream import Upstream
@@ -26,6 +26,7 @@ SIZED = b"HTTP/1.1 200 OK\r\nContent-Length: 13\r\n\r\n"
 CONTENT = b"abc0123456789"
 DECORATED = b'3;x="y;z"\r\nabc\r\n000A ;\tq=1\r\n0123456789\r\n00;last\r\nX-Sum: 1\r\nY:\r\n\r\n'
 SIZE = 48 << 20  # bytes; more than the sockets on the way hold
+STEP = 8 << 20  # bytes that have to be read before the socket on the other side takes any again
 
 
 @pytest.fixture
@@ -213,23 +214,65 @@ def test_answer_that_comes_beside_the_upload_waits_upstream(running: ProxyProces
 @both_ways
 def test_time_that_the_client_takes_is_no_silence_of_upstream(start_proxy: "Callable[..., ProxyProcess]",
                                                               upstream: ScriptedUpstream, way: str) -> None:
-    """The limit stands still while the client does not read, and then begins anew."""
-    hasty = start_proxy(way=way, idle_timeout=0.5)
+    """The limit stands still while the client does not read, and then begins anew: also for the client, at each byte."""
+    hasty = start_proxy(way=way, idle_timeout=1)
     with hasty.client() as client:
         client.request("GET", "/v1/slow-reader")
         request = upstream.receive().answer(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % SIZE)
         sent = pour(request.connection, 0, SIZE)
         assert sent < SIZE
-        time.sleep(0.6)
         rest = threading.Thread(target=pour, args=(request.connection, sent, SIZE - 10, 5))
         rest.start()
         client.head()
-        client.exactly(SIZE - 10)
+        for _ in range(4):
+            time.sleep(0.4)
+            client.exactly(STEP)
+        client.exactly(SIZE - 10 - 4 * STEP)
         rest.join()
         start = time.monotonic()
         assert client.rest() == b"" and 0.2 < time.monotonic() - start < 3  # not at once
         line = hasty.wait_for_request("/v1/slow-reader")
         assert (line["bytes"], line["ended_by"]) == (SIZE - 10, "upstream")
+
+
+@pytest.fixture
+def hasty(start_proxy: "Callable[..., ProxyProcess]", way: str, upstream: ScriptedUpstream) -> ProxyProcess:
+    return start_proxy(way=way, idle_timeout=0.5)
+
+
+def assert_given_up(proxy: ProxyProcess, request: Request, target: str) -> None:
+    """Not at once, and as if the client had left."""
+    start = time.monotonic()
+    assert not request.connection.closed_within(0.1) and request.connection.closed_within(3)
+    assert time.monotonic() - start < 2
+    assert proxy.wait_for_request(target)["ended_by"] == "client"
+
+
+@both_ways
+def test_client_that_takes_nothing_is_given_up(hasty: ProxyProcess, upstream: ScriptedUpstream) -> None:
+    """It would hold its connections for ever: its kernel answers all that asks whether it is there."""
+    with hasty.client() as client:
+        client.request("GET", "/v1/takes-nothing")
+        request = upstream.receive().answer(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % SIZE)
+        assert pour(request.connection, 0, SIZE, 0.2) < SIZE
+        assert_given_up(hasty, request, "/v1/takes-nothing")
+        assert len(client.rest()) < SIZE
+
+
+@both_ways
+def test_client_that_takes_no_answer_is_given_up_before_the_next(hasty: ProxyProcess, upstream: ScriptedUpstream) -> None:
+    """The first bytes of a body leave with the head, and so do short answers as a whole."""
+    body = b"x" * 20000
+    with hasty.client() as client:
+        client.send(b"GET /v1/pipelined HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000)
+        count = 0
+        with pytest.raises(AssertionError, match="no request"):
+            while True:
+                request = upstream.receive(seconds=0.3)
+                request.answer(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+                count += 1
+        assert 50 < count < 1000
+        hasty.wait_for_log(lambda line: line.get("path") == "/v1/pipelined" and line["ended_by"] == "client", 2)
 
 
 @both_ways

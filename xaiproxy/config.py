@@ -236,7 +236,8 @@ class Config:
     connect_timeout: float = _setting("10", _seconds(0.1, 600),
         "Seconds for a connection to upstream: name, all its addresses and TLS together.")
     idle_timeout: float = _setting("3600", _seconds(0.1, 86400),
-        "Seconds without a byte from upstream before it is given up. Reasoning models may be silent for long.")
+        "Seconds without a byte from upstream, or of a client that takes none of those that wait for it, before it is given "
+        "up. Reasoning models may be silent for long.")
     sse_keepalive: float = _setting("0", _seconds(0, 3600),
         "Seconds of silence between two events of a stream after which the proxy sends a comment; 0: never. For clients "
         "that cut off long reasoning.")

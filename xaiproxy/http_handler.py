@@ -171,7 +171,7 @@ class Handler:
         self._code, self._content_bytes, self.ended_by = refusal.status, len(body), "proxy"
         self._log()
         with contextlib.suppress(OSError):
-            self.connection.send_all("\r\n".join(lines).encode("latin-1") + body)
+            self.connection.send_all("\r\n".join(lines).encode("latin-1") + body, LINGER_TIME)
             self.connection.linger(LINGER_TIME)
 
     # The answer
@@ -309,7 +309,7 @@ class Handler:
 
     def _send_all(self, data: bytes) -> None:
         try:
-            self.connection.send_all(data)
+            self.connection.send_all(data, self.server.settings.idle_timeout)
         except OSError:
             raise errors.ClientGone from None
 

@@ -37,7 +37,7 @@ class Relay:
             except BROKEN as error:
                 fault = error
         try:
-            self._client.send_all(head)
+            self._client.send_all(head, self._exchange.idle_timeout)
         except OSError:
             raise ClientGone from None
         if fault is not None:
@@ -74,12 +74,11 @@ class Relay:
     def _on_silence(self) -> None:
         """Time is over, if nothing came meanwhile: to note when something comes costs less than to begin anew each time."""
         self._timer.close()
-        limit = self._exchange.idle_timeout
-        left = limit if self._unsent else self._heard + limit - time.monotonic()
+        left = self._heard + self._exchange.idle_timeout - time.monotonic()
         if left > 0:
             self._watch_silence(left)
         else:
-            self._greenlet.throw(TimeoutError)
+            self._greenlet.throw(ClientGone if self._unsent else TimeoutError)
 
     def _pass_on(self) -> None:
         try:
@@ -101,6 +100,7 @@ class Relay:
             return
         if sent < len(data):
             self._unsent = memoryview(data)[sent:]
+            self._heard = time.monotonic()
             self._upstream.readable.stop()
             self._client.writable.start(self._send_on)
         elif body.ended:
@@ -115,6 +115,7 @@ class Relay:
             self._greenlet.throw(ClientGone)
             return
         if self._unsent:
+            self._heard = time.monotonic()  # from the client: it is there
             return
         self._client.stop_writing()
         if self._body.ended:

@@ -29,7 +29,7 @@ class Tunnel:
         """Send `head` and pass on bytes. Raises ClientGone, UpstreamBroken, and what is thrown in."""
         client, upstream = self._client, self._exchange.connection
         try:
-            client.send_all(head)
+            client.send_all(head, self._exchange.idle_timeout)
         except OSError:
             raise ClientGone from None
         who, error = self._wait(client, upstream)
@@ -52,13 +52,16 @@ class Tunnel:
             self.content += size
             silence.again(end, upstream, TimeoutError(), update=False)
 
+        def unheard() -> None:  # by a client that takes nothing
+            silence.again(end, client, TimeoutError(), update=False)
+
         def look_behind() -> None:  # what it sent is unread, and hides its leaving
             if not client.is_established():
                 end(client, None)
-        pipes = (_Pipe(upstream, client, end, functools.partial(end, client), heard, silence.stop),
+        pipes = (_Pipe(upstream, client, end, functools.partial(end, client), heard, unheard),
                  # To an upstream that takes no more the rest is not sent; what it still says comes first, then its end.
                  _Pipe(client, upstream, end, lambda error: None, lambda size: looks.stop(),
-                       lambda: looks.again(look_behind)))
+                       lambda: looks.active or looks.again(look_behind)))
         try:
             heard(0)
             for pipe in pipes:
@@ -76,7 +79,7 @@ class _Pipe:
     """One way. Works in the hub, whose callbacks must not raise; while the sink takes nothing, nothing is read.
 
     `end(source, error)` is called at the end of the source, `refused(error)` at that of the sink, `heard` with the size
-    of all that came, and with 0 when the sink takes something again after `blocked` was called.
+    of all that came, and with 0 when the sink has taken all of it after `blocked` was called, each time that it took less.
     """
 
     __slots__ = ("_source", "_sink", "_end", "_refused", "_heard", "_blocked", "_is_blocked", "_unsent", "_stopped")
@@ -131,9 +134,8 @@ class _Pipe:
             self._unsent = memoryview(self._unsent)[sent:]
             self._source.readable.stop()
             self._sink.writable.start(self._send_on)
-            if not self._is_blocked:
-                self._is_blocked = True
-                self._blocked()
+            self._is_blocked = True
+            self._blocked()
         else:
             if self._is_blocked:
                 self._is_blocked = False
