@@ -91,7 +91,9 @@ def _frame(head: Head, method: str, is_1_0: bool) -> None:
             raise Malformed("has a Content-Length that is no number")
         if not codings:
             head.length = int(lengths[0])
-    head.keep_alive = message_head.keep_alive(head.values, is_1_0) and not (codings and lengths)
+    # Where a coding has no place there may be chunks all the same.
+    head.keep_alive = (message_head.keep_alive(head.values, is_1_0)
+                       and not (codings and (lengths or head.status in (204, 304))))
     if method == "HEAD" or head.status < 200 or head.status in (204, 304):
         return
     if codings:

@@ -245,7 +245,7 @@ class Exchange:
         self.length = None if head.status in (204, 304) else head.length
 
     def _receive_head(self, on_interim: "Callable[[response_head.Head], None]") -> response_head.Head:
-        for _ in range(INTERIM_LIMIT + 1):
+        for number in range(INTERIM_LIMIT + 1):
             data = self.connection.recv_head(response_head.SIZE_LIMIT, self._upstream.idle_timeout)
             if not data:
                 raise EOFError
@@ -256,7 +256,8 @@ class Exchange:
                 if self._upgrade and [value.lower() for value in head.values.get("upgrade", ())] == ["websocket"]:
                     return head
                 raise Malformed("switches to another protocol, which nobody asked for")
-            on_interim(head)
+            if number < INTERIM_LIMIT:
+                on_interim(head)
         raise Malformed("is preceded by too many interim ones")
 
     @property
