@@ -2,6 +2,7 @@
 
 All three kinds work alike: `feed` them what came, and they say which parts of it are content; then `ended` says
 whether the body is whole, and `used` how many of these bytes were its own, framing included. They keep no content.
+`seems_ended`: a body that stops here is whole to some, though it is not.
 """
 
 import re
@@ -21,6 +22,8 @@ class Sized:
     """As many bytes as Content-Length says."""
 
     __slots__ = ("ended", "used", "_left")
+
+    seems_ended = False
 
     def __init__(self, length: int):
         self._left = length
@@ -104,8 +107,8 @@ class Chunked:
             if len(line) > LINE_LIMIT:
                 raise Malformed("has a line that is too long")
             if line.endswith(b"\n"):
-                self._line = b""
                 self._expect(self, line)
+                self._line = b""  # not before: of what is malformed, too, the beginning was passed on
             else:
                 self._line = line
         self.used = at
@@ -113,6 +116,11 @@ class Chunked:
 
     def end_of_connection(self) -> None:
         raise EOFError
+
+    @property
+    def seems_ended(self) -> bool:
+        """Amid a size that begins with 0, as the last one does: http.client asks for no end of that line."""
+        return self._expect is Chunked._size and self._line.startswith(b"0")
 
     def _size(self, line: bytes) -> None:
         match = CHUNK_LINE.fullmatch(line)

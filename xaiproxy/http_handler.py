@@ -283,6 +283,7 @@ class Handler:
                 relay.run(self._take_head())
             finally:
                 self._content_bytes = relay.content
+                self._ends_with_connection |= result.seems_ended
             return
         if is_stream:
             self.write(b"")  # the head leaves now, even if no byte of the body follows for an hour

@@ -243,6 +243,11 @@ class Stream:
         """One of framing's; None when it cannot be upstream's, since something may come between."""
         return None if self._pause else type(self._exchange.body)
 
+    @property
+    def seems_ended(self) -> bool:
+        """Whether an answer that was relayed so far would pass for a whole one."""
+        return self._exchange.body.seems_ended
+
     def relay(self, client: Connection) -> "Relay | Tunnel":
         if self._exchange.head.status == 101:
             self._watch.stop()  # the tunnel reads on that socket

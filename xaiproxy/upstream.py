@@ -118,7 +118,7 @@ class Exchange:
     """
 
     __slots__ = ("connection", "head", "body", "length", "_upstream", "_method", "_request",
-                 "_repeatable", "_upgrade", "_request_body", "_pooled", "_whole", "_writer")
+                 "_repeatable", "_upgrade", "_request_body", "_pooled", "_whole", "_reset", "_writer")
 
     def __init__(self, upstream: Upstream, request: bytes, body: "ReplayableBody | WholeBody", method: str,
                  repeatable: bool, upgrade: bool = False):
@@ -134,6 +134,7 @@ class Exchange:
         self._request_body = body
         self._pooled = False
         self._whole = True  # whether all of the request was written
+        self._reset = False  # whether a write was told so: a read then meets but an end, which is no clean one
         self._writer: "gevent.Greenlet | None" = None  # while it writes a body
         self.connection: "Connection | None" = None
         self.head: "response_head.Head | None" = None
@@ -145,7 +146,7 @@ class Exchange:
 
         A pooled connection that took no byte is replaced by a new one.
         """
-        self.connection, self._pooled, self._whole = connection, pooled, True
+        self.connection, self._pooled, self._whole, self._reset = connection, pooled, True, False
         body, limit = self._request_body, self._upstream.idle_timeout
         started = False
         try:
@@ -162,11 +163,13 @@ class Exchange:
                 self.connection, self._pooled = connection, _ = self._upstream.connect(), False
                 sent = connection.send(start)
             started = True
-            connection.send_all(start[sent:], limit)
+            if sent < len(start) or connection.holds_back:  # to send nothing could take a reset for itself: see _reset
+                connection.send_all(start[sent:], limit)
             if not body.ended or body.chunked:
                 self._send_rest(connection, parts, limit)
         except (_AnsweredEarly, BrokenPipeError, ConnectionResetError) as error:
             self._whole = False
+            self._reset |= isinstance(error, ConnectionResetError)  # a broken pipe comes behind a FIN
             if not started:
                 self.close()
                 raise self._broke_off(error) from error
@@ -204,7 +207,7 @@ class Exchange:
         except BlockingIOError:
             return
         except OSError:  # as an end: who writes will hear of it
-            data = b""
+            self._reset, data = True, b""
         connection.unread += data
         refused = bool(data) and self._is_refused_early(connection.unread)
         if refused or not data or len(connection.unread) > response_head.SIZE_LIMIT:
@@ -266,20 +269,23 @@ class Exchange:
 
     def parts(self, pause: "float | None" = None) -> Iterator[bytes]:
         """The body as it comes; b"" whenever nothing has come for `pause` seconds. Raises UpstreamBroken."""
-        limit = min(pause or self.idle_timeout, self.idle_timeout)
-        silent = 0.0
+        left = self.idle_timeout
         while not self.body.ended:
+            limit = min(pause or left, left)
             try:
                 data = self.connection.recv(limit)
-                silent = 0.0
+                left = self.idle_timeout
                 if not data:
+                    if self._reset:
+                        raise EOFError
                     self.body.end_of_connection()
+                    break
                 for start, end in self.body.feed(data):
                     yield data[start:end]
             except BROKEN as error:
-                silent += limit
-                if not isinstance(error, TimeoutError) or silent >= self.idle_timeout:
+                if not isinstance(error, TimeoutError) or error.errno or limit == left:  # the kernel's has a number
                     raise self.broken(error) from error
+                left -= limit
                 yield b""
                 continue
             self.connection.unread = data[self.body.used:]

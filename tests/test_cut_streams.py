@@ -1,0 +1,309 @@
+"""Upstream cut at every byte of its answer, in every framing: what the client gets is whole, or shows that it is not.
+
+Two strangers say what a client would take for whole: http.client, which forgives more than it should, and h11.
+"""
+from __future__ import annotations
+
+import contextlib
+import http.client
+import io
+import re
+import shutil
+import socket
+import subprocess
+import threading
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+import h11
+import httpx
+import pytest
+import requests
+from proxy_process import Client, ProxyProcess
+from scripted_upstream import Connection, Request, ScriptedUpstream, pour
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+EVENTS = (b"data: one\n\n", b"data: [DONE]\n\n")
+CONTENT = b"".join(EVENTS)
+CHUNKS = b"b\r\n%b\r\n00e;x=y\r\n%b\r\n" % EVENTS  # the second one's size begins as that of the last does
+ANSWERS = {
+    "length": OK + b"Content-Length: %d\r\n\r\n" % len(CONTENT) + CONTENT,
+    "chunked": OK + b"Transfer-Encoding: chunked\r\n\r\n" + CHUNKS + b"0\r\n\r\n",
+    "trailers": OK + b"Transfer-Encoding: chunked\r\n\r\n" + CHUNKS + b"0;z\r\nX-Sum: 1\r\nY:\r\n\r\n",
+    "close": OK + b"\r\n" + CONTENT,
+    "HTTP/1.0": OK.replace(b"1.1", b"1.0") + b"\r\n" + CONTENT,
+    "HTTP/1.0 length": OK.replace(b"1.1", b"1.0") + b"Content-Length: %d\r\n\r\n" % len(CONTENT) + CONTENT,
+}
+FRAMED = [name for name, answer in ANSWERS.items() if b"Content-Length" in answer or b"chunked" in answer]
+LAST_SIZE = re.compile(rb"\r\n0(;[^\r]*)?\r\n")
+CLIENTS = {"keep-alive": ("1.1",), "close": ("1.1", "Connection: close"), "1.0": ("1.0",),
+           "1.0 keep-alive": ("1.0", "Connection: keep-alive")}
+
+
+def content_of(body: bytes) -> bytes:
+    """Of chunks as far as they have come."""
+    parts = []
+    while size := re.match(rb"([0-9a-f]+)[^\r\n]*\r\n", body):
+        end = size.end() + int(size[1], 16)
+        parts.append(body[size.end():end])
+        body = body[end + 2:]
+    return b"".join(parts)
+
+
+class Came(io.RawIOBase):
+    """What came on a socket, kept for others, and what http.client asks a socket for."""
+
+    def __init__(self, sock: socket.socket):
+        self._sock = sock
+        self.data = b""
+        self.ended = self.reset = False
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            data = self._sock.recv(len(buffer))
+        except ConnectionResetError:
+            self.reset = True
+            raise
+        self.ended = not data
+        self.data += data
+        buffer[:len(data)] = data
+        return len(data)
+
+
+class Verdict:
+    """What a client has of an answer, read from its socket."""
+
+    def __init__(self, client: Client):
+        came = Came(client.sock)
+        answer = http.client.HTTPResponse(came, method="POST")
+        self.whole = True
+        try:
+            answer.begin()
+            answer.read()
+        except (http.client.IncompleteRead, ConnectionResetError):
+            self.whole = False
+        self.status = answer.status
+        head, _, body = came.data.partition(b"\r\n\r\n")
+        self.error = answer.getheader("X-XAI-Proxy-Error")
+        self.content = content_of(body) if b"\r\nTransfer-Encoding: chunked" in head else body
+        self.strictly_whole = whole_to_h11(came)
+
+
+def whole_to_h11(came: Came) -> bool:
+    connection = h11.Connection(h11.CLIENT)
+    connection.send(h11.Request(method="POST", target="/", headers=[("Host", "a"), ("Content-Length", "0")]))
+    connection.send(h11.EndOfMessage())
+    connection.receive_data(came.data)
+    if came.ended:
+        connection.receive_data(b"")
+    try:
+        event: Any = None
+        while event is not h11.NEED_DATA:
+            event = connection.next_event()
+            if isinstance(event, h11.EndOfMessage):
+                return True
+    except h11.RemoteProtocolError:
+        pass
+    return False
+
+
+# How it ends, and whether that is the end of a body that knows no other
+
+
+def fin(connection: Connection) -> None:
+    """Without a close_notify, where that is due."""
+    connection.close()
+
+
+def reset(connection: Connection) -> None:
+    connection.reset()
+
+
+def close_notify(connection: Connection) -> None:
+    connection.sock.settimeout(0)
+    with pytest.raises(OSError):
+        connection.sock.unwrap()  # sends it, and would wait for the other one
+    connection.close()
+
+
+@pytest.fixture(scope="module")
+def tls_upstream(certificate: tuple) -> Iterator[ScriptedUpstream]:
+    with ScriptedUpstream(certificate[1]) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def tls_proxy(tls_upstream: ScriptedUpstream, certificate: tuple,
+              tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxyProcess]:
+    with ProxyProcess(tmp_path_factory.mktemp("tls"), upstream=tls_upstream.origin,
+                      environ={"SSL_CERT_FILE": str(certificate[0])}) as proxy:
+        proxy.sign_in()
+        yield proxy
+
+
+def cut(proxy: ProxyProcess, upstream: ScriptedUpstream, answer: bytes, client: str,
+        how: "Callable[[Connection], None]", offsets: range, first: int = 0) -> "list[tuple[int, Verdict]]":
+    """What clients get of `answer`, each of them up to another byte. `first`: bytes that they have before the rest is sent."""
+    version, *fields = CLIENTS[client]
+    clients = [proxy.client() for _ in offsets]
+    try:
+        for offset, one in zip(offsets, clients):
+            one.request("POST", f"/v1/{offset}", *fields, body=b"{}", version=f"HTTP/{version}")
+        came: "list[Request]" = [upstream.receive() for _ in offsets]
+        if first:
+            for request in came:
+                request.answer(answer[:first])
+            for one in clients:  # the proxy is at the body
+                while b"\r\n\r\n" not in one.sock.recv(4096, socket.MSG_PEEK):
+                    pass
+        for request in came:
+            request.answer(answer[first:int(request.target[4:])])
+            how(request.connection)
+        return [(offset, Verdict(one)) for offset, one in zip(offsets, clients)]
+    finally:
+        for one in clients:
+            one.close()
+
+
+def assert_visible(name: str, verdicts: "list[tuple[int, Verdict]]", legal_end: bool) -> None:
+    answer = ANSWERS[name]
+    body = answer.index(b"\r\n\r\n") + 4
+    last = LAST_SIZE.search(answer, body)
+    known = last.end() if last else len(answer)  # from there on the client may know that it has all
+    for offset, got in verdicts:
+        where = f"{answer[:offset]!r}, and then the end"
+        if offset < body:
+            assert (got.status, got.error) == (502, "upstream_unreachable") and got.whole and got.strictly_whole, where
+            continue
+        sent = answer[body:offset]
+        assert got.status == 200 and got.error is None, where
+        assert got.content == (content_of(sent) if last else sent), where
+        if offset == len(answer) and name in FRAMED or legal_end and name not in FRAMED:
+            assert got.whole and got.strictly_whole, where
+        elif offset < known or name not in FRAMED:
+            assert not got.whole and not got.strictly_whole, where
+
+
+def assert_serves(proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
+    with proxy.client() as client:
+        client.request("POST", "/v1/next", body=b"{}")
+        request = upstream.receive()
+        assert request.target == "/v1/next"
+        request.answer()
+        assert client.message().body == b"ok" and upstream.quiet()
+    upstream.hang_up()
+
+
+def assert_cuts(proxy: ProxyProcess, upstream: ScriptedUpstream, name: str, client: str,
+                how: "Callable[[Connection], None]", legal_end: bool) -> None:
+    """Of all of the answer at once, and of its body alone, when the head has passed."""
+    answer = ANSWERS[name]
+    body = answer.index(b"\r\n\r\n") + 4
+    for offsets, first in ((range(len(answer) + 1), 0), (range(body, len(answer) + 1), body)):
+        assert_visible(name, cut(proxy, upstream, answer, client, how, offsets, first), legal_end)
+    assert_serves(proxy, upstream)
+
+
+@pytest.mark.parametrize("how", [fin, reset])
+@pytest.mark.parametrize("client", CLIENTS)
+@pytest.mark.parametrize("name", ANSWERS)
+def test_cut_at_any_byte_is_visible(running: ProxyProcess, upstream: ScriptedUpstream, name: str, client: str,
+                                    how: "Callable[[Connection], None]") -> None:
+    assert_cuts(running, upstream, name, client, how, how is fin)
+
+
+@pytest.mark.parametrize("how", [fin, reset])
+@pytest.mark.parametrize("client", ["keep-alive", "1.0"])
+@pytest.mark.parametrize("name", ["chunked", "trailers", "close"])
+def test_so_it_is_where_comments_may_come_between(start_proxy: "Callable[..., ProxyProcess]", upstream: ScriptedUpstream,
+                                                  name: str, client: str, how: "Callable[[Connection], None]") -> None:
+    """None is due here; nor is one when a stream ends."""
+    assert_cuts(start_proxy(sse_keepalive=600), upstream, name, client, how, how is fin)
+
+
+@pytest.mark.parametrize("how", [fin, reset, close_notify])
+@pytest.mark.parametrize("client", ["keep-alive", "1.0"])
+@pytest.mark.parametrize("name", ["length", "chunked", "close"])
+def test_so_it_is_behind_tls(tls_proxy: ProxyProcess, tls_upstream: ScriptedUpstream, name: str, client: str,
+                             how: "Callable[[Connection], None]") -> None:
+    """Where a FIN without a close_notify is what anybody on the way could send (RFC 9112 section 9.8)."""
+    assert_cuts(tls_proxy, tls_upstream, name, client, how, how is close_notify)
+
+
+@pytest.mark.parametrize("cut_short", [b"0", b"00", b"0;x=y", b"0\r"])
+def test_what_is_malformed_behind_a_zero_that_was_passed_on(running: ProxyProcess, upstream: ScriptedUpstream,
+                                                            cut_short: bytes) -> None:
+    with running.client() as client:
+        client.request("POST", "/v1/zero", body=b"{}")
+        request = upstream.receive().answer(OK + b"Transfer-Encoding: chunked\r\n\r\n" + cut_short)
+        client.head()
+        assert client.exactly(len(cut_short)) == cut_short
+        request.answer(b"\0\r\n")
+        with pytest.raises(ConnectionResetError):
+            client.rest()
+
+
+def test_reset_that_a_write_has_met_is_no_end(running: ProxyProcess, upstream: ScriptedUpstream) -> None:
+    """It is told once. The answer, of which nothing but the end of the connection is the end, came before all of the body."""
+    answer, size = OK.replace(b"200 OK", b"413 Too Large") + b"\r\ndata: on", 30_000_000
+
+    def upload() -> None:
+        with contextlib.suppress(ConnectionError):
+            pour(client, 0, size)
+    for _ in range(20):
+        with running.client() as client:
+            client.request("POST", "/v1/files", f"Content-Length: {size}")
+            sender = threading.Thread(target=upload)  # more than all buffers take
+            sender.start()
+            request = upstream.receive(body=False)
+            request.connection.exactly(10_000)
+            upstream.connections.remove(request.connection)
+            request.answer(answer).connection.reset()
+            assert not Verdict(client).whole
+            sender.join()
+
+
+# Real clients
+
+TREACHEROUS = [(name, at) for name in ANSWERS for at in (ANSWERS[name].index(b"one") + 1, ANSWERS[name].index(b"DONE"))] + \
+    [("chunked", ANSWERS["chunked"].index(end) + len(end)) for end in (b"\n\r\n00", b"]\n\n\r\n", b"]\n\n\r\n0")]
+
+
+def by_requests(url: str) -> bytes:
+    return requests.get(url, timeout=8).content
+
+
+def by_httpx(url: str) -> bytes:
+    return httpx.get(url, timeout=8, trust_env=False).content
+
+
+def by_curl(url: str, *options: str) -> bytes:
+    return subprocess.run(["curl", "-sS", "--max-time", "8", *options, url], check=True, capture_output=True).stdout
+
+
+def by_old_curl(url: str) -> bytes:
+    return by_curl(url, "--http1.0")
+
+
+@pytest.mark.parametrize("get", [by_requests, by_httpx, by_curl, by_old_curl])
+def test_real_clients_say_that_it_is_cut(running: ProxyProcess, upstream: ScriptedUpstream,
+                                         get: "Callable[[str], bytes]") -> None:
+    if "curl" in get.__name__ and not shutil.which("curl"):
+        pytest.skip("there is no curl here")
+    errors = (requests.RequestException, httpx.HTTPError, subprocess.CalledProcessError)
+
+    def serve() -> None:
+        for name, offset in TREACHEROUS:
+            upstream.receive().answer(ANSWERS[name][:offset]).connection.reset()
+    server = threading.Thread(target=serve)
+    server.start()
+    for name, offset in TREACHEROUS:
+        with pytest.raises(errors):
+            pytest.fail(f"{ANSWERS[name][:offset]!r} is whole: {get(f'{running.url}/v1/x')!r}")
+    server.join()
