@@ -169,6 +169,24 @@ def test_answer_that_is_not_read_waits_upstream(tmp_path: Path, certificate: tup
         assert client.message().body == b"ok"
 
 
+@both_ways
+def test_ten_clients_that_read_nothing_of_a_gigabyte(running: ProxyProcess, upstream: ScriptedUpstream, way: str) -> None:
+    size = 1 << 30
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(running.client()) for _ in range(10)]
+        running.ask("GET", "/healthz")
+        before, files = running.resident_kib(), running.open_files()
+        requests = []
+        for client in clients:
+            client.request("GET", "/v1/gigabyte")
+            requests.append(upstream.receive().answer(CHUNKED + b"%x\r\n" % size))
+            assert pour(requests[-1].connection, 0, size, 0.1) < size / 20  # what the kernel holds
+        assert running.resident_kib() - before < 8192
+    for request in requests:
+        assert request.connection.closed_within(1)
+    assert running.open_files() <= files
+
+
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
 def test_upload_that_is_not_read_waits_at_the_client(tmp_path: Path, certificate: tuple, tls: bool) -> None:
     with ScriptedUpstream(certificate[1] if tls else None) as upstream, \

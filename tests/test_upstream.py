@@ -647,6 +647,31 @@ def test_connection_closed_while_idle_is_not_used(client: Client, upstream: Scri
         request.connection.close() if how == "fin" else request.connection.reset()
 
 
+def test_upstream_that_restarts(tmp_path: Path) -> None:
+    """With ten pooled connections: none of the POSTs behind it goes out on one of them, or is lost."""
+    with ScriptedUpstream() as before, ProxyProcess(tmp_path, upstream=before.origin) as proxy, \
+            contextlib.ExitStack() as stack:
+        proxy.sign_in()
+        clients = [stack.enter_context(proxy.client()) for _ in range(10)]
+
+        def ask_all(upstream: ScriptedUpstream) -> None:
+            for client in clients:
+                client.request("POST", "/v1/x", body=b"{}")
+            requests = [upstream.receive() for _ in clients]
+            assert [request.connection.requests for request in requests] == [1] * len(clients)
+            for request in requests:
+                request.answer()
+            assert [client.message().body for client in clients] == [b"ok"] * len(clients)
+        ask_all(before)
+        before.close()
+        for client in clients:
+            client.request("POST", "/v1/x", body=b"{}")
+            answer = client.message()
+            assert answer.status == 502 and b"Connection refused" in answer.body
+        with ScriptedUpstream(port=before.port) as after:
+            ask_all(after)
+
+
 def break_a_pooled_connection(client: Client, upstream: ScriptedUpstream, *request: str,
                               body: bytes = b"") -> None:
     """Have a pooled connection end in the middle of `request`, when nothing of an answer came."""
