@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterator
 
 import h11
-import httpx
+import httpx2
 import pytest
 import requests
 from proxy_process import Client, ProxyProcess
@@ -56,7 +56,7 @@ class Came(io.RawIOBase):
     def __init__(self, sock: socket.socket):
         self._sock = sock
         self.data = b""
-        self.ended = self.reset = False
+        self.ended = False
 
     def makefile(self, mode: str) -> io.BufferedReader:
         return io.BufferedReader(self)
@@ -65,11 +65,7 @@ class Came(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        try:
-            data = self._sock.recv(len(buffer))
-        except ConnectionResetError:
-            self.reset = True
-            raise
+        data = self._sock.recv(len(buffer))
         self.ended = not data
         self.data += data
         buffer[:len(data)] = data
@@ -121,8 +117,7 @@ def fin(connection: Connection) -> None:
     connection.close()
 
 
-def reset(connection: Connection) -> None:
-    connection.reset()
+reset = Connection.reset
 
 
 def close_notify(connection: Connection) -> None:
@@ -280,7 +275,7 @@ def by_requests(url: str) -> bytes:
 
 
 def by_httpx(url: str) -> bytes:
-    return httpx.get(url, timeout=8, trust_env=False).content
+    return httpx2.get(url, timeout=8, trust_env=False).content
 
 
 def by_curl(url: str, *options: str) -> bytes:
@@ -296,7 +291,7 @@ def test_real_clients_say_that_it_is_cut(running: ProxyProcess, upstream: Script
                                          get: "Callable[[str], bytes]") -> None:
     if "curl" in get.__name__ and not shutil.which("curl"):
         pytest.skip("there is no curl here")
-    errors = (requests.RequestException, httpx.HTTPError, subprocess.CalledProcessError)
+    errors = (requests.RequestException, httpx2.HTTPError, subprocess.CalledProcessError)
 
     def serve() -> None:
         for name, offset in TREACHEROUS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import inspect
+import socket
 import threading
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from proxy_process import Client, ProxyProcess, both_ways
 from scripted_upstream import OK, Request, ScriptedUpstream
 
 from xaiproxy import __version__, config
+from xaiproxy.errors import UpstreamBroken
 from xaiproxy.request_body import WholeBody
 from xaiproxy.upstream import Exchange, Upstream
 
@@ -556,6 +558,22 @@ def test_broken_pooled_connection_that_took_no_byte_is_replaced_for_all(body: by
         assert (second.method, second.body, second.connection.requests) == ("POST", body, 1)
         sent.close()
         assert second.connection.closed_within()
+
+
+def test_time_out_of_the_kernel_is_no_silence() -> None:
+    """Of a peer that does not answer any more. It is told once, and an end, which would be a good one here, comes behind it."""
+    with ScriptedUpstream() as scripted:
+        upstream = make_upstream(scripted)
+        sent = a_request(upstream)
+        sent.send(upstream.connect(), pooled=False)
+        scripted.receive().answer(CLOSED)
+        sent.receive()
+        sent.connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1)
+        while sent.connection.send(bytes(1 << 20)):  # which waits for room, as nobody reads it
+            pass
+        with pytest.raises(UpstreamBroken):
+            list(sent.parts(5))
+        sent.close()
 
 
 def test_connections_idle_for_too_long_are_dropped() -> None:
