@@ -79,7 +79,7 @@ class _Pipe:
     """One way. Works in the hub, whose callbacks must not raise; while the sink takes nothing, nothing is read.
 
     `end(source, error)` is called at the end of the source, `refused(error)` at that of the sink, `heard` with the size
-    of all that came, and with 0 when the sink has taken all of it after `blocked` was called, each time that it took less.
+    of all that came, and with 0 when the sink has taken all of it behind a `blocked`, which tells each time that it has not.
     """
 
     __slots__ = ("_source", "_sink", "_end", "_refused", "_heard", "_blocked", "_is_blocked", "_unsent", "_stopped")
