@@ -347,7 +347,7 @@ def test_upload_takes_no_more_memory_for_being_longer(tmp_path: Path, upstream: 
             request, came = upstream.receive(body=False), 0
             while came < size:
                 data = request.connection.chunk() if chunked else request.connection.exactly(len(PATTERN))
-                assert data == (PATTERN * 2)[came % len(PATTERN):][:len(data)]
+                assert data == (PATTERN * 3)[came % len(PATTERN):][:len(data)]
                 came += len(data)
             assert not chunked or request.connection.chunk() == b""
             sender.join()

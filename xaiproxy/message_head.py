@@ -26,13 +26,11 @@ def end(data: bytes, searched: int, limit: int) -> int:
     """
     found = data.find(b"\r\n\r\n", max(0, searched - 3))
     size = found + 4 if found >= 0 else len(data)
+    if found < 0 and BARE_LF.search(data, max(0, searched - 1)):
+        raise Malformed("has a line that does not end with CRLF")
     if size > limit:
         raise TooLong(f"is longer than {limit} bytes")
-    if found >= 0:
-        return size
-    if BARE_LF.search(data, max(0, searched - 1)):
-        raise Malformed("has a line that does not end with CRLF")
-    return 0
+    return size if found >= 0 else 0
 
 
 def lines(head: bytes) -> "list[str]":
