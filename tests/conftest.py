@@ -8,8 +8,13 @@ import ssl
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
+import hypothesis
 import pytest
 
+# The same examples every time: a change fails its own tests and not somebody else's. bin/fuzz looks for new ones.
+hypothesis.settings.register_profile("suite", derandomize=True, database=None, deadline=None, max_examples=200,
+                                     suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("suite")
 pytest.register_assert_rewrite("sandbox")
 from flow import flow  # noqa: E402, F401
 from proxy_process import ProxyProcess  # noqa: E402

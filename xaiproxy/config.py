@@ -278,10 +278,11 @@ def from_environ(environ: Mapping[str, str], options: "Mapping[str, str | None] 
     of a default which makes no sense here: there is no home folder.
     """
     given: "dict[str, str]" = {}
+    spelt = {}
     warnings = []
     for source in (_read_dotenv(dotenv_path, complain, warnings.append), _ours(environ), options or {}):
-        for name, text in source.items():
-            name = ALIASES.get(name, name)
+        for spelling, text in source.items():
+            name = ALIASES.get(spelling, spelling)
             if not text or KUBERNETES_NAME.fullmatch(name):
                 continue
             if name == PREFIX + "PORT" and KUBERNETES_PORT.match(text):
@@ -292,12 +293,13 @@ def from_environ(environ: Mapping[str, str], options: "Mapping[str, str | None] 
                 ours = [known.removeprefix(PREFIX) for known in SETTINGS]
                 near = difflib.get_close_matches(name.removeprefix(PREFIX), ours, 1)
                 complain(errors.ConfigurationError(
-                    f"{name} is not a setting" + (f"; did you mean {PREFIX}{near[0]}?" if near else
+                    f"{name if name.isprintable() else _shown(name)} is not a setting" + (f"; did you mean {PREFIX}{near[0]}?" if near else
                                                   "; conf/xaiproxy.env.example lists them all"),
                     PREFIX + near[0] if near else name))
             else:
-                given[name] = text
-    values = {field.name: _value(name, given.get(name), field.metadata, complain) for name, field in SETTINGS.items()}
+                given[name], spelt[name] = text, spelling
+    values = {field.name: _value(spelt.get(name, name), given.get(name), field.metadata, complain)
+              for name, field in SETTINGS.items()}
     if PREFIX + "CLIENT_KEYS_FILE" not in given:
         values["client_keys_file"] = values["token_path"].parent / "client-keys"
     return Config(egress=_egress(environ, complain), warnings=tuple(dict.fromkeys(warnings)), **values)
@@ -308,12 +310,15 @@ def _value(name: str, text: "str | None", about: "Mapping[str, Any]", complain: 
     try:
         return about["parse"](chosen)
     except ValueError as error:
-        shown = re.sub(r"(?s).*@", "***@", chosen)  # somebody may have put a password into a URL
-        wrong = errors.ConfigurationError(f"{name} is {shown!r}, but takes {error}", name)
+        wrong = errors.ConfigurationError(f"{name} is {_shown(chosen)}, but takes {error}", name)
     if text is None:
         raise wrong
     complain(wrong)
     return _value(name, None, about, complain)
+
+
+def _shown(text: str) -> str:
+    return repr(re.sub(r"(?s).*@", "***@", text))  # somebody may have put a password into a URL
 
 
 def _ours(environ: Mapping[str, str]) -> "dict[str, str]":
@@ -374,7 +379,7 @@ def _egress(environ: Mapping[str, str], complain: Callable) -> Egress:
         try:
             ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(ca_file)
         except OSError:  # SSLError is one
-            ca_name, ca_file = wrong(ca_name, f"is {ca_file!r}, but takes a file of PEM certificates")
+            ca_name, ca_file = wrong(ca_name, f"is {_shown(ca_file)}, but takes a file of PEM certificates")
     return Egress(proxy=proxy or None, no_proxy=first("NO_PROXY")[1], ca_file=ca_file or certifi.where(),
                   proxy_from=name, ca_from=ca_name)
 

@@ -115,10 +115,13 @@ def from_response(response: "Mapping[str, Any]", *, now: float, issuer: str, cli
     access_token = _access_token(response)
     refresh_token = _text(response, "refresh_token") or (former.refresh_token if former else None)
     id_claims = jwt_claims(_text(response, "id_token") or "")
-    expires_in = _number(response.get("expires_in"))
-    if expires_in is None and isinstance(response.get("expires_in"), str) and response["expires_in"].isdecimal():
-        expires_in = float(response["expires_in"])
-    expires_at = _number(jwt_claims(access_token).get("exp")) if expires_in is None or expires_in <= 0 else now + expires_in
+    expires_in = response.get("expires_in")
+    if isinstance(expires_in, str) and expires_in.isdecimal():
+        expires_in = float(expires_in)
+    expires_in = _number(expires_in)
+    expires_at = _number(now + expires_in) if expires_in else None  # a time that from_json would not take is none
+    if expires_at is None:
+        expires_at = _number(jwt_claims(access_token).get("exp"))
     account = id_claims.get("email")
     if not (isinstance(account, str) and 0 < len(account) <= 254 and PRINTABLE.fullmatch(account)):
         account = former.account if former else None
