@@ -7,15 +7,14 @@ ENV PYTHONUNBUFFERED=1
 RUN groupadd --gid 10001 xaiproxy && useradd --uid 10001 --gid 10001 --create-home xaiproxy \
     && install -d -m 0700 -o 10001 -g 10001 /data
 
-# What xaiproxy needs, in a layer that a change of its code leaves as it is: a package with nothing but its version.
+# What xaiproxy needs, in a layer that a change of its code leaves as it is.
 WORKDIR /src
-COPY setup.cfg setup.py LICENSE ./
-COPY xaiproxy/__init__.py xaiproxy/
-RUN pip install --no-cache-dir --only-binary :all: .
+COPY conf/requirements.txt ./
+RUN pip install --no-cache-dir --require-hashes --only-binary :all: -r requirements.txt
 
-COPY README.md ./
+COPY setup.cfg setup.py LICENSE README.md ./
 COPY xaiproxy xaiproxy
-RUN pip install --no-cache-dir --no-deps --force-reinstall . && rm -rf /src/*
+RUN pip install --no-cache-dir --no-deps --no-build-isolation --use-pep517 . && pip check && rm -rf /src/*
 COPY conf/supervisord.conf /etc/xaiproxy/
 
 # The login lives here, and a .env, if there is one: the one place that is written to.

@@ -3,10 +3,11 @@ from __future__ import annotations
 
 from typing import Any, Iterator
 
-import anthropic
 import pytest
 from proxy_process import ProxyProcess
 from sandbox import Sandbox
+
+anthropic = pytest.importorskip("anthropic")
 
 ASKED: Any = {"model": "grok-4.5", "max_tokens": 100, "messages": [{"role": "user", "content": "Hello"}]}
 WEATHER: Any = {

@@ -4,14 +4,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Iterator
 
-import anthropic
-import openai
 import pytest
-from langchain_openai import ChatOpenAI
 from proxy_process import ProxyProcess
 from sandbox import Sandbox
 
 from xaiproxy import client_keys
+
+anthropic = pytest.importorskip("anthropic")
+openai = pytest.importorskip("openai")
+ChatOpenAI = pytest.importorskip("langchain_openai").ChatOpenAI
 
 KEY = "xaip_of-the-laptop"
 MESSAGES: Any = [{"role": "user", "content": "Hello"}]

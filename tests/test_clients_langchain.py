@@ -4,10 +4,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from langchain_core.messages import AIMessageChunk, ToolMessage
-from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 from proxy_process import ProxyProcess
 from sandbox import Sandbox
+
+pytest.importorskip("langchain_openai")
+from langchain_core.messages import AIMessageChunk, ToolMessage  # noqa: E402
+from langchain_openai import ChatOpenAI, OpenAIEmbeddings  # noqa: E402
 
 
 def weather(location: str) -> str:

@@ -8,10 +8,11 @@ import time
 from pathlib import Path
 from typing import Any, Iterator
 
-import openai
 import pytest
 from proxy_process import ProxyProcess
 from sandbox import Sandbox, until
+
+openai = pytest.importorskip("openai")
 
 HELLO: Any = [{"role": "user", "content": "Hello"}]
 WEATHER: Any = [{"role": "user", "content": "Ask weather for San Francisco"}]

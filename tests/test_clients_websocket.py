@@ -6,13 +6,15 @@ import json
 import time
 from typing import Any
 
-import openai
 import pytest
-import websockets.asyncio.client
-import websockets.sync.client
 from proxy_process import ProxyProcess
 from sandbox import Sandbox
-from websockets.exceptions import ConnectionClosedError, InvalidStatus
+
+openai = pytest.importorskip("openai")
+pytest.importorskip("websockets")
+import websockets.asyncio.client  # noqa: E402
+import websockets.sync.client  # noqa: E402
+from websockets.exceptions import ConnectionClosedError, InvalidStatus  # noqa: E402
 
 MODEL = "grok-4.5"
 

@@ -4,6 +4,7 @@ import configparser
 import contextlib
 import http.server
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -49,6 +50,32 @@ def test_the_package_needs_no_data_files_and_every_folder_of_it_is_installed():
     files = [path for path in (ROOT / "xaiproxy").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     assert {path.suffix for path in files} == {".py"}
     assert all((path.parent / "__init__.py").exists() for path in files)
+
+
+def requirements(section, name):
+    return [line for line in SETUP[section][name].split("\n") if line and not line.startswith("#")]
+
+
+def test_every_requirement_has_a_lower_bound_that_can_be_tested():
+    extras = [line for name in SETUP["options.extras_require"] for line in requirements("options.extras_require", name)]
+    for line in requirements("options", "install_requires") + extras:
+        assert re.fullmatch(r"[A-Za-z0-9-]+(\[[a-z]+\])?>=[0-9.]+(; .*)?", line)
+
+
+def test_the_image_is_made_of_exact_versions_that_setup_cfg_allows():
+    pins = (ROOT / "conf" / "requirements.txt").read_text().replace("\\\n", "").splitlines()
+    versions = {}
+    for line in pins:
+        if not line.startswith("#"):
+            name, version = re.fullmatch(r"([a-z0-9-]+)==([0-9a-z.]+)( +--hash=sha256:[0-9a-f]{64})+", line).group(1, 2)
+            versions[name] = version
+    for line in requirements("options", "install_requires"):
+        name, bound = line.split(">=")
+        assert numbers(versions[name]) >= numbers(bound), line
+
+
+def numbers(version):
+    return [int(number) for number in re.findall("[0-9]+", version)]
 
 
 # An interpreter that makes a .venv at once. What its pip does is in $PIP; each call of it leaves a line in $CALLS.

@@ -19,13 +19,14 @@ def is_event_stream(head: response_head.Head) -> bool:
 
 def kept_alive(parts: "Iterable[bytes]") -> "Iterator[bytes]":
     """The stream with a comment for each empty part that does not come amid an event."""
-    end, said = b"", False
+    end, said, mark = b"", False, BOM
     for part in parts:
         if part:
             if said and not end:
-                part = part.removeprefix(BOM)  # which is one at the beginning only
+                part, mark = part.removeprefix(mark), b""  # which is one at the beginning only
             end = (end + part)[-4:]
-            yield part
+            if part:  # an empty one would be taken for the end
+                yield part
         elif not end or BLANK_LINE.search(end):
             said = True
             yield COMMENT
