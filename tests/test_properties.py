@@ -162,6 +162,7 @@ def text_of(value) -> str:
     return str(int(value)) if isinstance(value, bool) else str(value)
 
 
+@example({"XAI_PROXY_CLIENT_KEYS_FILE": "~0"})
 @given(ENVIRONMENTS)
 def test_any_environment_is_a_config_or_an_error_that_names_its_variable(environ):
     chosen, complaints = settings(environ)
@@ -197,6 +198,7 @@ def test_any_dotenv_is_a_config_or_an_error_that_names_its_variable_or_the_file(
         assert name[1].encode() in content if name else str(error).startswith(f"{path} cannot be read")
 
 
+@example({"XAI_PROXY_CLIENT_ID": "a${HOME}"})
 @given(st.dictionaries(st.sampled_from(list(config.SETTINGS)),
                        SETTING_TEXTS.filter(lambda text: "\r" not in text), max_size=4))
 def test_dotenv_says_what_the_environment_would(environ):
@@ -256,6 +258,7 @@ def check_target(issuer: str, url: str) -> None:
 
 
 @example(LOOPBACK, "https://[::1].evil.example/")
+@example(XAI, "https://evilx.ai/")
 @given(ISSUERS, URLS)
 def test_no_address_is_used_that_is_not_the_issuers(issuer, url):
     try:

@@ -300,7 +300,7 @@ def from_environ(environ: Mapping[str, str], options: "Mapping[str, str | None] 
                 given[name], spelt[name] = text, spelling
     values = {field.name: _value(spelt.get(name, name), given.get(name), field.metadata, complain)
               for name, field in SETTINGS.items()}
-    if PREFIX + "CLIENT_KEYS_FILE" not in given:
+    if values["client_keys_file"] == _path(""):  # not set, or wrong
         values["client_keys_file"] = values["token_path"].parent / "client-keys"
     return Config(egress=_egress(environ, complain), warnings=tuple(dict.fromkeys(warnings)), **values)
 
