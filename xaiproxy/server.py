@@ -27,11 +27,16 @@ logger = logging.getLogger(__name__)
 
 BACKLOG = 1024  # connections that wait in the kernel when all slots are taken
 LOG_DELAY = 0.005  # seconds that a log line waits at most, for others or until nothing else is to be done
+SHORTAGE_WORD = 60.0  # seconds between two lines about descriptors: at the limit they come and go
 REFRESHER_LOOK = 2.0  # seconds between two looks for a living refresher, of which the first leaves it time to start
 EXAMPLES = """\
   xai-proxy                        serve http://127.0.0.1:9090/v1 with the login of xai-login
   xai-proxy --port 8080            on another port
 """
+
+
+class NoDescriptor(OSError):
+    """A connection could not be accepted; gevent tries again after 10 ms, doubling to 1 s."""
 
 
 class Server(pywsgi.WSGIServer):
@@ -44,6 +49,24 @@ class Server(pywsgi.WSGIServer):
         self.settings = settings
         self.draining = False
         self.idle: "set[Any]" = set()  # sockets between two requests, which may be closed at any time
+        self._short = False
+        self._next_word = 0.0  # no line about descriptors before this time
+
+    def do_read(self) -> Any:
+        try:
+            accepted = super().do_read()
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            if time.monotonic() >= self._next_word:
+                self._short, self._next_word = True, time.monotonic() + SHORTAGE_WORD
+                logger.error("%s, with %d connections: new ones wait until others end; raise the limit with ulimit -n, "
+                             "or lower XAI_PROXY_MAX_CONNECTIONS", error.strerror, len(self.pool))
+            raise NoDescriptor from error
+        if self._short and accepted:
+            self._short = False
+            logger.info("connections are accepted again")
+        return accepted
 
     def drain(self, cut: gevent.event.Event) -> None:
         """Stop accepting, close idle connections, wait for open answers, then cut what is left.
@@ -110,7 +133,9 @@ def serve(settings: config.Config) -> int:
     # The original poll: the patched one would switch greenlets in the middle of a log line.
     log.setup("proxy", settings.log_level, settings.log_format, poll=gevent.monkey.get_original("select", "poll"),
               defer=Leisure(LOG_DELAY))
-    gevent.get_hub().exception_stream = _LogStream()
+    hub = gevent.get_hub()
+    hub.exception_stream = _LogStream()
+    hub.NOT_ERROR += (NoDescriptor,)  # the server has said it already
     for warning in settings.warnings:
         logger.warning("%s", warning)
     keys = client_keys.ClientKeys(settings.client_keys_file, required=_names_a_key_file(settings))

@@ -4,6 +4,7 @@
  *                                                      with vary=1 no two have the same head
  *     load completions PORT connections=16 seconds=2   the same, but POST requests
  *     load streams     PORT connections=100 events=100 interval=20000 seconds=3
+ *                                                      stamps=0: of the sandbox, whose events have no time stamps
  *     load upload      PORT size=20000000 chunked=1 repeat=5
  *     load download    PORT size=200000000 repeat=1
  *     load head        PORT                            only prints the head of its requests
@@ -39,12 +40,12 @@ static const char *const mode_names[] = {"requests", "completions", "streams", "
 static struct {
     enum mode mode;
     int port;
-    long connections, repeat, events, interval /* us between events */, event_size, size, chunked, vary;
+    long connections, repeat, events, interval /* us between events */, event_size, size, chunked, vary, stamps;
     double seconds, warm;
     double ramp;  /* connections opened a second; 0: all at once */
     double limit; /* seconds for everything */
     const char *key, *pids;
-} options = {.connections = 1, .events = 1, .event_size = 250, .seconds = 2, .warm = 0.3, .limit = 45,
+} options = {.connections = 1, .events = 1, .event_size = 250, .stamps = 1, .seconds = 2, .warm = 0.3, .limit = 45,
              .key = "client-key-of-the-benchmark"};
 
 /* ---- time, samples, errors ---- */
@@ -93,7 +94,7 @@ static void prepare_request(void) {
     char download[64];
     if (options.mode == STREAMS || options.mode == COMPLETIONS) {
         path = "/v1/chat/completions";
-        body_size = snprintf(body, sizeof body, "{\"model\":\"grok-4\",\"stream\":%s,"
+        body_size = snprintf(body, sizeof body, "{\"model\":\"grok-4.5\",\"stream\":%s,"
                              "\"messages\":[{\"role\":\"user\",\"content\":"
                              "\"bench events=%ld interval=%ld size=%ld \"}]}",
                              options.mode == STREAMS ? "true" : "false", options.events, options.interval,
@@ -282,7 +283,8 @@ static void end_answer(struct connection *connection) {
 /* ---- what is received ---- */
 
 static void take_event(struct connection *connection, const char *text, size_t size) {
-    const char *stamp = memmem(text, size, "T=", 2); /* when upstream sent it: ns of CLOCK_MONOTONIC */
+    const char *mark = options.stamps ? "T=" : "{\"content\":"; /* T=: when upstream sent it, ns of CLOCK_MONOTONIC */
+    const char *stamp = memmem(text, size, mark, strlen(mark));
     if (!stamp) {
         if (memmem(text, size, "[DONE]", 6)) connection->ended = 1;
         return;
@@ -294,7 +296,7 @@ static void take_event(struct connection *connection, const char *text, size_t s
     }
     if (in_window) {
         events++;
-        add(&delays, time - strtoll(stamp + 2, NULL, 10) / 1e9);
+        if (options.stamps) add(&delays, time - strtoll(stamp + 2, NULL, 10) / 1e9);
     }
 }
 
@@ -523,7 +525,8 @@ static void parse_arguments(int count, char **arguments) {
         {"connections", .whole = &options.connections}, {"repeat", .whole = &options.repeat},
         {"events", .whole = &options.events}, {"interval", .whole = &options.interval},
         {"event_size", .whole = &options.event_size}, {"size", .whole = &options.size},
-        {"chunked", .whole = &options.chunked}, {"vary", .whole = &options.vary}, {"seconds", .real = &options.seconds},
+        {"chunked", .whole = &options.chunked}, {"vary", .whole = &options.vary}, {"stamps", .whole = &options.stamps},
+        {"seconds", .real = &options.seconds},
         {"warm", .real = &options.warm}, {"ramp", .real = &options.ramp}, {"limit", .real = &options.limit},
         {"key", .text = &options.key}, {"pids", .text = &options.pids}};
     if (count < 3) usage("no mode and port");

@@ -216,7 +216,7 @@ class LiteLLM(Target):
                    "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true"}
         self.port = free_port()
         (self.folder / "config.yaml").write_text(
-            "model_list:\n- model_name: grok-4\n  litellm_params:\n    model: openai/grok-4\n"
+            "model_list:\n- model_name: grok-4.5\n  litellm_params:\n    model: openai/grok-4.5\n"
             f"    api_base: {self.upstream.origin(self.tls)}/v1\n    api_key: {TOKEN}\n"
             "litellm_settings:\n  telemetry: false\n  num_retries: 0\n")
         self.measured = self._run(folder / "bin/litellm", "--config", self.folder / "config.yaml",

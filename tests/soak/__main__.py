@@ -13,7 +13,7 @@ import sys
 import tempfile
 from typing import Any
 
-from . import login
+from . import load, login
 
 USAGE, INTERRUPTED = 64, 130
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -36,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     what = options.add_mutually_exclusive_group(required=True)
     what.add_argument("--login", nargs="?", type=minutes, const=10.0, metavar="MINUTES", help=login.HELP)
+    what.add_argument("--load", nargs="?", type=minutes, const=5.0, metavar="MINUTES", help=load.HELP)
     return options
 
 
@@ -51,7 +52,8 @@ def main() -> int:
         signal.signal(number, interrupt)
     try:
         with tempfile.TemporaryDirectory(prefix="xaiproxy-soak-") as folder, contextlib.ExitStack() as running:
-            return login.soak(pathlib.Path(folder), running, 60 * options.login)
+            soak, length = (login.soak, options.login) if options.login else (load.soak, options.load)
+            return soak(pathlib.Path(folder), running, 60 * length)
     except KeyboardInterrupt:
         print("soak: interrupted", file=sys.stderr)
         return INTERRUPTED

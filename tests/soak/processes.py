@@ -21,8 +21,8 @@ class Process:
     def __init__(self, running: contextlib.ExitStack, log: pathlib.Path, environ: "dict[str, str]", *command: str):
         self.log = log
         with open(log, "ab") as file:
-            self._process = subprocess.Popen([sys.executable, *command], env=environ, cwd=log.parent, stderr=file,
-                                             start_new_session=True)  # Ctrl-C is for us alone
+            self._process = subprocess.Popen([sys.executable, *command], env=environ, cwd=log.parent, stdout=file,
+                                             stderr=file, start_new_session=True)  # Ctrl-C is for us alone
         self.pid = self._process.pid
         running.callback(self.kill)
 
@@ -35,9 +35,16 @@ class Process:
     def signal(self, number: int) -> None:
         self._process.send_signal(number)
 
+    def wait(self, seconds: float) -> int:
+        return self._process.wait(seconds)
+
     def port(self) -> int:
         """Where a proxy listens."""
         return int(await_(lambda: re.search(r"listening on http://[^ ]*?:([0-9]+)/", self.log.read_text()))[1])
+
+
+def open_files(pid: int) -> int:
+    return len(os.listdir(f"/proc/{pid}/fd"))
 
 
 def environment(folder: pathlib.Path, settings: "dict[str, str]") -> "dict[str, str]":

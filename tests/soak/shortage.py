@@ -1,0 +1,83 @@
+"""A proxy without file descriptors: too few for its settings from the start, or none left while it runs."""
+from __future__ import annotations
+
+import contextlib
+import resource
+import time
+from collections.abc import Iterator
+
+from tests.bench import machine
+
+from .crowds import MODELS, connect
+from .login import get
+from .loaded import Load, Row
+from .processes import Process, await_, open_files
+
+LIMITED = ("-c", "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv.pop()),) * 2); "
+           "runpy.run_module('xaiproxy', run_name='__main__', alter_sys=True)")
+LOOK = 2.0  # seconds for which the CPU time is taken
+SPINS = 0.3  # of a core, in a proxy that has nothing to do
+LINES = 10  # that it may log meanwhile
+
+
+def few_descriptors(run: Load) -> "Iterator[Row]":
+    """More clients than the limit has room for: they wait, and are served when others leave."""
+    limit = run.counts.descriptors
+    proxy = run.start("limited", *LIMITED, str(limit))
+    port = proxy.port()
+    lost = [] if f"limit of {limit} has room for" in proxy.log.read_text() else ["no word of the limit in the log"]
+    with contextlib.ExitStack() as held:
+        for number in range(limit):  # at most half of it has room
+            held.enter_context(connect(port, number))
+        late = connect(port, 0)
+        late.send(MODELS)
+        busy, lines = idle_cost(proxy)
+        late.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            lost.append(f"{limit} clients had room: {late.recv(99)!r}")
+    late.settimeout(30)
+    lost += after(proxy, port, busy, lines) + ([] if late.recv(12) == b"HTTP/1.1 200" else ["the one that waited"])
+    late.close()
+    yield Row("few descriptors", f"{limit} clients where {limit} descriptors are; {busy:.0%} CPU while they stay", lost)
+    proxy.kill()
+
+
+def none_left(run: Load) -> "Iterator[Row]":
+    """The limit is lowered under a running proxy: not one connection more can be accepted or made."""
+    proxy = run.start("exhausted", "-m", "xaiproxy")
+    port = proxy.port()
+    soft, hard = resource.prlimit(proxy.pid, resource.RLIMIT_NOFILE)
+    with connect(port, 0) as early:
+        await_(lambda: get(port, "/readyz")[0] == "200")
+        resource.prlimit(proxy.pid, resource.RLIMIT_NOFILE, (open_files(proxy.pid), hard))
+        early.sendall(MODELS)
+        lost = []
+        if not (answer := early.recv(65536)).startswith((b"HTTP/1.1 502", b"HTTP/1.1 200")):
+            lost.append(f"a client without an upstream connection got {answer[:60]!r}")
+        with contextlib.ExitStack() as held:
+            for number in range(20):
+                held.enter_context(connect(port, number)).send(MODELS)
+            busy, lines = idle_cost(proxy)
+            resource.prlimit(proxy.pid, resource.RLIMIT_NOFILE, (soft, hard))
+            await_(lambda: "accepted again" in proxy.log.read_text())
+    text = proxy.log.read_text()
+    lost += [] if "Too many open files, with" in text else ["no word of descriptors in the log"]
+    lost += ["a traceback in the log"] if "Traceback" in text else []
+    lost += after(proxy, port, busy, lines)
+    yield Row("no descriptors", f"none left under a running proxy; {busy:.0%} CPU and {lines} lines meanwhile", lost)
+    proxy.kill()
+
+
+def idle_cost(proxy: Process) -> "tuple[float, int]":
+    """The share of a core that it takes, and the lines that it logs, in the time of a look."""
+    time.sleep(0.5)
+    before, lines = machine.cpu_seconds([proxy.pid]), proxy.log.read_text().count("\n")
+    time.sleep(LOOK)
+    return (machine.cpu_seconds([proxy.pid]) - before) / LOOK, proxy.log.read_text().count("\n") - lines
+
+
+def after(proxy: Process, port: int, busy: float, lines: int) -> "list[str]":
+    status = get(port, "/v1/models")[0]
+    return ([f"it spins: {busy:.0%} CPU"] if busy > SPINS else []) + \
+        ([f"{lines} lines in {LOOK:g} s"] if lines > LINES else []) + \
+        ([f"afterwards a request failed: {status}"] if status != "200" else [])
