@@ -1,8 +1,10 @@
 """The proxy as a process: how it starts and refuses to, its limits, its end, and a log that nobody reads."""
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -121,6 +123,23 @@ def test_low_limit_of_file_descriptors(tmp_path: Path, upstream: ScriptedUpstrea
         for client in clients[50:]:
             assert client.message().body == b"ok"
             client.close()
+
+
+def test_no_descriptor_left_is_said_once_and_passes(tmp_path: Path, upstream: ScriptedUpstream) -> None:
+    with ProxyProcess(tmp_path, upstream=upstream.origin) as proxy, contextlib.ExitStack() as waiting:
+        proxy.sign_in()
+        limits = resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE, (3, limits[1]))
+        clients = [waiting.enter_context(proxy.client()).request("GET", "/healthz") for _ in range(20)]
+        proxy.wait_for_log(lambda line: line["message"].startswith("Too many open files, with 0 connections"))
+        before = proxy.cpu_seconds()
+        assert not readable([client.sock for client in clients], 1)
+        assert proxy.cpu_seconds() - before < 0.3
+        resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE, limits)
+        for client in clients:
+            assert client.message().status == 200
+        proxy.wait_for_log(lambda line: line["message"] == "connections are accepted again")
+        assert len([line for line in proxy.log_lines() if "open files" in line["message"]]) == 1
 
 
 def test_soft_limit_of_file_descriptors_is_raised(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ class Server(pywsgi.WSGIServer):
                 self._short, self._next_word = True, time.monotonic() + SHORTAGE_WORD
                 logger.error("%s, with %d connections: new ones wait until others end; raise the limit with ulimit -n, "
                              "or lower XAI_PROXY_MAX_CONNECTIONS", error.strerror, len(self.pool))
-            raise NoDescriptor from error
+            raise NoDescriptor(*error.args) from error  # gevent looks at them
         if self._short and accepted:
             self._short = False
             logger.info("connections are accepted again")
