@@ -7,6 +7,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 
@@ -19,7 +20,8 @@ NO_PORT = 24  # IP_BIND_ADDRESS_NO_PORT: the port is chosen with the destination
 MODELS = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
 SENT = [b"", b"GE", MODELS[:-2], MODELS, MODELS + MODELS, b"POST /v1/files HTTP/1.1\r\nHost: localhost\r\n"
         b"Content-Length: 100\r\n\r\nx", b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n", b"\0\r\n\r\n"]
-WAITS = 1.0  # seconds without an answer, for a client to count as one that waits
+PROGRESS = 10  # seconds between two lines of progress
+PATIENCE = 4  # XAI_PROXY_CLIENT_TIMEOUTs that a client waits for its turn
 SERVED = 1.0  # seconds that the slowest request over an open connection may take beside a crowd
 
 
@@ -101,16 +103,17 @@ def crowd(run: Load) -> "Iterator[Row]":
         crowd = Crowd(run, run.port, run.counts.crowd)
         run.say(f"{run.counts.crowd} clients, for which the proxy has {open_files(run.proxy.pid) - files} descriptors")
         most, began = run.resident(), time.monotonic()
-        newcomer = connect(run.port, 1, timeout=0.1 + 4 * run.counts.wait)
-        newcomer.setblocking(False)
-        newcomer.send(MODELS)
-        waited, times = None, []
-        while time.monotonic() < began + 3 * run.counts.wait and waited is None:
+        told = began
+        waited: "list[float]" = []
+        times: "list[float]" = []
+        newcomer = threading.Thread(target=lambda: waited.append(come(run.port, PATIENCE * run.counts.wait)), daemon=True)
+        newcomer.start()
+        while newcomer.is_alive():
             times.append(ask(good))
-            with contextlib.suppress(BlockingIOError):
-                waited = newcomer.recv(1) and time.monotonic() - began
+            if time.monotonic() > told + PROGRESS:
+                told += PROGRESS
+                run.say(f"a client that came later has waited for {time.monotonic() - began:.0f} s; others: {latency(times)}")
             time.sleep(0.02)
-        newcomer.close()
         crowd.close()
     lost = [f"a request over an open connection took {max(times):.1f} s"] if max(times) > SERVED else []
     lost += [] if waited else ["a client that came later was never answered"]
@@ -119,8 +122,17 @@ def crowd(run: Load) -> "Iterator[Row]":
     left, status = open_files(run.proxy.pid) - files, get(run.port, "/v1/models")[0]
     lost += [f"{left} descriptors"] if left >= 50 else []
     lost += [f"afterwards a request failed: {status}"] if status != "200" else []
-    yield Row("crowd", f"{run.counts.crowd} clients that ask nothing or slowly; who comes later waits {waited or -1:.1f} s",
+    yield Row("crowd", f"{run.counts.crowd} clients that ask nothing or slowly; who comes later waits "
+              f"{waited[0] if waited else -1:.1f} s",
               lost, f"{most / 1024:.0f} MiB", latency(times))
+
+
+def come(port: int, patience: float) -> float:
+    """Seconds from the wish for a connection to the answer. Raises OSError."""
+    began = time.monotonic()
+    with connect(port, 1, patience) as sock:
+        ask(sock)
+    return time.monotonic() - began
 
 
 def ask(sock: socket.socket) -> float:
