@@ -112,7 +112,7 @@ def crowd(run: Load) -> "Iterator[Row]":
             times.append(ask(good))
             if time.monotonic() > told + PROGRESS:
                 told += PROGRESS
-                run.say(f"a client that came later has waited for {time.monotonic() - began:.0f} s; others: {latency(times)}")
+                run.say(f"a later client has waited for {time.monotonic() - began:.0f} s; others: {latency(times)}")
             time.sleep(0.02)
         crowd.close()
     lost = [f"a request over an open connection took {max(times):.1f} s"] if max(times) > SERVED else []
