@@ -14,9 +14,9 @@ import tempfile
 from typing import Any
 
 from . import load, login
+from .processes import SIGNALS
 
 USAGE, INTERRUPTED = 64, 130
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Parser(argparse.ArgumentParser):

@@ -6,12 +6,14 @@ import json
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # that end a run
 REFRESHER = ("-m", "xaiproxy.refresher")
 PROXY = ("-m", "xaiproxy")
 STATUS = ("-m", "xaiproxy.login", "--status")
@@ -20,11 +22,21 @@ STATUS = ("-m", "xaiproxy.login", "--status")
 class Process:
     def __init__(self, running: contextlib.ExitStack, log: pathlib.Path, environ: "dict[str, str]", *command: str):
         self.log = log
-        with open(log, "ab") as file:
-            self._process = subprocess.Popen([sys.executable, *command], env=environ, cwd=log.parent, stdout=file,
-                                             stderr=file, start_new_session=True)  # Ctrl-C is for us alone
-        self.pid = self._process.pid
-        running.callback(self.kill)
+        # An interrupt between the start and the callback would leave the process behind; one that came waits till then.
+        # The child must not inherit the mask: a handler does the waiting.
+        came: "list[int]" = []
+        before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in SIGNALS}
+        try:
+            with open(log, "ab") as file:
+                self._process = subprocess.Popen([sys.executable, *command], env=environ, cwd=log.parent, stdout=file,
+                                                 stderr=file, start_new_session=True)  # Ctrl-C is for us alone
+            self.pid = self._process.pid
+            running.callback(self.kill)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
 
     def kill(self) -> None:
         """May be called twice."""
