@@ -18,8 +18,9 @@ from proxy_process import COMMAND, Client, ProxyProcess, both_ways, environment,
 from scripted_upstream import ScriptedUpstream, pour
 from wire import readable
 
-from xaiproxy import __version__
+from xaiproxy import __version__, server
 
+HEALTH = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 KEY = "a-key-of-nobody"
 
@@ -159,15 +160,37 @@ def test_connections_beyond_the_limit_wait_their_turn(tmp_path: Path, upstream: 
                 streams.append(upstream.receive().answer(CHUNKED))
                 client.head()
             third.request("GET", "/v1/third")
-            assert not readable([third.sock, upstream.listener], 0.3)
-            streams[0].answer(b"0\r\n\r\n")  # its connection stays open, and with it its place
-            assert first.chunk() == b"" and not readable([third.sock, upstream.listener], 0.2)
+            assert not readable([third.sock, upstream.listener], 3 * server.CROWDED_PATIENCE)
             first.close()
             request = upstream.receive()
             assert request.target == "/v1/third"
             request.answer()
             assert third.message().body == b"ok"
             streams[1].answer(b"0\r\n\r\n")
+            assert second.chunk() == b""
+
+
+@pytest.mark.parametrize("start", [b"", b"GET /v1/models HTTP/1.1\r\nHost:", HEALTH],
+                         ids=["nothing", "half a head", "a whole request before"])
+def test_who_asks_for_nothing_makes_room(tmp_path: Path, upstream: ScriptedUpstream, start: bytes) -> None:
+    """All that have not asked for a second; those with a request keep their place."""
+    with ProxyProcess(tmp_path, upstream=upstream.origin, max_connections=5) as proxy, contextlib.ExitStack() as stack:
+        proxy.sign_in()
+        busy = stack.enter_context(proxy.client()).request()
+        stream = upstream.receive().answer(CHUNKED)
+        busy.head()
+        idle = [stack.enter_context(proxy.client()) for _ in range(4)]
+        began = time.monotonic()
+        for client in idle:
+            client.send(start)
+            assert start != HEALTH or client.message().status == 200
+        newcomer = stack.enter_context(proxy.client())
+        assert newcomer.ask("GET", "/healthz").status == 200
+        assert server.CROWDED_PATIENCE < time.monotonic() - began < 3 * server.CROWDED_PATIENCE
+        assert all(client.closed_within() for client in idle)
+        assert not readable([newcomer.sock], 2 * server.CROWDED_PATIENCE)  # no longer a crowd
+        stream.answer(b"0\r\n\r\n")
+        assert busy.chunk() == b""
 
 
 def test_dead_peers_are_looked_for_on_both_sides(tmp_path: Path, upstream: ScriptedUpstream) -> None:

@@ -246,7 +246,8 @@ class Config:
     keepalive_timeout: float = _setting("75", _seconds(0.1, 3600),
         "Seconds that an idle client connection stays open.")
     max_connections: int = _setting("10000", _whole(1, 1000000),
-        "Client connections at once; more wait in the listen queue. Lowered to fit the file descriptor limit.")
+        "Client connections at once; more wait until one ends, and those without a request then have a second to send one. "
+        "Lowered to fit the file descriptor limit.")
     replay_limit: int = _setting("16777216", _whole(0, 1 << 40),
         "Bytes of one request body kept so that it can be sent again with a new token. A longer one streams through.")
     replay_memory: int = _setting("268435456", _whole(0, 1 << 40),

@@ -144,25 +144,32 @@ class Handler:
     def _wait_for_head(self) -> bytes:
         """The head of the next request; b"" when none came in time, or at its end."""
         server, connection = self.server, self.connection
-        if not connection.unread:
-            limit = server.settings.keepalive_timeout if self._answered_before else server.settings.client_timeout
-            server.idle.add(connection.socket)
-            try:
-                # A drain takes what is there already.
-                connection.unread = connection.receive() if server.draining else connection.recv(limit)
-            except (TimeoutError, BlockingIOError):
-                return b""
-            finally:
-                server.idle.discard(connection.socket)
-            if not connection.unread:
-                return b""
+        server.waiting[connection.socket] = time.monotonic()
         try:
+            if not connection.unread and not self._begins():
+                return b""
             return connection.recv_head(request_head.SIZE_LIMIT, server.settings.client_timeout)
         except message_head.Malformed as error:
             raise request_head.refusal(error) from None
         except TimeoutError:
             raise errors.ClientTimeout(f"the request head was not complete within {server.settings.client_timeout:g} s",
                                        close=True) from None
+        finally:
+            del server.waiting[connection.socket]
+
+    def _begins(self) -> bool:
+        """Whether some of a head came in time."""
+        server, connection = self.server, self.connection
+        limit = server.settings.keepalive_timeout if self._answered_before else server.settings.client_timeout
+        server.idle.add(connection.socket)
+        try:
+            # A drain takes what is there already.
+            connection.unread = connection.receive() if server.draining else connection.recv(limit)
+        except (TimeoutError, BlockingIOError):
+            return False
+        finally:
+            server.idle.discard(connection.socket)
+        return bool(connection.unread)
 
     def _refuse_head(self, refusal: errors.Refusal) -> None:
         status, fields, body = refusal.rendered()

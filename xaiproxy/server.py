@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 BACKLOG = 1024  # connections that wait in the kernel when all slots are taken
 LOG_DELAY = 0.005  # seconds that a log line waits at most, for others or until nothing else is to be done
+CROWDED_PATIENCE = 1.0  # seconds for a request to come, where all slots are taken
 SHORTAGE_WORD = 60.0  # seconds between two lines about descriptors: at the limit they come and go
 REFRESHER_LOOK = 2.0  # seconds between two looks for a living refresher, of which the first leaves it time to start
 EXAMPLES = """\
@@ -49,6 +50,8 @@ class Server(pywsgi.WSGIServer):
         self.settings = settings
         self.draining = False
         self.idle: "set[Any]" = set()  # sockets between two requests, which may be closed at any time
+        self.waiting: "dict[Any, float]" = {}  # those and the ones whose head is not whole: since when, longest first
+        self._crowded = False
         self._short = False
         self._next_word = 0.0  # no line about descriptors before this time
 
@@ -68,6 +71,23 @@ class Server(pywsgi.WSGIServer):
             logger.info("connections are accepted again")
         return accepted
 
+    def do_handle(self, *accepted: Any) -> None:
+        super().do_handle(*accepted)
+        if self.full() and not self._crowded:
+            self._crowded = True
+            gevent.spawn(self._make_room)
+
+    def _make_room(self) -> None:
+        """While all slots are taken, end connections that have owed us a request for CROWDED_PATIENCE."""
+        while self.full():
+            gevent.sleep(CROWDED_PATIENCE / 10)
+            due = time.monotonic() - CROWDED_PATIENCE
+            for sock, since in self.waiting.items():
+                if since > due:
+                    break
+                _end_if_quiet(sock)
+        self._crowded = False
+
     def drain(self, cut: gevent.event.Event) -> None:
         """Stop accepting, close idle connections, wait for open answers, then cut what is left.
 
@@ -80,11 +100,7 @@ class Server(pywsgi.WSGIServer):
             gevent.sleep(0)
         self.close()
         for sock in self.idle:
-            with contextlib.suppress(OSError):
-                try:
-                    sock.recv(1, socket.MSG_PEEK)
-                except BlockingIOError:  # nothing there: let its handler read an end
-                    sock.shutdown(socket.SHUT_RD)
+            _end_if_quiet(sock)
         if len(self.pool):
             logger.info("stopping; %d open answers get %g s to finish", len(self.pool), self.settings.drain_timeout)
         finished = gevent.spawn(self.pool.join)
@@ -92,6 +108,15 @@ class Server(pywsgi.WSGIServer):
         if len(self.pool):
             logger.warning("cutting %d open answers", len(self.pool))
             self.pool.kill(Cut, timeout=5)
+
+
+def _end_if_quiet(sock: socket.socket) -> None:
+    """Let its handler read an end, unless there is something else to be read."""
+    with contextlib.suppress(OSError):
+        try:
+            sock.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            sock.shutdown(socket.SHUT_RD)
 
 
 def main(argv: "list[str] | None" = None) -> int:
