@@ -49,10 +49,12 @@ def test_a_head_may_be_as_long_as_the_limit_and_no_longer():
     for size in (1, 100, 1 << 30):
         assert end(head, size) == LIMIT
         assert end(head + b"body" * LIMIT, size) == LIMIT
-        for long in (b"y" + head, b"y" * (LIMIT + 1), b"y" * LIMIT + b"\n"):
+        for long in (b"y" + head, b"y" * (LIMIT + 1)):
             with pytest.raises(TooLong, match="1000 bytes"):
                 end(long, size)
     assert end(b"y" * LIMIT) == 0
+    with pytest.raises(Malformed, match="CRLF"):  # that comes first, however much came at once
+        end(b"y" * LIMIT + b"\n")
 
 
 def test_lines_are_latin_1_and_may_hold_no_control_but_a_tab():
