@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import inspect
+import signal
 import socket
 import threading
 import time
@@ -663,6 +664,46 @@ def test_connection_closed_while_idle_is_not_used(client: Client, upstream: Scri
         assert request.connection.requests == 1
         assert client.message().body == b"ok"
         request.connection.close() if how == "fin" else request.connection.reset()
+
+
+@contextlib.contextmanager
+def stopped(proxy: ProxyProcess) -> "Iterator[None]":
+    """What happens meanwhile comes to the proxy in one turn of its loop."""
+    proxy.process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        proxy.process.send_signal(signal.SIGCONT)
+
+
+@pytest.mark.parametrize("first", ["close", "request"])
+def test_close_that_comes_with_a_request_is_seen_before_it(client: Client, running: ProxyProcess,
+                                                           upstream: ScriptedUpstream, first: str) -> None:
+    for _ in range(5):
+        client.request("POST", "/v1/x", body=b"{}")
+        request = upstream.receive().answer()
+        assert client.message().body == b"ok"
+        with stopped(running):
+            for what in ("close", "request") if first == "close" else ("request", "close"):
+                if what == "close":
+                    request.connection.close()
+                else:
+                    client.request("POST", "/v1/x", body=b"{}")
+        second = upstream.receive().answer()
+        assert second.connection.requests == 1
+        assert client.message().body == b"ok"
+
+
+def test_close_that_comes_with_an_answer_is_seen_before_the_next_request(client: Client, running: ProxyProcess,
+                                                                         upstream: ScriptedUpstream) -> None:
+    for _ in range(5):
+        client.request("POST", "/v1/x", body=b"{}").request("POST", "/v1/x", body=b"{}")
+        request = upstream.receive()
+        with stopped(running):
+            request.answer().connection.close()
+        second = upstream.receive().answer()
+        assert second.connection.requests == 1
+        assert [client.message().body, client.message().body] == [b"ok", b"ok"]
 
 
 def test_upstream_that_restarts(tmp_path: Path) -> None:
