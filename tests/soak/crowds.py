@@ -20,7 +20,6 @@ NO_PORT = 24  # IP_BIND_ADDRESS_NO_PORT: the port is chosen with the destination
 MODELS = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
 SENT = [b"", b"GE", MODELS[:-2], MODELS, MODELS + MODELS, b"POST /v1/files HTTP/1.1\r\nHost: localhost\r\n"
         b"Content-Length: 100\r\n\r\nx", b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n", b"\0\r\n\r\n"]
-PROGRESS = 10  # seconds between two lines of progress
 PATIENCE = 4  # XAI_PROXY_CLIENT_TIMEOUTs that a client waits for its turn
 SERVED = 1.0  # seconds that the slowest request over an open connection may take beside a crowd
 
@@ -96,35 +95,41 @@ class Crowd:
 
 
 def crowd(run: Load) -> "Iterator[Row]":
-    """A client that was there before the crowd, and ones that come after it."""
+    """A client that asks all the time, and one that comes after the crowd."""
     files = open_files(run.proxy.pid)
-    with connect(run.port, 0) as good:
-        ask(good)
-        crowd = Crowd(run, run.port, run.counts.crowd)
-        run.say(f"{run.counts.crowd} clients, for which the proxy has {open_files(run.proxy.pid) - files} descriptors")
-        most, began = run.resident(), time.monotonic()
-        told = began
-        waited: "list[float]" = []
-        times: "list[float]" = []
-        newcomer = threading.Thread(target=lambda: waited.append(come(run.port, PATIENCE * run.counts.wait)), daemon=True)
-        newcomer.start()
-        while newcomer.is_alive():
-            times.append(ask(good))
-            if time.monotonic() > told + PROGRESS:
-                told += PROGRESS
-                run.say(f"a later client has waited for {time.monotonic() - began:.0f} s; others: {latency(times)}")
-            time.sleep(0.02)
-        crowd.close()
-    lost = [f"a request over an open connection took {max(times):.1f} s"] if max(times) > SERVED else []
-    lost += [] if waited else ["a client that came later was never answered"]
+    times: "list[float]" = []
+    left = threading.Event()
+    good = threading.Thread(target=lambda: times.extend(ask_until(left, run.port)), daemon=True)
+    good.start()
+    crowd = Crowd(run, run.port, run.counts.crowd)
+    run.say(f"{run.counts.crowd} clients, for which the proxy has {open_files(run.proxy.pid) - files} descriptors")
+    most, lost, waited = run.resident(), [], -1.0
+    try:
+        waited = come(run.port, PATIENCE * run.counts.wait)
+    except OSError as error:
+        lost.append(f"a client that came later was not answered: {error}")
+    left.set()
+    good.join()
+    crowd.close()
+    lost += [] if times else ["the open connection was closed"]
+    lost += [f"a request over an open connection took {max(times):.1f} s"] if times and max(times) > SERVED else []
     with contextlib.suppress(TimeoutError):
         await_(lambda: open_files(run.proxy.pid) < files + 50, 2 * run.counts.wait)
-    left, status = open_files(run.proxy.pid) - files, get(run.port, "/v1/models")[0]
-    lost += [f"{left} descriptors"] if left >= 50 else []
+    kept, status = open_files(run.proxy.pid) - files, get(run.port, "/v1/models")[0]
+    lost += [f"{kept} descriptors"] if kept >= 50 else []
     lost += [f"afterwards a request failed: {status}"] if status != "200" else []
-    yield Row("crowd", f"{run.counts.crowd} clients that ask nothing or slowly; who comes later waits "
-              f"{waited[0] if waited else -1:.1f} s",
+    yield Row("crowd", f"{run.counts.crowd} clients that ask nothing or slowly; who comes later waits {waited:.1f} s",
               lost, f"{most / 1024:.0f} MiB", latency(times))
+
+
+def ask_until(left: threading.Event, port: int) -> "list[float]":
+    """What each request took over one connection; none when it was closed."""
+    times = []
+    with connect(port, 0) as sock, contextlib.suppress(OSError, EOFError):
+        while not left.wait(0.02):
+            times.append(ask(sock))
+        return times
+    return []
 
 
 def come(port: int, patience: float) -> float:
