@@ -42,8 +42,12 @@ class Run:
         self.folder = folder
         self.sandbox = sandbox
         self.token_path = folder / "login" / "tokens.json"
-        self.env = {"PATH": os.environ["PATH"], "HOME": str(folder), "XAI_PROXY_LOG_LEVEL": "debug", "BROWSER": "true",
-                    "PYTHONFAULTHANDLER": "1", **sandbox.env, "XAI_PROXY_TOKEN_PATH": str(self.token_path)}
+        self.browser = folder / "browser"  # notes what is shown of itself and of what has started it
+        self.browser.write_text("#!/bin/sh\ncat /proc/$$/cmdline /proc/$$/environ /proc/$PPID/cmdline /proc/$PPID/environ "
+                                ">browser-saw.new\nmv browser-saw.new browser-saw\n")
+        self.browser.chmod(0o755)
+        self.env = {"PATH": os.environ["PATH"], "HOME": str(folder), "XAI_PROXY_LOG_LEVEL": "debug",
+                    "BROWSER": str(self.browser), "PYTHONFAULTHANDLER": "1", **sandbox.env, "XAI_PROXY_TOKEN_PATH": str(self.token_path)}
         self.outputs: "dict[str, str]" = {}
         self.answers: "list[Message]" = []
         self.processes: "dict[str, str]" = {}  # their command lines and environments
@@ -97,6 +101,9 @@ class Run:
         assert self.sandbox.visit(json.loads(lines[-1])["url"])
         self.outputs["xai-login --browser"] = "".join(lines) + process.communicate(timeout=20)[0]
         assert process.returncode == 0
+        saw = self.folder / "browser-saw"
+        until(saw.exists, 20)
+        self.processes["browser"] = saw.read_text()
 
     def sign_in_by_paste(self) -> None:
         with Terminal([*LOGIN, "--browser"], cwd=self.folder, env=self.env) as terminal:
@@ -171,13 +178,18 @@ class Run:
             refresher = int(supervised.said(r"spawned: 'refresher' with pid (\d+)")[1])
             sandbox.set(access_token_lifetime=4)
             self.sign_in_by_device()
-            for number, fault in enumerate([*ISSUER_FAULTS, {"status": 400, "body": {
-                    "error": "temporarily_unavailable", "error_description": f"not {self.refresh_token()}"}}], 1):
+            quoting = {"status": 400, "body": {"error": "temporarily_unavailable",
+                                               "error_description": f"not {self.refresh_token()}"}}
+            for fault in [*ISSUER_FAULTS, quoting]:
                 sandbox.set(answers=[{"path": "/oauth2/token", "grant_type": "refresh_token", "times": 1, **fault}])
-                before = len([1 for line in supervised.lines if "could not be refreshed" in line])
                 os.kill(refresher, signal.SIGHUP)
                 until(lambda: not sandbox.get("/_sandbox/knobs")[1]["answers"], 20)
                 self.command("--status", "--json")
+            # which a client hears of, too, once the token has expired
+            sandbox.set(answers=[{"path": "/oauth2/token", "grant_type": "refresh_token", **quoting}])
+            with supervised.client() as client:
+                until(lambda: client.ask("GET", "/v1/models", f"X-Api-Key: {key}").status == 503, 20)
+                self.answers.append(client.ask("GET", "/v1/models", f"X-Api-Key: {key}"))
             sandbox.set(answers=[])
             os.kill(refresher, signal.SIGHUP)
             refreshes = sandbox.counters()["refreshes"]
@@ -248,7 +260,8 @@ def test_no_output_tells_a_secret(run: Run) -> None:
 
 
 def test_no_answer_tells_a_secret(run: Run) -> None:
-    assert {answer.status for answer in run.answers} >= {200, 400, 401, 403, 404, 405, 429, 431, 500, 502}
+    assert {answer.status for answer in run.answers} >= {200, 400, 401, 403, 404, 405, 429, 431, 500, 502, 503}
+    assert any(b"temporarily_unavailable: not [secret]" in answer.body for answer in run.answers if answer.status == 503)
     for answer in run.answers:
         text = answer.head.decode("latin-1") + answer.body.decode("latin-1")
         # A 200 is upstream's, whose business is the body that it got.
@@ -256,7 +269,8 @@ def test_no_answer_tells_a_secret(run: Run) -> None:
 
 
 def test_no_process_shows_a_secret(run: Run) -> None:
-    assert run.processes.keys() >= {"proxy", "refresher", "supervisord", "xai-login --device", "xai-login --browser"}
+    assert run.processes.keys() >= {"proxy", "refresher", "supervisord", "xai-login --device", "xai-login --browser",
+                                    "browser"}
     for name, shown in run.processes.items():
         assert "XAI_PROXY_ISSUER" in shown and found(run, shown) == [], name
 
