@@ -4,6 +4,7 @@ System calls fail for real here: strace makes the kernel return the error, or ki
 """
 
 import concurrent.futures
+import contextlib
 import json
 import os
 import re
@@ -348,6 +349,30 @@ def test_a_reserve_that_somebody_tidied_away_is_made_anew(store):
         store.new_path.unlink()
         reserved.commit(NEW)
     assert store.load() == NEW and files(store) == ["tokens.json", "tokens.json.lock"]
+
+
+def test_a_file_that_somebody_makes_where_we_are_about_to_is_not_written_to(store):
+    """It could be read by others, or be open to them."""
+    done = threading.Event()
+
+    def intrude():
+        while not done.is_set():
+            with contextlib.suppress(FileExistsError):
+                os.close(os.open(store.new_path, os.O_CREAT | os.O_EXCL, 0o644))
+    intruder = threading.Thread(target=intrude)
+    with token_writer.locked(store, 0) as writer:
+        intruder.start()
+        try:
+            end = time.monotonic() + 20
+            with pytest.raises(FileExistsError):
+                while time.monotonic() < end:  # it takes some hundreds to meet
+                    fd = writer._create()
+                    mode = os.fstat(fd).st_mode
+                    os.close(fd)
+                    assert not mode & 0o077
+        finally:
+            done.set()
+            intruder.join()
 
 
 # every system call of it fails
