@@ -706,6 +706,16 @@ def test_close_that_comes_with_an_answer_is_seen_before_the_next_request(client:
         assert [client.message().body, client.message().body] == [b"ok", b"ok"]
 
 
+@pytest.mark.parametrize("how", ["end", "bytes"])
+def test_idle_connection_that_is_of_no_more_use_is_closed_at_once(client: Client, upstream: ScriptedUpstream,
+                                                                  how: str) -> None:
+    client.request()
+    request = upstream.receive().answer(OK)
+    assert client.message().body == b"ok"
+    request.connection.half_close() if how == "end" else request.answer(b"x")
+    assert request.connection.closed_within()
+
+
 def test_upstream_that_restarts(tmp_path: Path) -> None:
     """With ten pooled connections: none of the POSTs behind it goes out on one of them, or is lost."""
     with ScriptedUpstream() as before, ProxyProcess(tmp_path, upstream=before.origin) as proxy, \
