@@ -566,6 +566,15 @@ def test_a_sign_of_life_is_given_every_ten_seconds(day, make):
     assert day.store.refresher_alive(time.time())
 
 
+def test_a_sign_of_life_is_given_before_a_refresh_which_may_take_long(day):
+    day.put_fresh()
+    day.pass_(1)
+    os.utime(day.store.lock_path, (0, 0))
+    day.put()
+    day.pass_(1)
+    assert tries(day) == 1 and day.store.refresher_age(time.time()) is not None
+
+
 def test_a_held_lock_is_waited_for_with_signs_of_life_and_said_once(day, holder, caplog):
     day.put()
     seen = beats(day)
