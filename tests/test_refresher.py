@@ -364,7 +364,7 @@ def test_an_outage_is_said_once_whatever_it_looks_like(day, caplog):
     assert said(caplog, "could not be refreshed") == 1
 
 
-def test_a_refused_grant_is_not_the_end_when_the_file_holds_another_by_now(day, tmp_path):
+def test_a_refused_grant_is_not_the_end_when_the_file_holds_another_by_now(day, tmp_path, caplog):
     day.put()
     day.sandbox.kill("logins")
     other = day.sandbox.write_login(tmp_path / "other", obtained_at=day.now() - 1000, expires_at=day.now() + 100)
@@ -375,6 +375,7 @@ def test_a_refused_grant_is_not_the_end_when_the_file_holds_another_by_now(day, 
     os.replace(tmp_path / "other", day.path)  # by somebody who takes no lock
     thread.join()
     assert day.failures == [] and day.login().access_token != other["access_token"] and works(day)
+    assert said(caplog, "could not be refreshed") == 0
 
 
 # the token endpoint
@@ -573,6 +574,28 @@ def test_a_sign_of_life_is_given_before_a_refresh_which_may_take_long(day):
     day.put()
     day.pass_(1)
     assert tries(day) == 1 and day.store.refresher_age(time.time()) is not None
+
+
+def test_signs_of_life_go_on_while_a_refreshed_login_cannot_be_saved(day):
+    day.put()
+    script(day, {"delay": 0.5, "times": 1})
+    seen, aside = beats(day), day.path.with_name("aside")
+    look = day.during_pause
+
+    def mend():
+        look()
+        if day.uptime >= 50 and aside.exists():
+            day.path.rmdir()
+            aside.rename(day.path)
+    day.during_pause = mend
+    thread = threading.Thread(target=day.pass_, args=(60,))
+    thread.start()
+    day.sandbox.wait(lambda seen: seen["token_requests"] == 2)  # the login, and the refresh that is on its way
+    day.path.rename(aside)
+    day.path.mkdir()
+    thread.join()
+    assert gaps(seen)[:4] == [10] * 4
+    assert tries(day) == 1 and works(day)
 
 
 def test_a_held_lock_is_waited_for_with_signs_of_life_and_said_once(day, holder, caplog):
