@@ -398,9 +398,11 @@ strace = pytest.mark.skipif(
     reason="strace is not installed, or not permitted here")
 
 
-def run_child(store, *inject):
+def run_child(store, *inject, leftover=""):
     paths = [store.path, store.new_path, store.lock_path, store.path.parent]
     save(store, OLD)
+    if leftover:
+        leave_behind(store, leftover)
     log = store.path.parent.parent / f"{store.path.parent.name}.strace"
     done = subprocess.run(["strace", "-o", log, *(f"-P{path}" for path in paths), "-e", f"trace={SAVING}", *inject,
                            sys.executable, "-c", CHILD, store.path], capture_output=True, text=True, timeout=30)
@@ -419,6 +421,16 @@ def test_a_successor_is_synced_whole_before_its_rename_and_the_folder_after_it(t
     (tmp_path / "whole").mkdir()
     calls = [name for name, _ in every_call(tmp_path) if name not in ("openat", "unlink")]
     assert calls[-6:] == ["write", "fsync", "ftruncate", "fsync", "rename", "fsync"]
+
+
+@strace
+def test_a_leftover_is_synced_before_it_is_adopted(tmp_path):
+    """Its writer may have been killed before it did so."""
+    (tmp_path / "left").mkdir()
+    store = make_store(tmp_path / "left")
+    done, calls = run_child(store, leftover=NEW.to_json(fingerprint("old-refresh")))
+    assert done.returncode == 0, done.stderr
+    assert [name for name in calls if name not in ("openat", "unlink")][:3] == ["fsync", "rename", "fsync"]
 
 
 @strace
