@@ -14,7 +14,7 @@ import websockets.sync.server
 from proxy_process import Client, ProxyProcess
 from scripted_upstream import PATTERN, Request, ScriptedUpstream, pour
 from websockets.exceptions import ConnectionClosed, ConnectionClosedError
-from wire import PATIENCE
+from wire import PATIENCE, Wire
 
 HANDSHAKE = ("Connection: keep-alive, Upgrade", "upgrade: WebSocket", "Sec-WebSocket-Version: 13",
              "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Protocol: realtime, other",
@@ -220,6 +220,36 @@ def test_client_that_takes_nothing_is_given_up(start_proxy: "Callable[..., Proxy
         assert not request.connection.closed_within(0.1) and request.connection.closed_within(4)
         assert time.monotonic() - start < 3
         assert hasty.wait_for_request("/v1/takes-nothing")["ended_by"] == "client"
+
+
+class NarrowClient(Client):
+    """The kernel takes about as much for one as for another, when it may not size their buffers as it likes."""
+
+    def __init__(self, port: int):
+        sock = socket.socket()
+        sock.settimeout(PATIENCE)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect(("127.0.0.1", port))
+        Wire.__init__(self, sock)
+
+
+def test_client_that_takes_no_handshake_is_given_up(start_proxy: "Callable[..., ProxyProcess]",
+                                                    upstream: ScriptedUpstream) -> None:
+    """An answer before it has filled all that is on the way, but for less than the handshake's head."""
+    hasty = start_proxy(idle_timeout=1)
+    with NarrowClient(hasty.port) as client:
+        client.request()
+        request = upstream.receive().answer(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % FULL)
+        pour(request.connection, 0, FULL)
+        assert request.connection.closed_within(4)
+        room = len(client.rest())
+    with NarrowClient(hasty.port) as client:
+        client.request().request("GET", "/v1/realtime", *HANDSHAKE)
+        body = bytes(room - 30000)
+        upstream.receive().answer(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        request = upstream.receive().answer(ACCEPTED[:-2] + 60 * (b"X: " + 1000 * b"x" + b"\r\n") + b"\r\n")
+        assert not request.connection.closed_within(0.1) and request.connection.closed_within(4)
+        assert hasty.wait_for_request("/v1/realtime")["ended_by"] == "client"
 
 
 def test_last_words_of_a_client_that_leaves_arrive(running: ProxyProcess, upstream: ScriptedUpstream) -> None:
