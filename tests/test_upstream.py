@@ -364,6 +364,16 @@ def test_death_in_the_body_resets_a_client_of_http_1_0(client: Client, upstream:
         client.rest()
 
 
+def test_so_it_does_when_the_client_is_still_sending(client: Client, upstream: ScriptedUpstream) -> None:
+    """No FIN comes first, as to those who are to read a refusal."""
+    client.send(b"POST /v1/files HTTP/1.0\r\nHost: localhost\r\nContent-Length: 20\r\n\r\n0123456789")
+    request = upstream.receive(body=False).answer(b"HTTP/1.1 413 No\r\nContent-Type: text/plain\r\n\r\n0123456789")
+    assert client.head().status == 413 and client.exactly(10) == b"0123456789"
+    request.connection.reset()
+    with pytest.raises(ConnectionResetError):
+        client.rest()
+
+
 def test_silence_before_the_head_is_504(hasty: ProxyProcess, upstream: ScriptedUpstream) -> None:
     with hasty.client() as client:
         client.request("POST", "/v1/slow", body=b"{}")
@@ -371,6 +381,7 @@ def test_silence_before_the_head_is_504(hasty: ProxyProcess, upstream: ScriptedU
         answer = client.message()
         assert (answer.status, answer.value("X-XAI-Proxy-Error")) == (504, "upstream_timeout")
         assert answer.value("x-should-retry") == "false" and b"XAI_PROXY_IDLE_TIMEOUT" in answer.body
+        assert b"the-token" not in answer.body
         assert request.connection.closed_within()
         assert upstream.quiet()
 
