@@ -6,6 +6,7 @@ import dataclasses
 import select
 import socket
 import struct
+import time
 from collections.abc import Iterable
 
 PATIENCE = 8.0  # seconds that a test waits for what must come
@@ -153,8 +154,9 @@ class Wire:
 
     def rest(self) -> bytes:
         """All until the end of the connection. Raises ConnectionResetError when that is no clean one."""
+        end = time.monotonic() + 5 * PATIENCE
         while self._more():
-            pass
+            assert time.monotonic() < end, "bytes come and no end"
         data, self.buffer = self.buffer, b""
         return data
 
