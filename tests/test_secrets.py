@@ -43,11 +43,12 @@ class Run:
         self.sandbox = sandbox
         self.token_path = folder / "login" / "tokens.json"
         self.browser = folder / "browser"  # notes what is shown of itself and of what has started it
-        self.browser.write_text("#!/bin/sh\ncat /proc/$$/cmdline /proc/$$/environ /proc/$PPID/cmdline /proc/$PPID/environ "
-                                ">browser-saw.new\nmv browser-saw.new browser-saw\n")
+        self.browser.write_text("#!/bin/sh\ncat /proc/$$/cmdline /proc/$$/environ /proc/$PPID/cmdline "
+                                "/proc/$PPID/environ >browser-saw.new\nmv browser-saw.new browser-saw\n")
         self.browser.chmod(0o755)
         self.env = {"PATH": os.environ["PATH"], "HOME": str(folder), "XAI_PROXY_LOG_LEVEL": "debug",
-                    "BROWSER": str(self.browser), "PYTHONFAULTHANDLER": "1", **sandbox.env, "XAI_PROXY_TOKEN_PATH": str(self.token_path)}
+                    "BROWSER": str(self.browser), "PYTHONFAULTHANDLER": "1", **sandbox.env,
+                    "XAI_PROXY_TOKEN_PATH": str(self.token_path)}
         self.outputs: "dict[str, str]" = {}
         self.answers: "list[Message]" = []
         self.processes: "dict[str, str]" = {}  # their command lines and environments
