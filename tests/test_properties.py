@@ -38,8 +38,14 @@ def said_safely(error: errors.Error) -> None:
 TEXT = st.text(st.characters(), max_size=20)  # lone surrogates, too, which JSON can write
 PRINTABLE = st.text(st.characters(min_codepoint=32, max_codepoint=126), min_size=1, max_size=20)
 NUMBERS = st.integers(0, 10 ** 12) | st.integers() | st.floats()
-JSON = st.recursive(st.none() | st.booleans() | NUMBERS | TEXT,
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3), max_leaves=6)
+
+
+def json_of(leaves: "st.SearchStrategy") -> "st.SearchStrategy":
+    return st.recursive(leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+                        max_leaves=6)
+
+
+JSON = json_of(st.none() | st.booleans() | NUMBERS | TEXT)
 
 
 def mostly(usual: "st.SearchStrategy", others: "st.SearchStrategy") -> "st.SearchStrategy":
@@ -56,13 +62,16 @@ def objects(**members: "st.SearchStrategy") -> "st.SearchStrategy":
 def nested(value: object, depth: int) -> str:
     """The JSON of `value` with one member more, as deep as that."""
     text = json.dumps(value)
-    return text if depth == 0 or text == "{}" else text.removesuffix("}") + ', "deep": ' + "[" * depth + "]" * depth + "}"
+    if depth == 0 or text == "{}":
+        return text
+    return text.removesuffix("}") + ', "deep": ' + "[" * depth + "]" * depth + "}"
 
 
 def written(values: "st.SearchStrategy") -> "st.SearchStrategy":
     """These values as the bytes of a file or body; and other bytes."""
     texts = st.builds(nested, values, mostly(st.just(0), st.integers(0, 2000)))
-    encoded = st.builds(str.encode, mostly(texts, JSON.map(json.dumps)), st.sampled_from(("utf-8", "utf-8", "utf-8-sig", "utf-16")))
+    encodings = st.sampled_from(("utf-8", "utf-8", "utf-8-sig", "utf-16"))
+    encoded = st.builds(str.encode, mostly(texts, JSON.map(json.dumps)), encodings)
     return mostly(encoded, st.builds(lambda data, at: data[:at], encoded, st.integers(0, 300)) | st.binary())
 
 
@@ -110,8 +119,7 @@ class NanIsNan(dict):
 
 
 TIMES = st.integers(0, 10 ** 11 - 1) | st.floats(0, 1e11, exclude_max=True)
-FINITE = st.recursive(st.none() | st.integers() | st.floats(allow_nan=False) | TEXT,
-                      lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3), max_leaves=6)
+FINITE = json_of(st.none() | st.integers() | st.floats(allow_nan=False) | TEXT)
 LOGINS = st.builds(
     tokens.Tokens, access_token=TOKENS, expires_at=TIMES, refresh_token=st.none() | PRINTABLE,
     token_endpoint=st.none() | PRINTABLE, obtained_at=st.none() | TIMES, issuer=PRINTABLE, client_id=PRINTABLE,
@@ -132,13 +140,15 @@ def test_a_login_survives_the_file(login, mark):
 SETTING_TEXTS = (
     st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=12) | PRINTABLE
     | st.integers(-1, 1 << 41).map(str) | st.floats(0, 100000).map(lambda value: f"{value:.3f}")
-    | st.sampled_from(("1", "info", "json", "/a/b", "~/a", "~nobody-here/a", "/", "::1", "localhost", "A.example., [::1]",
-                       "https://A.example, http://b:81", "one two", "https://Login.example/realm/", "http://127.0.0.1:1",
-                       "http://x.ai", f"https://user:{SECRET}@x.ai", f"http://user:{SECRET}@proxy.example:3128",
-                       f"http://user:{SECRET}@", "proxy.example:3128", os.devnull)))
+    | st.sampled_from((
+        "1", "info", "json", "/a/b", "~/a", "~nobody-here/a", "/", "::1", "localhost", "A.example., [::1]", "one two",
+        "https://A.example, http://b:81", "https://Login.example/realm/", "http://127.0.0.1:1", "http://x.ai",
+        f"https://user:{SECRET}@x.ai", f"http://user:{SECRET}@proxy.example:3128", f"http://user:{SECRET}@",
+        "proxy.example:3128", os.devnull)))
 SETTING_NAMES = (
-    st.sampled_from((*config.SETTINGS, *config.ALIASES, *config.FOREIGN_NAMES, "HTTPS_PROXY", "NO_PROXY", "SSL_CERT_FILE",
-                     "XAI_PROXY_SERVICE_HOST", "XAI_PROXY_PORT_80_TCP", "XAI_PROXY_PROT", "PATH"))
+    st.sampled_from((
+        *config.SETTINGS, *config.ALIASES, *config.FOREIGN_NAMES, "HTTPS_PROXY", "NO_PROXY", "SSL_CERT_FILE",
+        "XAI_PROXY_SERVICE_HOST", "XAI_PROXY_PORT_80_TCP", "XAI_PROXY_PROT", "PATH"))
     | PRINTABLE.filter(lambda name: "=" not in name).map(lambda name: config.PREFIX + name))
 ENVIRONMENTS = st.dictionaries(SETTING_NAMES, SETTING_TEXTS, max_size=6).filter(
     lambda environ: not {"AUTH_PROXY_TOKEN_PATH", "XAI_PROXY_TOKEN_PATH"} <= set(environ))  # two names of one setting
@@ -226,7 +236,8 @@ class Told:
 
 def answers(values: "st.SearchStrategy") -> "st.SearchStrategy":
     """Answers, mostly with such a value; and with all that a network may put in their place."""
-    pages = st.sampled_from((b"<!DOCTYPE html><title>Just a moment...", b"error code: 1010", b"", b"\xef\xbb\xbf <html>"))
+    pages = st.sampled_from((
+        b"<!DOCTYPE html><title>Just a moment...", b"error code: 1010", b"", b"\xef\xbb\xbf <html>"))
     types = mostly(st.just("application/json; charset=utf-8"), st.sampled_from(("text/html", "text/plain")) | TEXT)
     return st.builds(session.Answer, st.just(200) | st.sampled_from((201, 204, 302, 400, 401, 403, 415, 429, 503, 522)),
                      st.fixed_dictionaries({}, optional={"Content-Type": types}), mostly(written(values), pages),
@@ -235,15 +246,18 @@ def answers(values: "st.SearchStrategy") -> "st.SearchStrategy":
 
 URLS = st.builds(
     lambda parts, put, at: "".join(parts)[:at] + put + "".join(parts)[at:],
-    st.tuples(st.sampled_from(("https://", "https://", "https://", "http://", "HTTPS://", "//", "ftp://", "https:/", "")),
-              st.sampled_from(("", "", "", "user@", "auth.x.ai@", "auth.x.ai\\@", "@", "evil.example/@", "a:b@")),
-              st.sampled_from(("auth.x.ai", "x.ai", "X.AI", "a.b.x.ai", "evil.example", "evilx.ai", "x.ai.evil.example",
-                               "127.0.0.1", "[::1]", "localhost", "login.example", "x.ai%2eevil.example")),
-              st.sampled_from(("", "", "", ":443", ":8443", ":", ":+443", ":0443", ":\uff14")),
-              st.sampled_from(("", "/oauth2/token", "/", "?@auth.x.ai", "#@auth.x.ai", "\\.x.ai/", ".evil.example/", ";@x.ai"))),
+    st.tuples(
+        st.sampled_from(("https://", "https://", "https://", "http://", "HTTPS://", "//", "ftp://", "https:/", "")),
+        st.sampled_from(("", "", "", "user@", "auth.x.ai@", "auth.x.ai\\@", "@", "evil.example/@", "a:b@")),
+        st.sampled_from(("auth.x.ai", "x.ai", "X.AI", "a.b.x.ai", "evil.example", "evilx.ai", "x.ai.evil.example",
+                         "127.0.0.1", "[::1]", "localhost", "login.example", "x.ai%2eevil.example")),
+        st.sampled_from(("", "", "", ":443", ":8443", ":", ":+443", ":0443", ":\uff14")),
+        st.sampled_from((
+            "", "/oauth2/token", "/", "?@auth.x.ai", "#@auth.x.ai", "\\.x.ai/", ".evil.example/", ";@x.ai"))),
     st.just("") | st.sampled_from("\\@#?/:;%.\t\n \0[]\uff0e\u3002") | TEXT, st.integers(0, 40)) | TEXT
 ISSUERS = st.sampled_from((XAI, XAI, LOOPBACK, OTHER))
-BEYOND_DOUBT = {XAI: r"https://([a-z0-9-]+\.)*x\.ai(:443)?(/[a-z0-9/]*)?", LOOPBACK: r"http://(127\.0\.0\.1|localhost)(/[a-z0-9/]*)?",
+BEYOND_DOUBT = {XAI: r"https://([a-z0-9-]+\.)*x\.ai(:443)?(/[a-z0-9/]*)?",
+                LOOPBACK: r"http://(127\.0\.0\.1|localhost)(/[a-z0-9/]*)?",
                 OTHER: r"https://[a-z.]+(:443)?(/[a-z0-9/]*)?"}
 
 
@@ -270,8 +284,8 @@ def test_no_address_is_used_that_is_not_the_issuers(issuer, url):
         check_target(issuer, url)
 
 
-METADATA = objects(issuer=ISSUERS | ISSUERS.map(lambda issuer: issuer + "/"), token_endpoint=URLS, authorization_endpoint=URLS,
-                   device_authorization_endpoint=URLS, revocation_endpoint=URLS)
+METADATA = objects(issuer=ISSUERS | ISSUERS.map(lambda issuer: issuer + "/"), token_endpoint=URLS,
+                   authorization_endpoint=URLS, device_authorization_endpoint=URLS, revocation_endpoint=URLS)
 
 
 @given(ISSUERS, answers(METADATA))
@@ -290,10 +304,11 @@ def test_any_discovery_answer_gives_the_issuers_endpoints_or_none(issuer, answer
             check_target(issuer, url)
 
 
-CODES = st.sampled_from((*token_endpoint.DEAD_GRANT, "invalid_client", "access_denied", "temporarily_unavailable", SECRET))
+CODES = st.sampled_from(
+    (*token_endpoint.DEAD_GRANT, "invalid_client", "access_denied", "temporarily_unavailable", SECRET))
 TOKEN_ANSWERS = answers(
-    objects(access_token=TOKENS, refresh_token=PRINTABLE, expires_in=NUMBERS | st.integers(0).map(str) | st.just("9" * 400),
-            id_token=objects(email=PRINTABLE).map(jwt), scope=PRINTABLE)
+    objects(access_token=TOKENS, refresh_token=PRINTABLE, id_token=objects(email=PRINTABLE).map(jwt), scope=PRINTABLE,
+            expires_in=NUMBERS | st.integers(0).map(str) | st.just("9" * 400))
     | objects(error=CODES, error_description=st.just(f"not {SECRET}") | TEXT, interval=NUMBERS))
 
 
@@ -325,10 +340,11 @@ def test_any_token_answer_gives_a_login_that_can_be_kept_or_says_whether_it_was_
         assert tokens.from_json(login.to_json(None)) == login
 
 
-DATES = st.datetimes(datetime.datetime(1970, 1, 1), datetime.datetime(2999, 1, 1), timezones=st.just(datetime.timezone.utc))
+DATES = st.datetimes(datetime.datetime(1970, 1, 1), datetime.datetime(2999, 1, 1),
+                     timezones=st.just(datetime.timezone.utc))
 DATE_FORMS = ("%a, %d %b %Y %H:%M:%S GMT", "%a %b %d %H:%M:%S %Y")  # RFC 9110 section 5.6.7
-DATE_TEXTS = st.lists(st.sampled_from("Mon , Jan 1 31 99 1994 9999999999 : 00 08:49:37 GMT +0000 -9999 ( ) \" \\".split(" ")) | TEXT,
-                      max_size=8).map(" ".join)
+DATE_WORDS = "Mon , Jan 1 31 99 1994 9999999999 : 00 08:49:37 GMT +0000 -9999 ( ) \" \\".split(" ")
+DATE_TEXTS = st.lists(st.sampled_from(DATE_WORDS) | TEXT, max_size=8).map(" ".join)
 
 
 @given(DATES, st.sampled_from(DATE_FORMS))
@@ -353,10 +369,12 @@ def in_any_case(name: str) -> "st.SearchStrategy":
     return st.tuples(*[st.sampled_from((letter.lower(), letter.upper())) for letter in name]).map("".join)
 
 
-FIELD_NAMES = st.sampled_from(sorted(NOT_SENT | {"set-cookie", "x-forwarded-for", "proxy-x", "close", "x-one", "x-two", "accept"})
-                              ).flatmap(in_any_case) | st.from_regex(message_head.NAME, fullmatch=True).filter(lambda name: len(name) < 100)
-FIELD_VALUES = (st.lists(FIELD_NAMES | st.sampled_from(("gzip", "br;q=1", "deflate ; q=0", "close", " ", "\"x-one\"")), max_size=3
-                         ).map(", ".join) | st.text(st.characters(min_codepoint=32, max_codepoint=255, exclude_categories=["Cc"]), max_size=12)
+KNOWN_NAMES = NOT_SENT | {"set-cookie", "x-forwarded-for", "proxy-x", "close", "x-one", "x-two", "accept"}
+FIELD_NAMES = (st.sampled_from(sorted(KNOWN_NAMES)).flatmap(in_any_case)
+               | st.from_regex(message_head.NAME, fullmatch=True).filter(lambda name: len(name) < 100))
+LIST_ITEMS = FIELD_NAMES | st.sampled_from(("gzip", "br;q=1", "deflate ; q=0", "close", " ", '"x-one"'))
+VALUE_CHARACTERS = st.characters(min_codepoint=32, max_codepoint=255, exclude_categories=["Cc"])
+FIELD_VALUES = (st.lists(LIST_ITEMS, max_size=3).map(", ".join) | st.text(VALUE_CHARACTERS, max_size=12)
                 ).map(lambda value: value.strip(" \t"))
 FIELDS = st.lists(st.tuples(FIELD_NAMES, FIELD_VALUES).map(
     lambda field: (field[0], SECRET) if field[0].lower() in SECRETS else field), max_size=8)
@@ -378,7 +396,8 @@ def test_upstream_gets_all_of_the_request_but_what_is_the_hops_or_secret(fields)
     dropped = NOT_SENT | named_by_connection(fields)
     codings = [value for name, value in rest if name.lower() == "accept-encoding"]
     assert [field for field in rest if field[0].lower() != "accept-encoding"] == [
-        field for field in fields if not field[0].lower().startswith(("proxy-", "x-forwarded-")) and field[0].lower() not in dropped]
+        field for field in fields
+        if field[0].lower() not in dropped and not field[0].lower().startswith(("proxy-", "x-forwarded-"))]
     assert len(codings) <= 1 and SECRET not in repr(rest)
     assert all(re.match("gzip|deflate|identity", coding, re.I) for value in codings for coding in value.split(", "))
     assert sent(rest) == ours + rest
@@ -408,9 +427,10 @@ def passed(fields) -> "list[str]":
 # Streams
 
 BOM = b"\xef\xbb\xbf"
-STREAM_PARTS = st.lists(st.sampled_from((b"", b"", b"\n", b"\r", b"\r\n", b"\n\n", b"data: x", b"data: x\n\n", b":", b"x", b"id: 1\n",
-                                         b": keepalive\n\n", BOM))
-                        | st.binary(max_size=3).filter(lambda part: b"\xef" not in part), max_size=12)
+STREAM_PARTS = st.lists(
+    st.sampled_from((b"", b"", b"\n", b"\r", b"\r\n", b"\n\n", b"data: x", b"data: x\n\n", b":", b"x", b"id: 1\n",
+                     b": keepalive\n\n", BOM))
+    | st.binary(max_size=3).filter(lambda part: b"\xef" not in part), max_size=12)
 
 
 def events(stream: bytes) -> "list[list[bytes]]":
@@ -443,8 +463,10 @@ def test_comments_come_in_every_silence_between_events_and_change_none(parts):
     assert events(b"".join(out)) == events(b"".join(parts))
 
 
-CHUNK_PARTS = st.lists(st.sampled_from((b"5\r\nhello\r\n", b"5\r\n", b"hello", b"\r\n", b"0\r\n\r\n", b"0\r\n", b"1;a=b\r\nx\r\n", b"X: y\r\n",
-                                        b"fffffffffffffff\r\n", b"\n", b"\r", b";", b"00", b"a")) | st.binary(max_size=5), max_size=10)
+CHUNK_PARTS = st.lists(
+    st.sampled_from((b"5\r\nhello\r\n", b"5\r\n", b"hello", b"\r\n", b"0\r\n\r\n", b"0\r\n", b"1;a=b\r\nx\r\n",
+                     b"X: y\r\n", b"fffffffffffffff\r\n", b"\n", b"\r", b";", b"00", b"a"))
+    | st.binary(max_size=5), max_size=10)
 KINDS = st.sampled_from((framing.Chunked, framing.Chunked, framing.UntilClose, lambda: framing.Sized(7)))
 
 

@@ -18,7 +18,8 @@ COMMAND = [sys.executable, "-W", "error", "-m", "tests.soak"]
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("options", [[], ["--login", "0"], ["--login", "x"], ["--load", "0"], ["--nonsense"]], ids=" ".join)
+@pytest.mark.parametrize("options", [[], ["--login", "0"], ["--login", "x"], ["--load", "0"], ["--nonsense"]],
+                         ids=" ".join)
 def test_what_cannot_be_run_is_said_in_one_line(options):
     done = subprocess.run([*COMMAND, *options], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 64 and done.stderr.startswith("soak: ") and done.stderr.count("\n") == 1

@@ -10,9 +10,9 @@ from .loaded import Counts, Load, Row
 from .processes import warnings
 
 UNAVAILABLE = 69  # sysexits.h
-HELP = ("a proxy under load, with tokens that rotate: 1,000 streams for so long (default: 5 minutes) beside 100 requests "
-        "a second, 5,000 idle streams, connection churn, no descriptors left, 20,000 clients, and restarts under "
-        "supervisord, which take another three minutes; compiles its client with gcc")
+HELP = ("a proxy under load, with tokens that rotate: 1,000 streams for so long (default: 5 minutes) beside 100 "
+        "requests a second, 5,000 idle streams, connection churn, no descriptors left, 20,000 clients, and restarts "
+        "under supervisord, which take another three minutes; compiles its client with gcc")
 
 
 def table(rows: "list[Row]") -> str:

@@ -153,8 +153,10 @@ class Requests:
 
 
 def latency(seconds: "list[float]") -> str:
+    if not seconds:
+        return "none"
     cuts = statistics.quantiles(seconds, n=100) if len(seconds) > 1 else seconds * 99
-    return f"p50 {1000 * cuts[49]:.0f}, p99 {1000 * cuts[98]:.0f}, most {1000 * max(seconds):.0f} ms" if cuts else "none"
+    return f"p50 {1000 * cuts[49]:.0f}, p99 {1000 * cuts[98]:.0f}, most {1000 * max(seconds):.0f} ms"
 
 
 class Memory:

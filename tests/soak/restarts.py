@@ -72,9 +72,9 @@ def kill_proxy(run: Load, supervised: Supervised) -> Row:
     with run.requests(supervised.port) as requests:
         away = supervised.end("proxy", signal.SIGKILL)
         found = streams.result()
-    return Row("proxy, SIGKILL", f"all {streams.count} streams broke, as they must; away for {away:.1f} s",
-               unseen(streams.count, found) + unexpected(requests.failed(), "RemoteDisconnected", "ConnectionResetError",
-                                                         "ConnectionRefusedError", "IncompleteRead"), "",
+    lost = unseen(streams.count, found) + unexpected(
+        requests.failed(), "RemoteDisconnected", "ConnectionResetError", "ConnectionRefusedError", "IncompleteRead")
+    return Row("proxy, SIGKILL", f"all {streams.count} streams broke, as they must; away for {away:.1f} s", lost, "",
                requests.latency())
 
 
@@ -113,7 +113,9 @@ def refresher(run: Load, supervised: Supervised, number: signal.Signals) -> Row:
 def unseen(count: int, found: "dict[str, int]") -> "list[str]":
     """Streams that did not break where the proxy did, or that looked whole."""
     broken = found["errors"]
-    return [] if (broken, found["answers"]) == (count, 0) else [f"{count - broken} of {count} streams did not break visibly"]
+    if (broken, found["answers"]) == (count, 0):
+        return []
+    return [f"{count - broken} of {count} streams did not break visibly"]
 
 
 def unexpected(failed: "dict[str, int]", *expected: str) -> "list[str]":
