@@ -32,6 +32,10 @@ def test_a_byte_order_mark_is_one_only_at_the_beginning() -> None:
     assert list(kept_alive([BOM + b"data: x\n\n", b""])) == [BOM + b"data: x\n\n", COMMENT]
     assert list(kept_alive([b"", BOM + b"data: x\n\n"])) == [COMMENT, b"data: x\n\n"]
     assert list(kept_alive([b"", b"data: x\n\n", BOM])) == [COMMENT, b"data: x\n\n", BOM]
+    assert list(kept_alive([b"", BOM[:1], b"", BOM[1:2], BOM[2:] + b"data: x\n\n"])) == [
+        COMMENT, COMMENT, b"data: x\n\n"]
+    assert list(kept_alive([b"", BOM[:2], b"x\n\n", b""])) == [COMMENT, BOM[:2] + b"x\n\n", COMMENT]
+    assert list(kept_alive([b"", BOM[:2]])) == [COMMENT, BOM[:2]]
 
 
 @pytest.fixture

@@ -429,8 +429,8 @@ def passed(fields) -> "list[str]":
 BOM = b"\xef\xbb\xbf"
 STREAM_PARTS = st.lists(
     st.sampled_from((b"", b"", b"\n", b"\r", b"\r\n", b"\n\n", b"data: x", b"data: x\n\n", b":", b"x", b"id: 1\n",
-                     b": keepalive\n\n", BOM))
-    | st.binary(max_size=3).filter(lambda part: b"\xef" not in part), max_size=12)
+                     b": keepalive\n\n", BOM, BOM[:1], BOM[1:]))
+    | st.binary(max_size=3), max_size=12)
 
 
 def events(stream: bytes) -> "list[list[bytes]]":
@@ -447,6 +447,8 @@ def events(stream: bytes) -> "list[list[bytes]]":
 
 @example([b"", BOM, b""])
 @example([b"", BOM, BOM])
+@example([b"", BOM[:1], BOM[1:], b"data: x\n\n"])
+@example([b"", BOM[:1], b""])
 @given(STREAM_PARTS)
 def test_comments_come_in_every_silence_between_events_and_change_none(parts):
     out = list(event_stream.kept_alive(parts))
@@ -455,7 +457,9 @@ def test_comments_come_in_every_silence_between_events_and_change_none(parts):
     for number, part in enumerate(parts):
         if not part:
             begun = b"".join(parts[:number])
-            lines = re.split(rb"\r\n|\n|\r", begun if parts[0] else begun.removeprefix(BOM))
+            if not parts[0]:  # a mark behind a comment is waited for and taken away
+                begun = b"" if BOM.startswith(begun) else begun.removeprefix(BOM)
+            lines = re.split(rb"\r\n|\n|\r", begun)
             silences.append(lines == [b""] or len(lines) > 2 and lines[-2:] == [b"", b""])
     assert sum(comments) == sum(silences) and all(out)
     plain = b"".join(part for part, is_comment in zip(out, comments) if not is_comment)

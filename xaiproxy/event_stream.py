@@ -19,14 +19,19 @@ def is_event_stream(head: response_head.Head) -> bool:
 
 def kept_alive(parts: "Iterable[bytes]") -> "Iterator[bytes]":
     """The stream with a comment for each empty part that does not come amid an event."""
-    end, said, mark = b"", False, BOM
+    end, said, begun, mark = b"", False, b"", BOM
     for part in parts:
         if part:
-            if said and not end:
-                part, mark = part.removeprefix(mark), b""  # which is one at the beginning only
+            if said and not end:  # behind a comment, a mark would be text
+                begun += part
+                if begun != mark and mark.startswith(begun):
+                    continue
+                part, begun, mark = begun.removeprefix(mark), b"", b""
             end = (end + part)[-4:]
             if part:  # an empty one would be taken for the end
                 yield part
         elif not end or BLANK_LINE.search(end):
             said = True
             yield COMMENT
+    if begun:
+        yield begun
