@@ -3,6 +3,7 @@
 import configparser
 import contextlib
 import http.server
+import importlib.metadata
 import os
 import re
 import shutil
@@ -13,6 +14,8 @@ import threading
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 SETUP = configparser.ConfigParser()
@@ -62,16 +65,27 @@ def test_every_requirement_has_a_lower_bound_that_can_be_tested():
         assert re.fullmatch(r"[A-Za-z0-9-]+(\[[a-z]+\])?>=[0-9.]+(; .*)?", line)
 
 
+def pins():
+    """The image's packages and their versions, each of which has to have a hash."""
+    lines = (ROOT / "conf" / "requirements.txt").read_text().replace("\\\n", "").splitlines()
+    return dict(re.fullmatch(r"([a-z0-9-]+)==([0-9a-z.]+)( +--hash=sha256:[0-9a-f]{64})+", line).group(1, 2)
+                for line in lines if not line.startswith("#"))
+
+
 def test_the_image_is_made_of_exact_versions_that_setup_cfg_allows():
-    pins = (ROOT / "conf" / "requirements.txt").read_text().replace("\\\n", "").splitlines()
-    versions = {}
-    for line in pins:
-        if not line.startswith("#"):
-            name, version = re.fullmatch(r"([a-z0-9-]+)==([0-9a-z.]+)( +--hash=sha256:[0-9a-f]{64})+", line).group(1, 2)
-            versions[name] = version
+    versions = pins()
     for line in requirements("options", "install_requires"):
         name, bound = line.split(">=")
         assert numbers(versions[name]) >= numbers(bound), line
+
+
+def test_the_image_has_all_that_its_packages_need():
+    needed = {"setuptools"}  # installs xaiproxy
+    for name in pins().keys() - needed:
+        for need in map(Requirement, importlib.metadata.requires(name) or []):
+            if not need.marker or need.marker.evaluate({"extra": ""}):
+                needed.add(canonicalize_name(need.name))
+    assert needed <= pins().keys()
 
 
 def numbers(version):
