@@ -26,7 +26,7 @@ def end(data: bytes, searched: int, limit: int) -> int:
     """
     found = data.find(b"\r\n\r\n", max(0, searched - 3))
     size = found + 4 if found >= 0 else len(data)
-    if (found < 0 or size > limit) and BARE_LF.search(data, max(0, searched - 1), limit):
+    if (found < 0 or size > limit) and BARE_LF.search(data, max(0, searched - 1), limit + 1):
         raise Malformed("has a line that does not end with CRLF")
     if size > limit:
         raise TooLong(f"is longer than {limit} bytes")
