@@ -596,8 +596,8 @@ def test_tls_in_tls(tls, context, certificates):
 class Endless(Connection):
     """One on which every read is full, which no process can be relied on to bring about."""
 
-    def receive(self) -> bytes:
-        return bytes(READ)
+    def receive(self, size: int = READ) -> bytes:
+        return bytes(size)
 
 
 def test_a_peer_that_sends_without_a_pause_leaves_others_their_turn():
@@ -612,7 +612,7 @@ def test_a_peer_that_sends_without_a_pause_leaves_others_their_turn():
         turns.append(reads)
     other = gevent.spawn(take_turns)
     while reads < 10 * BURST:
-        assert len(connection.recv(5)) == READ
+        assert len(connection.recv(5)) >= READ
         reads += 1
     other.join()
     theirs.close()

@@ -20,7 +20,7 @@ from .processes import PROXY, REFRESHER, Process, await_, environment
 
 LIFETIME = 8  # seconds of an access token: the sandbox, busy with thousands of streams, takes some to hand one out
 CLIENTS = 10  # of short requests, ten a second each
-RAMP = 250  # streams opened a second
+RAMP = 500  # streams opened a second
 FLAT = 4096  # KiB that memory may grow by in the last half of a phase: a leak of a few bytes an event is more
 
 

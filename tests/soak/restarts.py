@@ -101,8 +101,8 @@ def refresher(run: Load, supervised: Supervised, number: signal.Signals) -> Row:
     streams = run.streams(run.counts.restarted, 6, supervised.port)
     refreshes = run.sandbox.counters()["refreshes"]
     with run.requests(supervised.port) as requests:
-        saved = run.path.stat().st_ino
-        await_(lambda: run.path.stat().st_ino != saved)  # a new login in memory alone would be lost: see login.py
+        saved = run.path.stat().st_mtime_ns
+        await_(lambda: run.path.stat().st_mtime_ns != saved)  # a new login in memory alone would be lost: see login.py
         away = supervised.end("refresher", number)
         run.sandbox.wait(lambda seen: seen["refreshes"] > refreshes + 1)
         lost = streams.lost()
