@@ -14,7 +14,7 @@ import gevent.socket
 import pytest
 from scripted_upstream import make_certificate
 
-from xaiproxy.connection import BURST, READ, Connection, TLSConnection
+from xaiproxy.connection import BURST, LONG_READ, READ, Connection, TLSConnection
 from xaiproxy.message_head import Malformed, TooLong
 from xaiproxy.tunnel import _Pipe
 
@@ -225,7 +225,7 @@ def test_no_more_is_read_of_a_head_than_the_limit_and_one_read(pair):
     with contextlib.suppress(TimeoutError):
         while True:
             left += len(connection.recv(SOON))
-    assert left >= 2_000_000 - 65536 - READ
+    assert left >= 2_000_000 - 65536 - LONG_READ
     sending.get()
 
 

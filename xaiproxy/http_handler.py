@@ -161,11 +161,11 @@ class Handler:
         """Whether some of a head came in time."""
         server, connection = self.server, self.connection
         limit = server.settings.keepalive_timeout if self._answered_before else server.settings.client_timeout
-        server.idle.add(connection.socket)
+        if self._answered_before:
+            server.idle.add(connection.socket)
         try:
-            # A drain takes what is there already.
-            connection.unread = connection.receive() if server.draining else connection.recv(limit)
-        except (TimeoutError, BlockingIOError):
+            connection.unread = connection.recv(limit)
+        except TimeoutError:
             return False
         finally:
             server.idle.discard(connection.socket)

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 BACKLOG = 1024  # connections that wait in the kernel when all slots are taken
 LOG_DELAY = 0.005  # seconds that a log line waits at most, for others or until nothing else is to be done
-CROWDED_PATIENCE = 1.0  # seconds for a request to come, where all slots are taken
+PATIENCE = 1.0  # seconds for a request to come, where all slots are taken or the end is near
 SHORTAGE_WORD = 60.0  # seconds between two lines about descriptors: at the limit they come and go
 REFRESHER_LOOK = 2.0  # seconds between two looks for a living refresher, of which the first leaves it time to start
 EXAMPLES = """\
@@ -50,7 +50,7 @@ class Server(pywsgi.WSGIServer):
         self.settings = settings
         self.draining = False
         self.idle: "set[Any]" = set()  # sockets between two requests, which may be closed at any time
-        self.waiting: "dict[Any, float]" = {}  # those and the ones whose head is not whole: since when, longest first
+        self.waiting: "dict[Any, float]" = {}  # all that owe us a whole head: since when, longest first
         self._crowded = False
         self._short = False
         self._next_word = 0.0  # no line about descriptors before this time
@@ -78,15 +78,19 @@ class Server(pywsgi.WSGIServer):
             gevent.spawn(self._make_room)
 
     def _make_room(self) -> None:
-        """While all slots are taken, end connections that have owed us a request for CROWDED_PATIENCE."""
+        """While all slots are taken, end connections that have owed us a request for PATIENCE."""
         while self.full():
-            gevent.sleep(CROWDED_PATIENCE / 10)
-            due = time.monotonic() - CROWDED_PATIENCE
+            gevent.sleep(PATIENCE / 10)
+            due = time.monotonic() - PATIENCE
             for sock, since in self.waiting.items():
                 if since > due:
                     break
                 _end_if_quiet(sock)
         self._crowded = False
+
+    def _end_waiting(self) -> None:
+        for sock in self.waiting:
+            _end_if_quiet(sock)
 
     def drain(self, cut: gevent.event.Event) -> None:
         """Stop accepting, close idle connections, wait for open answers, then cut what is left.
@@ -101,6 +105,7 @@ class Server(pywsgi.WSGIServer):
         self.close()
         for sock in self.idle:
             _end_if_quiet(sock)
+        gevent.spawn_later(PATIENCE, self._end_waiting)  # new ones' requests may be on their way
         if len(self.pool):
             logger.info("stopping; %d open answers get %g s to finish", len(self.pool), self.settings.drain_timeout)
         finished = gevent.spawn(self.pool.join)
