@@ -17,8 +17,7 @@ from gevent import monkey
 from xaiproxy import message_head
 
 RECORD = 16384  # bytes of content that a TLS record holds at most
-READ = 65536  # bytes; what malloc hands out above that costs more each time
-LONG_READ = 7 * RECORD  # where more is sure to follow; above 128 KiB malloc would map and unmap memory each time
+READ = 7 * RECORD  # bytes: a call of the kernel for many, but above 128 KiB malloc would map and unmap memory each time
 BURST = 8  # full reads in a row, then others have their turn
 TCP_ESTABLISHED = 1  # the first byte of Linux's struct tcp_info
 _READABLE, _WRITABLE = 1, 2
@@ -57,9 +56,9 @@ class Connection:
 
     # At once
 
-    def receive(self, size: int = READ) -> bytes:
-        """What is there, about `size` bytes of it; b"" at the end. Raises BlockingIOError when nothing is, OSError."""
-        return self.socket.recv(size)
+    def receive(self) -> bytes:
+        """What is there; b"" at the end. Raises BlockingIOError when nothing is, OSError."""
+        return self.socket.recv(READ)
 
     def send(self, data: Any) -> int:
         """Send what is taken at once; return how many bytes that was. Raises OSError."""
@@ -113,16 +112,15 @@ class Connection:
             data, self.unread = self.unread, b""
             return data
         while True:
-            size = LONG_READ
             if not self._eager:
                 self.wait(self.readable, limit)
-                self._eager, size = BURST, READ
+                self._eager = BURST
             try:
-                data = self.receive(size)
+                data = self.receive()
             except BlockingIOError:
                 self._eager = 0
                 continue
-            self._eager = self._eager - 1 if len(data) == size else 0
+            self._eager = self._eager - 1 if len(data) == READ else 0
             return data
 
     def recv_head(self, size_limit: int, limit: float) -> bytes:
@@ -224,8 +222,8 @@ class TLSConnection(Connection):
                 self._inner.send_all(self._out.read())
                 return
 
-    def receive(self, size: int = READ) -> bytes:
-        data = self._inner.receive(size)
+    def receive(self) -> bytes:
+        data = self._inner.receive()
         if data:
             self._in.write(data)
         else:
