@@ -164,8 +164,10 @@ class Handler:
         if self._answered_before:
             server.idle.add(connection.socket)
         try:
-            connection.unread = connection.recv(limit)
-        except TimeoutError:
+            # What has been answered and goes on in a drain has its last request there already, or none.
+            at_once = server.draining and self._answered_before
+            connection.unread = connection.receive() if at_once else connection.recv(limit)
+        except (TimeoutError, BlockingIOError):
             return False
         finally:
             server.idle.discard(connection.socket)
