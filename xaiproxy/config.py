@@ -119,6 +119,11 @@ def _address(text: str) -> str:
         raise ValueError("an IP address, such as 127.0.0.1, 0.0.0.0 or ::") from None
 
 
+def is_authority(netloc: str) -> bool:
+    """Whether it is a host and at most a port; what one parser takes for its host another may cut at another character."""
+    return re.fullmatch(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]*)?", netloc) is not None
+
+
 def _url(text: str) -> urllib.parse.SplitResult:
     wanted = "an https URL (http on loopback only) without user, query or fragment"
     try:
@@ -129,9 +134,7 @@ def _url(text: str) -> urllib.parse.SplitResult:
     plain_on_loopback = url.scheme == "http" and is_loopback(host)
     if not host or not (url.scheme == "https" or plain_on_loopback) or not re.fullmatch(r"[!-~]+", text):
         raise ValueError(wanted)
-    if not re.fullmatch(r"[A-Za-z0-9._:-]+", host):  # what we take for a name in x.ai, another may cut at a backslash
-        raise ValueError(wanted)
-    if "@" in url.netloc or "?" in text or "#" in text:
+    if not is_authority(url.netloc) or "?" in text or "#" in text:
         raise ValueError(wanted)
     return url
 

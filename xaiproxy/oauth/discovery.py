@@ -51,9 +51,7 @@ def check_endpoint(issuer: str, url: object) -> None:
     try:
         parts = urllib.parse.urlsplit(url if isinstance(url, str) else "")
         host, _ = parts.hostname or "", parts.port
-        # All of the authority: what one parser takes for a host name another may cut at a backslash or a bracket.
-        good = re.fullmatch(r"[!-~]+", url) and re.fullmatch(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]*)?", parts.netloc) \
-            and "\\" not in url and "#" not in url
+        good = re.fullmatch(r"[!-~]+", url) and config.is_authority(parts.netloc) and "\\" not in url and "#" not in url
     except (TypeError, ValueError):
         good = False
     if good and issuer == config.DEFAULT_ISSUER:
