@@ -81,15 +81,14 @@ class Server(pywsgi.WSGIServer):
         """While all slots are taken, end connections that have owed us a request for PATIENCE."""
         while self.full():
             gevent.sleep(PATIENCE / 10)
-            due = time.monotonic() - PATIENCE
-            for sock, since in self.waiting.items():
-                if since > due:
-                    break
-                _end_if_quiet(sock)
+            self._end_waiting(PATIENCE)
         self._crowded = False
 
-    def _end_waiting(self) -> None:
-        for sock in self.waiting:
+    def _end_waiting(self, patience: float) -> None:
+        due = time.monotonic() - patience
+        for sock, since in self.waiting.items():
+            if since > due:
+                break
             _end_if_quiet(sock)
 
     def drain(self, cut: gevent.event.Event) -> None:
@@ -105,7 +104,7 @@ class Server(pywsgi.WSGIServer):
         self.close()
         for sock in self.idle:
             _end_if_quiet(sock)
-        gevent.spawn_later(PATIENCE, self._end_waiting)  # new ones' requests may be on their way
+        gevent.spawn_later(PATIENCE, self._end_waiting, 0)  # new ones' requests may be on their way
         if len(self.pool):
             logger.info("stopping; %d open answers get %g s to finish", len(self.pool), self.settings.drain_timeout)
         finished = gevent.spawn(self.pool.join)
