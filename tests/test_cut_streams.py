@@ -12,7 +12,6 @@ import shutil
 import socket
 import subprocess
 import threading
-from pathlib import Path
 from typing import Any, Callable, Iterator
 
 import h11

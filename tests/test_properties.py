@@ -7,7 +7,6 @@ lines of xaiproxy that an example reaches. What it finds is mended and becomes a
 import base64
 import datetime
 import decimal
-import email.utils
 import json
 import math
 import os

@@ -1,7 +1,6 @@
 """The refresher as a process: two at once, signals, a kill at every system call of its save, disks that take nothing."""
 
 import concurrent.futures
-import json
 import os
 import re
 import signal

@@ -8,10 +8,9 @@ import re
 import secrets
 import signal
 import subprocess
-import sys
 import urllib.parse
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator
 
 import pytest
 from proxy_process import PYTHON
@@ -84,27 +83,25 @@ class Run:
                                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
     def sign_in_by_device(self) -> None:
-        process = self.start_login("--device")
-        lines = [process.stdout.readline()]
-        while "user_code" not in lines[-1]:
-            lines.append(process.stdout.readline())
-        self.look_at(process.pid, "xai-login --device")
-        self.sandbox.approve(json.loads(lines[-1])["user_code"])
-        self.outputs["xai-login --device"] = "".join(lines) + process.communicate(timeout=20)[0]
-        assert process.returncode == 0
+        self.sign_in("--device", "user_code", lambda event: self.sandbox.approve(event["user_code"]))
 
     def sign_in_by_browser(self) -> None:
-        process = self.start_login("--browser")
-        lines = [process.stdout.readline()]
-        while "authorization_url" not in lines[-1]:
-            lines.append(process.stdout.readline())
-        self.look_at(process.pid, "xai-login --browser")
-        assert self.sandbox.visit(json.loads(lines[-1])["url"])
-        self.outputs["xai-login --browser"] = "".join(lines) + process.communicate(timeout=20)[0]
-        assert process.returncode == 0
+        def visit(event: "dict[str, str]") -> None:
+            assert self.sandbox.visit(event["url"])
+        self.sign_in("--browser", "authorization_url", visit)
         saw = self.folder / "browser-saw"
         until(saw.exists, 20)
         self.processes["browser"] = saw.read_text()
+
+    def sign_in(self, way: str, awaited: str, allow: "Callable[[dict[str, str]], object]") -> None:
+        process, name = self.start_login(way), f"xai-login {way}"
+        lines = [process.stdout.readline()]
+        while awaited not in lines[-1]:
+            lines.append(process.stdout.readline())
+        self.look_at(process.pid, name)
+        allow(json.loads(lines[-1]))
+        self.outputs[name] = "".join(lines) + process.communicate(timeout=20)[0]
+        assert process.returncode == 0
 
     def sign_in_by_paste(self) -> None:
         with Terminal([*LOGIN, "--browser"], cwd=self.folder, env=self.env) as terminal:

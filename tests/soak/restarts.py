@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from .login import get
 from .loaded import Load, Row
-from .processes import Process, await_
+from .processes import await_
 
 CONF = pathlib.Path(__file__).parents[2] / "conf/supervisord.conf"
 DRAIN = 5  # seconds: XAI_PROXY_DRAIN_TIMEOUT
