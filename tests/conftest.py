@@ -81,6 +81,33 @@ def running(start_proxy: "Callable[..., ProxyProcess]", way: str) -> ProxyProces
     return start_proxy(way=way)
 
 
+@pytest.fixture(scope="module", params=["plain", "tls"])
+def start_either(request: pytest.FixtureRequest, certificate: "tuple[Path, ssl.SSLContext]",
+                 tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Callable[..., tuple]]":
+    with contextlib.ExitStack() as stack:
+        @functools.cache
+        def start(**settings: Any) -> "tuple[ProxyProcess, ScriptedUpstream]":
+            upstream = stack.enter_context(ScriptedUpstream(certificate[1] if request.param == "tls" else None))
+            proxy = ProxyProcess(tmp_path_factory.mktemp("proxy"), upstream=upstream.origin,
+                                 environ={"SSL_CERT_FILE": str(certificate[0])}, **settings)
+            return stack.enter_context(proxy), upstream
+        yield start
+
+
+@pytest.fixture
+def either(start_either: "Callable[..., tuple]") -> "Iterator[Callable[..., tuple[ProxyProcess, ScriptedUpstream]]]":
+    """Gives the module's one proxy for these settings, signed in anew, and its upstream: in the clear, and over TLS."""
+    used = []
+
+    def start(**settings: Any) -> "tuple[ProxyProcess, ScriptedUpstream]":
+        used.append(start_either(**settings))
+        used[-1][0].sign_in()
+        return used[-1]
+    yield start
+    for _, upstream in used:
+        upstream.hang_up()
+
+
 @pytest.fixture(scope="session")
 def shared_endpoint(shared_sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxyProcess]:
     origin = shared_sandbox.url

@@ -7,6 +7,7 @@ import socket
 import ssl
 import struct
 import time
+import types
 from collections.abc import Iterator
 
 import gevent
@@ -16,7 +17,7 @@ from scripted_upstream import make_certificate
 
 from xaiproxy.connection import BURST, READ, Connection, TLSConnection
 from xaiproxy.message_head import Malformed, TooLong
-from xaiproxy.tunnel import _Pipe
+from xaiproxy.tunnel import Tunnel
 
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER that turns close into a reset
 SOON = 0.05  # seconds, as a limit that is to be reached
@@ -626,8 +627,8 @@ def test_a_tunnel_sends_on_what_tls_holds_back(tls):
     ours.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     source, far = socket.socketpair()
     with contextlib.closing(Connection(source)) as source, far:
-        pipe = _Pipe(source, ours, pytest.fail, pytest.fail, lambda size: None, lambda: None)
-        pipe.start()
+        exchange = types.SimpleNamespace(connection=ours, idle_timeout=10, client_timeout=10, broken=lambda error: error)
+        tunnel = gevent.spawn(Tunnel(exchange, source).run, b"")
         data = os.urandom(40_000)
         far.sendall(data)
         gevent.sleep(0.01)
@@ -636,5 +637,7 @@ def test_a_tunnel_sends_on_what_tls_holds_back(tls):
             came = b""
             while len(came) < len(data):
                 came += theirs.recv(READ)
-        assert came == data
-        pipe.stop()
+            assert came == data
+            far.shutdown(socket.SHUT_WR)
+            assert theirs.recv(READ) == b""  # the end too, which follows them
+        tunnel.kill()

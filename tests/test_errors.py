@@ -18,7 +18,7 @@ REFUSALS = [
     (errors.NotFound, 404, "not_found", None),
     (errors.MethodNotAllowed, 405, "method_not_allowed", None),
     (errors.ClientTimeout, 408, "client_timeout", "false"),
-    (errors.UpstreamUnreachable, 502, "upstream_unreachable", None),
+    (errors.UpstreamUnreachable, 502, "upstream_unreachable", "false"),
     (errors.TokenUnavailable, 503, "token_unavailable", "true"),
     (errors.UpstreamTimeout, 504, "upstream_timeout", "false"),
 ]
@@ -86,3 +86,8 @@ def test_whether_the_connection_ends_with_it():
 def test_what_ends_a_request_from_outside_is_no_refusal_and_no_error_of_a_command():
     for kind in (errors.ClientGone, errors.UpstreamBroken):
         assert not issubclass(kind, errors.Error)
+
+
+def test_only_a_502_that_repeats_no_paid_work_may_be_retried():
+    for may_retry, value in ((True, "true"), (False, "false")):
+        assert ("x-should-retry", value) in errors.UpstreamUnreachable("gone", may_retry=may_retry).rendered()[1]

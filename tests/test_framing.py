@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from xaiproxy.framing import LINE_LIMIT, TRAILER_LIMIT, Chunked, Sized, UntilClose
+from xaiproxy.framing import LINE_LIMIT, TRAILER_LIMIT, Chunked, Sized, UntilClose, content_of
 from xaiproxy.message_head import Malformed
 
 BEHIND = b"GET /the-next-request HTTP/1.1\r\n"
@@ -15,7 +15,7 @@ def fed(body: "Sized | Chunked | UntilClose", data: bytes, size: int = 1 << 30) 
     content, at = b"", 0
     while at < len(data) and not body.ended:
         part = data[at:at + size]
-        content += b"".join([part[start:end] for start, end in body.feed(part)])
+        content += b"".join(content_of(body, part))
         assert 0 <= body.used <= len(part) and (body.ended or body.used == len(part))
         at += body.used
     return content, data[at:]
@@ -178,3 +178,20 @@ def test_the_largest_chunk_is_counted_and_not_kept():
     for _ in range(100):
         assert body.feed(b"x" * 65536) == [(0, 65536)]
     assert not body.ended
+
+
+@pytest.mark.parametrize("malformed", [b"x\r\n", b"5\nhello\r\n", b"5\r\nhello!\r\n", b"0\r\nX\r\n\r\n"])
+def test_content_before_something_malformed_is_not_lost(malformed):
+    """In one read, for instance, five whole chunks and one that is none."""
+    data = b"".join(b"1\r\n%d\r\n" % number for number in range(5)) + malformed
+    body, content = Chunked(), b""
+    with pytest.raises(Malformed):
+        for part in content_of(body, data):
+            content += part
+    assert content.startswith(b"01234") and not body.ended
+    whole = Chunked()
+    spans = whole.feed(data)
+    assert b"".join(data[start:end] for start, end in spans) == content  # what is passed on before the fault
+    assert data[:whole.used].endswith((b"4\r\n", b"hello", b"0\r\n"))
+    with pytest.raises(Malformed):
+        whole.feed(data[whole.used:])

@@ -484,10 +484,9 @@ def body_of(kind, pieces: "list[bytes]") -> "tuple[bytes, bytes, bool] | str":
     while pieces and not body.ended:
         data = pieces.pop(0)
         try:
-            spans = body.feed(data)
+            content += b"".join(framing.content_of(body, data))
         except message_head.Malformed as error:
             return str(error)
-        content += b"".join([data[start:end] for start, end in spans])
         assert body.ended or body.used == len(data)
         if body.ended:
             pieces.insert(0, data[body.used:])

@@ -787,7 +787,7 @@ def test_broken_pooled_connection_is_not_replaced_for_others(client: Client, ups
     break_a_pooled_connection(client, upstream, method, "/v1/images/generations", body=body)
     answer = client.message()
     assert (answer.status, answer.value("X-XAI-Proxy-Error")) == (502, "upstream_unreachable")
-    assert b"may have been worked on" in answer.body
+    assert b"may have been processed" in answer.body
     assert upstream.quiet()
 
 

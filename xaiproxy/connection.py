@@ -5,9 +5,12 @@ mostly nothing is there yet, on one watcher that stays.
 """
 
 import contextlib
+import fcntl
 import select
 import socket
 import ssl
+import struct
+import termios
 import time
 from typing import Any
 
@@ -19,7 +22,9 @@ from xaiproxy import message_head
 RECORD = 16384  # bytes of content that a TLS record holds at most
 READ = 7 * RECORD  # bytes: a call of the kernel for many, but above 128 KiB malloc would map and unmap memory each time
 BURST = 8  # full reads in a row, then others have their turn
-TCP_ESTABLISHED = 1  # the first byte of Linux's struct tcp_info
+FLUSH_POLL = 0.02  # seconds: no event tells that bytes were acknowledged
+TCP_ESTABLISHED, TCP_CLOSE = 1, 7  # the first byte of Linux's struct tcp_info
+RESET = struct.pack("ii", 1, 0)  # SO_LINGER that turns close into a reset
 _READABLE, _WRITABLE = 1, 2
 _poll = monkey.get_original("select", "poll")
 _socket = monkey.get_original("socket", "socket")
@@ -29,10 +34,13 @@ class Connection:
     """`unread`: bytes that came and that nobody has taken; `readable` and `writable`: gevent's watchers.
 
     It takes the file descriptor over from `sock`, which may be gevent's: the wrapping that those do would cost at each
-    read and write.
+    read and write. One greenlet may read while another writes.
+
+    `fault`: the error that ended the connection, once a read or a write has met it. The kernel reports it once, and
+    reads then meet an end that looks like a clean one.
     """
 
-    __slots__ = ("socket", "unread", "readable", "_writable", "_eager", "_timer", "_limit", "_poll", "_hub")
+    __slots__ = ("socket", "unread", "readable", "fault", "_writable", "_eager", "_timer", "_limit", "_poll", "_hub")
 
     holds_back = False  # bytes that `send` has taken, but the kernel has not
 
@@ -40,6 +48,7 @@ class Connection:
         self.socket = _socket(sock.family, sock.type, sock.proto, sock.detach())
         self.socket.setblocking(False)
         self.unread = b""
+        self.fault: "OSError | None" = None
         self._hub = gevent.get_hub()
         self.readable = self._hub.loop.io(self.socket.fileno(), _READABLE)
         self._writable: Any = None
@@ -58,7 +67,16 @@ class Connection:
 
     def receive(self) -> bytes:
         """What is there; b"" at the end. Raises BlockingIOError when nothing is, OSError."""
-        return self.socket.recv(READ)
+        try:
+            data = self.socket.recv(READ)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            self.fault = self.fault or error
+            raise
+        if not data and self.fault is not None:
+            raise self.fault
+        return data
 
     def send(self, data: Any) -> int:
         """Send what is taken at once; return how many bytes that was. Raises OSError."""
@@ -66,6 +84,11 @@ class Connection:
             return self.socket.send(data)
         except BlockingIOError:
             return 0
+        except BrokenPipeError:  # the peer has closed: no fault, and what it sent before is still to be read
+            raise
+        except OSError as error:
+            self.fault = self.fault or error
+            raise
 
     def is_quiet(self) -> bool:
         """Whether there is nothing to be read, neither bytes nor an end."""
@@ -75,8 +98,22 @@ class Connection:
         return not self._poll.poll(0)
 
     def is_established(self) -> bool:
-        """Whether the peer has closed nothing, as far as the kernel knows; also behind unread bytes."""
-        return self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == TCP_ESTABLISHED
+        """Whether the peer has closed nothing, as far as the kernel knows, even while bytes are unread."""
+        return self._state() == TCP_ESTABLISHED
+
+    def is_reset(self) -> bool:
+        """Whether the peer has reset the connection, even while bytes are unread."""
+        return self._state() == TCP_CLOSE
+
+    def _state(self) -> int:
+        return self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+
+    def unacknowledged(self) -> int:
+        """Bytes that the kernel has taken from us and the peer's kernel has not acknowledged; 0 if unknown."""
+        try:
+            return struct.unpack("i", fcntl.ioctl(self.socket, termios.TIOCOUTQ, bytes(4)))[0]
+        except OSError:
+            return 0
 
     # In a greenlet
 
@@ -86,8 +123,11 @@ class Connection:
         watcher.start(greenlet.switch)
         timer = None
         if limit is not None:
-            timer = self._timer
-            if limit != self._limit:
+            if watcher is not self.readable:  # rare, and a reader may wait at the same time
+                timer = self._hub.loop.timer(max(limit, 0.001), max(limit, 0.001))
+            elif limit == self._limit:
+                timer = self._timer
+            else:
                 timer = self._new_timer(limit)
             # Not `start`, which would go on where `stop` has left it. Counted from when this turn of the loop began.
             timer.again(greenlet.throw, TimeoutError, update=False)
@@ -97,6 +137,8 @@ class Connection:
             watcher.stop()
             if timer is not None:
                 timer.stop()
+                if timer is not self._timer:
+                    timer.close()
 
     def _new_timer(self, limit: float) -> Any:
         if self._timer is not None:
@@ -152,15 +194,38 @@ class Connection:
                 self.wait(self.writable, limit)
             sent = self.send(data)
 
-    def linger(self, limit: float) -> None:
-        """Close our side, and take in what still comes, for `limit` seconds or until the peer has closed, too.
+    def end(self) -> bool:
+        """Send our end after what `send` has taken; reading goes on. Raises OSError.
 
-        To close on unread bytes is a reset, which can destroy what was sent before.
+        False when there is no room for it yet: call again once the socket is writable.
         """
-        with contextlib.suppress(OSError), gevent.Timeout(limit, False):
-            self.socket.shutdown(socket.SHUT_WR)
-            while self.recv(None):
+        self.socket.shutdown(socket.SHUT_WR)
+        return True
+
+    def linger(self, idle: float, whole: float) -> None:
+        """Send our end and discard what still comes: until the peer has closed too, or `idle` s without a byte.
+
+        `whole`: seconds in all. To close while bytes are unread, or before some arrive, is a reset, and a reset can
+        destroy what was sent before it.
+        """
+        with contextlib.suppress(OSError), gevent.Timeout(whole, False):
+            self.end()
+            while self.recv(idle):
                 pass
+
+    def flush(self, idle: float) -> None:
+        """Wait until the peer has acknowledged all that was sent, or for `idle` seconds no more of it."""
+        left, deadline = self.unacknowledged(), time.monotonic() + idle
+        while left and time.monotonic() < deadline:
+            gevent.sleep(FLUSH_POLL)
+            now = self.unacknowledged()
+            if now < left:
+                left, deadline = now, time.monotonic() + idle
+
+    def reset_at_close(self) -> None:
+        """Let `close` send a reset, which the peer cannot mistake for a clean end."""
+        with contextlib.suppress(OSError):
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
 
     def stop_writing(self) -> None:
         if self._writable is not None:
@@ -187,6 +252,7 @@ class TLSConnection(Connection):
         self._inner = inner
         self.socket, self.readable, self._hub = inner.socket, inner.readable, inner._hub
         self.unread = b""
+        self.fault = None
         self._writable = self._poll = self._timer = None
         self._eager = 0
         self._limit = None
@@ -226,6 +292,8 @@ class TLSConnection(Connection):
         data = self._inner.receive()
         if data:
             self._in.write(data)
+        elif self.fault is not None:
+            raise self.fault
         else:
             self._in.write_eof()
         parts = []
@@ -234,11 +302,17 @@ class TLSConnection(Connection):
             while self._in.pending:  # until all that came is read: no poll would report what is left in here
                 parts.append(content)
                 content = self._tls.read(RECORD)
-                if not content:  # close_notify: OpenSSL leaves what is behind it
+                if not content:  # close_notify: OpenSSL leaves what follows it
                     break
         except ssl.SSLWantReadError:  # the rest of a record is still to come
             if not parts:
                 raise BlockingIOError from None
+            content = b""
+        except ssl.SSLError as error:  # a record that is none: the content before it counts
+            self.fault = error
+            if not parts:
+                raise
+            self.socket.shutdown(socket.SHUT_RD)  # so that the next read comes at once, and meets the fault
             content = b""
         return b"".join([*parts, content]) if parts else content
 
@@ -253,3 +327,10 @@ class TLSConnection(Connection):
         if sent < len(records):
             self._unsent = records[sent:]
         return taken
+
+    def end(self) -> bool:
+        with contextlib.suppress(ssl.SSLError):  # the peer's own close_notify is not waited for
+            self._tls.unwrap()
+        self._unsent += self._out.read()
+        self.send(b"")
+        return not self.holds_back and self._inner.end()

@@ -192,7 +192,12 @@ class ClientTimeout(Refusal):
 
 
 class UpstreamUnreachable(Refusal):
+    """502. may_retry: whether SDKs shall send the request again by themselves, since that repeats no paid work."""
+
     status, code = 502, "upstream_unreachable"
+
+    def __init__(self, message: str, *, may_retry: bool = False):
+        super().__init__(message, headers=(("x-should-retry", "true" if may_retry else "false"),))
 
 
 class TokenUnavailable(Refusal):

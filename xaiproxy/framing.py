@@ -2,10 +2,13 @@
 
 All three kinds work alike: `feed` them what came, and they say which parts of it are content; then `ended` says
 whether the body is whole, and `used` how many of these bytes were its own, framing included. They keep no content.
+Where content comes before something malformed, `feed` stops in between, with `used` short of the end: fed with the
+rest, it raises.
 `seems_ended`: a body that stops here is whole to some, though it is not.
 """
 
 import re
+from collections.abc import Iterator
 
 from xaiproxy.message_head import ALLOWED, Malformed, lower_of
 
@@ -102,17 +105,25 @@ class Chunked:
                     at = line.end()
                     continue
             end = data.find(b"\n", at, at + LINE_LIMIT) + 1 or size
-            line = self._line + data[at:end]
+            try:
+                self._take(self._line + data[at:end])
+            except Malformed:
+                if not spans:
+                    raise
+                break  # before the malformed line
             at = end
-            if len(line) > LINE_LIMIT:
-                raise Malformed("has a line that is too long")
-            if line.endswith(b"\n"):
-                self._expect(self, line)
-                self._line = b""  # not before: of what is malformed, too, the beginning was passed on
-            else:
-                self._line = line
         self.used = at
         return spans
+
+    def _take(self, line: bytes) -> None:
+        """`line`: whole, or its beginning."""
+        if len(line) > LINE_LIMIT:
+            raise Malformed("has a line that is too long")
+        if line.endswith(b"\n"):
+            self._expect(self, line)
+            self._line = b""  # not earlier: the beginning of a malformed line was passed on too
+        else:
+            self._line = line
 
     def end_of_connection(self) -> None:
         raise EOFError
@@ -146,3 +157,11 @@ class Chunked:
         if (self._trailers > TRAILER_LIMIT or not colon or lower_of(name) in NOT_IN_TRAILERS
                 or not line.endswith(b"\r\n") or line.translate(None, ALLOWED) != b"\r\n"):
             raise Malformed("has trailers that are malformed")
+
+
+def content_of(body: "Sized | UntilClose | Chunked", data: bytes) -> "Iterator[bytes]":
+    """Feed `data` to `body` and give its content. Raises Malformed, after the content that comes before it."""
+    for start, end in body.feed(data):
+        yield data[start:end]
+    if body.used < len(data) and not body.ended:
+        body.feed(data[body.used:])

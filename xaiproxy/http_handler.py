@@ -12,7 +12,6 @@ import contextlib
 import functools
 import logging
 import socket
-import struct
 import time
 import urllib.parse
 from collections.abc import Callable, Iterable
@@ -27,9 +26,11 @@ from xaiproxy.request_body import body_of
 
 logger = logging.getLogger("xaiproxy.request")
 
-LINGER_TIME = 5.0  # seconds that a client gets to stop sending a body that nobody reads
-LOOK = 0.5  # seconds between two looks at a connection with unread bytes
-RESET = struct.pack("ii", 1, 0)  # SO_LINGER that turns close into a reset
+# How long a client's connection is read on after our end, so that an answer is not destroyed by a reset: for these
+# seconds without a byte, and in all. Many clients read no answer before they have sent their whole body.
+LINGER_IDLE, LINGER_WHOLE = 5.0, 30.0
+DRAIN_LINGER = 1.0  # seconds for the same in a drain
+LOOK = 0.5  # seconds between two polls of a connection with unread bytes
 
 
 class Cut(Exception):
@@ -37,7 +38,7 @@ class Cut(Exception):
 
 
 class ClientWatch:
-    """Throws ClientGone into the greenlet that started it when the client closes its side, also in silence.
+    """Throws ClientGone into the greenlet that made it when the client closes its side, also in silence.
 
     It must stop at the first unread byte (a body whose turn has not come, a pipelined request): the socket then
     stays readable, and the callback would run for ever without ever seeing the close behind it. From there on the
@@ -48,7 +49,7 @@ class ClientWatch:
 
     def __init__(self, connection: Connection):
         self._connection = connection
-        self._greenlet: Any = None
+        self._greenlet: Any = gevent.getcurrent()
         self._watcher = gevent.get_hub().loop.io(connection.socket.fileno(), 1)
         self._timer: Any = None
 
@@ -56,7 +57,6 @@ class ClientWatch:
         """May be called again, to look anew after unread bytes were read."""
         self._stop_timer()
         if not self._watcher.active:
-            self._greenlet = gevent.getcurrent()
             self._watcher.start(self._look)
 
     def stop(self) -> None:
@@ -121,7 +121,8 @@ class Handler:
         """Read and answer one request; whether another may follow."""
         self._head, self.key_name, self.ended_by = None, None, ""
         self._code, self._content_bytes, self._time_head = 0, 0, 0.0
-        self._headers_sent = self._cut_short = self._chunks = False
+        self._ends_with_connection = False
+        self._headers_sent = self._cut_short = self._client_gone = self._chunks = False
         try:
             data = self._wait_for_head()
             if not data:
@@ -137,21 +138,36 @@ class Handler:
         self._close = not head.keep_alive
         self._body = body_of(head, self.connection, self.server.settings.client_timeout)
         self._respond()
-        if self._close and not self._cut_short and (not self._body.ended or self._code == 101):
-            self.connection.linger(LINGER_TIME)
+        self._close |= not self._body.ended
+        if self._close:
+            self._linger()
         return not self._close
+
+    def _linger(self) -> None:
+        """End the connection so that all that was sent arrives before the end."""
+        idle, whole = (DRAIN_LINGER, DRAIN_LINGER) if self.server.draining else (LINGER_IDLE, LINGER_WHOLE)
+        if self._cut_short and self._headers_sent and self._ends_with_connection:
+            if not self._client_gone:
+                self.connection.flush(idle)
+            self.connection.reset_at_close()  # nothing else tells this client that the answer is cut
+        elif not self._client_gone:
+            self.connection.linger(idle, whole)
 
     def _wait_for_head(self) -> bytes:
         """The head of the next request; b"" when none came in time, or at its end."""
         server, connection = self.server, self.connection
         server.waiting[connection.socket] = time.monotonic()
+        # In a drain the rest of a request that has begun is on its way, or does not come.
+        in_drain = server.draining and self._answered_before
         try:
             if not connection.unread and not self._begins():
                 return b""
-            return connection.recv_head(request_head.SIZE_LIMIT, server.settings.client_timeout)
+            return connection.recv_head(request_head.SIZE_LIMIT, DRAIN_LINGER if in_drain else server.settings.client_timeout)
         except message_head.Malformed as error:
             raise request_head.refusal(error) from None
         except TimeoutError:
+            if in_drain:
+                return b""
             raise errors.ClientTimeout(f"the request head was not complete within {server.settings.client_timeout:g} s",
                                        close=True) from None
         finally:
@@ -180,8 +196,8 @@ class Handler:
         self._code, self._content_bytes, self.ended_by = refusal.status, len(body), "proxy"
         self._log()
         with contextlib.suppress(OSError):
-            self.connection.send_all("\r\n".join(lines).encode("latin-1") + body, LINGER_TIME)
-            self.connection.linger(LINGER_TIME)
+            self.connection.send_all("\r\n".join(lines).encode("latin-1") + body, LINGER_IDLE)
+            self._linger()
 
     # The answer
 
@@ -192,7 +208,8 @@ class Handler:
             self._send(result)
         except (errors.ClientGone, errors.UpstreamBroken, Cut, gevent.GreenletExit) as error:
             self.ended_by = {errors.ClientGone: "client", errors.UpstreamBroken: "upstream"}.get(type(error), "proxy")
-            self._cut()
+            self._client_gone = isinstance(error, errors.ClientGone)
+            self._cut_short = self._close = True
         except BaseException:
             logger.error("an unexpected error; please report it", exc_info=True)
             self.ended_by = "proxy"
@@ -201,7 +218,7 @@ class Handler:
                 self._close = True
                 with contextlib.suppress(errors.ClientGone):
                     self.start_response(status, fields)(body)
-            self._cut()
+            self._cut_short = self._close = True
         finally:
             close = getattr(result, "close", None)
             if close is not None:
@@ -247,10 +264,11 @@ class Handler:
         self.start(int(status[:3]), text, "content-length" in names, "date" in names)
         return self.write
 
-    def start(self, code: int, text: str, has_length: bool, has_date: bool) -> None:
+    def start(self, code: int, text: str, has_length: bool, has_date: bool, uploads: bool = False) -> None:
         """Take the answer's head, to go out with the first bytes of its body.
 
         `text`: its lines, each but the first preceded by a CRLF, without those that are up to this connection.
+        `uploads`: the request's body is being read to its end meanwhile.
         """
         is_1_0 = self._head.version == "HTTP/1.0"
         no_body = self._head.method == "HEAD" or code in (101, 204, 304)
@@ -259,7 +277,7 @@ class Handler:
         self._ends_with_connection = not (has_length or self._chunks or no_body)
         # What is unread of the body would be taken for the next request; and the end of the connection is the only
         # end of the body that HTTP/1.0 knows.
-        if self.server.draining or self._ends_with_connection or not self._body.ended:
+        if self.server.draining or self._ends_with_connection or not (self._body.ended or uploads):
             self._close = True
         if not has_date:
             text += f"\r\nDate: {pywsgi.format_date_time(time.time()).decode()}"
@@ -322,12 +340,6 @@ class Handler:
             self.connection.send_all(data, self.server.settings.idle_timeout)
         except OSError:
             raise errors.ClientGone from None
-
-    def _cut(self) -> None:
-        self._close = self._cut_short = True
-        if self._headers_sent and self._ends_with_connection:
-            with contextlib.suppress(OSError):  # nothing but a reset tells this client that the answer is cut short
-                self.connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
 
     def _log(self) -> None:
         head = self._head

@@ -24,7 +24,7 @@ from xaiproxy.relay import Relay
 from xaiproxy.request_body import ReplayableBody, ReplayMemory, RequestBody, WholeBody
 from xaiproxy.request_head import Head
 from xaiproxy.tunnel import Tunnel
-from xaiproxy.upstream import USER_AGENT, Exchange, Upstream, is_refused_token
+from xaiproxy.upstream import SAFE, USER_AGENT, Exchange, Upstream, is_refused_token
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +34,6 @@ LOOK = 0.1  # seconds between two looks at the token file meanwhile
 # A token younger than this was minted a moment ago: xAI has refused such ones once and then taken them.
 YOUNG = 120  # seconds
 YOUNG_PAUSE = 1.0  # seconds
-# Sent again on a new connection when a pooled one breaks: repeating these changes nothing (RFC 9110 section 9.2.2
-# would allow PUT and DELETE too, but what they do here may be paid for).
-REPEATABLE = frozenset(("GET", "HEAD", "OPTIONS"))
 IDEMPOTENCY_KEYS = {"idempotency-key", "x-idempotency-key"}
 SEGMENT_END = re.compile(r"/|%2f|\\|%5c", re.IGNORECASE)
 
@@ -99,11 +96,14 @@ class Proxy:
                     exchange = self._send(head, body, newer, handler)
             body.forget()
             handler.start(exchange.head.status, self._head_text(exchange.head, exchange.length, head),
-                          has_length=exchange.length is not None, has_date="date" in exchange.head.values)
+                          has_length=exchange.length is not None, has_date="date" in exchange.head.values,
+                          uploads=exchange.uploads)
+            exchange.discard_upload()
             pause = self._settings.sse_keepalive
-            return Stream(exchange, watch, pause if pause and event_stream.is_event_stream(exchange.head) else 0)
+            pause = pause if pause and event_stream.is_event_stream(exchange.head) else 0
+            return Stream(exchange, body, watch, pause)
         except BaseException:
-            body.forget()
+            body.close()
             watch.stop()
             if exchange is not None:
                 exchange.close()
@@ -120,10 +120,10 @@ class Proxy:
                 fields += [("Connection", "Upgrade"), ("Upgrade", "websocket")]
             lines = "".join([f"{name}: {value}\r\n" for name, value in fields])
             request = f"{head.method} {head.target} HTTP/1.1\r\n{lines}".encode("latin-1")
-            repeatable = head.method in REPEATABLE or not IDEMPOTENCY_KEYS.isdisjoint(head.by_name)
+            repeatable = head.method in SAFE or not IDEMPOTENCY_KEYS.isdisjoint(head.by_name)
             head.derived["request"] = key, request, repeatable, upgrade
-        exchange = self._upstream.send(request, body, method=head.method, repeatable=repeatable, upgrade=upgrade)
-        handler.watch.start()  # again: the body is read, and nothing else looks at the client's socket from here on
+        exchange = self._upstream.send(request, body, method=head.method, repeatable=repeatable, upgrade=upgrade,
+                                       on_sent=handler.watch.start)  # again, since nothing else reads the socket then
         exchange.receive(lambda interim: handler.send_interim(interim.status, self._head_text(interim, None, head)))
         return exchange
 
@@ -227,9 +227,10 @@ class Stream:
     A handler that finds `relay` in it can have it sent faster, in the framing of upstream.
     """
 
-    def __init__(self, exchange: Exchange, watch: ClientWatch, pause: float):
+    def __init__(self, exchange: Exchange, body: "ReplayableBody | WholeBody", watch: ClientWatch, pause: float):
         """`pause`: seconds of silence after which an event stream gets a comment; 0 in all others."""
         self._exchange = exchange
+        self._request_body = body
         self._watch = watch
         self._pause = pause
 
@@ -255,8 +256,9 @@ class Stream:
         return Relay(self._exchange, client)
 
     def close(self) -> None:
-        self._watch.stop()  # first, or it could break into the other
+        self._watch.stop()  # first, or it could break into the others
         self._exchange.close()
+        self._request_body.close()
 
 
 def check_method(method: str) -> None:

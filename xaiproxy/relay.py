@@ -34,6 +34,7 @@ class Relay:
                 self._look_at(came)
                 upstream.unread = came[body.used:]
                 head += came[:body.used] if upstream.unread else came
+                self._check_unread()
             except BROKEN as error:
                 fault = error
         try:
@@ -44,7 +45,7 @@ class Relay:
             raise self._exchange.broken(fault) from fault
         if not body.ended:
             self._wait()
-        self._exchange.release()
+        self._exchange.finish()
 
     def _wait(self) -> None:
         self._greenlet = gevent.getcurrent()
@@ -74,7 +75,7 @@ class Relay:
     def _on_silence(self) -> None:
         """Time is over, if nothing came meanwhile: to note when something comes costs less than to begin anew each time."""
         self._timer.close()
-        left = self._heard + self._exchange.idle_timeout - time.monotonic()
+        left = self._exchange.time_left(self._heard)
         if left > 0:
             self._watch_silence(left)
         else:
@@ -103,10 +104,25 @@ class Relay:
             self._heard = time.monotonic()
             self._upstream.readable.stop()
             self._client.writable.start(self._send_on)
-        elif body.ended:
-            self._greenlet.switch()
         else:
-            self._heard = time.monotonic()
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """All that came has been sent."""
+        if self._body.ended:
+            self._greenlet.switch()
+            return
+        self._heard = time.monotonic()
+        if self._upstream.unread:
+            try:
+                self._check_unread()
+            except BROKEN as error:
+                self._greenlet.throw(error)
+
+    def _check_unread(self) -> None:
+        """Raise Malformed if that is why a body that goes on has left bytes."""
+        if self._upstream.unread and not self._body.ended:
+            self._body.feed(self._upstream.unread)
 
     def _send_on(self) -> None:
         try:
@@ -118,10 +134,9 @@ class Relay:
             self._heard = time.monotonic()  # from the client: it is there
             return
         self._client.stop_writing()
-        if self._body.ended:
-            self._greenlet.switch()
-        else:
+        if not self._body.ended:
             self._read_on()
+        self._go_on()
 
     def _look_at(self, data: bytes) -> None:
         if not data:

@@ -1,7 +1,10 @@
-"""The body of a client's request, handed on as it arrives, and the copy kept so that it can be sent again."""
+"""The body of a client's request, handed on as it arrives, and the copy kept so that it can be sent again.
+
+What is sent upstream is read in passes: `rewind` begins one, `read1` gives its next part, `at_end` says whether there
+is none. A pass may begin before the one before it has ended: it repeats what was read, then the rest comes.
+"""
 
 import time
-from collections.abc import Iterator
 
 from xaiproxy import errors, framing
 from xaiproxy.connection import READ, Connection
@@ -61,9 +64,7 @@ class RequestBody:
         deadline = time.monotonic() + self._timeout  # bytes that are no content do not push it on
         content = b""
         try:
-            if self._continue_due:
-                self._continue_due = False
-                self._connection.send_all(b"HTTP/1.1 100 Continue\r\n\r\n", self._timeout)
+            self._go_on()
             while not content and not self._framing.ended:
                 data = self._connection.recv(deadline - time.monotonic())
                 if not data:
@@ -74,6 +75,18 @@ class RequestBody:
         except OSError:
             raise errors.ClientGone from None
         return content
+
+    def invite(self) -> None:
+        """Send a 100 (Continue) if the client waits for one (RFC 9110 section 10.1.1). Raises ClientGone."""
+        try:
+            self._go_on()
+        except OSError:
+            raise errors.ClientGone from None
+
+    def _go_on(self) -> None:
+        if self._continue_due:
+            self._continue_due = False
+            self._connection.send_all(b"HTTP/1.1 100 Continue\r\n\r\n", self._timeout)
 
     def _content(self, data: bytes) -> bytes:
         try:
@@ -111,33 +124,43 @@ class WholeBody:
         self.content_length = content_length
         self.replayable = True
         self._content = content
+        self._at = 0
         self._memory: "ReplayMemory | None" = None
+
+    def rewind(self) -> None:
+        self._at = 0
 
     @property
     def has_come(self) -> bool:
-        return bool(self._content)
+        return self._at < len(self._content)
+
+    @property
+    def at_end(self) -> bool:
+        return self._at == len(self._content)
 
     def read1(self, size: int = -1) -> bytes:
-        size = len(self._content) if size < 0 else size
-        data, self._content = self._content[:size], self._content[size:]
+        data = self._content[self._at:] if size < 0 else self._content[self._at:self._at + size]
+        self._at += len(data)
         return data
 
     read = read1
+
+    def invite(self) -> None:
+        pass
 
     def keep(self, limit: int, memory: ReplayMemory) -> None:
         """Count what there is."""
         self.replayable = len(self._content) <= limit and memory.take(len(self._content))
         self._memory = memory if self.replayable else None
 
-    def __iter__(self) -> Iterator[bytes]:
-        return iter((self._content,) if self._content else ())
-
     def forget(self) -> None:
         if self._content:
             self.replayable = False
             if self._memory is not None:
                 self._memory.give_back(len(self._content))
-            self._content = b""
+            self._content, self._at = b"", 0
+
+    close = forget
 
 
 NO_BODY = WholeBody(b"", None)
@@ -155,10 +178,7 @@ def body_of(head: Head, connection: Connection, timeout: float) -> "RequestBody 
 
 
 class ReplayableBody:
-    """Iterate it to send the body; again, from the start, as long as `replayable`.
-
-    It may be iterated a second time before the first went through: what was read is repeated, then comes the rest.
-    """
+    """A body that may still be on its way; there can be another pass as long as it is `replayable`."""
 
     def __init__(self, body: RequestBody, limit: int, memory: ReplayMemory):
         self.chunked = body.chunked
@@ -167,23 +187,36 @@ class ReplayableBody:
         self._limit = limit
         self._memory = memory
         self._kept = bytearray()  # a list of chunks of a byte or two each would take thirty times the memory
+        self._at = 0  # of those, how many this pass has given
         self.replayable = (body.content_length or 0) <= limit
 
-    @property
-    def ended(self) -> bool:
-        return self._body.ended
+    def rewind(self) -> None:
+        self._at = 0
 
     @property
     def has_come(self) -> bool:
-        """Whether the first part need not be waited for."""
-        return bool(self._kept) or self._body.has_come
+        """Whether read1 need not wait. Raises BadRequest."""
+        return self._at < len(self._kept) or self._body.has_come
 
-    def __iter__(self) -> Iterator[bytes]:
-        for start in range(0, len(self._kept), READ):
-            yield bytes(self._kept[start:start + READ])
-        while data := self._body.read1():
+    @property
+    def at_end(self) -> bool:
+        return self._at == len(self._kept) and self._body.ended
+
+    def invite(self) -> None:
+        """Send a 100 (Continue) if the client waits for one. Raises ClientGone."""
+        self._body.invite()
+
+    def read1(self) -> bytes:
+        """The next part of this pass; b"" at its end. Raises as RequestBody.read1."""
+        if self._at == len(self._kept):
+            data = self._body.read1()
             self._keep(data)
-            yield data
+            return data
+        data = bytes(memoryview(self._kept)[self._at:self._at + READ])
+        self._at += len(data)
+        if not self.replayable:
+            self.forget()
+        return data
 
     def _keep(self, data: bytes) -> None:
         if not self.replayable:
@@ -192,9 +225,16 @@ class ReplayableBody:
             self.forget()
             return
         self._kept += data
+        self._at += len(data)
 
     def forget(self) -> None:
-        """Free the copy: there will be no replay. May be called twice."""
+        """There will be no other pass: free the copy, or as soon as this pass has given all of it."""
+        self.replayable = False
+        if self._at == len(self._kept):
+            self.close()
+
+    def close(self) -> None:
+        """Free the copy. May be called twice."""
         self.replayable = False
         self._memory.give_back(len(self._kept))
-        self._kept = bytearray()
+        self._kept, self._at = bytearray(), 0

@@ -1,20 +1,19 @@
-"""A WebSocket connection behind its handshake: bytes both ways, until either side ends (RFC 6455).
+"""A WebSocket connection after its handshake: bytes both ways, until both sides have ended (RFC 6455).
 
-Frames are not read. So a side that ended amid one, or without a Close frame, looks so to the other.
+Frames are not read: if one side closes in the middle of a frame, so does the other's connection. The end of a side
+follows its last bytes. From the first end on, what still moves has no time limit; without progress for CLIENT_TIMEOUT
+both connections are reset. A side that resets its connection ends the tunnel at once.
 """
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import gevent
 
 from xaiproxy.connection import Connection
 from xaiproxy.errors import ClientGone
-from xaiproxy.upstream import BROKEN, Exchange
+from xaiproxy.upstream import Exchange
 
-LOOK = 0.5  # seconds between two looks at a client whose bytes upstream does not take
-LINGER_TIME = 0.5  # seconds that upstream gets to read what a client sent before it left
+POLL = 0.5  # seconds between two checks of what no event tells: a reset that unread bytes hide, acknowledged bytes
 
 
 class Tunnel:
@@ -24,6 +23,8 @@ class Tunnel:
         self.content = 0  # bytes that came from upstream
         self._exchange = exchange
         self._client = client
+        self._closing = False  # one side has ended, or takes nothing any more
+        self._unacknowledged = (0, 0)  # bytes, of both connections
 
     def run(self, head: bytes) -> None:
         """Send `head` and pass on bytes. Raises ClientGone, UpstreamBroken, and what is thrown in."""
@@ -32,81 +33,116 @@ class Tunnel:
             client.send_all(head, self._exchange.idle_timeout)
         except OSError:
             raise ClientGone from None
-        who, error = self._wait(client, upstream)
-        if error is None:
-            if who is client:
-                upstream.linger(LINGER_TIME)
-        elif who is upstream and isinstance(error, BROKEN):
-            raise self._exchange.broken(error) from error
-        elif isinstance(error, OSError):
-            raise ClientGone from None
-        else:
-            raise error
-
-    def _wait(self, client: Connection, upstream: Connection) -> "tuple[Connection, Exception | None]":
-        """Who ended, and of what."""
-        hub, end, limit = gevent.get_hub(), gevent.getcurrent().switch, self._exchange.idle_timeout
-        silence, looks = hub.loop.timer(limit, limit), hub.loop.timer(LOOK, LOOK)
-
-        def heard(size: int) -> None:
-            self.content += size
-            silence.again(end, upstream, TimeoutError(), update=False)
-
-        def unheard() -> None:  # by a client that takes nothing
-            silence.again(end, client, TimeoutError(), update=False)
-
-        def look_behind() -> None:  # what it sent is unread, and hides its leaving
-            if not client.is_established():
-                end(client, None)
-        pipes = (_Pipe(upstream, client, end, functools.partial(end, client), heard, unheard),
-                 # To an upstream that takes no more the rest is not sent; what it still says comes first, then its end.
-                 _Pipe(client, upstream, end, lambda error: None, lambda size: looks.stop(),
-                       lambda: looks.active or looks.again(look_behind)))
+        hub = gevent.get_hub()
+        self._greenlet = gevent.getcurrent()
+        self._down, self._up = _Pipe(self, upstream, client), _Pipe(self, client, upstream)
+        self._new_silence(self._exchange.idle_timeout)
+        self._poll = hub.loop.timer(POLL, POLL)
         try:
-            heard(0)
-            for pipe in pipes:
+            for pipe in (self._down, self._up):
                 hub.loop.run_callback(pipe.start)
-            return hub.switch()
+            hub.switch()
         finally:
-            for timer in (silence, looks):
+            for timer in (self._silence, self._poll):
                 timer.stop()
                 timer.close()
-            for pipe in pipes:
+            for pipe in (self._down, self._up):
                 pipe.stop()
+
+    # In the hub, whose callbacks must not raise
+
+    def _new_silence(self, limit: float) -> None:
+        self._silence = gevent.get_hub().loop.timer(limit, limit)
+        self.heard()
+
+    def heard(self) -> None:
+        """There was progress."""
+        self._silence.again(self._on_silence, update=False)
+
+    def blocked(self) -> None:
+        """A side does not take what the other sends, whose reset is then hidden by unread bytes."""
+        if not self._poll.active:
+            self._poll.again(self._look)
+
+    def refused(self, pipe: "_Pipe", error: Exception) -> None:
+        """The sink of `pipe` takes nothing any more. A client that has closed may have bytes on their way upstream."""
+        if pipe is self._down and not isinstance(error, BrokenPipeError):
+            self.failed(self._client, error)
+        else:
+            self.close()
+
+    def failed(self, side: Connection, error: Exception) -> None:
+        self._greenlet.throw(ClientGone() if side is self._client else self._exchange.broken(error))
+
+    def close(self) -> None:
+        """To be called at each end of a direction."""
+        if not self._closing:
+            self._closing = True
+            self._silence.stop()
+            self._silence.close()
+            self._new_silence(self._exchange.client_timeout)
+            self.blocked()
+        down, up = self._down, self._up
+        if down.over and up.over and not (down.refused and up.sink.unacknowledged()
+                                          or up.refused and down.sink.unacknowledged()):
+            self._greenlet.switch()
+
+    def _look(self) -> None:
+        if self._up.blocked and not self._down.refused and self._client.is_reset():
+            self.failed(self._client, ConnectionResetError())
+        elif self._closing or self._up.hides_end or self._down.hides_end:
+            unacknowledged = self._client.unacknowledged(), self._exchange.connection.unacknowledged()
+            if unacknowledged != self._unacknowledged:
+                self._unacknowledged = unacknowledged
+                self.heard()
+            self.close()
+        elif not (self._up.blocked or self._down.blocked):
+            self._poll.stop()
+
+    def _on_silence(self) -> None:
+        if self._closing:
+            self._client.reset_at_close()
+            self._exchange.connection.reset_at_close()
+        to_blame = self._client if self._down.blocked or self._up.ended else self._exchange.connection
+        self.failed(to_blame, TimeoutError())
 
 
 class _Pipe:
-    """One way. Works in the hub, whose callbacks must not raise; while the sink takes nothing, nothing is read.
+    """One direction. Works in the hub; while the sink takes nothing, nothing is read.
 
-    `end(source, error)` is called at the end of the source, `refused(error)` at that of the sink, `heard` with the size
-    of all that came, and with 0 when the sink has taken all of it behind a `blocked`, which tells each time that it has not.
+    `ended`: the source's end has been passed on. `refused`: the sink takes nothing any more, and what comes is
+    discarded, since unread bytes would turn the close of the source into a reset.
     """
 
-    __slots__ = ("_source", "_sink", "_end", "_refused", "_heard", "_blocked", "_is_blocked", "_unsent", "_stopped")
+    __slots__ = ("sink", "ended", "refused", "blocked", "_tunnel", "_source", "_at_end", "_unsent", "_stopped")
 
-    def __init__(self, source: Connection, sink: Connection, end: "Callable[..., Any]",
-                 refused: "Callable[[Exception], Any]", heard: "Callable[[int], Any]", blocked: "Callable[[], Any]"):
+    def __init__(self, tunnel: Tunnel, source: Connection, sink: Connection):
+        self.sink = sink
+        self.ended = self.refused = self.blocked = False
+        self._tunnel = tunnel
         self._source = source
-        self._sink = sink
-        self._end = end
-        self._refused = refused
-        self._heard = heard
-        self._blocked = blocked
-        self._is_blocked = False
+        self._at_end = False
         self._unsent: Any = b""
         self._stopped = False
 
+    @property
+    def over(self) -> bool:
+        return self.ended or self.refused
+
+    @property
+    def hides_end(self) -> bool:
+        """Whether the source has ended, but its last bytes wait for the sink."""
+        return self.blocked and not self._source.is_established()
+
     def start(self) -> None:
-        if self._stopped:
-            return
-        self._unsent, self._source.unread = self._source.unread, b""  # what came with the handshake
-        self._heard(len(self._unsent))
-        self._send_on()
+        if not self._stopped:
+            data, self._source.unread = self._source.unread, b""  # what came with the handshake
+            self._take(data)
 
     def stop(self) -> None:
         self._stopped = True
         self._source.readable.stop()
-        self._sink.stop_writing()
+        self.sink.stop_writing()
 
     def _pass_on(self) -> None:
         try:
@@ -114,32 +150,48 @@ class _Pipe:
         except BlockingIOError:
             return
         except Exception as error:
-            self._end(self._source, error)
+            self._tunnel.failed(self._source, error)
             return
-        if not data:
-            self._end(self._source, None)
-            return
-        self._heard(len(data))
-        self._unsent = data
-        self._send_on()
+        self._at_end = not data
+        self._take(data)
+
+    def _take(self, data: bytes) -> None:
+        self._tunnel.heard()
+        if self is self._tunnel._down:
+            self._tunnel.content += len(data)
+        if not self.refused:
+            self._unsent = data
+            self._send_on()
+        elif self._at_end:
+            self._source.readable.stop()
+            self.ended = True
+            self._tunnel.close()
 
     def _send_on(self) -> None:
         try:
-            sent = self._sink.send(self._unsent)
+            sent = self.sink.send(self._unsent)
+            waits = sent < len(self._unsent) or self.sink.holds_back or self._at_end and not self.sink.end()
         except Exception as error:
-            self.stop()
-            self._refused(error)
-            return
-        if sent < len(self._unsent) or self._sink.holds_back:
-            self._unsent = memoryview(self._unsent)[sent:]
-            self._source.readable.stop()
-            self._sink.writable.start(self._send_on)
-            self._is_blocked = True
-            self._blocked()
-        else:
-            if self._is_blocked:
-                self._is_blocked = False
-                self._heard(0)
             self._unsent = b""
-            self._sink.stop_writing()
+            self.refused, self.blocked = True, False
+            self.sink.stop_writing()
+            if not self._at_end:
+                self._source.readable.start(self._pass_on)
+            self._tunnel.refused(self, error)
+            return
+        if sent and self.blocked:
+            self._tunnel.heard()
+        self._unsent = memoryview(self._unsent)[sent:] if waits else b""
+        self.blocked = waits
+        if waits:
+            self._source.readable.stop()
+            self.sink.writable.start(self._send_on)
+            self._tunnel.blocked()
+            return
+        self.sink.stop_writing()
+        if self._at_end:
+            self._source.readable.stop()
+            self.ended = True
+            self._tunnel.close()
+        else:
             self._source.readable.start(self._pass_on)

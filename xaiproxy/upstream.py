@@ -4,6 +4,7 @@ urllib3 and http.client would do that too, but re-quote the target, hide whether
 framing to themselves, and take ten times as long.
 """
 
+import contextlib
 import copy
 import ssl
 import time
@@ -18,6 +19,7 @@ import gevent
 from xaiproxy import __version__, config, errors, message_head, response_head, tokens
 from xaiproxy.connection import Connection
 from xaiproxy.dialling import Dialler
+from xaiproxy.framing import LAST, content_of
 from xaiproxy.message_head import Malformed
 from xaiproxy.request_body import ReplayableBody, WholeBody
 
@@ -27,6 +29,9 @@ INTERIM_LIMIT = 20  # 1xx answers before the final one
 PEEK_LIMIT = 65536  # bytes of an error that are looked at
 PEEK_TIME = 2.0  # seconds for them to come
 BROKEN = (OSError, EOFError, Malformed)
+# To repeat these changes nothing (RFC 9110 section 9.2.1). PUT and DELETE are idempotent too (section 9.2.2), but what
+# they do here may be paid for.
+SAFE = frozenset(("GET", "HEAD", "OPTIONS"))
 
 
 class _TooLate(Exception):
@@ -40,6 +45,7 @@ class Upstream:
         self.origin = settings.upstream
         self.host = urllib.parse.urlsplit(settings.upstream).netloc
         self.idle_timeout = settings.idle_timeout
+        self.client_timeout = settings.client_timeout
         self._settings = settings
         self._idle_limit = idle_limit
         self._loop = gevent.get_hub().loop
@@ -48,14 +54,14 @@ class Upstream:
         self.dialler = Dialler(settings)
 
     def send(self, request: bytes, body: "ReplayableBody | WholeBody", *, method: str, repeatable: bool,
-             upgrade: bool = False) -> "Exchange":
+             upgrade: bool = False, on_sent: "Callable[[], object]" = lambda: None) -> "Exchange":
         """Send a request, on a pooled connection if there is a live one.
 
         `request`: its head, but for the framing of the body and the empty line; `repeatable`: whether to send it again
-        when a pooled connection breaks; `upgrade`: whether it asks for a WebSocket. Raises UpstreamUnreachable,
-        UpstreamTimeout, and what reading the client's body raises.
+        when a pooled connection breaks; `upgrade`: whether it asks for a WebSocket; `on_sent`: called once the body was
+        sent. Raises UpstreamUnreachable, and what reading the client's body raises.
         """
-        exchange = Exchange(self, request, body, method, repeatable, upgrade)
+        exchange = Exchange(self, request, body, method, repeatable, upgrade, on_sent)
         connection = self._take()
         exchange.send(connection or self.connect(), pooled=connection is not None)
         return exchange
@@ -105,27 +111,26 @@ class Upstream:
             with gevent.Timeout(limit, _TooLate):
                 return self.dialler.connect()
         except _TooLate as error:
-            raise errors.UpstreamUnreachable(f"no connection to {self.origin} within {limit:g} s; look at the network, or "
-                                             "raise XAI_PROXY_CONNECT_TIMEOUT") from error
+            raise errors.UpstreamUnreachable(f"no connection to {self.origin} within {limit:g} s; check the network, or "
+                                             "raise XAI_PROXY_CONNECT_TIMEOUT", may_retry=True) from error
         except BROKEN as error:
-            raise errors.UpstreamUnreachable(f"no connection to {self.origin}: {_reason(error)}") from error
-
-
-class _AnsweredEarly(Exception):
-    """Thrown into the greenlet that still writes a body which upstream has refused already."""
+            raise errors.UpstreamUnreachable(f"no connection to {self.origin}: {_reason(error)}", may_retry=True) from error
 
 
 class Exchange:
     """A request that was sent and the answer to it. `close` may be called twice, and at any time.
 
-    `body`, one of framing's, says where on `connection` the answer ends.
+    Both directions move at the same time: what does not fit into the first write is uploaded by a greenlet of its own,
+    while the request's greenlet waits for the answer and passes it on. The upload ends early at an error status, a
+    reset or an end of upstream; what ends the request (the client is gone, its body is malformed) the upload throws
+    into the request's greenlet. `body`, one of framing's, says where on `connection` the answer ends.
     """
 
-    __slots__ = ("connection", "head", "body", "length", "_upstream", "_method", "_request",
-                 "_repeatable", "_upgrade", "_request_body", "_pooled", "_whole", "_reset", "_writer")
+    __slots__ = ("connection", "head", "body", "length", "sent_at", "_upstream", "_method", "_request", "_repeatable",
+                 "_upgrade", "_request_body", "_on_sent", "_pooled", "_whole", "_greenlet", "_upload", "_failure")
 
     def __init__(self, upstream: Upstream, request: bytes, body: "ReplayableBody | WholeBody", method: str,
-                 repeatable: bool, upgrade: bool = False):
+                 repeatable: bool, upgrade: bool = False, on_sent: "Callable[[], object]" = lambda: None):
         if body.chunked:
             request += b"Transfer-Encoding: chunked\r\n"
         elif body.content_length is not None:
@@ -136,28 +141,33 @@ class Exchange:
         self._repeatable = repeatable
         self._upgrade = upgrade
         self._request_body = body
+        self._on_sent = on_sent
         self._pooled = False
         self._whole = True  # whether all of the request was written
-        self._reset = False  # whether a write was told so: a read then meets but an end, which is no clean one
-        self._writer: "gevent.Greenlet | None" = None  # while it writes a body
+        self._greenlet: Any = None
+        self._upload: "gevent.Greenlet | None" = None
+        self._failure: Any = None  # the callback that will throw what ended the upload
+        self.sent_at = 0.0  # when upstream last took bytes of an upload, in time.monotonic's seconds
         self.connection: "Connection | None" = None
         self.head: "response_head.Head | None" = None
         self.body: Any = None
         self.length: "int | None" = None  # of the body that the client is to be told
 
     def send(self, connection: Connection, pooled: bool) -> None:
-        """Write head and body, or as much of it as upstream takes before it answers with an error.
+        """Write the head, and what is there of the body; the rest is uploaded while the answer is waited for.
 
-        A pooled connection that took no byte is replaced by a new one.
+        A pooled connection that took no byte is replaced by a new one. Raises UpstreamUnreachable, and what reading
+        the client's body raises.
         """
-        self.connection, self._pooled, self._whole, self._reset = connection, pooled, True, False
-        body, limit = self._request_body, self._upstream.idle_timeout
-        started = False
+        body = self._request_body
+        self.connection, self._pooled, self._whole = connection, pooled, True
         try:
-            parts = iter(body)
+            body.rewind()
             start = self._request
             if body.has_come:  # with the head: most bodies are short
-                start += self._framed(next(parts, b""))
+                start += self._framed(body.read1())
+            elif body.chunked and body.at_end:
+                start += LAST
             try:
                 sent = connection.send(start)
             except ConnectionError:
@@ -166,69 +176,90 @@ class Exchange:
                 connection.close()
                 self.connection, self._pooled = connection, _ = self._upstream.connect(), False
                 sent = connection.send(start)
-            started = True
-            if sent < len(start) or connection.holds_back:  # to send nothing could take a reset for itself: see _reset
-                connection.send_all(start[sent:], limit)
-            if not body.ended or body.chunked:
-                self._send_rest(connection, parts, limit)
-        except (_AnsweredEarly, BrokenPipeError, ConnectionResetError) as error:
-            self._whole = False
-            self._reset |= isinstance(error, ConnectionResetError)  # a broken pipe comes behind a FIN
-            if not started:
-                self.close()
-                raise self._broke_off(error) from error
-            # else upstream may have answered before it had read everything: receive tells
-        except TimeoutError as error:
-            self.close()
-            raise self._timed_out() from error
+            if sent == len(start) and not connection.holds_back and body.at_end:
+                self._on_sent()
+                return
+            body.invite()
         except OSError as error:
             self.close()
-            raise self._broke_off(error) from error
+            raise errors.UpstreamUnreachable(f"{self._upstream.origin} closed the connection at once: {_reason(error)}",
+                                             may_retry=True) from error
         except BaseException:
             self.close()
             raise
+        self._whole = False
+        self._greenlet = gevent.getcurrent()
+        self._upload = gevent.spawn(self._upload_rest, connection, start[sent:])
 
     def _framed(self, part: bytes) -> bytes:
-        return b"%x\r\n%b\r\n" % (len(part), part) if self._request_body.chunked else part
+        """`part` as it is sent: with the last chunk, if nothing follows."""
+        body = self._request_body
+        if not body.chunked:
+            return part
+        return (b"%x\r\n%b\r\n" % (len(part), part) if part else b"") + (LAST if body.at_end else b"")
 
-    def _send_rest(self, connection: Connection, parts: "Iterator[bytes]", limit: float) -> None:
-        self._writer = gevent.getcurrent()
-        connection.readable.start(self._look_for_answer)
-        try:
-            for part in parts:
-                connection.send_all(self._framed(part), limit)
-            if self._request_body.chunked:
-                connection.send_all(b"0\r\n\r\n", limit)
-        finally:
-            self._writer = None
-            connection.readable.stop()
+    # The upload, in its own greenlet
 
-    def _look_for_answer(self) -> None:
-        """In the hub, while a body is written: who refuses it may not read it to its end."""
-        connection = self.connection
+    def _upload_rest(self, connection: Connection, rest: bytes) -> None:
+        body, limit = self._request_body, self._upstream.idle_timeout
         try:
-            data = connection.receive()
-        except BlockingIOError:
-            return
-        except OSError:  # as an end: who writes will hear of it
-            self._reset, data = True, b""
-        connection.unread += data
-        refused = bool(data) and self._is_refused_early(connection.unread)
-        if refused or not data or len(connection.unread) > response_head.SIZE_LIMIT:
-            connection.readable.stop()  # the rest waits in the kernel until the body was sent
-            if refused:
-                self._writer.throw(_AnsweredEarly)
+            connection.send_all(rest, limit)
+            while not body.at_end:
+                self.sent_at = time.monotonic()
+                connection.send_all(self._framed(self._next_part()), limit)
+            self._whole = True
+            self._on_sent()
+        except OSError as error:
+            # Upstream may have answered before it had read everything: the receiver sees that, or the error.
+            if isinstance(error, TimeoutError) and not error.errno:
+                self._fail(self._timed_out())
+        except (errors.Refusal, errors.ClientGone) as error:
+            self._fail(error)
 
-    def _is_refused_early(self, data: bytes) -> bool:
-        try:
-            while end := message_head.end(data, 0, response_head.SIZE_LIMIT):
-                head = response_head.parse(data[:end], self._method)
-                if head.status >= 200:
-                    return head.status >= 400 or not head.keep_alive
-                data = data[end:]
-        except Malformed:
-            return True
-        return False
+    def _next_part(self) -> bytes:
+        """The next part of the client's body, for which a client that is being answered has IDLE_TIMEOUT.
+
+        It may wait for the answer to what it has sent so far.
+        """
+        start = time.monotonic()
+        while True:
+            try:
+                return self._request_body.read1()
+            except errors.ClientTimeout:
+                if self.head is None or time.monotonic() - start >= self.idle_timeout:
+                    raise
+
+    def _fail(self, error: Exception) -> None:
+        self._failure = gevent.get_hub().loop.run_callback(self._throw, error)
+
+    def _throw(self, error: Exception) -> None:
+        if self.head is not None:  # too late for an answer of ours
+            error = self.broken(error) if isinstance(error, errors.UpstreamTimeout) else errors.ClientGone()
+        self._greenlet.throw(error)
+
+    def _stop_upload(self) -> None:
+        if self._failure is not None:
+            self._failure.stop()
+        if self._upload is not None:
+            upload, self._upload = self._upload, None
+            upload.kill()
+
+    @property
+    def uploads(self) -> bool:
+        """Whether the client's body is still being sent."""
+        return self._upload is not None and not self._upload.dead
+
+    def discard_upload(self) -> None:
+        """Read what the client still sends of a refused body, since many read no answer before they have sent it."""
+        if not (self.uploads or self._request_body.at_end):
+            self._upload = gevent.spawn(self._discard)
+
+    def _discard(self) -> None:
+        with contextlib.suppress(errors.Refusal, errors.ClientGone):  # the answer is not affected
+            while not self._request_body.at_end:
+                self._request_body.read1()
+
+    # The answer
 
     def receive(self, on_interim: "Callable[[response_head.Head], None]" = lambda head: None) -> None:
         """Wait for the answer's head; `on_interim` gets those before it. Raises UpstreamTimeout, UpstreamUnreachable."""
@@ -250,10 +281,12 @@ class Exchange:
             self._upstream.dialler.answered(self.connection)
         self.head, self.body = head, head.body
         self.length = None if head.status in (204, 304) else head.length
+        if head.status >= 400:
+            self._stop_upload()
 
     def _receive_head(self, on_interim: "Callable[[response_head.Head], None]") -> response_head.Head:
         for number in range(INTERIM_LIMIT + 1):
-            data = self.connection.recv_head(response_head.SIZE_LIMIT, self._upstream.idle_timeout)
+            data = self._head_bytes()
             if not data:
                 raise EOFError
             head = response_head.parse(data, self._method)
@@ -267,33 +300,48 @@ class Exchange:
                 on_interim(head)
         raise Malformed("is preceded by too many interim ones")
 
+    def _head_bytes(self) -> bytes:
+        limit = self.idle_timeout
+        while True:
+            try:
+                return self.connection.recv_head(response_head.SIZE_LIMIT, limit)
+            except TimeoutError as error:
+                limit = self.time_left(0)
+                if error.errno or limit <= 0:
+                    raise
+
     @property
     def idle_timeout(self) -> float:
         return self._upstream.idle_timeout
 
+    @property
+    def client_timeout(self) -> float:
+        return self._upstream.client_timeout
+
+    def time_left(self, heard: float) -> float:
+        """Seconds until IDLE_TIMEOUT without progress in either direction; `heard`: when the last byte came."""
+        return max(heard, self.sent_at) + self.idle_timeout - time.monotonic()
+
     def parts(self, pause: "float | None" = None) -> Iterator[bytes]:
         """The body as it comes; b"" whenever nothing has come for `pause` seconds. Raises UpstreamBroken."""
-        left = self.idle_timeout
+        heard = time.monotonic()
         while not self.body.ended:
-            limit = min(pause or left, left)
+            left = self.time_left(heard)
             try:
-                data = self.connection.recv(limit)
-                left = self.idle_timeout
+                data = self.connection.recv(min(pause or left, left))
+                heard = time.monotonic()
                 if not data:
-                    if self._reset:
-                        raise EOFError
                     self.body.end_of_connection()
                     break
-                for start, end in self.body.feed(data):
-                    yield data[start:end]
+                yield from content_of(self.body, data)
             except BROKEN as error:
-                if not isinstance(error, TimeoutError) or error.errno or limit == left:  # the kernel's has a number
+                if not isinstance(error, TimeoutError) or error.errno or self.time_left(heard) <= 0:
                     raise self.broken(error) from error
-                left -= limit
-                yield b""
+                if pause:
+                    yield b""
                 continue
             self.connection.unread = data[self.body.used:]
-        self.release()
+        self.finish()
 
     __iter__ = parts
 
@@ -302,8 +350,11 @@ class Exchange:
             return errors.UpstreamBroken(f"no byte for {self._upstream.idle_timeout:g} s")
         return errors.UpstreamBroken(_reason(error))
 
-    def release(self) -> None:
-        """The answer was read to its end: pool its connection, if nothing speaks against it."""
+    def finish(self) -> None:
+        """The answer was read to its end: let the upload end too, then pool the connection if it is reusable."""
+        if self.uploads and self.head.status < 400:
+            self._finish_upload()
+        self._stop_upload()
         connection, self.connection = self.connection, None
         if connection is None:
             return
@@ -312,6 +363,24 @@ class Exchange:
         else:
             connection.close()
 
+    def _finish_upload(self) -> None:
+        """Wait for the end of the upload, which an end of upstream brings about too."""
+        readable, upload = self.connection.readable, self._upload
+
+        def look() -> None:
+            with contextlib.suppress(OSError):  # a reset: the fault does not matter any more
+                try:
+                    self.connection.unread += self.connection.receive()
+                except BlockingIOError:
+                    return
+            readable.stop()
+            upload.kill(block=False)
+        readable.start(look)
+        try:
+            upload.join()
+        finally:
+            readable.stop()
+
     def peek(self) -> bytes:
         """The beginning of the body, at most PEEK_LIMIT bytes and PEEK_TIME seconds of it; it stays unread."""
         connection, body = self.connection, copy.copy(self.body)
@@ -319,7 +388,7 @@ class Exchange:
         data, seen, content = connection.unread, 0, b""
         try:
             while True:
-                content += b"".join([data[seen:][start:end] for start, end in body.feed(data[seen:])])
+                content += b"".join(content_of(body, data[seen:]))
                 seen = len(data)
                 if body.ended or len(content) >= PEEK_LIMIT:
                     break
@@ -338,14 +407,16 @@ class Exchange:
         connection, self.connection = self.connection, None
         if connection is not None:
             connection.close()
+        self._stop_upload()  # last, since it lets others run, which may throw into this greenlet
 
     def _timed_out(self) -> errors.UpstreamTimeout:
         return errors.UpstreamTimeout(f"{self._upstream.origin} sent no byte for {self._upstream.idle_timeout:g} s "
                                       "(XAI_PROXY_IDLE_TIMEOUT); the request may have been worked on")
 
     def _broke_off(self, error: Exception) -> errors.UpstreamUnreachable:
-        return errors.UpstreamUnreachable(f"{self._upstream.origin} broke off before it answered: {_reason(error)}; "
-                                          "the request may have been worked on")
+        happened = "sent no valid answer" if isinstance(error, Malformed) else "broke off before it answered"
+        return errors.UpstreamUnreachable(f"{self._upstream.origin} {happened}: {_reason(error)}; the request may have "
+                                          "been processed", may_retry=self._method in SAFE)
 
 
 def is_refused_token(exchange: Exchange) -> bool:

@@ -1,0 +1,246 @@
+"""An end does not overtake the bytes before it: on a client's connection, from upstream, and through a tunnel."""
+from __future__ import annotations
+
+import fcntl
+import sys
+import termios
+import time
+from pathlib import Path
+from typing import Callable, Iterator
+
+import pytest
+from proxy_process import Client, ProxyProcess, both_ways
+from scripted_upstream import PATTERN, ScriptedUpstream, pour
+from test_tunnel import handshake
+from wire import Wire
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+LONG = (PATTERN * 64)[:3_000_100]  # bytes; the kernel takes them from the proxy though the client reads none
+LONG_ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(LONG) + LONG
+NEXT = b"GET /v1/next HTTP/1.1\r\nHost: localhost\r\n\r\n"
+SIX_MB = PATTERN * 96
+Either = Callable[..., "tuple[ProxyProcess, ScriptedUpstream]"]
+
+
+@pytest.fixture
+def client(running: ProxyProcess, upstream: ScriptedUpstream) -> "Iterator[Client]":
+    with running.client() as connection:
+        yield connection
+
+
+# A client's connection
+
+
+def check_answer(client: Client) -> None:
+    message = client.message()
+    assert message.status == 200 and message.body == LONG
+    assert client.closed_within()
+
+
+@both_ways
+@pytest.mark.parametrize("extra", [b"\r\n", NEXT], ids=["line end", "request"])
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "later"])
+@pytest.mark.parametrize("version, field", [("HTTP/1.1", "Connection: close"), ("HTTP/1.0", "X-a: 1")],
+                         ids=["close", "1.0"])
+def test_bytes_after_the_last_request_cost_none_of_its_answer(client: Client, running: ProxyProcess,
+                                                              upstream: ScriptedUpstream, extra: bytes, late: bool,
+                                                              version: str, field: str) -> None:
+    start = len(running.log_lines())
+    client.request("GET", "/v1/last", field, version=version)
+    if not late:
+        client.send(extra)
+    upstream.receive().answer(LONG_ANSWER)
+    running.wait_for_log(lambda line: line.get("path") == "/v1/last", start=start)
+    if late:
+        client.send(extra)
+    check_answer(client)
+
+
+def test_so_it_is_when_the_answer_ends_in_a_drain(tmp_path: Path, upstream: ScriptedUpstream) -> None:
+    with ProxyProcess(tmp_path, upstream=upstream.origin) as proxy, proxy.client() as client:
+        proxy.sign_in()
+        client.request("GET", "/v1/last")
+        request = upstream.receive()
+        client.send(NEXT)
+        proxy.terminate()
+        proxy.wait_for_log(lambda line: line["message"].startswith("stopping"))
+        request.answer(LONG_ANSWER)
+        proxy.wait_for_request("/v1/last")
+        check_answer(client)
+        assert proxy.wait() == 0
+
+
+def test_half_a_head_does_not_hold_up_a_drain(tmp_path: Path, upstream: ScriptedUpstream) -> None:
+    with ProxyProcess(tmp_path, upstream=upstream.origin) as proxy, proxy.client() as client:
+        proxy.sign_in()
+        client.request("GET", "/v1/open")
+        request = upstream.receive().answer(CHUNKED + b"2\r\nok\r\n")
+        assert client.head().status == 200 and client.chunk() == b"ok"
+        client.send(NEXT[:20])
+        proxy.terminate()
+        proxy.wait_for_log(lambda line: line["message"].startswith("stopping"))
+        time.sleep(1.5)  # what had begun at the start of the drain has ended
+        request.answer(b"0\r\n\r\n")
+        assert client.chunk() == b""
+        start = time.monotonic()
+        assert proxy.wait(10) == 0 and time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("framing", ["sized", "until close"])
+def test_what_came_before_a_cut_arrives_before_it(running: ProxyProcess, upstream: ScriptedUpstream,
+                                                  framing: str) -> None:
+    """The end is a reset where nothing else tells that the answer is cut, and is sent when the bytes have arrived."""
+    with running.client() as client:
+        version = "HTTP/1.0" if framing == "until close" else "HTTP/1.1"
+        head = CHUNKED if framing == "until close" else b"HTTP/1.1 200 OK\r\nContent-Length: 9000000\r\n\r\n"
+        data = b"%x\r\n%b\r\n" % (len(LONG), LONG) if framing == "until close" else LONG
+        start = len(running.log_lines())
+        client.request("GET", "/v1/cut", version=version)
+        request = upstream.receive().answer(head + data)
+        client.send(NEXT)
+        while unacknowledged(request.connection):  # else the reset would destroy bytes before they reach the proxy
+            time.sleep(0.01)
+        request.connection.reset()
+        line = running.wait_for_log(lambda line: line.get("path") == "/v1/cut", start=start)
+        assert (line["ended_by"], line["bytes"]) == ("upstream", len(LONG))
+        assert client.head().status == 200
+        assert client.exactly(len(LONG)) == LONG
+        if framing == "until close":
+            with pytest.raises(ConnectionResetError):
+                client.rest()
+        else:
+            assert client.rest() == b""
+
+
+# From upstream
+
+
+@both_ways
+def test_refusal_that_is_reset_is_no_whole_one(client: Client, running: ProxyProcess, upstream: ScriptedUpstream) -> None:
+    """The proxy looks into the body for what would be its own business, and meets the reset there."""
+    client.request("GET", "/v1/refused")
+    request = upstream.receive().answer(b"HTTP/1.1 403 Forbidden\r\nConnection: close\r\n\r\nNo ent")
+    time.sleep(0.2)  # so that the bytes are read first; the peek waits for two seconds
+    request.connection.reset()
+    assert client.head().status == 403 and client.chunk() == b"No ent"
+    assert client.closed_within()
+    assert running.wait_for_request("/v1/refused")["ended_by"] == "upstream"
+
+
+@both_ways
+def test_chunks_before_a_malformed_one_arrive(client: Client, running: ProxyProcess, upstream: ScriptedUpstream) -> None:
+    client.request("GET", "/v1/malformed")
+    upstream.receive().answer(CHUNKED + b"2\r\nok\r\n" * 5 + b"nonsense\r\n")
+    assert client.head().status == 200
+    assert [client.chunk() for _ in range(5)] == [b"ok"] * 5
+    assert client.closed_within()
+    assert running.wait_for_request("/v1/malformed")["ended_by"] == "upstream"
+
+
+@both_ways
+def test_so_they_do_later_in_the_answer(client: Client, running: ProxyProcess, upstream: ScriptedUpstream) -> None:
+    client.request("GET", "/v1/malformed-later")
+    request = upstream.receive().answer(CHUNKED + b"2\r\nok\r\n")
+    assert client.head().status == 200 and client.chunk() == b"ok"
+    request.answer(b"1\r\na\r\n1\r\nb\r\nnonsense\r\n")
+    assert (client.chunk(), client.chunk()) == (b"a", b"b")
+    assert client.closed_within()
+    assert running.wait_for_request("/v1/malformed-later")["ended_by"] == "upstream"
+
+
+# Through a tunnel
+
+
+def unacknowledged(wire: Wire) -> int:
+    """Bytes that the other side's kernel does not have yet."""
+    return int.from_bytes(fcntl.ioctl(wire.sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+
+
+def read_slowly(wire: Wire) -> bytes:
+    """All until the end."""
+    data, pause = b"", 1 << 18
+    while more := wire.sock.recv(1 << 18):
+        data += more
+        if len(data) >= pause:
+            pause += 1 << 18
+            time.sleep(0.1)
+    return data
+
+
+def test_client_that_leaves_loses_none_of_its_bytes(either: Either) -> None:
+    proxy, upstream = either()
+    with proxy.client() as client:
+        request = handshake(client, upstream)
+        client.send(SIX_MB)
+    assert read_slowly(request.connection) == SIX_MB
+
+
+def test_upstream_that_leaves_loses_none_of_its_bytes(running: ProxyProcess, upstream: ScriptedUpstream) -> None:
+    with running.client() as client:
+        request = handshake(client, upstream)
+        request.answer(SIX_MB)
+        request.connection.close()
+        assert read_slowly(client) == SIX_MB
+
+
+@pytest.mark.parametrize("end", ["close", "half_close"])
+def test_so_it_is_while_the_other_side_talks(running: ProxyProcess, upstream: ScriptedUpstream, end: str) -> None:
+    with running.client() as client:
+        request = handshake(client, upstream)
+        client.send(SIX_MB[:1 << 20])
+        while unacknowledged(client):  # else the kernel of a client that closes drops what upstream's words find there
+            time.sleep(0.01)
+        getattr(client, end)()
+        data = b""
+        while more := request.connection.sock.recv(1 << 18):
+            data += more
+            request.answer(b"still talking")
+        assert data == SIX_MB[:1 << 20]
+
+
+@pytest.mark.parametrize("size", [1, len(SIX_MB)])
+def test_upstream_that_takes_nothing_after_the_end_of_the_client_is_reset(start_proxy: "Callable[..., ProxyProcess]",
+                                                                          upstream: ScriptedUpstream, size: int) -> None:
+    hasty = start_proxy(client_timeout=0.5)
+    with hasty.client() as client:
+        request = handshake(client, upstream, f"/v1/takes-none-of-{size}")
+        client.send(SIX_MB[:size])
+        client.half_close()
+        start = time.monotonic()
+        line = hasty.wait_for_request(f"/v1/takes-none-of-{size}")
+        assert 0.4 < time.monotonic() - start < 4
+        if size == 1:  # nothing is missing but upstream's own end
+            assert line["ended_by"] == "client" and request.connection.rest() == SIX_MB[:1]
+            return
+        assert line["ended_by"] == "upstream"
+        with pytest.raises(ConnectionResetError):
+            request.connection.rest()
+
+
+def test_client_that_takes_nothing_after_the_end_of_upstream_is_reset(start_proxy: "Callable[..., ProxyProcess]",
+                                                                      upstream: ScriptedUpstream) -> None:
+    hasty = start_proxy(client_timeout=0.5)
+    with hasty.client() as client:
+        # Less would wait in the client's kernel, and more in that of upstream, where its end cannot be seen.
+        handshake(client, upstream, "/v1/takes-none").answer(PATTERN * 64).connection.close()
+        start = time.monotonic()
+        hasty.wait_for_request("/v1/takes-none")
+        assert 0.4 < time.monotonic() - start < 4
+        with pytest.raises(ConnectionResetError):
+            client.rest()
+
+
+@pytest.mark.parametrize("blocked", [False, True], ids=["read", "unread"])
+def test_reset_of_the_client_ends_a_tunnel_at_once(running: ProxyProcess, upstream: ScriptedUpstream,
+                                                   blocked: bool) -> None:
+    files = running.open_files()
+    with running.client() as client:
+        request = handshake(client, upstream, f"/v1/reset-{blocked}")
+        client.send(b"x")
+        request.connection.exactly(1)
+        if blocked:
+            pour(client, 0, 48 << 20)
+        client.reset()
+        start = time.monotonic()
+        assert running.wait_for_request(f"/v1/reset-{blocked}")["ended_by"] == "client"
+        assert time.monotonic() - start < 2 and running.open_files() <= files

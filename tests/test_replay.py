@@ -1,0 +1,180 @@
+"""A request that is sent a second time is the same request, whatever its size, framing and pace.
+
+It is sent again after a refused token and after a pooled connection that broke.
+"""
+from __future__ import annotations
+
+import contextlib
+import threading
+from typing import Callable, Iterator
+
+import pytest
+from proxy_process import Client, ProxyProcess
+from scripted_upstream import Request, ScriptedUpstream
+
+from xaiproxy.connection import READ
+
+LIMIT = 5 * READ  # XAI_PROXY_REPLAY_LIMIT here
+SIZES = [0, 1, READ - 1, READ, READ + 1, 200_000, 3 * READ + 7, LIMIT]
+REFUSED = b"HTTP/1.1 403 Forbidden\r\nContent-Length: 16\r\n\r\nunauthenticated:"
+kinds = pytest.mark.parametrize("chunked", [False, True], ids=["sized", "chunked"])
+
+
+@pytest.fixture
+def pair(either: "Callable[..., tuple[ProxyProcess, ScriptedUpstream]]") -> "tuple[ProxyProcess, ScriptedUpstream]":
+    return either(replay_limit=LIMIT)
+
+
+def content(size: int) -> bytes:
+    return (b"%07d\n" * (size // 8 + 1) % tuple(range(size // 8 + 1)))[:size]
+
+
+def framed(data: bytes, chunked: bool, last: bool = True) -> bytes:
+    if not chunked:
+        return data
+    return (b"%x\r\n%b\r\n" % (len(data), data) if data else b"") + (b"0\r\n\r\n" if last else b"")
+
+
+def begin(client: Client, size: int, chunked: bool, *fields: str) -> None:
+    client.request("POST", "/v1/x", *fields, "Transfer-Encoding: chunked" if chunked else f"Content-Length: {size}")
+
+
+@contextlib.contextmanager
+def sending(client: Client, data: bytes) -> "Iterator[None]":
+    thread = threading.Thread(target=client.send, args=(data,))
+    thread.start()
+    yield
+    thread.join()
+
+
+def answered_again(client: Client, upstream: ScriptedUpstream, body: bytes, token: str = "newer") -> None:
+    second = upstream.receive()
+    assert (second.token, second.body == body, len(second.body)) == (token, True, len(body))
+    second.answer()
+    assert client.message().body == b"ok"
+
+
+@kinds
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("early", [False, True], ids=["after the body", "after the head"])
+def test_request_whose_token_is_refused(pair: tuple, chunked: bool, size: int, early: bool) -> None:
+    proxy, upstream = pair
+    body = content(size)
+    with proxy.client() as client, contextlib.ExitStack() as stack:
+        begin(client, size, chunked)
+        with sending(client, framed(body, chunked)):
+            first = upstream.receive(body=not early)
+            assert first.token == "the-token"
+            if early:  # what is left of the body is no next request
+                upstream.connections.remove(first.connection)
+                stack.enter_context(first.connection)
+            proxy.sign_in("newer")
+            first.answer(REFUSED)
+            answered_again(client, upstream, body)
+        client.request()  # the connection is in step
+        upstream.receive().answer()
+        assert client.message().body == b"ok"
+
+
+@kinds
+@pytest.mark.parametrize("half", [1, READ, READ + 1, 200_000])
+def test_refusal_in_the_middle_of_a_slow_upload(pair: tuple, chunked: bool, half: int) -> None:
+    """What came so far is sent again at once, then the rest as it comes."""
+    proxy, upstream = pair
+    body = content(2 * half)
+    with proxy.client() as client:
+        begin(client, 2 * half, chunked)
+        client.send(framed(body[:half], chunked, last=False))
+        first = upstream.receive(body=False)
+        assert read(first, half, chunked) == body[:half]
+        proxy.sign_in("newer")
+        first.answer(REFUSED)
+        second = upstream.receive(body=False)
+        assert second.token == "newer" and read(second, half, chunked) == body[:half]
+        with sending(client, framed(body[half:], chunked)):
+            assert read(second, half, chunked) == body[half:]
+        if chunked:
+            assert second.connection.chunk() == b""
+        second.answer()
+        assert client.message().body == b"ok"
+
+
+def read(request: Request, size: int, chunked: bool) -> bytes:
+    if not chunked:
+        return request.connection.exactly(size)
+    data = b""
+    while len(data) < size:
+        data += request.connection.chunk()
+    return data
+
+
+@kinds
+def test_body_beyond_the_limit_is_not_sent_again_and_the_refusal_passes(pair: tuple, chunked: bool) -> None:
+    proxy, upstream = pair
+    body = content(LIMIT + 1)
+    with proxy.client() as client:
+        begin(client, len(body), chunked)
+        with sending(client, framed(body, chunked)):
+            first = upstream.receive()
+            assert first.body == body
+            proxy.sign_in("newer")
+            first.answer(REFUSED)
+            assert client.message().status == 403
+        assert upstream.quiet()
+
+
+@kinds
+@pytest.mark.parametrize("size", SIZES)
+def test_request_on_a_pooled_connection_that_breaks(pair: tuple, chunked: bool, size: int) -> None:
+    proxy, upstream = pair
+    body = content(size)
+    with proxy.client() as client:
+        client.request()
+        upstream.receive().answer()
+        assert client.message().body == b"ok"
+        begin(client, size, chunked, "Idempotency-Key: 1")
+        with sending(client, framed(body, chunked)):
+            first = upstream.receive()
+            assert first.connection.requests == 2 and first.body == body
+            first.connection.close()
+            answered_again(client, upstream, body, "the-token")
+
+
+@kinds
+@pytest.mark.parametrize("size", [1, READ + 1, 200_000])
+def test_both_after_one_another(pair: tuple, chunked: bool, size: int) -> None:
+    """A third pass: the pooled connection breaks, and the token is refused on the new one."""
+    proxy, upstream = pair
+    body = content(size)
+    with proxy.client() as client:
+        client.request()
+        upstream.receive().answer()
+        assert client.message().body == b"ok"
+        begin(client, size, chunked, "Idempotency-Key: 1")
+        with sending(client, framed(body, chunked)):
+            upstream.receive().connection.close()
+            second = upstream.receive()
+            assert second.body == body
+            proxy.sign_in("newer")
+            second.answer(REFUSED)
+            answered_again(client, upstream, body)
+
+
+def test_several_at_once_keep_apart(pair: tuple) -> None:
+    proxy, upstream = pair
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(proxy.client()) for _ in range(5)]
+        bodies = [content(200_000 + number)[number:] for number in range(5)]
+        for client, body in zip(clients, bodies):
+            begin(client, len(body), False)
+            stack.enter_context(sending(client, body))
+        firsts = [upstream.receive() for _ in clients]
+        proxy.sign_in("newer")
+        for first in firsts:
+            first.answer(REFUSED)
+        again = [upstream.receive() for _ in clients]
+        assert sorted(request.body for request in again) == sorted(bodies)
+        for request in again:
+            request.answer(b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\n" + request.body[:8])
+        for client, body in zip(clients, bodies):
+            assert client.message().body == body[:8]
