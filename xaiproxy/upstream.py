@@ -205,8 +205,8 @@ class Exchange:
         try:
             connection.send_all(rest, limit)
             while not body.at_end:
-                self.sent_at = time.monotonic()
                 connection.send_all(self._framed(self._next_part()), limit)
+                self.sent_at = time.monotonic()
             self._whole = True
             self._on_sent()
         except OSError as error:
@@ -230,7 +230,8 @@ class Exchange:
                     raise
 
     def _fail(self, error: Exception) -> None:
-        self._failure = gevent.get_hub().loop.run_callback(self._throw, error)
+        if self._upload is gevent.getcurrent():  # else it has been stopped, and nobody waits for its outcome
+            self._failure = gevent.get_hub().loop.run_callback(self._throw, error)
 
     def _throw(self, error: Exception) -> None:
         if self.head is not None:  # too late for an answer of ours
