@@ -1,6 +1,7 @@
 """The benchmark: its arithmetic, its load client's honesty, and a small run of both against the program."""
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -11,31 +12,31 @@ import time
 from typing import Any, Iterator
 
 import pytest
-from bench import machine, report
+from bench import machine, report, targets
 from bench.measurements import Figure, Goal
 from proxy_process import ProxyProcess
-from scripted_upstream import ScriptedUpstream, make_certificate
+from scripted_upstream import ScriptedUpstream
+from wire import Message, Wire
 
 needs_gcc = pytest.mark.skipif(not shutil.which("gcc"), reason="the load client is compiled with gcc")
 needs_openssl = pytest.mark.skipif(not os.path.exists("/usr/include/openssl/ssl.h"),
                                    reason="the benchmark's upstream is compiled with libssl-dev")
+needs_two_cores = pytest.mark.skipif(not {machine.TARGET_CORE, machine.OTHER_CORE} <= os.sched_getaffinity(0),
+                                     reason="the benchmark runs its programs on two cores")
 
 
 @pytest.fixture(scope="module")
-def load(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    return machine.compile_program("load", [], tmp_path_factory.mktemp("load"))
+def load() -> pathlib.Path:
+    machine.FOLDER.mkdir(exist_ok=True)
+    return machine.compile_program("load", [])
 
 
 @pytest.fixture(scope="module")
-def api_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """The port of the benchmark's upstream."""
-    folder = tmp_path_factory.mktemp("upstream")
-    program = machine.compile_program("upstream", ["-lssl", "-lcrypto"], folder)
-    make_certificate(folder, "127.0.0.1")
-    with subprocess.Popen([program, folder / "server.pem", folder / "server.key"],
-                          stdout=subprocess.PIPE) as process:
-        yield int(process.stdout.readline().split()[0])
-        process.kill()
+def api(load: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[targets.Upstream]:
+    """The benchmark's upstream."""
+    machine.compile_program("upstream", machine.PROGRAMS["upstream"])
+    with contextlib.closing(targets.Upstream(tmp_path_factory.mktemp("upstream"))) as running:
+        yield running
 
 
 def start(load: pathlib.Path, mode: str, port: int, **arguments: Any) -> "subprocess.Popen[str]":
@@ -99,13 +100,32 @@ def test_a_delay_is_counted_from_the_stamp_of_an_event_that_comes_in_pieces(
     assert 0 < found["first_event_p50"] < found["latency_p50"] < 1_000_000
 
 
+def small_answer(mode: str, request: Message) -> bytes:
+    if mode == "streams":
+        return STREAM + chunk(EVENT % 1) + DONE + END
+    body = b'{"bytes":%d}' % len(request.body) if mode == "upload" else b"7 bytes"
+    return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+
+
 @needs_gcc
-@pytest.mark.parametrize("vary, different", [(0, 1), (1, 3)])
-def test_heads_vary_if_they_are_told_to(load: pathlib.Path, upstream: ScriptedUpstream, vary: int,
-                                        different: int) -> None:
-    client = start(load, "requests", upstream.port, repeat=3, vary=vary)
-    heads = [upstream.receive().answer().head for _ in range(3)]
-    assert result(client)[0] == 0 and len(set(heads)) == different
+@pytest.mark.parametrize("mode, arguments, method, sized", [
+    ("requests", {}, "GET", False), ("completions", {}, "POST", True), ("streams", {}, "POST", True),
+    ("upload", {"size": 7}, "POST", True),
+    ("upload", {"size": 7, "chunked": 1}, "POST", False), ("download", {"size": 7}, "GET", False)])
+def test_no_two_requests_have_the_same_head(load: pathlib.Path, upstream: ScriptedUpstream, mode: str,
+                                            arguments: "dict[str, Any]", method: str, sized: bool) -> None:
+    requests = []
+    for _ in range(2):  # a proxy remembers the heads of the run before, too
+        client = start(load, mode, upstream.port, repeat=4, **arguments)
+        for _ in range(4):
+            requests.append(upstream.receive())
+            requests[-1].answer(small_answer(mode, requests[-1]))
+        assert result(client)[0] == 0
+    assert {request.method for request in requests} == {method}
+    assert len({request.head for request in requests}) == 8
+    assert len({request.value("X-Client-Request-Id") for request in requests}) == 8
+    lengths = {request.value("Content-Length") for request in requests}
+    assert len(lengths) > 1 if sized else lengths == {None}
 
 
 SMALL = {
@@ -119,8 +139,11 @@ SMALL = {
 
 @needs_gcc
 @needs_openssl
-def test_a_small_run_through_the_program(load: pathlib.Path, api_port: int, tmp_path: pathlib.Path) -> None:
-    with ProxyProcess(tmp_path, upstream=f"http://127.0.0.1:{api_port}") as proxy:
+@needs_two_cores
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "TLS"])
+def test_a_small_run_through_the_program(load: pathlib.Path, api: targets.Upstream, tmp_path: pathlib.Path,
+                                         tls: bool) -> None:
+    with ProxyProcess(tmp_path, upstream=api.origin(tls), environ={"SSL_CERT_FILE": str(api.certificate)}) as proxy:
         proxy.sign_in()
         runs = {mode: result(start(load, mode, proxy.port, pids=proxy.process.pid, **arguments))
                 for mode, arguments in SMALL.items()}
@@ -129,6 +152,31 @@ def test_a_small_run_through_the_program(load: pathlib.Path, api_port: int, tmp_
     streams = runs["streams"][1]
     assert 300 < streams["events"] < 900  # 2,000 a second
     assert 0 < streams["delay_p50"] < streams["delay_p99"] < 1_000_000
+
+
+# The upstream
+
+DIFFER = {"x-ratelimit-remaining-tokens", "x-ratelimit-remaining-requests", "x-request-id", "traceparent",
+          "Set-Cookie", "CF-RAY"}  # in answers of api.x.ai
+
+
+def connect(port: int) -> Wire:
+    return Wire(socket.create_connection(("127.0.0.1", port)))
+
+
+def ask(connection: Wire, target: str = "/v1/models") -> Message:
+    connection.send(f"GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+    return connection.message()
+
+
+@needs_gcc
+@needs_openssl
+@needs_two_cores
+def test_no_two_answers_have_the_same_head(api: targets.Upstream) -> None:
+    with connect(api.port) as connection:
+        answers = [ask(connection) for _ in range(1000)]
+    for name in DIFFER:
+        assert len({answer.value(name) for answer in answers}) == 1000, name
 
 
 # What the report makes of it

@@ -1,4 +1,7 @@
-"""Is the load client the bottleneck? It and wrk ask the same servers the same, in turn."""
+"""Is the load client the bottleneck? It and wrk send the same request to the same servers, in turn.
+
+wrk sends one head again and again; those of the load client differ in their X-Client-Request-Id.
+"""
 from __future__ import annotations
 
 import re

@@ -1,18 +1,20 @@
 /* The benchmark's client: HTTP/1.1 in the clear to 127.0.0.1, one thread, epoll.
  *
- *     load requests    PORT connections=16 seconds=2   short requests, one after the other on each connection;
- *                                                      with vary=1 no two have the same head
- *     load completions PORT connections=16 seconds=2   the same, but POST requests
+ *     load requests    PORT connections=16 seconds=2   short requests, one after the other on each connection
+ *     load completions PORT connections=16 seconds=2   POST requests
  *     load streams     PORT connections=100 events=100 interval=20000 seconds=3
  *                                                      stamps=0: of the sandbox, whose events have no time stamps
  *     load upload      PORT size=20000000 chunked=1 repeat=5
  *     load download    PORT size=200000000 repeat=1
- *     load head        PORT                            only prints the head of its requests
+ *     load head        PORT                            only prints the head of a short request
  *
  * Each connection sends a request, reads the answer and starts again, until `seconds` have passed since the
  * window began, or `repeat` times. The window begins when every connection has had an answer (streams: an
  * event) and `warm` seconds have passed, or at once with `repeat`. Only what ends inside the window is
  * measured, and the CPU time of the processes in `pids` is taken at both of its ends.
+ *
+ * No two requests have the same head: each has a random X-Client-Request-Id, and a body with a Content-Length is up to
+ * 127 bytes longer than its mode and `size` say, by a random number of bytes.
  *
  * A line "begin" when the window begins; then one JSON object: times in microseconds, `seconds` and CPU in
  * seconds. Every answer is checked to its end; exit status 1 when one was wrong or missing.
@@ -20,19 +22,20 @@
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
+#include <inttypes.h>
 #include <netinet/tcp.h>
 #include <signal.h>
 #include <stdarg.h>
-#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/random.h>
 #include <sys/resource.h>
 #include <time.h>
 #include <unistd.h>
 
-enum { IN_SIZE = 128 << 10, TEXT_SIZE = 16 << 10, PATTERN_SIZE = 1 << 20, CHUNK_SIZE = 16 << 10 };
+enum { IN_SIZE = 128 << 10, TEXT_SIZE = 16 << 10, PATTERN_SIZE = 1 << 20, CHUNK_SIZE = 16 << 10, LENGTHS = 128 };
 
 enum mode { REQUESTS, COMPLETIONS, STREAMS, UPLOAD, DOWNLOAD, HEAD_ONLY };
 static const char *const mode_names[] = {"requests", "completions", "streams", "upload", "download", "head"};
@@ -40,7 +43,7 @@ static const char *const mode_names[] = {"requests", "completions", "streams", "
 static struct {
     enum mode mode;
     int port;
-    long connections, repeat, events, interval /* us between events */, event_size, size, chunked, vary, stamps;
+    long connections, repeat, events, interval /* us between events */, event_size, size, chunked, stamps;
     double seconds, warm;
     double ramp;  /* connections opened a second; 0: all at once */
     double limit; /* seconds for everything */
@@ -83,31 +86,41 @@ __attribute__((format(printf, 1, 2))) static void wrong(const char *format, ...)
     va_end(arguments);
 }
 
-/* ---- what is sent: a head, with a counter in it if heads are to vary, and a body that repeats a pattern ---- */
+/* ---- what is sent: a head, whose last fields differ each time, and a body that repeats a pattern ---- */
 
-static char head[2048], *counter, pattern[PATTERN_SIZE], tail[8];
-static long head_size, pattern_size, body_size /* on the wire, without the tail */;
+static char head[4096], pattern[PATTERN_SIZE], tail[8];
+static long head_size, fixed_size /* of the head's part that all requests share */, pattern_size;
+static long least_size /* of a body on the wire, without the tail */;
 
-static void prepare_request(void) {
-    char body[512] = "", length[64] = "";
+static uint64_t random_bits(void) { /* xorshift64 */
+    static uint64_t state;
+    while (!state && getrandom(&state, sizeof state, 0) < 0) {}
+    state ^= state << 13;
+    state ^= state >> 7;
+    return state ^= state << 17;
+}
+
+static void prepare_requests(void) {
     const char *path = "/v1/models";
     char download[64];
     if (options.mode == STREAMS || options.mode == COMPLETIONS) {
         path = "/v1/chat/completions";
-        body_size = snprintf(body, sizeof body, "{\"model\":\"grok-4.5\",\"stream\":%s,"
+        memset(pattern, ' ', sizeof pattern); /* JSON may end in spaces: for bodies of different lengths */
+        least_size = sprintf(pattern, "{\"model\":\"grok-4.5\",\"stream\":%s,"
                              "\"messages\":[{\"role\":\"user\",\"content\":"
                              "\"bench events=%ld interval=%ld size=%ld \"}]}",
                              options.mode == STREAMS ? "true" : "false", options.events, options.interval,
                              options.event_size);
-        memcpy(pattern, body, pattern_size = body_size);
+        pattern[least_size] = ' ';
+        pattern_size = least_size + LENGTHS;
     } else if (options.mode == DOWNLOAD) {
         snprintf(download, sizeof download, "/v1/files/bench-%ld/content", options.size);
         path = download;
     } else if (options.mode == UPLOAD) {
         path = "/v1/files";
         memset(pattern, 'u', sizeof pattern);
-        pattern_size = body_size = options.size;
-        if (pattern_size > PATTERN_SIZE) pattern_size = PATTERN_SIZE;
+        pattern_size = sizeof pattern;
+        least_size = options.size;
         if (options.chunked) { /* size is rounded up to whole chunks */
             char *end = pattern;
             while (end + CHUNK_SIZE + 16 <= pattern + sizeof pattern) {
@@ -119,15 +132,12 @@ static void prepare_request(void) {
             pattern_size = end - pattern;
             long chunks = (options.size + CHUNK_SIZE - 1) / CHUNK_SIZE;
             options.size = chunks * CHUNK_SIZE;
-            body_size = chunks * (CHUNK_SIZE + 8);
+            least_size = chunks * (CHUNK_SIZE + 8);
             strcpy(tail, "0\r\n\r\n");
         }
     }
-    if (options.chunked) strcpy(length, "Transfer-Encoding: chunked\r\n");
-    else if (body_size) snprintf(length, sizeof length, "Content-Length: %ld\r\n", body_size);
-    /* The fields are those of the OpenAI library for Python, whose requests differ in Content-Length alone. Some
-     * clients give each a number of its own: `vary`. */
-    head_size = snprintf(head, sizeof head,
+    /* The fields are those of the OpenAI library for Python. */
+    fixed_size = snprintf(head, sizeof head,
         "%s %s HTTP/1.1\r\n"
         "Host: 127.0.0.1:%d\r\n"
         "Accept-Encoding: gzip, deflate\r\n"
@@ -144,20 +154,18 @@ static void prepare_request(void) {
         "Authorization: Bearer %s\r\n"
         "X-Stainless-Async: false\r\n"
         "x-stainless-retry-count: 0\r\n"
-        "x-stainless-read-timeout: 600\r\n"
-        "%s%s\r\n",
-        *length ? "POST" : "GET", path, options.port,
-        options.mode == UPLOAD ? "application/octet-stream" : "application/json", options.key,
-        options.vary ? "X-Client-Request-Id: 00000000\r\n" : "", length);
-    if (options.vary) counter = strstr(head, "Request-Id: ") + strlen("Request-Id: ");
+        "x-stainless-read-timeout: 600\r\n",
+        least_size ? "POST" : "GET", path, options.port,
+        options.mode == UPLOAD ? "application/octet-stream" : "application/json", options.key);
 }
 
-static void count_request(void) {
-    if (!counter) return;
-    for (int digit = 7; digit >= 0; digit--) {
-        if (++counter[digit] <= '9') return;
-        counter[digit] = '0';
-    }
+/* Completes the head of the next request, whose body has `size` bytes on the wire. */
+static void vary_head(long size) {
+    char framing[64] = "";
+    if (options.chunked) strcpy(framing, "Transfer-Encoding: chunked\r\n");
+    else if (size) sprintf(framing, "Content-Length: %ld\r\n", size);
+    head_size = fixed_size + sprintf(head + fixed_size, "X-Client-Request-Id: %016" PRIx64 "%016" PRIx64 "\r\n%s\r\n",
+                                     random_bits(), random_bits(), framing);
 }
 
 /* ---- connections ---- */
@@ -167,7 +175,7 @@ enum expecting { HEAD, CONTENT, CHUNK_HEAD, CHUNK_DATA, CHUNK_END, TRAILER };
 struct connection {
     int fd, connected, answered;
     long done;                /* requests */
-    long sent;                /* bytes of the body and its tail */
+    long body_size, sent;     /* bytes of the body on the wire: without its tail, and with it */
     double started;
     enum expecting expecting;
     long left;                /* bytes of the content or chunk that are still to come */
@@ -205,7 +213,7 @@ static void disconnect(struct connection *connection) {
 }
 
 static void send_body(struct connection *connection) {
-    long whole = body_size + strlen(tail);
+    long body_size = connection->body_size, whole = body_size + strlen(tail);
     while (connection->sent < whole) {
         const char *from = tail + (connection->sent - body_size);
         long size = whole - connection->sent;
@@ -230,11 +238,12 @@ static void start_request(struct connection *connection) {
     connection->closing = connection->ended = 0;
     connection->in_size = connection->text_size = 0;
     connection->sent = 0;
-    count_request();
+    connection->body_size = least_size && !options.chunked ? least_size + random_bits() % LENGTHS : least_size;
+    vary_head(connection->body_size);
     connection->started = now();
-    if (body_size && options.mode != UPLOAD) { /* head and body in one send, as clients' short requests are */
-        memcpy(head + head_size, pattern, body_size);
-        connection->sent = body_size;
+    if (connection->body_size && options.mode != UPLOAD) { /* in one send, as clients' short requests are */
+        memcpy(head + head_size, pattern, connection->body_size);
+        connection->sent = connection->body_size;
     }
     long size = head_size + connection->sent;
     if (send(connection->fd, head, size, MSG_NOSIGNAL) != size) {
@@ -253,10 +262,11 @@ static void check_answer(struct connection *connection) {
         wrong("download of %ld bytes instead of %ld", connection->received, options.size);
     if (options.mode == UPLOAD) {
         char expected[64];
-        snprintf(expected, sizeof expected, "\"bytes\":%ld}", options.size);
+        long size = options.chunked ? options.size : connection->body_size;
+        snprintf(expected, sizeof expected, "\"bytes\":%ld}", size);
         connection->text[connection->text_size] = 0;
         if (!strstr(connection->text, expected))
-            wrong("upload of %ld bytes was answered %.60s", options.size, connection->text);
+            wrong("upload of %ld bytes was answered %.60s", size, connection->text);
     }
 }
 
@@ -525,7 +535,7 @@ static void parse_arguments(int count, char **arguments) {
         {"connections", .whole = &options.connections}, {"repeat", .whole = &options.repeat},
         {"events", .whole = &options.events}, {"interval", .whole = &options.interval},
         {"event_size", .whole = &options.event_size}, {"size", .whole = &options.size},
-        {"chunked", .whole = &options.chunked}, {"vary", .whole = &options.vary}, {"stamps", .whole = &options.stamps},
+        {"chunked", .whole = &options.chunked}, {"stamps", .whole = &options.stamps},
         {"seconds", .real = &options.seconds},
         {"warm", .real = &options.warm}, {"ramp", .real = &options.ramp}, {"limit", .real = &options.limit},
         {"key", .text = &options.key}, {"pids", .text = &options.pids}};
@@ -548,14 +558,15 @@ static void parse_arguments(int count, char **arguments) {
 int main(int count, char **arguments) {
     parse_arguments(count, arguments);
     if (options.mode == HEAD_ONLY) {
-        prepare_request();
+        prepare_requests();
+        vary_head(0);
         return fwrite(head, 1, head_size, stdout) != (size_t)head_size;
     }
     struct rlimit files;
     getrlimit(RLIMIT_NOFILE, &files);
     files.rlim_cur = files.rlim_max;
     setrlimit(RLIMIT_NOFILE, &files);
-    prepare_request();
+    prepare_requests();
     run(calloc(options.connections, sizeof(struct connection)));
     print_result();
     return errors > 0;

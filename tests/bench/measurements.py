@@ -93,8 +93,6 @@ RUNS = (
         Figure("requests_16", "requests/s, c=16", per("answers", "seconds"), at_least(0.40)),
         Figure("requests_16_cpu", "CPU µs a request, c=16", per("cpu", "answers", 1e6)),
         Figure("requests_16_p99", "request p99 µs, c=16", of("latency_p99")))),
-    Run("requests_16_varied", "requests", {"connections": 16, "vary": 1}, saturates=True, figures=(
-        Figure("requests_16_varied", "requests/s, c=16, no two heads alike", per("answers", "seconds")),)),
     Run("requests_64", "requests", {"connections": 64}, saturates=True, figures=(
         Figure("requests_64", "requests/s, c=64", per("answers", "seconds")),)),
     Run("first_1", "streams", {"connections": 1, "events": 1}, quick=True, figures=(

@@ -11,6 +11,8 @@
  *     POST /v1/files                      takes a body of any size and says how many bytes it had
  *     GET  /v1/files/bench-SIZE/content   that many bytes
  *
+ * No two answers have the same head: those of api.x.ai differ in the fields that are random here, too.
+ *
  * Each event leaves in a write of its own, at its own time, stamped with CLOCK_MONOTONIC in nanoseconds.
  * Streams start at a random phase: events that came in bunches would cost a proxy half as much as those that
  * real streams bring. (That is why this is not nginx with Lua: its timers tick in milliseconds.)
@@ -18,11 +20,11 @@
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
+#include <inttypes.h>
 #include <netinet/tcp.h>
 #include <openssl/err.h>
 #include <openssl/ssl.h>
 #include <signal.h>
-#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -180,16 +182,26 @@ static void prepare_answers(void) {
             "\"usage\":{\"prompt_tokens\":10,\"completion_tokens\":300,\"total_tokens\":310}}", block);
 }
 
+static uint64_t random_bits(void) { /* xorshift64 */
+    static uint64_t state;
+    if (!state) state = now();
+    state ^= state << 13;
+    state ^= state >> 7;
+    return state ^= state << 17;
+}
+
 /* The fields are those of an answer of api.x.ai. Returns the head's size; length -1: chunked. */
 static int answer_head(char *to, int status, const char *type, long length) {
-    static unsigned counter;
+    static unsigned count;
     static char date[64];
     static time_t dated;
     char framing[64] = "Transfer-Encoding: chunked";
     time_t seconds = time(NULL);
+    uint64_t id = random_bits(), trace = random_bits(), metrics = random_bits(), ray = random_bits();
     if (dated != seconds) strftime(date, sizeof date, "%a, %d %b %Y %H:%M:%S GMT", gmtime(&seconds));
     dated = seconds;
     if (length >= 0) sprintf(framing, "Content-Length: %ld", length);
+    count++;
     return sprintf(to, "HTTP/1.1 %d %s\r\n"
                    "Date: %s\r\n"
                    "Content-Type: %s\r\n"
@@ -197,20 +209,30 @@ static int answer_head(char *to, int status, const char *type, long length) {
                    "Strict-Transport-Security: max-age=31536000\r\n"
                    "Server-Timing: cfCacheStatus;desc=\"DYNAMIC\"\r\n"
                    "x-ratelimit-limit-tokens: 50000000\r\n"
-                   "x-ratelimit-remaining-tokens: 49998000\r\n"
+                   "x-ratelimit-remaining-tokens: %u\r\n"
                    "x-ratelimit-limit-requests: 7200\r\n"
-                   "x-ratelimit-remaining-requests: 7199\r\n"
-                   "x-request-id: 9f3c1d2e-5b7a-4c1e-9d2f-%012u\r\n"
+                   "x-ratelimit-remaining-requests: %u\r\n"
+                   "x-request-id: %08x-%04x-4c1e-9d2f-%012" PRIx64 "\r\n"
                    "x-zero-data-retention: false\r\n"
-                   "x-metrics-ttft-ms: 264.4\r\n"
+                   "x-data-retention: general\r\n"
+                   "x-metrics-ttft-ms: %u.%u\r\n"
+                   "x-metrics-mean-itl-ms: %u.%u\r\n"
+                   "x-metrics-e2e-ms: %u.%u\r\n"
+                   "traceparent: 00-%016" PRIx64 "%016" PRIx64 "-%016" PRIx64 "-01\r\n"
                    "vary: origin, access-control-request-method, access-control-request-headers\r\n"
                    "access-control-allow-origin: *\r\n"
                    "access-control-expose-headers: *\r\n"
                    "cf-cache-status: DYNAMIC\r\n"
-                   "Set-Cookie: __cf_bm=bench; path=/; HttpOnly; Secure\r\n"
+                   "Set-Cookie: __cf_bm=%016" PRIx64 "%016" PRIx64 "; path=/; HttpOnly; Secure\r\n"
                    "Server: cloudflare\r\n"
-                   "CF-RAY: 9a3c1d2e5b7a4c1e-FRA\r\n\r\n",
-                   status, status == 200 ? "OK" : "Not Found", date, type, framing, ++counter);
+                   "CF-RAY: %016" PRIx64 "-FRA\r\n\r\n",
+                   status, status == 200 ? "OK" : "Not Found", date, type, framing,
+                   49999999 - count * 1999 % 40000000, 7199 - count % 7200,
+                   (unsigned)id, (unsigned)(id >> 48), (id ^ trace) >> 16,
+                   200 + (unsigned)(metrics & 255), (unsigned)(metrics >> 8 & 7),
+                   5 + (unsigned)(metrics >> 11 & 15), (unsigned)(metrics >> 15 & 7),
+                   900 + (unsigned)(metrics >> 18 & 4095), (unsigned)(metrics >> 30 & 7),
+                   trace, id ^ ray, ray ^ metrics, ~trace, metrics, ray);
 }
 
 static int answer(struct connection *connection, int status, const char *body) {
