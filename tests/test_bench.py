@@ -7,14 +7,16 @@ import os
 import pathlib
 import shutil
 import socket
+import ssl
 import subprocess
 import time
 from typing import Any, Iterator
 
 import pytest
-from bench import machine, report, targets
+from bench import machine, measurements, report, targets
 from bench.measurements import Figure, Goal
 from proxy_process import ProxyProcess
+from scripted_server import ScriptedServer, read_request
 from scripted_upstream import ScriptedUpstream
 from wire import Message, Wire
 
@@ -61,6 +63,7 @@ def chunk(data: bytes) -> bytes:
 
 
 DONE, END = chunk(b"data: [DONE]\n\n"), b"0\r\n\r\n"
+ON_A_POOLED_CONNECTION = b"HTTP/1.1 200 OK\r\nX-Bench-Connection: reused\r\nContent-Length: 0\r\n\r\n"
 WRONG = {
     "status": ("requests", b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\n\r\n", "status 500"),
     "cut": ("requests", b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nok", "connection broke"),
@@ -71,6 +74,8 @@ WRONG = {
     "stream cut": ("streams", STREAM + 2 * chunk(EVENT % 1) + DONE, "connection broke"),
     "download too short": ("download", b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok", "2 bytes instead"),
     "upload not taken whole": ("upload", b'HTTP/1.1 200 OK\r\nContent-Length: 11\r\n\r\n{"bytes":6}', '6}'),
+    "pooled connection": ("reconnects", ON_A_POOLED_CONNECTION, "is reused, not new"),
+    "any connection": ("reconnects", b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", "is unknown, not new"),
 }
 
 
@@ -104,13 +109,13 @@ def small_answer(mode: str, request: Message) -> bytes:
     if mode == "streams":
         return STREAM + chunk(EVENT % 1) + DONE + END
     body = b'{"bytes":%d}' % len(request.body) if mode == "upload" else b"7 bytes"
-    return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+    return b"HTTP/1.1 200 OK\r\nX-Bench-Connection: new\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
 
 
 @needs_gcc
 @pytest.mark.parametrize("mode, arguments, method, sized", [
-    ("requests", {}, "GET", False), ("completions", {}, "POST", True), ("streams", {}, "POST", True),
-    ("upload", {"size": 7}, "POST", True),
+    ("requests", {}, "GET", False), ("reconnects", {}, "GET", False), ("completions", {}, "POST", True),
+    ("streams", {}, "POST", True), ("upload", {"size": 7}, "POST", True),
     ("upload", {"size": 7, "chunked": 1}, "POST", False), ("download", {"size": 7}, "GET", False)])
 def test_no_two_requests_have_the_same_head(load: pathlib.Path, upstream: ScriptedUpstream, mode: str,
                                             arguments: "dict[str, Any]", method: str, sized: bool) -> None:
@@ -130,6 +135,7 @@ def test_no_two_requests_have_the_same_head(load: pathlib.Path, upstream: Script
 
 SMALL = {
     "requests": {"connections": 4, "seconds": 0.3},
+    "reconnects": {"connections": 4, "seconds": 0.3},
     "completions": {"connections": 4, "seconds": 0.3},
     "streams": {"connections": 20, "events": 20, "interval": 10_000, "seconds": 0.3},
     "upload": {"size": 3_000_000, "chunked": 1, "repeat": 2},
@@ -160,8 +166,9 @@ DIFFER = {"x-ratelimit-remaining-tokens", "x-ratelimit-remaining-requests", "x-r
           "Set-Cookie", "CF-RAY"}  # in answers of api.x.ai
 
 
-def connect(port: int) -> Wire:
-    return Wire(socket.create_connection(("127.0.0.1", port)))
+def connect(port: int, context: "ssl.SSLContext | None" = None, session: "ssl.SSLSession | None" = None) -> Wire:
+    sock = socket.create_connection(("127.0.0.1", port))
+    return Wire(context.wrap_socket(sock, server_hostname="localhost", session=session) if context else sock)
 
 
 def ask(connection: Wire, target: str = "/v1/models") -> Message:
@@ -177,6 +184,90 @@ def test_no_two_answers_have_the_same_head(api: targets.Upstream) -> None:
         answers = [ask(connection) for _ in range(1000)]
     for name in DIFFER:
         assert len({answer.value(name) for answer in answers}) == 1000, name
+
+
+@needs_gcc
+@needs_openssl
+@needs_two_cores
+def test_an_answer_says_whether_its_connection_is_new_and_its_session_resumed(api: targets.Upstream) -> None:
+    context = ssl.create_default_context(cafile=str(api.certificate))
+
+    def kind(connection: Wire) -> "str | None":
+        answer = ask(connection, "/v1/models?close")
+        assert answer.value("Connection") == "close"
+        return answer.value("X-Bench-Connection")
+
+    with connect(api.port) as connection:
+        assert kind(connection) == "new"
+        assert kind(connection) == "reused"
+    with connect(api.tls_port, context) as connection:
+        assert kind(connection) == "new by a full handshake"
+        assert kind(connection) == "reused"
+        session = connection.sock.session
+    with connect(api.tls_port, context, session) as connection:
+        assert kind(connection) == "new"
+    with connect(api.tls_port, context, session) as connection:
+        assert ask(connection).value("Connection") is None
+        assert kind(connection) == "reused"
+
+
+@needs_gcc
+@needs_openssl
+@needs_two_cores
+def test_the_upstream_refuses_tls_1_2(api: targets.Upstream) -> None:
+    context = ssl.create_default_context(cafile=str(api.certificate))
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    with socket.create_connection(("127.0.0.1", api.tls_port)) as sock, \
+            pytest.raises(ssl.SSLError, match="PROTOCOL_VERSION"):
+        context.wrap_socket(sock, server_hostname="localhost")
+
+
+# A run
+
+class Forwarder:
+    """A proxy that opens a TLS connection for each request; `resumes`: whether it resumes the session of the first."""
+
+    def __init__(self, api: targets.Upstream, resumes: bool):
+        self._port, self._resumes = api.tls_port, resumes
+        self._context = ssl.create_default_context(cafile=str(api.certificate))
+        self._session: "ssl.SSLSession | None" = None
+
+    def __call__(self, client: socket.socket) -> None:
+        while request := read_request(client):
+            with connect(self._port, self._context, self._session) as upstream:
+                upstream.send(request)
+                answer = upstream.message()
+                if self._resumes and not self._session:
+                    self._session = upstream.sock.session
+            client.sendall(answer.head.replace(b"Connection: close\r\n", b"") + answer.body)
+
+
+class Running(targets.Target):
+    """A target on `port` that this process runs itself."""
+
+    def __init__(self, api: targets.Upstream, folder: pathlib.Path, port: int):
+        super().__init__(api, True, folder / "target")
+        self.port = port
+
+    def pids(self) -> "list[int]":
+        return [os.getpid()]
+
+
+@needs_gcc
+@needs_openssl
+@needs_two_cores
+@pytest.mark.parametrize("resumes", [True, False])
+def test_a_run_whose_sessions_are_not_resumed_is_wrong(api: targets.Upstream, tmp_path: pathlib.Path,
+                                                       resumes: bool) -> None:
+    run = next(run for run in measurements.RUNS if run.mode == "reconnects")
+    assert run.quick
+    with ScriptedServer(Forwarder(api, resumes)) as forwarder:
+        target = Running(api, tmp_path, forwarder.port)
+        if resumes:
+            assert measurements.measure(run, target, 0.3)["answers"] > 0
+        else:
+            with pytest.raises(measurements.Wrong, match="that is new by a full handshake, not new with its session"):
+                measurements.measure(run, target, 0.3)
 
 
 # What the report makes of it

@@ -1,6 +1,7 @@
 /* The benchmark's client: HTTP/1.1 in the clear to 127.0.0.1, one thread, epoll.
  *
  *     load requests    PORT connections=16 seconds=2   short requests, one after the other on each connection
+ *     load reconnects  PORT connections=16 seconds=2   the same, each by a new connection to upstream
  *     load completions PORT connections=16 seconds=2   POST requests
  *     load streams     PORT connections=100 events=100 interval=20000 seconds=3
  *                                                      stamps=0: of the sandbox, whose events have no time stamps
@@ -15,6 +16,9 @@
  *
  * No two requests have the same head: each has a random X-Client-Request-Id, and a body with a Content-Length is up to
  * 127 bytes longer than its mode and `size` say, by a random number of bytes.
+ *
+ * In the window of `reconnects`, an answer is wrong unless the proxy opened a connection to upstream for it and, over
+ * TLS, resumed a session: the upstream says so in X-Bench-Connection.
  *
  * A line "begin" when the window begins; then one JSON object: times in microseconds, `seconds` and CPU in
  * seconds. Every answer is checked to its end; exit status 1 when one was wrong or missing.
@@ -37,8 +41,9 @@
 
 enum { IN_SIZE = 128 << 10, TEXT_SIZE = 16 << 10, PATTERN_SIZE = 1 << 20, CHUNK_SIZE = 16 << 10, LENGTHS = 128 };
 
-enum mode { REQUESTS, COMPLETIONS, STREAMS, UPLOAD, DOWNLOAD, HEAD_ONLY };
-static const char *const mode_names[] = {"requests", "completions", "streams", "upload", "download", "head"};
+enum mode { REQUESTS, RECONNECTS, COMPLETIONS, STREAMS, UPLOAD, DOWNLOAD, HEAD_ONLY };
+static const char *const mode_names[] = {"requests", "reconnects", "completions", "streams", "upload", "download",
+                                         "head"};
 
 static struct {
     enum mode mode;
@@ -101,7 +106,7 @@ static uint64_t random_bits(void) { /* xorshift64 */
 }
 
 static void prepare_requests(void) {
-    const char *path = "/v1/models";
+    const char *path = options.mode == RECONNECTS ? "/v1/models?close" : "/v1/models";
     char download[64];
     if (options.mode == STREAMS || options.mode == COMPLETIONS) {
         path = "/v1/chat/completions";
@@ -344,6 +349,12 @@ static int take_head(struct connection *connection, char *answer) {
         wrong("answer with status %d", status);
         return 0;
     }
+    value = field(answer, "\nx-bench-connection:");
+    if (options.mode == RECONNECTS && in_window && (!value || strncmp(value, "new\r", 4))) {
+        wrong("answer over an upstream connection that is %.*s, not new with its session resumed",
+              value ? (int)strcspn(value, "\r") : 7, value ? value : "unknown");
+        return 0;
+    }
     connection->closing = (value = field(answer, "\nconnection:")) && !strncasecmp(value, "close", 5);
     if (field(answer, "\ntransfer-encoding:")) {
         connection->expecting = CHUNK_HEAD;
@@ -526,7 +537,7 @@ static void print_result(void) {
 
 static void usage(const char *what) {
     fprintf(stderr, "load: %s is not understood; "
-            "load requests|completions|streams|upload|download|head PORT NAME=VALUE...\n", what);
+            "load requests|reconnects|completions|streams|upload|download|head PORT NAME=VALUE...\n", what);
     exit(64);
 }
 

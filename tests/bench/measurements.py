@@ -95,6 +95,11 @@ RUNS = (
         Figure("requests_16_p99", "request p99 µs, c=16", of("latency_p99")))),
     Run("requests_64", "requests", {"connections": 64}, saturates=True, figures=(
         Figure("requests_64", "requests/s, c=64", per("answers", "seconds")),)),
+    # c=1: with more connections, one in twenty of nginx 1.22's TLS 1.3 handshakes is a full one.
+    Run("reconnects_1", "reconnects", {"connections": 1, "warm": 0.5}, quick=True, targets=PROXIES, figures=(
+        Figure("reconnects_1_p50", "request p50 µs, c=1, new connection each", of("latency_p50")),
+        Figure("reconnects_1_p99", "request p99 µs, c=1, new connection each", of("latency_p99")),
+        Figure("reconnects_1_cpu", "CPU µs a request, c=1, new connection each", per("cpu", "answers", 1e6)))),
     Run("first_1", "streams", {"connections": 1, "events": 1}, quick=True, figures=(
         Figure("first_1_p50", "first event p50 µs, c=1", of("first_event_p50"), at_most(1.2)),
         Figure("first_1_p99", "first event p99 µs, c=1", of("first_event_p99")))),

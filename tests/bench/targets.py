@@ -114,7 +114,7 @@ http {{
             proxy_set_header Connection ""; proxy_set_header Host localhost;
             proxy_set_header Authorization "Bearer {token}";
             proxy_ssl_verify on; proxy_ssl_trusted_certificate {certificate};
-            proxy_ssl_name localhost; proxy_ssl_server_name on;
+            proxy_ssl_name localhost; proxy_ssl_server_name on; proxy_ssl_protocols TLSv1.3;
         }}
     }}
 }}

@@ -11,6 +11,10 @@
  *     POST /v1/files                      takes a body of any size and says how many bytes it had
  *     GET  /v1/files/bench-SIZE/content   that many bytes
  *
+ * Any of these paths with "?close" after it: the same with `Connection: close`, and X-Bench-Connection says what
+ * connection it is: "new" if the request was its first and its TLS session, if any, was resumed; else "reused", or
+ * "new by a full handshake". The proxy closes the connection.
+ *
  * No two answers have the same head: those of api.x.ai differ in the fields that are random here, too.
  *
  * Each event leaves in a write of its own, at its own time, stamped with CLOCK_MONOTONIC in nanoseconds.
@@ -58,6 +62,8 @@ struct connection {
     enum expecting expecting;        /* NOTHING while an answer is being sent */
     char method[8], path[128], *in, *body;
     long in_size, body_size, received, left;
+    long requests;                   /* that came on it */
+    int closing;                     /* the answer is the last on this connection */
     char *out;                       /* what the socket did not take; then `download` more bytes */
     long out_size, download;
     long events, sent_events, event_size;
@@ -190,22 +196,29 @@ static uint64_t random_bits(void) { /* xorshift64 */
     return state ^= state << 17;
 }
 
+static const char *kind(struct connection *connection) {
+    if (connection->requests > 1) return "reused";
+    return connection->ssl && !SSL_session_reused(connection->ssl) ? "new by a full handshake" : "new";
+}
+
 /* The fields are those of an answer of api.x.ai. Returns the head's size; length -1: chunked. */
-static int answer_head(char *to, int status, const char *type, long length) {
+static int answer_head(struct connection *connection, char *to, int status, const char *type, long length) {
     static unsigned count;
     static char date[64];
     static time_t dated;
-    char framing[64] = "Transfer-Encoding: chunked";
+    char framing[64] = "Transfer-Encoding: chunked", closing[80] = "";
     time_t seconds = time(NULL);
     uint64_t id = random_bits(), trace = random_bits(), metrics = random_bits(), ray = random_bits();
     if (dated != seconds) strftime(date, sizeof date, "%a, %d %b %Y %H:%M:%S GMT", gmtime(&seconds));
     dated = seconds;
     if (length >= 0) sprintf(framing, "Content-Length: %ld", length);
+    if (connection->closing) sprintf(closing, "Connection: close\r\nX-Bench-Connection: %s\r\n", kind(connection));
     count++;
     return sprintf(to, "HTTP/1.1 %d %s\r\n"
                    "Date: %s\r\n"
                    "Content-Type: %s\r\n"
                    "%s\r\n"
+                   "%s"
                    "Strict-Transport-Security: max-age=31536000\r\n"
                    "Server-Timing: cfCacheStatus;desc=\"DYNAMIC\"\r\n"
                    "x-ratelimit-limit-tokens: 50000000\r\n"
@@ -226,7 +239,7 @@ static int answer_head(char *to, int status, const char *type, long length) {
                    "Set-Cookie: __cf_bm=%016" PRIx64 "%016" PRIx64 "; path=/; HttpOnly; Secure\r\n"
                    "Server: cloudflare\r\n"
                    "CF-RAY: %016" PRIx64 "-FRA\r\n\r\n",
-                   status, status == 200 ? "OK" : "Not Found", date, type, framing,
+                   status, status == 200 ? "OK" : "Not Found", date, type, framing, closing,
                    49999999 - count * 1999 % 40000000, 7199 - count % 7200,
                    (unsigned)id, (unsigned)(id >> 48), (id ^ trace) >> 16,
                    200 + (unsigned)(metrics & 255), (unsigned)(metrics >> 8 & 7),
@@ -237,7 +250,7 @@ static int answer_head(char *to, int status, const char *type, long length) {
 
 static int answer(struct connection *connection, int status, const char *body) {
     char whole[HEAD_SIZE + sizeof models];
-    int size = answer_head(whole, status, "application/json", strlen(body));
+    int size = answer_head(connection, whole, status, "application/json", strlen(body));
     return send_all(connection, whole, size + sprintf(whole + size, "%s", body));
 }
 
@@ -282,7 +295,7 @@ static int start_stream(struct connection *connection, const char *wish) {
     connection->interval = interval * 1000;
     connection->sent_events = 0;
     connection->begin = now() - (interval ? random() % connection->interval : 0);
-    int size = answer_head(head, 200, "text/event-stream; charset=utf-8", -1);
+    int size = answer_head(connection, head, 200, "text/event-stream; charset=utf-8", -1);
     if (send_all(connection, head, size) < 0) return -1;
     return continue_stream(connection);
 }
@@ -302,7 +315,7 @@ static int respond(struct connection *connection) {
     }
     if (sscanf(connection->path, "/v1/files/bench-%ld/content", &connection->download) == 1) {
         connection->out = realloc(connection->out, HEAD_SIZE);
-        connection->out_size = answer_head(connection->out, 200, "application/octet-stream",
+        connection->out_size = answer_head(connection, connection->out, 200, "application/octet-stream",
                                            connection->download);
         int sent = flush(connection);
         if (!sent) watch(connection, EPOLL_CTL_MOD, EPOLLIN | EPOLLRDHUP | EPOLLOUT);
@@ -317,6 +330,9 @@ static int take_head(struct connection *connection, char *head) {
     char *chunked = strcasestr(head, "\r\ntransfer-encoding: chunked");
     char *length = strcasestr(head, "\r\ncontent-length:");
     if (sscanf(head, "%7s %127s", connection->method, connection->path) != 2) return -1;
+    char *query = strstr(connection->path, "?close");
+    if ((connection->closing = query != NULL)) *query = 0;
+    connection->requests++;
     connection->received = connection->body_size = 0;
     connection->body[0] = 0;
     connection->left = length ? atol(length + strlen("\r\ncontent-length:")) : 0;
@@ -424,10 +440,13 @@ static int listen_on_any_port(int *port) {
 }
 
 static void accept_all(int listener, SSL_CTX *tls) {
+    struct linger reset = {.l_onoff = 1};
     int fd, one = 1;
     while ((fd = accept4(listener, NULL, NULL, SOCK_NONBLOCK)) >= 0) {
         struct connection *connection = calloc(1, sizeof *connection);
         setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+        /* A proxy's FIN is answered with RST: no connection stays in TIME_WAIT and slows down those of the next run. */
+        setsockopt(fd, SOL_SOCKET, SO_LINGER, &reset, sizeof reset);
         connection->fd = fd;
         connection->place = -1;
         connection->in = malloc(IN_SIZE);
@@ -448,6 +467,8 @@ static SSL_CTX *tls_context(const char *certificate, const char *key) {
     SSL_CTX_set_mode(context, SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER |
                               SSL_MODE_RELEASE_BUFFERS);
     SSL_CTX_set_options(context, SSL_OP_IGNORE_UNEXPECTED_EOF);
+    /* A resumed handshake of TLS 1.2 has no key exchange and costs half: a proxy must not gain by an old version. */
+    SSL_CTX_set_min_proto_version(context, TLS1_3_VERSION);
     return context;
 }
 
