@@ -207,8 +207,9 @@ class Exchange:
             while not body.at_end:
                 connection.send_all(self._framed(self._next_part()), limit)
                 self.sent_at = time.monotonic()
-            self._whole = True
-            self._on_sent()
+            if self._upload is gevent.getcurrent():  # else it has been stopped, and what follows may be another request
+                self._whole = True
+                self._on_sent()
         except OSError as error:
             # Upstream may have answered before it had read everything: the receiver sees that, or the error.
             if isinstance(error, TimeoutError) and not error.errno:
