@@ -621,6 +621,15 @@ def test_a_peer_that_sends_without_a_pause_leaves_others_their_turn():
     assert max(later - earlier for earlier, later in zip(turns, turns[1:])) <= BURST
 
 
+def test_a_head_that_takes_too_long_can_be_waited_for_again(pair):
+    connection, peer = pair
+    peer.send(HEAD[:10])
+    with pytest.raises(TimeoutError):
+        connection.recv_head(1000, 0.05)
+    peer.send(HEAD[10:])
+    assert connection.recv_head(1000, 5) == HEAD
+
+
 def test_a_tunnel_sends_on_what_tls_holds_back(tls):
     """The records of the last bytes, which the kernel did not take at once, though nothing comes behind them."""
     ours, theirs = tls

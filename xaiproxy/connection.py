@@ -175,7 +175,11 @@ class Connection:
         searched = 0
         while not (end := message_head.end(data, searched, size_limit)):
             searched = len(data)
-            more = self.recv(limit - (time.monotonic() - start))
+            try:
+                more = self.recv(limit - (time.monotonic() - start))
+            except TimeoutError:
+                self.unread = data  # for a caller that tries again
+                raise
             if not more:
                 if data:
                     raise EOFError
