@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import os
+import resource
 import subprocess
 import time
 import zlib
@@ -20,6 +21,7 @@ from scripted_upstream import Request, ScriptedUpstream
 from wire import PATIENCE, Message, readable
 
 from xaiproxy import errors, tokens
+from xaiproxy.file_watch import RELOOK
 from xaiproxy.proxy import check_path
 from xaiproxy.sandbox.xai_errors import ERRORS
 
@@ -749,6 +751,71 @@ def test_unusable_login(client: Client, proxy: ProxyProcess, upstream: ScriptedU
     proxy.token_path.write_text(text)
     assert_refusal(client.ask(), 401, "login_required", str(proxy.token_path), word)
     assert upstream.quiet()
+
+
+@contextlib.contextmanager
+def no_descriptor(proxy: ProxyProcess) -> Iterator[None]:
+    """The proxy can open nothing; what it has open works."""
+    limits = resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE, limits)
+
+
+def token_of_next(client: Client, upstream: ScriptedUpstream) -> str:
+    client.request()
+    token = upstream.receive().answer().token
+    assert client.message().body == b"ok"
+    return token
+
+
+def test_token_file_that_cannot_be_read_when_it_is_replaced(proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
+    """The former token serves, and the new one as soon as it can be read."""
+    with proxy.client() as client, proxy.client() as probe:
+        assert token_of_next(client, upstream) == "old"  # its connection to upstream is pooled
+        assert probe.ask("GET", "/readyz").status == 200
+        with no_descriptor(proxy):
+            proxy.sign_in("new")
+            assert token_of_next(client, upstream) == token_of_next(client, upstream) == "old"
+            assert probe.ask("GET", "/readyz").status == 200
+        deadline = time.monotonic() + RELOOK + 1
+        while token_of_next(client, upstream) == "old":
+            assert time.monotonic() < deadline
+        assert probe.ask("GET", "/readyz").status == 200
+
+
+def test_refused_token_while_the_file_cannot_be_read(client: Client, proxy: ProxyProcess,
+                                                     upstream: ScriptedUpstream) -> None:
+    assert token_of_next(client, upstream) == "old"
+    with no_descriptor(proxy):
+        proxy.sign_in("new")
+        client.request()
+        upstream.receive().answer(REFUSED)
+        unread = client.message()
+    assert_refusal(unread, 503, "token_unavailable", "Too many open files")
+    assert (unread.value("Retry-After"), unread.value("x-should-retry")) == ("1", "true")
+    client.request()
+    request = upstream.receive()
+    if request.token == "old":  # within RELOOK: refused once more, it is replaced
+        request.answer(REFUSED)
+        request = upstream.receive()
+    assert request.answer().token == "new" and client.message().body == b"ok"
+
+
+def test_first_login_that_cannot_be_read(tmp_path: Path, upstream: ScriptedUpstream) -> None:
+    with ProxyProcess(tmp_path, upstream=upstream.origin) as proxy, proxy.client() as client:
+        assert_refusal(client.ask(), 401, "login_required")
+        assert client.ask("GET", "/readyz").status == 503
+        with no_descriptor(proxy):
+            proxy.sign_in("first")
+            unread = client.ask()
+            assert_refusal(unread, 503, "token_unavailable", "Too many open files")
+            assert (unread.value("Retry-After"), unread.value("x-should-retry")) == ("1", "true")
+            unready = client.ask("GET", "/readyz")
+            assert unready.status == 503 and b"cannot be read at the moment" in unready.body
+        assert token_of_next(client, upstream) == "first"
 
 
 def test_expired_token_is_replaced_in_time(client: Client, proxy: ProxyProcess,

@@ -1,11 +1,14 @@
 """tokens.json as readers see it: states of a login that cannot be used, no torn read, and the files beside it."""
 
+import contextlib
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
@@ -267,3 +270,90 @@ def test_the_refresher_is_alive_while_the_locks_time_is_recent(store):
         assert store.refresher_alive(now) is alive
     os.utime(store.lock_path)
     assert store.refresher_alive(time.time())
+
+
+# a read that fails
+
+@contextlib.contextmanager
+def no_descriptor():
+    """The process can open nothing."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@contextlib.contextmanager
+def disk_error(store):
+    """Every read of the file fails with EIO: nothing is mapped at the beginning of a process's memory."""
+    kept = store.path.rename(store.path.with_name("kept"))
+    store.path.symlink_to("/proc/self/mem")
+    try:
+        yield
+    finally:
+        kept.rename(store.path)
+
+
+def test_a_failed_read_is_not_remembered(store):
+    put(store)
+    assert store.current().access_token == "access"
+    put(store, access_token="second")
+    with no_descriptor():
+        for _ in range(2):
+            with pytest.raises(errors.LoginUnread, match="Too many open files"):
+                store.current()
+    assert store.current().access_token == "second"
+
+
+def test_the_last_login_is_known_while_the_file_cannot_be_read(store):
+    put(store)
+    for number, failing in enumerate([no_descriptor(), disk_error(store)]):
+        before = store.last_known()
+        put(store, access_token=f"access-{number}")
+        with failing:
+            with pytest.raises(errors.LoginUnread):
+                store.load()
+            assert store.last_known() is store.last_known() is before
+        assert store.last_known() == store.current() and store.current().access_token == f"access-{number}"
+
+
+@pytest.mark.parametrize("arrange, state", [
+    (lambda store: store.path.unlink(), "missing"), (lambda store: store.path.write_text("{"), "corrupt")])
+def test_a_login_that_was_removed_is_not_known_any_more(store, arrange, state):
+    put(store)
+    store.last_known()
+    arrange(store)
+    with pytest.raises(errors.LoginUnusable) as caught:
+        store.last_known()
+    assert caught.value.state == state
+    put(store, access_token="other")
+    with no_descriptor(), pytest.raises(errors.LoginUnread):
+        store.last_known()
+    assert store.last_known().access_token == "other"
+
+
+def test_without_a_login_before_a_failed_read_is_told_and_not_remembered(store):
+    put(store)
+    with no_descriptor(), pytest.raises(errors.LoginUnread) as caught:
+        store.last_known()
+    assert caught.value.state == "unreadable"
+    assert store.last_known().access_token == "access"
+
+
+@needs_root
+def test_a_permission_that_comes_back_without_a_trace_in_the_file_is_seen(store):
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o711)
+        store = make_store(Path(folder))
+        put(store, refresh_token=None)
+        os.chown(store.path, 12345, 12345)
+        store.path.chmod(0o640)
+        os.seteuid(65534)
+        try:
+            assert state(store) == "unreadable"
+            os.seteuid(0), os.setegid(12345), os.seteuid(65534)
+            assert store.current().access_token == "access"
+        finally:
+            os.seteuid(0), os.setegid(0)

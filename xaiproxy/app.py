@@ -74,7 +74,9 @@ def readiness_of(store: token_store.TokenStore, now: float) -> "tuple[bool, str]
     The reason is for everybody to read: states and codes, but no path and nothing that others wrote.
     """
     try:
-        login = store.current()
+        login = store.last_known()
+    except errors.LoginUnread:
+        return False, "the token file cannot be read at the moment; see the log"
     except errors.LoginUnusable as error:
         return False, f"no login that can be used ({error.state}); {errors.SIGN_IN}, or see the log"
     error = login.refresh_error

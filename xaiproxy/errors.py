@@ -68,6 +68,16 @@ class LoginUnusable(Error):
         self.state = state
 
 
+class LoginUnread(LoginUnusable):
+    """The token file could not be read for a reason that says nothing about it (no descriptor free, a disk's error).
+
+    The next read may succeed.
+    """
+
+    def __init__(self, message: str):
+        super().__init__("unreadable", message)
+
+
 class IssuerUnavailable(Error):
     """The issuer gave no usable answer; the same request may be made again later.
 

@@ -156,10 +156,7 @@ class Proxy:
         return login
 
     def _current(self) -> tokens.Tokens:
-        try:
-            return self._store.current()
-        except errors.LoginUnusable as error:
-            raise errors.LoginRequired(str(error)) from error
+        return _login_by(self._store.last_known)
 
     def _check_hope(self, login: tokens.Tokens, now: float) -> None:
         """Raise unless a new token may come within seconds."""
@@ -182,12 +179,12 @@ class Proxy:
         `patience`: seconds; with none the refresher is asked all the same, for those who come later. Raises
         LoginRequired when the login has ended.
         """
-        login = self._reload()
+        login = _login_by(self._store.load)
         if login.access_token != refused.access_token:
             return login
         if login.age(time.time()) < YOUNG:
             gevent.sleep(min(YOUNG_PAUSE, patience))
-            return self._reload()
+            return _login_by(self._store.load)
         if login.refresh_token is None:
             return None
         asked_at = time.time()
@@ -204,12 +201,6 @@ class Proxy:
             if login.access_token != refused.access_token:
                 return login
         return None
-
-    def _reload(self) -> tokens.Tokens:
-        try:
-            return self._store.load()
-        except errors.LoginUnusable as error:
-            raise errors.LoginRequired(str(error)) from error
 
     def _may_come(self, login: tokens.Tokens, asked_at: float) -> bool:
         """Whether to wait for another token: not when the refresher has failed since we asked, waits itself, or is gone."""
@@ -259,6 +250,16 @@ class Stream:
         self._watch.stop()  # first, or it could break into the others
         self._exchange.close()
         self._request_body.close()
+
+
+def _login_by(read: "Callable[[], tokens.Tokens]") -> tokens.Tokens:
+    """Raises TokenUnavailable if the next read may succeed, else LoginRequired."""
+    try:
+        return read()
+    except errors.LoginUnread as error:
+        raise errors.TokenUnavailable(str(error), 1) from error
+    except errors.LoginUnusable as error:
+        raise errors.LoginRequired(str(error)) from error
 
 
 def check_method(method: str) -> None:

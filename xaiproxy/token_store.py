@@ -9,6 +9,7 @@ fcntl, locks or syncs, so all of it is safe to call between two greenlets.
     tokens.json.refused  fingerprint of an access token that upstream refused: the proxy's request for a new one
 """
 
+import errno
 import os
 import secrets
 import stat
@@ -18,6 +19,8 @@ from pathlib import Path
 from xaiproxy import config, errors, tokens
 
 SIZE_LIMIT = 1 << 20  # bytes; a real file has about 2,000
+# Errors of a read that come from the machine, not from the file or its permissions.
+PASSING = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN))
 ALIVE = 60  # seconds without a sign of life after which the refresher counts as gone
 
 
@@ -46,7 +49,10 @@ class TokenStore:
         return login
 
     def current(self) -> tokens.Tokens:
-        """The same for every request: a stat, and a read only when the file is another than last time."""
+        """What the file says now: a stat, and a read only if the file changed since the last one. Raises LoginUnusable.
+
+        The content is remembered, usable or not. A failed read is not: the next call reads again.
+        """
         try:
             status = os.stat(self.path)
             seen = (status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size)
@@ -55,23 +61,38 @@ class TokenStore:
         if seen is None or seen != self._seen:
             try:
                 self._latest = self.load()
+            except errors.LoginUnread:
+                raise
             except errors.LoginUnusable as error:
                 self._latest = error
+                if error.state == "unreadable":
+                    seen = None  # what permits a read can change without a trace in the file's own status
             self._seen = seen
         if isinstance(self._latest, errors.LoginUnusable):
             raise self._latest.with_traceback(None)
         return self._latest
 
+    def last_known(self) -> tokens.Tokens:
+        """As `current`, but while LoginUnread prevents a read, the login that the last read found.
+
+        Its access token is most probably still good, and upstream is asked in any case.
+        """
+        try:
+            return self.current()
+        except errors.LoginUnread:
+            if isinstance(self._latest, tokens.Tokens):
+                return self._latest
+            raise
+
     def read(self) -> "tuple[bytes, os.stat_result]":
-        """The file's bytes and status. Raises LoginUnusable (missing, unreadable)."""
+        """The file's bytes and status. Raises LoginUnusable (missing, unreadable), LoginUnread."""
         try:
             # O_NONBLOCK: opening somebody's FIFO must not wait for a writer.
             fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except FileNotFoundError:
             raise errors.LoginUnusable("missing", f"not signed in: {self.path} does not exist; {errors.SIGN_IN}") from None
         except OSError as error:
-            raise errors.LoginUnusable("unreadable", f"{self.path} cannot be read ({error.strerror}); make it readable "
-                                       f"for user {os.geteuid()}") from error
+            raise self._unreadable(error) from error
         try:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
@@ -79,10 +100,16 @@ class TokenStore:
             with open(fd, "rb", closefd=False) as file:
                 return file.read(SIZE_LIMIT + 1), status
         except OSError as error:  # a network file system's ESTALE, a broken disk
-            raise errors.LoginUnusable("unreadable", f"{self.path} cannot be read ({error.strerror}); look after its "
-                                       "file system") from error
+            raise self._unreadable(error) from error
         finally:
             os.close(fd)
+
+    def _unreadable(self, error: OSError) -> errors.LoginUnusable:
+        if error.errno in PASSING:
+            return errors.LoginUnread(f"{self.path} cannot be read at the moment ({error.strerror}); if that lasts, check its "
+                                      "file system and the limit of open files")
+        return errors.LoginUnusable("unreadable", f"{self.path} cannot be read ({error.strerror}); make it readable for user "
+                                    f"{os.geteuid()}")
 
     def _check_fits(self, login: tokens.Tokens) -> None:
         settings = self.settings
