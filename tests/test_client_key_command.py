@@ -198,7 +198,42 @@ def test_a_folder_that_cannot_be_written_is_75(folder):
 
 def test_a_directory_in_the_files_place_is_78(folder):
     folder.path.mkdir(parents=True)
-    assert "Is a directory" in folder.refusal("add", "a", code=78)
+    assert "it is not a file" in folder.refusal("add", "a", code=78)
+
+
+def test_a_fifo_in_the_files_place_is_78_and_not_waited_for(folder):
+    folder.path.parent.mkdir()
+    os.mkfifo(folder.path)
+    for code, out, sentence in folder.run_all(["add", "b"], ["remove", "a"], ["list"]):
+        assert (code, out) == (78, "") and "it is not a file" in sentence
+
+
+@pytest.mark.parametrize("target", ["kept-elsewhere", "nowhere"])
+def test_a_link_is_left_alone(folder, target):
+    """Neither is what it leads to written, nor the link replaced, whose target the proxy would then not see."""
+    folder.path.parent.mkdir()
+    kept = folder.path.with_name("kept-elsewhere")
+    kept.write_text(f"a {DIGEST}\n")
+    folder.path.symlink_to(target)
+    for code, out, sentence in folder.run_all(["add", "b"], ["remove", "a"]):
+        assert (code, out, sentence.count("\n")) == (78, "", 1)
+        assert f"{folder.path} is a symbolic link to '{target}' and is left alone" in sentence
+    assert kept.read_text() == f"a {DIGEST}\n" and os.readlink(folder.path) == target
+    assert {path.name for path in folder.path.parent.iterdir()} == {"client-keys", "client-keys.lock", "kept-elsewhere"}
+    code, out, sentence = folder.run("list")
+    assert (code, out) == ((0, "a\n") if target == "kept-elsewhere" else (78, ""))
+    assert target == "kept-elsewhere" or "it is a link to nothing" in sentence
+
+
+def test_a_link_in_the_locks_place_is_not_followed(folder):
+    folder.path.parent.mkdir()
+    lock = folder.path.with_name("client-keys.lock")
+    (folder.home / "precious").write_text("precious")
+    for target in ("precious", "nowhere"):
+        lock.symlink_to(folder.home / target)
+        assert f"{lock} cannot be written" in folder.refusal("add", "a", code=75)
+        lock.unlink()
+    assert (folder.home / "precious").read_text() == "precious" and not (folder.home / "nowhere").exists()
 
 
 FULL = """

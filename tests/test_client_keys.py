@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import resource
 import tempfile
 from pathlib import Path
 
@@ -162,6 +163,19 @@ def make_loop(path: Path) -> None:
     path.symlink_to(path.name)  # which stat itself does not get through
 
 
+def make_dangling(path: Path) -> None:
+    path.symlink_to("nowhere")
+
+
+def make_dangling_folder(path: Path) -> None:
+    path.symlink_to("nowhere/client-keys")
+
+
+def make_link_through_a_file(path: Path) -> None:
+    path.with_name("plain").touch()
+    path.symlink_to("plain/client-keys")
+
+
 def make_file(text: "str | bytes"):
     def make(path: Path) -> None:
         path.write_bytes(text.encode() if isinstance(text, str) else text)
@@ -179,6 +193,10 @@ BROKEN = {
     "a directory": (make_directory, "it is not a file"),
     "a FIFO": (make_fifo, "it is not a file"),
     "a loop of links": (make_loop, "Too many levels of symbolic links"),
+    "a link to nothing": (make_dangling, "it is a link to nothing"),
+    "a link into no folder": (make_dangling_folder, "it is a link to nothing"),
+    "a link through a file": (make_link_through_a_file, "Not a directory"),
+    "too long": (make_file(f"a {DIGEST}\n" + "#" * (1 << 20)), "longer than 1048576 bytes"),
 }
 
 
@@ -204,6 +222,62 @@ def test_a_file_that_broke_admits_nobody_until_it_is_put_right(path, complaints,
     put(path, f"a {DIGEST}")
     assert admits(keys) == ["a", None]
     assert len(complaints()) == 1
+    path.unlink()
+    make(path)
+    assert admits(keys) == [None, None]
+    assert len(complaints()) == 2  # it broke anew
+
+
+def test_a_link_to_nothing_that_appears_later_admits_nobody_until_its_target_is_there(path):
+    keys = ClientKeys(path)
+    assert not keys.required
+    path.symlink_to("elsewhere")
+    assert admits(keys) == [None, None] and keys.required and keys.unread
+    put(path.with_name("elsewhere"), f"a {DIGEST}")
+    assert admits(keys) == ["a", None] and not keys.unread
+
+
+@pytest.mark.parametrize("link, way", [("folder", "folder/client-keys"), ("way", "way/folder/client-keys")])
+def test_a_folder_on_the_way_that_is_a_link_to_nothing_admits_nobody(tmp_path, complaints, link, way):
+    (tmp_path / link).symlink_to("not-mounted")
+    keys = ClientKeys(tmp_path / way)
+    assert admits(keys) == [None, None] and keys.required
+    assert "it is a link to nothing" in complaints()[0]
+
+
+def test_without_a_folder_no_key_is_required(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    for way in ("none/client-keys", "none/none/client-keys", "link/client-keys", "link/none/client-keys"):
+        assert not ClientKeys(tmp_path / way).required
+
+
+def test_a_failed_read_admits_nobody_and_is_not_remembered(path, complaints):
+    put(path, f"a {DIGEST}")
+    keys = ClientKeys(path)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))  # so that nothing can be opened
+    try:
+        assert admits(keys) == ["a", None] and not keys.unread  # it has not changed
+        path.rename(path.with_name("other"))
+        path.with_name("other").rename(path)  # another time of change
+        assert admits(keys) == admits(keys) == [None, None] and keys.unread
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert admits(keys) == ["a", None] and not keys.unread
+    assert len(complaints()) == 1 and "Too many open files" in complaints()[0]
+
+
+def test_the_version_is_another_with_each_change_and_no_other_time(path):
+    put(path, f"a {DIGEST}")
+    keys = ClientKeys(path)
+    for change in (lambda: put(path, f"a {OTHER}"), path.unlink, lambda: put(path, f"a {OTHER}")):
+        before = keys.version
+        change()
+        keys.refresh()
+        now = keys.version
+        keys.refresh()
+        assert before != now == keys.version
 
 
 def test_a_file_that_is_gone_admits_nobody_and_is_logged_once(path, complaints):

@@ -6,6 +6,7 @@ import http.server
 import json
 import os
 import queue
+import resource
 import shutil
 import signal
 import subprocess
@@ -295,6 +296,11 @@ def test_nobody_comes_in_without_a_key(tmp_path: Path, upstream: RecordingUpstre
         assert_nobody_is_admitted(proxy, upstream, [[], *SOMEBODY])
         keys.rmdir()
         assert_nobody_is_admitted(proxy, upstream, [[], *SOMEBODY])
+        keys.symlink_to("kept")
+        assert_nobody_is_admitted(proxy, upstream, [[], *SOMEBODY])
+        (tmp_path / "kept").write_text(line)  # the folder is the one that is watched: the next request sees it
+        assert proxy.ask("GET", "/v1/models", *SOMEBODY[0]).status == 200 and upstream.taken()
+        keys.unlink()
         made = run_key_command(proxy, "add", "tablet")
         assert proxy.ask("GET", "/v1/models", f"X-Api-Key: {made}").status == 200
         upstream.taken()
@@ -302,7 +308,8 @@ def test_nobody_comes_in_without_a_key(tmp_path: Path, upstream: RecordingUpstre
         assert_nobody_is_admitted(proxy, upstream, [[], [f"X-Api-Key: {made}"], *SOMEBODY])
 
 
-@pytest.mark.parametrize("broken", ["empty", "half-written", "a folder", "gone, and named"])
+@pytest.mark.parametrize("broken", ["empty", "half-written", "a folder", "gone, and named", "a link to nothing",
+                                    "a link to nothing, and named", "in a folder that is a link to nothing"])
 def test_nobody_comes_in_after_a_restart_with_a_broken_key_file(tmp_path: Path, upstream: RecordingUpstream,
                                                                 broken: str) -> None:
     keys, settings = tmp_path / "client-keys", {}
@@ -310,8 +317,39 @@ def test_nobody_comes_in_after_a_restart_with_a_broken_key_file(tmp_path: Path, 
         keys.mkdir()
     elif broken == "gone, and named":
         settings["client_keys_file"] = tmp_path / "none"
+    elif broken == "in a folder that is a link to nothing":
+        settings["token_path"] = tmp_path / "not-mounted" / "tokens.json"
+        (tmp_path / "not-mounted").symlink_to("nowhere")
+    elif "a link to nothing" in broken:
+        keys.symlink_to("nowhere")
+        if "named" in broken:
+            settings["client_keys_file"] = keys
     else:
         keys.write_text(f"laptop {client_keys.digest(KEY)}"[:40 if broken == "half-written" else 0])
     with ProxyProcess(tmp_path, upstream=upstream.origin, **settings) as proxy:
         proxy.sign_in()
         assert_nobody_is_admitted(proxy, upstream, [[], *SOMEBODY])
+
+
+def test_link_to_nothing_that_appears_later_closes_an_open_proxy(tmp_path: Path, upstream: RecordingUpstream) -> None:
+    with ProxyProcess(tmp_path, upstream=upstream.origin) as proxy:
+        proxy.sign_in()
+        assert proxy.ask("GET", "/v1/models").status == 200 and upstream.taken()
+        (tmp_path / "client-keys").symlink_to("/nowhere/client-keys")
+        assert_nobody_is_admitted(proxy, upstream, [[], *SOMEBODY])
+
+
+def test_changed_key_file_that_cannot_be_read_admits_nobody_until_it_can(tmp_path: Path,
+                                                                         upstream: RecordingUpstream) -> None:
+    keys = tmp_path / "client-keys"
+    keys.write_text(f"laptop {client_keys.digest(KEY)}\n")
+    with ProxyProcess(tmp_path, upstream=upstream.origin) as proxy, proxy.client() as client:
+        proxy.sign_in()
+        assert client.ask("GET", "/v1/models", *SOMEBODY[0]).status == 200
+        limits = resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE, (3, limits[1]))
+        keys.touch()
+        assert client.ask("GET", "/v1/models", *SOMEBODY[0]).status == 401
+        resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE, limits)
+        assert client.ask("GET", "/v1/models", *SOMEBODY[0]).status == 200
+        upstream.taken()

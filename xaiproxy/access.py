@@ -34,7 +34,7 @@ class Access:
         `key_needed`: whether a key is asked for when there are any (the API), or the rule for pages is enough.
         Raises HostNotAllowed, OriginNotAllowed, ClientKeyRequired.
         """
-        if self._keys_due():
+        if self._keys_due() or self.keys.unread:
             self.keys.refresh()
         verdict = head.derived.get("access")
         if verdict is None or verdict[:2] != (self.keys.version, key_needed):

@@ -1,10 +1,12 @@
 """xai-client-key: add, list and remove client keys. The proxy sees a change at its next request."""
 
+import contextlib
 import fcntl
 import os
 import secrets
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from xaiproxy import client_keys, command, config, errors
 
@@ -60,23 +62,25 @@ def _removed(keys: "dict[str, str]", name: str) -> "dict[str, str]":
     return {other: digest for other, digest in keys.items() if other != name}
 
 
-def _read(path: "os.PathLike[str]") -> "dict[str, str]":
+def _read(path: Path) -> "dict[str, str]":
     try:
-        with open(path, encoding="utf-8") as file:
-            return client_keys.parse(file.read())
+        return client_keys.load(path)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise errors.ConfigurationError(f"{path} cannot be used: {error}; put it right or remove it") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise errors.ConfigurationError(f"{path} cannot be used: {reason}; put it right or remove it") from error
 
 
-def _change(path, edit: "Callable[[dict[str, str]], dict[str, str]]") -> None:
+def _change(path: Path, edit: "Callable[[dict[str, str]], dict[str, str]]") -> None:
     """Replace the file by an atomic rename, so that the proxy never reads half of it; one command at a time."""
     new = path.with_name(path.name + ".new")
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with open(path.with_name(path.name + ".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with _locked(path.with_name(path.name + ".lock")):
+            if path.is_symlink():  # a mounted Secret, or a file that is kept elsewhere: the rename would cut it off
+                raise errors.ConfigurationError(f"{path} is a symbolic link to {os.readlink(path)!r} and is left alone; name "
+                                                "that file with XAI_PROXY_CLIENT_KEYS_FILE, or remove the link")
             keys = edit(_read(path))
             new.unlink(missing_ok=True)
             with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w") as file:
@@ -87,7 +91,19 @@ def _change(path, edit: "Callable[[dict[str, str]], dict[str, str]]") -> None:
             os.replace(new, path)
             _sync_folder(path.parent)
     except OSError as error:
-        raise errors.StorageError(f"{path} cannot be written: {error.strerror}; nothing was changed") from error
+        raise errors.StorageError(f"{error.filename or path} cannot be written: {error.strerror}; nothing was changed") \
+            from error
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> "Iterator[None]":
+    # O_NOFOLLOW: a link that somebody put there must not have another file made.
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def _sync_folder(folder) -> None:

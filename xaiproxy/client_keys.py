@@ -1,5 +1,6 @@
 """The key file: who may call. A name and the SHA-256 of a key a line; `#` begins a comment line."""
 
+import contextlib
 import hashlib
 import hmac
 import logging
@@ -35,18 +36,61 @@ def parse(text: str) -> "dict[str, str]":
     return keys
 
 
+def load(path: Path) -> "dict[str, str]":
+    """Name to digest. Raises FileNotFoundError if nothing is there, OSError or ValueError if what is there is unusable."""
+    return _parsed(_read(path)[0])
+
+
+def _read(path: Path) -> "tuple[bytes, os.stat_result]":
+    try:
+        # O_NONBLOCK: opening a FIFO must not wait for a writer, and all requests with it.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        if _is_absent(path):
+            raise
+        raise ValueError("it is a link to nothing") from None
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is not a file")
+        with open(fd, "rb", closefd=False) as file:
+            return file.read(SIZE_LIMIT + 1), status
+    finally:
+        os.close(fd)
+
+
+def _is_absent(path: Path) -> bool:
+    """Whether nothing is there. A link to nothing is something, also as a folder on the way to the file."""
+    for place in (path, *path.parents):
+        if os.path.lexists(place):
+            return place != path and os.path.exists(place)
+    return True
+
+
+def _parsed(content: bytes) -> "dict[str, str]":
+    if len(content) > SIZE_LIMIT:
+        raise ValueError(f"it is longer than {SIZE_LIMIT} bytes")
+    return parse(content.decode("utf-8"))
+
+
+def _identity(status: os.stat_result) -> "tuple[int, ...]":
+    return status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size
+
+
 class ClientKeys:
     """The file as the proxy sees it: read again when it changes.
 
-    Once there were keys, or a file for them, a key is asked for until the process ends: a file that is then empty,
-    gone, unreadable or does not parse admits nobody.
+    Once there were keys, or a file for them, a key is required until the process ends: a file that is then empty,
+    gone, unreadable or does not parse admits nobody. The former keys do not serve while a changed file cannot be
+    read, since one of them may have been removed.
     """
 
     def __init__(self, path: Path, required: bool = False):
-        """`required`: ask for a key even while the file does not exist."""
+        """`required`: require a key even while the file does not exist."""
         self.path = path
         self.required = required
-        self._seen: "tuple | None" = None
+        self.unread = False  # whether the last read failed; the next may succeed without a change of the file
+        self._seen: "tuple[int, ...] | None" = None
         self._keys: "dict[str, str]" = {}
         self._complaint = ""
         self.version = 0  # another with each change
@@ -54,33 +98,30 @@ class ClientKeys:
 
     def refresh(self) -> None:
         """Look at the file; a stat when it has not changed."""
-        try:
-            status = os.stat(self.path)
-            seen = (status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size)
-            if seen == self._seen:
+        with contextlib.suppress(OSError):  # the read tells
+            if _identity(os.stat(self.path)) == self._seen:
                 return
-            self.required = True
-            self.version += 1
-            if not stat.S_ISREG(status.st_mode):  # to open a FIFO would wait for a writer, and all requests with it
-                raise ValueError("it is not a file")
-            with open(self.path, encoding="utf-8") as file:
-                self._keys = parse(file.read(SIZE_LIMIT))
-            self._seen, self._complaint = seen, ""
-            if not self._keys:
-                self._complain(f"{self.path} holds no key")
+        keys: "dict[str, str]" = {}
+        required, seen, complaint = True, None, ""
+        try:
+            content, status = _read(self.path)
+            seen = _identity(status)
+            keys = _parsed(content)
+            if not keys:
+                complaint = f"{self.path} holds no key"
         except FileNotFoundError:
-            self.version += self._seen is not None
-            self._keys, self._seen = {}, None
-            if self.required:
-                self._complain(f"{self.path} does not exist")
+            required = self.required
+            if required:
+                complaint = f"{self.path} does not exist"
         except (OSError, ValueError) as error:
-            self._keys, self._seen, self.required = {}, None, True
-            self.version += 1
-            reason = error.strerror if isinstance(error, OSError) else error
-            self._complain(f"{self.path} cannot be used: {reason}")
+            complaint = f"{self.path} cannot be used: {error.strerror if isinstance(error, OSError) else error}"
+        self.version += (keys, required) != (self._keys, self.required)
+        self.unread = seen is None and bool(complaint)
+        self._keys, self._seen, self.required = keys, seen, required
+        self._complain(complaint)
 
     def _complain(self, complaint: str) -> None:
-        if complaint != self._complaint:
+        if complaint and complaint != self._complaint:
             logger.error("%s; nobody is admitted until it is put right: xai-client-key add NAME", complaint)
         self._complaint = complaint
 

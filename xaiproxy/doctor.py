@@ -201,15 +201,15 @@ def refresher(store: token_store.TokenStore, login: "tokens.Tokens | None", now:
 
 def keys(settings: config.Config) -> Finding:
     path, make = settings.client_keys_file, "`xai-client-key add NAME`"
-    if os.path.lexists(path):
-        try:
-            if not path.is_file():  # opening a FIFO would wait for a writer
-                raise ValueError("it is not a file")
-            known = client_keys.parse(path.read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            return failure(errors.EXIT_CONFIGURATION, f"{path} cannot be used ({reason}), so that nobody is admitted; "
-                           "put it right or remove it")
+    try:
+        known = client_keys.load(path)
+    except FileNotFoundError:
+        known = None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        return failure(errors.EXIT_CONFIGURATION, f"{path} cannot be used ({reason}), so that nobody is admitted; "
+                       "put it right or remove it")
+    if known is not None:
         if not known:
             return failure(errors.EXIT_CONFIGURATION, f"{path} holds no key, so that nobody is admitted; {make}, or remove "
                            "it and restart the proxy, which then asks for none")
