@@ -1,8 +1,10 @@
 """The refresher as a process: two at once, signals, a kill at every system call of its save, disks that take nothing."""
 
 import concurrent.futures
+import fcntl
 import os
 import re
+import select
 import signal
 import stat
 import subprocess
@@ -46,6 +48,27 @@ def tries(sandbox) -> int:
 
 
 # a whole life
+
+def test_a_line_that_waits_for_room_needs_no_other_line_to_be_written(sandbox, tmp_path):
+    read_end, write_end = os.pipe()
+    size = fcntl.fcntl(write_end, 1031, os.sysconf("SC_PAGE_SIZE"))  # F_SETPIPE_SZ
+    os.write(write_end, b"x" * size)
+    store = make_store(sandbox, tmp_path / "tokens.json")
+    process = subprocess.Popen([sys.executable, "-W", "error", "-m", "xaiproxy.refresher"], cwd="/", stderr=write_end,
+                               env=environment(sandbox, store.path))
+    try:
+        os.close(write_end)
+        wait_until(lambda: store.refresher_alive(time.time()))  # it has begun, and has said so
+        data = os.read(read_end, size)
+        while b"not signed in" not in data:
+            assert select.select([read_end], [], [], 10)[0], data
+            data += os.read(read_end, size)
+        assert data.startswith(b"x" * size) and b'"started; ' in data
+    finally:
+        process.kill()
+        process.wait()
+        os.close(read_end)
+
 
 def test_a_refresher_makes_its_folder_gives_signs_of_life_waits_and_ends(sandbox, start, tmp_path):
     path = tmp_path / "made" / "tokens.json"

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from concurrent import futures
 from pathlib import Path
 
@@ -64,6 +65,10 @@ class Supervised:
 
     def read_on(self):
         self._may_read.set()
+
+    def close_output(self):
+        """Leave nobody who reads."""
+        os.dup2(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC), self._output)
 
     def says(self, pattern, times=1, seconds=30):
         """Wait until `pattern` was said so often; the last match, or None when that takes too long."""
@@ -215,6 +220,69 @@ def test_a_stdout_that_nobody_reads_stops_no_request(tmp_path, sandbox):
             streaming.chunk()
         assert streaming.chunk().startswith(b"data: ")
         supervised.read_on()
-        with supervised.client() as client:  # the next line that finds room says how many did not
-            while not supervised.says(r"\d{3,} log lines were dropped", seconds=1):
-                assert client.ask("GET", "/nowhere").status == 404
+        supervised.said(r"\d{3,} log lines were dropped")  # which needs no further line
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return found.getsockname()[1]
+
+
+def wait_for_models(port, seconds=30):
+    """Until a proxy serves there."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            with Client(port) as client:
+                assert client.ask("GET", "/v1/models").status == 200
+                return
+        except (OSError, AssertionError):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+
+def stop_reading(supervised, port):
+    """Once stdout takes no more."""
+    supervised.stop_reading()
+    with Client(port) as client:
+        for _ in range(20):
+            client.send(b"GET /nowhere HTTP/1.1\r\nHost: localhost\r\n\r\n" * 100)
+            assert {client.message().status for _ in range(100)} == {404}
+
+
+def close_reader(supervised, port):
+    supervised.close_output()
+    with Client(port) as client:
+        assert client.ask("GET", "/nowhere").status == 404
+
+
+@pytest.mark.parametrize("lose_reader", [stop_reading, close_reader])
+def test_without_a_reader_programs_are_restarted_and_signals_obeyed(tmp_path, sandbox, lose_reader):
+    port = free_port()
+    with Supervised(tmp_path, sandbox, XAI_PROXY_PORT=str(port)) as supervised:
+        supervised.said("success: proxy entered RUNNING state")
+        proxy = int(supervised.said(r"spawned: 'proxy' with pid (\d+)")[1])
+        lose_reader(supervised, port)
+        os.kill(proxy, signal.SIGKILL)
+        wait_for_models(port)
+        supervised.signal(signal.SIGTERM)
+        assert supervised.process.wait(30) == 0
+
+
+def test_a_stdout_that_is_a_file_gets_every_line(tmp_path, sandbox):
+    """Not appended to: what was written to it by two descriptors would overwrite itself."""
+    log = tmp_path / "log"
+
+    def file():
+        end, writer = os.pipe()
+        os.close(writer)
+        return end, os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    port = free_port()
+    with Supervised(tmp_path, sandbox, pipe=file, XAI_PROXY_PORT=str(port)) as supervised:
+        wait_for_models(port)
+        supervised.signal(signal.SIGTERM)
+        assert supervised.process.wait(30) == 0
+    lines = log.read_text().splitlines()
+    assert all(line.startswith(("{", "20")) for line in lines)
+    for said in ("spawned: 'proxy'", '"path": "/v1/models"', "waiting for", "stopped: proxy", "stopped: refresher"):
+        assert any(said in line for line in lines), lines

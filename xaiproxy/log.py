@@ -1,14 +1,12 @@
 """One log format for all processes: a line an event on stderr, as text or JSON, that never blocks and never tells.
 
-Never blocks: a stdout or stderr that nobody reads must stop no stream. Every line is shorter than PIPE_BUF, so
-that a pipe takes it whole or not at all (pipe(7)), and is written only when a poll with time-out zero says that it
-fits; others are dropped, counted, and the count is logged as soon as one fits again.
+Never blocks: a stderr that nobody reads must stop no stream. Every line is shorter than PIPE_BUF and written as
+line_writer.py says.
 
 Never tells: whatever looks like a token or a client key is blotted out of message and fields before they are
 formatted, as the last line of defence behind not logging it in the first place.
 """
 
-import contextlib
 import functools
 import json
 import logging
@@ -17,11 +15,12 @@ import re
 import select
 import time
 import traceback
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-LINE_LIMIT = select.PIPE_BUF - 1
+from xaiproxy.line_writer import LINE_LIMIT, LineWriter
+
+BATCH = 64  # lines written together at most: while the event loop is held up they must not pile up
 SECRETS = re.compile(
     r"eyJ[\w-]{8,}\.[\w-]+(\.[\w-]*)?"      # a JWT
     r"|(?<=[Bb]earer )[\w.~+/=-]{8,}"
@@ -47,19 +46,28 @@ def blot(text: str, limit: int) -> str:
 
 
 def setup(process: str, level: str, format: str, fd: int = 2, poll: "Callable[[], Any]" = select.poll,
-          defer: "Callable[[Callable[[], None]], Any] | None" = None) -> None:
+          defer: "Callable[[Callable[[], None]], Any] | None" = None,
+          when_writable: "Callable[[int, Callable[[], None]], Any] | None" = None) -> None:
     """Send the package's log to `fd`.
 
     Under gevent, `poll` must be the original: the patched one switches greenlets. `defer`: runs what it is given a
-    moment later, so that the lines of that moment are written together.
+    moment later, so that the lines of that moment are written together. `when_writable`: runs what it is given once
+    the descriptor has room; without it, lines that wait are written with the next line or by `flush`.
     """
     as_json = format == "json" or (format == "auto" and not os.isatty(fd))
     global _handler
-    _handler = handler = LineHandler(fd, JsonFormatter(process) if as_json else TextFormatter(process), poll, defer)
+    _handler = handler = LineHandler(fd, JsonFormatter(process) if as_json else TextFormatter(process), poll, defer,
+                                     when_writable)
     logger = logging.getLogger("xaiproxy")
     logger.handlers[:] = [handler]
     logger.setLevel(level.upper())
     logger.propagate = False  # other libraries' logs hold URLs with queries: they stay where they are
+
+
+def flush() -> None:
+    """Write what waits for room, as far as it fits."""
+    if _handler is not None:
+        _handler.flush()
 
 
 def event(logger: logging.Logger, level: int, message: str, fields: "dict[str, Any]") -> None:
@@ -70,20 +78,14 @@ def event(logger: logging.Logger, level: int, message: str, fields: "dict[str, A
 
 class LineHandler(logging.Handler):
     def __init__(self, fd: int, style: "_Formatter", poll: "Callable[[], Any]",
-                 defer: "Callable[[Callable[[], None]], Any] | None" = None):
+                 defer: "Callable[[Callable[[], None]], Any] | None" = None,
+                 when_writable: "Callable[[int, Callable[[], None]], Any] | None" = None):
         super().__init__()
         self._style = style
-        if os.isatty(fd):
-            # A terminal stopped with Ctrl-S may have room for half a line. That a write does not wait is a mode of
-            # the open file, which the shell shares: hence one of our own.
-            with contextlib.suppress(OSError):
-                fd = os.open(os.ttyname(fd), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-        self.fd = fd
-        self.dropped = 0
         self._defer = defer
-        self._waiting: "list[tuple[float, str, str, dict[str, Any]]]" = []
-        self._poll = poll()
-        self._poll.register(fd, select.POLLOUT)
+        self._when_writable = when_writable
+        self._events: "list[tuple[float, str, str, dict[str, Any]]]" = []
+        self.writer = LineWriter(fd, self._notice, poll)
 
     def emit(self, record: logging.LogRecord) -> None:
         fields = dict(getattr(record, "fields", {}))
@@ -93,42 +95,28 @@ class LineHandler(logging.Handler):
 
     def put(self, created: float, level: str, message: str, fields: "dict[str, Any]") -> None:
         """`created`: unix seconds."""
-        self._waiting.append((created, level, message, fields))
-        if self._defer is None:
+        self._events.append((created, level, message, fields))
+        if self._defer is None or len(self._events) >= BATCH:
             self.flush()
-        elif len(self._waiting) == 1:
+        elif len(self._events) == 1:
             self._defer(self.flush)
 
     def flush(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        lines = deque([self._line(*event) for event in waiting])
-        while lines:
-            if self.dropped:
-                lines.appendleft(self._line(time.time(), "WARNING", f"{self.dropped} log lines were dropped: nobody read "
-                                            "them in time", {}))
-            size, count = len(lines[0]), 1
-            while count < len(lines) and size + len(lines[count]) <= LINE_LIMIT:
-                size += len(lines[count])
-                count += 1
-            if not self._write(lines[0] if count == 1 else b"".join([lines[i] for i in range(count)])):
-                self.dropped += len(lines) - (1 if self.dropped else 0)
-                return
-            self.dropped = 0
-            for _ in range(count):
-                lines.popleft()
+        events, self._events = self._events, []
+        self.writer.write([self._line(*event) for event in events])
+        if self.writer.waiting and self._when_writable is not None:
+            self._when_writable(self.writer.fd, self.flush)
+
+    def close(self) -> None:
+        """At the end of the process: what waits has a last chance."""
+        self.writer.close()
+        super().close()
 
     def _line(self, created: float, level: str, message: str, fields: "dict[str, Any]") -> bytes:
         return self._style.line(created, level, message, fields).encode("utf-8", "replace") + b"\n"
 
-    def _write(self, data: bytes) -> bool:
-        ready = self._poll.poll(0)
-        if not (ready and ready[0][1] & select.POLLOUT):
-            return False
-        try:
-            os.write(self.fd, data)
-        except OSError:  # the reader is gone: there is nobody to tell
-            return False
-        return True
+    def _notice(self, dropped: int) -> bytes:
+        return self._line(time.time(), "WARNING", f"{dropped} log lines were dropped: nobody read them in time", {})
 
 
 class _Formatter:

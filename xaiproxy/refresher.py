@@ -122,7 +122,7 @@ class Refresher:
         """One turn of the loop: a sign of life, a look, and what follows from it, and a pause."""
         self._beat()
         self._look()
-        self._sleep(TICK)
+        self._pause(TICK)
 
     def _look(self) -> None:
         try:
@@ -234,7 +234,7 @@ class Refresher:
                 self._say("unsaved", "the refreshed login is in this process's memory only: do not end it. "
                           f"{error}")
             self._beat()
-            self._sleep(SAVE_AGAIN)
+            self._pause(SAVE_AGAIN)
         self._say("unsaved", "")
         logger.info("refreshed%s; the access token lasts until %s",
                     f" after {failures} failures" if failures else "", _date(successor.expires_at))
@@ -280,9 +280,13 @@ class Refresher:
 
     def _pause_for_lock(self, seconds: float) -> None:
         self._beat()
-        self._sleep(seconds)
+        self._pause(seconds)
         if self._ending:
             raise Ending
+
+    def _pause(self, seconds: float) -> None:
+        log.flush()  # nothing else wakes lines that wait for room
+        self._sleep(seconds)
 
     def _beat(self, at_once: bool = False) -> None:
         uptime = self._uptime()

@@ -158,10 +158,26 @@ class Leisure:
             self._timer.stop()
 
 
+class WhenWritable:
+    """Calls back once a descriptor has room; it is the same at each call."""
+
+    def __init__(self) -> None:
+        self._watcher: Any = None
+
+    def __call__(self, fd: int, callback: "Callable[[], None]") -> None:
+        if self._watcher is None:
+            self._watcher = gevent.get_hub().loop.io(fd, 2)
+        self._watcher.start(self._call, callback)
+
+    def _call(self, callback: "Callable[[], None]") -> None:
+        self._watcher.stop()
+        callback()
+
+
 def serve(settings: config.Config) -> int:
     # The original poll: the patched one would switch greenlets in the middle of a log line.
     log.setup("proxy", settings.log_level, settings.log_format, poll=gevent.monkey.get_original("select", "poll"),
-              defer=Leisure(LOG_DELAY))
+              defer=Leisure(LOG_DELAY), when_writable=WhenWritable())
     hub = gevent.get_hub()
     hub.exception_stream = _LogStream()
     hub.NOT_ERROR += (NoDescriptor,)  # the server has said it already
