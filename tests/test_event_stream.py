@@ -1,6 +1,7 @@
 """Comments in the silences of a stream: between two events, and nowhere else."""
 from __future__ import annotations
 
+import re
 import time
 from typing import Callable
 
@@ -8,21 +9,104 @@ import pytest
 from proxy_process import ProxyProcess, both_ways
 from scripted_upstream import ScriptedUpstream
 
-from xaiproxy.event_stream import COMMENT, kept_alive
+from xaiproxy.event_stream import kept_alive
 
 SSE = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n"
 BOM = b"\xef\xbb\xbf"
+COMMENT = b": keepalive\n\n"
 
 
-@pytest.mark.parametrize("end", [b"\n\n", b"\r\n\r\n", b"\r\r", b"\n\r\n", b"\r\n\n", b"\n\r"])
-def test_a_blank_line_of_any_kind_ends_an_event(end: bytes) -> None:
+def events(stream: bytes) -> "list[tuple[str, str, str, str]]":
+    """Type, data, id and reconnection time of each, by the rules of the WHATWG to the letter."""
+    found = []
+    kind, data, last_id, retry = "", "", "", ""
+    for line in re.split("\r\n|\n|\r", stream.decode("utf-8").removeprefix("\ufeff"))[:-1]:
+        name, colon, value = line.partition(":")
+        value = value.removeprefix(" ")
+        if not line:
+            if data:
+                found.append((kind or "message", data.removesuffix("\n"), last_id, retry))
+            kind = data = ""
+        elif name == "event":
+            kind = value
+        elif name == "data":
+            data += value + "\n"
+        elif name == "id" and "\0" not in value:
+            last_id = value
+        elif name == "retry" and re.fullmatch("[0-9]+", value):
+            retry = value
+    return found
+
+
+LINES = ["data: one", "", ": theirs", "event: two", "data: a:b", "data", "data:  é", "", "", "id: 7", "retry: 10", "data: x",
+         "", "datum: no", "data: three", "", "data: cut"]
+STREAMS = {name: (BOM if name.startswith("BOM") else b"") + end.join(LINES).encode()
+           for name, end in (("LF", "\n"), ("CR", "\r"), ("CRLF", "\r\n"), ("BOM and LF", "\n"), ("BOM and CRLF", "\r\n"))}
+STREAMS["mixed"] = b"data: 1\r\ndata: 2\rdata: 3\n\r\ndata: 4\r\r\ndata: 5\n\rdata: 6\n\n\r\n"
+
+
+def silent_at(stream: bytes, *places: int, times: int = 1) -> "list[bytes]":
+    """Its parts, with as many empty ones at each place."""
+    cuts = [0, *places, len(stream)]
+    parts = [stream[start:end] for start, end in zip(cuts, cuts[1:])]
+    return [part for number, data in enumerate(parts)
+            for part in ([data] if data else []) + times * [b""] * (number < len(places))]
+
+
+def begins_a_line(stream: bytes, at: int) -> bool:
+    return at == 0 or stream[at - 1:at] in (b"\n", b"\r")
+
+
+def test_the_judge_knows_an_empty_line_in_the_middle_of_an_event() -> None:
+    stream = STREAMS["LF"]
+    assert len(events(stream)) == 4 and events(stream)[1] == ("two", "a:b\n\n é", "", "")
+    at = stream.index(b"data: a:b") + len(b"data: a:b\n")
+    assert events(stream[:at] + b":\n\n" + stream[at:]) != events(stream)
+    assert events(stream[:at] + b":\n" + stream[at:]) == events(stream)
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_comments_at_any_place_change_no_event(name: str) -> None:
+    """Silence at each byte, once and twice, and at each two bytes of a stream; every line begins with a comment."""
+    stream = STREAMS[name]
+    expected = events(stream)
+    assert len(expected) >= 4
+    for at in range(len(stream) + 1):
+        for times in (1, 2):
+            told = b"".join(kept_alive(silent_at(stream, at, times=times)))
+            assert events(told) == expected, at
+            assert (len(told) > len(stream)) is begins_a_line(stream, at), at
+        for second in range(at, len(stream) + 1):
+            assert events(b"".join(kept_alive(silent_at(stream, at, second)))) == expected, (at, second)
+    assert events(b"".join(kept_alive(silent_at(stream, *range(len(stream) + 1), times=2)))) == expected
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_the_openai_library_sees_the_same_events(name: str) -> None:
+    streaming = pytest.importorskip("openai._streaming")
+
+    def decoded(parts: "list[bytes]") -> "list[tuple[str | None, str]]":
+        return [(event.event, event.data) for event in streaming.SSEDecoder().iter_bytes(iter(parts))]
+    stream = re.sub(rb"id: 7[\r\n]+retry: 10", b"data: no id", STREAMS[name].removeprefix(BOM))
+    for at in range(len(stream) + 1):
+        assert decoded(list(kept_alive(silent_at(stream, at)))) == decoded([stream]), at
+
+
+@pytest.mark.parametrize("end", [b"\n\n", b"\r\n\r\n", b"\n\r\n", b"\r\n\n"])
+def test_after_an_event_a_comment_is_a_block_of_its_own(end: bytes) -> None:
     for parts in ([b"data: x" + end], [b"data: x", *(end[at:at + 1] for at in range(len(end)))], [end]):
         assert b"".join(kept_alive([*parts, b"", b""])) == b"".join(parts) + 2 * COMMENT
 
 
-@pytest.mark.parametrize("amid", [b"d", b"data: x\n", b"data: x\r\n", b"data: x\r", b"\ndata", b"\n\n:", b"x\n\r\nx",
-                                  BOM])
-def test_nothing_comes_amid_an_event(amid: bytes) -> None:
+@pytest.mark.parametrize("end, comment", [(b"\r\r", b": keepalive\r\r"), (b"\n\r", b": keepalive\r\r"), (b"\n", b":\n"),
+                                          (b"\r\n", b":\n"), (b"\r", b":\r")])
+def test_comments_after_other_line_ends(end: bytes, comment: bytes) -> None:
+    for parts in ([b"data: x" + end], [b"data: x", *(end[at:at + 1] for at in range(len(end)))]):
+        assert b"".join(kept_alive([*parts, b"", b""])) == b"".join(parts) + 2 * comment
+
+
+@pytest.mark.parametrize("amid", [b"d", b"data: x", b"\ndata", b"\n\n:", b"x\n\r\nx", BOM])
+def test_nothing_comes_in_the_middle_of_a_line(amid: bytes) -> None:
     for parts in ([amid], [amid[at:at + 1] for at in range(len(amid))]):
         assert b"".join(kept_alive([b"data: 1\n\n", *parts, b"", b""])) == b"data: 1\n\n" + amid
     assert b"".join(kept_alive([b"x" + amid, b""])) == b"x" + amid
@@ -56,8 +140,10 @@ def test_silence_is_filled_from_the_beginning(talkative: ProxyProcess, upstream:
         assert client.chunk() == b"data: "
         time.sleep(0.5)
         assert client.silent()
-        request.answer(b"3\r\ny\n\n\r\n0\r\n\r\n")
-        assert (client.chunk(), client.chunk()) == (b"y\n\n", b"")
+        request.answer(b"2\r\ny\n\r\n")
+        assert client.chunk() == b"y\n" and client.chunk() == client.chunk() == b":\n"
+        request.answer(b"1\r\n\n\r\n0\r\n\r\n")
+        assert (client.chunk(), client.chunk()) == (b"\n", b"")
         client.request()  # the connection is as good as before
         assert upstream.receive().answer().connection is request.connection
         assert client.message().body == b"ok"
@@ -109,6 +195,19 @@ def test_nothing_is_put_into_what_is_no_open_stream_of_text(talkative: ProxyProc
         assert client.silent()
         request.answer(body)
         assert client.exactly(len(body)) == body
+
+
+@pytest.mark.parametrize("lines, by_default", [
+    ([], None), (["Accept-Encoding: gzip, deflate"], "gzip, deflate"),
+    (["Accept-Encoding: gzip", "accept-encoding: br"], "gzip"), (["ACCEPT-ENCODING: identity;q=0"], "identity;q=0")])
+def test_upstream_is_asked_for_plain_text(talkative: ProxyProcess, running: ProxyProcess, upstream: ScriptedUpstream,
+                                          lines: "list[str]", by_default: "str | None") -> None:
+    """Most SDKs allow gzip, into which no comment can be put."""
+    for proxy, asked in ((talkative, "identity"), (running, by_default)):
+        with proxy.client() as client:
+            client.request("POST", "/v1/compressed", *lines, body=b"{}")
+            assert upstream.receive().answer().value("Accept-Encoding") == asked
+            assert client.message().body == b"ok"
 
 
 @both_ways

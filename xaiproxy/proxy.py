@@ -115,6 +115,9 @@ class Proxy:
         if known != key:
             fields = headers.to_upstream(head.fields, host=self._upstream.host, user_agent=USER_AGENT,
                                          access_token=login.access_token)
+            if self._settings.sse_keepalive:  # a comment can be put into plain text only
+                fields = [field for field in fields if field[0].lower() != "accept-encoding"]
+                fields.append(("Accept-Encoding", "identity"))
             upgrade = asks_for_websocket(head)
             if upgrade:
                 fields += [("Connection", "Upgrade"), ("Upgrade", "websocket")]
