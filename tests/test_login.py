@@ -521,6 +521,16 @@ def test_status_for_a_program(login: Login, sandbox: Sandbox, content: str, stat
     assert (result.returncode, event["usable"], event["state"]) == (77, False, state)
 
 
+def test_status_while_the_file_cannot_be_read(login: Login, sandbox: Sandbox):
+    """Which does not mean to sign in again."""
+    sandbox.write_login(login.path)
+    login.path.unlink()
+    login.path.symlink_to("/proc/self/mem")  # a read of its beginning fails with EIO
+    result = login.run("--status")
+    assert (result.returncode, result.stderr) == (75, "")
+    assert "cannot be read at the moment (Input/output error)" in result.stdout and "sign in" not in result.stdout
+
+
 # --logout
 
 def test_logout(login: Login, sandbox: Sandbox):

@@ -74,6 +74,8 @@ class LoginUnread(LoginUnusable):
     The next read may succeed.
     """
 
+    exit_code = EXIT_TRY_AGAIN
+
     def __init__(self, message: str):
         super().__init__("unreadable", message)
 

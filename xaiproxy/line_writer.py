@@ -19,6 +19,7 @@ from typing import Any
 
 LINE_LIMIT = select.PIPE_BUF - 1
 WAIT_LIMIT = 256 * 1024  # bytes
+ROOM = WAIT_LIMIT - LINE_LIMIT  # the rest is for a notice
 CLOSE_TIME = 1.0  # seconds that a reader gets at the end to take what waits
 
 
@@ -50,15 +51,16 @@ class LineWriter:
     def write(self, lines: "Iterable[bytes]") -> None:
         """Write what waits and then `lines`, as far as it fits. Each line has its line end and at most LINE_LIMIT bytes."""
         for line in lines:
-            limit = WAIT_LIMIT - LINE_LIMIT - len(line)  # with room for a notice
-            if self._size > limit:
+            size = len(line)
+            if self._size + size > ROOM:
                 self._drain()
-            if self._size > limit:
-                self.dropped += 1
-                continue
+                if self._size + size > ROOM:
+                    self.dropped += 1
+                    continue
             if self.dropped:
                 self._append_notice()
-            self._append(line, 1)
+            self._waiting.append((line, 1))
+            self._size += size
         self._drain()
 
     def close(self) -> None:
@@ -72,13 +74,11 @@ class LineWriter:
             os.close(self.fd)
             self.fd = -1
 
-    def _append(self, line: bytes, count: int) -> None:
-        self._waiting.append((line, count))
-        self._size += len(line)
-
     def _append_notice(self) -> None:
         dropped, self.dropped = self.dropped, 0
-        self._append(self._notice(dropped), dropped)
+        line = self._notice(dropped)
+        self._waiting.append((line, dropped))
+        self._size += len(line)
 
     def _drain(self) -> None:
         if self.fd < 0:

@@ -106,7 +106,7 @@ def status(store: "TokenStore", talk: "Conversation", now: "Callable[[], float]"
     except errors.LoginUnusable as error:
         talk.event("status", str(error), usable=False, state=error.state, message=str(error),
                    token_path=str(store.path))
-        return errors.EXIT_SIGN_IN
+        return error.exit_code
     failure, left, alive = login.refresh_error, login.expires_at - at, store.refresher_alive(at)
     usable = not (failure and failure.terminal) and (left > 0 or login.refresh_token is not None)
     lines = [f"Signed in as {who(login)} at {login.issuer}; the login is in {store.path}.", validity(login, at)]
