@@ -6,6 +6,7 @@ import gzip
 import inspect
 import signal
 import socket
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -13,8 +14,10 @@ from typing import Callable, Iterator
 
 import gevent
 import pytest
+from network import refused_port
 from proxy_process import Client, ProxyProcess, both_ways
-from scripted_upstream import OK, Request, ScriptedUpstream
+from scripted_upstream import OK, Request, ScriptedUpstream, make_certificate
+from wire import PATIENCE, readable
 
 from xaiproxy import __version__, config
 from xaiproxy.errors import UpstreamBroken
@@ -709,6 +712,30 @@ def test_close_that_comes_with_a_request_is_seen_before_it(client: Client, runni
         assert client.message().body == b"ok"
 
 
+def test_closes_that_come_with_many_requests_are_seen_before_them(running: ProxyProcess, upstream: ScriptedUpstream,
+                                                                  many_files: None) -> None:
+    """More at a time than libev has epoll report, so that its watchers hear of most closes too late."""
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(running.client()) for _ in range(200)]
+
+        def ask_all() -> None:
+            for client in clients:
+                client.request("POST", "/v1/x", body=b"{}")
+
+        def answer_all() -> None:
+            requests = [upstream.receive() for _ in clients]
+            assert {request.connection.requests for request in requests} == {1}
+            for request in requests:
+                request.answer()
+            assert {client.message().body for client in clients} == {b"ok"}
+        ask_all()
+        answer_all()
+        with stopped(running):
+            ask_all()
+            upstream.hang_up()
+        answer_all()
+
+
 def test_close_that_comes_with_an_answer_is_seen_before_the_next_request(client: Client, running: ProxyProcess,
                                                                          upstream: ScriptedUpstream) -> None:
     for _ in range(5):
@@ -729,6 +756,47 @@ def test_idle_connection_that_is_of_no_more_use_is_closed_at_once(client: Client
     assert client.message().body == b"ok"
     request.connection.half_close() if how == "end" else request.answer(b"x")
     assert request.connection.closed_within()
+
+
+@contextlib.contextmanager
+def interactive_server(folder: Path) -> "Iterator[subprocess.Popen]":
+    """openssl's, which sends what it is told, and a key update when told `k`; on `port`."""
+    port = refused_port()
+    with subprocess.Popen(["openssl", "s_server", "-accept", f"127.0.0.1:{port}", "-tls1_3", "-crlf", "-naccept", "1",
+                           "-cert", folder / "server.pem", "-key", folder / "server.key"],
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as server:
+        server.port = port
+        try:
+            assert b"ACCEPT\n" in iter(server.stdout.readline, b"")
+            yield server
+        finally:
+            server.kill()
+
+
+@pytest.mark.parametrize("end", [False, True])
+def test_record_without_content_on_an_idle_connection_is_no_end(tmp_path: Path, end: bool) -> None:
+    """A session ticket or a key update (RFC 8446 section 4.6); but an end may follow it."""
+    authority, _ = make_certificate(tmp_path, "127.0.0.1")
+    with interactive_server(tmp_path) as server:
+        upstream = Upstream(config.from_environ({"HOME": "/", "SSL_CERT_FILE": str(authority),
+                                                 "XAI_PROXY_UPSTREAM": f"https://127.0.0.1:{server.port}"}))
+        sent = a_request(upstream)
+        sent.send(upstream.connect(), pooled=False)
+        connection = sent.connection
+        server.stdin.write(b"HTTP/1.1 200 OK\nContent-Length: 0\n\n")
+        sent.receive()
+        assert b"".join(sent) == b""
+        server.stdin.write(b"k\n")
+        assert readable([connection.socket], PATIENCE)
+        if end:
+            server.kill()
+            server.wait()
+            assert upstream._take() is None
+        else:
+            for _ in range(3):  # turns of the loop
+                gevent.sleep(0.001)
+            assert upstream._take() is connection
+            connection.close()
 
 
 def test_upstream_that_restarts(tmp_path: Path) -> None:

@@ -48,8 +48,7 @@ class Upstream:
         self.client_timeout = settings.client_timeout
         self._settings = settings
         self._idle_limit = idle_limit
-        self._loop = gevent.get_hub().loop
-        self._idle: "deque[tuple[float, int, Connection]]" = deque()  # since when and which turn; the last is the latest
+        self._idle: "deque[tuple[float, Connection]]" = deque()  # with the time since when; the last is the latest
         self._sweeper: "gevent.Greenlet | None" = None
         self.dialler = Dialler(settings)
 
@@ -68,27 +67,27 @@ class Upstream:
 
     def _take(self) -> "Connection | None":
         while self._idle:
-            _, turn, connection = self._idle.pop()
+            _, connection = self._idle.pop()
             connection.readable.stop()
-            connection.readable.priority = 0
-            if turn != self._loop.iteration or connection.is_quiet():  # none but this turn's can have hidden an end
+            # Its watcher alone would not do: libev reports 64 descriptors at a time, and a close may be yet to come.
+            if connection.is_quiet():
                 return connection
             connection.close()
         return None
 
     def keep(self, connection: Connection) -> None:
         """Pool a connection whose last answer was read to its end."""
-        kept = (time.monotonic(), self._loop.iteration, connection)
+        kept = (time.monotonic(), connection)
         self._idle.append(kept)
-        # A close, or bytes that answer nothing: told before any request that came in the same turn of the loop.
-        connection.readable.priority = self._loop.MAXPRI
-        connection.readable.start(self._drop, kept)
+        connection.readable.start(self._look, kept)
         if not self._sweeper:
             self._sweeper = gevent.spawn(self._sweep)
 
-    def _drop(self, kept: "tuple[float, int, Connection]") -> None:
-        self._idle.remove(kept)
-        kept[-1].close()
+    def _look(self, kept: "tuple[float, Connection]") -> None:
+        """Drop a pooled connection that was closed, or that brings bytes which answer nothing."""
+        if not kept[1].is_quiet():
+            self._idle.remove(kept)
+            kept[1].close()
 
     def _sweep(self) -> None:
         """Close what has been idle for too long, until nothing is left."""
@@ -97,12 +96,12 @@ class Upstream:
             if due > 0:
                 gevent.sleep(due)
             else:
-                self._idle.popleft()[-1].close()
+                self._idle.popleft()[1].close()
 
     def close(self) -> None:
         """Close the pooled connections."""
         while self._idle:
-            self._idle.pop()[-1].close()
+            self._idle.pop()[1].close()
 
     def connect(self) -> Connection:
         """A new connection, within CONNECT_TIMEOUT all in all. Raises UpstreamUnreachable."""
