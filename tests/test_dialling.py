@@ -2,42 +2,27 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import socket
 import ssl
-import subprocess
 import threading
 import time
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
 import pytest
+from network import NameServer, black_hole, hosts, refused_port
 from proxy_process import Client, ProxyProcess
 from scripted_upstream import OK, ScriptedUpstream, make_certificate
 from wire import PATIENCE, Wire
 
 from xaiproxy import config
 from xaiproxy.dialling import Dialler
+from xaiproxy.resolver import THREADS
 
 
 # An upstream that cannot be reached
-
-
-def refused_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
-
-
-@contextlib.contextmanager
-def black_hole(address: str = "127.0.0.1", port: int = 0) -> Iterator[int]:
-    """A port whose listen queue is full: the kernel drops every further SYN."""
-    with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(socket.create_server((address, port), backlog=0))
-        for _ in range(8):
-            filler = stack.enter_context(socket.socket())
-            filler.setblocking(False)
-            filler.connect_ex(listener.getsockname())
-        yield listener.getsockname()[1]
 
 
 def test_upstream_that_refuses_connections(tmp_path: Path) -> None:
@@ -82,15 +67,6 @@ def reaches(client: Client, upstream: ScriptedUpstream) -> bool:
     return request.connection.requests == 1
 
 
-def hosts(folder: Path, *lines: str) -> "tuple[str, ...]":
-    """What to put before a command that shall see these lines as its /etc/hosts."""
-    (folder / "hosts").write_text("\n".join(lines) + "\n")
-    prefix = ("unshare", "-rm", "sh", "-c", f'mount --bind "{folder}/hosts" /etc/hosts && exec "$@"', "sh")
-    if subprocess.run([*prefix, "true"], capture_output=True).returncode:
-        pytest.skip("no mount namespace to be had here")
-    return prefix
-
-
 def test_all_addresses_are_tried(tmp_path: Path, certificate: tuple) -> None:
     authority, context = certificate
     # The resolver puts 127.0.0.1 first (RFC 6724, rule 9), where nobody listens.
@@ -116,7 +92,7 @@ def test_time_limit_is_for_all_addresses_together(tmp_path: Path) -> None:
         assert answer.status == 502 and 0.9 < time.monotonic() - start < 1.9
 
 
-def test_names_are_remembered_until_no_address_answers(tmp_path: Path, certificate: tuple) -> None:
+def test_name_that_changed_is_looked_up_again_at_once(tmp_path: Path, certificate: tuple) -> None:
     authority, context = certificate
     with ScriptedUpstream(context, "127.0.0.2") as first, \
             ScriptedUpstream(context, "127.0.0.3", first.port) as second, \
@@ -129,23 +105,56 @@ def test_names_are_remembered_until_no_address_answers(tmp_path: Path, certifica
         (tmp_path / "hosts").write_text("127.0.0.3 upstream.test\n")  # in place: it is what is mounted
         assert reaches(client, first)
         first.close()
-        assert client.ask().status == 502
         assert reaches(client, second)
 
 
-def test_names_are_remembered_for_a_minute() -> None:
+def test_name_whose_old_address_is_another_server_s_by_now(tmp_path: Path, certificate: tuple) -> None:
+    """It answers, but cannot prove that it is upstream."""
+    authority, context = certificate
+    (tmp_path / "other").mkdir()
+    _, foreign = make_certificate(tmp_path / "other", "upstream.test")
+    with ScriptedUpstream(context, "127.0.0.2") as first, \
+            ScriptedUpstream(context, "127.0.0.3", first.port) as second, \
+            ProxyProcess(tmp_path, upstream=f"https://upstream.test:{first.port}",
+                         environ={"SSL_CERT_FILE": str(authority)},
+                         prefix=hosts(tmp_path, "127.0.0.2 upstream.test")) as proxy, \
+            proxy.client() as client:
+        proxy.sign_in()
+        assert reaches(client, first)
+        (tmp_path / "hosts").write_text("127.0.0.3 upstream.test\n")
+        first._context = foreign
+        client.request("POST", "/v1/x", body=b"{}")
+        with pytest.raises(ssl.SSLError):
+            first.accept()
+        assert second.receive().answer().connection.requests == 1
+        assert client.message().body == b"ok"
+
+
+def test_names_are_remembered_for_a_minute(tmp_path: Path) -> None:
     with ScriptedUpstream() as told, ScriptedUpstream(address="127.0.0.2", port=told.port) as remembered:
         dialler = Dialler(config.from_environ({"HOME": "/", "XAI_PROXY_UPSTREAM": told.origin}))
         dialler.connect().close()
         assert told.accept()
         # As if it had been told another then.
-        dialler._addresses = socket.getaddrinfo("127.0.0.2", told.port, type=socket.SOCK_STREAM)
-        dialler._looked_up -= 59
+        dialler._target._known = socket.getaddrinfo("127.0.0.2", told.port, type=socket.SOCK_STREAM)
+        dialler._target._known_at -= 59
         dialler.connect().close()
         assert remembered.accept() and told.quiet()
-        dialler._looked_up -= 2
+        dialler._target._known_at -= 2
         dialler.connect().close()
         assert told.accept() and remembered.quiet()
+
+
+def test_one_look_up_serves_all_that_wait(tmp_path: Path, many_files: None) -> None:
+    with NameServer(tmp_path, "127.0.0.2") as names, ScriptedUpstream(address="127.0.0.2") as egress, ProxyProcess(
+            tmp_path, upstream="https://upstream.test", connect_timeout=2, prefix=names.prefix,
+            environ={"HTTPS_PROXY": f"http://egress.test:{egress.port}"}) as proxy, contextlib.ExitStack() as stack:
+        proxy.sign_in()
+        names.delay = 0.5
+        clients = [stack.enter_context(proxy.client()).request() for _ in range(100)]
+        for _ in clients:
+            assert egress.receive().line == "CONNECT upstream.test:443 HTTP/1.1"
+        assert names.asked == ["egress\4test"]
 
 
 def test_address_that_was_reached_last_is_tried_first(tmp_path: Path, certificate: tuple) -> None:
@@ -160,6 +169,153 @@ def test_address_that_was_reached_last_is_tried_first(tmp_path: Path, certificat
             assert reaches(client, third) and second.quiet()
             third.close()
             assert reaches(client, second)
+
+
+HUNG = 12  # look-ups: more than gevent's pool has threads
+
+
+@pytest.mark.parametrize("egress", [False, True])
+def test_hung_look_ups_do_not_stop_others(tmp_path: Path, certificate: tuple, egress: bool) -> None:
+    with NameServer(tmp_path, "127.0.0.2") as names, \
+            ScriptedUpstream(None if egress else certificate[1], "127.0.0.2") as upstream:
+        settings = {"upstream": f"https://upstream.test:{upstream.port}"}
+        environ = {"SSL_CERT_FILE": str(certificate[0])}
+        if egress:
+            settings, environ = {"upstream": "https://x.test"}, {"HTTPS_PROXY": f"http://upstream.test:{upstream.port}"}
+        with ProxyProcess(tmp_path, connect_timeout=0.5, prefix=names.prefix, environ=environ, **settings) as proxy, \
+                contextlib.ExitStack() as stack:
+            proxy.sign_in()
+            names.silent = True
+            clients = [stack.enter_context(proxy.client()).request() for _ in range(HUNG)]
+            for client in clients:
+                answer = client.message()
+                assert answer.status == 502 and b"within 0.5 s" in answer.body
+            assert len(names.asked) < HUNG
+            names.silent = False
+            clients[0].request()
+            assert upstream.receive().method == ("CONNECT" if egress else "GET")
+
+
+def test_hung_look_ups_are_bounded(tmp_path: Path) -> None:
+    with NameServer(tmp_path, "127.0.0.2") as names, \
+            ProxyProcess(tmp_path, upstream="https://upstream.test", connect_timeout=0.1, prefix=names.prefix) as proxy:
+        proxy.sign_in()
+        names.silent = True
+
+        def threads() -> int:
+            return len(os.listdir(f"/proc/{proxy.process.pid}/task"))
+        before = threads()
+        with proxy.client() as client:
+            for _ in range(THREADS + 5):
+                assert client.ask().status == 502
+        assert before < threads() <= before + THREADS
+
+
+def test_known_addresses_serve_while_look_ups_hang(tmp_path: Path, certificate: tuple) -> None:
+    authority, context = certificate
+    with NameServer(tmp_path, "127.0.0.2", "127.0.0.3") as names, ScriptedUpstream(context, "127.0.0.3") as third, \
+            ProxyProcess(tmp_path, upstream=f"https://upstream.test:{third.port}", prefix=names.prefix,
+                         environ={"SSL_CERT_FILE": str(authority)}) as proxy, proxy.client() as client:
+        proxy.sign_in()
+        with ScriptedUpstream(context, "127.0.0.2", third.port) as second:
+            assert reaches(client, second)
+        names.silent = True
+        asked = len(names.asked)
+        for _ in range(3):  # after the first has found that an address fails, and that the name is to be looked up
+            assert reaches(client, third)
+        assert len(names.asked) > asked
+
+
+def test_known_addresses_serve_while_look_ups_fail(tmp_path: Path, certificate: tuple) -> None:
+    authority, context = certificate
+    with ScriptedUpstream(context, "127.0.0.3") as third, ProxyProcess(
+            tmp_path, upstream=f"https://upstream.test:{third.port}", environ={"SSL_CERT_FILE": str(authority)},
+            prefix=hosts(tmp_path, "127.0.0.2 upstream.test", "127.0.0.3 upstream.test")) as proxy, \
+            proxy.client() as client:
+        proxy.sign_in()
+        with ScriptedUpstream(context, "127.0.0.2", third.port) as second:
+            assert reaches(client, second)
+        (tmp_path / "hosts").write_text("")
+        for _ in range(3):
+            assert reaches(client, third)
+
+
+# Several addresses and one time limit (RFC 8305)
+
+
+def test_address_that_swallows_packets_does_not_use_up_the_time(tmp_path: Path, certificate: tuple) -> None:
+    authority, context = certificate
+    with ScriptedUpstream(context, "127.0.0.3") as upstream, black_hole("127.0.0.2", upstream.port), ProxyProcess(
+            tmp_path, upstream=f"https://upstream.test:{upstream.port}", environ={"SSL_CERT_FILE": str(authority)},
+            prefix=hosts(tmp_path, "127.0.0.2 upstream.test", "127.0.0.3 upstream.test")) as proxy, \
+            proxy.client() as client:
+        proxy.sign_in()
+        for _ in range(3):
+            start = time.monotonic()
+            assert reaches(client, upstream)
+            took = time.monotonic() - start
+            assert took < 2
+        assert took < 0.25  # what failed goes last
+
+
+@pytest.mark.parametrize("scheme", ["http", "socks5h"])
+def test_addresses_of_a_proxy_share_the_time_as_well(tmp_path: Path, scheme: str) -> None:
+    pytest.importorskip("socks", reason="PySocks, of the extra socks, is not installed")
+    with ScriptedUpstream(address="127.0.0.3") as egress, black_hole("127.0.0.2", egress.port), ProxyProcess(
+            tmp_path, upstream="https://upstream.test", environ={"ALL_PROXY": f"{scheme}://egress.test:{egress.port}"},
+            prefix=hosts(tmp_path, "127.0.0.2 egress.test", "127.0.0.3 egress.test")) as proxy, \
+            proxy.client() as client:
+        proxy.sign_in()
+        client.request()
+        start = time.monotonic()
+        assert egress.accept().exactly(3) == (b"CON" if scheme == "http" else b"\5\1\0")
+        assert time.monotonic() - start < 2
+
+
+@pytest.mark.parametrize("scheme", ["socks5", "socks4"])
+def test_socks_proxy_that_looks_up_no_names(tmp_path: Path, scheme: str) -> None:
+    """It is told an address, and another one when that failed."""
+    pytest.importorskip("socks", reason="PySocks, of the extra socks, is not installed")
+    with ScriptedUpstream() as egress, ProxyProcess(
+            tmp_path, upstream="https://upstream.test:444", environ={"ALL_PROXY": f"{scheme}://{egress.authority}"},
+            prefix=hosts(tmp_path, "127.0.0.2 upstream.test", "127.0.0.3 upstream.test")) as proxy, \
+            proxy.client() as client:
+        proxy.sign_in()
+        for last in (b"\2", b"\3"):
+            client.request()
+            tunnel = egress.accept()
+            if scheme == "socks5":
+                assert tunnel.exactly(3) == b"\5\1\0"
+                tunnel.send(b"\5\0")
+                assert tunnel.exactly(10) == b"\5\1\0\1\x7f\0\0" + last + b"\1\xbc"
+                tunnel.send(b"\5\5\0\1" + bytes(6))
+            else:
+                assert tunnel.exactly(9) == b"\4\1\1\xbc\x7f\0\0" + last + b"\0"
+                tunnel.send(b"\0\x5b" + bytes(6))
+            answer = client.message()
+            assert answer.status == 502 and b"rejected" in answer.body or b"refused" in answer.body
+
+
+def test_address_whose_handshake_fails_is_followed_by_the_next(tmp_path: Path, certificate: tuple) -> None:
+    """And one whose handshake takes too long goes last."""
+    authority, context = certificate
+    with ScriptedUpstream(None, "127.0.0.2") as second, ScriptedUpstream(context, "127.0.0.3", second.port) as third, \
+            ProxyProcess(tmp_path, upstream=f"https://upstream.test:{third.port}", connect_timeout=1,
+                         environ={"SSL_CERT_FILE": str(authority)}, prefix=hosts(
+                             tmp_path, "127.0.0.2 upstream.test", "127.0.0.3 upstream.test")) as proxy, \
+            proxy.client() as client:
+        proxy.sign_in()
+        client.request()
+        with second.accept():
+            assert client.message().status == 502
+        assert reaches(client, third) and second.quiet()
+        third._context = None
+        client.request("POST", "/v1/x", body=b"{}")
+        for _ in range(2):  # with a session, and without
+            third.accept().close()
+        second._context = context
+        assert second.receive().answer().connection.requests == 1
+        assert client.message().body == b"ok"
 
 
 # TLS
@@ -190,6 +346,83 @@ def another(folder: Path, version: ssl.TLSVersion) -> ssl.SSLContext:
     context.maximum_version = context.minimum_version = version
     context.load_cert_chain(folder / "server.pem", folder / "server.key")
     return context
+
+
+# SSL_OP_NO_EXTENDED_MASTER_SECRET of OpenSSL 3, which Python has no name for. A session from before it was set cannot be
+# resumed any more (RFC 7627 section 5.3).
+NO_EXTENDED_MASTER_SECRET = 1
+
+
+@pytest.mark.parametrize("egress", [False, True], ids=["direct", "tls in tls"])
+def test_session_that_upstream_takes_no_more_is_forgotten(tmp_path: Path, certificate: tuple, egress: bool) -> None:
+    authority, outer = certificate
+    (tmp_path / "upstream").mkdir()
+    _, context = make_certificate(tmp_path / "upstream", "127.0.0.1", "upstream.test")
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    bundle = tmp_path / "bundle.pem"
+    bundle.write_text(authority.read_text() + (tmp_path / "upstream" / "ca.pem").read_text())
+    environ = {"SSL_CERT_FILE": str(bundle)}
+    with ScriptedUpstream(outer if egress else context) as upstream:
+        if egress:
+            environ["HTTPS_PROXY"] = upstream.origin
+        with ProxyProcess(tmp_path, upstream="https://upstream.test" if egress else upstream.origin,
+                          environ=environ) as proxy, proxy.client() as client:
+            proxy.sign_in()
+
+            def accept() -> Wire:
+                if not egress:
+                    return upstream.accept()
+                tunnel = upstream.receive().answer(GO_ON)
+                return Wire(TLSInTLS(tunnel.connection.sock, context))
+
+            def reaches_in_full() -> bool:
+                with accept() as connection:
+                    assert connection.message().method == "POST"
+                    reused = connection.sock.session_reused
+                    connection.send(OK)
+                    assert client.message().body == b"ok"
+                return not reused
+            for in_full in (True, False):
+                client.request("POST", "/v1/x", body=b"{}")
+                assert reaches_in_full() == in_full
+            context.options |= NO_EXTENDED_MASTER_SECRET
+            client.request("POST", "/v1/x", body=b"{}")
+            with pytest.raises(ssl.SSLError):
+                accept()
+            for in_full in (True, False):
+                assert reaches_in_full() == in_full
+                client.request("POST", "/v1/x", body=b"{}")
+            assert not reaches_in_full()
+
+
+@pytest.mark.parametrize("end", [Wire.close, Wire.reset, None])
+def test_handshake_that_fails_with_a_session_is_repeated_without(tmp_path: Path, certificate: tuple,
+                                                                 end: "Callable[[Wire], None] | None") -> None:
+    """Silence, too, within the same time limit."""
+    authority, context = certificate
+    with ScriptedUpstream(context) as upstream, ProxyProcess(
+            tmp_path, upstream=upstream.origin, connect_timeout=2,
+            environ={"SSL_CERT_FILE": str(authority)}) as proxy, proxy.client() as client:
+        proxy.sign_in()
+        assert reaches(client, upstream)
+        client.request("POST", "/v1/x", body=b"{}")
+        upstream._context = None
+        with upstream.accept() as connection:
+            if end:
+                connection.exactly(5)
+                end(connection)
+            upstream._context = context
+            upstream.connections.clear()
+            request = upstream.receive().answer()
+            assert not request.connection.sock.session_reused
+            assert client.message().body == b"ok"
+        upstream.hang_up()
+        assert reaches(client, upstream)
+        upstream._context = None
+        client.request("POST", "/v1/x", body=b"{}")
+        for _ in range(2):  # once more, and no more
+            upstream.accept().close()
+        assert client.message().status == 502 and upstream.quiet()
 
 
 @pytest.mark.parametrize("settings, sentence", [
@@ -290,12 +523,24 @@ def egress() -> Iterator[ScriptedUpstream]:
         yield running
 
 
+def a_proxy_behind(egress: ScriptedUpstream, certificate: tuple, folder: Path) -> ProxyProcess:
+    return ProxyProcess(folder, upstream="https://upstream.test", connect_timeout=0.5,
+                        environ={"SSL_CERT_FILE": str(certificate[0]), "HTTPS_PROXY": egress.origin})
+
+
 @pytest.fixture(scope="module")
 def behind_egress(egress: ScriptedUpstream, certificate: tuple,
                   tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxyProcess]:
-    with ProxyProcess(
-            tmp_path_factory.mktemp("behind"), upstream="https://upstream.test", connect_timeout=0.5,
-            environ={"SSL_CERT_FILE": str(certificate[0]), "HTTPS_PROXY": egress.origin}) as proxy:
+    with a_proxy_behind(egress, certificate, tmp_path_factory.mktemp("behind")) as proxy:
+        proxy.sign_in()
+        yield proxy
+
+
+@pytest.fixture(scope="module")
+def never_connected(egress: ScriptedUpstream, certificate: tuple,
+                    tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxyProcess]:
+    """One that has no TLS session to resume."""
+    with a_proxy_behind(egress, certificate, tmp_path_factory.mktemp("never")) as proxy:
         proxy.sign_in()
         yield proxy
 
@@ -336,9 +581,9 @@ def test_tunnel_that_opens(behind_egress: ProxyProcess, egress: ScriptedUpstream
     (GO_ON + b"220 smtp.example\r\n", None, b"TLS failed"),
     (b"", None, b"within 0.5 s"), (b"HTTP/1.1 200", None, b"within 0.5 s"),
     (b"HTTP/1.1 100 Continue\r\n\r\n", None, b"within 0.5 s"), (GO_ON, None, b"within 0.5 s")])
-def test_tunnel_that_does_not(behind_egress: ProxyProcess, egress: ScriptedUpstream, said: bytes,
+def test_tunnel_that_does_not(never_connected: ProxyProcess, egress: ScriptedUpstream, said: bytes,
                               end: "Callable[[Wire], None] | None", sentence: bytes) -> None:
-    with behind_egress.client() as client:
+    with never_connected.client() as client:
         client.request("POST", "/v1/x", body=b"{}")
         start = time.monotonic()
         tunnel = egress.receive()
@@ -369,6 +614,7 @@ class TLSInTLS:
         self._tls = context.wrap_bio(self._in, self._out, server_side=True)
         self._do(self._tls.do_handshake)
         self.settimeout, self.setsockopt, self.close = outer.settimeout, outer.setsockopt, outer.close
+        self.session_reused = self._tls.session_reused
 
     def _do(self, step: "Callable[..., Any]", *arguments: object) -> "Any":
         while True:

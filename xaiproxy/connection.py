@@ -277,14 +277,14 @@ class TLSConnection(Connection):
         """To resume on another connection. In TLS 1.3 it comes behind the handshake, with the first answer."""
         return self._tls.session
 
-    def shake_hands(self) -> None:
-        """Raises OSError, among them ssl.SSLError; and EOFError."""
+    def shake_hands(self, limit: "float | None" = None) -> None:
+        """`limit`: seconds in which the peer sends no byte. Raises OSError, among them ssl.SSLError; and EOFError."""
         while True:
             try:
                 self._tls.do_handshake()
             except ssl.SSLWantReadError:
                 self._inner.send_all(self._out.read())
-                data = self._inner.recv(None)
+                data = self._inner.recv(limit)
                 if not data:
                     raise EOFError from None
                 self._in.write(data)

@@ -1,21 +1,29 @@
-"""A new connection to upstream: its addresses in turn, a proxy on the way (CONNECT or SOCKS), and TLS."""
+"""A new connection to upstream: its addresses, a proxy on the way (CONNECT or SOCKS), and TLS."""
 
 import base64
 import socket
 import ssl
-import time
 import urllib.parse
-from typing import Any
 
-from xaiproxy import config, response_head
+from xaiproxy import addresses, config, response_head, socks_proxy
 from xaiproxy.connection import Connection, TLSConnection
+from xaiproxy.message_head import Malformed
+from xaiproxy.resolver import Resolver
 
 # Dead peers behind a silent network are noticed within two minutes.
 KEEPALIVE = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
              (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15), (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)]
 SOCKET_OPTIONS = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), *KEEPALIVE]
-REMEMBERED = 60  # seconds that what a name server said is used again
 PORTS = {"http": 80, "https": 443, "socks5": 1080, "socks5h": 1080, "socks4": 1080, "socks4a": 1080}
+BROKEN = (OSError, EOFError, Malformed)
+
+
+class TooLate(Exception):
+    """CONNECT_TIMEOUT is over. No OSError, after which the next address would be tried."""
+
+
+class _NotResumed(Exception):
+    """The handshake failed, and a session was offered in it."""
 
 
 class Dialler:
@@ -26,60 +34,102 @@ class Dialler:
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # one for all: it holds the parsed CA certificates
         self._context.load_verify_locations(settings.egress.ca_file)
         self._session: "ssl.SSLSession | None" = None
-        self._addresses: "list[Any]" = []  # what getaddrinfo said, the one that was reached last in front
-        self._looked_up = 0.0
+        self._resumption_limit = settings.connect_timeout / 2  # seconds, to leave as many for a full handshake
+        self._target = Resolver(*_address(self._proxy or self._upstream), settings.connect_timeout)
+        self._destination = Resolver(*_address(self._upstream), settings.connect_timeout)  # for SOCKS without names
 
     def connect(self) -> Connection:
-        """Raises OSError, EOFError, Malformed. Without a time limit of its own."""
-        connection = self._reach()
-        try:
-            if self._proxy is not None and self._proxy.scheme in ("http", "https"):
-                if self._proxy.scheme == "https":
-                    connection = TLSConnection(connection, self._context, self._proxy.hostname)
-                    connection.shake_hands()
-                self._tunnel(connection)
-            if self._upstream.scheme == "https":
-                connection = TLSConnection(connection, self._context, self._upstream.hostname, self._session)
-                connection.shake_hands()
-            return connection
-        except BaseException:
-            connection.close()
-            raise
+        """Raises OSError, EOFError, Malformed, and what is thrown in. Without a time limit of its own.
+
+        An address that cannot be used is followed by the next one, and all of them by what a new look-up finds.
+        """
+        session = self._session
+        tried: "list[addresses.Address]" = []
+        last: "Exception | None" = None
+        while True:
+            left = [address for address in self._target.addresses() if address not in tried]
+            if not left and last is not None:
+                raise last
+            try:
+                sock, address = addresses.connect(left, None, SOCKET_OPTIONS, self._target.failed)
+            except OSError as error:
+                tried += left
+                last = error
+                continue
+            try:
+                connection = self._secured(sock, session)
+            except _NotResumed:
+                session = None  # the same address once more
+            except BROKEN as error:
+                tried.append(address)
+                self._target.failed(address)
+                last = error
+            except TooLate:
+                self._target.failed(address)
+                raise
+            else:
+                self._target.reached(address)
+                return connection
 
     def answered(self, connection: Connection) -> None:
         """To be called when a new connection has brought its first answer: the next one need not shake hands in full."""
         if isinstance(connection, TLSConnection) and not connection.session_reused:  # to ask for it costs a lot
             self._session = connection.session
 
-    def _reach(self) -> Connection:
-        target = self._proxy or self._upstream
-        port = target.port or PORTS[target.scheme]
-        if target.scheme.startswith("socks"):
-            return Connection(_through_socks(target, port, _address(self._upstream)))
-        return Connection(self._dial(target.hostname, port))
+    def _secured(self, sock: socket.socket, session: "ssl.SSLSession | None") -> Connection:
+        """The connection to upstream by way of `sock`, which is closed if that fails."""
+        proxy = self._proxy
+        if proxy is not None and proxy.scheme.startswith("socks"):
+            sock = self._through_socks(sock)
+        connection = Connection(sock)
+        try:
+            if proxy is not None and proxy.scheme in ("http", "https"):
+                if proxy.scheme == "https":
+                    connection = TLSConnection(connection, self._context, proxy.hostname)
+                    connection.shake_hands()
+                self._tunnel(connection)
+            if self._upstream.scheme == "https":
+                connection = TLSConnection(connection, self._context, self._upstream.hostname, session)
+                self._shake_hands(connection, session)
+            return connection
+        except BaseException:
+            connection.close()
+            raise
 
-    def _dial(self, host: str, port: int) -> socket.socket:
-        if not self._addresses or time.monotonic() - self._looked_up > REMEMBERED:
-            # Bytes, since text would be taken through IDNA, which has its own errors.
-            self._addresses = socket.getaddrinfo(host.encode(), port, type=socket.SOCK_STREAM)
-            self._looked_up = time.monotonic()
-        last = OSError("its name has no address")
-        for known in self._addresses:
-            family, kind, protocol, _, address = known
-            sock = socket.socket(family, kind, protocol)
-            try:
-                _prepare(sock)
-                sock.connect(address)
-            except BaseException as error:
-                sock.close()
-                if not isinstance(error, OSError):
-                    raise
-                last = error
-            else:
-                self._addresses = [known, *(other for other in self._addresses if other != known)]
-                return sock
-        self._addresses = []
-        raise last
+    def _shake_hands(self, connection: TLSConnection, session: "ssl.SSLSession | None") -> None:
+        if session is None:
+            connection.shake_hands()
+            return
+        try:
+            connection.shake_hands(self._resumption_limit)
+        except ssl.SSLCertVerificationError:  # of a handshake in full: the session did no harm
+            raise
+        except BROKEN as error:
+            if self._session is session:
+                self._session = None
+            raise _NotResumed from error
+
+    def _through_socks(self, sock: socket.socket) -> socket.socket:
+        proxy = self._proxy
+        host, port = _address(self._upstream)
+        kind = socks_proxy.SOCKS4 if proxy.scheme.startswith("socks4") else socks_proxy.SOCKS5
+        remote = proxy.scheme in ("socks5h", "socks4a")
+        address = None
+        try:
+            if not remote:
+                known = self._destination.addresses()
+                address = next((one for one in known if kind == socks_proxy.SOCKS5 or one[0] == socket.AF_INET), None)
+                if address is None:
+                    raise OSError("its name has no IPv4 address, which SOCKS 4 needs")
+            return socks_proxy.negotiate(
+                sock, host if remote else address[4][0], port, kind=kind, rdns=remote,
+                username=proxy.username and urllib.parse.unquote(proxy.username),
+                password=proxy.password and urllib.parse.unquote(proxy.password))
+        except BaseException:
+            sock.close()
+            if address is not None:
+                self._destination.failed(address)
+            raise
 
     def _tunnel(self, connection: Connection) -> None:
         """RFC 9110 section 9.3.6."""
@@ -105,23 +155,5 @@ def _address(url: urllib.parse.SplitResult) -> "tuple[str, int]":
     return url.hostname, url.port or PORTS[url.scheme]
 
 
-def _prepare(sock: socket.socket) -> None:
-    for option in SOCKET_OPTIONS:
-        sock.setsockopt(*option)
-
-
-def _through_socks(proxy: urllib.parse.SplitResult, port: int, address: "tuple[str, int]") -> socket.socket:
-    import socks  # the extra that a SOCKS proxy needs
-
-    sock = socks.socksocket()
-    try:
-        _prepare(sock)
-        sock.set_proxy(socks.SOCKS4 if proxy.scheme.startswith("socks4") else socks.SOCKS5, proxy.hostname, port,
-                       rdns=proxy.scheme in ("socks5h", "socks4a"),
-                       username=proxy.username and urllib.parse.unquote(proxy.username),
-                       password=proxy.password and urllib.parse.unquote(proxy.password))
-        sock.connect(address)
-        return sock
-    except BaseException:
-        sock.close()
-        raise
+def _address(url: urllib.parse.SplitResult) -> "tuple[str, int]":
+    return url.hostname, url.port or PORTS[url.scheme]

@@ -18,7 +18,7 @@ import gevent
 
 from xaiproxy import __version__, config, errors, message_head, response_head, tokens
 from xaiproxy.connection import Connection
-from xaiproxy.dialling import Dialler
+from xaiproxy.dialling import BROKEN, Dialler, TooLate
 from xaiproxy.framing import LAST, content_of
 from xaiproxy.message_head import Malformed
 from xaiproxy.request_body import ReplayableBody, WholeBody
@@ -28,14 +28,9 @@ IDLE_LIMIT = 60  # seconds that a connection waits for its next request
 INTERIM_LIMIT = 20  # 1xx answers before the final one
 PEEK_LIMIT = 65536  # bytes of an error that are looked at
 PEEK_TIME = 2.0  # seconds for them to come
-BROKEN = (OSError, EOFError, Malformed)
 # To repeat these changes nothing (RFC 9110 section 9.2.1). PUT and DELETE are idempotent too (section 9.2.2), but what
 # they do here may be paid for.
 SAFE = frozenset(("GET", "HEAD", "OPTIONS"))
-
-
-class _TooLate(Exception):
-    """CONNECT_TIMEOUT is over. No OSError: the next address must not be tried."""
 
 
 class Upstream:
@@ -107,9 +102,9 @@ class Upstream:
         """A new connection, within CONNECT_TIMEOUT all in all. Raises UpstreamUnreachable."""
         limit = self._settings.connect_timeout
         try:
-            with gevent.Timeout(limit, _TooLate):
+            with gevent.Timeout(limit, TooLate):
                 return self.dialler.connect()
-        except _TooLate as error:
+        except TooLate as error:
             raise errors.UpstreamUnreachable(f"no connection to {self.origin} within {limit:g} s; check the network, or "
                                              "raise XAI_PROXY_CONNECT_TIMEOUT", may_retry=True) from error
         except BROKEN as error:

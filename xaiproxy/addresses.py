@@ -1,0 +1,99 @@
+"""The addresses of a name, and a connection to the first of them that answers (RFC 8305).
+
+Plain Python, for both sides. Under gevent the sockets and select.poll are the cooperative ones.
+"""
+
+import errno
+import itertools
+import math
+import os
+import select
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+ATTEMPT_DELAY = 0.25  # seconds from one attempt to the next; RFC 8305 section 8 recommends this value
+
+Address = tuple[int, int, int, str, Any]  # as getaddrinfo returns it
+
+
+def look_up(host: str, port: int, getaddrinfo: Callable[..., Any] = socket.getaddrinfo) -> "list[Address]":
+    """Return the addresses in getaddrinfo's order, but alternating between families (RFC 8305 section 4).
+
+    Raises socket.gaierror.
+    """
+    families: "dict[int, list[Address]]" = {}
+    # Bytes, since text would be taken through IDNA, which has its own errors.
+    for address in dict.fromkeys(getaddrinfo(host.encode(), port, type=socket.SOCK_STREAM)):
+        families.setdefault(address[0], []).append(address)
+    return [address for some in itertools.zip_longest(*families.values()) for address in some if address]
+
+
+def connect(addresses: "Iterable[Address]", timeout: "float | None" = None,
+            options: "Iterable[tuple[int, int, int]]" = (),
+            failed: "Callable[[Address], object]" = lambda address: None) -> "tuple[socket.socket, Address]":
+    """Connect to the first address that answers; return the socket and the address (RFC 8305 section 5).
+
+    An attempt starts ATTEMPT_DELAY after the one before it, or as soon as that one has failed.
+    `timeout`: seconds for all attempts together, and the time-out of the socket; `options`: for setsockopt;
+    `failed`: called with each address whose attempt failed or was given up. Raises the last attempt's OSError, or
+    TimeoutError.
+    """
+    deadline = math.inf if timeout is None else time.monotonic() + timeout
+    waiting = deque(addresses)
+    attempts: "dict[int, tuple[socket.socket, Address]]" = {}
+    poll = select.poll()
+    due = 0.0
+    last = OSError("its name has no address")
+    try:
+        while waiting or attempts:
+            now = time.monotonic()
+            if now >= deadline:
+                raise TimeoutError("timed out")
+            if waiting and (now >= due or not attempts):
+                address = waiting.popleft()
+                try:
+                    sock = _attempt(address, options)
+                except OSError as error:
+                    last = error
+                    failed(address)
+                else:
+                    attempts[sock.fileno()] = sock, address
+                    poll.register(sock, select.POLLOUT)
+                    due = now + ATTEMPT_DELAY
+                continue
+            until = min(due, deadline) if waiting else deadline
+            for number, _ in poll.poll(None if until == math.inf else math.ceil((until - now) * 1000)):
+                poll.unregister(number)
+                sock, address = attempts.pop(number)
+                code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                if code == 0:
+                    sock.settimeout(timeout)
+                    return sock, address
+                sock.close()
+                failed(address)
+                last = OSError(code, os.strerror(code))
+                due = now
+        raise last
+    finally:
+        for sock, address in attempts.values():
+            sock.close()
+            failed(address)
+
+
+def _attempt(address: Address, options: "Iterable[tuple[int, int, int]]") -> socket.socket:
+    family, kind, protocol, _, target = address
+    sock = socket.socket(family, kind, protocol)
+    try:
+        for option in options:
+            sock.setsockopt(*option)
+        sock.setblocking(False)
+        code = sock.connect_ex(target)
+        if code not in (0, errno.EINPROGRESS):
+            raise OSError(code, os.strerror(code))
+        return sock
+    except BaseException:
+        sock.close()
+        raise

@@ -1,0 +1,107 @@
+"""The addresses of one name under gevent, in the order in which to try them.
+
+One look-up at a time serves all greenlets that wait. It runs in a native thread of its own, because getaddrinfo cannot be
+interrupted: in gevent's pool ten that hang would hold up every other. While a look-up hangs or fails, the addresses
+known before serve.
+"""
+
+import itertools
+import math
+import time
+from typing import Any
+
+import gevent
+import gevent.event
+from gevent import monkey
+
+from xaiproxy import addresses
+from xaiproxy.addresses import Address
+
+REMEMBERED = 60  # seconds that the result of a look-up is used without asking again
+STALE_AFTER = 1.0  # seconds that a look-up may take before the addresses known before serve (RFC 8767 says 1.8)
+THREADS = 8  # look-ups that hang at the same time, at most
+
+_getaddrinfo = monkey.get_original("socket", "getaddrinfo")
+_start_new_thread = monkey.get_original("_thread", "start_new_thread")
+
+
+class Resolver:
+    """`patience`: seconds after which a look-up that hangs is no longer waited for, and another one may start."""
+
+    def __init__(self, host: str, port: int, patience: float):
+        self._host, self._port, self._patience = host, port, patience
+        self._known: "list[Address]" = []
+        self._known_at = -math.inf  # when the look-up that found them began
+        self._began_at = -math.inf  # when the latest look-up began
+        self._threads = 0
+        self._pending: "gevent.event.AsyncResult | None" = None  # for all that wait, whichever look-up ends first
+        self._rank: "dict[Address, int]" = {}  # the lowest is tried first; 0 for those that were not tried
+        self._count = itertools.count(1)
+
+    def addresses(self) -> "list[Address]":
+        """Raises OSError when the look-up fails and no address is known. Without a time limit then."""
+        now = time.monotonic()
+        if now - self._known_at > REMEMBERED:
+            pending = self._look_up(now)
+            if self._known:
+                pending.wait(max(0, self._began_at + STALE_AFTER - now))
+            else:
+                pending.get()
+        return sorted(self._known, key=lambda address: self._rank.get(address, 0))
+
+    def reached(self, address: Address) -> None:
+        """To be tried first from now on."""
+        self._rank[address] = -next(self._count)
+
+    def failed(self, address: Address) -> None:
+        """To be tried last from now on. The name may have other addresses by now, so the next use looks it up again."""
+        self._rank[address] = next(self._count)
+        self._known_at = -math.inf
+
+    def _look_up(self, now: float) -> "gevent.event.AsyncResult":
+        """Start a look-up, unless one is running."""
+        if self._pending is None:
+            self._pending = gevent.event.AsyncResult()
+        elif now - self._began_at < self._patience:
+            return self._pending
+        pending = self._pending
+        if self._threads == THREADS:
+            return pending
+        self._began_at = now
+        self._threads += 1
+        outcome: "list[Any]" = []
+        done = gevent.get_hub().loop.async_()
+
+        def work() -> None:
+            try:
+                outcome.append(addresses.look_up(self._host, self._port, _getaddrinfo))
+            except Exception as error:  # raised by those that wait
+                outcome.append(error)
+            done.send()
+
+        def finish() -> None:
+            done.stop()
+            done.close()
+            self._threads -= 1
+            self._finish(now, outcome[0])
+
+        done.start(finish)
+        try:
+            _start_new_thread(work, ())
+        except RuntimeError as error:  # no more threads
+            outcome.append(OSError(f"no thread for the name look-up: {error}"))
+            finish()
+        return pending
+
+    def _finish(self, began_at: float, outcome: "list[Address] | Exception") -> None:
+        failed = isinstance(outcome, Exception)
+        if not failed and began_at > self._known_at:
+            self._known, self._known_at = outcome, began_at
+            self._rank = {address: self._rank[address] for address in outcome if address in self._rank}
+        if self._pending is None or failed and began_at < self._began_at:  # a later look-up may still succeed
+            return
+        pending, self._pending = self._pending, None
+        if failed:
+            pending.set_exception(outcome)
+        else:
+            pending.set(None)
