@@ -24,15 +24,16 @@ class ScriptedServer:
     With `tls`, an SSLContext, it speaks TLS.
     """
 
-    def __init__(self, *answers: "bytes | Callable[[socket.socket], None]", tls: Any = None) -> None:
+    def __init__(self, *answers: "bytes | Callable[[socket.socket], None]", tls: Any = None,
+                 address: str = "127.0.0.1") -> None:
         self.answers = list(answers)
         self.requests: list[bytes] = []
         self._tls = tls
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = socket.create_server((address, 0))
         self._threads: list[threading.Thread] = []
         self._connections: list[socket.socket] = []
         self.port = self._listener.getsockname()[1]
-        self.url = f"{'https' if tls else 'http'}://{'localhost' if tls else '127.0.0.1'}:{self.port}"
+        self.url = f"{'https' if tls else 'http'}://{'localhost' if tls else address}:{self.port}"
         self._acceptor = threading.Thread(target=self._accept)
 
     def __enter__(self) -> ScriptedServer:

@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 
 import pytest
+from network import black_hole, hosts
+from proxy_process import ROOT
 from scripted_server import ScriptedServer, answer, read_request
 
 from xaiproxy import __version__, config, errors
@@ -287,6 +289,61 @@ def test_a_proxy_that_refuses(script, told: str):
         error = unavailable(lambda: web.post("https://auth.x.ai/oauth2/token", FORM))
     assert told.format(f"127.0.0.1:{proxy.port}") in str(error) and not error.sent
     assert "pass-word" not in str(error) and "user" not in str(error)
+
+
+# several addresses
+
+POST = """
+import os, sys
+from xaiproxy import config
+from xaiproxy.oauth.session import Session
+print(Session(config.from_environ(os.environ)).post(sys.argv[1], {"refresh_token": "rt-1+/="}, deadline=4).status)
+"""
+
+
+def status_of_post(folder: Path, url: str, names: "dict[str, str]", **environ: str) -> str:
+    """What a process prints to which `names` are the names of these addresses, of the first one first."""
+    prefix = hosts(folder, *(f"{address} {name}" for address, name in names.items()))
+    return subprocess.run([*prefix, sys.executable, "-W", "error", "-c", POST, url], capture_output=True, text=True,
+                          timeout=20, env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **environ}).stdout
+
+
+def test_an_address_that_swallows_packets_does_not_use_up_the_time(tmp_path: Path):
+    with ScriptedServer(answer(200, {}), address="127.0.0.3") as server, black_hole("127.0.0.2", server.port):
+        names = {"127.0.0.2": "issuer.test", "127.0.0.3": "issuer.test"}
+        assert status_of_post(tmp_path, f"http://issuer.test:{server.port}/token", names) == "200\n"
+    assert len(server.requests) == 1
+
+
+def proxy_that_is_told(tls: ssl.SSLContext, received: "list[bytes]", asked: "dict[bytes, bytes]"):
+    """A proxy that is also the server behind it. `asked`: the answer to what the client says first, and so on."""
+    def script(connection: socket.socket) -> None:
+        for said, told in asked.items():
+            assert connection.recv(len(said), socket.MSG_WAITALL) == said
+            connection.sendall(told)
+        with tls.wrap_socket(connection, server_side=True) as behind:
+            received.append(read_request(behind))
+            behind.sendall(answer(200, {}))
+    return script
+
+
+PROXIES = {  # what each is told, and what it says
+    "socks5h": {b"\5\1\0": b"\5\0", b"\5\1\0\3\x09auth.x.ai\1\xbb": b"\5\0\0\1" + bytes(6)},
+    "socks5": {b"\5\1\0": b"\5\0", b"\5\1\0\1\x7f\0\0\4\1\xbb": b"\5\0\0\1" + bytes(6)},
+    "socks4a": {b"\4\1\1\xbb\0\0\0\1\0auth.x.ai\0": b"\0\x5a" + bytes(6)},
+    "socks4": {b"\4\1\1\xbb\x7f\0\0\4\0": b"\0\x5a" + bytes(6)}}
+
+
+@pytest.mark.parametrize("scheme", ["http", *PROXIES])
+def test_nor_does_one_of_a_proxy(tmp_path: Path, tls: ssl.SSLContext, certificate: Path, scheme: str):
+    pytest.importorskip("socks", reason="PySocks, of the extra socks, is not installed")
+    received: "list[bytes]" = []
+    script = tunnel(tls, received) if scheme == "http" else proxy_that_is_told(tls, received, PROXIES[scheme])
+    with ScriptedServer(script, address="127.0.0.3") as proxy, black_hole("127.0.0.2", proxy.port):
+        names = {"127.0.0.2": "proxy.test", "127.0.0.3": "proxy.test", "127.0.0.4": "auth.x.ai"}
+        assert status_of_post(tmp_path, "https://auth.x.ai/token", names, SSL_CERT_FILE=str(certificate),
+                              ALL_PROXY=f"{scheme}://proxy.test:{proxy.port}") == "200\n"
+    assert received[-1].endswith(b"\r\n\r\nrefresh_token=rt-1%2B%2F%3D")
 
 
 # answers

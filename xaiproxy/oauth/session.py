@@ -1,8 +1,8 @@
 """HTTP to the issuer: one request on one new connection, over before one deadline, with no trace of a secret.
 
-requests bounds neither the name look-up, nor several addresses, nor a server that sends a byte a second, so
-each call is made in a thread of its own, and given up at the deadline. A connection is never used twice: on
-one that lay idle for hours behind a NAT, a refresh token would vanish.
+requests bounds neither the name look-up nor a server that sends a byte a second, so each call is made in a thread of its
+own, and given up at the deadline. A connection is never used twice: on one that lay idle for hours behind a NAT, a
+refresh token would vanish.
 """
 
 import dataclasses
@@ -25,6 +25,7 @@ import requests
 import urllib3
 
 from xaiproxy import __version__, config, errors
+from xaiproxy.oauth.transport import Adapter
 
 BODY_LIMIT = 1 << 20  # bytes
 # Seconds, at most, after a deadline that a process slept through (SIGSTOP, docker pause): what came meanwhile is still
@@ -126,6 +127,8 @@ class Session:
         timeout = max(end - time.monotonic(), 0.001)  # seconds for each step, so that the thread ends, too
         with requests.Session() as web:
             web.trust_env = False
+            for scheme in ("https://", "http://"):
+                web.mount(scheme, Adapter())
             web.headers = requests.structures.CaseInsensitiveDict(HEADERS | headers)
             with web.request(method, url, data=body, stream=True, timeout=timeout, allow_redirects=False,
                              verify=self.egress.ca_file,

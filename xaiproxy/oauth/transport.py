@@ -1,0 +1,62 @@
+"""How requests connects here: to the first address that answers (RFC 8305), directly or through a proxy.
+
+urllib3's own way is one address after the other, each with the whole time-out.
+"""
+
+import socket
+from typing import Any
+
+import requests
+import urllib3
+
+from xaiproxy import addresses, socks_proxy
+
+
+class _Connects:
+    """`_socks_options`: as urllib3's SOCKSProxyManager passes them."""
+
+    def __init__(self, *arguments: Any, _socks_options: "dict[str, Any] | None" = None, **keywords: Any):
+        super().__init__(*arguments, **keywords)
+        self._socks = _socks_options
+
+    def _new_conn(self) -> socket.socket:
+        if self._socks is None:
+            return self._connect(self._dns_host, self.port)
+        proxy = self._socks
+        sock = self._connect(proxy["proxy_host"], proxy["proxy_port"] or 1080)
+        return socks_proxy.negotiate(sock, self.host, self.port, kind=proxy["socks_version"],
+                                     rdns=proxy["rdns"], username=proxy["username"], password=proxy["password"])
+
+    def _connect(self, host: str, port: int) -> socket.socket:
+        found = addresses.look_up(host.strip("[]"), port)
+        return addresses.connect(found, self.timeout, self.socket_options or ())[0]
+
+
+class _HTTPConnection(_Connects, urllib3.connection.HTTPConnection):
+    pass
+
+
+class _HTTPSConnection(_Connects, urllib3.connection.HTTPSConnection):
+    pass
+
+
+class _HTTPConnectionPool(urllib3.HTTPConnectionPool):
+    ConnectionCls = _HTTPConnection
+
+
+class _HTTPSConnectionPool(urllib3.HTTPSConnectionPool):
+    ConnectionCls = _HTTPSConnection
+
+
+POOLS = {"http": _HTTPConnectionPool, "https": _HTTPSConnectionPool}
+
+
+class Adapter(requests.adapters.HTTPAdapter):
+    def init_poolmanager(self, *arguments: Any, **keywords: Any) -> None:
+        super().init_poolmanager(*arguments, **keywords)
+        self.poolmanager.pool_classes_by_scheme = POOLS
+
+    def proxy_manager_for(self, proxy: str, **keywords: Any) -> Any:
+        manager = super().proxy_manager_for(proxy, **keywords)
+        manager.pool_classes_by_scheme = POOLS
+        return manager
