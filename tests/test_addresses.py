@@ -111,8 +111,8 @@ def test_time_limit_is_for_all_together() -> None:
     with black_hole() as one, black_hole() as two:
         start = time.monotonic()
         with pytest.raises(TimeoutError):
-            addresses.connect([at("127.0.0.1", one), at("127.0.0.1", two)], 0.5, failed=failed.append)
-        assert 0.5 <= time.monotonic() - start < 1.5 and len(failed) == 2
+            addresses.connect([at("127.0.0.1", one), at("127.0.0.1", two)], 1, failed=failed.append)
+        assert 1 <= time.monotonic() - start < 3 and len(failed) == 2
 
 
 def test_last_failure_is_raised() -> None:
