@@ -16,10 +16,14 @@ HEAD = re.compile(rb"(%b) (/v[12]/[!-~]*) HTTP/1\.1\r\n((?:%b: [\t -~\x80-\xff]*
 LENGTH = re.compile("0|[1-9][0-9]*")
 CHUNK = re.compile(rb"([1-9a-f][0-9a-f]*)\r\n")
 LAST = b"0\r\n\r\n"
-OURS = ("host", "user-agent", "authorization", "content-length", "transfer-encoding")
-# Whatever the client says: of its own connection, of who it is, or of how to read the message.
+OURS = ("host", "user-agent", "authorization", "content-length", "transfer-encoding", "via")
+VIA = re.compile("1[.]1 xaiproxy-[0-9a-f]{16}(, 1[.]1 xaiproxy-[0-9a-f]{16})*")
+# Whatever the client says: of its own connection, of who it is, of its way to the proxy, or of how to read the message.
 NEVER = {"connection", "keep-alive", "proxy-connection", "te", "trailer", "upgrade", "expect", "cookie", "x-api-key",
-         "forwarded"}
+         "api-key", "x-goog-api-key", "forwarded", "cdn-loop", "fastly-client-ip", "fly-client-ip", "referer",
+         "true-client-ip", "x-amzn-trace-id", "x-azure-clientip", "x-client-ip", "x-cluster-client-ip", "x-real-ip"}
+NEVER_BEGINS = ("cf-", "proxy-", "remote-", "tailscale-user-", "x-amzn-oidc-", "x-auth-request-", "x-envoy-",
+                "x-forwarded-", "x-goog-iap-", "x-ms-client-principal", "x-original-", "x-remote-")
 HANDSHAKE = (("Connection", "Upgrade"), ("Upgrade", "websocket"))
 
 
@@ -145,12 +149,14 @@ class RecordingUpstream:
             raise Fault("not one Host and one token, ours")
         if len(values.get("user-agent", ())) != 1:
             raise Fault("not one User-Agent")
+        if len(values.get("via", ())) != 1 or not VIA.fullmatch(values["via"][0]):
+            raise Fault("not one Via, of proxies such as this one")
         names = {name.lower() for name, _ in others if not (name, _) in HANDSHAKE}
         if {("Upgrade", "websocket"), ("Connection", "Upgrade")} & {*others}:
             if others[-2:] != HANDSHAKE or method != "GET" or body:
                 raise Fault("half a handshake, or one with a body")
         for name in names | {name.replace("_", "-") for name in names if "_" in name}:
-            if name in NEVER or name in OURS or name.startswith(("proxy-", "x-forwarded-")):
+            if name in NEVER or name in OURS or name.startswith(NEVER_BEGINS):
                 raise Fault(f"{name} came through")
 
 

@@ -21,6 +21,7 @@ REFUSALS = [
     (errors.UpstreamUnreachable, 502, "upstream_unreachable", "false"),
     (errors.TokenUnavailable, 503, "token_unavailable", "true"),
     (errors.UpstreamTimeout, 504, "upstream_timeout", "false"),
+    (errors.LoopDetected, 508, "loop_detected", "false"),
 ]
 
 

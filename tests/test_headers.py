@@ -7,11 +7,30 @@ from xaiproxy import headers, response_head
 OURS = [("Host", "api.x.ai"), ("User-Agent", "xaiproxy/1"), ("Authorization", "Bearer the-token")]
 HOP_BY_HOP = ["Connection", "Keep-Alive", "Proxy-Connection", "TE", "Trailer", "Transfer-Encoding", "Upgrade"]
 
+WAY_TO_US = [  # what tunnels, load balancers and caches in front of the proxy add
+    "CF-Connecting-IP", "CF-Connecting-IPv6", "CF-Ray", "CF-Visitor", "CF-IPCountry", "CF-Worker", "Cf-Warp-Tag-Id", "CDN-Loop",
+    "Via", "X-Real-IP", "True-Client-IP", "X-Client-IP", "X-Cluster-Client-IP", "Fly-Client-IP", "Fastly-Client-IP",
+    "X-Azure-ClientIP", "X-Envoy-External-Address", "X-Envoy-Expected-Rq-Timeout-Ms", "X-Amzn-Trace-Id",
+    "X-Original-URL", "X-Original-Forwarded-For", "X-Original-Host", "Referer"]
+CREDENTIALS = [  # of front proxies, and whom these have found the caller to be
+    "Api-Key", "X-Goog-Api-Key", "Cf-Access-Jwt-Assertion", "Cf-Access-Client-Id", "Cf-Access-Client-Secret",
+    "Cf-Access-Authenticated-User-Email", "X-Auth-Request-Access-Token", "X-Auth-Request-User", "X-Auth-Request-Email",
+    "X-Amzn-Oidc-Data", "X-Amzn-Oidc-Accesstoken", "X-Amzn-Oidc-Identity", "X-Remote-User", "X-Remote-Group",
+    "Remote-User", "Remote-Groups", "X-Goog-Iap-Jwt-Assertion", "X-MS-Client-Principal", "X-MS-Client-Principal-Name",
+    "Tailscale-User-Login", "Tailscale-User-Name"]
+REQUESTS_OWN = [
+    "X-Grok-Conv-Id", "X-Grok-Req-Id", "X-Grok-Session-Id", "X-Idempotency-Key", "Idempotency-Key", "Traceparent",
+    "Tracestate", "Baggage", "X-Request-Id", "Session-Id", "Session_Id", "Conversation_Id", "X-Session-Affinity",
+    "X-Claude-Code-Session-Id", "Anthropic-Version", "Anthropic-Beta", "OpenAI-Beta", "OpenAI-Organization",
+    "X-Stainless-Lang", "X-Stainless-Retry-Count", "Accept", "Accept-Language", "Content-Type", "Content-Encoding",
+    "Origin", "Sec-Fetch-Site", "Sec-WebSocket-Key", "HTTP-Referer", "X-Title", "Priority", "X-App", "Range"]
+PSEUDONYM = "xaiproxy-0123456789abcdef"
 
-def to_upstream(*fields):
-    """What is sent, but for the three fields of our own that must come first."""
+
+def to_upstream(*fields, pseudonym=""):
+    """What is sent, except the three fields of our own that must come first."""
     sent = headers.to_upstream(list(fields), host="api.x.ai", user_agent="xaiproxy/1",
-                               access_token="the-token")
+                               access_token="the-token", pseudonym=pseudonym)
     assert sent[:3] == OURS
     assert not {name.lower() for name, _ in sent[3:]} & {"host", "user-agent", "authorization"}
     return sent[3:]
@@ -34,22 +53,29 @@ def test_order_case_and_repetitions_are_kept_to_upstream():
     fields = [("x-B", "2"), ("Content-Type", "application/json; charset=\"é\""), ("x-a", "1"), ("X-b", ""),
               ("x-B", "2"), ("Accept", "text/event-stream"), ("Range", "bytes=0-"), ("If-None-Match", "*"),
               ("Origin", "http://a"), ("Idempotency-Key", "k"), ("Content-Encoding", "gzip"),
-              ("Via", "1.1 x"), ("X-Grok-Conv-Id", "c")]
+              ("X-Grok-Conv-Id", "c")]
     assert to_upstream(*fields) == [*fields]
 
 
 @pytest.mark.parametrize("name", [
     *HOP_BY_HOP, "Authorization", "X-Api-Key", "Cookie", "Host", "User-Agent", "Content-Length", "Expect",
     "Proxy-Authorization", "Proxy-Authenticate", "Proxy-", "Proxy-X", "Forwarded", "X-Forwarded-For",
-    "X-Forwarded-Host", "X-Forwarded-Proto", "X-Forwarded-", "X-Forwarded-Client-Cert"])
+    "X-Forwarded-Host", "X-Forwarded-Proto", "X-Forwarded-", "X-Forwarded-Client-Cert", *WAY_TO_US, *CREDENTIALS])
 def test_what_is_the_hops_own_or_ours_or_secret_is_dropped(name):
     for spelling in spellings(name):
         assert to_upstream((spelling, "x"), ("X-One", "1"), (spelling, "y")) == [("X-One", "1")]
 
 
+@pytest.mark.parametrize("name", REQUESTS_OWN)
+def test_what_is_the_requests_own_passes(name):
+    for spelling in spellings(name):
+        assert to_upstream((spelling, "x"), pseudonym=PSEUDONYM)[:-1] == [(spelling, "x")]
+
+
 @pytest.mark.parametrize("name", [
     "X-Authorization", "Authorization-X", "Cookie2", "Proxy", "X-Proxy-A", "X-Forwarded", "Forwarded-For",
-    "X-Host", "X-Api-Key-Id", "Te-X", "Set-Cookie", "Connection-X"])
+    "X-Host", "X-Api-Key-Id", "Te-X", "Set-Cookie", "Connection-X", "CF", "Remote", "X-Original", "Api-Key-Id", "X-Via",
+    "X-Amzn-Request-Id", "X-Real-IP-2", "X-Azure", "X-Goog-Api-Client", "X-CF-Ray", "Referer-Policy", "X-Referer"])
 def test_names_that_only_look_like_those_pass(name):
     assert to_upstream((name, "x")) == [(name, "x")]
 
@@ -97,6 +123,19 @@ def test_several_accept_encodings_become_one():
 
 def test_a_client_that_sends_no_accept_encoding_asks_for_none():
     assert to_upstream() == []
+
+
+@pytest.mark.parametrize("values, sent", [
+    ([], "1.1 " + PSEUDONYM), (["1.1 nginx", "HTTP/2 edge (x)"], "1.1 " + PSEUDONYM), ([""], "1.1 " + PSEUDONYM),
+    (["1.1 xaiproxy-aaaaaaaaaaaaaaaa"], "1.1 xaiproxy-aaaaaaaaaaaaaaaa, 1.1 " + PSEUDONYM),
+    (["1.0 fred,1.1 xaiproxy-aaaaaaaaaaaaaaaa , 2 x", "1.1 xaiproxy-0000000000000001"],
+     "1.1 xaiproxy-aaaaaaaaaaaaaaaa, 1.1 xaiproxy-0000000000000001, 1.1 " + PSEUDONYM),
+    (["1.1 xaiproxy-aaaaaaaaaaaaaaa", "1.1 xaiproxy-AAAAAAAAAAAAAAAA", "1.1 xaiproxy-aaaaaaaaaaaaaaaaa",
+      "1.1 my.xaiproxy-aaaaaaaaaaaaaaaa", "1.1 xaiproxy-aaaaaaaaaaaaaaaa (10.1.2.3)"], "1.1 " + PSEUDONYM)])
+def test_via_tells_of_proxies_such_as_this_one_alone(values, sent):
+    fields = [("X-One", "1"), *(("vIA", value) for value in values), ("X-Two", "2")]
+    assert to_upstream(*fields, pseudonym=PSEUDONYM) == [("X-One", "1"), ("X-Two", "2"), ("Via", sent)]
+    assert to_upstream(*fields) == [("X-One", "1"), ("X-Two", "2")]
 
 
 def test_nothing_is_changed_in_place():

@@ -69,23 +69,26 @@ def test_fields_pass_in_order_case_and_number(client: Client, upstream: Scripted
                    "X-Grok-Conv-Id: \xe9 \t!",
                    "X-Empty:", "Content-Type: application/json")
     request = upstream.receive()
+    via = request.value("Via")
     assert request.head == (
         f"GET /v1/models HTTP/1.1\r\nHost: {upstream.authority}\r\nUser-Agent: xaiproxy/{__version__}\r\n"
         "Authorization: Bearer the-token\r\nX-b: 2\r\nx-B: 1\r\nAccept: a\r\naccept: b\r\n"
-        "X-Grok-Conv-Id: \xe9 \t!\r\nX-Empty: \r\nContent-Type: application/json\r\n\r\n").encode("latin-1")
+        f"X-Grok-Conv-Id: \xe9 \t!\r\nX-Empty: \r\nContent-Type: application/json\r\nVia: {via}\r\n\r\n").encode("latin-1")
 
 
 def test_what_is_ours_or_the_hop_s_does_not_pass(client: Client, upstream: ScriptedUpstream) -> None:
     client.request("POST", "/v1/x", "User-Agent: curl", "Authorization: Bearer nobody", "X-Api-Key: nobody",
                    "Cookie: a=b", "Proxy-Authorization: x", "Proxy-Any: x", "Forwarded: for=x",
-                   "X-Forwarded-For: x",
+                   "X-Forwarded-For: x", "CF-Connecting-IP: x", "CF-Ray: x", "CDN-Loop: cloudflare", "Via: 1.1 x", "Api-Key: x",
+                   "Cf-Access-Jwt-Assertion: x", "X-Amzn-Oidc-Data: x", "Remote-User: x",
                    "Connection: keep-alive, X-Hop", "X-Hop: 1", "TE: trailers", "Upgrade: x", "Keep-Alive: 5",
                    "X-Stays: 1", "Accept-Encoding: br;q=1, gzip;q=0.5, zstd, deflate, *", body=b"x")
     request = upstream.receive()
     assert request.fields == [
         ("Host", upstream.authority), ("User-Agent", f"xaiproxy/{__version__}"),
         ("Authorization", "Bearer the-token"),
-        ("Accept-Encoding", "gzip;q=0.5, deflate"), ("X-Stays", "1"), ("Content-Length", "1")]
+        ("Accept-Encoding", "gzip;q=0.5, deflate"), ("X-Stays", "1"), ("Via", request.value("Via")),
+        ("Content-Length", "1")]
 
 
 def test_multipart_passes_untouched(client: Client, upstream: ScriptedUpstream) -> None:

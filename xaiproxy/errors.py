@@ -226,6 +226,11 @@ class UpstreamTimeout(Refusal):
     headers = (("x-should-retry", "false"),)
 
 
+class LoopDetected(Refusal):
+    status, code = 508, "loop_detected"
+    headers = (("x-should-retry", "false"),)
+
+
 class ClientGone(Exception):
     """The client closed its side. Thrown into the greenlet that serves it, so that upstream is closed at once."""
 

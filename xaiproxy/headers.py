@@ -1,28 +1,37 @@
-"""Which header fields pass, both ways (RFC 9110 section 7.6.1). Pure functions."""
+"""Which header fields pass, both ways (RFC 9110 section 7.6.1), and Via (section 7.6.3). Pure functions."""
 
 import functools
+import re
 
 from xaiproxy.message_head import connection_options, lower_of
 
 Fields = "list[tuple[str, str]]"
 
 HOP_BY_HOP = frozenset(("connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade"))
-# The first row is ours to set, the second is the client's own business, the third says where it sits.
-# Expect is answered by us: the body is sent on without waiting for upstream's 100.
+# The first row is set by the proxy, the second holds credentials, the rest describes the way to the proxy, not the request.
+# Cloudflare, in front of api.x.ai, refuses requests that seem to come from another Cloudflare zone.
+# Expect is answered by the proxy: the body is sent on without waiting for upstream's 100.
 NOT_SENT = HOP_BY_HOP | frozenset((
-    "authorization", "host", "user-agent", "content-length", "accept-encoding", "expect",
-    "x-api-key", "cookie",
-    "forwarded"))
-PREFIXES_NOT_SENT = ("proxy-", "x-forwarded-")
+    "authorization", "host", "user-agent", "content-length", "accept-encoding", "expect", "via",
+    "api-key", "cookie", "x-api-key", "x-goog-api-key",
+    "cdn-loop", "fastly-client-ip", "fly-client-ip", "forwarded", "referer", "true-client-ip", "x-amzn-trace-id",
+    "x-azure-clientip", "x-client-ip", "x-cluster-client-ip", "x-real-ip"))
+PREFIXES_NOT_SENT = (
+    "cf-", "proxy-", "remote-", "tailscale-user-", "x-amzn-oidc-", "x-auth-request-", "x-envoy-", "x-forwarded-",
+    "x-goog-iap-", "x-ms-client-principal", "x-original-", "x-remote-")
 NOT_PASSED = HOP_BY_HOP | {"set-cookie"}
 CODINGS = ("gzip", "deflate", "identity")
+VIA_MEMBER = re.compile(r"1\.1 xaiproxy-[0-9a-f]{16}")
 
 
-def to_upstream(fields: Fields, *, host: str, user_agent: str, access_token: str) -> Fields:
-    """The fields of the request to upstream, but for the framing of its body."""
+def to_upstream(fields: Fields, *, host: str, user_agent: str, access_token: str, pseudonym: str = "") -> Fields:
+    """The fields of the request to upstream, except the framing of its body.
+
+    `pseudonym`: the name of this proxy in Via, xaiproxy- and 16 hex digits; "" to send no Via.
+    """
     options = connection_options(",".join([value for name, value in fields if lower_of(name) == "connection"]))
     sent = [("Host", host), ("User-Agent", user_agent), ("Authorization", "Bearer " + access_token)]
-    accepted = []
+    accepted, passed_by = [], []
     for field in fields:
         lower = lower_of(field[0])
         if lower in options:
@@ -31,9 +40,19 @@ def to_upstream(fields: Fields, *, host: str, user_agent: str, access_token: str
             sent.append(field)
         elif lower == "accept-encoding":
             accepted.append(field[1])
+        elif lower == "via":
+            passed_by.append(field[1])
     if accepted:
         sent.insert(3, ("Accept-Encoding", _reduced(",".join(accepted))))
+    if pseudonym:
+        sent.append(("Via", _via(",".join(passed_by), pseudonym)))
     return sent
+
+
+def _via(received: str, pseudonym: str) -> str:
+    """Only the members that tell of a loop of such proxies: all others are the client's own business."""
+    members = [member for member in map(str.strip, received.split(",")) if VIA_MEMBER.fullmatch(member)]
+    return ", ".join([*members, "1.1 " + pseudonym])
 
 
 @functools.lru_cache(maxsize=1024)

@@ -11,7 +11,9 @@ request context has lost, and nothing of what that context would cost.
 import logging
 import math
 import re
+import secrets
 import time
+import urllib.parse
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -51,6 +53,9 @@ class Proxy:
         self._upstream = upstream
         self._memory = ReplayMemory(settings.replay_memory)
         self._login_due = login_due
+        # In Via, so that a request which comes back is known. Upstreams of xAI get no Via: Cloudflare refuses some.
+        hostname = urllib.parse.urlsplit(settings.upstream).hostname or ""
+        self._pseudonym = "" if f".{hostname}".endswith(".x.ai") else "xaiproxy-" + secrets.token_hex(8)
         self._latest: "tokens.Tokens | None" = None  # what the last look found
 
     def __call__(self, environ: "dict[str, Any]", start_response: "Callable[..., Any]") -> "Iterable[bytes]":
@@ -68,6 +73,7 @@ class Proxy:
             if "checked" not in head.derived:
                 check_method(head.method)
                 check_path(head.path)
+                self._check_loop(head)
                 head.derived["checked"] = True
             return self._forward(head, environ)
         except errors.Refusal as refusal:
@@ -75,6 +81,12 @@ class Proxy:
             status, fields, body = refusal.rendered()
             start_response(status, fields + self._gate.leave(head))
             return [body]
+
+    def _check_loop(self, head: Head) -> None:
+        """Raises LoopDetected when upstream sends to this proxy what came from it (RFC 9110 section 7.6.3)."""
+        if self._pseudonym and any(self._pseudonym in value for value in head.values("via")):
+            raise errors.LoopDetected(f"{self._upstream.origin} sends the request back to this proxy; set XAI_PROXY_UPSTREAM "
+                                      "to the API")
 
     def _forward(self, head: Head, environ: "dict[str, Any]") -> "Stream":
         body = environ["wsgi.input"]
@@ -114,7 +126,7 @@ class Proxy:
         known, request, repeatable, upgrade = head.derived.get("request", (None, b"", False, False))
         if known != key:
             fields = headers.to_upstream(head.fields, host=self._upstream.host, user_agent=USER_AGENT,
-                                         access_token=login.access_token)
+                                         access_token=login.access_token, pseudonym=self._pseudonym)
             if self._settings.sse_keepalive:  # a comment can be put into plain text only
                 fields = [field for field in fields if field[0].lower() != "accept-encoding"]
                 fields.append(("Accept-Encoding", "identity"))
