@@ -164,6 +164,26 @@ def test_a_chunk_is_given_before_its_own_line_end_has_come():
     assert Chunked().feed(b"5\r\nhel") == [(3, 6)]
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 1 << 30])
+@pytest.mark.parametrize("trailers, passed", [
+    (b"", b""), (b"X: y\r\n", b"X: y\r\n"), (b"Set-Cookie: a\r\nX: y\r\nSET-cookie:b\r\n", b"X: y\r\n"), (b"set-cookie:\r\n", b""),
+    (b"Connection: x\r\nx: \xe9\r\nAlt-Svc: y\r\nStrict-Transport-Security: z\r\n", b"x: \xe9\r\n")])
+def test_trailers_that_do_not_pass_are_left_out_of_what_passes(size, trailers, passed):
+    start = b"5;a\r\nhello\r\n000A\r\n0123456789\r\n00;b\r\n"
+    data, body, out = start + trailers + b"\r\n" + BEHIND, Chunked(), b""
+    while not body.ended:
+        body.feed(data[:size])
+        out += data[:body.passes] + body.trailers
+        data = data[body.used:]
+    assert out == start + passed + b"\r\n" and data == BEHIND
+
+
+def test_sized_and_other_bodies_pass_as_far_as_they_are_their_own():
+    for body, passes in ((Sized(3), 3), (Sized(9), 5), (UntilClose(), 5)):
+        body.feed(b"hello")
+        assert (body.passes, body.trailers) == (passes, b"")
+
+
 def test_a_copy_looks_ahead_and_leaves_the_body_where_it_is():
     body = Chunked()
     body.feed(b"5\r\nhe")

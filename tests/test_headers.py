@@ -147,25 +147,27 @@ def test_nothing_is_changed_in_place():
 
 # to the client
 
-def to_client(*lines, length=None):
+def to_client(*lines, length=None, status="200 OK", origin="https://api.x.ai"):
     """What is made of these lines by a head and the rule together."""
-    data = "\r\n".join(["HTTP/1.1 200 OK", *lines, "", ""])
+    data = "\r\n".join([f"HTTP/1.1 {status}", *lines, "", ""])
     head = response_head.parse(data.encode("latin-1"), "GET")
-    first, *passed = headers.to_client(head.lines, head.values, length=length).split("\r\n")
+    first, *passed = headers.to_client(head.lines, head.values, length=length, origin=origin).split("\r\n")
     assert first == ""
     return passed
 
 
 def test_order_case_and_repetitions_are_kept_to_the_client():
-    lines = ["x-B: 2", "Content-Type:text/event-stream", "x-a: é\xff", "X-b:", "x-B: 2", "Content-Encoding: gzip",
+    lines = ["x-B: 2", "Content-Type:text/plain", "x-a: é\xff", "X-b:", "x-B: 2", "Content-Encoding: gzip",
              "date: Mon, 01 Jan 2024 00:00:00 GMT", "Server: cloudflare", "WWW-Authenticate: Bearer", "Vary: a",
              "vary: b", "Retry-After: 5", "ETag: W/\"a\"", "x-should-retry: true", "Access-Control-Allow-Origin: *",
              "User-Agent: x", "tab: a\tb "]
     assert to_client(*lines) == lines
 
 
-@pytest.mark.parametrize("name", [*(name for name in HOP_BY_HOP if name != "Transfer-Encoding"), "Set-Cookie"])
-def test_hop_by_hop_and_set_cookie_are_dropped(name):
+@pytest.mark.parametrize("name", [
+    *(name for name in HOP_BY_HOP if name != "Transfer-Encoding"), "Set-Cookie", "Alt-Svc", "Strict-Transport-Security",
+    "Clear-Site-Data", "NEL", "Report-To", "X-XAI-Proxy-Error"])
+def test_hop_by_hop_and_what_is_said_of_the_origin_are_dropped(name):
     for spelling in spellings(name):
         assert to_client(f"{spelling}: x", "X-One: 1", f"{spelling}: y") == ["X-One: 1"]
 
@@ -200,3 +202,58 @@ def test_a_length_that_nobody_can_vouch_for_is_dropped():
 
 def test_no_length_is_made_up():
     assert to_client("A: 1", length=5) == ["A: 1"]
+
+
+def test_only_a_426_keeps_its_upgrade():
+    lines = ["Connection: upgrade, x-one", "X-One: 1", "uPgrade: websocket", "X-Two: 2", "Upgrade: TLS/1.3"]
+    assert to_client(*lines, status="426 Upgrade Required") == ["uPgrade: websocket", "X-Two: 2", "Upgrade: TLS/1.3"]
+    for status in ("200 OK", "101 x", "400 x", "503 x"):
+        assert to_client(*lines, status=status) == ["X-Two: 2"]
+
+
+# Location
+
+@pytest.mark.parametrize("origin, reference", [
+    ("https://api.x.ai", "https://api.x.ai"), ("https://api.x.ai", "HTTPS://API.x.ai"), ("https://api.x.ai", "https://api.x.ai:443"),
+    ("https://api.x.ai:443", "https://api.x.ai"), ("https://api.x.ai", "//api.x.ai"), ("https://api.x.ai", "https://api.x.ai:"),
+    ("http://127.0.0.1:81", "http://127.0.0.1:81"), ("http://127.0.0.1", "http://127.0.0.1:80"), ("http://[::1]:81", "http://[::1]:81")])
+def test_location_at_upstream_leads_to_the_proxy(origin, reference):
+    for name in ("Location", "content-LOCATION", "location"):
+        for path in ("/v1/x", "/v2/files/a%2Fb?c=d#e", "/v1/"):
+            lines = ["A: 1", f"{name}: {reference}{path}", "B: 2"]
+            assert to_client(*lines, status="302 x", origin=origin) == ["A: 1", f"{name}: {path}", "B: 2"]
+
+
+@pytest.mark.parametrize("reference", [
+    "/v1/x", "x", "", "?a=b", "https://api.x.ai/", "https://api.x.ai", "https://api.x.ai/v1", "https://api.x.ai/v3/x",
+    "https://api.x.ai/oauth/v1/x", "https://api.x.ai?/v1/x", "https://api.x.ai#/v1/x", "http://api.x.ai/v1/x",
+    "https://api.x.ai:8443/v1/x", "https://api.x.ai:80/v1/x", "https://user@api.x.ai/v1/x", "https://api.x.ai\\@evil.example/v1/x",
+    "https://api.x.ai.evil.example/v1/x", "https://evil.example/v1/x", "https://evil.example/https://api.x.ai/v1/x",
+    "https://x.ai/v1/x", "https:///v1/x", "///v1/x", "https:/v1/x", "https:api.x.ai/v1/x", "ftp://api.x.ai/v1/x",
+    "x https://api.x.ai/v1/x", "https://api.x.ai %2f/v1/x"])
+def test_any_other_location_passes_as_it_came(reference):
+    lines = [f"Location: {reference}", f"Content-Location: {reference}", f"X-Location: {reference}"]
+    assert to_client(*lines, status="302 x") == lines
+
+
+def test_other_fields_may_name_upstream():
+    lines = ["Link: <https://api.x.ai/v1/x>; rel=next", "X-Location: https://api.x.ai/v1/x", "Location: /v1/y"]
+    assert to_client(*lines) == lines
+
+
+# X-Accel-Buffering
+
+@pytest.mark.parametrize("value", ["text/event-stream", "Text/Event-Stream", "text/event-stream; charset=utf-8",
+                                   "text/event-stream ;x"])
+def test_event_stream_is_not_to_be_buffered(value):
+    lines = [f"content-type: {value}", "A: 1"]
+    assert to_client(*lines) == [*lines, "X-Accel-Buffering: no"]
+    for given in ("yes", "no", ""):
+        lines = [f"Content-Type: {value}", f"x-accel-buffering: {given}"]
+        assert to_client(*lines) == lines
+
+
+@pytest.mark.parametrize("value", ["text/plain", "application/json", "text/event-streams", "text/event", "",
+                                   "text/plain; text/event-stream"])
+def test_other_answers_may_be_buffered(value):
+    assert to_client(f"Content-Type: {value}") == [f"Content-Type: {value}"]

@@ -4,6 +4,7 @@ After each one another request is answered as itself: nothing of a bad answer is
 """
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import threading
@@ -117,14 +118,18 @@ def test_fold_is_undone(client: Client, upstream: ScriptedUpstream, lines: bytes
     assert answer.fields == [("Date", "then"), *passed, ("Content-Length", "2")] and answer.body == b"ok"
 
 
-COOKIES = [b"Set-Cookie: evil=1\r\n", b"set-cookie: evil=1\r\nSET-COOKIE: evil=2\r\n",
-           b"Connection: set-cookie\r\nSet-Cookie: evil=1\r\n",
-           b"Set-Cookie:\tevil=1\r\nX: y\r\nSet-Cookie: evil=2\r\n"]
+OF_UPSTREAM = [  # what a client would keep as said of the proxy's origin, or take for the proxy's own
+    b"Set-Cookie: evil=1\r\n", b"set-cookie: evil=1\r\nSET-COOKIE: evil=2\r\n",
+    b"Connection: set-cookie\r\nSet-Cookie: evil=1\r\n",
+    b"Set-Cookie:\tevil=1\r\nX: y\r\nSet-Cookie: evil=2\r\n",
+    b'Alt-Svc: h3="evil.example:443"; ma=86400\r\n', b"strict-transport-security: max-age=31536000; evil\r\n",
+    b'Clear-Site-Data: "evil"\r\n', b'NEL: {"report_to":"evil"}\r\nReport-To: {"group":"evil"}\r\n',
+    b"X-XAI-Proxy-Error: evil\r\n"]
 
 
 @both_ways
-@pytest.mark.parametrize("lines", COOKIES)
-def test_no_cookie_reaches_the_client(client: Client, upstream: ScriptedUpstream, lines: bytes) -> None:
+@pytest.mark.parametrize("lines", OF_UPSTREAM)
+def test_what_is_of_upstream_alone_reaches_no_client(client: Client, upstream: ScriptedUpstream, lines: bytes) -> None:
     for status in (200, 403, 404, 500):
         client.request("GET", "/v1/x")
         interim = b"HTTP/1.1 103 x\r\nLink: <a>\r\n%b\r\n" % lines
@@ -134,15 +139,94 @@ def test_no_cookie_reaches_the_client(client: Client, upstream: ScriptedUpstream
         assert b"evil" not in interim.head + answer.head
 
 
-def test_cookie_in_a_trailer_is_kept_by_no_client(running: ProxyProcess, upstream: ScriptedUpstream) -> None:
-    """Trailers pass, as all of a body does; clients keep them apart from the head (RFC 9110 section 6.5.1)."""
+TRAILERS = [b"X-Sum: 1\r\n", b"sET-cOOKIE:evil=1\r\n", b"Set-Cookie-Not: y\r\n", b"Connection: evil\r\n",
+            b"Alt-Svc: evil\r\n", b"Y:\r\n", b"X-XAI-Proxy-Error: evil\r\n", b"Set-Cookie: evil=" + b"x" * 4000 + b"\r\n",
+            b"Set-Cookie: evil=2\r\n"]
+STEPS = {"at once": [b"2\r\nok\r\n0;z\r\n" + b"".join(TRAILERS) + b"\r\n"],
+         "by lines": [b"2\r\nok\r\n", b"0;z\r\n", *TRAILERS, b"\r\n"],
+         "cut in lines": [b"2\r\nok\r\n0;z\r\nX-Sum: 1\r\nsET-", b"cOOKIE:ev", b"il=1\r", b"\n" + b"".join(TRAILERS[2:]) + b"\r",
+                          b"\n"],
+         "by bytes": [bytes([byte]) for byte in b"2\r\nok\r\n0;z\r\n" + b"".join(TRAILERS) + b"\r\n"]}
+
+
+@both_ways
+@pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS)
+@pytest.mark.parametrize("with_the_head", [True, False])
+def test_trailers_that_would_be_dropped_from_a_head_are_dropped(client: Client, upstream: ScriptedUpstream, way: str,
+                                                                steps: "list[bytes]", with_the_head: bool) -> None:
+    client.request("GET", "/v1/x")
+    request = upstream.receive().answer(CHUNKED + steps[0] if with_the_head else CHUNKED)
+    assert client.head().status == 200
+    for step in steps[with_the_head:]:
+        request.answer(step)
+    if way == "relayed":
+        expected = b"2\r\nok\r\n0;z\r\nX-Sum: 1\r\nSet-Cookie-Not: y\r\nY:\r\n\r\n"
+        assert client.exactly(len(expected)) == expected
+    else:
+        assert re.fullmatch(rb"2\r\nok\r\n0\r\n\r\n|1\r\no\r\n1\r\nk\r\n0\r\n\r\n", client.until(b"\r\n0\r\n\r\n"))
+    client.request("GET", "/v1/next")
+    assert upstream.receive().answer().connection is request.connection and client.message().body == b"ok"
+
+
+@both_ways
+def test_last_chunk_without_trailers_arrives_however_it_is_split(client: Client, upstream: ScriptedUpstream) -> None:
+    for steps in ((b"2\r\nok\r\n0\r\n", b"\r\n"), (b"2\r\nok\r\n0", b"\r\n\r\n"), (b"2\r\nok\r\n0\r\n\r", b"\n"),
+                  (b"2\r\nok\r\n", b"0\r\n", b"\r", b"\n")):
+        client.request("GET", "/v1/x")
+        request = upstream.receive().answer(CHUNKED + steps[0])
+        assert client.head().status == 200 and client.exactly(7) == b"2\r\nok\r\n"
+        for step in steps[1:]:
+            request.answer(step)
+        assert client.exactly(5) == b"0\r\n\r\n"
+
+
+def test_cookie_in_a_trailer_reaches_no_client(running: ProxyProcess, upstream: ScriptedUpstream) -> None:
     if not shutil.which("curl"):
         pytest.skip("there is no curl here")
-    command = ["curl", "-sS", "--max-time", "8", "-c", "-", f"{running.url}/v1/x"]
+    command = ["curl", "-sS", "--max-time", "8", "-c", "-", "--raw", f"{running.url}/v1/x"]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as curl:
         upstream.receive().answer(CHUNKED + b"2\r\nok\r\n0\r\nSet-Cookie: evil=1\r\nX: y\r\n\r\n")
         came, _ = curl.communicate()
-    assert curl.returncode == 0 and came.startswith(b"ok") and b"evil" not in came
+    assert curl.returncode == 0 and b"ok" in came and b"X: y" in came and b"evil" not in came
+
+
+@both_ways
+def test_redirect_to_upstream_leads_to_the_proxy(running: ProxyProcess, upstream: ScriptedUpstream) -> None:
+    if not shutil.which("curl"):
+        pytest.skip("there is no curl here")
+    command = ["curl", "-sS", "--max-time", "8", "-L", "-w", "%{url_effective}", f"{running.url}/v1/x"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as curl:
+        location = f"Location: {upstream.origin}/v1/files/1?a=b\r\n".encode()
+        upstream.receive().answer(b"HTTP/1.1 307 x\r\n" + location + END)
+        request = upstream.receive().answer()
+        came, _ = curl.communicate()
+    assert (request.target, request.token) == ("/v1/files/1?a=b", "the-token")
+    assert came == f"ok{running.url}/v1/files/1?a=b".encode()
+
+
+@both_ways
+def test_426_says_what_to_upgrade_to(client: Client, upstream: ScriptedUpstream) -> None:
+    """RFC 9110 section 15.5.22. The proxy can do what upstream asks for if that is a WebSocket."""
+    for lines, upgrade, option in ((b"Connection: upgrade\r\nUpgrade: websocket\r\n", "websocket", "Upgrade"),
+                                   (b"Upgrade: TLS/1.3, HTTP/2.0\r\n", "TLS/1.3, HTTP/2.0", "Upgrade"), (b"", None, None)):
+        client.request("GET", "/v1/realtime")
+        upstream.receive().answer(b"HTTP/1.1 426 Upgrade Required\r\n" + lines + END)
+        refusal = client.message()
+        assert (refusal.status, refusal.body) == (426, b"ok")
+        assert (refusal.value("Upgrade"), refusal.value("Connection")) == (upgrade, option)
+
+
+@both_ways
+def test_event_stream_is_not_to_be_buffered_on_its_way(client: Client, upstream: ScriptedUpstream) -> None:
+    stream = b"Content-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n"
+    for lines, values in ((b"", ["no"]), (b"x-accel-buffering: yes\r\n", ["yes"])):
+        client.request("GET", "/v1/x")
+        upstream.receive().answer(START + stream + lines + b"\r\n9\r\ndata: a\n\n\r\n0\r\n\r\n")
+        answer = client.message()
+        assert answer.values("X-Accel-Buffering") == values and answer.body == b"data: a\n\n"
+    client.request("GET", "/v1/x")
+    upstream.receive().answer()
+    assert client.message().values("X-Accel-Buffering") == []
 
 
 # Bodies

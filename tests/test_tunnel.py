@@ -64,6 +64,16 @@ def test_handshake_passes_with_the_token_added(client: Client, upstream: Scripte
     assert head.value("Transfer-Encoding") is head.value("Content-Length") is None
 
 
+def test_handshake_tells_no_length(client: Client, upstream: ScriptedUpstream) -> None:
+    """RFC 9110 section 8.6 forbids one, and clients wait for that body, or take the 101 for the whole answer."""
+    client.request("GET", "/v1/realtime", *HANDSHAKE)
+    request = upstream.receive().answer(ACCEPTED.replace(b"Upgrade: websocket", b"Content-Length: 0\r\nUpgrade: websocket"))
+    head = client.head()
+    assert head.status == 101 and head.value("Content-Length") is head.value("Transfer-Encoding") is None
+    request.connection.send(b"frames")
+    assert client.exactly(6) == b"frames"
+
+
 def test_what_came_with_the_handshake_is_not_lost(client: Client, upstream: ScriptedUpstream) -> None:
     lines = "\r\n".join(["GET /v1/realtime HTTP/1.1", "Host: localhost", *HANDSHAKE, "", ""])
     client.send(lines.encode() + b"too early")

@@ -4,12 +4,15 @@ All three kinds work alike: `feed` them what came, and they say which parts of i
 whether the body is whole, and `used` how many of these bytes were its own, framing included. They keep no content.
 Where content comes before something malformed, `feed` stops in between, with `used` short of the end: fed with the
 rest, it raises.
+To pass a body on in its own framing, pass on `passes` of these bytes and then `trailers`: fields that do not pass are
+left out, so a trailer section is held back until it is whole.
 `seems_ended`: a body that stops here is whole to some, though it is not.
 """
 
 import re
 from collections.abc import Iterator
 
+from xaiproxy import headers
 from xaiproxy.message_head import ALLOWED, Malformed, lower_of
 
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")  # section 7.1
@@ -24,18 +27,19 @@ Spans = "list[tuple[int, int]]"
 class Sized:
     """As many bytes as Content-Length says."""
 
-    __slots__ = ("ended", "used", "_left")
+    __slots__ = ("ended", "used", "passes", "_left")
 
     seems_ended = False
+    trailers = b""
 
     def __init__(self, length: int):
         self._left = length
-        self.used = 0
+        self.used = self.passes = 0
         self.ended = length == 0
 
     def feed(self, data: bytes) -> Spans:
         """Return where in `data` content starts and ends."""
-        self.used = min(len(data), self._left)
+        self.used = self.passes = min(len(data), self._left)
         self._left -= self.used
         self.ended = self._left == 0
         return [(0, self.used)]
@@ -48,14 +52,16 @@ class Sized:
 class UntilClose:
     """An answer that nothing but the end of its connection ends."""
 
-    __slots__ = ("ended", "used")
+    __slots__ = ("ended", "used", "passes")
+
+    trailers = b""
 
     def __init__(self) -> None:
-        self.used = 0
+        self.used = self.passes = 0
         self.ended = False
 
     def feed(self, data: bytes) -> Spans:
-        self.used = len(data)
+        self.used = self.passes = len(data)
         return [(0, self.used)]
 
     def end_of_connection(self) -> None:
@@ -65,15 +71,17 @@ class UntilClose:
 class Chunked:
     """The chunked transfer coding. What follows it on the connection would be read as another message, so: in doubt, Malformed."""
 
-    __slots__ = ("ended", "used", "_left", "_line", "_expect", "_trailers")
+    __slots__ = ("ended", "used", "passes", "trailers", "_left", "_line", "_expect", "_trailers", "_kept")
 
     def __init__(self) -> None:
-        self.used = 0
+        self.used = self.passes = 0
+        self.trailers = b""
         self.ended = False
         self._left = 0  # bytes of this chunk's content
         self._line = b""  # the beginning of a line
         self._expect = Chunked._size  # what to take the next line for; unbound, so that a copy has its own
         self._trailers = 0
+        self._kept = b""  # lines of trailers that pass
 
     def feed(self, data: bytes) -> Spans:
         """As Sized.feed; raises Malformed."""
@@ -81,10 +89,11 @@ class Chunked:
         if self._expect is Chunked._size and not self._left and not self._line:
             whole = CHUNK_LINE.match(data)  # an event mostly comes as one chunk, and nothing with it
             if whole and size == whole.end() + int(whole[1], 16) + 2 > whole.end() + 2 and data.endswith(b"\r\n"):
-                self.used = size
+                self.used = self.passes = size
                 return [(whole.end(), size - 2)]
         spans = []
         at = 0
+        passes = -1
         while at < size and not self.ended:
             if self._left:
                 end = min(size, at + self._left)
@@ -104,6 +113,8 @@ class Chunked:
                     self._begin_chunk(line)
                     at = line.end()
                     continue
+            if self._expect is Chunked._trailer and passes < 0:
+                passes = at
             end = data.find(b"\n", at, at + LINE_LIMIT) + 1 or size
             try:
                 self._take(self._line + data[at:end])
@@ -113,6 +124,7 @@ class Chunked:
                 break  # before the malformed line
             at = end
         self.used = at
+        self.passes = at if passes < 0 else passes
         return spans
 
     def _take(self, line: bytes) -> None:
@@ -151,12 +163,16 @@ class Chunked:
     def _trailer(self, line: bytes) -> None:
         if line == b"\r\n":
             self.ended = True
+            self.trailers = self._kept + line
             return
         self._trailers += 1
         name, colon, _ = line.decode("latin-1").partition(":")
-        if (self._trailers > TRAILER_LIMIT or not colon or lower_of(name) in NOT_IN_TRAILERS
+        lower = lower_of(name)
+        if (self._trailers > TRAILER_LIMIT or not colon or lower in NOT_IN_TRAILERS
                 or not line.endswith(b"\r\n") or line.translate(None, ALLOWED) != b"\r\n"):
             raise Malformed("has trailers that are malformed")
+        if lower not in headers.NOT_PASSED:
+            self._kept += line
 
 
 def content_of(body: "Sized | UntilClose | Chunked", data: bytes) -> "Iterator[bytes]":

@@ -3,7 +3,7 @@
 import functools
 import re
 
-from xaiproxy.message_head import connection_options, lower_of
+from xaiproxy.message_head import connection_options, lower_of, normal_authority
 
 Fields = "list[tuple[str, str]]"
 
@@ -19,7 +19,11 @@ NOT_SENT = HOP_BY_HOP | frozenset((
 PREFIXES_NOT_SENT = (
     "cf-", "proxy-", "remote-", "tailscale-user-", "x-amzn-oidc-", "x-auth-request-", "x-envoy-", "x-forwarded-",
     "x-goog-iap-", "x-ms-client-principal", "x-original-", "x-remote-")
-NOT_PASSED = HOP_BY_HOP | {"set-cookie"}
+# Of answers, trailers among them: what a client would take as said of this proxy's own origin, and our own X-XAI-Proxy-Error.
+NOT_PASSED = HOP_BY_HOP | frozenset((
+    "set-cookie", "alt-svc", "clear-site-data", "nel", "report-to", "strict-transport-security", "x-xai-proxy-error"))
+# An absolute or network-path reference (RFC 3986 section 4.2) to what this proxy serves, if the authority is upstream's.
+LOCATION = re.compile(r"(\r\n(?:content-)?location:[ \t]*)(?:(https?):)?//([^/?#\r]*)(?=/v[12]/)", re.IGNORECASE)
 CODINGS = ("gzip", "deflate", "identity")
 VIA_MEMBER = re.compile(r"1\.1 xaiproxy-[0-9a-f]{16}")
 
@@ -68,11 +72,11 @@ def _reduced(accept_encoding: str) -> str:
     return ", ".join(kept) or "identity"
 
 
-def to_client(lines: str, values: "dict[str, list[str]]", *, length: "int | None") -> str:
+def to_client(lines: str, values: "dict[str, list[str]]", *, length: "int | None", origin: str) -> str:
     """The header lines of the answer to the client, each preceded by its CRLF.
 
-    `lines`: those of upstream's but for NOT_PASSED; `values`: at least those of Connection and Content-Length; `length`:
-    of the body as we read it, None when nobody can say. A length is sent if there was one, and once.
+    `lines`: those of upstream's except NOT_PASSED; `values`: at least those of response_head.READ; `length`: of the body
+    as we read it, or None if unknown. A length is sent if there was one, and once. `origin`: upstream's.
     """
     dropped: "set[str] | frozenset[str]" = frozenset()
     if "connection" in values:
@@ -84,4 +88,21 @@ def to_client(lines: str, values: "dict[str, list[str]]", *, length: "int | None
         end = "" if length is None else f"\r\nContent-Length: {length}"
     if dropped:
         lines = "\r\n".join([line for line in lines.split("\r\n") if line.partition(":")[0].lower() not in dropped])
+    if "location" in values or "content-location" in values:
+        lines = LOCATION.sub(lambda match: match[1] if _is_at(origin, match[2], match[3]) else match[0], lines)
+    if "x-accel-buffering" not in values and media_type(values) == "text/event-stream":
+        end += "\r\nX-Accel-Buffering: no"  # or nginx, if it stands before us, holds events back until 4 KB have come
     return lines + end
+
+
+def media_type(values: "dict[str, list[str]]") -> str:
+    """Of Content-Type, in lower case; "" if there is none."""
+    types = values.get("content-type")
+    return types[0].partition(";")[0].strip().lower() if types else ""
+
+
+def _is_at(origin: str, scheme: "str | None", authority: str) -> bool:
+    """Whether a reference is to `origin`. `scheme`: None if the reference has none."""
+    own_scheme, _, own_authority = origin.partition("://")
+    scheme = (scheme or own_scheme).lower()
+    return scheme == own_scheme and normal_authority(scheme, authority) == normal_authority(scheme, own_authority)

@@ -91,3 +91,8 @@ def check_name(name: str, colon: str) -> str:
 def lower_of(name: str) -> str:
     """The name in lower case; "" when it is none."""
     return name.lower() if NAME.fullmatch(name) else ""
+
+
+def normal_authority(scheme: str, authority: str) -> str:
+    """The same authority as always the same text: in lower case, without the scheme's own port (RFC 9110 section 4.2.3)."""
+    return authority.lower().removesuffix(":443" if scheme == "https" else ":80").removesuffix(":")

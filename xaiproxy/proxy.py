@@ -143,7 +143,9 @@ class Proxy:
         return exchange
 
     def _head_text(self, answer: response_head.Head, length: "int | None", head: Head) -> str:
-        lines = headers.to_client(answer.lines, answer.values, length=length)
+        lines = headers.to_client(answer.lines, answer.values, length=length, origin=self._upstream.origin)
+        if answer.status == 426 and "upgrade" in answer.values:
+            lines += "\r\nConnection: Upgrade"  # beside every Upgrade (RFC 9110 section 7.8)
         leave = self._gate.leave(head)
         if leave and "access-control-allow-origin" not in answer.values:
             lines += "".join([f"\r\n{name}: {value}" for name, value in leave])

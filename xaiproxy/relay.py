@@ -33,7 +33,7 @@ class Relay:
             try:
                 self._look_at(came)
                 upstream.unread = came[body.used:]
-                head += came[:body.used] if upstream.unread else came
+                head += came[:body.passes] + body.trailers
                 self._check_unread()
             except BROKEN as error:
                 fault = error
@@ -91,9 +91,9 @@ class Relay:
             self._greenlet.throw(error)
             return
         body = self._body
-        if body.used < len(data):
-            self._upstream.unread = data[body.used:]  # behind the end
-            data = data[:body.used]
+        if body.passes < len(data):  # at the end, or in the trailers before it
+            self._upstream.unread = data[body.used:]
+            data = data[:body.passes] + body.trailers
         try:
             sent = self._client.send(data)
         except OSError:

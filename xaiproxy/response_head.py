@@ -13,7 +13,9 @@ from xaiproxy.message_head import Malformed
 
 SIZE_LIMIT = 65536  # bytes of the whole head
 STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: (.*))?")
-READ = headers.NOT_PASSED | {"content-length", "content-type", "content-encoding", "date", "access-control-allow-origin"}
+READ = headers.NOT_PASSED | {
+    "content-length", "content-type", "content-encoding", "content-location", "date", "location", "access-control-allow-origin",
+    "x-accel-buffering"}
 KNOWN_LIMIT = 1024  # names that are remembered
 FOLD = re.compile(rb"\r\n[ \t]+")
 LENGTH = re.compile("[0-9]{1,18}")
@@ -54,7 +56,8 @@ def parse(data: bytes, method: str) -> Head:
             known = _look_at(name, colon)
         if known:
             values.setdefault(known, []).append(value.strip(" \t"))
-            if known in headers.NOT_PASSED:
+            # A 426 without Upgrade would tell the client nothing (RFC 9110 section 15.5.22).
+            if known in headers.NOT_PASSED and not (known == "upgrade" and status == 426):
                 continue
         passed.append(line)
     head = Head(status, reason, "\r\n".join(passed), values)

@@ -276,7 +276,7 @@ class Exchange:
         if not self._pooled:
             self._upstream.dialler.answered(self.connection)
         self.head, self.body = head, head.body
-        self.length = None if head.status in (204, 304) else head.length
+        self.length = None if head.status in (101, 204, 304) else head.length
         if head.status >= 400:
             self._stop_upload()
 
