@@ -274,6 +274,7 @@ def test_the_401_says_how_to_send_a_key_and_how_to_get_one(keyed):
     assert status == "401 Unauthorized" and ("WWW-Authenticate", 'Bearer realm="xaiproxy"') in fields
     assert "Authorization: Bearer KEY" in str(caught.value) and "xai-client-key add NAME" in str(caught.value)
     assert "wrong-secret" not in str(caught.value)
+    assert "x-api-key" not in str(caught.value).lower()  # Claude Code hides what it says then
 
 
 def test_the_key_file_is_looked_at_by_every_request(keyed):

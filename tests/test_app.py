@@ -174,6 +174,7 @@ def error_of(answer) -> "tuple[int, str, str]":
     assert answer.value("Content-Type") == "application/json"
     assert answer.value("X-XAI-Proxy-Error") == error["code"]
     assert set(error) == {"message", "type", "code"}
+    assert answer.value("x-should-retry") == ("false" if answer.status < 500 else None)
     return answer.status, error["code"], error["message"]
 
 

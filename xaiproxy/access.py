@@ -47,7 +47,8 @@ class Access:
             self._check_host(head)
             self._check_origin(head)
             if key_needed and self.keys.required:
-                raise errors.ClientKeyRequired("a client key is needed, as `Authorization: Bearer KEY` or `X-Api-Key: KEY`; "
+                # Claude Code shows "Not logged in" instead of any message that names the other header, x-api-key.
+                raise errors.ClientKeyRequired("this proxy needs a client key: send `Authorization: Bearer KEY`; "
                                                "`xai-client-key add NAME` makes one")
         return name
 

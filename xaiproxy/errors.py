@@ -18,6 +18,7 @@ EXIT_SIGN_IN = 77
 EXIT_CONFIGURATION = 78
 EXIT_INTERRUPTED = 130
 
+NO_RETRY = (("x-should-retry", "false"),)  # SDKs and Claude Code go by it, and would retry most of these for minutes
 CHALLENGE = (("WWW-Authenticate", 'Bearer realm="xaiproxy"'),)  # every 401 has one (RFC 9110 section 15.5.2)
 
 SIGN_IN = "run `xai-login --device` to sign in"
@@ -142,6 +143,7 @@ class ExpiredToken(OAuthError):
 class Refusal(Error):
     """An answer that the proxy makes itself: JSON {"error": {message, type, code}} and X-XAI-Proxy-Error: code.
 
+    With a 4xx nothing would be won by a retry, and each says so.
     close: the connection ends with it, since what follows on it cannot be trusted or was never read.
     """
 
@@ -159,7 +161,7 @@ class Refusal(Error):
         """The WSGI status, the header fields and the body."""
         body = json.dumps({"error": {"message": str(self), "type": self.type, "code": self.code}}).encode() + b"\n"
         fields = [("Content-Type", "application/json"), ("Content-Length", str(len(body))),
-                  ("X-XAI-Proxy-Error", self.code), *self.headers]
+                  ("X-XAI-Proxy-Error", self.code), *(NO_RETRY if self.status < 500 else ()), *self.headers]
         return f"{self.status} {http.HTTPStatus(self.status).phrase}", fields, body
 
 
@@ -198,9 +200,7 @@ class MethodNotAllowed(Refusal):
 
 
 class ClientTimeout(Refusal):
-    # SDKs repeat a 408 by themselves, which would repeat work that is paid for.
     status, code, type = 408, "client_timeout", "invalid_request_error"
-    headers = (("x-should-retry", "false"),)
 
 
 class UpstreamUnreachable(Refusal):
@@ -223,12 +223,12 @@ class TokenUnavailable(Refusal):
 
 class UpstreamTimeout(Refusal):
     status, code = 504, "upstream_timeout"
-    headers = (("x-should-retry", "false"),)
+    headers = NO_RETRY
 
 
 class LoopDetected(Refusal):
     status, code = 508, "loop_detected"
-    headers = (("x-should-retry", "false"),)
+    headers = NO_RETRY
 
 
 class ClientGone(Exception):
