@@ -71,7 +71,7 @@ def test_without_keys_whoever_is_no_web_page_is_served(anonymous):
 
 OUR_HOSTS = [
     "localhost", "LOCALHOST", "LocalHost:9090", "localhost.", "localhost.:80", "a.localhost",
-    "A.B.LocalHost:1", "evil.localhost", "127.0.0.1", "127.0.0.1:9090", "127.0.0.1.", "127.1.2.3",
+    "localhost:", "[::1]:", "xai-proxy:", "A.B.LocalHost:1", "evil.localhost", "127.0.0.1", "127.0.0.1:9090", "127.0.0.1.", "127.1.2.3",
     "10.1.2.3:65535", "8.8.8.8", "[::1]", "[::1]:9090", "[FE80::1]",
     # no stranger's DNS can point a name without a dot here
     "xai-proxy", "xai-proxy:9090", "XAI-PROXY.", "my_box", "2130706433", "0x7f000001",
@@ -87,7 +87,7 @@ STRANGE_HOSTS = [
     # other ways to loopback
     "0.0.0.0", "0.0.0.0:9090", "0.0.0.0.", "[::]", "[0:0::0]:9090", "[::ffff:127.0.0.1]:1", "[::FFFF:7f00:1]", "[::ffff:0:0]"]
 NO_HOSTS = [
-    "", ".", "..", ".localhost", "-a", ":9090", ":", "localhost:", "localhost:x", "localhost:123456",
+    "", ".", "..", ".localhost", "-a", ":9090", ":", "localhost::", "localhost:x", "localhost:123456",
     "localhost:80:80", "local host", "localhost,evil.example", "localhost, localhost",
     "localhost/evil.example", "evil.example/localhost", "localhost@evil.example", "user@localhost",
     "localhost#", "localhost?", "localhost\\evil", "http://localhost", "l%6fcalhost",
@@ -158,7 +158,7 @@ def test_sec_fetch_site_must_be_same_origin_or_none(anonymous, site, taken):
     ("localhost", "http://localhost"), ("localhost:9090", "HTTP://LocalHost:9090"),
     ("[::1]:9090", "http://[::1]:9090"), ("127.0.0.1:9090", "http://127.0.0.1:9090"),
     ("xai-proxy", "https://xai-proxy"),  # something in front of us speaks TLS
-    ("localhost:9090", LISTED), ("localhost:9090", LISTED.upper()), ("proxy.example", LISTED)])
+    ("localhost:", "http://localhost"), ("localhost:9090", LISTED), ("localhost:9090", LISTED.upper()), ("proxy.example", LISTED)])
 def test_an_origin_that_is_our_own_or_listed_is_taken(anonymous, host, origin):
     assert anonymous(f"Origin: {origin}", host=host) is None
     assert anonymous(f"Origin: {origin}", "Sec-Fetch-Site: same-origin", host=host) is None
@@ -201,7 +201,7 @@ def test_a_get_of_a_browser_that_tells_nothing_of_its_page_is_refused(anonymous,
     assert anonymous("User-Agent: a", BROWSER, host=host) == "origin_not_allowed"
 
 
-@pytest.mark.parametrize("host", ["localhost", "LocalHost:9090", "a.b.localhost", "127.0.0.1:9090", "127.1.2.3", "[::1]:9090"])
+@pytest.mark.parametrize("host", ["localhost", "localhost:", "LocalHost:9090", "a.b.localhost", "127.0.0.1:9090", "127.1.2.3", "[::1]:9090"])
 def test_on_loopback_a_browser_would_have_told(anonymous, host):
     assert anonymous(BROWSER, host=host) is None  # PowerShell
 

@@ -309,7 +309,7 @@ def test_a_body_that_came_with_its_head_is_no_request(proxy):
 
 @pytest.mark.parametrize("lines", [
     "Content-Length: 5\r\nTransfer-Encoding: chunked\r\n", "Content-Length: 0\r\nContent-Length: 0\r\n",
-    "Content-Length: +0\r\n", "Transfer-Encoding: Chunked\r\n", "Transfer-Encoding: gzip, chunked\r\n",
+    "Content-Length: +0\r\n", "Transfer-Encoding: identity\r\n", "Transfer-Encoding: gzip, chunked\r\n",
     "X: y\n", "X: y\r\n folded\r\n", "X : y\r\n", "Content_Length: 0\r\n", "Host: localhost\r\n",
     "X: " + "a" * 50 + "\0\r\n", "X: y\r\n" * 200])
 def test_what_two_servers_could_read_differently_is_refused_and_the_connection_closed(proxy, lines):

@@ -125,7 +125,7 @@ def read_by_h11(connection: h11.Connection, data: bytes) -> "tuple[tuple | None,
         except h11.RemoteProtocolError:
             return None, b""
         if isinstance(event, h11.Request):
-            start = text(event.method), text(event.target), text(event.http_version)
+            start = text(event.method), origin_form(text(event.target)), text(event.http_version)
         elif isinstance(event, h11.Response):
             start = str(event.status_code), text(event.reason)
         elif isinstance(event, h11.Data):
@@ -139,6 +139,15 @@ def read_by_h11(connection: h11.Connection, data: bytes) -> "tuple[tuple | None,
             return None, b""  # ConnectionClosed, or PAUSED for a change of protocols
         if isinstance(event, (h11.Request, h11.Response)):
             fields = [(text(name), text(value)) for name, value in event.headers]
+
+
+def origin_form(target: str) -> str:
+    """What of a target is left when its authority, which is Host's, is taken away."""
+    if target.startswith("/") or "://" not in target:
+        return target
+    rest = target.partition("://")[2]
+    path = rest[min(rest.find(mark) if mark in rest else len(rest) for mark in "/?"):]
+    return path if path.startswith("/") else "/" + path
 
 
 def h11_request(data: bytes, _method: str) -> "tuple[tuple | None, bytes]":
@@ -258,6 +267,11 @@ GOOD_REQUESTS = [  # the bytes, the content of each, what becomes of the connect
     (POST + b"Content-Length: 005\r\n\r\nhello", [b"hello"], END, b""),
     (POST + b"Content-Length: 0\r\n\r\n" + NEXT, [b"", b""], END, b""),
     (POST + b"Content-Length: 5\r\n\r\nhell", [], CUT, b""),
+    (POST + b"Transfer-Encoding: CHUNKED\r\n\r\n1\r\na\r\n0\r\n\r\n" + NEXT, [b"a", b""], END, b""),
+    (POST + b"session_id: 1\r\nsession-id: 2\r\n\r\n", [b""], END, b""),
+    (b"GET http://A:80/x HTTP/1.1\r\nHost: a\r\n\r\n" + NEXT, [b"", b""], END, b""),
+    (b"GET https://a?x HTTP/1.1\r\nHost: a:443\r\n\r\n" + NEXT, [b"", b""], END, b""),
+    (b"GET http://a HTTP/1.0\r\n\r\n" + NEXT, [b""], CLOSED, NEXT),
     (POST + b"Content-Length: 999999999999999999\r\n\r\nhello", [], CUT, b""),
     (POST + b"Connection: close\r\nContent-Length: 5\r\n\r\nhello" + NEXT, [b"hello"], CLOSED, NEXT),
     (POST + b"Connection: close\xa0, x\r\n\r\n" + NEXT, [b"", b""], END, b""),
@@ -293,7 +307,8 @@ BAD_REQUESTS = [
     POST + b"Content-Length: 1\r\nContent-Length: 1\r\n\r\na",
     POST + b"Content-Length: 1\r\n" + CHUNKED + b"\r\n0\r\n\r\n",
     POST + CHUNKED + b"Content-Length: 1\r\n\r\n0\r\n\r\n",
-    POST + b"Transfer-Encoding: CHUNKED\r\n\r\n0\r\n\r\n",
+    POST + b"Content-Length: 1\r\nTransfer-Encoding: CHUNKED\r\n\r\n0\r\n\r\n",
+    b"GET http://b/ HTTP/1.1\r\nHost: a\r\n\r\n", b"GET http://a/ HTTP/1.1\r\n\r\n", b"GET http://a@b/ HTTP/1.1\r\nHost: b\r\n\r\n",
     POST + b"X: a\r\n b\r\n\r\n", POST + b"Transfer_Encoding: chunked\r\n\r\n",
     POST + b"Content_Length: 1\r\n\r\n",
     b"POST / HTTP/1.0\r\n" + CHUNKED + b"\r\n0\r\n\r\n", b"A" * 70000,
@@ -428,13 +443,13 @@ def in_chunks(chance: random.Random, data: bytes) -> bytes:
 def framed(chance: random.Random, data: bytes) -> bytes:
     """The end of a head, and the body."""
     if chance.random() < 0.5:
-        return CHUNKED + fields(chance) + b"\r\n" + in_chunks(chance, data)
+        return pick(chance, CHUNKED, CHUNKED.upper(), CHUNKED.title()) + fields(chance) + b"\r\n" + in_chunks(chance, data)
     return b"Content-Length: %d\r\n" % len(data) + fields(chance) + b"\r\n" + data
 
 
 def a_request(chance: random.Random) -> "tuple[bytes, bytes]":
     """One that is right, and its content."""
-    method, target = pick(chance, b"GET", b"POST", b"M-S"), pick(chance, b"/", b"/a%2F?b=c")
+    method, target = pick(chance, b"GET", b"POST", b"M-S"), pick(chance, b"/", b"/a%2F?b=c", b"http://a/a?b", b"HTTP://A:80?b://c")
     start = pick(chance, b"", b"", b"\r\n") + method + b" " + target + b" HTTP/1.1\r\n"
     start += fields(chance) + b"Host: a\r\n"
     data = content(chance)
@@ -497,7 +512,7 @@ SPLICES = [
     b"Connection: close\r\n", b"Connection: keep-alive\r\n", b"Host: b\r\n", b"X: y\r\n",
     b"Transfer-Encoding: identity\r\n",
     b"Expect: 100-continue\r\n", b"Upgrade: x\r\nConnection: upgrade\r\n", b"100", b"101", b"204", b"304",
-    b"HEAD", b"CONNECT",
+    b"HEAD", b"CONNECT", b"http://a", b"https://b/", b"://", b"Host: a\r\n",
     NEXT, NEXT_OK, b";" * 300]
 
 

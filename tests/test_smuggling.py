@@ -74,7 +74,6 @@ LENGTHS = {  # CL.CL, and lengths that are none
     "behind a bare CR": b"X: y\rContent-Length: 5", "no-break space in the name": b"Content-Length\xa0: 5",
 }
 CODINGS = {  # TE.TE
-    "case": b"Transfer-Encoding: Chunked", "upper case": b"Transfer-Encoding: CHUNKED",
     "identity": b"Transfer-Encoding: identity", "identity first": b"Transfer-Encoding: identity, chunked",
     "gzip first": b"Transfer-Encoding: gzip, chunked", "gzip last": b"Transfer-Encoding: chunked, gzip",
     "twice in one": b"Transfer-Encoding: chunked, chunked", "empty element": b"Transfer-Encoding: chunked,",
@@ -99,6 +98,7 @@ CODINGS = {  # TE.TE
     "no-break space in the name": b"Transfer-Encoding\xa0: chunked",
     "long s": b"Transfer-Encoding: \xc5\xbfchunked",
 }
+ANY_CASE = b"Transfer-Encoding: Chunked", b"transfer-encoding: CHUNKED", b"Transfer-Encoding:cHUNKED"  # RFC 9112 section 7
 CHUNKS = {  # refused in the body, whatever came before
     "no size": b"\r\n\r\n", "plus": b"+1\r\na\r\n", "minus": b"-1\r\na\r\n", "0x": b"0x1\r\na\r\n",
     "0x of the last": b"0x0\r\n\r\n", "underscore": b"1_0\r\na\r\n", "blank before": b" 1\r\na\r\n",
@@ -152,7 +152,8 @@ HEADS = {  # whole requests, but for what else is behind them
     "blank in a name": post(b"X Y: z"), "UTF-8 name": post(b"X\xc3\xa9: y"),
     "byte order mark": post(b"\xef\xbb\xbfX: y"), "twin of X-Api-Key": post(b"X_Api_Key: a"),
     "half a twin": post(b"X-Api_Key: a"), "twin of X-Forwarded-For": post(b"X_Forwarded_For: ::1"),
-    "twin of Content-Type": post(b"Content_Type: a"), "twins of each other": post(b"X-Y: 1", b"X_Y: 2"),
+    "twin of Content-Type": post(b"Content_Type: a"), "twin of CF-Connecting-IP": post(b"CF_Connecting_IP: ::1"),
+    "twin of Remote-User": post(b"Remote_User: root"), "twin of X-Real-IP": post(b"X-Real_IP: ::1"),
     "twin of Sec-Fetch-Site": post(b"Sec_Fetch_Site: none"),
     "twin of Proxy-Authorization": post(b"proxy_authorization: a"),
     "twin of User-Agent": post(b"User_Agent: a"), "twin of Keep-Alive": post(b"Keep_Alive: a"),
@@ -161,10 +162,19 @@ HEADS = {  # whole requests, but for what else is behind them
     "X-Host for Host": b"GET /v1/x HTTP/1.1\r\nX-Host: localhost\r\n\r\n",
     "two Hosts in HTTP/1.0": post(b"Host: localhost", version=b"HTTP/1.0"),
     "Host before a blank": post(b"Host : evil.example"), "folded Host": post(b"X: y\r\n Host: evil.example"),
-    "Host behind a bare LF": post(b"X: y\nHost: evil.example"), "absolute form": get(b"http://localhost/v1/x"),
+    "Host behind a bare LF": post(b"X: y\nHost: evil.example"),
     "absolute form of another": get(b"http://evil.example/v1/x"),
-    "absolute form of https": get(b"https://api.x.ai/v1/x"),
-    "absolute form without a path": get(b"http://localhost"),
+    "absolute form of upstream": get(b"https://api.x.ai/v1/x"),
+    "absolute form of another port": get(b"http://localhost:81/v1/x"),
+    "absolute form of https on the port of http": get(b"https://localhost:80/v1/x"),
+    "absolute form of ours beside another Host": b"GET http://localhost/v1/x HTTP/1.1\r\nHost: evil.example\r\n\r\n",
+    "absolute form beside two Hosts": get(b"http://localhost/v1/x", b"Host: localhost"),
+    "absolute form without Host": b"GET http://localhost/v1/x HTTP/1.1\r\n\r\n",
+    "absolute form with a user": get(b"http://localhost@evil.example/v1/x"),
+    "absolute form with a backslash": get(b"http://localhost\\@evil.example/v1/x"),
+    "absolute form with a fragment": get(b"http://localhost/v1/x#y"),
+    "absolute form without an authority": get(b"http:///v1/x"), "scheme before a path": get(b"http:/v1/x"),
+    "absolute form of ftp": get(b"ftp://localhost/v1/x"),
     "authority form": post(method=b"CONNECT", target=b"localhost:80"),
     "asterisk form": post(method=b"OPTIONS", target=b"*"), "no slash": get(b"v1/x"),
     "encoded slash first": get(b"%2Fv1/x"), "backslash first": get(b"\\v1\\x"), "fragment": get(b"/v1/x#y"),
@@ -188,6 +198,7 @@ HEADS = {  # whole requests, but for what else is behind them
 REFUSED = {
     **{f"length, {name}": post(line, body=EVIL) for name, line in LENGTHS.items()},
     **{f"coding, {name}": post(line, body=LAST + EVIL) for name, line in CODINGS.items()},
+    **{f"coding beside a length, {line.decode()}": both(b"Content-Length: {}", line) for line in ANY_CASE},
     **{f"coding beside a length, {name}": both(b"Content-Length: {}", line) for name, line in CODINGS.items()},
     **{f"chunk, {name}": chunked(body + EVIL) for name, body in CHUNKS.items()},
     **{f"second chunk, {name}": chunked(chunk(b"ab") + body + EVIL) for name, body in CHUNKS.items()},
@@ -210,6 +221,11 @@ OTHERWISE = {  # refused for what it asks, and the connection goes on
     "own path with a dot segment": (404, get(b"/healthz/../v1/x")),
     "TRACE with a body": (405, sized(EVIL, method=b"TRACE")),
     "another Host": (403, b"GET /v1/x HTTP/1.1\r\nHost: evil.example\r\n\r\n"),
+    "absolute form of another and its Host": (403, b"GET http://evil.example/v1/x HTTP/1.1\r\nHost: evil.example\r\n\r\n"),
+    "absolute form without a path": (404, get(b"http://localhost")),
+    "absolute form of a path that goes up": (400, get(b"http://localhost/v1/../x")),
+    "absolute form of two slashes": (404, get(b"http://localhost//evil.example/v1/x")),
+    "absolute form by TRACE": (405, post(method=b"TRACE", target=b"http://localhost/v1/x")),
     "Host of another behind @": (403, b"GET /v1/x HTTP/1.1\r\nHost: localhost@evil.example\r\n\r\n"),
     **{f"target {target.decode()}": (400, get(target)) for target in (
         b"/v1/..", b"/v1/../x", b"/v1/./x", b"/v1/.", b"/v1/x/..", b"/v1/..?x", b"/v1/%2e%2e/x",
@@ -259,6 +275,7 @@ TAKEN = {
     "blank before an extension": (chunked(b"2 ;a=b\r\nab\r\n0\r\n\r\n"), [seen(b"ab")]),
     "CRLF in a chunk": (chunked(chunk(b"\r\n\r\n") + LAST), [seen(b"\r\n\r\n")]),
     "chunked with blanks": (post(b"transfer-encoding:\t chunked \t", body=LAST), [seen()]),
+    **{line.decode(): (post(line, body=chunk(EVIL) + LAST), [seen(EVIL)]) for line in ANY_CASE},
     "many small chunks": (chunked(chunk(b"a") * 500 + LAST), [seen(b"a" * 500)]),
     "extension at its limit": (chunked(b"1;" + b"x" * (LINE_LIMIT - 4) + b"\r\na\r\n0\r\n\r\n"), [seen(b"a")]),
     "request behind the last chunk": (chunked(LAST + get(b"/v1/y")), [seen(), got("/v1/y")]),
@@ -287,6 +304,8 @@ TAKEN = {
         seen(b"abc", ("X-Content-Length", "9"), ("Transfer.Encoding", "chunked"))]),
     "names that only look like Host": (post(b"X-Host: evil.example", b"Hos: a"), [
         seen(b"", ("X-Host", "evil.example"), ("Hos", "a"))]),
+    "twins that steer nobody": (post(b"session_id: 1", b"Session-Id: 2", b"X_Y: 3", b"X-Y: 4"), [
+        seen(b"", ("session_id", "1"), ("Session-Id", "2"), ("X_Y", "3"), ("X-Y", "4"))]),
     "underscore alone": (post(b"X_Y: 1"), [seen(b"", ("X_Y", "1"))]),
     "override of the method": (post(b"X-HTTP-Method-Override: TRACE"), [
         seen(b"", ("X-HTTP-Method-Override", "TRACE"))]),
@@ -305,6 +324,17 @@ TAKEN = {
     "Expect without a body": (post(b"Expect: 100-continue"), [seen()]),
     "Expect of something else": (sized(b"abc", b"Expect: 200-ok"), [seen(b"abc")]),
     "Expect twice": (sized(EVIL, b"Expect: 100-continue", b"Expect: x"), [seen(EVIL)]),
+    # Host and the absolute form
+    "empty port": (b"GET /v1/x HTTP/1.1\r\nHost: localhost:\r\n\r\n", [got()]),
+    "absolute form": (get(b"http://localhost/v1/x"), [got()]),
+    "absolute form in other cases": (sized(EVIL, target=b"HTTP://LocalHost:80/v1/x?y"), [seen(EVIL, target="/v1/x?y")]),
+    "absolute form of https": (get(b"https://localhost/v1/x"), [got()]),
+    "absolute form in the path": (get(b"http://localhost/v1/http://evil.example/"), [got("/v1/http://evil.example/")]),
+    "absolute form in HTTP/1.0": (get(b"http://localhost/v1/x", b"Connection: keep-alive", version=b"HTTP/1.0"), [got()]),
+    "absolute form without Host in HTTP/1.0": (
+        b"GET http://localhost/v1/x HTTP/1.0\r\nConnection: keep-alive\r\n\r\n", [got()]),
+    "way to us": (post(b"CF-Connecting-IP: ::1", b"cf-ray: a", b"Via: 1.1 x", b"Remote-User: root", b"Referer: a", b"X: y"), [
+        seen(b"", X)]),
     # Targets that look as if they went up, and pass as they are
     **{f"target {target}": (get(target.encode()), [got(target)]) for target in (
         "/v1/...", "/v1/..x", "/v1/x..", "/v1/%252e%252e/x", "/v1/..%252fx", "/v1/x?../../y", "/v1/x?%2e%2e%2f",

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from xaiproxy import client_keys, config, errors
 from xaiproxy.request_head import Head
 
-HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_][A-Za-z0-9._-]*)(:[0-9]{1,5})?")
+HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_][A-Za-z0-9._-]*)(:[0-9]{0,5})?")
 # Where browsers send Sec-Fetch-Site also over plain HTTP: "potentially trustworthy" (Secure Contexts, section 3.1).
-TRUSTWORTHY = re.compile(r"(([a-z0-9_-]+\.)*localhost|127\.[0-9.]+|\[::1\])(:[0-9]+)?", re.IGNORECASE)
+TRUSTWORTHY = re.compile(r"(([a-z0-9_-]+\.)*localhost|127\.[0-9.]+|\[::1\])(:[0-9]*)?", re.IGNORECASE)
 CONTAINER_HOSTS = frozenset(("host.docker.internal", "host.containers.internal"))
 PREFLIGHT_AGE = 600  # seconds that a browser may remember a preflight
 
@@ -87,7 +87,7 @@ class Access:
         if origins and origins[0] in self._origins and len(origins) == 1:
             return
         sites = {value.lower() for value in head.values("sec-fetch-site")}
-        own = {f"{scheme}://{host.lower()}" for scheme in ("http", "https") for host in head.values("host")}
+        own = {f"{scheme}://{host.lower().removesuffix(':')}" for scheme in ("http", "https") for host in head.values("host")}
         if len(origins) > 1 or not set(origins) <= own or not sites <= {"same-origin", "none"}:
             # A sandboxed page's origin is null: nobody's, or everybody's.
             origin = origins[0][:200] if origins and origins[0] != "null" else "the page's origin"

@@ -1,8 +1,9 @@
 """The head of a client's request, read strictly (RFC 9112 sections 2 to 7).
 
 A request that two servers could read differently is refused, not repaired: it is how one request is smuggled inside
-another. So: CRLF line ends only, no folded lines, no space before the colon, one Host, at most one Content-Length,
-no Transfer-Encoding but exactly `chunked`, never both, and no name that an underscore makes look like another.
+another. So: CRLF line ends only, no folded lines, no space before the colon, one Host, the same as in an absolute target,
+at most one Content-Length, no Transfer-Encoding but `chunked`, never both, and no name with an underscore that reads as
+one which steers somebody.
 """
 
 import functools
@@ -14,13 +15,14 @@ from xaiproxy import errors, headers, message_head
 SIZE_LIMIT = 65536  # bytes of the whole head
 MEMO_LIMIT = 4096  # bytes of a head that is remembered
 LENGTH_LINE = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: ([0-9]{1,18})\r\n")
+ABSOLUTE_FORM = re.compile(r"(https?)://((?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?)([/?][^#]*)?", re.IGNORECASE)
 REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) (HTTP/1\.[01])")
 # Names that steer somebody on the way: content_length reads as content-length behind CGI's rules.
 RESERVED = headers.NOT_SENT | {"content-type", "origin", "sec-fetch-site"}
 
 
 class Head:
-    """`target` is the request line's, byte for byte; `fields` are in order, as sent. Text is Latin-1.
+    """`target` is the request line's, byte for byte, in origin-form; `fields` are in order, as sent. Text is Latin-1.
 
     `by_name`: the values of each name in lower case. `content_length` is None without a body and with a chunked one;
     the value of the field itself is nowhere else. `derived`: what others have found out from the rest, by their own
@@ -75,6 +77,8 @@ def _parse(data: bytes) -> Head:
         fields, values = message_head.fields(lines[1:])
     except message_head.Malformed as error:
         raise refusal(error) from None
+    if not target.startswith("/") or "#" in target:
+        target = _origin_form(target, version, values)
     head = Head(method, target, target.partition("?")[0], version, fields, values, {})
     _check_names(values)
     _frame(head, values)
@@ -93,18 +97,32 @@ def _request_line(line: str) -> "tuple[str, str, str]":
     match = REQUEST_LINE.fullmatch(line)
     if match is None:
         raise errors.BadRequest("the request line is malformed: expected METHOD /target HTTP/1.1", close=True)
-    # Only origin-form (RFC 9112 section 3.2.1): a host in the target could contradict Host.
-    if not match[2].startswith("/") or "#" in match[2]:
-        raise errors.BadRequest("the request target must be a path, such as /v1/models", close=True)
     return match.groups()
 
 
+def _origin_form(target: str, version: str, values: "dict[str, list[str]]") -> str:
+    """An absolute target without its scheme and authority (RFC 9112 section 3.2.2).
+
+    That authority would override Host, so the two must be the same: all servers on the way then agree on it.
+    """
+    match = ABSOLUTE_FORM.fullmatch(target)
+    if match is None:
+        raise errors.BadRequest("the request target must be a path, such as /v1/models", close=True)
+    scheme, authority, rest = match.groups("")
+    if version == "HTTP/1.0":
+        values.setdefault("host", [authority])
+    hosts = [message_head.normal_authority(scheme.lower(), host) for host in values.get("host", ())]
+    if hosts != [message_head.normal_authority(scheme.lower(), authority)]:
+        raise errors.BadRequest("an absolute request target must name the same host as one Host header", close=True)
+    return rest if rest.startswith("/") else "/" + rest
+
+
 def _check_names(names: "dict[str, list[str]]") -> None:
+    """Only names that steer a server matter: clients send session_id and session-id together."""
     for name in names:
         if "_" in name:
             twin = name.replace("_", "-")
-            if (twin in RESERVED or twin.startswith(headers.PREFIXES_NOT_SENT)
-                    or any(twin == other.replace("_", "-") for other in names if other != name)):
+            if twin in RESERVED or twin.startswith(headers.PREFIXES_NOT_SENT):
                 raise errors.BadRequest(f"a header with _ in its name could be taken for {twin}", close=True)
 
 
@@ -117,7 +135,7 @@ def _frame(head: Head, values: "dict[str, list[str]]") -> None:
     if len(lengths) + len(codings) > 1:
         raise errors.BadRequest("a request may have one Content-Length or one Transfer-Encoding", close=True)
     if codings:
-        if codings != ["chunked"] or head.version == "HTTP/1.0":
+        if codings[0].lower() != "chunked" or head.version == "HTTP/1.0":
             raise errors.BadRequest("the only Transfer-Encoding taken is chunked, in HTTP/1.1", close=True)
         head.chunked = True
     if lengths:
