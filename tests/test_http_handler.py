@@ -1,6 +1,7 @@
 """A client's connection: how its requests are read and answered on it, and how its end is noticed."""
 from __future__ import annotations
 
+import email.utils
 import time
 from typing import Callable, Iterator
 
@@ -145,7 +146,56 @@ def test_continue_is_not_said_when_it_is_not(client: Client, proxy: ProxyProcess
     assert client.message().status == 401
 
 
+BAD_HEADS = {"field": (b"/v1/x HTTP/1.1\r\nHost: a\r\nX : y\r\n\r\n", 400), "no Host": (b"/v1/x HTTP/1.1\r\n\r\n", 400),
+             "bare LF": (b"/v1/x HTTP/1.1\nHost: a\n\n", 400), "no path": (b"* HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+             "too large": (b"/v1/x HTTP/1.1\r\nX: " + b"y" * 66000, 431), "too slow": (b"/v1/x HTTP/1.1\r\nHost: a\r\n", 408)}
+
+
+@pytest.mark.parametrize("rest, status", BAD_HEADS.values(), ids=BAD_HEADS)
+def test_refused_head_is_answered_like_any_other(hasty: ProxyProcess, rest: bytes, status: int) -> None:
+    for start in (b"HEAD ", b"\r\nHEAD ", b"GET ", b"HEADER "):
+        with hasty.client() as client:
+            client.send(start + rest)
+            answer, body = client.head(), client.rest()
+            assert (answer.status, answer.value("Connection"), answer.value("x-should-retry")) == (status, "close", "false")
+            assert email.utils.parsedate_to_datetime(answer.value("Date"))
+            if b"HEAD " in start:
+                assert body == b"" and int(answer.value("Content-Length")) > 0
+            else:
+                assert len(body) == int(answer.value("Content-Length"))
+
+
 # Time
+
+
+@pytest.mark.parametrize("steps", [[b"\r\n"], [b"\r", b"\n"], [b"\r"]])
+@both_ways
+def test_empty_line_after_a_body_is_no_request(start_proxy: "Callable[..., ProxyProcess]", upstream: ScriptedUpstream,
+                                               way: str, steps: "list[bytes]") -> None:
+    """Old clients send one after a POST: the connection stays idle, and ends as such, without a 408."""
+    with start_proxy(way=way, client_timeout=0.2, keepalive_timeout=1.2).client() as client:
+        for _ in range(2):
+            client.request("POST", "/v1/x", body=b"{}").send(steps[0])
+            upstream.receive().answer()
+            assert client.message().body == b"ok"
+            for step in steps[1:]:
+                client.send(step)
+            assert not client.closed_within(0.5) and client.silent()
+            if steps == [b"\r"]:
+                client.send(b"\n")
+        assert not client.closed_within(0.4) and client.closed_within(5)
+
+
+def test_empty_line_on_a_new_connection_asks_for_nothing(hasty: ProxyProcess) -> None:
+    with hasty.client() as client:
+        client.send(b"\r\n")
+        assert client.closed_within(5)
+
+
+def test_head_after_an_empty_line_has_its_limit(hasty: ProxyProcess) -> None:
+    with hasty.client() as client:
+        client.send(b"\r\nG")
+        assert client.message().status == 408
 
 
 def test_head_has_a_limit_for_all_of_it(hasty: ProxyProcess) -> None:

@@ -168,24 +168,23 @@ class Connection:
     def recv_head(self, size_limit: int, limit: float) -> bytes:
         """Return a whole head, for which the peer has `limit` seconds; b"" when the connection ended before it began.
 
-        Raises message_head.Malformed and TooLong, EOFError when it ended in the middle, OSError, TimeoutError.
+        Raises message_head.Malformed and TooLong, EOFError when it ended in the middle, OSError, TimeoutError; what came
+        is then `unread`.
         """
         start = time.monotonic()
         data = self.recv(limit)
-        searched = 0
-        while not (end := message_head.end(data, searched, size_limit)):
-            searched = len(data)
-            try:
+        searched = end = 0
+        try:
+            while not (end := message_head.end(data, searched, size_limit)):
+                searched = len(data)
                 more = self.recv(limit - (time.monotonic() - start))
-            except TimeoutError:
-                self.unread = data  # for a caller that tries again
-                raise
-            if not more:
-                if data:
-                    raise EOFError
-                return b""
-            data += more
-        self.unread = data[end:]
+                if not more:
+                    if data:
+                        raise EOFError
+                    return b""
+                data += more
+        finally:
+            self.unread = data[end:]
         return data[:end]
 
     def send_all(self, data: Any, limit: "float | None" = None) -> None:

@@ -31,6 +31,7 @@ logger = logging.getLogger("xaiproxy.request")
 LINGER_IDLE, LINGER_WHOLE = 5.0, 30.0
 DRAIN_LINGER = 1.0  # seconds for the same in a drain
 LOOK = 0.5  # seconds between two polls of a connection with unread bytes
+EMPTY_LINE = b"\r\n"
 
 
 class Cut(Exception):
@@ -123,6 +124,7 @@ class Handler:
         self._code, self._content_bytes, self._time_head = 0, 0, 0.0
         self._ends_with_connection = False
         self._headers_sent = self._cut_short = self._client_gone = self._chunks = False
+        data = b""
         try:
             data = self._wait_for_head()
             if not data:
@@ -130,7 +132,7 @@ class Handler:
             self._time_start = time.time()
             self._head = head = request_head.parse(data)
         except errors.Refusal as refusal:
-            self._refuse_head(refusal)
+            self._refuse_head(refusal, data or self.connection.unread)
             return False
         except (OSError, EOFError):
             return False
@@ -160,7 +162,7 @@ class Handler:
         # In a drain the rest of a request that has begun is on its way, or does not come.
         in_drain = server.draining and self._answered_before
         try:
-            if not connection.unread and not self._begins():
+            if not self._begins():
                 return b""
             return connection.recv_head(request_head.SIZE_LIMIT, DRAIN_LINGER if in_drain else server.settings.client_timeout)
         except message_head.Malformed as error:
@@ -174,24 +176,33 @@ class Handler:
             del server.waiting[connection.socket]
 
     def _begins(self) -> bool:
-        """Whether some of a head came in time."""
+        """Whether a request line begins in time; an empty line before it is ignored (RFC 9112 section 2.2)."""
         server, connection = self.server, self.connection
         limit = server.settings.keepalive_timeout if self._answered_before else server.settings.client_timeout
         if self._answered_before:
             server.idle.add(connection.socket)
         try:
-            # What has been answered and goes on in a drain has its last request there already, or none.
-            at_once = server.draining and self._answered_before
-            connection.unread = connection.receive() if at_once else connection.recv(limit)
+            while EMPTY_LINE.startswith(connection.unread):
+                came, connection.unread = connection.unread, b""
+                # What has been answered and goes on in a drain has its last request there already, or none.
+                at_once = server.draining and self._answered_before
+                more = connection.receive() if at_once else connection.recv(limit)
+                if not more:
+                    return False
+                connection.unread = came + more
         except (TimeoutError, BlockingIOError):
             return False
         finally:
             server.idle.discard(connection.socket)
-        return bool(connection.unread)
+        return True
 
-    def _refuse_head(self, refusal: errors.Refusal) -> None:
+    def _refuse_head(self, refusal: errors.Refusal, came: bytes) -> None:
+        """`came`: as much of the head as has come."""
         status, fields, body = refusal.rendered()
-        lines = [f"HTTP/1.1 {status}", *(f"{name}: {value}" for name, value in fields), "Connection: close", "", ""]
+        lines = [f"HTTP/1.1 {status}", *(f"{name}: {value}" for name, value in fields), f"Date: {_date()}", "Connection: close",
+                 "", ""]
+        if came.removeprefix(EMPTY_LINE).startswith(b"HEAD "):
+            body = b""
         self._time_start = self._time_head = time.time()
         self._code, self._content_bytes, self.ended_by = refusal.status, len(body), "proxy"
         self._log()
@@ -280,7 +291,7 @@ class Handler:
         if self.server.draining or self._ends_with_connection or not (self._body.ended or uploads):
             self._close = True
         if not has_date:
-            text += f"\r\nDate: {pywsgi.format_date_time(time.time()).decode()}"
+            text += f"\r\nDate: {_date()}"
         if self._chunks:
             text += "\r\nTransfer-Encoding: chunked"
         if code == 101:  # what follows on this connection is no HTTP
@@ -352,6 +363,10 @@ class Handler:
             "ended_by": self.ended_by or "done", "key": self.key_name}
         quiet = fields["path"] in ("/healthz", "/readyz") and fields["status"] == 200
         log.event(logger, logging.DEBUG if quiet else logging.INFO, "request", fields)
+
+
+def _date() -> str:
+    return pywsgi.format_date_time(time.time()).decode()
 
 
 @functools.lru_cache(maxsize=1024)
