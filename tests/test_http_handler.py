@@ -1,8 +1,10 @@
 """A client's connection: how its requests are read and answered on it, and how its end is noticed."""
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import time
+from pathlib import Path
 from typing import Callable, Iterator
 
 import pytest
@@ -435,3 +437,42 @@ def test_healthy_probes_are_not_logged(proxy: ProxyProcess) -> None:
     proxy.wait_for_request("/after")
     assert not [line for line in proxy.log_lines() if line.get("path") in ("/healthz", "/readyz")
                 and line["status"] == 200]
+
+
+# Memory
+
+
+def distinct_heads() -> "Iterator[bytes]":
+    """Heads that fill every cache there is, by each part of a head that a client chooses."""
+    def head(target: str, *lines: str) -> bytes:
+        return "\r\n".join([f"GET {target} HTTP/1.1", "Host: localhost", *lines, "", ""]).encode()
+    for number in range(256):
+        yield head("/x", "Connection: " + ",".join(f"{number:x}-{option:x}" for option in range(8000))[:65000])
+    for number in range(512):
+        yield head(f"/{number}" + "x" * 65000)
+        yield head("/v1/x", f"Accept-Encoding: gzip;{number}" + "x" * 64000)
+    for number in range(300):
+        yield head(f"/v1/{number}", *[f"{number}-{line}: y" for line in range(198)])
+        yield head(f"/v1/{number}", *[f"{number}-{line}: y" for line in range(99)])
+        yield head(f"/v1/{number}", *[f"x{number}-{line}".ljust(250, "x") + ": y" for line in range(198)])
+
+
+def test_nothing_that_a_stranger_sends_stays(tmp_path: Path) -> None:
+    with ProxyProcess(tmp_path) as proxy:
+        proxy.ask()
+        before = proxy.resident_kib()
+        for data in distinct_heads():
+            with proxy.client() as client:
+                client.send(data)
+                assert client.message().status in (401, 404)
+        assert proxy.resident_kib() - before < 32 << 10
+
+
+def test_body_that_nobody_read_goes_with_its_answer(proxy: ProxyProcess) -> None:
+    with contextlib.ExitStack() as stack:
+        before = proxy.resident_kib()
+        for _ in range(400):
+            client = stack.enter_context(proxy.client())
+            client.send(b"POST /nothing HTTP/1.1\r\nHost: localhost\r\nContent-Length: 60000\r\n\r\n" + bytes(60000))
+            assert client.message().status == 404
+        assert proxy.resident_kib() - before < 12 << 10

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from xaiproxy import errors, headers, message_head, request_head
+from xaiproxy import errors, headers, message_head, proxy, request_head
 from xaiproxy.message_head import FIELD_LIMIT, NAME_LIMIT
 from xaiproxy.request_head import SIZE_LIMIT
 
@@ -319,3 +319,42 @@ def test_a_malformed_line_takes_no_longer_than_a_good_one(start):
 def test_a_refusal_repeats_nothing_that_came():
     for line in (b"Authorization: Bearer \x00abcdefgh\r\n", b"abcdefgh\r\n", b"Content-Length: abcdefgh\r\n"):
         assert "abcdefgh" not in str(refusal(with_fields(line)))
+
+
+def seconds(work, *arguments) -> float:
+    """The least that it took of three times."""
+    taken = []
+    for _ in range(3):
+        began = time.process_time()
+        work(*arguments)
+        taken.append(time.process_time() - began)
+    return min(taken)
+
+
+def forward(data: bytes) -> None:
+    """All that is found out of the head of a request, with nothing remembered."""
+    head = request_head.parse(data)
+    try:
+        proxy.check_path(head.path)
+    except errors.BadRequest:
+        return
+    proxy.asks_for_websocket(head)
+    headers.to_upstream(head.fields, host="a", user_agent="b", access_token="c", pseudonym="d")
+
+
+PATHS = {"slashes": b"/", "encoded": b"%2f", "backslashes": b"\\", "parameters": b"/;", "dots": b"/..x", "encoded dots": b"/%2e%2ex",
+         "semicolons": b";", "only dots": b"."}
+VALUES = {"commas": b",", "short": b"a,", "blanks": b" ", "blanks and commas": b" ,", "tabs": b"a\t", "semicolons": b";", "codings": b"gzip;,"}
+
+
+@pytest.mark.parametrize("data", [
+    *(pytest.param(b"GET /v1/" + (part * SIZE_LIMIT)[:65000] + b" HTTP/1.1\r\n" + HOST + b"\r\n", id=f"path of {name}")
+      for name, part in PATHS.items()),
+    *(pytest.param(body_of(b"Upgrade: websocket", name + b": x" + (part * SIZE_LIMIT)[:65000] + b"x"), id=f"{name.decode()} of {kind}")
+      for name in (b"Connection", b"Accept-Encoding", b"Via") for kind, part in VALUES.items()),
+    pytest.param(body_of(b"Connection: " + b",".join(b"%x" % number for number in range(12000))), id="Connection of names"),
+    pytest.param(body_of(*(b"a%d_%b: y" % (number, b"x_" * 120) for number in range(190))), id="names with _"),
+    pytest.param(body_of(*(b"Connection: %d" % number + b",x" * 150 for number in range(190))), id="lines of Connection")])
+def test_no_head_takes_much_longer_than_others_of_its_size(data):
+    plain = body_of(*(b"X-%d: " % number + b"y" * 320 for number in range(195)))
+    assert len(data) <= SIZE_LIMIT and seconds(forward, data) < 25 * seconds(forward, plain)

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 
 from xaiproxy import headers
-from xaiproxy.message_head import ALLOWED, Malformed, lower_of
+from xaiproxy.message_head import ALLOWED, NAME_LIMIT, Malformed, lower_of
 
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")  # section 7.1
 LAST = b"0\r\n\r\n"  # the end without trailers
@@ -167,7 +167,7 @@ class Chunked:
             return
         self._trailers += 1
         name, colon, _ = line.decode("latin-1").partition(":")
-        lower = lower_of(name)
+        lower = lower_of(name) if len(name) <= NAME_LIMIT else ""
         if (self._trailers > TRAILER_LIMIT or not colon or lower in NOT_IN_TRAILERS
                 or not line.endswith(b"\r\n") or line.translate(None, ALLOWED) != b"\r\n"):
             raise Malformed("has trailers that are malformed")

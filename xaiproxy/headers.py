@@ -3,7 +3,7 @@
 import functools
 import re
 
-from xaiproxy.message_head import connection_options, lower_of, normal_authority
+from xaiproxy.message_head import MEMO_LIMIT, connection_options, lower_of, normal_authority
 
 Fields = "list[tuple[str, str]]"
 
@@ -24,8 +24,8 @@ NOT_PASSED = HOP_BY_HOP | frozenset((
     "set-cookie", "alt-svc", "clear-site-data", "nel", "report-to", "strict-transport-security", "x-xai-proxy-error"))
 # An absolute or network-path reference (RFC 3986 section 4.2) to what this proxy serves, if the authority is upstream's.
 LOCATION = re.compile(r"(\r\n(?:content-)?location:[ \t]*)(?:(https?):)?//([^/?#\r]*)(?=/v[12]/)", re.IGNORECASE)
-CODINGS = ("gzip", "deflate", "identity")
-VIA_MEMBER = re.compile(r"1\.1 xaiproxy-[0-9a-f]{16}")
+CODINGS = re.compile(r"(?<![^,])[ \t]*((?:gzip|deflate|identity)[ \t]*(?:;[^,]*)?)(?![^,])", re.IGNORECASE)
+VIA_MEMBER = re.compile(r"(?<![^, \t])1\.1 xaiproxy-[0-9a-f]{16}(?=[ \t]*(?:,|\Z))")
 
 
 def to_upstream(fields: Fields, *, host: str, user_agent: str, access_token: str, pseudonym: str = "") -> Fields:
@@ -47,7 +47,9 @@ def to_upstream(fields: Fields, *, host: str, user_agent: str, access_token: str
         elif lower == "via":
             passed_by.append(field[1])
     if accepted:
-        sent.insert(3, ("Accept-Encoding", _reduced(",".join(accepted))))
+        codings = ",".join(accepted)
+        reduce = _reduced if len(codings) < MEMO_LIMIT else _reduced.__wrapped__
+        sent.insert(3, ("Accept-Encoding", reduce(codings)))
     if pseudonym:
         sent.append(("Via", _via(",".join(passed_by), pseudonym)))
     return sent
@@ -55,7 +57,7 @@ def to_upstream(fields: Fields, *, host: str, user_agent: str, access_token: str
 
 def _via(received: str, pseudonym: str) -> str:
     """Only the members that tell of a loop of such proxies: all others are the client's own business."""
-    members = [member for member in map(str.strip, received.split(",")) if VIA_MEMBER.fullmatch(member)]
+    members = VIA_MEMBER.findall(received)
     return ", ".join([*members, "1.1 " + pseudonym])
 
 
@@ -64,11 +66,10 @@ def _passes(lower: str) -> bool:
     return lower not in NOT_SENT and not lower.startswith(PREFIXES_NOT_SENT)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=64)
 def _reduced(accept_encoding: str) -> str:
     """Only codings in which we can read an error (an answer itself is never decoded)."""
-    kept = [item.strip() for item in accept_encoding.split(",")
-            if item.partition(";")[0].strip().lower() in CODINGS]
+    kept = [item.rstrip(" \t") for item in CODINGS.findall(accept_encoding)]
     return ", ".join(kept) or "identity"
 
 

@@ -120,7 +120,8 @@ class Handler:
 
     def _handle_one(self) -> bool:
         """Read and answer one request; whether another may follow."""
-        self._head, self.key_name, self.ended_by = None, None, ""
+        self._head = self._body = self.key_name = None  # nothing of a request stays while the connection is idle
+        self.ended_by = ""
         self._code, self._content_bytes, self._time_head = 0, 0, 0.0
         self._ends_with_connection = False
         self._headers_sent = self._cut_short = self._client_gone = self._chunks = False
@@ -258,10 +259,10 @@ class Handler:
         environ["QUERY_STRING"] = head.target[len(head.path) + 1:]
         environ["SERVER_PROTOCOL"] = head.version
         environ["wsgi.input_terminated"] = True
-        for name, value in head.fields:
+        for name, values in head.by_name.items():
             key = _environ_key(name)
             if key:
-                environ[key] = f"{environ[key]},{value}" if key in environ else value
+                environ[key] = ",".join(values)
         return environ
 
     def start_response(self, status: str, headers: "list[tuple[str, str]]", exc_info: Any = None) -> "Callable[[bytes], None]":

@@ -30,6 +30,7 @@ SECRETS = re.compile(
 SHORTEST_SECRET = 13  # characters, of those
 MESSAGE_LIMIT = 1000  # characters
 FIELD_LIMIT = 512
+MEMO_LIMIT = 256  # characters of what is remembered: strangers choose paths
 NUMBERS = frozenset((int, float))
 PLAIN = frozenset((int, float, bool, type(None)))  # what cannot hold a secret
 # Controls would let what others send (a path, an error_description) forge lines or drive a terminal.
@@ -180,8 +181,12 @@ def _text(value: Any) -> str:
     return _json(value) if type(value) in PLAIN else _quoted(str(value), FIELD_LIMIT)
 
 
-@functools.lru_cache(maxsize=512)  # methods, paths, names of keys: they come again
 def _quoted(text: str, limit: int) -> str:
+    return (_remembered if len(text) < MEMO_LIMIT else _remembered.__wrapped__)(text, limit)
+
+
+@functools.lru_cache(maxsize=512)  # methods, paths, names of keys: they come again
+def _remembered(text: str, limit: int) -> str:
     return _json(blot(text, limit))
 
 

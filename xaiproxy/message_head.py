@@ -7,7 +7,7 @@ NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 ALLOWED = bytes((9, *range(0x20, 0x7F), *range(0x80, 0x100)))  # in a line
 BARE_LF = re.compile(rb"(?<!\r)\n")
 FIELD_LIMIT = 200
-MEMO_LIMIT = 256  # bytes of a line that is remembered
+MEMO_LIMIT = 256  # characters of what is remembered: a stranger can fill every cache
 NAME_LIMIT = 256  # bytes: names are kept in caches
 
 
@@ -57,10 +57,14 @@ def fields(lines: "list[str]") -> "tuple[list[tuple[str, str]], dict[str, list[s
     return in_order, values
 
 
-@functools.lru_cache(maxsize=256)
 def connection_options(connection: str) -> "frozenset[str]":
     """The names in a value of Connection, in lower case (RFC 9110 section 7.6.1)."""
-    return frozenset([lower_of(option.strip(" \t")) for option in connection.split(",")]) - {""}
+    return _options(connection) if len(connection) < MEMO_LIMIT else _options.__wrapped__(connection)
+
+
+@functools.lru_cache(maxsize=64)
+def _options(connection: str) -> "frozenset[str]":
+    return frozenset([option.strip(" \t") for option in {*connection.lower().split(",")}]) - {""}
 
 
 def keep_alive(values: "dict[str, list[str]]", is_1_0: bool) -> bool:
@@ -89,7 +93,7 @@ def check_name(name: str, colon: str) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def lower_of(name: str) -> str:
-    """The name in lower case; "" when it is none."""
+    """The name in lower case; "" if it is none. It is remembered, so check NAME_LIMIT before."""
     return name.lower() if NAME.fullmatch(name) else ""
 
 

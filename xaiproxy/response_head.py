@@ -45,7 +45,8 @@ def parse(data: bytes, method: str) -> Head:
         status_line, _, rest = data.partition(b"\r\n")
         data = status_line + b"\r\n" + FOLD.sub(b" ", rest)  # section 5.2: a folded line becomes a space
     status_line, *lines = message_head.lines(data)
-    is_1_0, status, reason = _status_line(status_line)
+    read = _status_line if len(status_line) < message_head.MEMO_LIMIT else _status_line.__wrapped__
+    is_1_0, status, reason = read(status_line)
     if len(lines) > message_head.FIELD_LIMIT:
         raise message_head.TooLong(f"has more than {message_head.FIELD_LIMIT} header lines")
     passed, values = [""], {}
