@@ -3,13 +3,15 @@ from __future__ import annotations
 
 import contextlib
 import email.utils
+import threading
 import time
 from pathlib import Path
 from typing import Callable, Iterator
 
 import pytest
 from proxy_process import Client, ProxyProcess, both_ways
-from scripted_upstream import Request, ScriptedUpstream
+from scripted_upstream import Request, ScriptedUpstream, pour
+from wire import PATIENCE
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 
@@ -21,9 +23,9 @@ def proxy(running: ProxyProcess, upstream: ScriptedUpstream) -> ProxyProcess:
 
 
 @pytest.fixture
-def hasty(start_proxy: "Callable[..., ProxyProcess]", upstream: ScriptedUpstream) -> ProxyProcess:
+def hasty(start_proxy: "Callable[..., ProxyProcess]", upstream: ScriptedUpstream, way: str) -> ProxyProcess:
     """One that gives clients half a second."""
-    return start_proxy(client_timeout=0.5, keepalive_timeout=0.2)
+    return start_proxy(way=way, client_timeout=0.5, keepalive_timeout=0.2)
 
 
 @pytest.fixture
@@ -234,6 +236,38 @@ def test_limit_is_not_for_the_answer(hasty: ProxyProcess, upstream: ScriptedUpst
         time.sleep(0.7)
         request.answer()
         assert client.message().body == b"ok"
+
+
+@pytest.mark.parametrize("target", ["/nowhere", "/v1/v1/models"])
+def test_client_that_does_not_read_our_answers_is_closed(hasty: ProxyProcess, upstream: ScriptedUpstream,
+                                                         target: str) -> None:
+    request = f"GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+    with hasty.client() as client:
+        client.request()
+        size = 2 << 20  # most of what the socket takes, so that fewer answers of ours fill it
+        pour(upstream.receive().answer(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size).connection, 0, size)
+        client.sock.settimeout(30)
+        with pytest.raises(ConnectionError):
+            while True:
+                client.send(request * 100)
+
+
+@both_ways
+def test_client_may_take_longer_to_read_an_answer_of_upstream(hasty: ProxyProcess,
+                                                              upstream: ScriptedUpstream) -> None:
+    """Also when all of that is in the socket (mostly 3.5 MB are), and the next request is there."""
+    with hasty.client() as client:
+        for size in (3500 << 10, 32 << 20):
+            client.request().request()
+            request = upstream.receive().answer(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size)
+            sent = pour(request.connection, 0, size)
+            time.sleep(1)
+            thread = threading.Thread(target=pour, args=(request.connection, sent, size, PATIENCE))
+            thread.start()
+            assert len(client.message().body) == size
+            thread.join()
+            upstream.receive().answer()
+            assert client.message().body == b"ok"
 
 
 def test_silent_connections_are_closed(hasty: ProxyProcess) -> None:

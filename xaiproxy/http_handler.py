@@ -139,6 +139,7 @@ class Handler:
             return False
         self._answered_before = True
         self._close = not head.keep_alive
+        self._send_limit = self.server.settings.client_timeout
         self._body = body_of(head, self.connection, self.server.settings.client_timeout)
         self._respond()
         self._close |= not self._body.ended
@@ -316,6 +317,8 @@ class Handler:
 
     def _send(self, result: "Iterable[bytes]") -> None:
         is_stream = hasattr(result, "relay")
+        if is_stream:
+            self._send_limit = self.server.settings.idle_timeout
         if is_stream and (self._code == 101 or self._can_relay(result)):
             relay = result.relay(self.connection)
             try:
@@ -349,7 +352,7 @@ class Handler:
 
     def _send_all(self, data: bytes) -> None:
         try:
-            self.connection.send_all(data, self.server.settings.idle_timeout)
+            self.connection.send_all(data, self._send_limit)
         except OSError:
             raise errors.ClientGone from None
 
