@@ -11,7 +11,9 @@ from typing import Callable, Iterator
 import pytest
 from proxy_process import Client, ProxyProcess, both_ways
 from scripted_upstream import Request, ScriptedUpstream, pour
-from wire import PATIENCE
+from wire import PATIENCE, Wire, readable
+
+from xaiproxy.connection import READ
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 
@@ -167,6 +169,55 @@ def test_refused_head_is_answered_like_any_other(hasty: ProxyProcess, rest: byte
                 assert body == b"" and int(answer.value("Content-Length")) > 0
             else:
                 assert len(body) == int(answer.value("Content-Length"))
+
+
+# Turns
+
+
+def received_before(answer: Client, other: Wire) -> int:
+    """Bytes that come on `other` until something comes on `answer`."""
+    count, ready = 0, []
+    while answer.sock not in ready:
+        ready = readable([answer.sock, other.sock], PATIENCE)
+        assert ready, "neither an answer nor anything else came"
+        if other.sock in ready:
+            count += len(other.sock.recv(1 << 20))
+    return count
+
+
+def test_others_have_their_turn_between_pipelined_requests(proxy: ProxyProcess) -> None:
+    requests = READ // 50  # so many that all come in one read
+    with proxy.client() as greedy, proxy.client() as other:
+        other.ask("GET", "/healthz")
+        greedy.send(b"GET /nowhere HTTP/1.1\r\nHost: localhost\r\n\r\n" * requests)
+        size = len(greedy.message().head) + 100
+        other.request("GET", "/healthz")
+        assert received_before(other, greedy) < size * requests / 10
+        assert other.message().status == 200
+
+
+def test_others_have_their_turn_between_buffers_of_tiny_chunks(proxy: ProxyProcess,
+                                                               upstream: ScriptedUpstream) -> None:
+    tiny = b"1\r\nx\r\n"
+    with proxy.client() as greedy, proxy.client() as other:
+        other.ask("GET", "/healthz")
+        greedy.request("POST", "/v1/x", "Transfer-Encoding: chunked")
+        request = upstream.receive(body=False)
+
+        def pour() -> None:
+            with contextlib.suppress(OSError):  # until the test closes it
+                while True:
+                    greedy.send(tiny * (READ // len(tiny)))
+        thread = threading.Thread(target=pour)
+        thread.start()
+        most = 0
+        for _ in range(10):
+            other.request("GET", "/healthz")
+            most = max(most, received_before(other, request.connection))
+            assert other.message().status == 200
+        greedy.half_close()
+        thread.join()
+    assert most < 3 * READ / len(tiny)
 
 
 # Time

@@ -165,6 +165,10 @@ class Connection:
             self._eager = self._eager - 1 if len(data) == READ else 0
             return data
 
+    def wait_before_reading(self) -> None:
+        """Have the next `recv` let others run before it reads, also in a burst."""
+        self._eager = 0
+
     def recv_head(self, size_limit: int, limit: float) -> bytes:
         """Return a whole head, for which the peer has `limit` seconds; b"" when the connection ended before it began.
 

@@ -160,6 +160,10 @@ class Handler:
     def _wait_for_head(self) -> bytes:
         """The head of the next request; b"" when none came in time, or at its end."""
         server, connection = self.server, self.connection
+        if connection.unread:
+            # A pipelined request. Waiting gives other connections their turn before it, and a client that does not read
+            # its answers gets no more of them. gevent.sleep(0) would let the loop poll only every fiftieth time.
+            connection.wait(connection.writable, self._send_limit)
         server.waiting[connection.socket] = time.monotonic()
         # In a drain the rest of a request that has begun is on its way, or does not come.
         in_drain = server.draining and self._answered_before

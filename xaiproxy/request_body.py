@@ -94,6 +94,8 @@ class RequestBody:
         except framing.Malformed as error:
             raise errors.BadRequest(f"the request body {error}", close=True) from None
         self._connection.unread = data[self._framing.used:]
+        if self.chunked:
+            self._connection.wait_before_reading()  # chunks of a byte each take long: others have their turn
         return b"".join([data[start:end] for start, end in spans]) if spans != [(0, len(data))] else data
 
 
