@@ -3,6 +3,9 @@ from __future__ import annotations
 
 import contextlib
 import email.utils
+import shutil
+import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -16,6 +19,17 @@ from wire import PATIENCE, Wire, readable
 from xaiproxy.connection import READ
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+NODE = """
+const http = require("http"), [port, pause] = process.argv.slice(1).map(Number);
+const agent = new http.Agent({keepAlive: true, timeout: 60000});
+const ask = then => {
+    const request = http.request({port, agent, host: "127.0.0.1", path: "/nowhere", method: "POST"}, answer => {
+        console.log(answer.statusCode, request.reusedSocket);
+        answer.on("end", then).resume();
+    }).end("{}");
+};
+ask(() => setTimeout(() => ask(() => setTimeout(() => ask(() => agent.destroy()), pause)), 1));
+"""
 
 
 @pytest.fixture
@@ -57,9 +71,43 @@ def test_http_1_0_may_keep_its_connection(client: Client, upstream: ScriptedUpst
         upstream.receive().answer()
         answer = client.message()
         assert (answer.body, answer.value("Connection")) == (b"ok", "keep-alive")
+        assert answer.value("Keep-Alive") == "timeout=595"
     client.request(version="HTTP/1.0")
     upstream.receive().answer()
-    assert client.message().value("Connection") == "close" and client.closed_within()
+    answer = client.message()
+    assert (answer.value("Connection"), answer.value("Keep-Alive")) == ("close", None) and client.closed_within()
+
+
+@pytest.mark.parametrize("timeout, announced", [(600, "timeout=595"), (7, "timeout=2"), (2.5, "timeout=1"), (1.9, None)])
+def test_client_is_told_to_close_before_the_proxy_does(start_proxy: "Callable[..., ProxyProcess]",
+                                                       upstream: ScriptedUpstream, timeout: float,
+                                                       announced: "str | None") -> None:
+    with start_proxy(keepalive_timeout=timeout).client() as client:
+        client.request("GET", "/v1/x")
+        upstream.receive().answer(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nKeep-Alive: timeout=5\r\n\r\nok")
+        for answer in (client.message(), client.ask("GET", "/healthz"), client.ask("GET", "/nowhere")):
+            assert (answer.value("Connection"), answer.value("Keep-Alive")) == ("keep-alive", announced)
+        if timeout < 3:
+            assert not client.closed_within(timeout - 0.5) and client.closed_within(1)
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+def test_node_closes_first(start_proxy: "Callable[..., ProxyProcess]") -> None:
+    port = start_proxy(keepalive_timeout=8).port
+    done = subprocess.run(["node", "-e", NODE, str(port), "4000"], capture_output=True, text=True, timeout=20)
+    assert (done.stdout.splitlines(), done.stderr) == (["404 false", "404 true", "404 false"], "")
+
+
+def test_request_that_meets_the_end_of_the_keepalive_is_answered(hasty: ProxyProcess) -> None:
+    with hasty.client() as client:
+        assert client.ask("GET", "/healthz").status == 200
+        hasty.process.send_signal(signal.SIGSTOP)
+        try:
+            time.sleep(0.3)
+            client.request("GET", "/healthz")
+        finally:
+            hasty.process.send_signal(signal.SIGCONT)
+        assert client.message().status == 200
 
 
 @both_ways

@@ -258,7 +258,7 @@ def test_open_answers_are_finished(tmp_path: Path, upstream: ScriptedUpstream, w
         proxy.sign_in()
         streaming.request("GET", "/v1/stream")
         stream = upstream.receive().answer(CHUNKED + b"3\r\none\r\n")
-        assert streaming.head().value("Connection") is None and streaming.chunk() == b"one"
+        assert streaming.head().value("Connection") == "keep-alive" and streaming.chunk() == b"one"
         waiting.request("GET", "/v1/wait")
         wait = upstream.receive()
         uploading.request("POST", "/v1/upload", "Content-Length: 4").send(b"ab")

@@ -245,9 +245,11 @@ class Config:
         "Seconds of silence in an event stream after which the proxy sends a comment; 0: never. For clients that cut off long "
         "reasoning. A comment cannot help before the head of the answer. Upstream is then asked not to compress.")
     client_timeout: float = _setting("30", _seconds(0.1, 3600),
-        "Seconds that a client has to send its request head, and between two reads of its body.")
-    keepalive_timeout: float = _setting("75", _seconds(0.1, 3600),
-        "Seconds that an idle client connection stays open.")
+        "Seconds that a client has to send its request head, and between two reads of its body; also seconds in which it "
+        "takes nothing of an answer that the proxy gives itself.")
+    keepalive_timeout: float = _setting("600", _seconds(0.1, 3600),
+        "Seconds that an idle client connection stays open. Longer than clients keep theirs, or a request meets the close; "
+        "answers announce a few seconds less (Keep-Alive: timeout=).")
     max_connections: int = _setting("10000", _whole(1, 1000000),
         "Client connections at once; more wait until one ends, and those without a request then have a second to send one. "
         "Lowered to fit the file descriptor limit.")

@@ -191,12 +191,14 @@ class Handler:
             while EMPTY_LINE.startswith(connection.unread):
                 came, connection.unread = connection.unread, b""
                 # What has been answered and goes on in a drain has its last request there already, or none.
-                at_once = server.draining and self._answered_before
-                more = connection.receive() if at_once else connection.recv(limit)
+                if not (server.draining and self._answered_before):
+                    with contextlib.suppress(TimeoutError):
+                        connection.wait(connection.readable, limit)
+                more = connection.receive()  # also at the end of the limit, since the loop may have been late
                 if not more:
                     return False
                 connection.unread = came + more
-        except (TimeoutError, BlockingIOError):
+        except BlockingIOError:
             return False
         finally:
             server.idle.discard(connection.socket)
@@ -305,8 +307,8 @@ class Handler:
             self._close = True
         elif self._close:
             text += "\r\nConnection: close"
-        elif is_1_0:
-            text += "\r\nConnection: keep-alive"
+        else:
+            text += self.server.keep_alive
         self._head_bytes = f"{text}\r\n\r\n".encode("latin-1")
 
     def send_interim(self, code: int, text: str) -> None:

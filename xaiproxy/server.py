@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 BACKLOG = 1024  # connections that wait in the kernel when all slots are taken
 LOG_DELAY = 0.005  # seconds that a log line waits at most, for others or until nothing else is to be done
 PATIENCE = 1.0  # seconds for a request to come, where all slots are taken or the end is near
+KEEPALIVE_MARGIN = 5  # seconds by which a client is told less than KEEPALIVE_TIMEOUT, so that it closes first
 SHORTAGE_WORD = 60.0  # seconds between two lines about descriptors: at the limit they come and go
 REFRESHER_LOOK = 2.0  # seconds between two looks for a living refresher, of which the first leaves it time to start
 EXAMPLES = """\
@@ -48,6 +49,7 @@ class Server(pywsgi.WSGIServer):
         super().__init__(listener, application, spawn=gevent.pool.Pool(connections), log=None, error_log=logger,
                          environ={"SERVER_NAME": "xaiproxy"})  # else pywsgi looks its name up in the DNS
         self.settings = settings
+        self.keep_alive = keep_alive_lines(settings.keepalive_timeout)
         self.draining = False
         self.idle: "set[Any]" = set()  # sockets between two requests, which may be closed at any time
         self.waiting: "dict[Any, float]" = {}  # all that owe us a whole head: since when, longest first
@@ -121,6 +123,12 @@ def _end_if_quiet(sock: socket.socket) -> None:
             sock.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
             sock.shutdown(socket.SHUT_RD)
+
+
+def keep_alive_lines(timeout: float) -> str:
+    """The header lines, each after its CRLF, of an answer whose connection stays open for `timeout` seconds."""
+    announced = max(1, int(timeout) - KEEPALIVE_MARGIN)
+    return "\r\nConnection: keep-alive" + (f"\r\nKeep-Alive: timeout={announced}" if announced + 1 <= timeout else "")
 
 
 def main(argv: "list[str] | None" = None) -> int:
