@@ -82,6 +82,17 @@ def test_ways_out_of_that(tmp_path: Path, way: str) -> None:
             ("client_key_required" if way == "missing keys" else "login_required")
 
 
+@pytest.mark.parametrize("bind, host", [
+    ("127.0.0.1", "127.0.0.1"), ("127.0.0.1", "localhost"), ("127.0.0.1", "LOCALHOST."), ("::1", "[::1]"),
+    ("0.0.0.0", "127.0.0.1"), ("0.0.0.0", "127.3.2.1"), ("::", "127.0.0.1"), ("::", "localhost")])
+def test_proxy_is_not_its_own_upstream(tmp_path: Path, bind: str, host: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        port = found.getsockname()[1]
+    code, text = refuse_to_start(tmp_path, bind=bind, port=port, allow_anonymous=1, upstream=f"http://{host}:{port}")
+    assert code == 78 and text.count("\n") == 1
+    assert "XAI_PROXY_UPSTREAM" in text and f"listens on port {port}" in text and "XAI_PROXY_PORT" in text
+
+
 def test_unknown_setting(tmp_path: Path) -> None:
     code, text = refuse_to_start(tmp_path, idle_timeoot=3)
     assert code == 78 and text.count("\n") == 1

@@ -9,6 +9,7 @@ import select
 import signal
 import socket
 import time
+import urllib.parse
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ import gevent.pool
 from gevent import pywsgi
 
 from xaiproxy import __version__, app, client_keys, command, config, errors, log, token_store
-from xaiproxy.dialling import SOCKET_OPTIONS
+from xaiproxy.dialling import PORTS, SOCKET_OPTIONS
 from xaiproxy.http_handler import Cut, Handler
 from xaiproxy.upstream import Upstream
 
@@ -194,6 +195,7 @@ def serve(settings: config.Config) -> int:
     keys = client_keys.ClientKeys(settings.client_keys_file, required=_names_a_key_file(settings))
     with listen(settings) as listener:
         check_exposure(listener, settings, keys)
+        check_upstream(listener, settings)
         run(listener, settings, keys)
     return 0
 
@@ -264,6 +266,15 @@ def check_exposure(listener: socket.socket, settings: config.Config, keys: clien
         raise errors.ConfigurationError(
             f"{address} can be reached from other machines, and there is no client key; make one with "
             f"`xai-client-key add NAME` ({settings.client_keys_file}), or set XAI_PROXY_ALLOW_ANONYMOUS=1")
+
+
+def check_upstream(listener: socket.socket, settings: config.Config) -> None:
+    """Refuse to be our own upstream: one request would take all connections. Raises ConfigurationError."""
+    upstream = urllib.parse.urlsplit(settings.upstream)
+    port = listener.getsockname()[1]
+    if config.is_loopback(upstream.hostname) and (upstream.port or PORTS[upstream.scheme]) == port:
+        raise errors.ConfigurationError(f"XAI_PROXY_UPSTREAM is {settings.upstream!r}, but the proxy itself listens on port "
+                                        f"{port}; set XAI_PROXY_UPSTREAM to the API, or XAI_PROXY_PORT to another port")
 
 
 def _names_a_key_file(settings: config.Config) -> bool:
