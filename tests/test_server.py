@@ -11,15 +11,15 @@ import socket
 import subprocess
 import time
 from pathlib import Path
-from typing import Iterator
+from typing import Callable, Iterator
 
 import pytest
 from flow import Flow
 from proxy_process import COMMAND, Client, ProxyProcess, both_ways, environment, refuse_to_start
-from scripted_upstream import ScriptedUpstream, pour
-from wire import readable
+from scripted_upstream import Request, ScriptedUpstream, pour
+from wire import Message, readable
 
-from xaiproxy import __version__, server
+from xaiproxy import __version__, config, server
 
 HEALTH = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -120,22 +120,16 @@ def test_ipv6(tmp_path: Path) -> None:
 
 
 def test_low_limit_of_file_descriptors(tmp_path: Path, upstream: ScriptedUpstream) -> None:
-    with ProxyProcess(tmp_path, upstream=upstream.origin, prefix=("prlimit", "--nofile=164:164")) as proxy:
+    with ProxyProcess(tmp_path, upstream=upstream.origin, prefix=("prlimit", "--nofile=180:180")) as proxy:
         line = proxy.wait_for_log(lambda line: "file descriptor" in line["message"])
         assert line["level"] == "warning" and "50 client connections, not 10000" in line["message"]
         proxy.sign_in()
-        clients = [proxy.client().request() for _ in range(55)]
-        for _ in range(50):  # and so many there can be
-            upstream.receive().answer(CHUNKED)
-        assert not readable([upstream.listener], 0.2)
-        for client in clients[:50]:
-            assert client.head().status == 200
-            client.close()
-        for _ in clients[50:]:
-            upstream.receive().answer()
-        for client in clients[50:]:
-            assert client.message().body == b"ok"
-            client.close()
+        with contextlib.ExitStack() as stack:
+            full_of_streams(proxy, upstream, stack, 50)  # and so many there can be
+            for _ in range(2 * config.RESERVE):
+                stack.enter_context(proxy.client())
+            assert refused_in_the_reserve(proxy.ask())
+        assert not [line for line in proxy.log_lines() if "open files" in line["message"]]
 
 
 def test_no_descriptor_left_is_said_once_and_passes(tmp_path: Path, upstream: ScriptedUpstream) -> None:
@@ -158,51 +152,154 @@ def test_no_descriptor_left_is_said_once_and_passes(tmp_path: Path, upstream: Sc
 def test_soft_limit_of_file_descriptors_is_raised(tmp_path: Path) -> None:
     with ProxyProcess(tmp_path, prefix=("prlimit", "--nofile=100:5000"), max_connections=100) as proxy:
         limits = Path(f"/proc/{proxy.process.pid}/limits").read_text()
-        assert re.search(r"Max open files +264 +5000 ", limits)
+        assert re.search(r"Max open files +280 +5000 ", limits)
         assert not [line for line in proxy.log_lines() if "file descriptor" in line["message"]]
 
 
-def test_connections_beyond_the_limit_wait_their_turn(tmp_path: Path, upstream: ScriptedUpstream) -> None:
-    with ProxyProcess(tmp_path, upstream=upstream.origin, max_connections=2) as proxy:
-        proxy.sign_in()
-        with proxy.client() as first, proxy.client() as second, proxy.client() as third:
-            streams = []
-            for client in (first, second):
-                client.request()
-                streams.append(upstream.receive().answer(CHUNKED))
-                client.head()
-            third.request("GET", "/v1/third")
-            assert not readable([third.sock, upstream.listener], 3 * server.PATIENCE)
-            first.close()
-            request = upstream.receive()
-            assert request.target == "/v1/third"
-            request.answer()
-            assert third.message().body == b"ok"
-            streams[1].answer(b"0\r\n\r\n")
-            assert second.chunk() == b""
+def full_of_streams(proxy: ProxyProcess, upstream: ScriptedUpstream, stack: contextlib.ExitStack,
+                    count: int) -> "list[tuple[Client, Request]]":
+    streams = []
+    for _ in range(count):
+        client = stack.enter_context(proxy.client()).request()
+        streams.append((client, upstream.receive().answer(CHUNKED)))
+        client.head()
+    return streams
 
 
-@pytest.mark.parametrize("start", [b"", b"GET /v1/models HTTP/1.1\r\nHost:", HEALTH],
-                         ids=["nothing", "half a head", "a whole request before"])
-def test_who_asks_for_nothing_makes_room(tmp_path: Path, upstream: ScriptedUpstream, start: bytes) -> None:
-    """All that have not asked for a second; those with a request keep their place."""
+def refused_in_the_reserve(answer: Message) -> bool:
+    assert (answer.value("Retry-After"), answer.value("x-should-retry"), answer.value("Connection")) == ("5", "true", "close")
+    return (answer.status, answer.value("X-XAI-Proxy-Error")) == (503, "too_many_connections")
+
+
+def test_longest_idle_connection_is_closed_for_a_new_one(tmp_path: Path, upstream: ScriptedUpstream) -> None:
     with ProxyProcess(tmp_path, upstream=upstream.origin, max_connections=5) as proxy, contextlib.ExitStack() as stack:
         proxy.sign_in()
-        busy = stack.enter_context(proxy.client()).request()
-        stream = upstream.receive().answer(CHUNKED)
-        busy.head()
-        idle = [stack.enter_context(proxy.client()) for _ in range(4)]
+        full_of_streams(proxy, upstream, stack, 2)
+        idle = [stack.enter_context(proxy.client()) for _ in range(3)]
+        for client in (*idle, idle[0]):  # now the second is the longest
+            assert client.ask("GET", "/healthz").status == 200
+        for longest in (idle[1], idle[2], idle[0]):
+            began = time.monotonic()
+            newcomer = stack.enter_context(proxy.client()).request()
+            upstream.receive().answer(CHUNKED)
+            assert newcomer.head().status == 200 and time.monotonic() - began < server.PATIENCE
+            assert longest.closed_within()
+            still = idle[1:] + idle[:1]
+            assert all(client.silent() for client in still[still.index(longest) + 1:])
+
+
+@pytest.mark.parametrize("start", [b"", b"GET /v1/models HTTP/1.1\r\nHost:"], ids=["nothing", "half a head"])
+def test_connections_without_a_request_do_not_keep_others_out(tmp_path: Path, upstream: ScriptedUpstream,
+                                                              start: bytes) -> None:
+    """Those that have not asked for a second are closed; those with a request keep their place."""
+    with ProxyProcess(tmp_path, upstream=upstream.origin, max_connections=5) as proxy, contextlib.ExitStack() as stack:
+        proxy.sign_in()
+        (busy, stream), = full_of_streams(proxy, upstream, stack, 1)
+        silent = [stack.enter_context(proxy.client()) for _ in range(4)]
         began = time.monotonic()
-        for client in idle:
+        for client in silent:
             client.send(start)
-            assert start != HEALTH or client.message().status == 200
-        newcomer = stack.enter_context(proxy.client())
-        assert newcomer.ask("GET", "/healthz").status == 200
-        assert server.PATIENCE < time.monotonic() - began < 3 * server.PATIENCE
-        assert all(client.closed_within() for client in idle)
+        newcomer = stack.enter_context(proxy.client()).request()
+        upstream.receive().answer()
+        assert newcomer.message().status == 200 and time.monotonic() - began < server.PATIENCE
+        assert all(client.closed_within(3 * server.PATIENCE) for client in silent)
         assert not readable([newcomer.sock], 2 * server.PATIENCE)  # no longer a crowd
         stream.answer(b"0\r\n\r\n")
         assert busy.chunk() == b""
+
+
+def test_connection_in_use_outlives_a_flood_of_silent_ones(tmp_path: Path) -> None:
+    with ProxyProcess(tmp_path, max_connections=10) as proxy, proxy.client() as used, contextlib.ExitStack() as stack:
+        for number in range(100):
+            stack.enter_context(proxy.client())
+            if not number % 5:
+                assert used.ask("GET", "/healthz").status == 200
+
+
+def silent(client: Client) -> None:
+    pass
+
+
+def half_a_head(client: Client) -> None:
+    client.send(HEALTH[:20])
+
+
+def endless_body(client: Client) -> None:
+    """It is refused, but goes on sending, and reads nothing."""
+    with contextlib.suppress(ConnectionError):  # it may have been dropped for another
+        client.request("POST", "/v1/files", "Content-Length: 999999999999").send(bytes(1 << 20))
+
+
+@pytest.mark.parametrize("act", [silent, half_a_head, endless_body])
+def test_reserve_answers_health_checks_when_all_have_a_request(tmp_path: Path, upstream: ScriptedUpstream,
+                                                              act: "Callable[[Client], None]") -> None:
+    """Also when strangers have taken all of it, again and again."""
+    with ProxyProcess(tmp_path, upstream=upstream.origin, max_connections=3) as proxy, contextlib.ExitStack() as stack:
+        proxy.sign_in()
+        streams = full_of_streams(proxy, upstream, stack, 3)
+        took = []
+        for round_ in range(3):
+            strangers = [stack.enter_context(proxy.client()) for _ in range(config.RESERVE + round_)]
+            for client in strangers:
+                act(client)
+            began = time.monotonic()
+            for target in ("/healthz", "/readyz"):
+                answer = proxy.ask("GET", target)
+                assert (answer.status, answer.value("Connection")) == (200, "close")
+            for target in ("/v1/models", "/nowhere", "/"):
+                assert refused_in_the_reserve(proxy.ask("GET", target))
+            took.append(time.monotonic() - began)
+        assert min(took) < server.PATIENCE / 2 and upstream.quiet(), took
+        for client, stream in streams:
+            stream.answer(b"2\r\nok\r\n0\r\n\r\n")
+            assert (client.chunk(), client.chunk()) == (b"ok", b"")
+        with proxy.client().request() as client:  # there is room again
+            upstream.receive().answer()
+            assert client.message().body == b"ok"
+        said = [line for line in proxy.log_lines() if "XAI_PROXY_MAX_CONNECTIONS" in line["message"]]
+        assert [line["level"] for line in said] == ["warning"]
+
+
+def test_request_that_the_reserve_refuses_reads_its_answer(tmp_path: Path, upstream: ScriptedUpstream) -> None:
+    """After a body that nobody reads, and with another request after it, which gets none."""
+    with ProxyProcess(tmp_path, upstream=upstream.origin, max_connections=1) as proxy, contextlib.ExitStack() as stack:
+        proxy.sign_in()
+        full_of_streams(proxy, upstream, stack, 1)
+        for _ in range(2 * config.RESERVE):
+            with proxy.client() as client:
+                client.request("POST", "/v1/files", body=bytes(4 << 20))
+                assert refused_in_the_reserve(client.message()) and client.closed_within()
+            with proxy.client() as client:
+                client.send(HEALTH + HEALTH)
+                assert client.message().status == 200 and client.rest() == b""
+
+
+def test_access_rules_hold_in_the_reserve(tmp_path: Path, upstream: ScriptedUpstream) -> None:
+    write_keys(tmp_path / "client-keys")
+    with ProxyProcess(tmp_path, upstream=upstream.origin, max_connections=1) as proxy, proxy.client() as streaming:
+        proxy.sign_in()
+        streaming.request("GET", "/v1/models", f"X-Api-Key: {KEY}")
+        upstream.receive().answer(CHUNKED)
+        streaming.head()
+        assert proxy.ask("GET", "/v1/models").status == 401
+        assert proxy.ask("GET", "/nowhere", "Origin: https://evil.example").status == 403
+        assert refused_in_the_reserve(proxy.ask("GET", "/v1/models", f"X-Api-Key: {KEY}"))
+        assert proxy.ask("GET", "/healthz", "Origin: https://evil.example").status == 200
+
+
+def test_idle_connections_are_closed_when_no_descriptor_is_left(tmp_path: Path) -> None:
+    with ProxyProcess(tmp_path) as proxy, contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(proxy.client()) for _ in range(10)]
+        for client in idle:
+            assert client.ask("GET", "/healthz").status == 200
+        limits = resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE, (proxy.open_files(), limits[1]))
+        began = time.monotonic()
+        for longest in idle[:5]:
+            newcomer = stack.enter_context(proxy.client())
+            assert newcomer.ask("GET", "/healthz").status == 200 and longest.closed_within()
+        assert time.monotonic() - began < server.PATIENCE and all(client.silent() for client in idle[5:])
+        resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE, limits)
 
 
 def test_dead_peers_are_looked_for_on_both_sides(tmp_path: Path, upstream: ScriptedUpstream) -> None:
@@ -346,6 +443,26 @@ def test_answers_that_outlive_the_drain_are_cut_so_that_it_shows(tmp_path: Path,
         assert {line["ended_by"] for line in cut} == {"proxy"}
         assert sorted(line["bytes"] for line in cut) == [0, 2, 2, 2]
         assert proxy.wait_for_request("/v1/unread")["ended_by"] == "proxy"
+
+
+def test_drain_with_the_reserve_in_use(tmp_path: Path, upstream: ScriptedUpstream) -> None:
+    """What had come before it is answered, and what is silent holds nothing up; the proxy is held still meanwhile."""
+    with ProxyProcess(tmp_path, upstream=upstream.origin, max_connections=2) as proxy, contextlib.ExitStack() as stack:
+        proxy.sign_in()
+        streams = full_of_streams(proxy, upstream, stack, 2)
+        silent = [stack.enter_context(proxy.client()) for _ in range(config.RESERVE)]
+        proxy.process.send_signal(signal.SIGSTOP)
+        asking = [stack.enter_context(proxy.client()).request() for _ in range(3 * config.RESERVE)]
+        checking = stack.enter_context(proxy.client()).request("GET", "/healthz")
+        proxy.terminate()
+        proxy.process.send_signal(signal.SIGCONT)
+        assert all(refused_in_the_reserve(client.message()) for client in asking)
+        assert checking.message().status == 200
+        assert all(client.closed_within(3 * server.PATIENCE) for client in silent)
+        for client, stream in streams:
+            stream.answer(b"2\r\nok\r\n0\r\n\r\n")
+            assert (client.chunk(), client.chunk()) == (b"ok", b"")
+        assert proxy.wait() == 0
 
 
 def test_requests_that_wait_for_a_token_are_cut_too(tmp_path: Path) -> None:

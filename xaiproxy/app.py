@@ -23,6 +23,7 @@ def create_app(settings: config.Config, keys: client_keys.ClientKeys, upstream: 
         environ = flask.request.environ
         if environ["xaiproxy.head"].path not in OPEN_TO_ALL:
             environ["xaiproxy.handler"].key_name = gate.check(environ["xaiproxy.head"], key_needed=False)
+            environ["xaiproxy.handler"].check_room()
             if flask.request.path in OPEN_TO_ALL:  # in another spelling, such as //healthz
                 flask.abort(404)
 

@@ -36,6 +36,7 @@ DEFAULT_CLIENT_ID = "b1a00492-073a-47ea-816f-4c329264a828"
 ALIASES = {"AUTH_PROXY_TOKEN_PATH": PREFIX + "TOKEN_PATH"}
 # What Kubernetes puts into every pod of a namespace that has a Service called xai-proxy.
 KUBERNETES_NAME = re.compile(r"XAI_PROXY_(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT_\d+_(TCP|UDP|SCTP)(_.*)?)")
+RESERVE = 16  # connections beyond the limit, of which none gets one to upstream
 SPARE_DESCRIPTORS = 64  # for logs, the token file, the event loop and what the libraries open
 KUBERNETES_PORT = re.compile(r"(tcp|udp|sctp)://")
 # Clients and other proxies use these; they are no setting of ours.
@@ -56,12 +57,12 @@ def is_loopback(host: "str | None") -> bool:
 
 def descriptors_for(connections: int) -> int:
     """File descriptors that so many client connections take: each has a connection to upstream."""
-    return 2 * connections + SPARE_DESCRIPTORS
+    return 2 * connections + RESERVE + SPARE_DESCRIPTORS
 
 
 def connections_within(descriptors: int) -> int:
     """Client connections that fit in a file descriptor limit."""
-    return max(1, (descriptors - SPARE_DESCRIPTORS) // 2)
+    return max(1, (descriptors - RESERVE - SPARE_DESCRIPTORS) // 2)
 
 
 def _number(kind: type, low: float, high: float, noun: str) -> Callable[[str], Any]:
@@ -251,8 +252,8 @@ class Config:
         "Seconds that an idle client connection stays open. Longer than clients keep theirs, or a request meets the close; "
         "answers announce a few seconds less (Keep-Alive: timeout=).")
     max_connections: int = _setting("10000", _whole(1, 1000000),
-        "Client connections at once; more wait until one ends, and those without a request then have a second to send one. "
-        "Lowered to fit the file descriptor limit.")
+        "Client connections at once. For one more the longest idle is closed; when all have a request, the proxy answers "
+        "health checks only and everything else with 503. Lowered to fit the file descriptor limit.")
     replay_limit: int = _setting("16777216", _whole(0, 1 << 40),
         "Bytes of one request body kept so that it can be sent again with a new token. A longer one streams through.")
     replay_memory: int = _setting("268435456", _whole(0, 1 << 40),

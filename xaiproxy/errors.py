@@ -221,6 +221,11 @@ class TokenUnavailable(Refusal):
         super().__init__(message, headers=(("Retry-After", str(retry_after)), ("x-should-retry", "true")))
 
 
+class TooManyConnections(Refusal):
+    status, code = 503, "too_many_connections"
+    headers = (("Retry-After", "5"), ("x-should-retry", "true"))
+
+
 class UpstreamTimeout(Refusal):
     status, code = 504, "upstream_timeout"
     headers = NO_RETRY

@@ -138,10 +138,16 @@ class Handler:
         except (OSError, EOFError):
             return False
         self._answered_before = True
-        self._close = not head.keep_alive
-        self._send_limit = self.server.settings.client_timeout
-        self._body = body_of(head, self.connection, self.server.settings.client_timeout)
-        self._respond()
+        server = self.server
+        self._in_reserve = server.is_reserve_in_use()
+        self._close = self._in_reserve or not head.keep_alive
+        self._send_limit = server.settings.client_timeout
+        self._body = body_of(head, self.connection, server.settings.client_timeout)
+        server.busy += 1
+        try:
+            self._respond()
+        finally:
+            server.busy -= 1
         self._close |= not self._body.ended
         if self._close:
             self._linger()
@@ -155,7 +161,12 @@ class Handler:
                 self.connection.flush(idle)
             self.connection.reset_at_close()  # nothing else tells this client that the answer is cut
         elif not self._client_gone:
-            self.connection.linger(idle, whole)
+            sock = self.connection.socket
+            self.server.lingering[sock] = None
+            try:
+                self.connection.linger(idle, whole)
+            finally:
+                del self.server.lingering[sock]
 
     def _wait_for_head(self) -> bytes:
         """The head of the next request; b"" when none came in time, or at its end."""
@@ -186,7 +197,7 @@ class Handler:
         server, connection = self.server, self.connection
         limit = server.settings.keepalive_timeout if self._answered_before else server.settings.client_timeout
         if self._answered_before:
-            server.idle.add(connection.socket)
+            server.idle[connection.socket] = None
         try:
             while EMPTY_LINE.startswith(connection.unread):
                 came, connection.unread = connection.unread, b""
@@ -201,7 +212,7 @@ class Handler:
         except BlockingIOError:
             return False
         finally:
-            server.idle.discard(connection.socket)
+            server.idle.pop(connection.socket, None)
         return True
 
     def _refuse_head(self, refusal: errors.Refusal, came: bytes) -> None:
@@ -219,6 +230,12 @@ class Handler:
             self._linger()
 
     # The answer
+
+    def check_room(self) -> None:
+        """Raises TooManyConnections for a request in the reserve."""
+        if self._in_reserve:
+            raise errors.TooManyConnections(f"all {self.server.connections} connections are in use "
+                                            "(XAI_PROXY_MAX_CONNECTIONS); try again")
 
     def _respond(self) -> None:
         result: Any = None

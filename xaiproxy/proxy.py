@@ -72,6 +72,7 @@ class Proxy:
                     start_response("204 No Content", preflight)
                     return []
             handler.key_name = self._gate.check(head, key_needed=True)
+            handler.check_room()
             if "checked" not in head.derived:
                 check_method(head.method)
                 check_path(head.path)

@@ -5,7 +5,6 @@ import errno
 import logging
 import os
 import resource
-import select
 import signal
 import socket
 import time
@@ -26,11 +25,13 @@ from xaiproxy.upstream import Upstream
 
 logger = logging.getLogger(__name__)
 
-BACKLOG = 1024  # connections that wait in the kernel when all slots are taken
+_select = gevent.monkey.get_original("select", "select")  # the patched one lets others run, also with a time-out of 0
+BACKLOG = 1024  # connections that wait in the kernel until they are accepted
+TURN = 0.001  # seconds in which the event loop polls all sockets
 LOG_DELAY = 0.005  # seconds that a log line waits at most, for others or until nothing else is to be done
-PATIENCE = 1.0  # seconds for a request to come, where all slots are taken or the end is near
+PATIENCE = 1.0  # seconds for a request to come, where there are too many connections or the end is near
 KEEPALIVE_MARGIN = 5  # seconds by which a client is told less than KEEPALIVE_TIMEOUT, so that it closes first
-SHORTAGE_WORD = 60.0  # seconds between two lines about descriptors: at the limit they come and go
+WARNING_INTERVAL = 60.0  # seconds between two lines about one shortage: at a limit connections come and go
 REFRESHER_LOOK = 2.0  # seconds between two looks for a living refresher, of which the first leaves it time to start
 EXAMPLES = """\
   xai-proxy                        serve http://127.0.0.1:9090/v1 with the login of xai-login
@@ -43,20 +44,30 @@ class NoDescriptor(OSError):
 
 
 class Server(pywsgi.WSGIServer):
+    """Accepts `connections` and a reserve on top, in which a request gets no answer but a health check's or a 503.
+
+    `busy` counts the requests that are being answered; a request beyond `connections` of them is one in the reserve.
+    Every other connection can be closed for a new one.
+    """
+
     handler_class = Handler
 
     def __init__(self, listener: socket.socket, application, settings: config.Config, connections: int):
         # A pool, since without one WSGIServer.stop would cut every stream at once; full, it stops accepting.
-        super().__init__(listener, application, spawn=gevent.pool.Pool(connections), log=None, error_log=logger,
-                         environ={"SERVER_NAME": "xaiproxy"})  # else pywsgi looks its name up in the DNS
+        super().__init__(listener, application, spawn=gevent.pool.Pool(connections + config.RESERVE), log=None,
+                         error_log=logger, environ={"SERVER_NAME": "xaiproxy"})  # else pywsgi asks the DNS for its name
+        self.connections = connections
+        self.busy = 0
         self.settings = settings
         self.keep_alive = keep_alive_lines(settings.keepalive_timeout)
         self.draining = False
-        self.idle: "set[Any]" = set()  # sockets between two requests, which may be closed at any time
-        self.waiting: "dict[Any, float]" = {}  # all that owe us a whole head: since when, longest first
+        # Sockets that may be closed for others, longest first:
+        self.idle: "dict[Any, None]" = {}  # between two requests
+        self.waiting: "dict[Any, float]" = {}  # that owe us a whole head, the idle ones among them: since when
+        self.lingering: "dict[Any, None]" = {}  # that have their last answer, and that we read until the client closes
         self._crowded = False
         self._short = False
-        self._next_word = 0.0  # no line about descriptors before this time
+        self._next_warning = {"descriptors": 0.0, "connections": 0.0}  # no line about them before this time
 
     def do_read(self) -> Any:
         try:
@@ -64,8 +75,11 @@ class Server(pywsgi.WSGIServer):
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE):
                 raise
-            if time.monotonic() >= self._next_word:
-                self._short, self._next_word = True, time.monotonic() + SHORTAGE_WORD
+            if not self._has_queue():  # the kernel asks for a descriptor first
+                return None
+            any(_end_if_quiet(sock) for sock in self.idle)
+            if self._is_warning_due("descriptors"):
+                self._short = True
                 logger.error("%s, with %d connections: new ones wait until others end; raise the limit with ulimit -n, "
                              "or lower XAI_PROXY_MAX_CONNECTIONS", error.strerror, len(self.pool))
             raise NoDescriptor(*error.args) from error  # gevent looks at them
@@ -74,25 +88,62 @@ class Server(pywsgi.WSGIServer):
             logger.info("connections are accepted again")
         return accepted
 
+    def _has_queue(self) -> bool:
+        """Whether a connection waits in the kernel."""
+        return bool(_select([self.socket], [], [], 0)[0])
+
+    def _is_warning_due(self, shortage: str) -> bool:
+        now = time.monotonic()
+        if now < self._next_warning[shortage]:
+            return False
+        self._next_warning[shortage] = now + WARNING_INTERVAL
+        return True
+
     def do_handle(self, *accepted: Any) -> None:
         super().do_handle(*accepted)
-        if self.full() and not self._crowded:
-            self._crowded = True
-            gevent.spawn(self._make_room)
+        if len(self.pool) > self.connections:
+            self._make_room()
+            if not self._crowded:
+                self._crowded = True
+                gevent.spawn(self._watch_crowd)
 
     def _make_room(self) -> None:
-        """While all slots are taken, end connections that have owed us a request for PATIENCE."""
-        while self.full():
+        """End the connection that has waited longest; one whose first request is due, only when the reserve is full."""
+        full = self.full()
+        for sock in self.waiting:
+            if not full and sock not in self.idle:
+                return
+            if _end_if_quiet(sock):
+                return
+        if full and self.lingering:
+            _end(next(iter(self.lingering)))  # whatever still comes
+
+    def _watch_crowd(self) -> None:
+        """While there are more than `connections`, end those whose head has not come within PATIENCE."""
+        while len(self.pool) > self.connections:
             gevent.sleep(PATIENCE / 10)
             self._end_waiting(PATIENCE)
+            if self.full():  # with none that could be ended when the last one came
+                self._make_room()
         self._crowded = False
 
+    def is_reserve_in_use(self) -> bool:
+        """Whether the next request is one in the reserve; logged."""
+        if self.busy < self.connections:
+            return False
+        if self._is_warning_due("connections"):
+            logger.warning("all %d connections have a request: further ones get 503; raise XAI_PROXY_MAX_CONNECTIONS",
+                           self.connections)
+        return True
+
     def _end_waiting(self, patience: float) -> None:
+        """End connections whose head has not come for so long; idle ones owe none yet."""
         due = time.monotonic() - patience
         for sock, since in self.waiting.items():
             if since > due:
                 break
-            _end_if_quiet(sock)
+            if sock not in self.idle:
+                _end_if_quiet(sock)
 
     def drain(self, cut: gevent.event.Event) -> None:
         """Stop accepting, close idle connections, wait for open answers, then cut what is left.
@@ -101,9 +152,9 @@ class Server(pywsgi.WSGIServer):
         """
         self.draining = True
         for _ in range(BACKLOG):  # closing would reset the connections that wait in the kernel
-            if self.full() or not select.select([self.socket], [], [], 0)[0]:
+            if not self._has_queue():
                 break
-            gevent.sleep(0)
+            gevent.sleep(TURN)
         self.close()
         for sock in self.idle:
             _end_if_quiet(sock)
@@ -117,13 +168,21 @@ class Server(pywsgi.WSGIServer):
             self.pool.kill(Cut, timeout=5)
 
 
-def _end_if_quiet(sock: socket.socket) -> None:
-    """Let its handler read an end, unless there is something else to be read."""
+def _end_if_quiet(sock: socket.socket) -> bool:
+    """Let its handler read an end, unless there is something else to be read; whether there is not."""
+    try:
+        sock.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        _end(sock)
+        return True
+    except OSError:
+        pass
+    return False
+
+
+def _end(sock: socket.socket) -> None:
     with contextlib.suppress(OSError):
-        try:
-            sock.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            sock.shutdown(socket.SHUT_RD)
+        sock.shutdown(socket.SHUT_RD)
 
 
 def keep_alive_lines(timeout: float) -> str:
