@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Callable, Iterator
 
+import gevent
 import pytest
 import websockets.sync.client
 import websockets.sync.server
@@ -15,6 +16,13 @@ from proxy_process import Client, ProxyProcess
 from scripted_upstream import PATTERN, Request, ScriptedUpstream, pour
 from websockets.exceptions import ConnectionClosed, ConnectionClosedError
 from wire import PATIENCE, Wire
+
+from xaiproxy import config
+from xaiproxy.connection import Connection
+from xaiproxy.errors import UpstreamBroken
+from xaiproxy.request_body import NO_BODY
+from xaiproxy.tunnel import Tunnel
+from xaiproxy.upstream import Upstream
 
 HANDSHAKE = ("Connection: keep-alive, Upgrade", "upgrade: WebSocket", "Sec-WebSocket-Version: 13",
              "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Protocol: realtime, other",
@@ -306,6 +314,37 @@ def test_silence_of_upstream_has_the_limit_of_a_stream(start_proxy: "Callable[..
         assert client.closed_within(3) and time.monotonic() - start > 0.3
         assert hasty.wait_for_request("/v1/silent")["ended_by"] == "upstream"
         assert request.connection.closed_within()
+
+
+def test_work_before_a_byte_takes_nothing_from_the_limit_after_it(upstream: ScriptedUpstream) -> None:
+    """In this process, which can hold up its own loop: within a turn the loop's clock stands still."""
+    settings = config.from_environ({"HOME": "/", "XAI_PROXY_UPSTREAM": upstream.origin, "XAI_PROXY_IDLE_TIMEOUT": "1.5"})
+    pool = Upstream(settings)
+    lines = "\r\n".join(["GET /v1/realtime HTTP/1.1", *HANDSHAKE, ""])
+    exchange = pool.send(lines.encode(), NO_BODY, method="GET", repeatable=True, upgrade=True)
+    request = upstream.receive().answer(ACCEPTED)
+    exchange.receive()
+    ours, theirs = socket.socketpair()
+    with contextlib.closing(Connection(ours)) as client, theirs, gevent.Timeout(PATIENCE):
+        running = gevent.spawn(Tunnel(exchange, client).run, b"")
+        gevent.sleep(0.01)
+        busy = gevent.get_hub().loop.io(exchange.connection.socket.fileno(), 1)
+        busy.priority = busy.loop.MAXPRI  # before the tunnel, in the turn in which the byte comes
+        byte_at = []
+
+        def work() -> None:
+            busy.stop()
+            end = time.monotonic() + 1
+            while time.monotonic() < end:
+                sum(range(1000))
+            byte_at.append(time.monotonic())
+        busy.start(work)
+        request.answer(b"x")
+        with pytest.raises(UpstreamBroken):
+            running.get()
+        assert 1.5 <= time.monotonic() - byte_at[0] < 3 and theirs.recv(2) == b"x"
+        busy.close()
+        exchange.close()
 
 
 def test_tunnels_get_the_time_of_streams_at_the_end(tmp_path: Path, upstream: ScriptedUpstream) -> None:

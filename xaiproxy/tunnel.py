@@ -57,7 +57,7 @@ class Tunnel:
 
     def heard(self) -> None:
         """There was progress."""
-        self._silence.again(self._on_silence, update=False)
+        self._silence.again(self._on_silence, update=True)  # see Connection.wait
 
     def blocked(self) -> None:
         """A side does not take what the other sends, whose reset is then hidden by unread bytes."""
