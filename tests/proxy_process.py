@@ -49,18 +49,18 @@ class Client(Wire):
 
 
 class ProxyProcess:
-    """A running `python -m xaiproxy` on a free port, or another of WAYS.
+    """A running `python -m xaiproxy` on a free port, another of WAYS, or what `command` runs.
 
     Settings are keywords, `idle_timeout=0.5` for XAI_PROXY_IDLE_TIMEOUT; `environ` is for others. The
     token file is `folder`/tokens.json, which sign_in() writes. close() asserts a clean exit.
     """
 
     def __init__(self, folder: pathlib.Path, *, way: str = "relayed", prefix: "tuple[str, ...]" = (),
-                 read_log: bool = True, environ: "dict[str, str] | None" = None, **settings: Any):
+                 command: "list[str] | None" = None, read_log: bool = True, environ: "dict[str, str] | None" = None, **settings: Any):
         self.token_path = folder / "tokens.json"
         self._lines: "list[dict[str, Any]]" = []
         self._changed = threading.Condition()
-        self.process = subprocess.Popen([*prefix, *WAYS[way]], cwd=folder, stderr=subprocess.PIPE,
+        self.process = subprocess.Popen([*prefix, *(command or WAYS[way])], cwd=folder, stderr=subprocess.PIPE,
                                         env=environment(folder, environ, **settings))
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reading = threading.Event()

@@ -15,7 +15,7 @@ import gevent.socket
 import pytest
 from scripted_upstream import make_certificate
 
-from xaiproxy.connection import BURST, READ, Connection, TLSConnection
+from xaiproxy.connection import BURST, OPEN, READ, Connection, DeadPath, TLSConnection
 from xaiproxy.message_head import Malformed, TooLong
 from xaiproxy.tunnel import Tunnel
 
@@ -611,6 +611,59 @@ def test_tls_in_tls(tls, context, certificates):
         assert not ours.holds_back
         proxy.socket.sendall(proxy.records(theirs.close_notify()))
         assert ours.recv(5) == b""
+
+
+# a dead path
+
+@pytest.fixture(params=["plain", "tls"])
+def both(request, tcp):
+    """A connection, the one below it that a sweep of OPEN finds, and the peer."""
+    tcp[1].setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    ours, theirs = request.getfixturevalue("tls") if request.param == "tls" else tcp
+    return ours, tcp[0], theirs
+
+
+def test_what_has_come_is_read_before_an_abort_shows(both):
+    ours, inner, theirs = both
+    theirs.sendall(b"last words")
+    assert inner in OPEN
+    inner.abort("nothing is heard of it")
+    assert inner not in OPEN
+    assert ours.recv(5) == b"last words"
+    for use in (lambda: ours.recv(5), ours.receive, lambda: ours.send(b"x"), lambda: ours.recv(5)):
+        with pytest.raises(DeadPath, match="nothing is heard of it"):
+            use()
+
+
+def test_abort_wakes_all_that_wait(both):
+    ours, inner, _ = both
+    waiting = [gevent.spawn(ours.recv, None), gevent.spawn(ours.send_all, LONG)]
+    gevent.sleep(SOON)
+    assert not any(greenlet.ready() for greenlet in waiting)
+    inner.abort("nothing is heard of it")
+    for greenlet in waiting:
+        with pytest.raises(DeadPath):
+            greenlet.get()
+
+
+def test_time_out_of_the_kernel_is_a_dead_path(both):
+    """The kernel tells it once, and an end after it."""
+    ours, inner, _ = both
+    inner.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1)
+    while ours.send(bytes(1 << 20)):  # then it waits for room, as nobody reads it
+        pass
+    for _ in range(2):
+        with pytest.raises(DeadPath, match="TCP gave up: Connection timed out"):
+            ours.recv(5)
+
+
+def test_open_connections_are_those_that_are_not_closed(pair, tcp, context):
+    connection, _ = tcp
+    assert connection in OPEN and pair[0] not in OPEN  # a UNIX socket has no path to lose
+    over = TLSConnection(connection, context, "localhost")
+    assert over not in OPEN
+    over.close()
+    assert connection not in OPEN
 
 
 # what others have of it

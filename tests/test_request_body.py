@@ -206,6 +206,19 @@ def test_a_client_that_resets_is_gone():
             body.read1()
 
 
+def test_a_client_whose_path_is_dead_is_gone_and_not_late():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = socket.create_connection(listener.getsockname())
+        ours = Connection(listener.accept()[0])
+    with client, contextlib.closing(ours), gevent.Timeout(10):
+        body = RequestBody(head("Content-Length: 100"), ours, 5)
+        ours.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1)
+        while ours.send(bytes(1 << 20)):  # then it waits for room, as nobody reads it, and the kernel gives up
+            pass
+        with pytest.raises(errors.ClientGone):
+            body.read1()
+
+
 def test_the_time_out_is_between_two_reads():
     with connection("Content-Length: 100", timeout=0.1) as (body, client):
         began = time.monotonic()

@@ -593,7 +593,7 @@ def test_time_out_of_the_kernel_is_no_silence() -> None:
         sent.connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1)
         while sent.connection.send(bytes(1 << 20)):  # which waits for room, as nobody reads it
             pass
-        with pytest.raises(UpstreamBroken):
+        with pytest.raises(UpstreamBroken, match="TCP gave up"):
             list(sent.parts(5))
         sent.close()
 

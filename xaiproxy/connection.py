@@ -5,6 +5,7 @@ mostly nothing is there yet, on one watcher that stays.
 """
 
 import contextlib
+import errno
 import fcntl
 import select
 import socket
@@ -25,9 +26,18 @@ BURST = 8  # full reads in a row, then others have their turn
 FLUSH_POLL = 0.02  # seconds: no event tells that bytes were acknowledged
 TCP_ESTABLISHED, TCP_CLOSE = 1, 7  # the first byte of Linux's struct tcp_info
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER that turns close into a reset
+# Errors of a connection that TCP has given up: ETIMEDOUT, or the ICMP error that a router sent meanwhile.
+GIVEN_UP = frozenset((errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH))
 _READABLE, _WRITABLE = 1, 2
 _poll = monkey.get_original("select", "poll")
 _socket = monkey.get_original("socket", "socket")
+
+
+OPEN: "set[Connection]" = set()  # all that have a network path
+
+
+class DeadPath(ConnectionError):
+    """The peer acknowledges nothing any more. No TimeoutError, which is a limit of ours."""
 
 
 class Connection:
@@ -56,6 +66,8 @@ class Connection:
         self._poll: Any = None
         self._timer: Any = None
         self._limit: "float | None" = None  # seconds of that timer
+        if sock.family != socket.AF_UNIX:
+            OPEN.add(self)
 
     @property
     def writable(self) -> Any:
@@ -66,29 +78,42 @@ class Connection:
     # At once
 
     def receive(self) -> bytes:
-        """What is there; b"" at the end. Raises BlockingIOError when nothing is, OSError."""
+        """What is there; b"" at the end. Raises BlockingIOError when nothing is, DeadPath, OSError."""
         try:
             data = self.socket.recv(READ)
         except BlockingIOError:
             raise
         except OSError as error:
-            self.fault = self.fault or error
-            raise
+            raise self._fault_of(error)
         if not data and self.fault is not None:
             raise self.fault
         return data
 
     def send(self, data: Any) -> int:
-        """Send what is taken at once; return how many bytes that was. Raises OSError."""
+        """Send what is taken at once; return how many bytes that was. Raises DeadPath, OSError."""
         try:
             return self.socket.send(data)
         except BlockingIOError:
             return 0
-        except BrokenPipeError:  # the peer has closed: no fault, and what it sent before is still to be read
-            raise
+        except BrokenPipeError:
+            if self.fault is None:  # the peer has closed, and what it sent before is still to be read
+                raise
+            raise self.fault from None
         except OSError as error:
-            self.fault = self.fault or error
-            raise
+            raise self._fault_of(error)
+
+    def _fault_of(self, error: OSError) -> OSError:
+        if self.fault is None:
+            self.fault = DeadPath(f"TCP gave up: {error.strerror}") if error.errno in GIVEN_UP else error
+        return self.fault
+
+    def abort(self, reason: str) -> None:
+        """Shut the connection down: whatever uses it gets DeadPath, after the bytes that have already arrived."""
+        OPEN.discard(self)
+        self.fault = DeadPath(reason)
+        with contextlib.suppress(OSError):  # the kernel has given it up already
+            self.socket.shutdown(socket.SHUT_RDWR)  # starts the watchers' callbacks
+        self.reset_at_close()  # unacknowledged bytes must not reach the peer later, when their request has failed
 
     def is_quiet(self) -> bool:
         """Whether there is nothing to be read, neither bytes nor an end."""
@@ -241,6 +266,7 @@ class Connection:
 
     def close(self) -> None:
         """May be called twice."""
+        OPEN.discard(self)
         for watcher in (self.readable, self._writable, self._timer):
             if watcher is not None:
                 watcher.stop()
@@ -309,6 +335,10 @@ class TLSConnection(Connection):
             except OSError:
                 return False
         return False
+
+    def close(self) -> None:
+        super().close()
+        self._inner.close()
 
     def receive(self) -> bytes:
         data = self._inner.receive()

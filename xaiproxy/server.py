@@ -18,7 +18,7 @@ import gevent.monkey
 import gevent.pool
 from gevent import pywsgi
 
-from xaiproxy import __version__, app, client_keys, command, config, errors, log, token_store
+from xaiproxy import __version__, app, client_keys, command, config, dead_paths, errors, log, token_store
 from xaiproxy.dialling import PORTS, SOCKET_OPTIONS
 from xaiproxy.http_handler import Cut, Handler
 from xaiproxy.upstream import Upstream
@@ -242,7 +242,7 @@ class WhenWritable:
         callback()
 
 
-def serve(settings: config.Config) -> int:
+def serve(settings: config.Config, sweep: "Callable[[], None]" = dead_paths.sweep) -> int:
     # The original poll: the patched one would switch greenlets in the middle of a log line.
     log.setup("proxy", settings.log_level, settings.log_format, poll=gevent.monkey.get_original("select", "poll"),
               defer=Leisure(LOG_DELAY), when_writable=WhenWritable())
@@ -255,11 +255,12 @@ def serve(settings: config.Config) -> int:
     with listen(settings) as listener:
         check_exposure(listener, settings, keys)
         check_upstream(listener, settings)
-        run(listener, settings, keys)
+        run(listener, settings, keys, sweep)
     return 0
 
 
-def run(listener: socket.socket, settings: config.Config, keys: client_keys.ClientKeys) -> None:
+def run(listener: socket.socket, settings: config.Config, keys: client_keys.ClientKeys,
+        sweep: "Callable[[], None]") -> None:
     """Serve until SIGTERM or SIGINT, then drain; a second signal cuts at once."""
     upstream = Upstream(settings)
     server = Server(listener, app.create_app(settings, keys, upstream), settings,
@@ -275,9 +276,11 @@ def run(listener: socket.socket, settings: config.Config, keys: client_keys.Clie
     logger.info("listening on http://%s:%d/v1%s", host, listener.getsockname()[1],
                 "" if keys.required else "; no client key is asked for")
     watcher = gevent.spawn(watch_refresher, token_store.TokenStore(settings))
+    sweeper = gevent.spawn(sweep)
     stop.wait()
     watcher.kill()
     server.drain(cut)
+    sweeper.kill()
     upstream.close()
     logger.info("stopped")
 

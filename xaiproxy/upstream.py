@@ -17,7 +17,7 @@ from typing import Any
 import gevent
 
 from xaiproxy import __version__, config, errors, message_head, response_head, tokens
-from xaiproxy.connection import Connection
+from xaiproxy.connection import Connection, DeadPath
 from xaiproxy.dialling import BROKEN, Dialler, TooLate
 from xaiproxy.framing import LAST, content_of
 from xaiproxy.message_head import Malformed
@@ -206,7 +206,7 @@ class Exchange:
                 self._on_sent()
         except OSError as error:
             # Upstream may have answered before it had read everything: the receiver sees that, or the error.
-            if isinstance(error, TimeoutError) and not error.errno:
+            if isinstance(error, TimeoutError):
                 self._fail(self._timed_out())
         except (errors.Refusal, errors.ClientGone) as error:
             self._fail(error)
@@ -266,7 +266,8 @@ class Exchange:
             raise self._timed_out() from error
         except BROKEN as error:
             self.close()
-            if self._pooled and self._repeatable and self._request_body.replayable:
+            if (self._pooled or isinstance(error, DeadPath)) and self._repeatable and self._request_body.replayable:
+                self._repeatable = False  # once
                 self.send(self._upstream.connect(), pooled=False)
                 return self.receive(on_interim)
             raise self._broke_off(error) from error
@@ -301,9 +302,9 @@ class Exchange:
         while True:
             try:
                 return self.connection.recv_head(response_head.SIZE_LIMIT, limit)
-            except TimeoutError as error:
+            except TimeoutError:
                 limit = self.time_left(0)
-                if error.errno or limit <= 0:
+                if limit <= 0:
                     raise
 
     @property
@@ -331,7 +332,7 @@ class Exchange:
                     break
                 yield from content_of(self.body, data)
             except BROKEN as error:
-                if not isinstance(error, TimeoutError) or error.errno or self.time_left(heard) <= 0:
+                if not isinstance(error, TimeoutError) or self.time_left(heard) <= 0:
                     raise self.broken(error) from error
                 if pause:
                     yield b""
@@ -407,9 +408,12 @@ class Exchange:
 
     def _timed_out(self) -> errors.UpstreamTimeout:
         return errors.UpstreamTimeout(f"{self._upstream.origin} sent no byte for {self._upstream.idle_timeout:g} s "
-                                      "(XAI_PROXY_IDLE_TIMEOUT); the request may have been worked on")
+                                      "(XAI_PROXY_IDLE_TIMEOUT); the request may have been processed")
 
-    def _broke_off(self, error: Exception) -> errors.UpstreamUnreachable:
+    def _broke_off(self, error: Exception) -> "errors.UpstreamTimeout | errors.UpstreamUnreachable":
+        if isinstance(error, DeadPath):
+            return errors.UpstreamTimeout(f"the network path to {self._upstream.origin} is dead ({error}); the request may "
+                                          "have been processed")
         happened = "sent no valid answer" if isinstance(error, Malformed) else "broke off before it answered"
         return errors.UpstreamUnreachable(f"{self._upstream.origin} {happened}: {_reason(error)}; the request may have "
                                           "been processed", may_retry=self._method in SAFE)

@@ -1,0 +1,18 @@
+"""Process 1, but dead paths are found sooner: `impatient_proxy.py INTERVAL SILENCE`, in seconds.
+
+It patches first, as xaiproxy/__main__.py does.
+"""
+
+from gevent import monkey
+
+monkey.patch_all()
+
+import functools  # noqa: E402
+import os  # noqa: E402
+import sys  # noqa: E402
+
+from xaiproxy import config, dead_paths, server  # noqa: E402
+
+if __name__ == "__main__":
+    sweep = functools.partial(dead_paths.sweep, *map(float, sys.argv[1:]))
+    sys.exit(server.serve(config.from_environ(os.environ, {}), sweep))

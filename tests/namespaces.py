@@ -1,0 +1,119 @@
+"""Three hosts and a router between them that can drop packets in silence: network namespaces.
+
+This process makes them and enters them for a moment, so that what it starts or opens there belongs
+to them. They end with the last socket, process and `Namespace` in them.
+"""
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Iterator
+
+import pytest
+
+CLONE_NEWNET = 0x40000000  # sched.h; os.unshare and os.setns came with Python 3.12
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _call(name: str, *arguments: int) -> None:
+    if getattr(_libc, name)(*arguments):
+        raise OSError(ctypes.get_errno(), f"{name}: {os.strerror(ctypes.get_errno())}")
+
+
+def _current() -> int:
+    return os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+
+
+class Namespace:
+    def __init__(self) -> None:
+        before = _current()
+        try:
+            _call("unshare", CLONE_NEWNET)
+            self.fd = _current()
+            _call("setns", before, CLONE_NEWNET)
+        finally:
+            os.close(before)
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+    @property
+    def path(self) -> str:
+        return f"/proc/{os.getpid()}/fd/{self.fd}"
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """This thread is in it, and so are the sockets and processes that it makes."""
+        before = _current()
+        try:
+            _call("setns", self.fd, CLONE_NEWNET)
+            yield
+        finally:
+            _call("setns", before, CLONE_NEWNET)
+            os.close(before)
+
+    def ip(self, *commands: str) -> None:
+        """ip(8)."""
+        with self.entered():
+            subprocess.run(["ip", "-batch", "-"], input="\n".join(commands), text=True, check=True,
+                           capture_output=True)
+
+    def set(self, name: str, value: int) -> None:
+        """A sysctl below net."""
+        with self.entered():
+            Path("/proc/sys/net", name).write_text(str(value))
+
+
+class Network:
+    """`client`, `proxy` and `upstream`, at the addresses of ADDRESSES, joined by a router."""
+
+    ADDRESSES = {"client": "10.0.1.2", "proxy": "10.0.2.2", "upstream": "10.0.3.2"}
+
+    def __init__(self) -> None:
+        self._router = Namespace()
+        self.client, self.proxy, self.upstream = Namespace(), Namespace(), Namespace()
+        self._dropped: "list[str]" = []
+        for name, address in self.ADDRESSES.items():
+            host = getattr(self, name)
+            gateway = address[:-1] + "1"
+            self._router.ip(f"link add to-{name} type veth peer name eth0 netns {host.path}",
+                            f"address add {gateway}/24 dev to-{name}", f"link set to-{name} up")
+            host.ip("link set lo up", f"address add {address}/24 dev eth0", "link set eth0 up",
+                    f"route add default via {gateway}")
+        self._router.set("ipv4/ip_forward", 1)
+
+    def close(self) -> None:
+        for namespace in (self._router, self.client, self.proxy, self.upstream):
+            namespace.close()
+
+    def cut(self, name: str, port: "int | None" = None, action: str = "blackhole") -> None:
+        """Drop all packets from and to a host, or one port of it.
+
+        `action`: "blackhole", so that nobody gets an ICMP error, or "unreachable".
+        """
+        rules = f"from {self.ADDRESSES[name]}", f"to {self.ADDRESSES[name]}"
+        if port is not None:
+            rules = f"{rules[0]} ipproto tcp sport {port}", f"{rules[1]} ipproto tcp dport {port}"
+        for rule in rules:
+            self._router.ip(f"rule add {rule} {action}")
+            self._dropped.append(f"{rule} {action}")
+
+    def restore(self) -> None:
+        while self._dropped:
+            self._router.ip(f"rule delete {self._dropped.pop()}")
+
+
+def _works() -> bool:
+    try:
+        Network().close()
+    except (OSError, subprocess.CalledProcessError):
+        return False
+    return True
+
+
+needs_network = pytest.mark.skipif(shutil.which("ip") is None or not _works(), reason=(
+    "ip (iproute2) is not installed, or may make no network namespaces here"))

@@ -1,0 +1,289 @@
+"""Network paths that die in silence, on either side of the proxy; and peers that are alive and read nothing.
+
+The proxy, its client and upstream each have a network of their own. The sweep has shorter limits than in earnest.
+"""
+from __future__ import annotations
+
+import contextlib
+import functools
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Iterator
+
+import pytest
+from namespaces import Network, needs_network
+from proxy_process import PYTHON, ROOT, Client, ProxyProcess
+from scripted_upstream import OK, PATTERN, Request, ScriptedUpstream, make_certificate, pour
+from test_tunnel import handshake
+from wire import Message, Wire, readable
+
+from xaiproxy import dead_paths
+
+pytestmark = needs_network
+
+INTERVAL, SILENCE = 0.2, 2.0  # seconds
+SOON = 8  # seconds; to find a dead path after SILENCE, also on a loaded machine
+SIZE = 32 << 20  # bytes; more than the sockets on the way hold
+SIZED = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % SIZE
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+class Site:
+    """A network with an upstream and a proxy in it, which is signed in."""
+
+    def __init__(self, folder: Path, command: "list[str] | None" = None, **settings: object):
+        self.network = Network()
+        certificate, context = make_certificate(folder, Network.ADDRESSES["upstream"])
+        with self.network.upstream.entered():
+            self.upstream = ScriptedUpstream(context, Network.ADDRESSES["upstream"])
+        with self.network.proxy.entered():
+            self.proxy = ProxyProcess(folder, command=command, bind=Network.ADDRESSES["proxy"], allow_anonymous=1,
+                                      upstream=self.upstream.origin, environ={"SSL_CERT_FILE": str(certificate)},
+                                      **settings)
+        self.proxy.sign_in()
+
+    def close(self) -> None:
+        self.network.restore()
+        self.upstream.close()
+        self.proxy.close()
+        self.network.close()
+
+    @contextlib.contextmanager
+    def client(self) -> Iterator[Client]:
+        with self.network.client.entered():
+            client = Client(self.proxy.port, Network.ADDRESSES["proxy"])
+        client.sock.settimeout(SOON)
+        with client:
+            yield client
+
+    def pooled(self) -> Request:
+        """A request that was answered, whose connection to upstream the proxy has pooled."""
+        with self.client() as client:
+            client.request()
+            request = self.upstream.receive().answer()
+            assert client.message().status == 200
+            return request
+
+    def cut_connection(self, request: Request) -> None:
+        """Lose all packets of this connection to upstream, as a NAT does that has forgotten it."""
+        self.network.cut("proxy", request.connection.sock.getpeername()[1])
+
+
+def impatient(interval: float = INTERVAL, silence: float = SILENCE) -> "list[str]":
+    return [*PYTHON, str(ROOT / "tests" / "impatient_proxy.py"), str(interval), str(silence)]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    with contextlib.closing(Site(tmp_path_factory.mktemp("site"), impatient(), sse_keepalive=600)) as site:
+        yield site
+
+
+@pytest.fixture
+def site(shared: Site) -> Iterator[Site]:
+    yield shared
+    shared.network.restore()
+    shared.upstream.hang_up()
+
+
+def assert_dead_path(answer: Message, since: float) -> None:
+    assert (answer.status, answer.value("X-XAI-Proxy-Error"), answer.value("x-should-retry")) == \
+        (504, "upstream_timeout", "false")
+    assert b"no acknowledgement for 2 s" in answer.body and b"IDLE_TIMEOUT" not in answer.body
+    assert time.monotonic() - since > SILENCE / 2  # a full window has been so for a moment
+
+
+# Upstream's path
+
+
+def test_post_on_a_pooled_connection_whose_path_is_dead(site: Site) -> None:
+    """It cannot be known whether upstream has it. It does not get it later, when the path is back."""
+    pooled = site.pooled()
+    site.cut_connection(pooled)
+    with site.client() as client:
+        start = time.monotonic()
+        assert_dead_path(client.ask("POST", "/v1/paid", body=b"{}"), start)
+    site.network.restore()
+    readable([pooled.connection.sock, site.upstream.listener], 2 * SILENCE)  # perhaps a reset
+    assert site.upstream.quiet()
+
+
+@pytest.mark.parametrize("method, fields", [("GET", ()), ("HEAD", ()), ("OPTIONS", ()), ("POST", ("Idempotency-Key: 1",))])
+def test_what_may_be_repeated_goes_again_on_a_new_connection(site: Site, method: str, fields: "tuple[str, ...]") -> None:
+    pooled = site.pooled()
+    site.cut_connection(pooled)
+    with site.client() as client:
+        client.request(method, "/v1/again", *fields, body=b"{}" if method == "POST" else b"")
+        request = site.upstream.receive(seconds=SOON).answer(b"HTTP/1.1 204 No Content\r\n\r\n")
+        assert (request.method, request.connection.requests) == (method, 1)
+        assert client.message().status == 204
+
+
+def test_but_only_once(site: Site) -> None:
+    """Also on a connection that was new, and when the path dies in the middle of the body."""
+    with contextlib.ExitStack() as stack, site.client() as client:
+        client.request("GET", "/v1/twice", "Transfer-Encoding: chunked")
+        client.send(b"%x\r\n" % SIZE)
+        assert pour(client, 0, SIZE) < SIZE
+        client.sock.settimeout(2 * SOON)
+        for _ in range(2):
+            request = site.upstream.receive(body=False, seconds=SOON)
+            assert request.connection.requests == 1
+            site.cut_connection(request)
+            start = time.monotonic()
+            site.upstream.connections.remove(request.connection)
+            stack.callback(request.connection.close)
+        assert_dead_path(client.message(), start)
+        assert site.upstream.quiet()
+
+
+def test_upload_with_bytes_in_flight(site: Site) -> None:
+    """The proxy waits for its client then, whose turn it is."""
+    with site.client() as client:
+        client.request("POST", "/v1/upload", "Content-Length: 3")
+        client.send(b"x")
+        request = site.upstream.receive(body=False)
+        assert request.connection.exactly(1) == b"x"
+        site.cut_connection(request)
+        start = time.monotonic()
+        client.send(b"x")
+        assert_dead_path(client.message(), start)
+
+
+def test_upload_with_a_full_window(site: Site) -> None:
+    with site.client() as client:
+        client.request("POST", "/v1/upload", f"Content-Length: {SIZE}")
+        assert pour(client, 0, SIZE) < SIZE
+        client.sock.settimeout(SOON)
+        request = site.upstream.receive(body=False)
+        site.cut_connection(request)
+        start = time.monotonic()
+        assert_dead_path(client.message(), start)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_tunnel_to_upstream(site: Site, full: bool) -> None:
+    with site.client() as client:
+        request = handshake(client, site.upstream, f"/v1/tunnel-{full}")
+        request.answer(b"last words")
+        assert not full or pour(client, 0, SIZE) < SIZE
+        site.cut_connection(request)
+        client.send(b"x") if not full else None
+        client.sock.settimeout(SOON)
+        with contextlib.suppress(ConnectionResetError):  # what it sent may be unread
+            assert client.rest() == b"last words"
+    assert site.proxy.wait_for_request(f"/v1/tunnel-{full}")["ended_by"] == "upstream"
+
+
+# The client's path
+
+# Passed on in upstream's framing, or in ours: see SSE_KEEPALIVE.
+KINDS = {"relayed": b"application/json", "iterated": b"text/event-stream"}
+
+
+def stream(client: Client, upstream: ScriptedUpstream, target: str, kind: str) -> Request:
+    client.request("GET", target)
+    request = upstream.receive().answer(CHUNKED[:-2] + b"Content-Type: %b\r\n\r\n5\r\nhello\r\n" % KINDS[kind])
+    assert client.head().status == 200 and client.chunk() == b"hello"
+    return request
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("kind", [*KINDS, "tunnelled"])
+def test_client_that_vanished_is_served_no_longer(site: Site, kind: str, full: bool) -> None:
+    target = f"/v1/{kind}-{full}"
+    with site.client() as client:
+        request = (handshake if kind == "tunnelled" else functools.partial(stream, kind=kind))(client, site.upstream, target)
+        if full:
+            request.answer(b"%x\r\n" % SIZE)
+            assert pour(request.connection, 0, SIZE) < SIZE
+        site.network.cut("client")
+        start = time.monotonic()
+        if not full:
+            request.answer(b"5\r\nhello\r\n")
+        assert request.connection.closed_within(SOON) and time.monotonic() - start > SILENCE / 2
+    assert site.proxy.wait_for_request(target)["ended_by"] == "client"
+
+
+# Peers that are alive
+
+
+def send_rest(wire: Wire, at: int, is_chunked: bool) -> None:
+    assert pour(wire, at, SIZE, 60) == SIZE
+    if is_chunked:
+        wire.send(b"\r\n")
+
+
+def content(wire: Wire, is_chunked: bool) -> bytes:
+    data = b""
+    while len(data) < SIZE:
+        data += wire.chunk() if is_chunked else wire.exactly(SIZE)
+    return data
+
+
+def test_peer_that_reads_nothing_loses_nothing(site: Site) -> None:
+    """It acknowledges window probes; and nothing that is idle is ended."""
+    with contextlib.ExitStack() as stack:
+        idle, relayed, iterated, tunnelled, tunnelling, uploading = (stack.enter_context(site.client()) for _ in range(6))
+        upstream = site.upstream
+        idle.request()
+        upstream.receive().answer()
+        assert idle.message().status == 200
+        ways = [(stream(client, upstream, "/v1/unread", kind).answer(b"%x\r\n" % SIZE).connection, client)
+                for kind, client in (("relayed", relayed), ("iterated", iterated))]
+        ways.append((handshake(tunnelled, upstream).connection, tunnelled))
+        ways.append((tunnelling, handshake(tunnelling, upstream).connection))
+        uploading.request("POST", "/v1/unread", f"Content-Length: {SIZE}")
+        ways.append((uploading, upstream.receive(body=False).connection))
+        senders = []
+        for sender, reader in ways:
+            sent = pour(sender, 0, SIZE)
+            assert sent < SIZE
+            senders.append(threading.Thread(target=send_rest, args=(sender, sent, reader in (relayed, iterated))))
+            senders[-1].start()
+        time.sleep(4 * SILENCE)  # the kernel's probes are then further apart than SILENCE
+        for _, reader in ways:
+            assert content(reader, reader in (relayed, iterated)) == PATTERN * (SIZE // len(PATTERN))
+        for thread in senders:
+            thread.join()
+        idle.request()
+        assert upstream.receive().answer() and idle.message().body == b"ok"
+
+
+# Whose limit it was
+
+
+@pytest.fixture
+def hasty_kernel(tmp_path: Path) -> Iterator[Site]:
+    """TCP itself gives up after two seconds. The sweep has the limits that it has in earnest."""
+    with contextlib.closing(Site(tmp_path)) as site:
+        site.network.proxy.set("ipv4/tcp_retries2", 2)
+        yield site
+
+
+def test_limit_of_the_kernel(hasty_kernel: Site) -> None:
+    site = hasty_kernel
+    for method in ("POST", "GET"):
+        site.cut_connection(site.pooled())
+        with site.client() as client:
+            client.request(method, "/v1/x", body=b"{}")
+            if method == "GET":
+                site.upstream.receive(seconds=SOON).answer(OK)
+                assert client.message().body == b"ok"
+                continue
+            answer = client.message()
+            assert (answer.status, answer.value("X-XAI-Proxy-Error")) == (504, "upstream_timeout")
+            assert b"TCP gave up: " in answer.body and b"IDLE_TIMEOUT" not in answer.body
+
+
+def test_without_tcp_info_there_is_no_sweep() -> None:
+    """As on macOS."""
+    code = "import socket; del socket.TCP_INFO; from xaiproxy import dead_paths; dead_paths.sweep()"
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=20)
+
+
+def test_limits_in_earnest() -> None:
+    assert (dead_paths.INTERVAL, dead_paths.SILENCE) == (15, 120)
