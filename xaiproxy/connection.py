@@ -33,11 +33,11 @@ _poll = monkey.get_original("select", "poll")
 _socket = monkey.get_original("socket", "socket")
 
 
-OPEN: "set[Connection]" = set()  # all that have a network path
+OPEN: "set[Connection]" = set()  # the TCP connections of this process, for dead_paths.sweep
 
 
 class DeadPath(ConnectionError):
-    """The peer acknowledges nothing any more. No TimeoutError, which is a limit of ours."""
+    """The peer no longer acknowledges anything. Not a TimeoutError: those are for limits of our own."""
 
 
 class Connection:
@@ -154,8 +154,8 @@ class Connection:
                 timer = self._timer
             else:
                 timer = self._new_timer(limit)
-            # Not `start`, which would go on where `stop` has left it. `update`: else the time counts from the beginning
-            # of this turn of the loop, and a turn that took long would end the wait early. It costs 40 ns.
+            # Not `start`, which would go on where `stop` has left it. `update`, for 40 ns: without it the limit counts
+            # from the beginning of this turn of the loop, and ends early when the turn takes long.
             timer.again(greenlet.throw, TimeoutError, update=True)
         try:
             self._hub.switch()

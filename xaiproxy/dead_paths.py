@@ -1,8 +1,9 @@
-"""Connections whose network path has died in silence (suspend, VPN, NAT): found by TCP_INFO and aborted.
+"""Aborts connections whose network path has died in silence (suspend, VPN, NAT), found by TCP_INFO.
 
-TCP keep-alive does not run while bytes are unacknowledged; the kernel then retransmits for 15 minutes (tcp(7),
-tcp_retries2). TCP_USER_TIMEOUT would shorten that, but also ends a connection whose peer is alive and reads nothing:
-that peer acknowledges each window probe, so the time since its last acknowledgement stays short.
+TCP keep-alive does not run while bytes are unacknowledged; the kernel then retransmits for 15
+minutes (tcp(7), tcp_retries2). TCP_USER_TIMEOUT would shorten that, but also ends a connection whose
+peer is alive and reads nothing. That peer acknowledges every window probe, so the time since its
+last acknowledgement stays short.
 """
 
 import socket
@@ -14,13 +15,13 @@ from xaiproxy.connection import OPEN, Connection
 
 INTERVAL = 15.0  # seconds between two sweeps
 SILENCE = 120.0  # seconds without an acknowledgement
-BATCH = 100  # connections, a millisecond of work; then others have their turn
+BATCH = 100  # connections, less than a millisecond of work; then others have their turn
 # Of Linux's struct tcp_info: tcpi_retransmits, tcpi_probes, and tcpi_last_ack_recv in milliseconds.
 INFO = struct.Struct("=2xBB52xI")
 
 
 def sweep(interval: float = INTERVAL, silence: float = SILENCE) -> None:
-    """Abort dead connections, for ever. Where there is no TCP_INFO, the kernel's own limits are all there is."""
+    """Abort dead connections, for ever. Returns at once on systems without TCP_INFO (macOS)."""
     while hasattr(socket, "TCP_INFO"):
         gevent.sleep(interval)
         connections = list(OPEN)
@@ -35,5 +36,5 @@ def is_dead(connection: Connection, silence: float) -> bool:
     """Whether the peer has acknowledged neither bytes nor probes for that many seconds."""
     info = connection.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, INFO.size)
     retransmits, probes, last_ack = INFO.unpack(info)
-    # A single probe is on its way to a peer that reads nothing; two have gone unanswered.
+    # One unanswered probe may be on its way to a peer that is alive and reads nothing; two are not.
     return (retransmits > 0 or probes > 1) and last_ack > silence * 1000
