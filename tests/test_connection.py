@@ -134,6 +134,16 @@ def test_work_before_a_wait_takes_nothing_from_its_limit(pair):
     assert 1.5 <= waiting.get() < 2.5
 
 
+def test_what_came_in_time_is_read_though_the_limit_is_over(pair):
+    """When others hold the loop up, it finds the bytes and the end of the time in the same turn."""
+    connection, peer = pair
+    reading = gevent.spawn(connection.recv, SOON)
+    gevent.sleep()
+    peer.sendall(b"hello")
+    hold_up(2 * SOON)
+    assert reading.get() == b"hello"
+
+
 def test_a_read_whose_bytes_somebody_else_took_waits_on(pair):
     """The watcher fires for bytes that a callback in the hub has read before the greenlet ran."""
     connection, peer = pair

@@ -1,6 +1,6 @@
-"""Network paths that die in silence, on either side of the proxy; and peers that only read nothing.
+"""Network paths that die in silence, on either side of the proxy.
 
-The proxy, its client and upstream each have a network of their own. The sweep's limits are shorter
+Peers that are alive and read nothing keep their connections. The proxy, its client and upstream each have a network of their own. The sweep's limits are shorter
 than the real ones.
 """
 from __future__ import annotations
@@ -68,9 +68,9 @@ class Site:
             assert client.message().status == 200
             return request
 
-    def cut_connection(self, request: Request) -> None:
-        """Lose all packets of this connection to upstream, as a NAT does that has forgotten it."""
-        self.network.cut("proxy", request.connection.sock.getpeername()[1])
+    def cut_connection(self, request: Request, action: str = "blackhole") -> None:
+        """Drop all packets of this connection to upstream, as a NAT does that has forgotten it."""
+        self.network.cut("proxy", request.connection.sock.getpeername()[1], action)
 
 
 def impatient(interval: float = INTERVAL, silence: float = SILENCE) -> "list[str]":
@@ -284,7 +284,12 @@ def hasty_kernel(tmp_path: Path) -> Iterator[Site]:
 
 
 def test_limit_of_the_kernel(hasty_kernel: Site) -> None:
+    """Also when a router has said why: TCP goes on trying, and then gives up with that error."""
     site = hasty_kernel
+    with site.client() as client:
+        site.cut_connection(site.pooled(), "unreachable")
+        answer = client.ask("POST", "/v1/x", body=b"{}")
+        assert answer.status == 504 and b"TCP gave up: Network is unreachable" in answer.body
     for method in ("POST", "GET"):
         site.cut_connection(site.pooled())
         with site.client() as client:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import socket
 import threading
 import time
 from pathlib import Path
@@ -19,6 +20,9 @@ from proxy_process import ISSUER, Client, ProxyProcess, both_ways
 from scripted_upstream import OK, PATTERN, Request, ScriptedUpstream, pour
 
 from xaiproxy import app, client_keys, config, server
+from xaiproxy.connection import Connection
+from xaiproxy.relay import Relay
+from xaiproxy.request_body import NO_BODY
 from xaiproxy.upstream import Upstream
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -250,6 +254,29 @@ def test_time_that_the_client_takes_is_no_silence_of_upstream(start_proxy: "Call
         assert client.rest() == b"" and 0.2 < time.monotonic() - start < 3  # not at once
         line = hasty.wait_for_request("/v1/slow-reader")
         assert (line["bytes"], line["ended_by"]) == (SIZE - 10, "upstream")
+
+
+def test_byte_that_came_in_time_counts_though_the_limit_is_over(upstream: ScriptedUpstream) -> None:
+    """In this process, whose loop is held up: it finds the byte and the end of the time in the same turn."""
+    settings = config.from_environ({"HOME": "/", "XAI_PROXY_UPSTREAM": upstream.origin,
+                                    "XAI_PROXY_IDLE_TIMEOUT": "0.5"})
+    exchange = Upstream(settings).send(b"GET /v1/x HTTP/1.1\r\n", NO_BODY, method="GET", repeatable=True)
+    request = upstream.receive().answer(SIZED)
+    exchange.receive()
+    ours, theirs = socket.socketpair()
+    with contextlib.closing(Connection(ours)) as client, theirs, contextlib.closing(exchange), gevent.Timeout(8):
+        theirs.settimeout(8)
+        running = gevent.spawn(Relay(exchange, client).run, b"")
+        gevent.sleep(0)
+        request.answer(CONTENT[:3])
+        end = time.monotonic() + 0.7
+        while time.monotonic() < end:
+            sum(range(1000))
+        gevent.sleep(0.1)
+        assert not running.ready() and theirs.recv(100) == CONTENT[:3]
+        request.answer(CONTENT[3:])
+        running.get()
+        assert theirs.recv(100) == CONTENT[3:]
 
 
 @pytest.fixture

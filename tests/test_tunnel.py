@@ -22,7 +22,7 @@ from xaiproxy.connection import Connection
 from xaiproxy.errors import UpstreamBroken
 from xaiproxy.request_body import NO_BODY
 from xaiproxy.tunnel import Tunnel
-from xaiproxy.upstream import Upstream
+from xaiproxy.upstream import Exchange, Upstream
 
 HANDSHAKE = ("Connection: keep-alive, Upgrade", "upgrade: WebSocket", "Sec-WebSocket-Version: 13",
              "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Protocol: realtime, other",
@@ -316,35 +316,58 @@ def test_silence_of_upstream_has_the_limit_of_a_stream(start_proxy: "Callable[..
         assert request.connection.closed_within()
 
 
-def test_work_before_a_byte_takes_nothing_from_the_limit_after_it(upstream: ScriptedUpstream) -> None:
-    """In this process, which can hold up its own loop: within a turn the loop's clock stands still."""
-    settings = config.from_environ({"HOME": "/", "XAI_PROXY_UPSTREAM": upstream.origin, "XAI_PROXY_IDLE_TIMEOUT": "1.5"})
-    pool = Upstream(settings)
+@contextlib.contextmanager
+def tunnel(upstream: ScriptedUpstream, limit: float) -> "Iterator[tuple[gevent.Greenlet, Request, Exchange]]":
+    """One in this process, whose loop a test can hold up."""
+    settings = config.from_environ({"HOME": "/", "XAI_PROXY_UPSTREAM": upstream.origin,
+                                    "XAI_PROXY_IDLE_TIMEOUT": str(limit)})
     lines = "\r\n".join(["GET /v1/realtime HTTP/1.1", *HANDSHAKE, ""])
-    exchange = pool.send(lines.encode(), NO_BODY, method="GET", repeatable=True, upgrade=True)
+    exchange = Upstream(settings).send(lines.encode(), NO_BODY, method="GET", repeatable=True, upgrade=True)
     request = upstream.receive().answer(ACCEPTED)
     exchange.receive()
     ours, theirs = socket.socketpair()
-    with contextlib.closing(Connection(ours)) as client, theirs, gevent.Timeout(PATIENCE):
+    with contextlib.closing(Connection(ours)) as client, theirs, contextlib.closing(exchange), \
+            gevent.Timeout(PATIENCE):
+        theirs.settimeout(PATIENCE)
         running = gevent.spawn(Tunnel(exchange, client).run, b"")
-        gevent.sleep(0.01)
+        gevent.sleep(0)
+        gevent.sleep(0)
+        yield running, request, exchange
+        assert theirs.recv(2) == b"x"
+        running.kill()
+
+
+def hold_up(seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        sum(range(1000))
+
+
+def test_work_before_a_byte_takes_nothing_from_the_limit_after_it(upstream: ScriptedUpstream) -> None:
+    """Within a turn the loop's clock stands still."""
+    with tunnel(upstream, 1.5) as (running, request, exchange):
         busy = gevent.get_hub().loop.io(exchange.connection.socket.fileno(), 1)
         busy.priority = busy.loop.MAXPRI  # before the tunnel, in the turn in which the byte comes
-        byte_at = []
+        worked_until = []
 
         def work() -> None:
             busy.stop()
-            end = time.monotonic() + 1
-            while time.monotonic() < end:
-                sum(range(1000))
-            byte_at.append(time.monotonic())
+            hold_up(1)
+            worked_until.append(time.monotonic())
         busy.start(work)
         request.answer(b"x")
         with pytest.raises(UpstreamBroken):
             running.get()
-        assert 1.5 <= time.monotonic() - byte_at[0] < 3 and theirs.recv(2) == b"x"
+        assert 1.5 <= time.monotonic() - worked_until[0] < 3
         busy.close()
-        exchange.close()
+
+
+def test_byte_that_came_in_time_counts_though_the_limit_is_over(upstream: ScriptedUpstream) -> None:
+    with tunnel(upstream, 0.5) as (running, request, _):
+        request.answer(b"x")
+        hold_up(0.7)
+        gevent.sleep(0.1)
+        assert not running.ready()
 
 
 def test_tunnels_get_the_time_of_streams_at_the_end(tmp_path: Path, upstream: ScriptedUpstream) -> None:

@@ -149,11 +149,13 @@ class Connection:
         timer = None
         if limit is not None:
             if watcher is not self.readable:  # rare, and a reader may wait at the same time
-                timer = self._hub.loop.timer(max(limit, 0.001), max(limit, 0.001))
-            elif limit == self._limit:
-                timer = self._timer
-            else:
                 timer = self._new_timer(limit)
+            else:
+                if limit != self._limit:
+                    if self._timer is not None:
+                        self._timer.close()
+                    self._timer, self._limit = self._new_timer(limit), limit
+                timer = self._timer
             # Not `start`, which would go on where `stop` has left it. `update`, for 40 ns: without it the limit counts
             # from the beginning of this turn of the loop, and ends early when the turn takes long.
             timer.again(greenlet.throw, TimeoutError, update=True)
@@ -167,12 +169,9 @@ class Connection:
                     timer.close()
 
     def _new_timer(self, limit: float) -> Any:
-        if self._timer is not None:
-            self._timer.close()
-        self._limit = limit
         limit = max(limit, 0.001)
-        self._timer = self._hub.loop.timer(limit, limit)
-        return self._timer
+        # The lowest priority: after a long turn, bytes that came in time and the end of the time are found together.
+        return self._hub.loop.timer(limit, limit, priority=self._hub.loop.MINPRI)
 
     def recv(self, limit: "float | None") -> bytes:
         """Return what is unread, or else what comes next; b"" at the end. Raises OSError, TimeoutError."""

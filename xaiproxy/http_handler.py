@@ -202,14 +202,12 @@ class Handler:
             while EMPTY_LINE.startswith(connection.unread):
                 came, connection.unread = connection.unread, b""
                 # What has been answered and goes on in a drain has its last request there already, or none.
-                if not (server.draining and self._answered_before):
-                    with contextlib.suppress(TimeoutError):
-                        connection.wait(connection.readable, limit)
-                more = connection.receive()  # also at the end of the limit, since the loop may have been late
+                at_once = server.draining and self._answered_before
+                more = connection.receive() if at_once else connection.recv(limit)
                 if not more:
                     return False
                 connection.unread = came + more
-        except BlockingIOError:
+        except (TimeoutError, BlockingIOError):
             return False
         finally:
             server.idle.pop(connection.socket, None)

@@ -67,7 +67,8 @@ class Relay:
         self._upstream.readable.start(self._pass_on)
 
     def _watch_silence(self, seconds: float) -> None:
-        self._timer = gevent.get_hub().loop.timer(seconds)
+        loop = gevent.get_hub().loop
+        self._timer = loop.timer(seconds, priority=loop.MINPRI)  # after bytes that came in time: see Connection
         self._timer.start(self._on_silence)
 
     # In the hub, whose callbacks must not raise

@@ -52,12 +52,13 @@ class Tunnel:
     # In the hub, whose callbacks must not raise
 
     def _new_silence(self, limit: float) -> None:
-        self._silence = gevent.get_hub().loop.timer(limit, limit)
+        loop = gevent.get_hub().loop
+        self._silence = loop.timer(limit, limit, priority=loop.MINPRI)  # see Connection.wait, also for `update`
         self.heard()
 
     def heard(self) -> None:
         """There was progress."""
-        self._silence.again(self._on_silence, update=True)  # see Connection.wait
+        self._silence.again(self._on_silence, update=True)
 
     def blocked(self) -> None:
         """A side does not take what the other sends, whose reset is then hidden by unread bytes."""
