@@ -16,7 +16,7 @@ from typing import Any
 
 import gevent
 
-from xaiproxy import __version__, config, errors, message_head, response_head, tokens
+from xaiproxy import __version__, config, errors, response_head, tokens
 from xaiproxy.connection import Connection, DeadPath
 from xaiproxy.dialling import BROKEN, Dialler, TooLate
 from xaiproxy.framing import LAST, content_of
