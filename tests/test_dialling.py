@@ -182,14 +182,14 @@ def test_hung_look_ups_do_not_stop_others(tmp_path: Path, certificate: tuple, eg
         environ = {"SSL_CERT_FILE": str(certificate[0])}
         if egress:
             settings, environ = {"upstream": "https://x.test"}, {"HTTPS_PROXY": f"http://upstream.test:{upstream.port}"}
-        with ProxyProcess(tmp_path, connect_timeout=0.5, prefix=names.prefix, environ=environ, **settings) as proxy, \
+        with ProxyProcess(tmp_path, connect_timeout=1, prefix=names.prefix, environ=environ, **settings) as proxy, \
                 contextlib.ExitStack() as stack:
             proxy.sign_in()
             names.silent = True
             clients = [stack.enter_context(proxy.client()).request() for _ in range(HUNG)]
             for client in clients:
                 answer = client.message()
-                assert answer.status == 502 and b"within 0.5 s" in answer.body
+                assert answer.status == 502 and b"within 1 s" in answer.body
             assert len(names.asked) < HUNG
             names.silent = False
             clients[0].request()
@@ -250,12 +250,13 @@ def test_address_that_swallows_packets_does_not_use_up_the_time(tmp_path: Path, 
             prefix=hosts(tmp_path, "127.0.0.2 upstream.test", "127.0.0.3 upstream.test")) as proxy, \
             proxy.client() as client:
         proxy.sign_in()
-        for _ in range(3):
+        took = []
+        for _ in range(4):
             start = time.monotonic()
             assert reaches(client, upstream)
-            took = time.monotonic() - start
-            assert took < 2
-        assert took < 0.25  # what failed goes last
+            took.append(time.monotonic() - start)
+        assert max(took) < 4
+        assert min(took[1:]) < 0.25  # what failed goes last
 
 
 @pytest.mark.parametrize("scheme", ["http", "socks5h"])

@@ -34,9 +34,9 @@ class Dialler:
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # one for all: it holds the parsed CA certificates
         self._context.load_verify_locations(settings.egress.ca_file)
         self._session: "ssl.SSLSession | None" = None
-        self._resumption_limit = settings.connect_timeout / 2  # seconds, to leave as many for a full handshake
-        self._target = Resolver(*_address(self._proxy or self._upstream), settings.connect_timeout)
-        self._destination = Resolver(*_address(self._upstream), settings.connect_timeout)  # for SOCKS without names
+        self._patience = settings.connect_timeout / 2  # seconds for what may hang; a second try has the other half
+        self._target = Resolver(*_address(self._proxy or self._upstream), self._patience)
+        self._destination = Resolver(*_address(self._upstream), self._patience)  # for a SOCKS proxy that takes no names
 
     def connect(self) -> Connection:
         """Raises OSError, EOFError, Malformed, and what is thrown in. Without a time limit of its own.
@@ -101,7 +101,7 @@ class Dialler:
             connection.shake_hands()
             return
         try:
-            connection.shake_hands(self._resumption_limit)
+            connection.shake_hands(self._patience)
         except ssl.SSLCertVerificationError:  # of a handshake in full: the session did no harm
             raise
         except BROKEN as error:

@@ -26,7 +26,7 @@ _start_new_thread = monkey.get_original("_thread", "start_new_thread")
 
 
 class Resolver:
-    """`patience`: seconds after which a look-up that hangs is no longer waited for, and another one may start."""
+    """`patience`: seconds after which another look-up may start beside one that hangs."""
 
     def __init__(self, host: str, port: int, patience: float):
         self._host, self._port, self._patience = host, port, patience
