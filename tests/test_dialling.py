@@ -349,8 +349,8 @@ def another(folder: Path, version: ssl.TLSVersion) -> ssl.SSLContext:
     return context
 
 
-# SSL_OP_NO_EXTENDED_MASTER_SECRET of OpenSSL 3, which Python has no name for. A session from before it was set cannot be
-# resumed any more (RFC 7627 section 5.3).
+# SSL_OP_NO_EXTENDED_MASTER_SECRET of OpenSSL 3, which Python has no name for. A session from before it was set cannot
+# be resumed any more (RFC 7627 section 5.3).
 NO_EXTENDED_MASTER_SECRET = 1
 
 

@@ -14,13 +14,14 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
-ATTEMPT_DELAY = 0.25  # seconds from one attempt to the next; RFC 8305 section 8 recommends this value
+ATTEMPT_DELAY = 0.25  # seconds from one attempt to the next, as RFC 8305 section 8 recommends
 
 Address = tuple[int, int, int, str, Any]  # as getaddrinfo returns it
 
 
-def look_up(host: str, port: int, getaddrinfo: Callable[..., Any] = socket.getaddrinfo) -> "list[Address]":
-    """Return the addresses in getaddrinfo's order, but alternating between families (RFC 8305 section 4).
+def look_up(host: str, port: int,
+            getaddrinfo: Callable[..., Any] = socket.getaddrinfo) -> "list[Address]":
+    """Return the addresses in getaddrinfo's order, with families alternating (RFC 8305 section 4).
 
     Raises socket.gaierror.
     """
@@ -28,18 +29,20 @@ def look_up(host: str, port: int, getaddrinfo: Callable[..., Any] = socket.getad
     # Bytes, since text would be taken through IDNA, which has its own errors.
     for address in dict.fromkeys(getaddrinfo(host.encode(), port, type=socket.SOCK_STREAM)):
         families.setdefault(address[0], []).append(address)
-    return [address for some in itertools.zip_longest(*families.values()) for address in some if address]
+    turns = itertools.zip_longest(*families.values())
+    return [address for turn in turns for address in turn if address]
 
 
 def connect(addresses: "Iterable[Address]", timeout: "float | None" = None,
             options: "Iterable[tuple[int, int, int]]" = (),
-            failed: "Callable[[Address], object]" = lambda address: None) -> "tuple[socket.socket, Address]":
-    """Connect to the first address that answers; return the socket and the address (RFC 8305 section 5).
+            failed: "Callable[[Address], object]" = lambda address: None
+            ) -> "tuple[socket.socket, Address]":
+    """Connect to the first address that answers (RFC 8305 section 5); return the socket and it.
 
     An attempt starts ATTEMPT_DELAY after the one before it, or as soon as that one has failed.
-    `timeout`: seconds for all attempts together, and the time-out of the socket; `options`: for setsockopt;
-    `failed`: called with each address whose attempt failed or was given up. Raises the last attempt's OSError, or
-    TimeoutError.
+    `timeout`: seconds for all attempts together, and the time-out of the socket; `options`: for
+    setsockopt; `failed`: called with each address whose attempt failed or was given up. Raises the
+    last attempt's OSError, or TimeoutError.
     """
     deadline = math.inf if timeout is None else time.monotonic() + timeout
     waiting = deque(addresses)
@@ -65,7 +68,8 @@ def connect(addresses: "Iterable[Address]", timeout: "float | None" = None,
                     due = now + ATTEMPT_DELAY
                 continue
             until = min(due, deadline) if waiting else deadline
-            for number, _ in poll.poll(None if until == math.inf else math.ceil((until - now) * 1000)):
+            wait = None if until == math.inf else math.ceil((until - now) * 1000)
+            for number, _ in poll.poll(wait):
                 poll.unregister(number)
                 sock, address = attempts.pop(number)
                 code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)

@@ -1,8 +1,8 @@
 """The addresses of one name under gevent, in the order in which to try them.
 
-One look-up at a time serves all greenlets that wait. It runs in a native thread of its own, because getaddrinfo cannot be
-interrupted: in gevent's pool ten that hang would hold up every other. While a look-up hangs or fails, the addresses
-known before serve.
+One look-up serves all greenlets that wait. It runs in a native thread of its own, because
+getaddrinfo cannot be interrupted: in gevent's pool ten that hang would hold up every other. While a
+look-up hangs or fails, the addresses known before serve.
 """
 
 import itertools
@@ -18,7 +18,7 @@ from xaiproxy import addresses
 from xaiproxy.addresses import Address
 
 REMEMBERED = 60  # seconds that the result of a look-up is used without asking again
-STALE_AFTER = 1.0  # seconds that a look-up may take before the addresses known before serve (RFC 8767 says 1.8)
+STALE_AFTER = 1.0  # seconds of a look-up until the addresses known before serve; RFC 8767: 1.8
 THREADS = 8  # look-ups that hang at the same time, at most
 
 _getaddrinfo = monkey.get_original("socket", "getaddrinfo")
@@ -34,12 +34,13 @@ class Resolver:
         self._known_at = -math.inf  # when the look-up that found them began
         self._began_at = -math.inf  # when the latest look-up began
         self._threads = 0
-        self._pending: "gevent.event.AsyncResult | None" = None  # for all that wait, whichever look-up ends first
-        self._rank: "dict[Address, int]" = {}  # the lowest is tried first; 0 for those that were not tried
+        # For all greenlets that wait, whichever look-up ends first.
+        self._pending: "gevent.event.AsyncResult | None" = None
+        self._rank: "dict[Address, int]" = {}  # lowest first; 0 for those that were not tried
         self._count = itertools.count(1)
 
     def addresses(self) -> "list[Address]":
-        """Raises OSError when the look-up fails and no address is known. Without a time limit then."""
+        """Raises OSError when the look-up fails and no address is known. No time limit then."""
         now = time.monotonic()
         if now - self._known_at > REMEMBERED:
             pending = self._look_up(now)
@@ -54,7 +55,7 @@ class Resolver:
         self._rank[address] = -next(self._count)
 
     def failed(self, address: Address) -> None:
-        """To be tried last from now on. The name may have other addresses by now, so the next use looks it up again."""
+        """To be tried last from now on. The next use looks the name up again: it may have changed."""
         self._rank[address] = next(self._count)
         self._known_at = -math.inf
 
@@ -97,9 +98,9 @@ class Resolver:
         failed = isinstance(outcome, Exception)
         if not failed and began_at > self._known_at:
             self._known, self._known_at = outcome, began_at
-            self._rank = {address: self._rank[address] for address in outcome if address in self._rank}
-        if self._pending is None or failed and began_at < self._began_at:  # a later look-up may still succeed
-            return
+            self._rank = {one: self._rank[one] for one in outcome if one in self._rank}
+        if self._pending is None or failed and began_at < self._began_at:
+            return  # a later look-up may still succeed
         pending, self._pending = self._pending, None
         if failed:
             pending.set_exception(outcome)

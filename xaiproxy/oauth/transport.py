@@ -1,4 +1,4 @@
-"""How requests connects here: to the first address that answers (RFC 8305), directly or through a proxy.
+"""How requests connects here: to the first address that answers (RFC 8305), also of a proxy.
 
 urllib3's own way is one address after the other, each with the whole time-out.
 """
@@ -15,7 +15,8 @@ from xaiproxy import addresses, socks_proxy
 class _Connects:
     """`_socks_options`: as urllib3's SOCKSProxyManager passes them."""
 
-    def __init__(self, *arguments: Any, _socks_options: "dict[str, Any] | None" = None, **keywords: Any):
+    def __init__(self, *arguments: Any, _socks_options: "dict[str, Any] | None" = None,
+                 **keywords: Any):
         super().__init__(*arguments, **keywords)
         self._socks = _socks_options
 
@@ -25,7 +26,8 @@ class _Connects:
         proxy = self._socks
         sock = self._connect(proxy["proxy_host"], proxy["proxy_port"] or 1080)
         return socks_proxy.negotiate(sock, self.host, self.port, kind=proxy["socks_version"],
-                                     rdns=proxy["rdns"], username=proxy["username"], password=proxy["password"])
+                                     rdns=proxy["rdns"], username=proxy["username"],
+                                     password=proxy["password"])
 
     def _connect(self, host: str, port: int) -> socket.socket:
         found = addresses.look_up(host.strip("[]"), port)
