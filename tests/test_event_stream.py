@@ -38,10 +38,11 @@ def events(stream: bytes) -> "list[tuple[str, str, str, str]]":
     return found
 
 
-LINES = ["data: one", "", ": theirs", "event: two", "data: a:b", "data", "data:  é", "", "", "id: 7", "retry: 10", "data: x",
-         "", "datum: no", "data: three", "", "data: cut"]
+LINES = ["data: one", "", ": theirs", "event: two", "data: a:b", "data", "data:  é", "", "", "id: 7", "retry: 10",
+         "data: x", "", "datum: no", "data: three", "", "data: cut"]
 STREAMS = {name: (BOM if name.startswith("BOM") else b"") + end.join(LINES).encode()
-           for name, end in (("LF", "\n"), ("CR", "\r"), ("CRLF", "\r\n"), ("BOM and LF", "\n"), ("BOM and CRLF", "\r\n"))}
+           for name, end in (("LF", "\n"), ("CR", "\r"), ("CRLF", "\r\n"), ("BOM and LF", "\n"),
+                             ("BOM and CRLF", "\r\n"))}
 STREAMS["mixed"] = b"data: 1\r\ndata: 2\rdata: 3\n\r\ndata: 4\r\r\ndata: 5\n\rdata: 6\n\n\r\n"
 
 

@@ -79,8 +79,9 @@ def _change(path: Path, edit: "Callable[[dict[str, str]], dict[str, str]]") -> N
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _locked(path.with_name(path.name + ".lock")):
             if path.is_symlink():  # a mounted Secret, or a file that is kept elsewhere: the rename would cut it off
-                raise errors.ConfigurationError(f"{path} is a symbolic link to {os.readlink(path)!r} and is left alone; name "
-                                                "that file with XAI_PROXY_CLIENT_KEYS_FILE, or remove the link")
+                raise errors.ConfigurationError(
+                    f"{path} is a symbolic link to {os.readlink(path)!r} and is left alone; name that file with "
+                    "XAI_PROXY_CLIENT_KEYS_FILE, or remove the link")
             keys = edit(_read(path))
             new.unlink(missing_ok=True)
             with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w") as file:
@@ -91,8 +92,8 @@ def _change(path: Path, edit: "Callable[[dict[str, str]], dict[str, str]]") -> N
             os.replace(new, path)
             _sync_folder(path.parent)
     except OSError as error:
-        raise errors.StorageError(f"{error.filename or path} cannot be written: {error.strerror}; nothing was changed") \
-            from error
+        place = error.filename or path
+        raise errors.StorageError(f"{place} cannot be written: {error.strerror}; nothing was changed") from error
 
 
 @contextlib.contextmanager

@@ -37,7 +37,7 @@ def parse(text: str) -> "dict[str, str]":
 
 
 def load(path: Path) -> "dict[str, str]":
-    """Name to digest. Raises FileNotFoundError if nothing is there, OSError or ValueError if what is there is unusable."""
+    """Name to digest. Raises FileNotFoundError if nothing is there, else OSError or ValueError if it is unusable."""
     return _parsed(_read(path)[0])
 
 

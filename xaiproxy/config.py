@@ -243,8 +243,9 @@ class Config:
         "Seconds without a byte from upstream, or of a client that takes none of those that wait for it, before it is given "
         "up. Reasoning models may be silent for long.")
     sse_keepalive: float = _setting("0", _seconds(0, 3600),
-        "Seconds of silence in an event stream after which the proxy sends a comment; 0: never. For clients that cut off long "
-        "reasoning. A comment cannot help before the head of the answer. Upstream is then asked not to compress.")
+        "Seconds of silence in an event stream after which the proxy sends a comment; 0: never. For clients that cut "
+        "off long reasoning. A comment cannot help before the head of the answer. Upstream is then asked not to "
+        "compress.")
     client_timeout: float = _setting("30", _seconds(0.1, 3600),
         "Seconds that a client has to send its request head, and between two reads of its body; also seconds in which it "
         "takes nothing of an answer that the proxy gives itself.")

@@ -3,8 +3,8 @@
 What does not fit waits, up to WAIT_LIMIT bytes. Lines beyond that are dropped and counted, and a line says how many as
 soon as there is room for it. The rules that a change must keep:
 
-1. A write is shorter than PIPE_BUF, so that a pipe takes it whole or not at all (pipe(7)), and follows a poll of its own
-   with time-out zero that reports room: the write before it may have filled the pipe.
+1. A write is shorter than PIPE_BUF, so that a pipe takes it whole or not at all (pipe(7)), and follows a poll of its
+   own, with time-out zero, that reports room: the write before it may have filled the pipe.
 2. A descriptor that was handed in never becomes O_NONBLOCK: that is a mode of the open file, which the shell shares.
 3. A write that fails (EPIPE, EIO) ends nothing: what waits is dropped, and the next line tries again.
 """
@@ -49,7 +49,7 @@ class LineWriter:
         return bool(self._waiting)
 
     def write(self, lines: "Iterable[bytes]") -> None:
-        """Write what waits and then `lines`, as far as it fits. Each line has its line end and at most LINE_LIMIT bytes."""
+        """Write what waits and then `lines`, as far as it fits. Each has its line end, within LINE_LIMIT bytes."""
         for line in lines:
             size = len(line)
             if self._size + size > ROOM:

@@ -20,7 +20,8 @@ from xaiproxy import config, errors, tokens
 
 SIZE_LIMIT = 1 << 20  # bytes; a real file has about 2,000
 # Errors of a read that come from the machine, not from the file or its permissions.
-PASSING = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN))
+PASSING = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT,
+                     errno.ENOTCONN))
 ALIVE = 60  # seconds without a sign of life after which the refresher counts as gone
 
 
@@ -106,10 +107,10 @@ class TokenStore:
 
     def _unreadable(self, error: OSError) -> errors.LoginUnusable:
         if error.errno in PASSING:
-            return errors.LoginUnread(f"{self.path} cannot be read at the moment ({error.strerror}); if that lasts, check its "
-                                      "file system and the limit of open files")
-        return errors.LoginUnusable("unreadable", f"{self.path} cannot be read ({error.strerror}); make it readable for user "
-                                    f"{os.geteuid()}")
+            return errors.LoginUnread(f"{self.path} cannot be read at the moment ({error.strerror}); if that lasts, "
+                                      "check its file system and the limit of open files")
+        return errors.LoginUnusable("unreadable", f"{self.path} cannot be read ({error.strerror}); make it readable "
+                                    f"for user {os.geteuid()}")
 
     def _check_fits(self, login: tokens.Tokens) -> None:
         settings = self.settings
