@@ -268,6 +268,18 @@ def test_a_failed_read_admits_nobody_and_is_not_remembered(path, complaints):
     assert len(complaints()) == 1 and "Too many open files" in complaints()[0]
 
 
+def test_without_a_file_and_a_descriptor_no_key_is_required(path, complaints):
+    """An open fails for want of a descriptor before it looks for the file."""
+    keys = ClientKeys(path)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        assert admits(keys) == [None, None] and not keys.required and not keys.unread
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert complaints() == []
+
+
 def test_the_version_is_another_with_each_change_and_no_other_time(path):
     put(path, f"a {DIGEST}")
     keys = ClientKeys(path)

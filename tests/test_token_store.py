@@ -334,6 +334,16 @@ def test_a_login_that_was_removed_is_not_known_any_more(store, arrange, state):
     assert store.last_known().access_token == "other"
 
 
+def test_a_login_that_is_removed_while_nothing_can_be_opened_is_missing(store):
+    """An open fails for want of a descriptor before it looks for the file."""
+    put(store)
+    store.last_known()
+    store.path.unlink()
+    with no_descriptor(), pytest.raises(errors.LoginUnusable) as caught:
+        store.last_known()
+    assert caught.value.state == "missing"
+
+
 def test_without_a_login_before_a_failed_read_is_told_and_not_remembered(store):
     put(store)
     with no_descriptor(), pytest.raises(errors.LoginUnread) as caught:

@@ -1,6 +1,5 @@
 """The key file: who may call. A name and the SHA-256 of a key a line; `#` begins a comment line."""
 
-import contextlib
 import hashlib
 import hmac
 import logging
@@ -38,17 +37,23 @@ def parse(text: str) -> "dict[str, str]":
 
 def load(path: Path) -> "dict[str, str]":
     """Name to digest. Raises FileNotFoundError if nothing is there, else OSError or ValueError if it is unusable."""
+    _identity_at(path)
     return _parsed(_read(path)[0])
 
 
-def _read(path: Path) -> "tuple[bytes, os.stat_result]":
+def _identity_at(path: Path) -> "tuple[int, ...]":
+    """Of the file that is there now. Needs no descriptor, and so finds nothing there even if none is free."""
     try:
-        # O_NONBLOCK: opening a FIFO must not wait for a writer, and all requests with it.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        return _identity(os.stat(path))
     except FileNotFoundError:
         if _is_absent(path):
             raise
         raise ValueError("it is a link to nothing") from None
+
+
+def _read(path: Path) -> "tuple[bytes, os.stat_result]":
+    # O_NONBLOCK: opening a FIFO must not wait for a writer, and all requests with it.
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
@@ -98,12 +103,11 @@ class ClientKeys:
 
     def refresh(self) -> None:
         """Look at the file; a stat when it has not changed."""
-        with contextlib.suppress(OSError):  # the read tells
-            if _identity(os.stat(self.path)) == self._seen:
-                return
         keys: "dict[str, str]" = {}
         required, seen, complaint = True, None, ""
         try:
+            if _identity_at(self.path) == self._seen:
+                return
             content, status = _read(self.path)
             seen = _identity(status)
             keys = _parsed(content)

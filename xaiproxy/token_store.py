@@ -88,6 +88,7 @@ class TokenStore:
     def read(self) -> "tuple[bytes, os.stat_result]":
         """The file's bytes and status. Raises LoginUnusable (missing, unreadable), LoginUnread."""
         try:
+            os.stat(self.path)  # needs no descriptor, and so finds nothing there even if none is free
             # O_NONBLOCK: opening somebody's FIFO must not wait for a writer.
             fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except FileNotFoundError:
