@@ -341,7 +341,7 @@ def test_a_fault_of_ours_is_a_500_in_json_and_not_the_clients_fault(tmp_path, ca
     @flask_app.get("/fault")
     def fault():
         raise RuntimeError("of ours")
-    handler = types.SimpleNamespace()
+    handler = types.SimpleNamespace(check_room=lambda: None)
     head = request_head.parse(b"GET /fault HTTP/1.1\r\nHost: localhost\r\n\r\n")
     environ = {"xaiproxy.head": head, "xaiproxy.handler": handler}
     answer = flask_app.test_client().get("/fault", environ_overrides=environ)

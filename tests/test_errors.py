@@ -20,6 +20,7 @@ REFUSALS = [
     (errors.ClientTimeout, 408, "client_timeout", "false"),
     (errors.UpstreamUnreachable, 502, "upstream_unreachable", "false"),
     (errors.TokenUnavailable, 503, "token_unavailable", "true"),
+    (errors.TooManyConnections, 503, "too_many_connections", "true"),
     (errors.UpstreamTimeout, 504, "upstream_timeout", "false"),
     (errors.LoopDetected, 508, "loop_detected", "false"),
 ]

@@ -115,7 +115,8 @@ def test_fold_is_undone(client: Client, upstream: ScriptedUpstream, lines: bytes
     client.request("GET", "/v1/x")
     upstream.receive().answer(b"HTTP/1.1 200 OK\r\nDate: then\r\n" + lines + END)
     answer = client.message()
-    assert answer.fields == [("Date", "then"), *passed, ("Content-Length", "2")] and answer.body == b"ok"
+    kept = [("Connection", "keep-alive"), ("Keep-Alive", "timeout=595")]
+    assert answer.fields == [("Date", "then"), *passed, ("Content-Length", "2"), *kept] and answer.body == b"ok"
 
 
 OF_UPSTREAM = [  # what a client would keep as said of the proxy's origin, or take for the proxy's own

@@ -78,7 +78,8 @@ def test_http_1_0_may_keep_its_connection(client: Client, upstream: ScriptedUpst
     assert (answer.value("Connection"), answer.value("Keep-Alive")) == ("close", None) and client.closed_within()
 
 
-@pytest.mark.parametrize("timeout, announced", [(600, "timeout=595"), (7, "timeout=2"), (2.5, "timeout=1"), (1.9, None)])
+@pytest.mark.parametrize("timeout, announced", [(600, "timeout=595"), (7, "timeout=2"), (2.5, "timeout=1"),
+                                                (1.9, None)])
 def test_client_is_told_to_close_before_the_proxy_does(start_proxy: "Callable[..., ProxyProcess]",
                                                        upstream: ScriptedUpstream, timeout: float,
                                                        announced: "str | None") -> None:

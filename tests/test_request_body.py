@@ -37,6 +37,9 @@ class Came:
         data, self.unread = self.unread or next(self._others, b""), b""
         return data
 
+    def wait_before_reading(self) -> None:
+        pass
+
 
 def sized(data: bytes, length: "int | None" = None) -> RequestBody:
     """A body with a Content-Length (of `data`, unless told) that comes as `data`."""

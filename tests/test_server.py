@@ -167,8 +167,8 @@ def full_of_streams(proxy: ProxyProcess, upstream: ScriptedUpstream, stack: cont
 
 
 def refused_in_the_reserve(answer: Message) -> bool:
-    assert (answer.value("Retry-After"), answer.value("x-should-retry"), answer.value("Connection")) == ("5", "true", "close")
-    return (answer.status, answer.value("X-XAI-Proxy-Error")) == (503, "too_many_connections")
+    fields = [answer.value(name) for name in ("X-XAI-Proxy-Error", "Retry-After", "x-should-retry", "Connection")]
+    return [answer.status, *fields] == [503, "too_many_connections", "5", "true", "close"]
 
 
 def test_longest_idle_connection_is_closed_for_a_new_one(tmp_path: Path, upstream: ScriptedUpstream) -> None:
@@ -256,6 +256,7 @@ def test_reserve_answers_health_checks_when_all_have_a_request(tmp_path: Path, u
         with proxy.client().request() as client:  # there is room again
             upstream.receive().answer()
             assert client.message().body == b"ok"
+        proxy.wait_for_log(lambda line: "XAI_PROXY_MAX_CONNECTIONS" in line["message"])
         said = [line for line in proxy.log_lines() if "XAI_PROXY_MAX_CONNECTIONS" in line["message"]]
         assert [line["level"] for line in said] == ["warning"]
 

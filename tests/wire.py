@@ -9,6 +9,7 @@ import struct
 import time
 from collections.abc import Iterable
 
+KEPT = b"Connection: keep-alive\r\nKeep-Alive: timeout=595\r\n"  # by default, in answers whose connection stays
 PATIENCE = 8.0  # seconds that a test waits for what must come
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER that turns close into a reset
 

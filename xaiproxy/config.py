@@ -247,14 +247,14 @@ class Config:
         "off long reasoning. A comment cannot help before the head of the answer. Upstream is then asked not to "
         "compress.")
     client_timeout: float = _setting("30", _seconds(0.1, 3600),
-        "Seconds that a client has to send its request head, and between two reads of its body; also seconds in which it "
-        "takes nothing of an answer that the proxy gives itself.")
+        "Seconds that a client has to send its request head, and between two reads of its body; also those in which it "
+        "reads nothing of an answer that the proxy gives itself.")
     keepalive_timeout: float = _setting("600", _seconds(0.1, 3600),
-        "Seconds that an idle client connection stays open. Longer than clients keep theirs, or a request meets the close; "
-        "answers announce a few seconds less (Keep-Alive: timeout=).")
+        "Seconds that an idle client connection stays open. Longer than clients keep theirs, or a request meets the "
+        "close; answers announce a few seconds less (Keep-Alive: timeout=).")
     max_connections: int = _setting("10000", _whole(1, 1000000),
-        "Client connections at once. For one more the longest idle is closed; when all have a request, the proxy answers "
-        "health checks only and everything else with 503. Lowered to fit the file descriptor limit.")
+        "Client connections at once. For one more the longest idle is closed; when all have a request, the proxy "
+        "answers health checks only and everything else with 503. Lowered to fit the file descriptor limit.")
     replay_limit: int = _setting("16777216", _whole(0, 1 << 40),
         "Bytes of one request body kept so that it can be sent again with a new token. A longer one streams through.")
     replay_memory: int = _setting("268435456", _whole(0, 1 << 40),

@@ -335,8 +335,9 @@ def check_upstream(listener: socket.socket, settings: config.Config) -> None:
     upstream = urllib.parse.urlsplit(settings.upstream)
     port = listener.getsockname()[1]
     if config.is_loopback(upstream.hostname) and (upstream.port or PORTS[upstream.scheme]) == port:
-        raise errors.ConfigurationError(f"XAI_PROXY_UPSTREAM is {settings.upstream!r}, but the proxy itself listens on port "
-                                        f"{port}; set XAI_PROXY_UPSTREAM to the API, or XAI_PROXY_PORT to another port")
+        raise errors.ConfigurationError(
+            f"XAI_PROXY_UPSTREAM is {settings.upstream!r}, but the proxy itself listens on port {port}; set "
+            "XAI_PROXY_UPSTREAM to the API, or XAI_PROXY_PORT to another port")
 
 
 def _names_a_key_file(settings: config.Config) -> bool:
