@@ -127,6 +127,14 @@ def test_whether_the_connection_stays(values, in_1_1, in_1_0):
     assert message_head.keep_alive(fields, is_1_0=True) is in_1_0
 
 
+@pytest.mark.parametrize("scheme, authority, normal", [
+    ("http", "LocalHost", "localhost"), ("http", "a:80", "a"), ("https", "a:443", "a"), ("http", "a:443", "a:443"),
+    ("https", "a:80", "a:80"), ("http", "a:", "a"), ("http", "[::1]:80", "[::1]"), ("http", "[::1]", "[::1]"), ("http", "a::80", "a:"),
+    ("http", "a:080", "a:080"), ("http", "a:8080", "a:8080"), ("http", "", ""), ("http", ":80", "")])
+def test_one_authority_is_one_text(scheme, authority, normal):
+    assert message_head.normal_authority(scheme, authority) == normal
+
+
 def test_a_long_line_takes_no_longer_than_its_length():
     for filling in ("a", " ", "a ", "\t", ": ", ":"):
         began = time.process_time()

@@ -99,4 +99,5 @@ def lower_of(name: str) -> str:
 
 def normal_authority(scheme: str, authority: str) -> str:
     """The same authority as always the same text: in lower case, without the scheme's own port (RFC 9110 section 4.2.3)."""
-    return authority.lower().removesuffix(":443" if scheme == "https" else ":80").removesuffix(":")
+    host, colon, port = authority.lower().rpartition(":")
+    return host if colon and port in ("", "443" if scheme == "https" else "80") else authority.lower()
