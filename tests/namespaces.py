@@ -16,6 +16,7 @@ from typing import Iterator
 import pytest
 
 CLONE_NEWNET = 0x40000000  # sched.h; os.unshare and os.setns came with Python 3.12
+BUFFER = "4096 131072 1048576"  # bytes: the least, the first and the most of a socket
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -62,10 +63,10 @@ class Namespace:
             subprocess.run(["ip", "-batch", "-"], input="\n".join(commands), text=True, check=True,
                            capture_output=True)
 
-    def set(self, name: str, value: int) -> None:
-        """A sysctl below net."""
+    def set(self, name: str, value: object) -> None:
+        """A sysctl below net.ipv4."""
         with self.entered():
-            Path("/proc/sys/net", name).write_text(str(value))
+            Path("/proc/sys/net/ipv4", name).write_text(str(value))
 
 
 class Network:
@@ -84,7 +85,9 @@ class Network:
                             f"address add {gateway}/24 dev to-{name}", f"link set to-{name} up")
             host.ip("link set lo up", f"address add {address}/24 dev eth0", "link set eth0 up",
                     f"route add default via {gateway}")
-        self._router.set("ipv4/ip_forward", 1)
+            host.set("tcp_rmem", BUFFER)
+            host.set("tcp_wmem", BUFFER)
+        self._router.set("ip_forward", 1)
 
     def close(self) -> None:
         for namespace in (self._router, self.client, self.proxy, self.upstream):
