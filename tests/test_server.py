@@ -261,6 +261,23 @@ def test_reserve_answers_health_checks_when_all_have_a_request(tmp_path: Path, u
         assert [line["level"] for line in said] == ["warning"]
 
 
+def test_clients_that_do_not_read_do_not_fill_the_reserve(tmp_path: Path) -> None:
+    """They have sent more requests than answers fit into their sockets, and have all slots."""
+    with ProxyProcess(tmp_path, max_connections=2) as proxy, contextlib.ExitStack() as stack:
+        for _ in range(2 + config.RESERVE):
+            sock = stack.enter_context(socket.socket())
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 500)  # so that the kernel takes few answers
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            sock.connect(("127.0.0.1", proxy.port))
+            sock.sendall(b"GET /nowhere HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1500)
+        used = -1.0
+        while used != proxy.cpu_seconds():  # until all of them wait
+            used = proxy.cpu_seconds()
+            time.sleep(0.3)
+        for _ in range(3):
+            assert proxy.ask("GET", "/healthz").status == 200
+
+
 def test_request_that_the_reserve_refuses_reads_its_answer(tmp_path: Path, upstream: ScriptedUpstream) -> None:
     """After a body that nobody reads, and with another request after it, which gets none."""
     with ProxyProcess(tmp_path, upstream=upstream.origin, max_connections=1) as proxy, contextlib.ExitStack() as stack:

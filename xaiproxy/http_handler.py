@@ -14,7 +14,7 @@ import logging
 import socket
 import time
 import urllib.parse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import gevent
@@ -161,12 +161,18 @@ class Handler:
                 self.connection.flush(idle)
             self.connection.reset_at_close()  # nothing else tells this client that the answer is cut
         elif not self._client_gone:
-            sock = self.connection.socket
-            self.server.lingering[sock] = None
-            try:
+            with self._waiting_for_client():
                 self.connection.linger(idle, whole)
-            finally:
-                del self.server.lingering[sock]
+
+    @contextlib.contextmanager
+    def _waiting_for_client(self) -> "Iterator[None]":
+        """Meanwhile the server may close the connection for another one."""
+        sock = self.connection.socket
+        self.server.answered[sock] = None
+        try:
+            yield
+        finally:
+            del self.server.answered[sock]
 
     def _wait_for_head(self) -> bytes:
         """The head of the next request; b"" when none came in time, or at its end."""
@@ -174,7 +180,8 @@ class Handler:
         if connection.unread:
             # A pipelined request. Waiting gives other connections their turn before it, and a client that does not read
             # its answers gets no more of them. gevent.sleep(0) would let the loop poll only every fiftieth time.
-            connection.wait(connection.writable, self._send_limit)
+            with self._waiting_for_client():
+                connection.wait(connection.writable, server.settings.client_timeout)
         server.waiting[connection.socket] = time.monotonic()
         # In a drain the rest of a request that has begun is on its way, or does not come.
         in_drain = server.draining and self._answered_before

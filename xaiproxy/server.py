@@ -64,7 +64,7 @@ class Server(pywsgi.WSGIServer):
         # Sockets that may be closed for others, longest first:
         self.idle: "dict[Any, None]" = {}  # between two requests
         self.waiting: "dict[Any, float]" = {}  # that owe us a whole head, the idle ones among them: since when
-        self.lingering: "dict[Any, None]" = {}  # that have their last answer, and that we read until the client closes
+        self.answered: "dict[Any, None]" = {}  # whose client has yet to read an answer, or to close after its last one
         self._crowded = False
         self._short = False
         self._next_warning = {"descriptors": 0.0, "connections": 0.0}  # no line about them before this time
@@ -115,8 +115,8 @@ class Server(pywsgi.WSGIServer):
                 return
             if _end_if_quiet(sock):
                 return
-        if full and self.lingering:
-            _end(next(iter(self.lingering)))  # whatever still comes
+        if full and self.answered:
+            _end(next(iter(self.answered)), socket.SHUT_RDWR)  # whatever still comes
 
     def _watch_crowd(self) -> None:
         """While there are more than `connections`, end those whose head has not come within PATIENCE."""
@@ -173,16 +173,16 @@ def _end_if_quiet(sock: socket.socket) -> bool:
     try:
         sock.recv(1, socket.MSG_PEEK)
     except BlockingIOError:
-        _end(sock)
+        _end(sock, socket.SHUT_RD)
         return True
     except OSError:
         pass
     return False
 
 
-def _end(sock: socket.socket) -> None:
+def _end(sock: socket.socket, how: int) -> None:
     with contextlib.suppress(OSError):
-        sock.shutdown(socket.SHUT_RD)
+        sock.shutdown(how)
 
 
 def keep_alive_lines(timeout: float) -> str:
