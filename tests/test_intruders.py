@@ -234,10 +234,14 @@ def test_host_and_origin_in_every_spelling(tmp_path: Path, upstream: RecordingUp
             assert asked(proxy, *lines) == expected, lines
             assert len(upstream.taken()) == (expected == OK)
         assert asked(proxy, version="HTTP/1.0") == NO_HOST
-        for host in ("localhost", "evil.example"):  # absolute form: the target against Host
-            for target in ("localhost", "evil.example"):
-                assert asked(proxy, f"Host: {host}", target=f"http://{target}/v1/models") == BAD
-        assert upstream.taken() == [] and asked(proxy, "Host: localhost") == OK
+        for host, target, expected in (("localhost", "evil.example", BAD), ("evil.example", "localhost", BAD),
+                                       ("evil.example", "evil.example", NO_HOST), ("localhost", "localhost", OK)):
+            assert asked(proxy, f"Host: {host}", target=f"http://{target}/v1/models") == expected
+            assert len(upstream.taken()) == (expected == OK)
+        for target, expected in (("localhost", OK), ("evil.example", NO_HOST)):
+            assert asked(proxy, target=f"http://{target}/v1/models", version="HTTP/1.0") == expected
+            assert len(upstream.taken()) == (expected == OK)
+        assert asked(proxy, "Host: localhost") == OK
 
 
 # Keys
