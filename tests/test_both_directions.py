@@ -61,7 +61,7 @@ def talk(client: Client, upstream: ScriptedUpstream) -> None:
         if not number:
             request.answer(CHUNKED)
             head = client.head()
-            assert (head.status, head.value("Connection")) == (200, None)
+            assert (head.status, head.value("Connection")) == (200, "keep-alive")
         request.answer(b"5\r\nheard\r\n")
         assert client.chunk() == b"heard"
     client.send(b"0\r\n\r\n")

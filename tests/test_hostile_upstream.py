@@ -214,7 +214,8 @@ def test_426_says_what_to_upgrade_to(client: Client, upstream: ScriptedUpstream)
         upstream.receive().answer(b"HTTP/1.1 426 Upgrade Required\r\n" + lines + END)
         refusal = client.message()
         assert (refusal.status, refusal.body) == (426, b"ok")
-        assert (refusal.value("Upgrade"), refusal.value("Connection")) == (upgrade, option)
+        options = [value for value in refusal.values("Connection") if value != "keep-alive"]
+        assert (refusal.value("Upgrade"), options) == (upgrade, [option] if option else [])
 
 
 @both_ways

@@ -17,7 +17,7 @@ import pytest
 from network import refused_port
 from proxy_process import Client, ProxyProcess, both_ways
 from scripted_upstream import OK, Request, ScriptedUpstream, make_certificate
-from wire import PATIENCE, readable
+from wire import KEPT, PATIENCE, readable
 
 from xaiproxy import __version__, config
 from xaiproxy.errors import UpstreamBroken
@@ -183,7 +183,7 @@ def test_answer_passes_as_it_came(client: Client, upstream: ScriptedUpstream) ->
         b"Set-Cookie: a=b\r\nKeep-Alive: 3\r\nConnection: X-Hop\r\nX-Hop: 1\r\nServer: cloudflare\r\n"
         b"Content-Encoding: gzip\r\nContent-Length: 5\r\n\r\n\x1f\x8b\x00\xff\n")
     answer = client.message()
-    assert answer.head == (
+    assert answer.head.replace(KEPT, b"") == (
         b"HTTP/1.1 299 Fine \xe9\r\nDate: then\r\nX-b: 1\r\nx-A: 2\r\nX-b: 3\r\nContent-Type: text/x; y\r\n"
         b"Server: cloudflare\r\nContent-Encoding: gzip\r\nContent-Length: 5\r\n\r\n")
     assert answer.body == b"\x1f\x8b\x00\xff\n"
@@ -209,7 +209,7 @@ def test_answer_without_a_body(client: Client, upstream: ScriptedUpstream, statu
     client.request()
     length = b"" if status in (204, 304) else b"Content-Length: 0\r\n"
     upstream.receive().answer(b"HTTP/1.1 %d X\r\nDate: then\r\nETag: a\r\n%b\r\n" % (status, length))
-    assert client.message().head == b"HTTP/1.1 %d X\r\nDate: then\r\nETag: a\r\n%b\r\n" % (status, length)
+    assert client.message().head.replace(KEPT, b"") == b"HTTP/1.1 %d X\r\nDate: then\r\nETag: a\r\n%b\r\n" % (status, length)
     assert client.silent()
     client.request()  # on both connections another request can follow
     request = upstream.receive()
@@ -225,7 +225,7 @@ def test_answer_without_a_body(client: Client, upstream: ScriptedUpstream, statu
 def test_framing_of_a_body_that_never_comes(client: Client, upstream: ScriptedUpstream, head: bytes) -> None:
     client.request()
     upstream.receive().answer(b"HTTP/1.1 " + head + b"\r\nDate: then\r\n\r\n")
-    assert client.message().head == b"HTTP/1.1 " + head.split(b"\r")[0] + b"\r\nDate: then\r\n\r\n"
+    assert client.message().head.replace(KEPT, b"") == b"HTTP/1.1 " + head.split(b"\r")[0] + b"\r\nDate: then\r\n\r\n"
     client.request()
     upstream.receive().answer()
     assert client.message().body == b"ok"

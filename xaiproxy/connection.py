@@ -6,12 +6,10 @@ mostly nothing is there yet, on one watcher that stays.
 
 import contextlib
 import errno
-import fcntl
 import select
 import socket
 import ssl
 import struct
-import termios
 import time
 from typing import Any
 
@@ -25,6 +23,7 @@ READ = 7 * RECORD  # bytes: a call of the kernel for many, but above 128 KiB mal
 BURST = 8  # full reads in a row, then others have their turn
 FLUSH_POLL = 0.02  # seconds: no event tells that bytes were acknowledged
 TCP_ESTABLISHED, TCP_CLOSE = 1, 7  # the first byte of Linux's struct tcp_info
+UNACKNOWLEDGED = struct.Struct("=24xI116xI")  # of that, tcpi_unacked and tcpi_notsent_bytes
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER that turns close into a reset
 # Errors of a connection that TCP has given up: ETIMEDOUT, or the ICMP error that a router sent meanwhile.
 GIVEN_UP = frozenset((errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH))
@@ -134,11 +133,8 @@ class Connection:
         return self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
 
     def unacknowledged(self) -> int:
-        """Bytes that the kernel has taken from us and the peer's kernel has not acknowledged; 0 if unknown."""
-        try:
-            return struct.unpack("i", fcntl.ioctl(self.socket, termios.TIOCOUTQ, bytes(4)))[0]
-        except OSError:
-            return 0
+        """0 once the peer's kernel has acknowledged all that ours has taken: unsent bytes and unacknowledged segments."""
+        return sum(UNACKNOWLEDGED.unpack(self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, UNACKNOWLEDGED.size)))
 
     # In a greenlet
 

@@ -181,7 +181,7 @@ class Handler:
             # A pipelined request. Waiting gives other connections their turn before it, and a client that does not read
             # its answers gets no more of them. gevent.sleep(0) would let the loop poll only every fiftieth time.
             with self._waiting_for_client():
-                connection.wait(connection.writable, server.settings.client_timeout)
+                connection.wait(connection.writable, self._send_limit)
         server.waiting[connection.socket] = time.monotonic()
         # In a drain the rest of a request that has begun is on its way, or does not come.
         in_drain = server.draining and self._answered_before
