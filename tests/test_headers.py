@@ -166,7 +166,7 @@ def test_order_case_and_repetitions_are_kept_to_the_client():
 
 @pytest.mark.parametrize("name", [
     *(name for name in HOP_BY_HOP if name != "Transfer-Encoding"), "Set-Cookie", "Alt-Svc", "Strict-Transport-Security",
-    "Clear-Site-Data", "NEL", "Report-To", "X-XAI-Proxy-Error"])
+    "Clear-Site-Data", "NEL", "Report-To", "Reporting-Endpoints", "X-XAI-Proxy-Error"])
 def test_hop_by_hop_and_what_is_said_of_the_origin_are_dropped(name):
     for spelling in spellings(name):
         assert to_client(f"{spelling}: x", "X-One: 1", f"{spelling}: y") == ["X-One: 1"]

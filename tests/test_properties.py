@@ -369,7 +369,8 @@ NOT_SENT = HOP_BY_HOP | SECRETS | {
     "host", "user-agent", "content-length", "expect", "accept-encoding", "forwarded", "via", "cdn-loop", "x-real-ip",
     "true-client-ip", "x-client-ip", "x-cluster-client-ip", "fly-client-ip", "fastly-client-ip", "x-azure-clientip",
     "x-amzn-trace-id", "referer"}
-NOT_PASSED = {"set-cookie", "alt-svc", "clear-site-data", "nel", "report-to", "strict-transport-security", "x-xai-proxy-error"}
+NOT_PASSED = {"set-cookie", "alt-svc", "clear-site-data", "nel", "report-to", "reporting-endpoints",
+              "strict-transport-security", "x-xai-proxy-error"}
 PREFIXES_NOT_SENT = (
     "proxy-", "x-forwarded-", "x-original-", "cf-", "x-envoy-", "x-amzn-oidc-", "x-auth-request-", "x-remote-", "remote-",
     "x-goog-iap-", "x-ms-client-principal", "tailscale-user-")

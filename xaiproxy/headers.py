@@ -21,7 +21,8 @@ PREFIXES_NOT_SENT = (
     "x-goog-iap-", "x-ms-client-principal", "x-original-", "x-remote-")
 # Of answers, trailers among them: what a client would take as said of this proxy's own origin, and our own X-XAI-Proxy-Error.
 NOT_PASSED = HOP_BY_HOP | frozenset((
-    "set-cookie", "alt-svc", "clear-site-data", "nel", "report-to", "strict-transport-security", "x-xai-proxy-error"))
+    "set-cookie", "alt-svc", "clear-site-data", "nel", "report-to", "reporting-endpoints", "strict-transport-security",
+    "x-xai-proxy-error"))
 # An absolute or network-path reference (RFC 3986 section 4.2) to what this proxy serves, if the authority is upstream's.
 LOCATION = re.compile(r"(\r\n(?:content-)?location:[ \t]*)(?:(https?):)?//([^/?#\r]*)(?=/v[12]/)", re.IGNORECASE)
 CODINGS = re.compile(r"(?<![^,])[ \t]*((?:gzip|deflate|identity)[ \t]*(?:;[^,]*)?)(?![^,])", re.IGNORECASE)
