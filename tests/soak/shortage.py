@@ -68,11 +68,13 @@ def none_left(run: Load) -> "Iterator[Row]":
 
 
 def idle_cost(proxy: Process) -> "tuple[float, int]":
-    """The share of a core that it takes, and the lines that it logs, in the time of a look."""
+    """The share of a core that it takes, and the lines that it logs beside those of requests, in the time of a look."""
+    def lines() -> int:
+        return sum('"message": "request"' not in line for line in proxy.log.read_text().splitlines())
     time.sleep(0.5)
-    before, lines = machine.cpu_seconds([proxy.pid]), proxy.log.read_text().count("\n")
+    before, count = machine.cpu_seconds([proxy.pid]), lines()
     time.sleep(LOOK)
-    return (machine.cpu_seconds([proxy.pid]) - before) / LOOK, proxy.log.read_text().count("\n") - lines
+    return (machine.cpu_seconds([proxy.pid]) - before) / LOOK, lines() - count
 
 
 def after(proxy: Process, port: int, busy: float, lines: int) -> "list[str]":
