@@ -76,7 +76,7 @@ def test_next_starts_after_a_quarter_of_a_second_of_silence() -> None:
         start = time.monotonic()
         sock, address = addresses.connect([*silent, good], 5, failed=failed.append)
         sock.close()
-        assert address == good and sorted(failed) == sorted(silent)
+        assert address == good and failed == []  # they may be slow: the winner goes first from now on, and that is all
         assert 2 * ATTEMPT_DELAY <= time.monotonic() - start < 4 * ATTEMPT_DELAY
 
 

@@ -113,7 +113,44 @@ def test_progress_of_either_direction_is_progress(hasty: ProxyProcess, upstream:
         assert (client.chunk(), client.chunk()) == (b"ok", b"")
 
 
+@both_ways
+def test_end_of_the_answer_does_not_wait_for_the_end_of_the_upload(client: Client, upstream: ScriptedUpstream) -> None:
+    for _ in range(2):  # both connections stay in step
+        request = upload(client, upstream, 6).answer(CHUNKED + b"2\r\nok\r\n0\r\n\r\n")
+        assert client.head().status == 200
+        assert (client.chunk(), client.chunk()) == (b"ok", b"")
+        client.send(b"abcdef")
+        assert request.connection.exactly(6) == b"abcdef"
+    assert request.connection.requests == 2
+
+
 # What ends an upload, and what does not
+
+
+def test_answer_whose_connection_ends_says_so_to_a_client_that_still_sends(client: Client,
+                                                                           upstream: ScriptedUpstream) -> None:
+    """Its upload may be cut, so that no request can follow it."""
+    request = upload(client, upstream, 6).answer(LAST_ONES["close"])
+    head = client.head()
+    assert (head.status, head.value("Connection")) == (200, "close") and client.exactly(2) == b"ok"
+    request.connection.close()
+    client.send(b"abcdef")
+    assert client.closed_within(8)
+
+
+@both_ways
+def test_upstream_that_answers_and_takes_nothing_is_given_up(hasty: ProxyProcess, upstream: ScriptedUpstream) -> None:
+    with hasty.client() as client:
+        request = upload(client, upstream, 48 * MIB, "/v1/takes-nothing")
+        pour(client, 0, 48 * MIB)
+        start = len(hasty.log_lines())
+        request.answer(CHUNKED)
+        with contextlib.suppress(ConnectionError):
+            for _ in range(20):
+                request.answer(b"2\r\nok\r\n")
+                time.sleep(0.2)
+        line = hasty.wait_for_log(lambda line: line.get("path") == "/v1/takes-nothing", start=start)
+        assert (line["status"], line["ended_by"]) == (200, "upstream")
 
 
 @pytest.mark.parametrize("answer", LAST_ONES.values(), ids=LAST_ONES)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from pathlib import Path
 from typing import Callable, Iterator
 
 import pytest
@@ -178,3 +179,19 @@ def test_several_at_once_keep_apart(pair: tuple) -> None:
             request.answer(b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\n" + request.body[:8])
         for client, body in zip(clients, bodies):
             assert client.message().body == body[:8]
+
+
+def test_second_try_that_fails_does_not_hide_the_first(tmp_path: Path) -> None:
+    """Upstream has the whole request, and is gone when it is sent again."""
+    with ScriptedUpstream() as upstream, ProxyProcess(tmp_path, upstream=upstream.origin) as proxy, \
+            proxy.client() as client:
+        proxy.sign_in()
+        client.request()
+        upstream.receive().answer()
+        assert client.message().body == b"ok"
+        client.request("POST", "/v1/x", "Idempotency-Key: 1", body=b"{}")
+        upstream.receive()
+        upstream.close()
+        answer = client.message()
+        assert (answer.status, answer.value("x-should-retry")) == (502, "false")
+        assert b"may have been processed" in answer.body

@@ -9,6 +9,8 @@ import resource
 import signal
 import socket
 import subprocess
+import sys
+import termios
 import time
 from pathlib import Path
 from typing import Callable, Iterator
@@ -278,6 +280,39 @@ def test_clients_that_do_not_read_do_not_fill_the_reserve(tmp_path: Path) -> Non
             assert proxy.ask("GET", "/healthz").status == 200
 
 
+def test_request_that_begins_after_a_pause_has_its_time_in_a_crowd(tmp_path: Path, upstream: ScriptedUpstream) -> None:
+    with ProxyProcess(tmp_path, upstream=upstream.origin, max_connections=2) as proxy, proxy.client() as client, \
+            contextlib.ExitStack() as stack:
+        assert client.ask("GET", "/healthz").status == 200
+        time.sleep(2 * server.PATIENCE)  # idle
+        client.send(b"GET /healthz HTTP/1.1\r\n")
+        for _ in range(2):
+            stack.enter_context(proxy.client())
+        time.sleep(0.3 * server.PATIENCE)
+        client.send(b"Host: localhost\r\n\r\n")
+        assert client.message().status == 200
+
+
+def test_cut_answers_that_are_read_slowly_do_not_fill_the_reserve(tmp_path: Path, upstream: ScriptedUpstream) -> None:
+    """In HTTP/1.0, where the cut is a reset, which waits until the client has what came before it."""
+    size = 300_000
+    with ProxyProcess(tmp_path, upstream=upstream.origin, max_connections=2) as proxy, contextlib.ExitStack() as stack:
+        proxy.sign_in()
+        for _ in range(2 + config.RESERVE):
+            sock = stack.enter_context(socket.socket())
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            sock.connect(("127.0.0.1", proxy.port))
+            sock.sendall(b"GET /v1/x HTTP/1.0\r\nHost: localhost\r\n\r\n")
+            request = upstream.receive().answer(b"HTTP/1.1 200 OK\r\nContent-Type: a/b\r\n\r\n" + bytes(size))
+            while int.from_bytes(fcntl.ioctl(request.connection.sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder):
+                time.sleep(0.01)
+            request.connection.reset()
+        began = time.monotonic()
+        for _ in range(3):
+            assert proxy.ask("GET", "/healthz").status == 200
+        assert time.monotonic() - began < 3
+
+
 def test_request_that_the_reserve_refuses_reads_its_answer(tmp_path: Path, upstream: ScriptedUpstream) -> None:
     """After a body that nobody reads, and with another request after it, which gets none."""
     with ProxyProcess(tmp_path, upstream=upstream.origin, max_connections=1) as proxy, contextlib.ExitStack() as stack:
@@ -461,6 +496,14 @@ def test_answers_that_outlive_the_drain_are_cut_so_that_it_shows(tmp_path: Path,
         assert {line["ended_by"] for line in cut} == {"proxy"}
         assert sorted(line["bytes"] for line in cut) == [0, 2, 2, 2]
         assert proxy.wait_for_request("/v1/unread")["ended_by"] == "proxy"
+
+
+def test_client_that_does_not_close_after_its_last_answer_does_not_hold_up_a_drain(tmp_path: Path) -> None:
+    with ProxyProcess(tmp_path) as proxy, proxy.client() as client:
+        assert client.ask("GET", "/healthz", "Connection: close").status == 200
+        began = time.monotonic()
+        proxy.terminate()
+        assert proxy.wait() == 0 and time.monotonic() - began < 3
 
 
 def test_drain_with_the_reserve_in_use(tmp_path: Path, upstream: ScriptedUpstream) -> None:

@@ -41,7 +41,7 @@ def connect(addresses: "Iterable[Address]", timeout: "float | None" = None,
 
     An attempt starts ATTEMPT_DELAY after the one before it, or as soon as that one has failed.
     `timeout`: seconds for all attempts together, and the time-out of the socket; `options`: for
-    setsockopt; `failed`: called with each address whose attempt failed or was given up. Raises the
+    setsockopt; `failed`: called with each address whose attempt failed or took too long. Raises the
     last attempt's OSError, or TimeoutError.
     """
     deadline = math.inf if timeout is None else time.monotonic() + timeout
@@ -54,6 +54,8 @@ def connect(addresses: "Iterable[Address]", timeout: "float | None" = None,
         while waiting or attempts:
             now = time.monotonic()
             if now >= deadline:
+                for _, address in attempts.values():
+                    failed(address)
                 raise TimeoutError("timed out")
             if waiting and (now >= due or not attempts):
                 address = waiting.popleft()
@@ -82,9 +84,8 @@ def connect(addresses: "Iterable[Address]", timeout: "float | None" = None,
                 due = now
         raise last
     finally:
-        for sock, address in attempts.values():
+        for sock, _ in attempts.values():
             sock.close()
-            failed(address)
 
 
 def _attempt(address: Address, options: "Iterable[tuple[int, int, int]]") -> socket.socket:

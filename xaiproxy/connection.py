@@ -175,13 +175,19 @@ class Connection:
             data, self.unread = self.unread, b""
             return data
         while True:
+            late = None
             if not self._eager:
-                self.wait(self.readable, limit)
+                try:
+                    self.wait(self.readable, limit)
+                except TimeoutError as error:
+                    late = error  # what has come all the same counts: the loop may have been late
                 self._eager = BURST
             try:
                 data = self.receive()
             except BlockingIOError:
                 self._eager = 0
+                if late is not None:
+                    raise late from None
                 continue
             self._eager = self._eager - 1 if len(data) == READ else 0
             return data
@@ -241,10 +247,14 @@ class Connection:
             while self.recv(idle):
                 pass
 
-    def flush(self, idle: float) -> None:
-        """Wait until the peer has acknowledged all that was sent, or for `idle` seconds no more of it."""
+    def flush(self, idle: float, whole: float) -> None:
+        """Wait until the peer has acknowledged all that was sent, or for `idle` seconds no more of it.
+
+        `whole`: seconds in all. Ends early when either side ends the connection.
+        """
         left, deadline = self.unacknowledged(), time.monotonic() + idle
-        while left and time.monotonic() < deadline:
+        end = time.monotonic() + whole
+        while left and time.monotonic() < min(deadline, end) and self.is_established():
             gevent.sleep(FLUSH_POLL)
             now = self.unacknowledged()
             if now < left:

@@ -56,10 +56,19 @@ class Dialler:
                 tried += left
                 last = error
                 continue
+            except TooLate:
+                for address in left:
+                    self._target.failed(address)
+                raise
+            # Seconds without a byte: the last address may take all the time that is left.
+            limit = self._patience if len(left) > 1 else None
             try:
-                connection = self._secured(sock, session)
-            except _NotResumed:
-                session = None  # the same address once more
+                connection = self._secured(sock, session, limit)
+            except _NotResumed as error:
+                session = None  # the same address once more, unless it was silent and there are others
+                if limit and isinstance(error.__cause__, TimeoutError):
+                    tried.append(address)
+                    self._target.failed(address)
             except BROKEN as error:
                 tried.append(address)
                 self._target.failed(address)
@@ -76,7 +85,7 @@ class Dialler:
         if isinstance(connection, TLSConnection) and not connection.session_reused:  # to ask for it costs a lot
             self._session = connection.session
 
-    def _secured(self, sock: socket.socket, session: "ssl.SSLSession | None") -> Connection:
+    def _secured(self, sock: socket.socket, session: "ssl.SSLSession | None", limit: "float | None") -> Connection:
         """The connection to upstream by way of `sock`, which is closed if that fails."""
         proxy = self._proxy
         if proxy is not None and proxy.scheme.startswith("socks"):
@@ -86,19 +95,19 @@ class Dialler:
             if proxy is not None and proxy.scheme in ("http", "https"):
                 if proxy.scheme == "https":
                     connection = TLSConnection(connection, self._context, proxy.hostname)
-                    connection.shake_hands()
-                self._tunnel(connection)
+                    connection.shake_hands(limit)
+                self._tunnel(connection, limit)
             if self._upstream.scheme == "https":
                 connection = TLSConnection(connection, self._context, self._upstream.hostname, session)
-                self._shake_hands(connection, session)
+                self._shake_hands(connection, session, limit)
             return connection
         except BaseException:
             connection.close()
             raise
 
-    def _shake_hands(self, connection: TLSConnection, session: "ssl.SSLSession | None") -> None:
+    def _shake_hands(self, connection: TLSConnection, session: "ssl.SSLSession | None", limit: "float | None") -> None:
         if session is None:
-            connection.shake_hands()
+            connection.shake_hands(limit)
             return
         try:
             connection.shake_hands(self._patience)
@@ -131,7 +140,7 @@ class Dialler:
                 self._destination.failed(address)
             raise
 
-    def _tunnel(self, connection: Connection) -> None:
+    def _tunnel(self, connection: Connection, limit: "float | None") -> None:
         """RFC 9110 section 9.3.6."""
         host, port = _address(self._upstream)
         authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -143,16 +152,12 @@ class Dialler:
         connection.send_all(request.encode() + b"\r\n")
         answer = None
         while answer is None or answer.status < 200:
-            head = connection.recv_head(response_head.SIZE_LIMIT, 600)
+            head = connection.recv_head(response_head.SIZE_LIMIT, limit or 600)
             if not head:
                 raise EOFError
             answer = response_head.parse(head, "CONNECT")
         if answer.status >= 300:
             raise OSError(f"the proxy on the way answered {answer.status} {answer.reason}")
-
-
-def _address(url: urllib.parse.SplitResult) -> "tuple[str, int]":
-    return url.hostname, url.port or PORTS[url.scheme]
 
 
 def _address(url: urllib.parse.SplitResult) -> "tuple[str, int]":

@@ -6,7 +6,7 @@ Where content comes before something malformed, `feed` stops in between, with `u
 rest, it raises.
 To pass a body on in its own framing, pass on `passes` of these bytes and then `trailers`: fields that do not pass are
 left out, so a trailer section is held back until it is whole.
-`seems_ended`: a body that stops here is whole to some, though it is not.
+`seems_ended`: a lenient client (http.client) would take a body that stops here for a complete one.
 """
 
 import re
@@ -142,7 +142,7 @@ class Chunked:
 
     @property
     def seems_ended(self) -> bool:
-        """Amid a size that begins with 0, as the last one does: http.client asks for no end of that line."""
+        """In the middle of a size that begins with 0, like that of the last chunk: http.client asks for no line end."""
         return self._expect is Chunked._size and self._line.startswith(b"0")
 
     def _size(self, line: bytes) -> None:

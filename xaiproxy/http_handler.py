@@ -156,13 +156,12 @@ class Handler:
     def _linger(self) -> None:
         """End the connection so that all that was sent arrives before the end."""
         idle, whole = (DRAIN_LINGER, DRAIN_LINGER) if self.server.draining else (LINGER_IDLE, LINGER_WHOLE)
-        if self._cut_short and self._headers_sent and self._ends_with_connection:
-            if not self._client_gone:
-                self.connection.flush(idle)
-            self.connection.reset_at_close()  # nothing else tells this client that the answer is cut
-        elif not self._client_gone:
+        is_reset = self._cut_short and self._headers_sent and self._ends_with_connection
+        if not self._client_gone:
             with self._waiting_for_client():
-                self.connection.linger(idle, whole)
+                (self.connection.flush if is_reset else self.connection.linger)(idle, whole)
+        if is_reset:  # nothing else tells this client that the answer is cut
+            self.connection.reset_at_close()
 
     @contextlib.contextmanager
     def _waiting_for_client(self) -> "Iterator[None]":
@@ -218,6 +217,8 @@ class Handler:
             return False
         finally:
             server.idle.pop(connection.socket, None)
+            del server.waiting[connection.socket]  # from now on it owes us the rest
+            server.waiting[connection.socket] = time.monotonic()
         return True
 
     def _refuse_head(self, refusal: errors.Refusal, came: bytes) -> None:
@@ -364,6 +365,8 @@ class Handler:
             self.write(b"")
         if self._chunks:
             self._send_all(b"0\r\n\r\n")
+        if is_stream:
+            result.finish()
 
     def _can_relay(self, result: Any) -> bool:
         """Whether the client is to have the body in the framing that upstream has put it in."""

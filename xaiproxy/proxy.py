@@ -112,7 +112,7 @@ class Proxy:
             body.forget()
             handler.start(exchange.head.status, self._head_text(exchange.head, exchange.length, head),
                           has_length=exchange.length is not None, has_date="date" in exchange.head.values,
-                          uploads=exchange.uploads)
+                          uploads=exchange.uploads and exchange.head.keep_alive)
             exchange.discard_upload()
             pause = self._settings.sse_keepalive
             pause = pause if pause and event_stream.is_event_stream(exchange.head) else 0
@@ -265,6 +265,10 @@ class Stream:
             self._watch.stop()  # the tunnel reads on that socket
             return Tunnel(self._exchange, client)
         return Relay(self._exchange, client)
+
+    def finish(self) -> None:
+        """To be called once all of it has been sent."""
+        self._exchange.finish()
 
     def close(self) -> None:
         self._watch.stop()  # first, or it could break into the others

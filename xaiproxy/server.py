@@ -116,14 +116,14 @@ class Server(pywsgi.WSGIServer):
             if _end_if_quiet(sock):
                 return
         if full and self.answered:
-            _end(next(iter(self.answered)), socket.SHUT_RDWR)  # whatever still comes
+            _end(next(iter(self.answered)), socket.SHUT_RDWR)  # even if it has unread bytes
 
     def _watch_crowd(self) -> None:
         """While there are more than `connections`, end those whose head has not come within PATIENCE."""
         while len(self.pool) > self.connections:
             gevent.sleep(PATIENCE / 10)
             self._end_waiting(PATIENCE)
-            if self.full():  # with none that could be ended when the last one came
+            if self.full() and self._has_queue():
                 self._make_room()
         self._crowded = False
 
@@ -145,6 +145,11 @@ class Server(pywsgi.WSGIServer):
             if sock not in self.idle:
                 _end_if_quiet(sock)
 
+    def _end_answered(self) -> None:
+        """Wait no longer for clients that have their last answer to close."""
+        for sock in self.answered:
+            _end(sock, socket.SHUT_RD)
+
     def drain(self, cut: gevent.event.Event) -> None:
         """Stop accepting, close idle connections, wait for open answers, then cut what is left.
 
@@ -159,6 +164,7 @@ class Server(pywsgi.WSGIServer):
         for sock in self.idle:
             _end_if_quiet(sock)
         gevent.spawn_later(PATIENCE, self._end_waiting, 0)  # new ones' requests may be on their way
+        gevent.spawn_later(PATIENCE, self._end_answered)
         if len(self.pool):
             logger.info("stopping; %d open answers get %g s to finish", len(self.pool), self.settings.drain_timeout)
         finished = gevent.spawn(self.pool.join)
@@ -169,7 +175,7 @@ class Server(pywsgi.WSGIServer):
 
 
 def _end_if_quiet(sock: socket.socket) -> bool:
-    """Let its handler read an end, unless there is something else to be read; whether there is not."""
+    """Let its handler read an end, unless it has unread bytes; return whether it was ended."""
     try:
         sock.recv(1, socket.MSG_PEEK)
     except BlockingIOError:
@@ -227,7 +233,7 @@ class Leisure:
 
 
 class WhenWritable:
-    """Calls back once a descriptor has room; it is the same at each call."""
+    """Calls back once a descriptor is writable; `fd` must be the same in every call."""
 
     def __init__(self) -> None:
         self._watcher: Any = None

@@ -183,7 +183,9 @@ class Exchange:
             raise
         self._whole = False
         self._greenlet = gevent.getcurrent()
-        self._upload = gevent.spawn(self._upload_rest, connection, start[sent:])
+        rest = start[sent:]
+        # Not as an argument, of which gevent prints the beginning if the greenlet dies of an exception.
+        self._upload = gevent.spawn(lambda: self._upload_rest(connection, rest))
 
     def _framed(self, part: bytes) -> bytes:
         """`part` as it is sent: with the last chunk, if nothing follows."""
@@ -230,7 +232,7 @@ class Exchange:
 
     def _throw(self, error: Exception) -> None:
         if self.head is not None:  # too late for an answer of ours
-            error = self.broken(error) if isinstance(error, errors.UpstreamTimeout) else errors.ClientGone()
+            error = errors.UpstreamBroken(str(error)) if isinstance(error, errors.UpstreamTimeout) else errors.ClientGone()
         self._greenlet.throw(error)
 
     def _stop_upload(self) -> None:
@@ -268,7 +270,10 @@ class Exchange:
             self.close()
             if (self._pooled or isinstance(error, DeadPath)) and self._repeatable and self._request_body.replayable:
                 self._repeatable = False  # once
-                self.send(self._upstream.connect(), pooled=False)
+                try:
+                    self.send(self._upstream.connect(), pooled=False)
+                except errors.UpstreamUnreachable as again:
+                    raise self._broke_off(error) from again  # the first try may have been processed
                 return self.receive(on_interim)
             raise self._broke_off(error) from error
         except BaseException:
@@ -321,26 +326,28 @@ class Exchange:
 
     def parts(self, pause: "float | None" = None) -> Iterator[bytes]:
         """The body as it comes; b"" whenever nothing has come for `pause` seconds. Raises UpstreamBroken."""
-        heard = time.monotonic()
+        heard, limit = time.monotonic(), pause or self.idle_timeout
         while not self.body.ended:
-            left = self.time_left(heard)
             try:
-                data = self.connection.recv(min(pause or left, left))
-                heard = time.monotonic()
+                data = self.connection.recv(limit)
+                heard, limit = time.monotonic(), pause or self.idle_timeout
                 if not data:
                     self.body.end_of_connection()
                     break
                 yield from content_of(self.body, data)
             except BROKEN as error:
-                if not isinstance(error, TimeoutError) or self.time_left(heard) <= 0:
+                left = self.time_left(heard)
+                if not isinstance(error, TimeoutError) or left <= 0:
                     raise self.broken(error) from error
                 if pause:
                     yield b""
+                limit = min(pause or left, left)
                 continue
             self.connection.unread = data[self.body.used:]
-        self.finish()
 
-    __iter__ = parts
+    def __iter__(self) -> Iterator[bytes]:
+        yield from self.parts()
+        self.finish()
 
     def broken(self, error: Exception) -> errors.UpstreamBroken:
         if isinstance(error, TimeoutError):
@@ -348,7 +355,7 @@ class Exchange:
         return errors.UpstreamBroken(_reason(error))
 
     def finish(self) -> None:
-        """The answer was read to its end: let the upload end too, then pool the connection if it is reusable."""
+        """The answer was passed on to its end: let the upload end too, then pool the connection if it is reusable."""
         if self.uploads and self.head.status < 400:
             self._finish_upload()
         self._stop_upload()
