@@ -59,19 +59,24 @@ def connect(addresses: "Iterable[Address]", timeout: "float | None" = None,
                 raise TimeoutError("timed out")
             if waiting and (now >= due or not attempts):
                 address = waiting.popleft()
+                # With no other attempt to wait for, connect waits by itself: under gevent a poll costs far more.
+                wait = 0 if attempts else min(ATTEMPT_DELAY, deadline - now)
                 try:
-                    sock = _attempt(address, options)
+                    sock, connected = _attempt(address, options, wait)
                 except OSError as error:
                     last = error
                     failed(address)
-                else:
-                    attempts[sock.fileno()] = sock, address
-                    poll.register(sock, select.POLLOUT)
-                    due = now + ATTEMPT_DELAY
+                    continue
+                if connected:
+                    sock.settimeout(timeout)
+                    return sock, address
+                attempts[sock.fileno()] = sock, address
+                poll.register(sock, select.POLLOUT)
+                due = now + ATTEMPT_DELAY
                 continue
             until = min(due, deadline) if waiting else deadline
-            wait = None if until == math.inf else math.ceil((until - now) * 1000)
-            for number, _ in poll.poll(wait):
+            milliseconds = None if until == math.inf else math.ceil((until - now) * 1000)
+            for number, _ in poll.poll(milliseconds):
                 poll.unregister(number)
                 sock, address = attempts.pop(number)
                 code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
@@ -88,17 +93,19 @@ def connect(addresses: "Iterable[Address]", timeout: "float | None" = None,
             sock.close()
 
 
-def _attempt(address: Address, options: "Iterable[tuple[int, int, int]]") -> socket.socket:
+def _attempt(address: Address, options: "Iterable[tuple[int, int, int]]", wait: float) -> "tuple[socket.socket, bool]":
+    """A socket, and whether it has connected within `wait` seconds; if not, it goes on. Raises OSError."""
     family, kind, protocol, _, target = address
     sock = socket.socket(family, kind, protocol)
     try:
         for option in options:
             sock.setsockopt(*option)
-        sock.setblocking(False)
+        sock.settimeout(wait)
         code = sock.connect_ex(target)
-        if code not in (0, errno.EINPROGRESS):
+        if code not in (0, errno.EINPROGRESS, errno.EAGAIN):  # EAGAIN: the time is over
             raise OSError(code, os.strerror(code))
-        return sock
+        sock.setblocking(False)
+        return sock, code == 0
     except BaseException:
         sock.close()
         raise
