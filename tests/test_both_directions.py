@@ -34,14 +34,6 @@ def hasty(start_proxy: "Callable[..., ProxyProcess]", way: str, upstream: Script
     return start_proxy(way=way, idle_timeout=1.5, client_timeout=0.5)
 
 
-@contextlib.contextmanager
-def sending(client: Client, data: bytes) -> "Iterator[None]":
-    thread = threading.Thread(target=client.send, args=(data,))
-    thread.start()
-    yield
-    thread.join()
-
-
 def upload(client: Client, upstream: ScriptedUpstream, size: int, target: str = "/v1/stt") -> Request:
     """Its head has reached upstream."""
     client.request("POST", target, f"Content-Length: {size}")
@@ -159,7 +151,7 @@ def test_early_answer_does_not_stop_the_upload(either: Either, answer: bytes) ->
     body = PATTERN * 32
     with proxy.client() as client:
         request = upload(client, upstream, len(body)).answer(answer)
-        with sending(client, body):
+        with client.sending(body):
             assert request.connection.exactly(len(body)) == body
         if isinstance(request.connection.sock, ssl.SSLSocket):
             with contextlib.suppress(OSError):  # the proxy closes and sends no close_notify of its own

@@ -5,9 +5,8 @@ It is sent again after a refused token and after a pooled connection that broke.
 from __future__ import annotations
 
 import contextlib
-import threading
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable
 
 import pytest
 from proxy_process import Client, ProxyProcess
@@ -40,12 +39,10 @@ def begin(client: Client, size: int, chunked: bool, *fields: str) -> None:
     client.request("POST", "/v1/x", *fields, "Transfer-Encoding: chunked" if chunked else f"Content-Length: {size}")
 
 
-@contextlib.contextmanager
-def sending(client: Client, data: bytes) -> "Iterator[None]":
-    thread = threading.Thread(target=client.send, args=(data,))
-    thread.start()
-    yield
-    thread.join()
+def pool_a_connection(client: Client, upstream: ScriptedUpstream) -> None:
+    client.request()
+    upstream.receive().answer()
+    assert client.message().body == b"ok"
 
 
 def answered_again(client: Client, upstream: ScriptedUpstream, body: bytes, token: str = "newer") -> None:
@@ -63,7 +60,7 @@ def test_request_whose_token_is_refused(pair: tuple, chunked: bool, size: int, e
     body = content(size)
     with proxy.client() as client, contextlib.ExitStack() as stack:
         begin(client, size, chunked)
-        with sending(client, framed(body, chunked)):
+        with client.sending(framed(body, chunked)):
             first = upstream.receive(body=not early)
             assert first.token == "the-token"
             if early:  # what is left of the body is no next request
@@ -92,7 +89,7 @@ def test_refusal_in_the_middle_of_a_slow_upload(pair: tuple, chunked: bool, half
         first.answer(REFUSED)
         second = upstream.receive(body=False)
         assert second.token == "newer" and read(second, half, chunked) == body[:half]
-        with sending(client, framed(body[half:], chunked)):
+        with client.sending(framed(body[half:], chunked)):
             assert read(second, half, chunked) == body[half:]
         if chunked:
             assert second.connection.chunk() == b""
@@ -115,7 +112,7 @@ def test_body_beyond_the_limit_is_not_sent_again_and_the_refusal_passes(pair: tu
     body = content(LIMIT + 1)
     with proxy.client() as client:
         begin(client, len(body), chunked)
-        with sending(client, framed(body, chunked)):
+        with client.sending(framed(body, chunked)):
             first = upstream.receive()
             assert first.body == body
             proxy.sign_in("newer")
@@ -130,11 +127,9 @@ def test_request_on_a_pooled_connection_that_breaks(pair: tuple, chunked: bool, 
     proxy, upstream = pair
     body = content(size)
     with proxy.client() as client:
-        client.request()
-        upstream.receive().answer()
-        assert client.message().body == b"ok"
+        pool_a_connection(client, upstream)
         begin(client, size, chunked, "Idempotency-Key: 1")
-        with sending(client, framed(body, chunked)):
+        with client.sending(framed(body, chunked)):
             first = upstream.receive()
             assert first.connection.requests == 2 and first.body == body
             first.connection.close()
@@ -148,11 +143,9 @@ def test_both_after_one_another(pair: tuple, chunked: bool, size: int) -> None:
     proxy, upstream = pair
     body = content(size)
     with proxy.client() as client:
-        client.request()
-        upstream.receive().answer()
-        assert client.message().body == b"ok"
+        pool_a_connection(client, upstream)
         begin(client, size, chunked, "Idempotency-Key: 1")
-        with sending(client, framed(body, chunked)):
+        with client.sending(framed(body, chunked)):
             upstream.receive().connection.close()
             second = upstream.receive()
             assert second.body == body
@@ -168,7 +161,7 @@ def test_several_at_once_keep_apart(pair: tuple) -> None:
         bodies = [content(200_000 + number)[number:] for number in range(5)]
         for client, body in zip(clients, bodies):
             begin(client, len(body), False)
-            stack.enter_context(sending(client, body))
+            stack.enter_context(client.sending(body))
         firsts = [upstream.receive() for _ in clients]
         proxy.sign_in("newer")
         for first in firsts:
@@ -186,9 +179,7 @@ def test_second_try_that_fails_does_not_hide_the_first(tmp_path: Path) -> None:
     with ScriptedUpstream() as upstream, ProxyProcess(tmp_path, upstream=upstream.origin) as proxy, \
             proxy.client() as client:
         proxy.sign_in()
-        client.request()
-        upstream.receive().answer()
-        assert client.message().body == b"ok"
+        pool_a_connection(client, upstream)
         client.request("POST", "/v1/x", "Idempotency-Key: 1", body=b"{}")
         upstream.receive()
         upstream.close()

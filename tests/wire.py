@@ -6,8 +6,9 @@ import dataclasses
 import select
 import socket
 import struct
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 KEPT = b"Connection: keep-alive\r\nKeep-Alive: timeout=595\r\n"  # by default, in answers whose connection stays
 PATIENCE = 8.0  # seconds that a test waits for what must come
@@ -84,6 +85,14 @@ class Wire:
 
     def send(self, data: bytes) -> None:
         self.sock.sendall(data)
+
+    @contextlib.contextmanager
+    def sending(self, data: bytes) -> "Iterator[None]":
+        """Meanwhile another thread sends it."""
+        thread = threading.Thread(target=self.send, args=(data,))
+        thread.start()
+        yield
+        thread.join()
 
     def half_close(self) -> None:
         self.sock.shutdown(socket.SHUT_WR)
