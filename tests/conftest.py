@@ -22,6 +22,16 @@ from sandbox import Sandbox  # noqa: E402
 from scripted_upstream import ScriptedUpstream, make_certificate  # noqa: E402
 
 
+# The files that take longest, which begin first so that no worker is left alone with one at the end.
+LONGEST = ("test_supervision", "test_server", "test_refresher_process", "test_refresh_faults", "test_http_handler",
+           "test_dialling", "test_properties", "test_intruders", "test_dead_paths", "test_relay", "test_planted",
+           "test_soak", "test_slow_clients", "test_secrets")
+
+
+def pytest_collection_modifyitems(items: "list[pytest.Item]") -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope="session")
 def shared_sandbox() -> Iterator[Sandbox]:
     with Sandbox() as running:
