@@ -136,6 +136,20 @@ def test_what_was_dropped_is_told_without_another_line(pipe: Pipe) -> None:
     assert pipe.rest() == b"" and pipe.writer.dropped == 0
 
 
+def test_notice_waits_for_room_when_the_last_line_has_filled_the_pipe(pipe: Pipe) -> None:
+    count = 200  # lines of a page each, so that each that is read makes room for one
+    pipe.writer.write(lines(0, count, LINE_LIMIT))
+    assert pipe.writer.dropped
+    came = b""
+    while pipe.writer.waiting:
+        page = pipe.read(LINE_LIMIT)
+        assert page, "a writer that waits has filled the pipe"
+        came += page
+        pipe.writer.write([])
+    came += pipe.read()  # nothing more is written
+    assert accounted(came) == count and b"were dropped" in came
+
+
 def test_each_write_has_a_poll_of_its_own() -> None:
     """With room for one write, two are not tried: the second would wait for the reader."""
     pipe = Pipe(2 * PAGE, os.O_DIRECT)

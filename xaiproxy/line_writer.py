@@ -100,6 +100,8 @@ class LineWriter:
                 self._waiting.appendleft((data[written:], count))
                 self._size += len(data) - written
                 return
+        if self.dropped and not self._waiting:  # no room for the notice: it waits, too
+            self._append_notice()
 
     def _take(self) -> "tuple[bytes, int]":
         """The next lines, as many as one write may have, and their number."""
