@@ -96,7 +96,7 @@ class Network:
     def cut(self, name: str, port: "int | None" = None, action: str = "blackhole") -> None:
         """Drop all packets from and to a host, or one port of it.
 
-        `action`: "blackhole", so that nobody gets an ICMP error, or "unreachable".
+        `action`: "blackhole", which drops packets without an ICMP error, or "unreachable", which sends one.
         """
         rules = f"from {self.ADDRESSES[name]}", f"to {self.ADDRESSES[name]}"
         if port is not None:
