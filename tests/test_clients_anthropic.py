@@ -4,10 +4,11 @@ from __future__ import annotations
 from typing import Any, Iterator
 
 import pytest
+from client_library import ClientLibrary
 from proxy_process import ProxyProcess
 from sandbox import Sandbox
 
-anthropic = pytest.importorskip("anthropic")
+anthropic = ClientLibrary("anthropic")
 
 ASKED: Any = {"model": "grok-4.5", "max_tokens": 100, "messages": [{"role": "user", "content": "Hello"}]}
 WEATHER: Any = {

@@ -5,14 +5,15 @@ from collections.abc import Callable
 from typing import Any, Iterator
 
 import pytest
+from client_library import ClientLibrary
 from proxy_process import ProxyProcess
 from sandbox import Sandbox
 
 from xaiproxy import client_keys
 
-anthropic = pytest.importorskip("anthropic")
-openai = pytest.importorskip("openai")
-ChatOpenAI = pytest.importorskip("langchain_openai").ChatOpenAI
+anthropic = ClientLibrary("anthropic")
+openai = ClientLibrary("openai")
+langchain_openai = ClientLibrary("langchain_openai")
 
 KEY = "xaip_of-the-laptop"
 MESSAGES: Any = [{"role": "user", "content": "Hello"}]
@@ -38,7 +39,7 @@ def ask_openai(url: str, key: str) -> Any:
 
 
 def ask_langchain(url: str, key: str) -> Any:
-    return ChatOpenAI(model="grok-4.5", base_url=f"{url}/v1", api_key=key).invoke("Hello")
+    return langchain_openai.ChatOpenAI(model="grok-4.5", base_url=f"{url}/v1", api_key=key).invoke("Hello")
 
 
 def ask_anthropic(url: str, **credential: Any) -> Any:

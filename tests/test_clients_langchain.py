@@ -4,12 +4,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from client_library import ClientLibrary
 from proxy_process import ProxyProcess
 from sandbox import Sandbox
 
-pytest.importorskip("langchain_openai")
-from langchain_core.messages import AIMessageChunk, ToolMessage  # noqa: E402
-from langchain_openai import ChatOpenAI, OpenAIEmbeddings  # noqa: E402
+langchain_openai = ClientLibrary("langchain_openai")
+langchain_messages = ClientLibrary("langchain_core.messages")
 
 
 def weather(location: str) -> str:
@@ -18,18 +18,19 @@ def weather(location: str) -> str:
 
 
 @pytest.fixture(params=[False, True], ids=["chat completions", "responses"])
-def model(endpoint: ProxyProcess, request: pytest.FixtureRequest) -> ChatOpenAI:
-    return ChatOpenAI(model="grok-4.5", base_url=f"{endpoint.url}/v1", api_key="none", use_responses_api=request.param)
+def model(endpoint: ProxyProcess, request: pytest.FixtureRequest) -> langchain_openai.ChatOpenAI:
+    return langchain_openai.ChatOpenAI(
+        model="grok-4.5", base_url=f"{endpoint.url}/v1", api_key="none", use_responses_api=request.param)
 
 
-def test_an_answer(model: ChatOpenAI, sandbox: Sandbox) -> None:
+def test_an_answer(model: langchain_openai.ChatOpenAI, sandbox: Sandbox) -> None:
     sandbox.set(events=3)
     answer = model.invoke("Hello")
     assert answer.text == "This is the " and answer.usage_metadata["input_tokens"] == 12
 
 
-def test_a_streamed_answer(model: ChatOpenAI) -> None:
-    chunks: list[AIMessageChunk] = list(model.stream("Hello"))
+def test_a_streamed_answer(model: langchain_openai.ChatOpenAI) -> None:
+    chunks: list[langchain_messages.AIMessageChunk] = list(model.stream("Hello"))
     whole = chunks[0]
     for chunk in chunks[1:]:
         whole += chunk
@@ -37,7 +38,7 @@ def test_a_streamed_answer(model: ChatOpenAI) -> None:
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_a_tool(model: ChatOpenAI, streamed: bool) -> None:
+def test_a_tool(model: langchain_openai.ChatOpenAI, streamed: bool) -> None:
     bound = model.bind_tools([weather])
     messages: list[Any] = [{"role": "user", "content": "Ask weather"}]
     if streamed:
@@ -49,11 +50,11 @@ def test_a_tool(model: ChatOpenAI, streamed: bool) -> None:
         answer = bound.invoke(messages)
     [call] = answer.tool_calls
     assert (call["name"], call["args"]) == ("weather", {"location": "sandbox"})
-    told = bound.invoke([*messages, answer, ToolMessage(weather(**call["args"]), tool_call_id=call["id"])])
+    told = bound.invoke([*messages, answer, langchain_messages.ToolMessage(weather(**call["args"]), tool_call_id=call["id"])])
     assert told.text and not told.tool_calls
 
 
 def test_embeddings(endpoint: ProxyProcess) -> None:
-    embeddings = OpenAIEmbeddings(model="v1", base_url=f"{endpoint.url}/v1", api_key="none",
+    embeddings = langchain_openai.OpenAIEmbeddings(model="v1", base_url=f"{endpoint.url}/v1", api_key="none",
                                   check_embedding_ctx_length=False)
     assert embeddings.embed_query("Hello") == [0.25, -0.5, 0.125]

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, Iterator
 
 import pytest
+from client_library import ClientLibrary
 from proxy_process import ProxyProcess
 from sandbox import Sandbox, until
 
-openai = pytest.importorskip("openai")
+openai = ClientLibrary("openai")
 
 HELLO: Any = [{"role": "user", "content": "Hello"}]
 WEATHER: Any = [{"role": "user", "content": "Ask weather for San Francisco"}]

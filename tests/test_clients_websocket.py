@@ -7,10 +7,11 @@ import time
 from typing import Any
 
 import pytest
+from client_library import ClientLibrary
 from proxy_process import ProxyProcess
 from sandbox import Sandbox
 
-openai = pytest.importorskip("openai")
+openai = ClientLibrary("openai")
 pytest.importorskip("websockets")
 import websockets.asyncio.client  # noqa: E402
 import websockets.sync.client  # noqa: E402
