@@ -3,6 +3,7 @@
 The issuer is the sandbox, over real sockets; the lock and the file are real. Its processes: test_refresher_process.py.
 """
 
+import base64
 import contextlib
 import json
 import logging
@@ -201,9 +202,10 @@ def test_a_leftover_of_a_killed_refresher_is_used_instead_of_the_spent_token(day
 # failing, before anything was spent
 
 @pytest.mark.parametrize("answer", [
-    {"error": "unavailable"}, {"error": "internal"}, {"error": "bad_gateway"}, {"error": "cloudflare_challenge"},
+    {"error": "unavailable", "headers": {"Retry-After": "0"}}, {"error": "cloudflare_challenge"},
     {"error": "temporarily_unavailable"}, {"status": 429, "body": {}}, {"status": 415, "body": "form only"},
-    {"status": 404, "body": "nothing here"}, {"status": 200, "body": "<html>welcome</html>"}],
+    {"status": 404, "body": "nothing here"}, {"status": 521, "body": "<html>web server is down</html>"},
+    {"status": 500, "body": {"error": "server_error"}}],
     ids=lambda answer: str(answer.get("error", answer.get("status"))))
 def test_a_definite_failure_backs_off_and_the_old_login_stays(day, answer, caplog):
     old = day.put(expires_at=day.now() + 50)
@@ -212,7 +214,8 @@ def test_a_definite_failure_backs_off_and_the_old_login_stays(day, answer, caplo
     times = day.times()
     assert times[0] == 0 and 10 <= len(times) <= 18
     for nth, (at, error) in enumerate(day.failures):
-        assert (error.code, error.terminal, error.at) == ("issuer_unavailable", False, day._begin + at)
+        assert (error.terminal, error.at, error.failures) == (False, day._begin + at, nth + 1)
+        assert error.code == "issuer_unavailable"
         wait = error.retry_at - error.at
         longest = max(0, 50 - at) + 10  # after expiry, 10
         assert min(2 ** nth / 2, 30, longest) <= wait <= min(2 ** nth, 60, longest)
@@ -279,17 +282,21 @@ def test_a_refusal_of_plan_or_client_is_tried_every_five_minutes(day, error, cod
 
 # failing, when the refresh token may be spent
 
-@pytest.mark.parametrize("answer", [{"cut": "reset"}, {"cut": "close"}, {"status": 200, "body": {}},
-                                    {"status": 200, "body": "no JSON"}], ids=str)
-def test_a_lost_answer_is_tried_three_times_and_then_not_before_the_token_expires(day, answer, caplog):
-    day.put(expires_at=day.now() + 100)
+@pytest.mark.parametrize("answer", [
+    {"cut": "reset"}, {"cut": "close"}, {"status": 200, "body": {}}, {"status": 200, "body": "no JSON"},
+    {"status": 200, "body": "<html>welcome</html>"}, {"error": "unavailable"}, {"error": "internal"},
+    {"error": "bad_gateway"}, {"status": 524, "body": "<html>a timeout</html>"},
+    {"status": 502, "body": {"error": "bad_gateway"}}], ids=str)
+def test_a_lost_answer_is_tried_three_times_and_then_shortly_before_the_token_expires(day, answer, caplog):
+    last_try_at = day.now() + 100 - 50
+    day.put(obtained_at=day.now() - 400, expires_at=day.now() + 100)
     script(day, **answer)
-    day.pass_(95)
+    day.pass_(45)
     assert tries(day) == 3 and day.times()[2] <= 3.5
-    assert [(error.code, error.retry_at is None) for _, error in day.failures] == [
-        ("answer_lost", False), ("answer_lost", False), ("answer_lost", True)]
+    assert [error.code for _, error in day.failures] == ["answer_lost"] * 3
+    assert day.failures[2][1].retry_at == pytest.approx(last_try_at, abs=0.1)
     day.start()  # nor does another process
-    day._begin += 95
+    day._begin += 45
     day.pass_(4)
     assert tries(day) == 3
     day.pass_(10)
@@ -474,16 +481,25 @@ def test_an_upstream_that_refuses_every_token_costs_six_refreshes_in_two_hours(d
     assert tries(day) == day.sandbox.counters()["refreshes"] == 6 and day.sandbox.counters()["reuses"] == 0
 
 
-def test_a_token_that_is_stale_at_once_is_no_storm(sandbox, tmp_path, caplog):
+@pytest.mark.parametrize("clock_error", [864000, -864000])
+def test_a_wrong_clock_costs_nothing_when_the_answer_has_no_expires_in(sandbox, tmp_path, clock_error):
     sandbox.set(send_expires_in=False)
-    day = Day(sandbox, tmp_path, clock_error=864000)
+    day = Day(sandbox, tmp_path, clock_error=clock_error)
     day.put()
     day.pass_(100)
-    assert 6 <= tries(day) <= 9 and day.sandbox.counters()["reuses"] == 0
+    assert tries(day) == 1 and works(day)
+    assert day.login().expires_at == pytest.approx(day._begin + 21600, abs=2)
+
+
+def test_a_token_that_is_stale_at_once_is_no_storm(day, caplog):
+    day.put()
+    claims = base64.urlsafe_b64encode(json.dumps({"exp": int(day.now()) - 5}).encode()).decode().rstrip("=")
+    script(day, status=200, body={"access_token": f"e30.{claims}.x"})
+    day.pass_(100)
+    assert 6 <= tries(day) <= 9
     assert {error.code for _, error in day.failures} == {"stale_at_once"}
     assert said(caplog, "check this machine's clock") == 1
-    assert works(day)  # to the issuer's clock
-    day.sandbox.set(send_expires_in=True)
+    day.sandbox.set(answers=[])
     day.pass_(100)
     assert day.login().refresh_error is None and day.login().state(day.now(), 120) is State.FRESH
 

@@ -11,7 +11,20 @@ from xaiproxy.schedule import Decision, Schedule
 NOTHING, REFRESH, DECLINE = Decision.NOTHING, Decision.REFRESH, Decision.DECLINE
 LOGIN = tokens.Tokens("access", expires_at=22600, refresh_token="refresh", obtained_at=1000)  # six hours, stale at 18280
 UNAVAILABLE = errors.IssuerUnavailable("down")
+LAST_TRY_AT = 22000  # of a token that may be spent
 LOST = errors.IssuerUnavailable("lost", sent=True)
+
+
+def reread(login: tokens.Tokens) -> tokens.Tokens:
+    return tokens.from_json(login.to_json(None))
+
+
+def code_of(error: errors.Error) -> str:
+    if isinstance(error, errors.OAuthError):
+        return error.error
+    if isinstance(error, errors.IssuerUnavailable):
+        return schedule.ANSWER_LOST if error.sent else "refused_for_now" if error.refused else "issuer_unavailable"
+    return "storage"
 
 
 class Desk:
@@ -19,6 +32,7 @@ class Desk:
 
     def __init__(self, login: tokens.Tokens = LOGIN, jitter: float = 0.0):
         self.schedule = Schedule(120, lambda: jitter)
+        self.jitter = jitter
         self.now, self.uptime, self.login = 2000.0, 50.0, login
 
     def pass_(self, seconds: float) -> None:
@@ -26,21 +40,34 @@ class Desk:
         self.uptime += seconds
 
     def decide(self, asked: bool = False) -> Decision:
-        self.schedule.watch(self.login, self.now)
+        self.schedule.watch(self.login, self.now, self.uptime)
         return self.schedule.decide(self.login, asked, self.now, self.uptime)
 
-    def fail(self, error: errors.Error, took: float = 0.0) -> "float | None":
-        """One try that fails; the seconds to the next."""
-        self.schedule.watch(self.login, self.now)
-        began = self.uptime
+    def fail(self, error: errors.Error, took: float = 0.0, asked: bool = False, killed: bool = False) -> "float | None":
+        """One try that fails, as the refresher makes it; the seconds to the next. `killed`: amid the call, by -9."""
+        self.schedule.watch(self.login, self.now, self.uptime)
+        before, begun = self.login, self.schedule.begun(self.login, asked, self.now, self.uptime)
+        self.login = reread(begun)
         self.pass_(took)
-        return self.schedule.failed(error, self.login, began, self.now, self.uptime)
+        if killed:
+            self.restart()
+            return None
+        self.login = reread(self.schedule.failed(error, code_of(error), before, begun, self.now, self.uptime))
+        record = self.login.refresh_error
+        return None if record.retry_at is None else record.retry_at - self.now
+
+    def restart(self) -> None:
+        """Another process, which knows what the file says."""
+        self.schedule = Schedule(120, lambda: self.jitter)
 
     def succeed(self, asked: bool = False, lifetime: float = 21600) -> "float | None":
         number = int(self.login.access_token.removeprefix("access") or 0) + 1
-        self.login = dataclasses.replace(self.login, access_token=f"access{number}", refresh_token=f"refresh{number}",
-                                         obtained_at=self.now, expires_at=self.now + lifetime, refresh_error=None)
-        return self.schedule.succeeded(self.login, asked, self.now, self.uptime)
+        self.schedule.watch(self.login, self.now, self.uptime)
+        begun = self.schedule.begun(self.login, asked, self.now, self.uptime)
+        successor = tokens.Tokens(f"access{number}", refresh_token=f"refresh{number}", obtained_at=self.now,
+                                  expires_at=self.now + lifetime)
+        self.login = reread(self.schedule.succeeded(successor, begun, asked, self.now, self.uptime))
+        return self.login.refresh_error and self.login.refresh_error.retry_at - self.now
 
     def wait_until_due(self, limit: float = 100000, asked: bool = False, step: float = 0.25) -> float:
         begin = self.uptime
@@ -178,14 +205,14 @@ def test_a_token_that_is_stale_at_once_backs_off_like_a_failure(stale):
 
 # failing: sent, but no whole answer
 
-def test_a_lost_answer_is_tried_three_times_and_then_not_before_expiry(stale):
+def test_a_lost_answer_is_tried_three_times_and_then_ten_minutes_before_expiry(stale):
     assert stale.fail(LOST) == 1
     assert stale.wait_until_due() == 1
     assert stale.fail(LOST) == 2
     assert stale.wait_until_due() == 2
-    assert stale.fail(LOST) is None
-    stale.now = LOGIN.expires_at - 0.1
+    assert stale.fail(LOST) == LAST_TRY_AT - stale.now
     stale.uptime += 10000
+    stale.now = LAST_TRY_AT - 0.1
     assert stale.decide() is NOTHING
     stale.now += 0.1
     assert stale.decide() is REFRESH
@@ -194,12 +221,68 @@ def test_a_lost_answer_is_tried_three_times_and_then_not_before_expiry(stale):
     assert stale.wait_until_due() == 60
 
 
-def test_a_lost_answer_is_not_tried_again_once_thirty_seconds_are_over(stale):
-    assert stale.fail(LOST, took=29) == 1
+def test_the_last_try_of_a_short_token_is_a_tenth_of_its_lifetime_before_expiry():
+    desk = Desk(dataclasses.replace(LOGIN, expires_at=4600))  # an hour
+    desk.now = 3900.0
+    for _ in range(3):
+        desk.fail(LOST)
+    assert desk.login.refresh_error.retry_at == 4600 - 360
+
+
+@pytest.mark.parametrize("took, next_at", [(29, 29 + 1), (29.1, LAST_TRY_AT - 18281)])
+def test_a_lost_answer_is_not_tried_again_once_thirty_seconds_are_over(stale, took, next_at):
+    assert took + stale.fail(LOST, took=took) == pytest.approx(next_at)
+
+
+def test_a_try_that_could_begin_in_time_and_did_not_is_too_late(stale):
+    stale.fail(LOST, took=29)
     assert stale.wait_until_due() == 1
     stale.pass_(0.1)
-    assert stale.decide() is NOTHING  # 30.1 s after the first began
-    assert Desk().fail(LOST, took=29.1) is None
+    assert stale.decide() is NOTHING  # 30.1 s after the first was sent
+
+
+def test_a_killed_process_and_its_successors_send_a_token_three_times(stale):
+    for tries in (1, 2, 3):
+        assert stale.wait_until_due() == (0, 1, 1)[tries - 1]
+        stale.fail(LOST, killed=True)
+        assert stale.login.refresh_try.tries == tries
+    stale.pass_(100)
+    assert stale.decide() is NOTHING
+    stale.now = LAST_TRY_AT
+    assert stale.wait_until_due() == 0
+
+
+def test_three_refreshers_of_one_login_send_a_token_three_times_together(stale):
+    sent = []
+    others = [Desk(), Desk()]
+    while stale.now < LAST_TRY_AT:
+        for other in others:
+            other.now, other.uptime, other.login = stale.now, stale.now + 77, stale.login
+        for desk in (stale, *others):
+            if desk.decide() is REFRESH:
+                desk.fail(LOST)
+                sent.append(stale.now)
+                for each in (stale, *others):
+                    each.login = desk.login
+        stale.pass_(1)
+    assert sent == [18281, 18282, 18284]
+
+
+@pytest.mark.parametrize("step", [10000, -10000])
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_clock_that_is_set_between_two_tries_allows_no_fourth(stale, step, restarted):
+    stale.fail(LOST)
+    stale.now += step
+    stale.login = dataclasses.replace(stale.login, obtained_at=stale.now - 8000, expires_at=stale.now + 1900)
+    if restarted:
+        stale.restart()
+    tries = 1
+    for _ in range(600):
+        stale.pass_(1)
+        if stale.decide() is REFRESH:
+            stale.fail(LOST)
+            tries += 1
+    assert tries == (1 if restarted else 3)
 
 
 def test_a_machine_that_slept_between_two_tries_does_not_try_again(stale):
@@ -212,7 +295,8 @@ def test_a_machine_that_slept_between_two_tries_does_not_try_again(stale):
 def test_a_definite_failure_after_a_lost_answer_does_not_make_it_safe(stale):
     stale.fail(LOST)
     stale.pass_(1)
-    assert stale.fail(errors.IssuerUnavailable("busy", retry_after=60)) is None
+    assert stale.fail(errors.IssuerUnavailable("busy", retry_after=60)) == LAST_TRY_AT - stale.now
+    assert stale.login.refresh_try.tries == 1
     stale.pass_(60)
     assert stale.decide() is NOTHING
 
@@ -238,9 +322,12 @@ def test_a_lost_answer_is_tried_again_when_upstream_refuses_the_token(stale):
 def test_an_answer_lost_by_an_earlier_process_is_known_from_the_file(ago, decision):
     desk = Desk()
     desk.now = 18281.0
-    desk.login = dataclasses.replace(LOGIN, refresh_error=tokens.RefreshError(schedule.ANSWER_LOST, "", desk.now - ago))
+    lost = tokens.RefreshTry(tokens.fingerprint("refresh"), desk.now - ago, 1, desk.now - ago)
+    desk.login = dataclasses.replace(LOGIN, refresh_try=lost)
+    desk.decide()
+    desk.uptime += 1  # the wait of one that is in the future
     assert desk.decide() is decision
-    desk.now = LOGIN.expires_at
+    desk.now = LAST_TRY_AT
     assert desk.decide() is REFRESH
 
 
@@ -265,17 +352,66 @@ def test_a_new_login_forgets_the_failures_of_the_old_one(stale, error, new):
     for _ in range(3):
         stale.fail(error)
     assert stale.decide() is NOTHING
-    assert stale.schedule.watch(stale.login, stale.now) is False
-    stale.login = dataclasses.replace(stale.login, **new)
-    assert stale.schedule.watch(stale.login, stale.now) is True
+    assert stale.schedule.watch(stale.login, stale.now, stale.uptime) is False
+    stale.login = dataclasses.replace(stale.login, refresh_error=None, refresh_try=None, **new)
+    assert stale.schedule.watch(stale.login, stale.now, stale.uptime) is True
     assert stale.decide() is REFRESH
     assert stale.fail(UNAVAILABLE) == 1
 
 
-def test_a_recorded_failure_is_no_new_login(stale):
-    stale.fail(UNAVAILABLE)
-    stale.login = dataclasses.replace(stale.login, refresh_error=tokens.RefreshError("x", "", 5))
+def doubted(word: str) -> errors.GrantRefused:
+    error = errors.GrantRefused(word)
+    error.certain = False
+    return error
+
+
+def test_a_refusal_that_is_not_the_rfcs_ends_the_login_at_the_third_in_a_row(stale):
+    assert [stale.fail(doubted("token_expired")) for _ in range(3)] == [1, 2, None]
+    assert stale.login.refresh_error.terminal
+    stale.now += 1e6
+    stale.uptime += 1e6
     assert stale.decide() is NOTHING
+
+
+def test_such_refusals_are_counted_by_all_refreshers_together_and_only_in_a_row(stale):
+    for error in (doubted("token_expired"), UNAVAILABLE, doubted("token_expired"), doubted("token_revoked"),
+                  doubted("token_expired"), doubted("token_expired")):
+        assert stale.fail(error) is not None
+        stale.restart()
+    assert stale.fail(doubted("token_expired")) is None
+
+
+def test_a_refusal_that_stays_the_same_after_expiry_says_to_sign_in_and_goes_on(stale):
+    unknown = errors.IssuerUnavailable("HTTP 400: no_idea", refused=True)
+    descriptions = []
+    for now in (18281, 18300, 18400, LOGIN.expires_at + 5, LOGIN.expires_at + 99):
+        stale.now = now
+        assert stale.fail(unknown) is not None
+        descriptions.append(stale.login.refresh_error.description)
+    assert descriptions[:3] == ["HTTP 400: no_idea"] * 3
+    assert descriptions[3:] == [f"HTTP 400: no_idea; if that lasts, {errors.SIGN_IN}"] * 2
+
+
+def test_a_refusal_is_about_its_refresh_token_and_not_about_another_in_the_file(stale):
+    stale.fail(errors.GrantRefused("invalid_grant"))
+    assert stale.decide() is NOTHING
+    stale.login = reread(dataclasses.replace(stale.login, refresh_token="another"))  # by hand: all else stays
+    assert stale.decide() is REFRESH
+
+
+def test_a_failure_that_another_refresher_recorded_is_waited_for_too(stale):
+    for error, wait in ((UNAVAILABLE, 1), (UNAVAILABLE, 2), (errors.NotEntitled("denied"), 300), (UNAVAILABLE, 8)):
+        stale.fail(error)
+        stale.restart()
+        assert stale.wait_until_due() == wait
+
+
+def test_a_failure_that_could_not_be_recorded_is_remembered(stale):
+    for wait in (1, 2, 4, 8):
+        before = stale.login
+        assert stale.fail(UNAVAILABLE) == wait
+        stale.login = before  # the disk is full
+        assert stale.wait_until_due() == wait
 
 
 # asked
@@ -293,7 +429,8 @@ def test_an_asked_refresh_that_comes_too_early_is_declined_once(desk):
     desk.pass_(20)
     assert desk.decide() is NOTHING
     assert desk.decide(asked=True) is DECLINE
-    assert desk.schedule.declined(desk.uptime) == 100
+    assert desk.schedule.asked_wait(desk.uptime) == 100
+    assert desk.schedule.declined(desk.login, "too early", desk.now, desk.uptime).refresh_error.retry_at == desk.now + 100
     assert desk.decide(asked=True) is NOTHING
     desk.pass_(99.9)
     assert desk.decide(asked=True) is NOTHING
@@ -331,8 +468,36 @@ def test_a_new_login_may_be_refreshed_at_once_when_it_is_refused(desk):
     for _ in range(4):
         desk.wait_until_due(asked=True, step=1)
         desk.succeed(asked=True)
-    desk.login = dataclasses.replace(desk.login, refresh_token="another")
+    desk.login = dataclasses.replace(desk.login, refresh_token="another", asked=None)
     assert desk.decide(asked=True) is REFRESH
+
+
+@pytest.mark.parametrize("step", [0, 86400, -86400])
+def test_the_limit_of_asked_refreshes_holds_for_all_refreshers_and_restarts(desk, step):
+    refreshes = 0
+    for second in range(600):
+        desk.restart()
+        if desk.decide(asked=True) is REFRESH:
+            desk.succeed(asked=True)
+            refreshes += 1
+        desk.pass_(1)
+        if second == 300:
+            desk.now += step
+    assert refreshes == (3 if step >= 0 else 2)
+
+
+def test_the_limit_of_asked_refreshes_survives_a_kill_amid_the_call(desk):
+    desk.fail(LOST, asked=True, killed=True)
+    desk.succeed(asked=True)
+    assert desk.login.asked.wait == 120 and desk.login.refresh_try is None
+    desk.restart()
+    assert desk.wait_until_due(asked=True) == 120
+
+
+def test_an_asked_refresh_that_spent_nothing_may_be_made_again_after_the_backoff(desk):
+    assert desk.fail(UNAVAILABLE, asked=True) == 1
+    desk.restart()
+    assert desk.wait_until_due(asked=True) == 1
 
 
 def test_an_asked_refresh_waits_for_the_backoff(desk):
@@ -344,6 +509,6 @@ def test_an_asked_refresh_waits_for_the_backoff(desk):
 
 def test_no_wait_is_ever_endless_or_negative(stale):
     for error in (UNAVAILABLE, LOST, errors.IssuerUnavailable("x", retry_after=math.inf)):
-        for _ in range(2000):
+        for _ in range(500):
             wait = stale.fail(error)
-            assert wait is None or 0.5 <= wait <= 300
+            assert 0.5 <= wait <= (300 if error is UNAVAILABLE else LAST_TRY_AT)

@@ -84,22 +84,31 @@ class LoginUnread(LoginUnusable):
 class IssuerUnavailable(Error):
     """The issuer gave no usable answer; the same request may be made again later.
 
-    sent: whether the request may have reached the issuer and been acted on (its answer then being lost).
+    sent: whether the issuer may have acted on the request (its answer then being lost).
     retry_after: seconds that the issuer asked us to wait, or None.
+    refused: whether it is a 400 or 401 whose error code, if any, we do not know.
+    page: whether the answer was an HTML page.
     """
 
     exit_code = EXIT_UNAVAILABLE
 
-    def __init__(self, message: str, *, sent: bool = False, retry_after: "float | None" = None):
+    def __init__(self, message: str, *, sent: bool = False, retry_after: "float | None" = None,
+                 refused: bool = False, page: bool = False):
         super().__init__(message)
         self.sent = sent
         self.retry_after = retry_after
+        self.refused = refused
+        self.page = page
 
 
 class OAuthError(Error):
-    """An error response of RFC 6749 section 5.2 (`error`, `description`), or one that we classed as such."""
+    """An error response of RFC 6749 section 5.2 (`error`, `description`), or one that we classed as such.
+
+    sent: whether its status was 2xx, so that the issuer may have acted on the request all the same.
+    """
 
     exit_code = EXIT_SIGN_IN
+    sent = False
 
     def __init__(self, error: str, description: str = "", message: str = ""):
         super().__init__(message or (f"{error}: {description}" if description else error))
@@ -108,11 +117,17 @@ class OAuthError(Error):
 
 
 class GrantRefused(OAuthError):
-    """The code or refresh token is dead (invalid_grant and its kin): only a new login helps."""
+    """The code or refresh token is dead (invalid_grant and its kin): only a new login helps.
+
+    certain: whether that is the issuer's own word (RFC 6749 section 5.2's spelling, place and status). A refresh token
+    that is refused in another way is dead once several tries in a row got the same answer.
+    """
+
+    certain = True
 
 
 class ClientRejected(OAuthError):
-    """invalid_client: the issuer does not know our client_id at the moment; seen to heal by itself."""
+    """invalid_client, unauthorized_client: the issuer rejects our client_id at the moment; seen to heal by itself."""
 
 
 class NotEntitled(OAuthError):

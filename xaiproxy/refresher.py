@@ -25,7 +25,7 @@ from typing import Any
 
 from xaiproxy import command, config, errors, log, token_store, token_writer, tokens
 from xaiproxy.oauth import discovery, session, token_endpoint
-from xaiproxy.schedule import ANSWER_LOST, UPSTREAM_REFUSES, Decision, Schedule
+from xaiproxy.schedule import ANSWER_LOST, BACKOFF_LIMIT, REFUSED_FOR_NOW, Decision, Schedule
 
 logger = logging.getLogger("xaiproxy.refresher")  # also as `python -m xaiproxy.refresher`
 
@@ -142,7 +142,7 @@ class Refresher:
             self._act(login)
 
     def _decide(self, login: tokens.Tokens) -> Decision:
-        if self._schedule.watch(login, self._clock()):
+        if self._schedule.watch(login, self._clock(), self._uptime()):
             self._say("failure", "")
             error = login.refresh_error
             if error is not None and error.terminal:
@@ -158,7 +158,6 @@ class Refresher:
     # Acting
 
     def _act(self, login: tokens.Tokens) -> None:
-        began = self._uptime()
         self._failure = None
         try:
             with token_writer.locked(self.store, LOCK_WAIT, self._pause_for_lock, self._uptime) as writer:
@@ -170,34 +169,45 @@ class Refresher:
                 elif decision is Decision.DECLINE:
                     self._decline(writer, login)
         except errors.LoginUnusable as error:
-            self._failure = error  # the next look says so
+            self._failure = error  # the next poll says so
         except errors.LockBusy as error:
             self._failure = error
             self._say("lock", str(error))
         except errors.StorageError as error:
-            self._failed(error, login, began)
+            self._failed(error, login)
         except Ending:
             pass
 
     def _refresh(self, writer: token_writer.TokenWriter, login: tokens.Tokens) -> None:
-        began = self._uptime()
-        reserved = None
+        begun = reserved = None
         try:
-            login = self._with_token_endpoint(login)
+            located = self._with_token_endpoint(login)
             self._beat(at_once=True)  # the last for up to 30 s
-            reserved = writer.rehearse(login)
+            self._check_ending()
             asked = self._asked(login)
-            successor = token_endpoint.refresh(self._web, login.token_endpoint, login, deadline=DEADLINE,
+            begun = self._schedule.begun(located, asked, self._clock(), self._uptime())
+            reserved = writer.rehearse(begun)
+            self._check_ending()
+            successor = token_endpoint.refresh(self._web, begun.token_endpoint, begun, deadline=DEADLINE,
                                                now=self._clock)
+        except Ending:
+            if reserved is not None:
+                reserved.discard()
+                self._record(writer, login, self._schedule.withdrawn(login))
+            raise
         except (errors.OAuthError, errors.IssuerUnavailable, errors.StorageError) as error:
             if reserved is not None:
                 reserved.discard()
             if isinstance(error, errors.GrantRefused) \
                     and self.store.load().refresh_token != login.refresh_token:
-                return  # somebody who takes no lock has put another one there: the next look takes that
-            self._failed(error, login, began, writer)
+                return  # somebody who takes no lock has put another one there: the next poll takes that
+            self._failed(error, login, begun, writer)
         else:
-            self._save(reserved, login, successor, asked)
+            self._save(reserved, begun, successor, asked)
+
+    def _check_ending(self) -> None:
+        if self._ending:
+            raise Ending
 
     def _with_token_endpoint(self, login: tokens.Tokens) -> tokens.Tokens:
         """The login with an endpoint to trust: the remembered one, unless it is in doubt, or a discovered one."""
@@ -216,16 +226,11 @@ class Refresher:
             return login
         return dataclasses.replace(login, token_endpoint=endpoint)
 
-    def _save(self, reserved: token_writer.Reserved, login: tokens.Tokens, successor: tokens.Tokens,
+    def _save(self, reserved: token_writer.Reserved, begun: tokens.Tokens, successor: tokens.Tokens,
               asked: bool) -> None:
         # Until commit has written it the new login is in this process only: nothing that could fail comes first.
-        now = self._clock()
         failures = self._schedule.failures
-        wait = self._schedule.succeeded(successor, asked, now, self._uptime())
-        if wait is not None:
-            successor = dataclasses.replace(successor, refresh_error=tokens.RefreshError(
-                "stale_at_once", f"{login.issuer} gave an access token that ends within moments; check this "
-                "machine's clock", now, retry_at=now + wait))
+        successor = self._schedule.succeeded(successor, begun, asked, self._clock(), self._uptime())
         while True:
             try:
                 reserved.commit(successor)
@@ -239,42 +244,41 @@ class Refresher:
         logger.info("refreshed%s; the access token lasts until %s",
                     f" after {failures} failures" if failures else "", _date(successor.expires_at))
         self._say("failure", successor.refresh_error.description if successor.refresh_error else "", "stale")
-        if self._asked(login):
+        if self._asked(begun):
             with contextlib.suppress(OSError):
                 self.store.refused_path.unlink()
 
     def _decline(self, writer: token_writer.TokenWriter, login: tokens.Tokens) -> None:
-        retry_at = self._clock() + self._schedule.declined(self._uptime())
-        text = "the API refuses access tokens soon after they are made; the next is asked for at " + _date(retry_at)
+        now, uptime = self._clock(), self._uptime()
+        text = "the API refuses access tokens soon after they are made; the next is asked for at " + \
+            _date(now + self._schedule.asked_wait(uptime))
         logger.warning("%s", text)
-        self._record(writer, login, tokens.RefreshError(UPSTREAM_REFUSES, text, self._clock(),
-                                                        retry_at=retry_at))
+        self._record(writer, login, self._schedule.declined(login, text, now, uptime))
 
-    def _failed(self, error: errors.Error, login: tokens.Tokens, began: float,
+    def _failed(self, error: errors.Error, login: tokens.Tokens, begun: "tokens.Tokens | None" = None,
                 writer: "token_writer.TokenWriter | None" = None) -> None:
-        """Decide about the next try, and tell. Without a writer there is no lock, and nothing is recorded."""
+        """Decide about the next try, and tell. Without a writer there is no lock, and nothing is recorded.
+
+        `login` and `begun`: before the try, and as the file has had it since the refresh token may have been sent.
+        """
         self._failure = error
         now = self._clock()
-        wait = self._schedule.failed(error, login, began, now, self._uptime())
+        recorded = self._schedule.failed(error, _code(error), login, begun, now, self._uptime())
+        record = recorded.refresh_error
         # It may have moved. When an answer was lost it has not, and each second counts.
-        self._endpoint_in_doubt = isinstance(error, errors.IssuerUnavailable) and not error.sent
-        terminal = isinstance(error, errors.GrantRefused)
-        next_try = "no further try" if terminal else \
-            f"next try in {math.ceil(wait)} s" if wait is not None else \
-            "the refresh token may be spent: no try before the access token expires or is refused"
-        # An outage may have a new face every minute: told is its first, and the file has the latest.
-        self._say("failure", f"the login could not be refreshed: {error}; {next_try}",
-                  f"{_code(error)} {wait is None}")
+        self._endpoint_in_doubt = isinstance(error, errors.IssuerUnavailable) and (not error.sent or error.page)
+        # An outage may have a new face every minute: its first one is logged, and the file has the latest.
+        kind = "outage" if isinstance(error, errors.IssuerUnavailable) else record.code
+        self._say("failure", f"the login could not be refreshed: {record.description}; {_next_try(record, now)}",
+                  f"{kind} {record.terminal} {_is_waiting(record, now)} {record.description == str(error)}")
         if writer is not None:
-            self._record(writer, login, tokens.RefreshError(
-                _code(error), str(error), now, terminal, None if wait is None else now + wait))
+            self._record(writer, login, recorded)
 
-    def _record(self, writer: token_writer.TokenWriter, login: tokens.Tokens,
-                error: tokens.RefreshError) -> None:
+    def _record(self, writer: token_writer.TokenWriter, login: tokens.Tokens, recorded: tokens.Tokens) -> None:
         if self.store.load().refresh_token != login.refresh_token:
             return  # somebody who takes no lock has put another login there, which must stay
         with contextlib.suppress(errors.StorageError):  # a full disk: the login is unharmed, and we know in memory
-            writer.save(dataclasses.replace(login, refresh_error=error), over=login)
+            writer.save(recorded, over=login)
 
     # Waiting and telling
 
@@ -321,8 +325,21 @@ def _code(error: errors.Error) -> str:
     if isinstance(error, errors.OAuthError):
         return error.error
     if isinstance(error, errors.IssuerUnavailable):
-        return ANSWER_LOST if error.sent else "issuer_unavailable"
+        return ANSWER_LOST if error.sent else REFUSED_FOR_NOW if error.refused else "issuer_unavailable"
     return "storage"
+
+
+def _is_waiting(error: tokens.RefreshError, now: float) -> bool:
+    """Whether the next try waits for the end of the access token, since the refresh token may be spent."""
+    return error.code == ANSWER_LOST and error.retry_at is not None and error.retry_at > now + BACKOFF_LIMIT
+
+
+def _next_try(error: tokens.RefreshError, now: float) -> str:
+    if error.retry_at is None:
+        return "no further try"
+    if _is_waiting(error, now):
+        return f"the refresh token may be spent: next try at {_date(error.retry_at)}, or when the access token is refused"
+    return f"next try in {math.ceil(error.retry_at - now)} s"
 
 
 def _date(seconds: float) -> str:

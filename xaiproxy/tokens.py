@@ -16,7 +16,7 @@ DEFAULT_LIFETIME = 3600  # seconds, when neither expires_in nor the JWT's exp te
 B64TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # RFC 6750 section 2.1: safe in a header
 PRINTABLE = re.compile(r"[ -~]*")
 KEYS = ("access_token", "refresh_token", "expires_at", "token_endpoint", "obtained_at", "issuer", "client_id",
-        "scope", "account", "refresh_error", "replaces")
+        "scope", "account", "refresh_error", "refresh_try", "asked", "replaces")
 
 
 class State(enum.Enum):
@@ -32,6 +32,8 @@ class RefreshError:
     """Why the last refresh failed. `at` and `retry_at` (the next try; None: no further one) are unix seconds.
 
     terminal: only a new login helps.
+    failures: refreshes in a row that failed; `alike`: how many of them, up to the last one, had this code.
+    token: fingerprint of the refresh token that it is about, or None.
     """
 
     code: str
@@ -39,6 +41,34 @@ class RefreshError:
     at: float
     terminal: bool = False
     retry_at: "float | None" = None
+    failures: int = 0
+    alike: int = 0
+    token: "str | None" = None
+
+
+@dataclasses.dataclass(frozen=True)
+class RefreshTry:
+    """A refresh token that was sent, or is about to be, and whose successor is not in the file.
+
+    token: its fingerprint. first_at: when it was first sent; `next_at`: when it may be sent again at the earliest; both
+    unix seconds. tries: how often it was sent without a definite answer.
+    """
+
+    token: str
+    first_at: float
+    tries: int
+    next_at: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """The last refresh was made because upstream had refused the access token.
+
+    next_at: unix seconds before which a refusal causes no other refresh; `wait`: how long that was, in seconds.
+    """
+
+    next_at: float
+    wait: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +85,8 @@ class Tokens:
     scope: "str | None" = None
     account: "str | None" = None
     refresh_error: "RefreshError | None" = None
+    refresh_try: "RefreshTry | None" = None
+    asked: "Asked | None" = None
     extra: "Mapping[str, Any]" = dataclasses.field(default_factory=dict, repr=False)
 
     def lifetime(self) -> "float | None":
@@ -79,8 +111,8 @@ class Tokens:
     def to_json(self, replaces: "str | None") -> str:
         """The file's text. `replaces`: fingerprint of the refresh token that this login succeeds."""
         known = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "extra"}
-        if self.refresh_error is not None:
-            known["refresh_error"] = dataclasses.asdict(self.refresh_error)
+        for name in ("refresh_error", "refresh_try", "asked"):
+            known[name] = known[name] and dataclasses.asdict(known[name])
         values = {name: known.get(name) for name in KEYS} | {"replaces": replaces} | dict(self.extra)
         return json.dumps(values, indent=2) + "\n"
 
@@ -108,29 +140,38 @@ def is_refusal(body: bytes) -> bool:
 
 def from_response(response: "Mapping[str, Any]", *, now: float, issuer: str, client_id: str, token_endpoint: str,
                   scope: "str | None" = None, former: "Tokens | None" = None) -> Tokens:
-    """Make Tokens of a successful answer (RFC 6749 section 5.1), or raise ValueError saying what is wrong with it.
+    """Make Tokens of a successful answer (RFC 6749 section 5.1), or raise ValueError if it has no usable access_token.
 
-    `former`: the login that was refreshed; what the answer leaves out (its refresh_token may) is kept.
+    Every other member is optional, and is left out when it cannot be used. `former`: the login that was refreshed; what
+    the answer leaves out (its refresh_token may) is kept. `now`: unix seconds at which the request was sent.
     """
     access_token = _access_token(response)
-    refresh_token = _text(response, "refresh_token") or (former.refresh_token if former else None)
-    id_claims = jwt_claims(_text(response, "id_token") or "")
-    expires_in = response.get("expires_in")
-    if isinstance(expires_in, str) and expires_in.isdecimal():
-        expires_in = float(expires_in)
-    expires_in = _number(expires_in)
-    expires_at = _number(now + expires_in) if expires_in else None  # a time that from_json would not take is none
-    if expires_at is None:
-        expires_at = _number(jwt_claims(access_token).get("exp"))
-    account = id_claims.get("email")
+    refresh_token = _text(response.get("refresh_token")) or (former.refresh_token if former else None)
+    id_token = response.get("id_token")
+    account = jwt_claims(id_token).get("email") if isinstance(id_token, str) else None
     if not (isinstance(account, str) and 0 < len(account) <= 254 and PRINTABLE.fullmatch(account)):
         account = former.account if former else None
     return Tokens(
         access_token=access_token, refresh_token=refresh_token,
-        expires_at=int(expires_at if expires_at is not None else now + DEFAULT_LIFETIME),
+        expires_at=_expiry(response.get("expires_in"), access_token, now),
         token_endpoint=token_endpoint, obtained_at=round(now, 3), issuer=issuer, client_id=client_id,
-        scope=_text(response, "scope") or scope or (former.scope if former else None), account=account,
+        scope=_scope(response.get("scope")) or scope or (former.scope if former else None), account=account,
         extra=former.extra if former else {})
+
+
+def _expiry(expires_in: Any, access_token: str, now: float) -> int:
+    """Unix seconds by this machine's clock."""
+    if isinstance(expires_in, str) and expires_in.isdecimal():
+        expires_in = float(expires_in)
+    lifetime = _number(expires_in)
+    if not lifetime or _number(now + lifetime) is None:  # a time that from_json would not take is none
+        claims = jwt_claims(access_token)
+        issued_at, expires_at = _number(claims.get("iat")), _number(claims.get("exp"))
+        if expires_at is not None and (issued_at is None or issued_at >= expires_at):
+            return int(expires_at)
+        # The difference, since the issuer's clock may not be ours.
+        lifetime = DEFAULT_LIFETIME if expires_at is None else expires_at - issued_at
+    return int(now + lifetime)
 
 
 def from_json(text: "str | bytes") -> Tokens:
@@ -153,13 +194,16 @@ def from_json(text: "str | bytes") -> Tokens:
         expires_at = _number(jwt_claims(access_token).get("exp"))
     if expires_at is None:
         raise ValueError("says no expires_at, and its access_token is no JWT with exp")
+    # These decide what is sent where: no other can take the place of one that cannot be used.
+    refresh_token, issuer, client_id = (_needed(values, name) for name in ("refresh_token", "issuer", "client_id"))
+    mark = fingerprint(refresh_token) if refresh_token else None
     return Tokens(
-        access_token=access_token, expires_at=expires_at, refresh_token=_text(values, "refresh_token"),
-        token_endpoint=_text(values, "token_endpoint"), obtained_at=_number(values.get("obtained_at")),
-        issuer=_text(values, "issuer") or config.DEFAULT_ISSUER,
-        client_id=_text(values, "client_id") or config.DEFAULT_CLIENT_ID,
-        scope=_text(values, "scope"), account=_text(values, "account"),
-        refresh_error=_refresh_error(values.get("refresh_error")),
+        access_token=access_token, expires_at=expires_at, refresh_token=refresh_token,
+        token_endpoint=_text(values.get("token_endpoint")), obtained_at=_number(values.get("obtained_at")),
+        issuer=issuer or config.DEFAULT_ISSUER, client_id=client_id or config.DEFAULT_CLIENT_ID,
+        scope=_scope(values.get("scope")), account=_text(values.get("account")),
+        refresh_error=_refresh_error(values.get("refresh_error"), mark),
+        refresh_try=_refresh_try(values.get("refresh_try"), mark), asked=_asked(values.get("asked")),
         extra={name: value for name, value in values.items() if name not in KEYS})
 
 
@@ -180,13 +224,22 @@ def _access_token(values: "Mapping[str, Any]") -> str:
     return token
 
 
-def _text(values: "Mapping[str, Any]", name: str) -> "str | None":
+def _needed(values: "Mapping[str, Any]", name: str) -> "str | None":
     value = values.get(name)
-    if value is None or value == "":
-        return None
-    if not isinstance(value, str) or not PRINTABLE.fullmatch(value):
+    if value not in (None, "") and _text(value) is None:
         raise ValueError(f"holds a {name} that is not printable ASCII")
-    return value
+    return value or None
+
+
+def _text(value: Any) -> "str | None":
+    return value if isinstance(value, str) and value and PRINTABLE.fullmatch(value) else None
+
+
+def _scope(value: Any) -> "str | None":
+    """A scope as RFC 6749 section 3.3 writes it; some servers send a list."""
+    if isinstance(value, list) and all(isinstance(each, str) for each in value):
+        value = " ".join(value)
+    return _text(value)
 
 
 def _number(value: Any) -> "float | None":
@@ -195,9 +248,27 @@ def _number(value: Any) -> "float | None":
     return value if 0 <= value < 1e11 else None  # until the year 5138; keeps milliseconds, NaN and infinity out
 
 
-def _refresh_error(value: Any) -> "RefreshError | None":
-    if not isinstance(value, dict):
+def _count(value: Any) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1e9 else 0
+
+
+def _refresh_error(value: Any, mark: "str | None") -> "RefreshError | None":
+    """None also when it is about another refresh token than the one with the fingerprint `mark`."""
+    if not isinstance(value, dict) or value.get("token") not in (None, mark):
         return None
     return RefreshError(code=str(value.get("code")), description=str(value.get("description")),
                         at=_number(value.get("at")) or 0, terminal=value.get("terminal") is True,
-                        retry_at=_number(value.get("retry_at")))
+                        retry_at=_number(value.get("retry_at")), failures=_count(value.get("failures")),
+                        alike=_count(value.get("alike")), token=value.get("token"))
+
+
+def _refresh_try(value: Any, mark: "str | None") -> "RefreshTry | None":
+    if not isinstance(value, dict) or mark is None or value.get("token") != mark:
+        return None
+    return RefreshTry(mark, first_at=_number(value.get("first_at")) or 0, tries=max(1, _count(value.get("tries"))),
+                      next_at=_number(value.get("next_at")) or 0)
+
+
+def _asked(value: Any) -> "Asked | None":
+    next_at, wait = (_number(value.get(name)) for name in ("next_at", "wait")) if isinstance(value, dict) else (None, None)
+    return None if next_at is None or wait is None else Asked(next_at, wait)

@@ -53,13 +53,19 @@ class Answer:
         return value if isinstance(value, dict) else None
 
     @property
+    def is_success(self) -> bool:
+        return 200 <= self.status < 300
+
+    @property
     def media_type(self) -> str:
         match = MEDIA_TYPE.match(self.headers.get("Content-Type", ""))
         return match[0].lower() if match else ""
 
     @property
     def is_html(self) -> bool:
-        return self.media_type == "text/html" or self.body.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<")
+        """Whether it is a page, whatever else its label says. A JSON object that is labelled as a page is none."""
+        return self.json() is None and (
+            self.media_type == "text/html" or self.body.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"))
 
     @property
     def summary(self) -> str:

@@ -3,15 +3,23 @@
 import re
 import time
 import urllib.parse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from xaiproxy import errors, log, tokens
 from xaiproxy.oauth.session import Answer, Session
 
-# Beside RFC 6749's invalid_grant, codes that other servers are known to say for a dead grant.
-DEAD_GRANT = frozenset(("invalid_grant", "refresh_token_reused", "revoked_token", "invalid_token",
-                        "unauthorized_client"))
+# Words by which servers are known to call a grant dead, in lower case. Only the first is RFC 6749's.
+DEAD_GRANT = frozenset(("invalid_grant", "refresh_token_reused", "refresh_token_expired", "bad_refresh_token",
+                        "token_expired", "token_revoked"))
+# RFC 6749 sections 4.1.2.1 and 5.2, RFC 8628 section 3.5: in a 5xx any other word may be a gateway's.
+ERROR_CODES = frozenset((
+    "invalid_request", "invalid_client", "invalid_grant", "unauthorized_client", "unsupported_grant_type", "invalid_scope",
+    "server_error", "temporarily_unavailable", "slow_down"))
+PASSING = frozenset(("server_error", "temporarily_unavailable"))
+# Cloudflare's statuses for a request that did not get to its origin.
+NOT_FORWARDED = frozenset((521, 523, 525, 526))
+WORD = re.compile(r"[a-z][a-z0-9_.:-]*")
 TEXT_LIMIT = 200  # characters of an outsider's text in our messages
 LONG_WORD = re.compile(r"[\w~+/=-]{32,}")  # no word that a person needs, but maybe a token
 
@@ -40,12 +48,10 @@ def request(session: Session, endpoint: str, form: "Mapping[str, str]", *, issue
     sent_at = now()  # not when the answer came: the lifetime runs from the issue, which lies between the two
     answer = session.post(endpoint, form, deadline)
     host = urllib.parse.urlsplit(endpoint).netloc
-    if answer.is_html or not 200 <= answer.status < 300:
-        raise refusal(answer, host, form, kinds or {})
     body = answer.json()
+    if body is None or not answer.is_success or _has_error(body):
+        raise refusal(answer, host, form, kinds or {})
     try:
-        if body is None:
-            raise ValueError("is no JSON object")
         login = tokens.from_response(body, now=sent_at, issuer=issuer, client_id=form["client_id"],
                                      token_endpoint=endpoint, scope=scope, former=former)
     except ValueError as error:
@@ -58,34 +64,71 @@ def request(session: Session, endpoint: str, form: "Mapping[str, str]", *, issue
 
 def refusal(answer: Answer, host: str, form: "Mapping[str, str]",
             kinds: "Mapping[str, type[errors.OAuthError]] | None" = None) -> errors.Error:
-    """What an answer means that is no success: definite, so that nothing was spent (`sent` is False)."""
-    body = None if answer.is_html else answer.json()
-    code = shown(body.get("error"), form) if body else ""
-    description = shown(body.get("error_description"), form) if body else ""
+    """What an answer means that grants nothing. Its `sent` says whether the grant may be spent all the same."""
+    body = answer.json() or {}
+    words = [shown(word, form) for word in _words(body)]
+    code = next(filter(WORD.fullmatch, words), "") or next(iter(words), "")
+    description = shown(body.get("error_description"), form) or next((word for word in words if word != code), "")
     said = f"{code}: {description}" if description else code
     if answer.status < 500:
-        if kinds and code in kinds:
-            error = kinds[code](code, description, f"{host} ended the login ({said}); start again")
-            if isinstance(error, errors.SlowDown):
-                error.interval = body.get("interval")
+        error = _oauth_error(answer, host, form, kinds or {}, code, description, said, words)
+        if error is not None:
+            error.sent = answer.is_success
             return error
-        if answer.status == 403 and body:
-            return errors.NotEntitled(code or "forbidden", description,
-                                      f"{host} refuses this account ({said or 'HTTP 403'}); the login itself "
-                                      "is good: see https://grok.com for what its subscription allows")
-        if code in DEAD_GRANT and answer.status != 429:
-            noun = "login" if "refresh_token" in form else "code"
-            return errors.GrantRefused(code, description, f"{host} does not take this {noun} any more "
-                                       f"({said}); {errors.SIGN_IN}")
-        if code == "invalid_client":
-            return errors.ClientRejected(code, description, f"{host} does not know our client ({said}); "
-                                         "check XAI_PROXY_CLIENT_ID, or try again later")
     if answer.status in (415, 422):
         said = "it did not understand our request; report that as a fault of xaiproxy"
     elif answer.is_html:
         said = "a page instead of an answer, such as a firewall or an endpoint that moved gives"
-    return errors.IssuerUnavailable(f"{host} answered {answer.summary}" + (f": {said}" if said else ""),
-                                    retry_after=answer.retry_after)
+    elif answer.is_success:
+        said = said or "its body is no JSON object"
+    return errors.IssuerUnavailable(
+        f"{host} answered {answer.summary}" + (f": {said}" if said else ""), sent=_may_be_spent(answer, code),
+        retry_after=answer.retry_after, refused=answer.status in (400, 401) and not answer.is_html and code not in PASSING, page=answer.is_html)
+
+
+def _oauth_error(answer: Answer, host: str, form: "Mapping[str, str]", kinds: "Mapping[str, type[errors.OAuthError]]",
+                 code: str, description: str, said: str, words: "list[str]") -> "errors.OAuthError | None":
+    """The error that a status below 500 stands for; None when no error code of its body is known."""
+    if code in kinds:
+        error = kinds[code](code, description, f"{host} ended the login ({said}); start again")
+        if isinstance(error, errors.SlowDown):
+            error.interval = answer.json().get("interval")
+        return error
+    if (answer.status in (400, 401, 403) or answer.is_success) and not DEAD_GRANT.isdisjoint(map(str.lower, words)):
+        noun = "login" if "refresh_token" in form else "code"
+        refused = errors.GrantRefused(code, description, f"{host} does not take this {noun} any more "
+                                      f"({said}); {errors.SIGN_IN}")
+        refused.certain = answer.status in (400, 401) and answer.json().get("error") == "invalid_grant"
+        return refused
+    if answer.status == 403 and WORD.fullmatch(code):
+        return errors.NotEntitled(code, description, f"{host} refuses this account ({said}); the login itself "
+                                  "is good: see https://grok.com for what its subscription allows")
+    if code in ("invalid_client", "unauthorized_client"):
+        return errors.ClientRejected(code, description, f"{host} rejects our client ({said}); "
+                                     "check XAI_PROXY_CLIENT_ID, or try again later")
+    return None
+
+
+def _has_error(body: "Mapping[str, Any]") -> bool:
+    error = body.get("error")
+    return isinstance(error, (str, dict)) and error != ""
+
+
+def _words(body: "Mapping[str, Any]") -> "Iterator[str]":
+    """What may be an error code: where RFC 6749 section 5.2 puts it, and where other servers do."""
+    error = body.get("error")
+    nested = error if isinstance(error, dict) else {}
+    for word in (error, nested.get("code"), nested.get("message"), body.get("code")):
+        if isinstance(word, str) and word:
+            yield word
+
+
+def _may_be_spent(answer: Answer, code: str) -> bool:
+    """Whether the issuer may have acted on a request with this answer: a gateway's 5xx says nothing of that."""
+    if answer.is_success:
+        return True
+    return answer.status >= 500 and not (
+        code in ERROR_CODES or answer.status in NOT_FORWARDED or answer.status == 503 and answer.retry_after is not None)
 
 
 def shown(text: object, form: "Mapping[str, str] | None" = None) -> str:
