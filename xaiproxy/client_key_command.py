@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from xaiproxy import client_keys, command, config, errors
+from xaiproxy import client_keys, command, config, errors, folder_file
 
 EXAMPLES = """\
   xai-client-key add laptop        make a key and print it, this once
@@ -84,7 +84,7 @@ def _change(path: Path, edit: "Callable[[dict[str, str]], dict[str, str]]") -> N
                     "XAI_PROXY_CLIENT_KEYS_FILE, or remove the link")
             keys = edit(_read(path))
             new.unlink(missing_ok=True)
-            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w") as file:
+            with open(folder_file.opened(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "w") as file:
                 file.write("# client keys: a name and the SHA-256 of a key a line; made by xai-client-key\n")
                 file.writelines(f"{name} {digest}\n" for name, digest in keys.items())
                 file.flush()
@@ -98,8 +98,7 @@ def _change(path: Path, edit: "Callable[[dict[str, str]], dict[str, str]]") -> N
 
 @contextlib.contextmanager
 def _locked(path: Path) -> "Iterator[None]":
-    # O_NOFOLLOW: a link that somebody put there must not have another file made.
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+    fd = folder_file.opened(path, os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
         yield

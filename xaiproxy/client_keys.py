@@ -5,8 +5,9 @@ import hmac
 import logging
 import os
 import re
-import stat
 from pathlib import Path
+
+from xaiproxy import folder_file
 
 logger = logging.getLogger(__name__)
 
@@ -52,16 +53,7 @@ def _identity_at(path: Path) -> "tuple[int, ...]":
 
 
 def _read(path: Path) -> "tuple[bytes, os.stat_result]":
-    # O_NONBLOCK: opening a FIFO must not wait for a writer, and all requests with it.
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("it is not a file")
-        with open(fd, "rb", closefd=False) as file:
-            return file.read(SIZE_LIMIT + 1), status
-    finally:
-        os.close(fd)
+    return folder_file.read(path, SIZE_LIMIT + 1, follow=True)
 
 
 def _is_absent(path: Path) -> bool:

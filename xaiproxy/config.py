@@ -14,6 +14,7 @@ ConfigurationError. `python -m xaiproxy.config` prints conf/xaiproxy.env.example
 import dataclasses
 import difflib
 import importlib.util
+import io
 import ipaddress
 import os
 import re
@@ -28,7 +29,7 @@ from typing import Any, NoReturn
 import certifi
 import dotenv
 
-from xaiproxy import errors
+from xaiproxy import errors, folder_file
 
 PREFIX = "XAI_PROXY_"
 DEFAULT_ISSUER = "https://auth.x.ai"
@@ -41,6 +42,7 @@ SPARE_DESCRIPTORS = 64  # for logs, the token file, the event loop and what the 
 KUBERNETES_PORT = re.compile(r"(tcp|udp|sctp)://")
 # Clients and other proxies use these; they are no setting of ours.
 FOREIGN_NAMES = frozenset(PREFIX + name for name in ("KEY", "API_KEY", "BASE_URL", "OUTBOUND"))
+DOTENV_LIMIT = 1 << 20  # bytes
 
 
 def is_loopback(host: "str | None") -> bool:
@@ -339,10 +341,11 @@ def _read_dotenv(path: str, complain: Callable, warn: Callable[[str], object]) -
     if not os.path.isfile(path):
         return {}
     try:
-        with open(path, encoding="utf-8") as file:
-            values = dotenv.dotenv_values(stream=file, interpolate=False)
-            status = os.fstat(file.fileno())
-    except (OSError, UnicodeDecodeError) as error:
+        content, status = folder_file.read(Path(path), DOTENV_LIMIT + 1, follow=True)
+        if len(content) > DOTENV_LIMIT:
+            raise ValueError(f"it is longer than {DOTENV_LIMIT} bytes")
+        values = dotenv.dotenv_values(stream=io.StringIO(content.decode("utf-8-sig"), newline=None), interpolate=False)
+    except (OSError, ValueError) as error:
         complain(errors.ConfigurationError(f"{os.path.abspath(path)} cannot be read: {error}"))
         return {}
     ours = {name: text or "" for name, text in values.items() if name.startswith(PREFIX)}

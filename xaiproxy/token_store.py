@@ -16,12 +16,13 @@ import stat
 import urllib.parse
 from pathlib import Path
 
-from xaiproxy import config, errors, tokens
+from xaiproxy import config, errors, folder_file, tokens
 
 SIZE_LIMIT = 1 << 20  # bytes; a real file has about 2,000
+FINGERPRINT_LENGTH = 64  # characters
 # Errors of a read that come from the machine, not from the file or its permissions.
 PASSING = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT,
-                     errno.ENOTCONN))
+                     errno.ENOTCONN, errno.EAGAIN))
 ALIVE = 60  # seconds without a sign of life after which the refresher counts as gone
 
 
@@ -88,23 +89,14 @@ class TokenStore:
     def read(self) -> "tuple[bytes, os.stat_result]":
         """The file's bytes and status. Raises LoginUnusable (missing, unreadable), LoginUnread."""
         try:
-            os.stat(self.path)  # needs no descriptor, and so finds nothing there even if none is free
-            # O_NONBLOCK: opening somebody's FIFO must not wait for a writer.
-            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            return folder_file.read(self.path, SIZE_LIMIT + 1, follow=True)
         except FileNotFoundError:
             raise errors.LoginUnusable("missing", f"not signed in: {self.path} does not exist; {errors.SIGN_IN}") from None
-        except OSError as error:
+        except folder_file.NotAFile as error:
+            raise errors.LoginUnusable(
+                "unreadable", f"{self.path} is not a file; move it away and {errors.SIGN_IN}") from error
+        except OSError as error:  # also a network file system's ESTALE, a broken disk
             raise self._unreadable(error) from error
-        try:
-            status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode):
-                raise errors.LoginUnusable("unreadable", f"{self.path} is not a file; move it away and {errors.SIGN_IN}")
-            with open(fd, "rb", closefd=False) as file:
-                return file.read(SIZE_LIMIT + 1), status
-        except OSError as error:  # a network file system's ESTALE, a broken disk
-            raise self._unreadable(error) from error
-        finally:
-            os.close(fd)
 
     def _unreadable(self, error: OSError) -> errors.LoginUnusable:
         if error.errno in PASSING:
@@ -127,7 +119,7 @@ class TokenStore:
     def ask_refresh(self, access_token: str) -> None:
         """Tell the refresher that upstream refused this token. Raises OSError when the folder cannot be written."""
         temporary = self.refused_path.with_name(self.refused_path.name + f".{secrets.token_hex(4)}")
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        fd = folder_file.opened(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
             with open(fd, "w") as file:
                 file.write(tokens.fingerprint(access_token))
@@ -139,7 +131,7 @@ class TokenStore:
     def asked_for(self) -> "str | None":
         """Fingerprint of the access token that the proxy last reported as refused, if any."""
         try:
-            return self.refused_path.read_text("ascii", "replace")
+            return folder_file.read(self.refused_path, FINGERPRINT_LENGTH + 1)[0].decode("ascii", "replace")
         except OSError:
             return None
 

@@ -23,7 +23,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 
-from xaiproxy import errors, token_store, tokens
+from xaiproxy import errors, folder_file, token_store, tokens
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def beat(store: token_store.TokenStore) -> None:
 def tighten(store: token_store.TokenStore) -> str:
     """Take away others' access to a file whose mode is wider than 0600; return the warning that is due, or ""."""
     try:
-        fd = os.open(store.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        fd = folder_file.opened(store.path, os.O_RDONLY)
         try:
             mode = stat.S_IMODE(os.fstat(fd).st_mode)
             if not mode & 0o077:
@@ -122,7 +122,7 @@ class TokenWriter:
         """Put a killed writer's tokens.json.new into place if it succeeds what is there, else remove it."""
         store = self.store
         try:
-            fd = os.open(store.new_path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            fd = folder_file.opened(store.new_path, os.O_RDONLY)
         except FileNotFoundError:
             return
         except OSError as error:
@@ -226,8 +226,7 @@ class TokenWriter:
 
     def _create(self) -> int:
         self.store.new_path.unlink(missing_ok=True)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-        return os.open(self.store.new_path, flags, 0o600)
+        return folder_file.opened(self.store.new_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
 
     def _keep_corrupt(self) -> None:
         try:
@@ -324,14 +323,16 @@ def _write(fd: int, content: bytes) -> None:
 
 def _open_lock(store: token_store.TokenStore) -> int:
     try:
-        fd = os.open(store.lock_path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fd = folder_file.opened(store.lock_path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         os.utime(fd, (0, 0))  # that we made it is no sign of the refresher's life
         return fd
     except FileExistsError:
-        return os.open(store.lock_path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        return folder_file.opened(store.lock_path, os.O_RDWR)
 
 
 def _storage_error(path: "os.PathLike[str]", error: OSError) -> errors.StorageError:
     folder = os.path.dirname(path)
     advice = ADVICE.get(error.errno, "Let user {user} write in {folder}").format(folder=folder, user=os.geteuid())
+    if isinstance(error, folder_file.NotAFile):
+        path, advice = error.filename, "Move it away"
     return errors.StorageError(f"{path} cannot be written: {error.strerror}; nothing was changed. {advice}")
