@@ -97,7 +97,7 @@ def test_ready_until_the_second_in_which_the_token_expires(store, expires_in, re
      f"the access token expired at {local(-60)} and cannot be renewed (invalid_grant)"),
     ({"refresh_error": failure(description="")}, "cannot be renewed (invalid_grant)"),
     ({"refresh_error": failure(terminal=True)},
-     "the login has ended (invalid_grant); run `xai-login --device` to sign in"),
+     "the login has ended (invalid_grant); run `bin/xai-login --device` to sign in"),
 ])
 def test_not_ready_when_the_token_has_expired_and_why(store, members, said):
     put(store, expires_in=-60, **members)

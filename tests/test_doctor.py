@@ -149,7 +149,7 @@ def test_a_person_sees_a_line_as_soon_as_it_is_known(patient: Patient):
         environ = environment(patient.folder) | patient.environ | {"XAI_PROXY_ISSUER": silent.url, "COLUMNS": "100"}
         with Terminal(COMMAND, env=environ, cwd="/") as terminal:
             terminal.expect(r"ok +settings: .*\r\n")
-            terminal.expect(r"FAILED   login: not signed in: .*; run `xai-login --device` to sign in\r\n")
+            terminal.expect(r"FAILED   login: not signed in: .*; run `\S+/bin/xai-login --device` to sign in\r\n")
             terminal.expect(r"\r\x1b\[K\.\.\.      issuer$", 5)  # while it waits
             terminal.type(CTRL_C)
             assert terminal.end() == 130 and "Traceback" not in terminal.screen
@@ -238,7 +238,7 @@ def test_the_file_that_the_command_line_names(patient: Patient):
 
 def test_no_login(patient: Patient, sandbox: Sandbox):
     report = patient.examine()
-    report.says("login", "failure", f"^not signed in: {patient.path} does not exist; run `xai-login --device`", 77)
+    report.says("login", "failure", f"^not signed in: {patient.path} does not exist; run `\\S*bin/xai-login --device`", 77)
     report.says("token folder", "skipped", "does not exist; signing in makes it")
     report.says("upstream", "ok", "answers; no token was tried")
     assert not patient.folder.exists() and tokens_sent(sandbox) == []
@@ -247,7 +247,7 @@ def test_no_login(patient: Patient, sandbox: Sandbox):
 @pytest.mark.parametrize("members, exit_code, told", [
     ({"issuer": "https://auth.x.ai"}, 78, "holds a login of https://auth.x.ai for client .*set XAI_PROXY_ISSUER"),
     ({"client_id": "another"}, 78, "for client another, but the settings say"),
-    ({"access_token": "two words"}, 77, "holds no access_token .* run `xai-login --device`")])
+    ({"access_token": "two words"}, 77, "holds no access_token .* run `\\S*bin/xai-login --device`")])
 def test_a_login_that_is_not_for_these_settings_is_sent_nowhere(
         patient: Patient, sandbox: Sandbox, members: "dict[str, Any]", exit_code: int, told: str):
     patient.sign_in(**members)
@@ -303,7 +303,7 @@ ENDED = {"code": "invalid_grant", "description": "revoked\x1b[2J", "at": 2000, "
 @pytest.mark.parametrize("members, alive, result, exit_code, told", [
     ({}, True, "ok", 0, "is valid until .* for another 5 h 59 min"),
     ({"refresh_error": FAILED}, True, "warning", 0, "answered HTTP 503. The next try is due at"),
-    ({"refresh_error": ENDED}, True, "failure", 77, r"revoked \[2J. It will not be tried again; run `xai-login"),
+    ({"refresh_error": ENDED}, True, "failure", 77, r"revoked \[2J. It will not be tried again; run `\S*bin/xai-login"),
     ({"refresh_token": None}, True, "warning", 0, "no refresh token and cannot be renewed: the login lapses at"),
     ({"expires_at": 1000, "refresh_token": None}, True, "failure", 77, "login lapsed at .* Replace the file, or run"),
     ({"expires_at": 1000}, True, "failure", 75, "expired at 1970.* there to renew it: try again in a minute"),
@@ -367,7 +367,7 @@ def test_a_secrets_folder_need_not_be_writable(patient: Patient):
 
 @pytest.mark.parametrize("age, result, told", [
     (0, "ok", r"^it runs: its last sign of life was \d s ago"), (55, "ok", "was 55 s ago"),
-    (65, "warning", r"does not run \(the last sign of life was 20.*start `supervisord -c conf/.*, or `xai-refresher`"),
+    (65, "warning", r"does not run \(the last sign of life was 20.*start `.*supervisord -c .*conf/.*, or `\S*bin/xai-refresher`"),
     (-3600, "warning", "does not run"), (None, "warning", "there was never a sign of life")])
 def test_the_refreshers_sign_of_life(patient: Patient, age: "float | None", result: str, told: str):
     patient.sign_in()
@@ -418,7 +418,7 @@ def test_nobody_to_be_reached(patient: Patient):
 
 # upstream
 
-REFUSED = "it refuses the access token, though .*unless a request .*, run `xai-login --device`"
+REFUSED = "it refuses the access token, though .*unless a request .*, run `\\S*bin/xai-login --device`"
 PLAN = "the login is good, but the account's plan or credit .*signing in again does not help"
 PAGE = "and a page: Cloudflare, or a proxy of your network"
 
@@ -596,7 +596,7 @@ KEY = "laptop " + "0" * 64 + "\n"
 @pytest.mark.parametrize("content, environ, result, told", [
     (None, {}, "ok", "none is asked for"),
     (None, {"BIND": "::1"}, "ok", "none is asked for"),
-    (None, {"BIND": "192.0.2.1"}, "failure", "start on 192.0.2.1; `xai-client-key add NAME`, or set XAI_P"),
+    (None, {"BIND": "192.0.2.1"}, "failure", r"start on 192.0.2.1; `\S*bin/xai-client-key add NAME`, or set XAI_P"),
     (None, {"BIND": "192.0.2.1", "ALLOW_ANONYMOUS": "1"}, "warning", "everybody who reaches 192.0.2.1 spends"),
     (None, {"CLIENT_KEYS_FILE": "/none/keys"}, "failure", "/none/keys does not exist, so that nobody is admitted"),
     (KEY, {}, "ok", r"each call needs one; .*/client-keys holds 1$"),
@@ -627,7 +627,7 @@ def test_client_keys_that_are_no_file(patient: Patient, make: "Callable[[Path], 
 def test_no_proxy(bind: str, url: str):
     finding = doctor.proxy(settings(XAI_PROXY_BIND=bind, XAI_PROXY_PORT="1"), True)
     assert finding.result == "warning"
-    assert re.search(f"does not run: nobody listens on {url}; start `supervisord .*, or `xai-proxy` alone$",
+    assert re.search(f"does not run: nobody listens on {url}; start `.*supervisord .*, or `\\S*bin/xai-proxy` alone$",
                      finding.message)
 
 
@@ -644,7 +644,7 @@ def test_a_proxy_on_any_free_port_is_not_looked_for(patient: Patient):
 def test_a_proxy_that_is_not_ready(tmp_path: Path):
     with ProxyProcess(tmp_path) as running:
         where = settings(XAI_PROXY_PORT=str(running.port))
-        for signed_in, told in ((False, r"\(missing\); run `xai-login --device` to sign in, or see the log$"),
+        for signed_in, told in ((False, r"\(missing\); run `\S*bin/xai-login --device` to sign in, or see the log$"),
                                 (True, r"\(missing\).*; it seems to run with other settings than these$")):
             finding = doctor.proxy(where, signed_in)
             assert (finding.result, finding.exit_code) == ("failure", 75)

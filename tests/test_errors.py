@@ -1,6 +1,11 @@
 """What the proxy answers of its own: one shape, a stable code, and a status that clients act on rightly."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -93,3 +98,72 @@ def test_what_ends_a_request_from_outside_is_no_refusal_and_no_error_of_a_comman
 def test_only_a_502_that_repeats_no_paid_work_may_be_retried():
     for may_retry, value in ((True, "true"), (False, "false")):
         assert ("x-should-retry", value) in errors.UpstreamUnreachable("gone", may_retry=may_retry).rendered()[1]
+
+
+# commands in messages
+
+SAYS = "#!/bin/sh\necho \"$0 $*\"\n"
+
+
+class Installed:
+    """A package with errors.py only, and its commands, which print how they were called."""
+
+    def __init__(self, package: Path, commands: Path):
+        self.commands = commands
+        (package / "xaiproxy").mkdir(parents=True)
+        (package / "xaiproxy" / "__init__.py").touch()
+        shutil.copy(errors.__file__, package / "xaiproxy" / "errors.py")
+        self.environ = {"PATH": os.defpath, "PYTHONPATH": str(package)}
+        commands.mkdir(parents=True)
+        for name in ("xai-login", "xai-proxy"):
+            (commands / name).write_text(SAYS)
+            (commands / name).chmod(0o755)
+
+    def typed(self, cwd: Path, **environ: str) -> str:
+        """What a program of this installation says to type, in a process started as xai-proxy."""
+        code = f"import sys; sys.argv = [{str(self.commands / 'xai-proxy')!r}]\n" \
+            "from xaiproxy import errors; print(errors.typed('xai-login --device'), errors.SIGN_IN, errors.SERVE, sep='\\n')"
+        said = subprocess.run([sys.executable, "-W", "error", "-c", code], env=self.environ | environ, cwd=cwd, text=True,
+                              capture_output=True, check=True).stdout.splitlines()
+        assert said[1] == f"run {said[0]} to sign in" and said[0][0] == said[0][-1] == "`"
+        self.serve = said[2]
+        return said[0][1:-1]
+
+
+def in_a_new_shell(line: str, cwd: Path, path: str = os.defpath) -> str:
+    return subprocess.run(["sh", "-c", line], env={"PATH": path}, cwd=cwd, text=True, capture_output=True, check=True).stdout
+
+
+def test_from_a_checkout_a_message_names_the_script_in_bin(tmp_path):
+    checkout = Installed(tmp_path / "a checkout", tmp_path / "a checkout" / "bin")
+    (tmp_path / "a checkout" / "conf").mkdir()
+    (tmp_path / "a checkout" / "conf" / "supervisord.conf").touch()
+    here = checkout.typed(tmp_path / "a checkout")
+    assert here == "bin/xai-login --device"
+    assert in_a_new_shell(here, tmp_path / "a checkout") == "bin/xai-login --device\n"
+    assert checkout.serve == "`. .venv/bin/activate && supervisord -c conf/supervisord.conf`"
+    # Activated or not, in another folder: with the checkout's path.
+    elsewhere = checkout.typed(tmp_path, PATH=f"{checkout.commands}:{os.defpath}", VIRTUAL_ENV=str(tmp_path))
+    assert in_a_new_shell(elsewhere, Path("/")) == f"{checkout.commands}/xai-login --device\n"
+    assert f"'{tmp_path}/a checkout/conf/supervisord.conf'" in checkout.serve
+
+
+def test_an_installed_command_is_named_so_that_a_new_shell_finds_it(tmp_path):
+    installed = Installed(tmp_path / "site", tmp_path / "a venv" / "bin")
+    path = f"{installed.commands}:{os.defpath}"
+    on_path = installed.typed(tmp_path, PATH=path)
+    assert on_path == "xai-login --device" and installed.serve == "`xai-proxy` and `xai-refresher`"
+    assert in_a_new_shell(on_path, tmp_path, path) == f"{installed.commands}/xai-login --device\n"
+    # On PATH in this shell only, or not at all.
+    for environ in ({"PATH": path, "VIRTUAL_ENV": str(tmp_path / "a venv")}, {}):
+        line = installed.typed(tmp_path, **environ)
+        assert in_a_new_shell(line, tmp_path) == f"{installed.commands}/xai-login --device\n"
+
+
+def test_a_working_directory_that_is_gone_is_no_reason_to_fail(tmp_path):
+    checkout = Installed(tmp_path / "checkout", tmp_path / "checkout" / "bin")
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    code = f"import os; os.rmdir({str(gone)!r}); from xaiproxy import errors; print(errors.SIGN_IN)"
+    said = subprocess.run([sys.executable, "-c", code], env=checkout.environ, cwd=gone, text=True, capture_output=True)
+    assert (said.stdout, said.stderr) == (f"run `{checkout.commands}/xai-login --device` to sign in\n", "")

@@ -20,6 +20,7 @@ from scripted_server import ScriptedServer
 from terminal import CTRL_C, Terminal
 
 
+ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-W", "error", "-m", "xaiproxy.login"]
 ACCOUNT = "sandbox@example.invalid"
 QUICK = {"device_interval": 0.05, "auto_approve": 0}
@@ -97,12 +98,12 @@ def test_by_device_on_a_terminal(login: Login, sandbox: Sandbox):
     assert qr_code(screen) == [[module > 0 for module in row] for row in code.matrix_iter(border=2)]
     assert f"\r\x1b[KSigned in as {ACCOUNT} at {sandbox.url}; the login is in {login.path}.\r\n" in screen
     # What the README shows at its top, and no word of a fault: nobody can have started a refresher yet.
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
     shown = re.sub(r"20[\d-]{8} \d\d:\d\d UTC", "2026-11-23 14:05 CET", screen.rpartition("\x1b[K")[2])
     for ours, shown_as in ((ACCOUNT, "you@example.org"), (sandbox.url, "https://auth.x.ai"),
-                           (str(login.path), "/home/you/.xai-proxy/tokens.json")):
+                           (str(login.path), "/home/you/.xai-proxy/tokens.json"), (f"{ROOT}/", "")):
         shown = shown.replace(ours, shown_as)
-    assert "\n" + shown.replace("\r\n", "\n") in readme and "Next: `supervisord -c conf/supervisord.conf`" in shown
+    assert "\n" + shown.replace("\r\n", "\n") in readme and "Next: serve it" in shown
     saved = login.saved()
     assert (saved["account"], saved["issuer"], saved["token_endpoint"]) == (ACCOUNT, sandbox.url,
                                                                             f"{sandbox.url}/oauth2/token")
@@ -488,7 +489,7 @@ def test_status_while_somebody_writes(login: Login, sandbox: Sandbox):
     ({"refresh_error": {"code": "invalid_grant", "description": "revoked\x1b[2J", "at": 2000,
                         "terminal": True}}, 77,
      ["failed at 1970-01-01 00:33 UTC: revoked [2J.",
-      "It will not be tried again; run `xai-login --device` to sign in."])])
+      f"It will not be tried again; run `{ROOT}/bin/xai-login --device` to sign in."])])
 def test_status_of_a_login_in_trouble(login: Login, sandbox: Sandbox, members: "dict[str, Any]", code: int,
                                       told: "list[str]"):
     sandbox.write_login(login.path, **members)
@@ -501,7 +502,7 @@ def test_status_of_a_login_in_trouble(login: Login, sandbox: Sandbox, members: "
 def test_status_without_a_login(login: Login):
     result = login.run("--status")
     assert (result.returncode, result.stderr) == (77, "")
-    assert result.stdout == (f"not signed in: {login.path} does not exist; run `xai-login --device` to sign "
+    assert result.stdout == (f"not signed in: {login.path} does not exist; run `{ROOT}/bin/xai-login --device` to sign "
                              "in\n")
     assert not login.path.parent.exists()
 

@@ -57,7 +57,7 @@ def test_an_authorization_endpoint_with_a_query_keeps_it():
 
 
 def test_an_issuer_without_browser_login():
-    with pytest.raises(errors.IssuerUnavailable, match="use `xai-login --device`"):
+    with pytest.raises(errors.IssuerUnavailable, match="use `bin/xai-login --device`"):
         authorization_url(discovery.Metadata("https://a.example", "https://a.example/t"), SETTINGS,
                           Attempt.begin(CALLBACK))
 

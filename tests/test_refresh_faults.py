@@ -272,7 +272,7 @@ class Case:
     def outcome(self) -> str:
         """Wait until the login is good again, or has ended; return the table's word for it."""
         self.processes[-1].wait_for("signed in", PATIENCE)  # it has begun, and seen a login
-        wait_until(lambda: self.store.load().access_token != "old" or self.said("run `xai-login --device`"), PATIENCE,
+        wait_until(lambda: self.store.load().access_token != "old" or self.said("xai-login --device` to sign in"), PATIENCE,
                    lambda: f"{self.step}: neither kept nor lost: {self.messages()}")
         if self.issuer.ended:
             wait_until(lambda: self.store.load().refresh_error, PATIENCE)
@@ -281,8 +281,8 @@ class Case:
         time.sleep(0.6)  # two more looks, in which nothing is to happen
         status, (ready, reason) = self.seen()
         if self.issuer.ended:
-            assert "It will not be tried again; run `xai-login" in status and self.issuer.reuses == 1
-            assert self.said("run `xai-login --device`") == 1 and "(invalid_grant)" in reason
+            assert "It will not be tried again; run `" in status and self.issuer.reuses == 1
+            assert self.said("xai-login --device` to sign in") == 1 and "(invalid_grant)" in reason
             return "lost"
         assert (ready, reason) == (True, "signed in"), reason
         assert "The refresher is running and renews it" in status and "failed" not in status
@@ -656,7 +656,7 @@ def test_a_dead_login_is_presented_once_by_all_refreshers_together(tmp_path):
             other.wait_for("signed in", PATIENCE)  # it has seen that a refresh is due, and now it waits for the lock
         time.sleep(0.3)
         holder.signal(signal.SIGCONT)
-        holder.wait_for("run `xai-login --device`", PATIENCE)
+        holder.wait_for("xai-login --device` to sign in", PATIENCE)
         time.sleep(0.6)  # in which the others had the lock
         assert len(case.issuer.calls) == 1 and case.store.load().refresh_error.terminal
 

@@ -345,10 +345,10 @@ def test_a_dead_login_is_said_once_and_its_successor_is_used_without_a_restart(d
     [(at, error)] = day.failures
     assert (at, error.code, error.terminal, error.retry_at) == (0, "invalid_grant", True, None)
     assert tries(day) == 1
-    assert said(caplog, "run `xai-login --device`") == 1
+    assert said(caplog, errors.SIGN_IN) == 1
     day.start()  # another process reads it in the file, and says it again
     day.pass_(600)
-    assert tries(day) == 1 and said(caplog, "run `xai-login --device`") == 2
+    assert tries(day) == 1 and said(caplog, errors.SIGN_IN) == 2
     new = day.sign_in(obtained_at=day.now() - 1000, expires_at=day.now() + 100)
     day.pass_(1)
     assert works(day) and day.login().refresh_error is None and day.login().access_token != new["access_token"]
@@ -360,7 +360,7 @@ def test_each_dead_login_is_said(day, caplog):
         day.put()
         day.sandbox.kill("logins")
         day.pass_(10)
-        assert said(caplog, "run `xai-login --device`") == tries(day) == number
+        assert said(caplog, errors.SIGN_IN) == tries(day) == number
 
 
 def test_an_outage_is_said_once_whatever_it_looks_like(day, caplog):

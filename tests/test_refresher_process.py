@@ -87,7 +87,7 @@ def test_a_refresher_makes_its_folder_gives_signs_of_life_waits_and_ends(sandbox
 @pytest.mark.parametrize("options, environ, status, sentence", [
     (["--nonsense"], {}, 64, "xai-refresher: unrecognized arguments: --nonsense; see xai-refresher --help"),
     ([], {"XAI_PROXY_ISSUER": "ftp://x"}, 78, "xai-refresher: XAI_PROXY_ISSUER is 'ftp://x', but takes an https URL"),
-    (["--once"], {}, 77, "xai-refresher: not signed in: /proc/none/tokens.json does not exist; run `xai-login --device`"),
+    (["--once"], {}, 77, "xai-refresher: not signed in: /proc/none/tokens.json does not exist; run `"),
     (["--once", "--token-path", "/dev/null"], {}, 77, "xai-refresher: /dev/null is not a file"),
 ], ids=["usage", "configuration", "signed out", "token path"])
 def test_a_refresher_that_cannot_do_its_work_says_so_in_one_sentence(sandbox, start, options, environ, status, sentence):

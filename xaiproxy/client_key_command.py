@@ -58,7 +58,7 @@ def _added(keys: "dict[str, str]", name: str, key: str) -> "dict[str, str]":
 
 def _removed(keys: "dict[str, str]", name: str) -> "dict[str, str]":
     if name not in keys:
-        raise errors.UsageError(f"{name} has no key; `xai-client-key list` shows who has")
+        raise errors.UsageError(f"{name} has no key; {errors.typed('xai-client-key list')} shows who has")
     return {other: digest for other, digest in keys.items() if other != name}
 
 

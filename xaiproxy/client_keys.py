@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from xaiproxy import folder_file
+from xaiproxy import errors, folder_file
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,8 @@ class ClientKeys:
 
     def _complain(self, complaint: str) -> None:
         if complaint and complaint != self._complaint:
-            logger.error("%s; nobody is admitted until it is put right: xai-client-key add NAME", complaint)
+            logger.error("%s; nobody is admitted until it is put right: %s", complaint,
+                         errors.typed("xai-client-key add NAME"))
         self._complaint = complaint
 
     def name_of(self, key: str) -> "str | None":

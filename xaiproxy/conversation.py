@@ -126,7 +126,7 @@ def outlook(login: tokens.Tokens, refresher_alive: bool, now: float) -> str:
     end = f"the login {'lapses' if login.expires_at > now else 'lapsed'} at {local_time(login.expires_at)}"
     if login.refresh_token is None:
         return f"It has no refresh token and cannot be renewed: {end}."
-    return f"No refresher is running: {end}, unless supervisord or `xai-refresher` is started."
+    return f"No refresher is running: {end}, unless supervisord or {errors.typed('xai-refresher')} is started."
 
 
 def local_time(unix_time: float) -> str:

@@ -25,7 +25,7 @@ LOCAL_DEADLINE = 3.0  # seconds for each of the two to the proxy
 CLOCK_BOUND = 60  # seconds: half of XAI_PROXY_REFRESH_SKEW, so that a token is still renewed in time
 ROOM = 65536  # bytes of token_writer.RESERVE, which are written before a refresh token is spent
 SUPERVISOR_DESCRIPTORS = 1024  # supervisord's minfds, below which it does not start
-START = "start `supervisord -c conf/supervisord.conf`, or {} alone"
+START = f"start {errors.SERVE}, or {{}} alone"
 
 EGRESS = {"HTTPS_PROXY", "ALL_PROXY", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"}
 LOGIN = {"XAI_PROXY_TOKEN_PATH", "XAI_PROXY_ISSUER", "XAI_PROXY_CLIENT_ID", "XAI_PROXY_UPSTREAM"}
@@ -196,11 +196,11 @@ def refresher(store: token_store.TokenStore, login: "tokens.Tokens | None", now:
         yield ok(f"it runs: its last sign of life was {abs(age):.0f} s ago")
     else:
         last = "there was never a sign of life" if age is None else f"the last sign of life was {local_time(now - age)}"
-        yield warning(f"it does not run ({last}), and nobody else renews the login; {START.format('`xai-refresher`')}")
+        yield warning(f"it does not run ({last}), and nobody else renews the login; {START.format(errors.typed('xai-refresher'))}")
 
 
 def keys(settings: config.Config) -> Finding:
-    path, make = settings.client_keys_file, "`xai-client-key add NAME`"
+    path, make = settings.client_keys_file, errors.typed("xai-client-key add NAME")
     try:
         known = client_keys.load(path)
     except FileNotFoundError:
@@ -387,7 +387,7 @@ def proxy(settings: config.Config, signed_in: bool) -> Finding:
         ready = web.get(url + "/readyz", LOCAL_DEADLINE)
     except errors.IssuerUnavailable as error:
         if any(isinstance(cause, ConnectionRefusedError) for cause in causes_of(error)):
-            return warning(f"it does not run: nobody listens on {url}; {START.format('`xai-proxy`')}")
+            return warning(f"it does not run: nobody listens on {url}; {START.format(errors.typed('xai-proxy'))}")
         return failure(error.exit_code, f"{url} does not answer as the proxy does ({error}); look into its log, or set "
                        "XAI_PROXY_PORT if it is another program")
     reason = printable(str((ready.json() or {}).get("reason")))

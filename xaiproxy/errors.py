@@ -10,6 +10,9 @@
 
 import http
 import json
+import os
+import shlex
+import sys
 
 EXIT_USAGE = 64
 EXIT_UNAVAILABLE = 69
@@ -21,7 +24,40 @@ EXIT_INTERRUPTED = 130
 NO_RETRY = (("x-should-retry", "false"),)  # SDKs and Claude Code go by it, and would retry most of these for minutes
 CHALLENGE = (("WWW-Authenticate", 'Bearer realm="xaiproxy"'),)  # every 401 has one (RFC 9110 section 15.5.2)
 
-SIGN_IN = "run `xai-login --device` to sign in"
+CHECKOUT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def typed(line: str) -> str:
+    """A command line of ours in backticks, so that it works when typed in a new shell.
+
+    `line`: begins with the command's name. From a checkout that is bin/NAME, with the checkout's path unless it is the
+    working directory. Otherwise the bare name if it is on PATH; or else, also in an activated virtual environment, the
+    path of the folder that this program was started from.
+    """
+    name, space, arguments = line.partition(" ")
+    script = f"{CHECKOUT}/bin/{name}"
+    if os.path.exists(script):
+        return f"`{_from_here('bin/' + name)}{space}{arguments}`"
+    import shutil  # slow to import, and not needed in a checkout
+    script = os.path.join(os.path.dirname(sys.argv[0]), name)
+    on_path = shutil.which(name) and "VIRTUAL_ENV" not in os.environ
+    return f"`{name if on_path or not os.path.exists(script) else shlex.quote(script)}{space}{arguments}`"
+
+
+def _from_here(path: str) -> str:
+    """The path, relative to the checkout, as it can be typed in the working directory."""
+    try:
+        if os.path.samefile(".", CHECKOUT):
+            return path
+    except OSError:  # the working directory is gone
+        pass
+    return shlex.quote(f"{CHECKOUT}/{path}")
+
+
+SIGN_IN = f"run {typed('xai-login --device')} to sign in"
+# What keeps a login alive and serves it.
+SERVE = f"`. {_from_here('.venv/bin/activate')} && supervisord -c {_from_here('conf/supervisord.conf')}`" \
+    if os.path.exists(f"{CHECKOUT}/conf/supervisord.conf") else f"{typed('xai-proxy')} and {typed('xai-refresher')}"
 
 
 class Error(Exception):

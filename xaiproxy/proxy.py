@@ -191,7 +191,8 @@ class Proxy:
             raise errors.TokenUnavailable(f"the access token has expired and {self._store.path} holds no refresh token; "
                                           "whoever puts the file there has to replace it", 10)
         if not self._store.refresher_alive(now):
-            raise errors.TokenUnavailable("the access token has expired and no refresher runs; start xai-refresher", 10)
+            raise errors.TokenUnavailable("the access token has expired and no refresher runs; start "
+                                          + errors.typed("xai-refresher"), 10)
 
     def _other_login(self, refused: tokens.Tokens, patience: float) -> "tokens.Tokens | None":
         """A login to send a refused request again with, or None when the refusal is to go through.

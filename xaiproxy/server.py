@@ -333,7 +333,7 @@ def check_exposure(listener: socket.socket, settings: config.Config, keys: clien
     if not (config.is_loopback(address) or keys.required or settings.allow_anonymous):
         raise errors.ConfigurationError(
             f"{address} can be reached from other machines, and there is no client key; make one with "
-            f"`xai-client-key add NAME` ({settings.client_keys_file}), or set XAI_PROXY_ALLOW_ANONYMOUS=1")
+            f"{errors.typed('xai-client-key add NAME')} ({settings.client_keys_file}), or set XAI_PROXY_ALLOW_ANONYMOUS=1")
 
 
 def check_upstream(listener: socket.socket, settings: config.Config) -> None:

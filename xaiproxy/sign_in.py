@@ -52,7 +52,7 @@ def sign_in(store: token_store.TokenStore, talk: Conversation, way: str) -> None
     if alive or login.refresh_token is None:
         talk.say(outlook(login, alive, now))
     else:  # as after every first sign-in: what comes next, and no fault
-        talk.say("Next: `supervisord -c conf/supervisord.conf` serves it and keeps it alive. Without that it lapses at "
+        talk.say(f"Next: serve it and keep it alive with {errors.SERVE}. Without that it lapses at "
                  f"{local_time(login.expires_at)}.")
 
 

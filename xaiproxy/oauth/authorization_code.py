@@ -52,7 +52,8 @@ class Attempt:
 def authorization_url(metadata: discovery.Metadata, settings: config.Config, attempt: Attempt) -> str:
     """The page on which the person approves."""
     if metadata.authorization_endpoint is None:
-        raise errors.IssuerUnavailable(f"{metadata.issuer} offers no browser login; use `xai-login --device`")
+        raise errors.IssuerUnavailable(f"{metadata.issuer} offers no browser login; use "
+                                       + errors.typed("xai-login --device"))
     query = urllib.parse.urlencode({
         "response_type": "code", "client_id": settings.client_id, "redirect_uri": attempt.redirect_uri,
         "scope": settings.scope, "state": attempt.state, "nonce": attempt.nonce,

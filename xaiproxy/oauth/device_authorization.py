@@ -43,7 +43,8 @@ def request(session: Session, metadata: discovery.Metadata, settings: config.Con
     """Ask for a device code and a user code (sections 3.1, 3.2). Raises what token_endpoint.refusal makes."""
     endpoint = metadata.device_authorization_endpoint
     if endpoint is None:
-        raise errors.IssuerUnavailable(f"{metadata.issuer} offers no device login; use `xai-login --browser`")
+        raise errors.IssuerUnavailable(f"{metadata.issuer} offers no device login; use "
+                                       + errors.typed("xai-login --browser"))
     form = {"client_id": settings.client_id, "scope": settings.scope}
     answer = session.post(endpoint, form)
     host = urllib.parse.urlsplit(endpoint).netloc
