@@ -340,7 +340,8 @@ def test_any_token_answer_gives_a_login_that_can_be_kept_or_says_whether_it_was_
     else:
         body = json.loads(answer.body)
         assert taken and login.access_token == body["access_token"]
-        assert login.refresh_token == (body.get("refresh_token") or former and former.refresh_token)
+        new = body.get("refresh_token")
+        assert login.refresh_token == (new if isinstance(new, str) and new else former and former.refresh_token)
         assert not body.get("error")
         assert tokens.from_json(login.to_json(None)) == login
 

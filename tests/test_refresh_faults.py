@@ -355,7 +355,7 @@ def disk_full(case: Case) -> None:
         file.truncate(file.tell() - 16384)  # room for a login, so that the failure can be recorded
     case.go_on()
     if case.step in ("starting", "locked", "rehearsing", "rehearsed"):  # before there is room for the successor
-        process.wait_for("No space left on device; nothing was changed. Make room", PATIENCE)
+        process.wait_for("No space left on device. Make room", PATIENCE)
         wait_until(lambda: case.store.load().refresh_error, PATIENCE)
         status, readiness = case.seen()
         assert "No space left on device" in status and readiness[0] and readiness[1].endswith("(storage)")
@@ -378,7 +378,7 @@ def read_only(case: Case) -> None:
     case.look_a_minute_old()
     mount("ro")
     case.go_on()
-    process.wait_for("Read-only file system; nothing was changed. Mount", PATIENCE)
+    process.wait_for("Read-only file system. Mount", PATIENCE)
     status, (ready, reason) = case.seen()  # it can neither record a failure nor give a sign of life
     assert "No refresher is running: the login lapses at " in status and ready and "no refresher; " in reason
     assert case.store.load().access_token == "old" and not case.issuer.calls

@@ -130,7 +130,7 @@ def test_a_folder_that_exists_is_never_changed_only_warned_about(store, mode, wa
 def test_a_folder_that_cannot_be_made_is_told(tmp_path):
     (tmp_path / "file").touch()
     for use in (token_writer.prepare_folder, token_writer.beat, lambda store: save(store, NEW)):
-        with pytest.raises(errors.StorageError, match=f"{tmp_path}/file.* Not a directory.* nothing was changed"):
+        with pytest.raises(errors.StorageError, match=f"{tmp_path}/file.* Not a directory"):
             use(make_store(tmp_path / "file" / "sub"))
 
 
@@ -342,13 +342,116 @@ def test_a_login_put_there_before_the_rehearsal_is_kept(store, write):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_a_reserve_that_somebody_tidied_away_is_made_anew(store):
+def tidied_away(store):
+    store.new_path.unlink()
+
+
+def moved(store):
+    store.new_path.rename(store.path.parent.parent / "elsewhere")
+
+
+def replaced_by_a_strangers(store):
+    store.new_path.unlink()
+    store.new_path.write_text(tokens.Tokens("theirs", 4000, "their-refresh").to_json(None))
+
+
+def replaced_by_a_link(store):
+    (store.path.parent.parent / "theirs").write_text("theirs")
+    store.new_path.unlink()
+    store.new_path.symlink_to(store.path.parent.parent / "theirs")
+
+
+@pytest.mark.parametrize("change", [tidied_away, moved, replaced_by_a_strangers, replaced_by_a_link])
+def test_a_reserve_that_is_not_at_its_path_any_more_is_made_anew(store, change):
+    save(store, OLD)
+    with token_writer.locked(store, 0) as writer:
+        reserved = writer.rehearse(OLD)
+        change(store)
+        reserved.commit(NEW)
+    assert store.load() == NEW and files(store) == ["tokens.json", "tokens.json.lock"]
+    assert stat.S_IMODE(store.path.stat().st_mode) == 0o600 and not store.path.is_symlink()
+
+
+def test_a_discard_leaves_another_ones_file_alone(store):
+    save(store, OLD)
+    with token_writer.locked(store, 0) as writer:
+        reserved = writer.rehearse(OLD)
+        replaced_by_a_strangers(store)
+        reserved.discard()
+    assert store.new_path.exists()
+
+
+def test_a_save_that_failed_is_not_done_until_it_succeeds(store):
     save(store, OLD)
     with token_writer.locked(store, 0) as writer:
         reserved = writer.rehearse(OLD)
         store.new_path.unlink()
+        store.new_path.mkdir()  # nobody can make a file there
+        for _ in range(3):
+            with pytest.raises(errors.StorageError, match="Is a directory"):
+                reserved.commit(NEW)
+            assert store.load() == OLD and not reserved.renamed
+        store.new_path.rmdir()
         reserved.commit(NEW)
+    assert store.load() == NEW
+
+
+def test_a_rename_that_was_done_and_reported_as_failed_is_done(store):
+    save(store, OLD)
+    with token_writer.locked(store, 0) as writer:
+        reserved = writer.rehearse(OLD)
+        reserved._write(NEW)
+        os.rename(store.new_path, store.path)
+        reserved.commit(NEW)
+        assert reserved.renamed
     assert store.load() == NEW and files(store) == ["tokens.json", "tokens.json.lock"]
+
+
+def test_a_removed_folder_is_a_sign_out(store):
+    save(store, OLD)
+    with token_writer.locked(store, 0) as writer:
+        reserved = writer.rehearse(OLD)
+        shutil.rmtree(store.path.parent)
+        with pytest.raises(errors.LoginUnusable, match="removed while"):
+            reserved.commit(NEW)
+    assert not store.path.parent.exists()
+
+
+# the lock, and somebody who removes its file
+
+def test_a_lock_file_that_is_removed_lets_nobody_else_in(store):
+    save(store, OLD)
+    with token_writer.locked(store, 0):
+        for change in (store.lock_path.unlink, store.lock_path.touch):
+            change()
+            with pytest.raises(errors.LockBusy), token_writer.locked(store, 0.2):
+                pass
+    with token_writer.locked(store, 0.2):
+        pass
+
+
+def test_a_lock_file_that_is_replaced_while_it_is_waited_for_is_locked_anew(store):
+    save(store, OLD)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(token_writer.locked(store, 0))
+
+        def pause(_):
+            store.lock_path.unlink(missing_ok=True)
+            stack.close()
+        with token_writer.locked(store, 10, pause) as writer:
+            assert writer._lock.is_real()
+            with pytest.raises(errors.LockBusy), token_writer.locked(store, 0):
+                pass
+
+
+@pytest.mark.parametrize("change", [lambda path: path.unlink(), lambda path: (path.unlink(), path.touch())])
+def test_a_rehearsal_fails_when_the_lock_file_is_gone(store, change):
+    save(store, OLD)
+    with token_writer.locked(store, 0) as writer:
+        change(store.lock_path)
+        with pytest.raises(errors.StorageError, match="was removed or replaced while it was locked"):
+            writer.rehearse(OLD)
+    assert store.load() == OLD and "tokens.json.new" not in files(store)
 
 
 def test_a_file_that_somebody_makes_where_we_are_about_to_is_not_written_to(store):
@@ -360,15 +463,15 @@ def test_a_file_that_somebody_makes_where_we_are_about_to_is_not_written_to(stor
             with contextlib.suppress(FileExistsError):
                 os.close(os.open(store.new_path, os.O_CREAT | os.O_EXCL, 0o644))
     intruder = threading.Thread(target=intrude)
-    with token_writer.locked(store, 0) as writer:
+    with token_writer.locked(store, 0):
         intruder.start()
         try:
             end = time.monotonic() + 20
             with pytest.raises(FileExistsError):
                 while time.monotonic() < end:  # it takes some hundreds to meet
-                    fd = writer._create()
-                    mode = os.fstat(fd).st_mode
-                    os.close(fd)
+                    new = token_writer.NewFile(store.new_path)
+                    mode = os.fstat(new._fd).st_mode
+                    new.close()
                     assert not mode & 0o077
         finally:
             done.set()
@@ -420,7 +523,7 @@ def every_call(tmp_path):
 def test_a_successor_is_synced_whole_before_its_rename_and_the_folder_after_it(tmp_path):
     (tmp_path / "whole").mkdir()
     calls = [name for name, _ in every_call(tmp_path) if name not in ("openat", "unlink")]
-    assert calls[-6:] == ["write", "fsync", "ftruncate", "fsync", "rename", "fsync"]
+    assert calls[-5:] == ["write", "ftruncate", "fsync", "rename", "fsync"]
 
 
 @strace
@@ -431,6 +534,27 @@ def test_a_leftover_is_synced_before_it_is_adopted(tmp_path):
     done, calls = run_child(store, leftover=NEW.to_json(fingerprint("old-refresh")))
     assert done.returncode == 0, done.stderr
     assert [name for name in calls if name not in ("openat", "unlink")][:3] == ["fsync", "rename", "fsync"]
+
+
+@strace
+def test_where_a_folder_cannot_be_locked_the_file_is(tmp_path):
+    (tmp_path / "folder").mkdir()
+    done, _ = run_child(make_store(tmp_path / "folder"), "-e", "trace=flock", "-e", "inject=flock:error=EOPNOTSUPP:when=2")
+    assert done.returncode == 0, done.stderr
+    assert "EOPNOTSUPP" in (tmp_path / "folder.strace").read_text()
+    (tmp_path / "neither").mkdir()
+    done, _ = run_child(make_store(tmp_path / "neither"), "-e", "trace=flock", "-e", "inject=flock:error=EOPNOTSUPP")
+    assert "tokens.json.lock cannot be written: Operation not supported" in done.stderr
+
+
+@strace
+def test_a_folder_that_cannot_be_synced_after_the_rename_is_told_as_that(tmp_path):
+    """The login is in the file then, and the second attempt syncs it."""
+    (tmp_path / "whole").mkdir()
+    last = [name for name, _ in every_call(tmp_path)].count("fsync")
+    (tmp_path / "folder").mkdir()
+    done, _ = run_child(make_store(tmp_path / "folder"), "-e", f"inject=fsync:error=EIO:when={last}")
+    assert done.returncode == 0 and "is made, but a power cut could undo it" in done.stdout
 
 
 @strace

@@ -84,7 +84,7 @@ class ConfigurationError(Error):
 
 
 class StorageError(Error):
-    """The token folder would not take a file (full, read-only, not ours). Nothing was spent or lost."""
+    """The token folder would not take a file (full, read-only, not ours)."""
 
 
 class LockBusy(Error):

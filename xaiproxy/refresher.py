@@ -236,8 +236,8 @@ class Refresher:
                 reserved.commit(successor)
                 break
             except errors.StorageError as error:
-                self._say("unsaved", "the refreshed login is in this process's memory only: do not end it. "
-                          f"{error}")
+                self._say("unsaved", str(error) if reserved.renamed else
+                          f"the refreshed login is in this process's memory only: do not end it. {error}")
             self._beat()
             self._pause(SAVE_AGAIN)
         self._say("unsaved", "")

@@ -4,7 +4,8 @@ The rules that a change must keep:
 
 1. Nobody writes, and nobody reads a refresh token in order to spend it, without the lock. It is a flock on the
    sibling tokens.json.lock, which is never removed: a lock on tokens.json itself would not stop a second one on
-   the file renamed over it, and a removed lock file lets two processes hold two locks.
+   the file renamed over it. Since a removed lock file would let two processes hold two locks, it is one on the folder
+   as well.
 2. There is one way onto the disk: tokens.json.new, fsync, rename, fsync of the folder. A reader sees the old
    file or the new one.
 3. tokens.json.new says in `replaces` which refresh token it succeeds. Whoever takes the lock first looks for such
@@ -22,6 +23,7 @@ import os
 import stat
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from xaiproxy import errors, folder_file, token_store, tokens
 
@@ -87,36 +89,72 @@ def locked(store: token_store.TokenStore, wait: float, pause: "Callable[[float],
 
     `pause` is called with the seconds until the next look; what it raises ends the wait.
     """
-    try:
-        fd = _open_lock(store)
-    except OSError as error:
-        raise _storage_error(store.lock_path, error) from error
+    lock = Lock(store)
     try:
         end = clock() + wait
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if clock() >= end:
-                    raise errors.LockBusy(
-                        f"{store.lock_path} has been held by another process for {wait:g} s; look for a refresher "
-                        "or xai-login that hangs (fuser shows it)") from None
-                pause(POLL)
-            except OSError as error:
-                raise _storage_error(store.lock_path, error) from error
-        writer = TokenWriter(store)
+        while not lock.take():
+            if clock() >= end:
+                raise errors.LockBusy(
+                    f"{store.lock_path} has been held by another process for {wait:g} s; look for a refresher "
+                    "or xai-login that hangs (fuser shows it)")
+            pause(POLL)
+        writer = TokenWriter(store, lock)
         writer.adopt_leftover()
         yield writer
     finally:
-        os.close(fd)  # releases the lock
+        lock.release()
+
+
+class Lock:
+    """A flock on tokens.json.lock and one on the folder, so that removing the file does not let a second process in.
+
+    The order is the same for everybody: the file first. Where the file system refuses a flock on a folder, the file's
+    has to do.
+    """
+
+    def __init__(self, store: token_store.TokenStore):
+        self._store = store
+        self._file = self._folder = -1
+
+    def take(self) -> bool:
+        """Whether both are held now; to be called again if not. Raises StorageError when there can be no lock."""
+        path = self._store.lock_path
+        try:
+            if self._file < 0:
+                self._file = _open_lock(self._store)
+            if not _flock(self._file):
+                return False
+            if self._folder < 0:
+                self._folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise _storage_error(path, error) from error
+        try:
+            if not _flock(self._folder):
+                return False
+        except OSError:
+            pass
+        if not self.is_real():
+            self.release()
+            return False
+        return True
+
+    def is_real(self) -> bool:
+        """Whether the locked file is still the one at its path."""
+        return _is_at(self._store.lock_path, self._file)
+
+    def release(self) -> None:
+        for fd in (self._file, self._folder):
+            if fd >= 0:
+                os.close(fd)
+        self._file = self._folder = -1
 
 
 class TokenWriter:
     """What may be done with the lock held; made by `locked` only."""
 
-    def __init__(self, store: token_store.TokenStore):
+    def __init__(self, store: token_store.TokenStore, lock: Lock):
         self.store = store
+        self._lock = lock
 
     def adopt_leftover(self) -> None:
         """Put a killed writer's tokens.json.new into place if it succeeds what is there, else remove it."""
@@ -136,13 +174,15 @@ class TokenWriter:
                                           f"{os.geteuid()}; run as that user, or remove it")
             try:
                 token_store.parse(text, store.new_path)
-                fits = tokens.replaces(text) == self._successor_mark()
+                fits = tokens.replaces(text) == self.successor_mark()
                 whole = fits and not store.path.is_symlink()
             except errors.LoginUnusable:
                 whole = False
             if whole:
                 os.fsync(fd)  # its writer may have been killed before it did
-                self._put_into_place()
+                self._keep_corrupt()
+                os.rename(store.new_path, store.path)
+                self.sync_folder()
                 logger.warning("%s was left behind by a process that was killed; it is now %s",
                                store.new_path, store.path)
             else:
@@ -153,31 +193,33 @@ class TokenWriter:
             os.close(fd)
 
     def save(self, login: tokens.Tokens, over: "tokens.Tokens | None" = None) -> None:
-        """Make `login` the file's content, durably. Raises StorageError, with the old content still in place.
+        """Make `login` the file's content, durably. Raises StorageError.
 
         A file that does not parse is kept aside as tokens.json.corrupt-<unix time>. `over`: the login that it is to
         take the place of; raises LoginUnusable when somebody who takes no lock has put another one there.
         """
-        with self._writing():
-            mark = self._successor_mark() if over is None else _mark_of(over)
-            fd = self._create()
+        with self.writing():
+            mark = self.successor_mark() if over is None else _mark_of(over)
+            new = NewFile(self.store.new_path)
             try:
-                _write(fd, login.to_json(mark).encode())
+                new.write(login.to_json(mark).encode())
                 if over is not None:
-                    self._check_holds(mark, "and is left as it is")
-                self._put_into_place()
-            except BaseException:
-                self._clear_away()
-                raise
+                    self._check_holds(mark)
+                self._keep_corrupt()
+                new.rename(self.store.path)
             finally:
-                os.close(fd)
+                new.remove()
+            self.sync_folder()
 
     def rehearse(self, login: tokens.Tokens) -> "Reserved":
         """Do the whole save with the login in hand, and reserve room for its successor. Raises as `save` does."""
         self.save(login, over=login)
         reserved = self.reserve()
         try:
-            self._check_holds(_mark_of(login), "and is left as it is")
+            self._check_holds(_mark_of(login))
+            if not self._lock.is_real():
+                raise errors.StorageError(f"{self.store.lock_path} was removed or replaced while it was locked; do not "
+                                          "remove it while a program of ours runs")
         except BaseException:
             reserved.discard()
             raise
@@ -185,31 +227,30 @@ class TokenWriter:
 
     def reserve(self) -> "Reserved":
         """Make tokens.json.new, with room for a login. Raises StorageError."""
-        with self._writing():
-            mark = self._successor_mark()
-            fd = self._create()
+        with self.writing():
+            mark = self.successor_mark()
+            new = NewFile(self.store.new_path)
             try:
                 # Spaces: should we be killed between writing the login over them and cutting off the rest,
                 # what is left is still whole JSON.
-                _write(fd, b" " * RESERVE)
+                new.write(b" " * RESERVE)
             except BaseException:
-                os.close(fd)
-                self._clear_away()
+                new.remove()
                 raise
-            return Reserved(self, fd, mark)
+            return Reserved(self, new, mark)
 
     def remove(self) -> None:
         """Remove every file of the login but the lock. Raises StorageError."""
-        with self._writing():
+        with self.writing():
             # The left-over goes first: should we be killed in between, it must not come back as a login.
             self.store.new_path.unlink(missing_ok=True)
             for path in self.store.path.parent.iterdir():
                 if path.name.startswith((self.store.refused_path.name, self.store.path.name + ".corrupt-")):
                     path.unlink(missing_ok=True)
             self.store.path.unlink(missing_ok=True)
-            self._sync_folder()
+            self.sync_folder()
 
-    def _successor_mark(self) -> "str | None":
+    def successor_mark(self) -> "str | None":
         """Fingerprint of the refresh token that tokens.json holds; None when there is none to succeed."""
         try:
             login = token_store.parse(self.store.read()[0], self.store.path)
@@ -219,14 +260,10 @@ class TokenWriter:
             return None
         return _mark_of(login)
 
-    def _check_holds(self, mark: "str | None", consequence: str) -> None:
-        if self._successor_mark() != mark:
+    def _check_holds(self, mark: "str | None") -> None:
+        if self.successor_mark() != mark:
             raise errors.LoginUnusable("replaced", f"{self.store.path} was replaced or removed while its login was "
-                                       f"refreshed, {consequence}")
-
-    def _create(self) -> int:
-        self.store.new_path.unlink(missing_ok=True)
-        return folder_file.opened(self.store.new_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+                                       "refreshed, and is left as it is")
 
     def _keep_corrupt(self) -> None:
         try:
@@ -237,71 +274,61 @@ class TokenWriter:
                 os.rename(self.store.path, aside)
                 logger.warning("%s could not be read as a login and is kept as %s", self.store.path, aside)
 
-    def _clear_away(self) -> None:
-        with contextlib.suppress(OSError):  # the failure that brought us here is the one to tell
-            self.store.new_path.unlink()
-
-    def _put_into_place(self) -> None:
-        self._keep_corrupt()
-        os.rename(self.store.new_path, self.store.path)
-        self._sync_folder()
-
-    def _sync_folder(self) -> None:
-        fd = os.open(self.store.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    def sync_folder(self) -> None:
+        """Make a rename in it durable. Raises StorageError."""
+        folder = self.store.path.parent
         try:
-            os.fsync(fd)
+            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
         except OSError as error:
             if error.errno != errno.EINVAL:  # some network file systems cannot sync a folder, and need not
-                raise
-        finally:
-            os.close(fd)
+                raise errors.StorageError(f"{folder} cannot be synced: {error.strerror}; the change of {self.store.path} "
+                                          "is made, but a power cut could undo it. Check the disk") from error
 
     @contextlib.contextmanager
-    def _writing(self) -> "Iterator[None]":
+    def writing(self) -> "Iterator[None]":
         try:
             yield
         except OSError as error:
             raise _storage_error(self.store.path, error) from error
 
 
-class Reserved:
-    """tokens.json.new, open and with room: where the successor of a refresh token that is being spent goes."""
+class NewFile:
+    """tokens.json.new, made by this process and open. What is at the path already is removed first."""
 
-    def __init__(self, writer: TokenWriter, fd: int, mark: "str | None"):
-        self._writer = writer
-        self._fd = fd
-        self._mark = mark
+    def __init__(self, path: Path):
+        self._path = path
+        path.unlink(missing_ok=True)
+        self._fd = folder_file.opened(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
 
-    def commit(self, login: tokens.Tokens) -> None:
-        """Write, sync and rename. Raises StorageError, and is then to be called again: `login` is the only copy.
+    def is_in_place(self) -> bool:
+        """Whether it is still what is at its path: a process that takes no lock may have removed or replaced it."""
+        return _is_at(self._path, self._fd)
 
-        Raises LoginUnusable when tokens.json is not what it was: whoever removes it by hand is signing out, and
-        whoever puts another login there, as programs that know no lock do, wants that one kept.
-        """
-        store = self._writer.store
-        with self._writer._writing():
-            if self._fd >= 0:
-                if os.fstat(self._fd).st_nlink == 0:  # somebody tidied up
-                    self.close()
-                    self._fd = self._writer._create()
-                content = login.to_json(self._mark).encode()
-                os.lseek(self._fd, 0, os.SEEK_SET)
-                _write(self._fd, content)
-                os.ftruncate(self._fd, len(content))
-                os.fsync(self._fd)
-                # From here on a kill loses nothing, so not before here may anything else be looked at.
-                try:
-                    self._writer._check_holds(self._mark, "so the new tokens of that login are dropped")
-                except errors.LoginUnusable:
-                    self.discard()
-                    raise
-                os.rename(store.new_path, store.path)
-                self.close()
-            self._writer._sync_folder()  # all that is left to do when this failed the first time
+    def write(self, content: bytes) -> None:
+        """Make `content` all of it, and sync it. Raises OSError."""
+        os.lseek(self._fd, 0, os.SEEK_SET)
+        view = memoryview(content)
+        while view:
+            view = view[os.write(self._fd, view):]
+        os.ftruncate(self._fd, len(content))
+        os.fsync(self._fd)
 
-    def discard(self) -> None:
-        """Nothing was spent: give the room back. Whoever takes the lock next does so if this fails."""
-        self._writer._clear_away()
+    def rename(self, path: Path) -> None:
+        """Raises OSError."""
+        if not self.is_in_place():
+            raise FileNotFoundError(errno.ENOENT, "it was removed or replaced by another process", os.fspath(self._path))
+        os.rename(self._path, path)
+        self.close()
+
+    def remove(self) -> None:
+        """Whoever takes the lock next removes it if this fails."""
+        if self.is_in_place():
+            with contextlib.suppress(OSError):
+                self._path.unlink()
         self.close()
 
     def close(self) -> None:
@@ -310,15 +337,86 @@ class Reserved:
             self._fd = -1
 
 
+class Reserved:
+    """tokens.json.new, open and with room: where the successor of a refresh token that is being spent goes."""
+
+    def __init__(self, writer: TokenWriter, new: NewFile, mark: "str | None"):
+        self._writer = writer
+        self._new = new
+        self._mark = mark
+        self.renamed = False  # whether tokens.json holds the successor
+
+    def commit(self, login: tokens.Tokens) -> None:
+        """Write, sync and rename. Raises StorageError, and is then to be called again: `login` is the only copy.
+
+        Raises LoginUnusable when tokens.json is not what it was: whoever removes it by hand is signing out, and
+        whoever puts another login there, as programs that know no lock do, wants that one kept.
+        """
+        with self._writer.writing():
+            if not self.renamed:
+                self._write(login)
+                # From here on a kill loses nothing, so not before here may anything else be looked at.
+                self._check_holds(login)
+                if not self.renamed:
+                    self._new.rename(self._writer.store.path)
+                    self.renamed = True
+        self._writer.sync_folder()  # all that is left to do when this failed the first time
+
+    def _write(self, login: tokens.Tokens) -> None:
+        try:
+            if not self._new.is_in_place():
+                self._new.close()
+                self._new = NewFile(self._writer.store.new_path)
+            self._new.write(login.to_json(self._mark).encode())
+        except FileNotFoundError:  # the folder is gone
+            self._check_holds(login)
+            raise
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # then the room that it has must not be given up
+                self._new.close()
+            raise
+
+    def _check_holds(self, login: tokens.Tokens) -> None:
+        """Raise LoginUnusable unless tokens.json still holds the login that was spent.
+
+        Or `login` itself: a network file system may do a rename and report that it failed.
+        """
+        mark = self._writer.successor_mark()
+        if mark != self._mark and mark == _mark_of(login):
+            self.renamed = True
+            self._new.remove()
+        elif mark != self._mark:
+            self.discard()
+            raise errors.LoginUnusable("replaced", f"{self._writer.store.path} was replaced or removed while its login was "
+                                       "refreshed, so the new tokens of that login are dropped")
+
+    def discard(self) -> None:
+        """Nothing was spent, or nothing is to be saved: give the room back."""
+        self._new.remove()
+
+    def close(self) -> None:
+        self._new.close()
+
+
 def _mark_of(login: tokens.Tokens) -> "str | None":
     return tokens.fingerprint(login.refresh_token) if login.refresh_token else None
 
 
-def _write(fd: int, content: bytes) -> None:
-    view = memoryview(content)
-    while view:
-        view = view[os.write(fd, view):]
-    os.fsync(fd)
+def _is_at(path: Path, fd: int) -> bool:
+    """Whether the open file `fd` is what is at `path`, which is not followed."""
+    try:
+        at_path, opened = os.lstat(path), os.fstat(fd)
+    except OSError:
+        return False
+    return (at_path.st_dev, at_path.st_ino) == (opened.st_dev, opened.st_ino)
+
+
+def _flock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _open_lock(store: token_store.TokenStore) -> int:
@@ -335,4 +433,4 @@ def _storage_error(path: "os.PathLike[str]", error: OSError) -> errors.StorageEr
     advice = ADVICE.get(error.errno, "Let user {user} write in {folder}").format(folder=folder, user=os.geteuid())
     if isinstance(error, folder_file.NotAFile):
         path, advice = error.filename, "Move it away"
-    return errors.StorageError(f"{path} cannot be written: {error.strerror}; nothing was changed. {advice}")
+    return errors.StorageError(f"{path} cannot be written: {error.strerror}. {advice}")
