@@ -103,6 +103,11 @@ def cut_after(connection, spend) -> None:
     spend()
 
 
+def gateway_after(connection, spend) -> None:
+    spend()
+    connection.sendall(answer(502, "<html>Bad gateway", "text/html"))
+
+
 def drip(connection, spend) -> None:
     """The last three bytes take a second each."""
     whole = spend()
@@ -135,8 +140,8 @@ STEPS = {
     "reserved": (".new", "fsync", 2),
     "connected": (None, "connect", 1),
     "awaiting": None,
-    "answered": (".new", "lseek", 1),
-    "written": (".new", "ftruncate", 1),
+    "answered": (".new", "lseek", 3),
+    "written": (".new", "ftruncate", 3),
     "renamed": (".new", "rename", 2),
     "synced": ("", "fsync", 2),  # of the folder
 }
@@ -321,7 +326,9 @@ def told_to_end(case: Case) -> None:
     case.go_on()
     assert process.wait(PATIENCE) == 0 and process.messages()[-1] == "ended"
     case.shows_nobody()
-    assert case.store.load().access_token != "old" and len(case.issuer.calls) == 1
+    spent = list(STEPS).index(case.step) >= list(STEPS).index("connected")  # or else it is not sent any more
+    left = case.store.load()
+    assert (left.access_token != "old") is bool(case.issuer.calls) is spent and left.refresh_try is None
     case.start()
 
 
@@ -468,7 +475,8 @@ ANSWERS = {
     "cut when it has spent": (cut_after, False, 0.5, "answer_lost", "lost"),
     "cut when it has spent, with grace": (cut_after, True, 0.5, "answer_lost", "2"),
     "429": (answer(429, {"error": "slow_down"}, Retry_After="2"), False, 2, "issuer_unavailable", "2"),
-    "500": (answer(500, "oops", "text/plain"), False, 0.5, "issuer_unavailable", "2"),
+    "500": (answer(500, "oops", "text/plain"), False, 0.5, "answer_lost", "2"),
+    "a gateway's 502 when it has spent, with grace": (gateway_after, True, 0.5, "answer_lost", "2"),
     "a page": (answer(403, "<html>Just a moment...", "text/html"), False, 0.5, "issuer_unavailable", "2"),
     "nothing": (answer(200), False, 0.5, "answer_lost", "2"),
     "byte by byte": (drip, False, 0, None, "1"),

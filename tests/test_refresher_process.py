@@ -199,6 +199,8 @@ def test_a_refresher_killed_at_any_system_call_of_its_save_loses_no_login_that_c
         log = tmp_path / f"{name}.strace"
         killed = Process(sandbox, path, "--once", before=traced(path, log, *inject))
         ended = killed.wait(30)
+        sent = store.load().refresh_try
+        time.sleep(max(0.0, sent.next_at - time.time()) if sent else 0)
         try:
             refresher.Refresher(store.settings).once()
         except errors.GrantRefused:
@@ -220,7 +222,7 @@ def test_a_refresher_killed_at_any_system_call_of_its_save_loses_no_login_that_c
         assert ended == -signal.SIGKILL, call
         return kept
 
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
         lost = [call for call, kept in zip(calls, pool.map(kill, calls)) if not kept]
     # The first two writes are the rehearsal's. At the third the issuer has answered, and the only copy of the new
     # login is in the memory of the process that is killed: that one login nobody can keep.
