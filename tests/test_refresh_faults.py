@@ -725,3 +725,143 @@ def test_an_upstream_that_refuses_every_new_token_costs_one_refresh(served):
     assert len(case.issuer.calls) == 2 and case.said("the API refuses access tokens soon after they are made") == 1
     status, readiness = case.seen()
     assert readiness[1].endswith("its renewal fails (upstream_refuses)") and "The next try is due at " in status
+
+
+# What limits the tries of one process limits those of all, and of those that come after a kill
+
+def lose_all(case: Case) -> None:
+    """Every answer is lost after the token was spent."""
+    case.issuer.faults.extend([cut_after] * 50)
+
+
+def test_three_refreshers_together_send_a_token_three_times_when_answers_are_lost(tmp_path):
+    with Case(tmp_path / "folder") as case:
+        case.put("old", case.issuer.login[0], expires_in=240)  # stale, and the last try is 124 s before expiry
+        lose_all(case)
+        for _ in range(3):
+            case.start()
+        wait_until(lambda: case.store.load().refresh_try.tries == 3 if case.store.load().refresh_try else False, PATIENCE)
+        time.sleep(5)  # the next would come after at most 4
+        assert len(case.issuer.calls) == 3
+        assert case.store.load().refresh_error.retry_at == pytest.approx(case.store.load().expires_at - 124, abs=1)
+
+
+def test_a_refresher_that_is_killed_amid_the_call_again_and_again_sends_a_token_three_times(tmp_path):
+    with Case(tmp_path / "folder") as case:
+        case.put("old", case.issuer.login[0], expires_in=240)  # stale, and the last try is 124 s before expiry
+        helds = [Held() for _ in range(6)]
+        case.issuer.faults.extend(helds)
+        for tries, held in enumerate(helds[:3], 1):
+            process = case.start()
+            assert held.spent.wait(PATIENCE)
+            process.signal(signal.SIGKILL)
+            process.wait()
+            held.released.set()
+            assert case.store.load().refresh_try.tries == tries
+        case.start().wait_for("signed in")
+        time.sleep(5)
+        assert len(case.issuer.calls) == 3
+
+
+def test_a_token_that_may_be_spent_is_sent_again_when_upstream_refuses_the_access_token(tmp_path):
+    with Case(tmp_path / "folder", faults=[cut_before] * 3) as case:
+        case.put("old", case.issuer.login[0], expires_in=240)  # stale, and the last try is 124 s before expiry
+        process = case.start()
+        wait_until(lambda: len(case.issuer.calls) == 3, PATIENCE)
+        process.wait_for("the refresh token may be spent: next try at ")
+        case.store.ask_refresh("old")
+        assert case.outcome() == "4"
+
+
+def test_two_refreshers_refresh_once_for_an_upstream_that_refuses_every_token(tmp_path):
+    with Case(tmp_path / "folder") as case:
+        processes = [case.start(), case.start()]
+        for process in processes:
+            process.wait_for("signed in", PATIENCE)
+        wait_until(lambda: case.store.load().access_token != "old", PATIENCE)
+        for expected in (2, 2, 2):
+            latest = case.store.load().access_token
+            case.store.ask_refresh(latest)
+            wait_until(lambda: len(case.issuer.calls) == expected, PATIENCE)
+            wait_until(lambda: case.store.load().access_token != latest or case.store.load().refresh_error, PATIENCE)
+            time.sleep(0.6)
+        processes[0].signal(signal.SIGKILL)  # nor does one that has no memory
+        processes[0].wait()
+        case.start().wait_for("signed in")
+        time.sleep(0.6)
+        assert len(case.issuer.calls) == 2
+        assert case.store.load().refresh_error.code == "upstream_refuses"
+
+
+def test_a_login_that_has_ended_begins_again_with_another_refresh_token_in_its_file(tmp_path):
+    with Case(tmp_path / "folder") as case:
+        good = case.issuer.login[0]
+        values = json.loads(case.path.read_text())
+        case.put("old", "dead", expires_in=100)
+        case.issuer.faults.append(answer(400, {"error": "invalid_grant"}))
+        process = case.start()
+        process.wait_for("xai-login --device` to sign in", PATIENCE)
+        wait_until(lambda: case.store.load().refresh_error, PATIENCE)
+        values = json.loads(case.path.read_text()) | {"refresh_token": good}
+        (case.folder / "edited").write_text(json.dumps(values))
+        (case.folder / "edited").replace(case.path)
+        wait_until(lambda: case.store.load().access_token != "old", PATIENCE)
+        assert case.store.load().refresh_error is None and len(case.issuer.calls) == 2
+
+
+# Signing out, stopping, and a lock file that somebody removes, in the middle of a refresh
+
+def test_a_folder_that_is_removed_amid_a_refresh_keeps_nobody_from_ending(tmp_path):
+    held = Held()
+    with Case(tmp_path / "folder", faults=[held]) as case:
+        process = case.start()
+        assert held.spent.wait(PATIENCE)
+        shutil.rmtree(case.folder)
+        held.released.set()
+        process.wait_for("tokens.json does not exist", PATIENCE)
+        process.signal(signal.SIGTERM)
+        assert process.wait(5) == 0 and not case.path.exists()
+
+
+def test_a_lock_file_that_is_removed_amid_a_refresh_lets_no_second_refresher_in(tmp_path):
+    held = Held()
+    with Case(tmp_path / "folder", faults=[held]) as case:
+        case.start()
+        assert held.spent.wait(PATIENCE)
+        case.store.lock_path.unlink()
+        second = Process(case.issuer, case.path, "--once")
+        case.processes.insert(0, second)
+        wait_until(case.store.lock_path.exists, PATIENCE)  # made anew by the second, which now waits for the folder's
+        time.sleep(0.5)
+        assert len(case.issuer.calls) == 1 and case.store.new_path.exists()
+        held.released.set()
+        assert second.wait(PATIENCE) == 0
+        os.utime(case.store.lock_path)  # as the first does within 10 s
+        assert case.outcome() == "1"
+
+
+def test_sigterm_during_discovery_spends_nothing(tmp_path):
+    asked, released = threading.Event(), threading.Event()
+
+    def hold(connection: socket.socket) -> None:
+        head = read_request(connection)
+        asked.set()
+        released.wait(PATIENCE)
+        calls.append(head)
+        connection.sendall(answer(200, {"issuer": issuer.url, "token_endpoint": f"{issuer.url}/token"}))
+    calls: "list[bytes]" = []
+    with ScriptedServer(hold) as issuer:
+        issuer.env = {"XAI_PROXY_ISSUER": issuer.url, "XAI_PROXY_UPSTREAM": issuer.url}
+        store = make_store(issuer, tmp_path / "tokens.json")
+        login = tokens.Tokens("old", time.time() + 100, "refresh", None, time.time() - 1000, issuer.url)
+        with token_writer.locked(store, 0) as writer:
+            writer.save(login)
+        process = Process(issuer, store.path)
+        try:
+            assert asked.wait(PATIENCE)
+            process.signal(signal.SIGTERM)
+            released.set()
+            assert process.wait(PATIENCE) == 0
+        finally:
+            process.close()
+        assert [call.split()[0] for call in calls] == [b"GET"] and store.load() == login
