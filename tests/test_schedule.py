@@ -494,6 +494,15 @@ def test_the_limit_of_asked_refreshes_survives_a_kill_amid_the_call(desk):
     assert desk.wait_until_due(asked=True) == 120
 
 
+def test_an_asked_refresh_whose_answer_is_lost_is_tried_again_like_any_other(desk):
+    for wait in (1, 2):
+        assert desk.fail(LOST, asked=True) == wait
+        assert desk.wait_until_due(asked=True) == wait
+    desk.fail(LOST, asked=True)
+    desk.restart()
+    assert desk.wait_until_due(asked=True) == 4 and desk.login.asked.wait == 120
+
+
 def test_an_asked_refresh_that_spent_nothing_may_be_made_again_after_the_backoff(desk):
     assert desk.fail(UNAVAILABLE, asked=True) == 1
     desk.restart()
