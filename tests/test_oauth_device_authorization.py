@@ -1,6 +1,7 @@
 """oauth/device_authorization.py: what is shown, how often is asked, when it ends."""
 from __future__ import annotations
 
+import socket
 import urllib.parse
 from typing import Any
 
@@ -44,7 +45,8 @@ def ask(body: Any, issuer: str = "http://127.0.0.1:9191") -> device_authorizatio
     return device
 
 
-def poll(*answers: Any, clock: Clock, trouble: Any = lambda error: None, **members: Any) -> tokens.Tokens:
+def poll(*answers: Any, clock: Clock, trouble: Any = lambda error: None, deadline: float = 15,
+         **members: Any) -> tokens.Tokens:
     device = device_authorization.Device(**{"device_code": "dc-1", "user_code": "A",
                                             "verification_uri": "http://127.0.0.1/",
                                             "verification_uri_complete": None, "expires_in": 900,
@@ -53,7 +55,8 @@ def poll(*answers: Any, clock: Clock, trouble: Any = lambda error: None, **membe
         metadata = discovery.Metadata("http://127.0.0.1:9191", server.url + "/t")
         try:
             return device_authorization.poll(Session(SETTINGS), metadata, SETTINGS, device, sleep=clock.sleep,
-                                             clock=lambda: clock.now, trouble=trouble)
+                                             clock=lambda: clock.now, trouble=trouble,
+                                             deadline=deadline)
         finally:
             clock.requests = server.requests
 
@@ -73,10 +76,21 @@ def test_what_the_answer_may_leave_out(without: "tuple[str]", interval: float, e
     assert (device.interval, device.expires_in) == (interval, expires_in)
 
 
-@pytest.mark.parametrize("value", ["5", True, -1, None, float("nan"), 1e300])
+@pytest.mark.parametrize("value", ["five", "-5", "", "١", "9" * 5000, True, -1, None, float("nan"), 1e300, [5]])
 def test_times_that_are_none(value: Any):
     device = ask(GOOD | {"interval": value, "expires_in": value})
     assert (device.interval, device.expires_in) == (5, 600)
+
+
+@pytest.mark.parametrize("named, interval, expires_in", [
+    ({"interval": "7", "expires_in": "1800"}, 7, 1800), ({"interval": "7.5"}, 7.5, 900),
+    ({"interval": 0}, 1, 900), ({"interval": "0"}, 1, 900), ({"interval": 0.05}, 1, 900),
+    ({"interval": 900}, 5, 900), ({"interval": 3600}, 5, 900), ({"interval": 60, "expires_in": 8}, 4, 8),
+    ({"interval": 1, "expires_in": 1}, 0.5, 1)])
+def test_times_within_bounds(named: "dict[str, Any]", interval: float, expires_in: float):
+    """Numbers may be strings; no poll in a hot loop; and at least one before the code expires."""
+    device = ask(GOOD | named)
+    assert (device.interval, device.expires_in) == (interval, expires_in)
 
 
 def test_verification_url_is_an_older_name():
@@ -86,7 +100,8 @@ def test_verification_url_is_an_older_name():
 
 
 @pytest.mark.parametrize("complete", ["http://127.0.0.1/?code=dc-1", "http://127.0.0.1/?code=%64c-1",
-                                      "https://evil example/", 3])
+                                      "https://evil example/", 3,
+                                      "http://127.0.0.1/?code=" + "A" * 4096])
 def test_a_complete_address_that_is_not_shown(complete: Any):
     assert ask(GOOD | {"verification_uri_complete": complete}).verification_uri_complete is None
 
@@ -102,7 +117,7 @@ def test_the_pages_of_xai_are_on_xai():
     {"user_code": "\x1b[2J"}, {"user_code": "A B"}, {"user_code": ""}, {"user_code": None},
     {"user_code": "A" * 65},
     {"device_code": ""}, {"device_code": 3}, {"verification_uri": "javascript:alert(1)"},
-    {"verification_uri": None}])
+    {"verification_uri": None}, {"device_code": "d" * 4097}, {"verification_uri": "http://127.0.0.1/" + "A" * 4096}])
 def test_an_answer_that_cannot_be_shown(change: "dict[str, Any]"):
     with pytest.raises(errors.IssuerUnavailable) as caught:
         ask(GOOD | change)
@@ -147,7 +162,7 @@ def test_slow_down_adds_five_seconds_for_good():
     assert clock.sleeps == [5, 10, 10, 15]
 
 
-@pytest.mark.parametrize("named, interval", [(30, 30), (10, 10), (7, 10), ("60", 10), (-1, 10)])
+@pytest.mark.parametrize("named, interval", [(30, 30), (10, 10), (7, 10), ("60", 60), (-1, 10), ("x", 10), (1e5, 300)])
 def test_slow_down_may_name_a_longer_interval(named: Any, interval: float):
     clock = Clock()
     poll(answer(400, {"error": "slow_down", "interval": named}), TOKENS, clock=clock)
@@ -161,6 +176,35 @@ def test_what_is_no_answer_counts_as_pending():
          lambda connection: None, answer(400, {"error": "temporarily_unavailable"}), answer(200, {}), TOKENS,
          clock=clock, trouble=troubles.append)
     assert clock.sleeps == [5] * 7 and len(troubles) == 6
+
+
+def silent(connection: socket.socket) -> None:
+    """Takes the request and answers nothing until the client gives up."""
+    while connection.recv(65536):
+        pass
+
+
+def test_a_timeout_halves_the_frequency_of_polls():
+    """RFC 8628 section 3.5, a MUST; an answer ends the slowing."""
+    clock, refused = Clock(), answer(502, "<html>", "text/html")
+    poll(silent, silent, refused, silent, PENDING, silent, silent, silent, silent, silent, TOKENS, clock=clock,
+         deadline=0.1)
+    assert clock.sleeps == [5, 10, 20, 5, 10, 5, 10, 20, 40, 60, 60]
+
+
+def test_retry_after_is_honoured_within_bounds_and_never_shortens_the_interval():
+    clock = Clock()
+    poll(answer(429, Retry_After="30"), answer(503, Retry_After="1"), answer(503, Retry_After="100000"), TOKENS, clock=clock)
+    assert clock.sleeps == [5, 30, 5, 300]
+
+
+def test_what_lengthens_the_wait_leaves_one_poll_before_the_end():
+    clock = Clock()
+    poll(answer(503, Retry_After="300"), TOKENS, clock=clock, expires_in=60)
+    assert clock.sleeps == [5, 54]
+    with pytest.raises(errors.ExpiredToken):
+        poll(answer(503, Retry_After="300"), clock=(clock := Clock()), expires_in=60)
+    assert clock.sleeps == [5, 54, 1] and len(clock.requests) == 2
 
 
 @pytest.mark.parametrize("body, kind", [
@@ -186,7 +230,7 @@ def test_the_sandbox(sandbox: Sandbox):
     sandbox.set(device_interval=0.05)
     metadata = discovery.discover(Session(SETTINGS), sandbox.url)
     device = device_authorization.request(Session(SETTINGS), metadata, SETTINGS)
-    assert device.interval == 0.05
+    assert device.interval == 1
     sandbox.set(answers=[{"path": "/oauth2/token", "cut": "close", "times": 1}])
     login = device_authorization.poll(Session(SETTINGS), metadata, SETTINGS, device,
                                       trouble=lambda error: sandbox.approve(device.user_code))
