@@ -88,12 +88,13 @@ def test_by_device_on_a_terminal(login: Login, sandbox: Sandbox):
     sandbox.set(device_interval=1.2)
     with login.terminal("--device") as terminal:
         code = terminal.expect(r"    ([A-Z0-9]{4}-[A-Z0-9]{4})\r\n")[1]
-        terminal.expect("Waiting for the approval of ([A-Z0-9-]+), 15:00 left.*\r\x1b\\[KWaiting for the approval of \\1, 14:59 ")
+        terminal.expect(f"\r\x1b\\[K15:00 left to approve {code}\r\x1b\\[K14:59 left to approve {code}")
         sandbox.approve(code)
         assert terminal.end() == 0
         screen = terminal.screen
     url = f"{sandbox.url}/oauth2/device?user_code={code}"
-    assert f"    {sandbox.url}/oauth2/device\r\n" in screen and f"    {url}\r\n" in screen
+    last_rows = screen.partition("\r\x1b[K")[0].split("\r\n")[-24:]  # of a terminal of 80x24
+    assert {f"    {sandbox.url}/oauth2/device", f"    {url}", f"    {code}"} <= set(last_rows)
     code = segno.make(url, micro=False, error="l", boost_error=False)
     assert qr_code(screen) == [[module > 0 for module in row] for row in code.matrix_iter(border=2)]
     assert f"\r\x1b[KSigned in as {ACCOUNT} at {sandbox.url}; the login is in {login.path}.\r\n" in screen
@@ -121,11 +122,32 @@ def qr_code(screen: str) -> "list[list[bool]]":
     return rows[:len(rows[0])]  # an odd number of rows: half of the last line is nothing
 
 
-def test_a_terminal_too_narrow_for_the_qr_code_gets_none(login: Login, sandbox: Sandbox):
+def test_a_narrow_terminal_gets_no_qr_code_and_no_line_that_wraps_each_second(login: Login, sandbox: Sandbox):
     sandbox.set(**QUICK)
     with login.terminal("--device", columns=30) as terminal:
         assert terminal.end() == 0
         assert "48;5;16" not in terminal.screen and "█" not in terminal.screen
+    updates = terminal.screen.split("\r\x1b[K")[1:-1]
+    assert updates and all(re.fullmatch(r"15:00 left to approve [A-Z0-9-]{7}", update) for update in updates)
+
+
+def test_a_dumb_terminal_gets_no_escape_sequence(login: Login, sandbox: Sandbox):
+    sandbox.set(**QUICK)
+    with login.terminal("--device", TERM="dumb") as terminal:
+        assert terminal.end() == 0
+        assert "\x1b" not in terminal.screen and "Signed in as" in terminal.screen
+
+
+def test_an_address_that_no_qr_code_can_hold(login: Login, sandbox: Sandbox):
+    url = f"{sandbox.url}/oauth2/device?user_code=4XWJ-JJAZ&{'x' * 3000}"
+    page = {"device_code": "d", "user_code": "4XWJ-JJAZ", "verification_uri": url[:40], "verification_uri_complete": url}
+    sandbox.set(answers=[{"path": "/oauth2/device/code", "body": page | {"expires_in": 900}},
+                         {"path": "/oauth2/token", "body": {"access_token": "at", "expires_in": 60}}])
+    with login.terminal("--device", columns=200) as terminal:
+        terminal.expect("left to approve")
+        assert "█" not in terminal.screen and "in the picture" not in terminal.screen and "Traceback" not in terminal.screen
+        terminal.type(CTRL_C)
+        assert terminal.end() == 130
 
 
 def test_by_device_in_a_pipe(login: Login, sandbox: Sandbox):
@@ -139,7 +161,7 @@ def test_by_device_in_a_pipe(login: Login, sandbox: Sandbox):
 
 def test_by_device_for_a_program(login: Login, sandbox: Sandbox):
     sandbox.set(device_interval=0.05, answers=[
-        {"path": "/oauth2/token", "error": "bad_gateway", "times": 3},
+        {"path": "/oauth2/token", "error": "bad_gateway", "times": 1},
         {"path": "/oauth2/token", "cut": "close", "times": 1}])
     with login.start("--device", "--json") as process:
         device = json.loads(process.stdout.readline())
@@ -148,7 +170,7 @@ def test_by_device_for_a_program(login: Login, sandbox: Sandbox):
         rest, stderr = process.communicate(timeout=10)
     page = f"{sandbox.url}/oauth2/device"
     assert device == {"event": "user_code", "user_code": device["user_code"], "verification_uri": page,
-                      "interval": 0.05,
+                      "interval": 1,
                       "verification_uri_complete": f"{page}?user_code={device['user_code']}",
                       "expires_in": 900}
     assert first["event"] == second["event"] == "trouble" and "HTTP 502" in first["message"]
@@ -211,7 +233,22 @@ def test_over_an_existing_login(login: Login, sandbox: Sandbox):
     result = login.run("--device")
     assert result.returncode == 0
     assert f"replaces the one of former@example.invalid in {login.path}" in result.stderr
+    assert result.stderr.splitlines()[-1] == (
+        f"The login that was replaced stays valid at the issuer. To have one revoked, run `{ROOT}/bin/xai-login --logout` "
+        "before you sign in again.")
+    sandbox.write_login(login.path, refresh_error={"code": "invalid_grant", "at": 1, "terminal": True})
+    assert "stays valid" not in login.run("--device").stderr
     assert login.saved()["account"] == ACCOUNT and login.saved()["refresh_token"] != former["refresh_token"]
+
+
+def test_scopes_that_were_not_granted_are_named(login: Login, sandbox: Sandbox):
+    granted = {"access_token": "at", "refresh_token": "rt", "expires_in": 60, "scope": "openid api:access extra"}
+    sandbox.set(**QUICK, answers=[{"path": "/oauth2/token", "body": granted}])
+    told = "the login was granted without the scope offline_access profile; what needs that will be refused"
+    environ = {"XAI_PROXY_SCOPE": "openid offline_access api:access profile"}
+    assert f"Note: {told}.\n" in login.run("--device", **environ).stderr
+    events = [json.loads(line) for line in login.run("--device", "--json", **environ).stdout.splitlines()]
+    assert {"event": "trouble", "message": told} in events and events[-1]["event"] == "trouble"
 
 
 @pytest.mark.parametrize("members", [{"issuer": "https://auth.x.ai"}, {"client_id": "another"},
@@ -291,7 +328,7 @@ def open_files(pid: int) -> "set[str]":
 
 def test_ctrl_c_while_waiting_leaves_nothing(login: Login):
     with login.terminal("--device") as terminal:
-        terminal.expect("Waiting for the approval")
+        terminal.expect("left to approve")
         terminal.type(CTRL_C)
         assert terminal.end() == 130
         assert "xai-login: interrupted" in terminal.screen and "Traceback" not in terminal.screen
@@ -410,10 +447,36 @@ def test_by_browser_with_the_answer_pasted(login: Login, sandbox: Sandbox, brows
         terminal.expect("paste that here:")
         terminal.type("what now?\n")
         terminal.expect("That does not help: it is neither a URL nor a code")
+        terminal.type("not-a-code-of-the-issuer\n")
+        terminal.expect(r"Still waiting, although that code was refused \(invalid_grant.*\): paste the code once more")
         code = re.search("code=([^&]*)", redirect)[1]
-        terminal.type((redirect if pasted == "the address" else code) + "\n")
+        terminal.type((f"{redirect[:70]}\n{redirect[70:]}" if pasted == "the address" else code) + "\n")
         assert terminal.end() == 0
     assert login.saved()["account"] == ACCOUNT
+
+
+def test_what_is_pasted_along_does_not_go_to_the_shell(login: Login, sandbox: Sandbox, browser):
+    shell = ["sh", "-c", '"$@" --browser; read -r line; echo "shell: $line"', "sh", *COMMAND]
+    with Terminal(shell, **login.options) as terminal:
+        redirect = sandbox.consent(browser())
+        terminal.expect("paste that here:")
+        terminal.type(f"{redirect}\necho pasted\nand a half line")
+        terminal.expect("Signed in as")
+        terminal.expect("Next: ")
+        terminal.type("typed later\n")
+        assert terminal.expect("shell: (.*)\r\n")[1] == "typed later"
+
+
+def test_a_code_from_the_page_that_is_refused_is_waited_past(login: Login, sandbox: Sandbox, browser):
+    with login.start("--browser", "--json") as process:
+        process.stdout.readline()
+        redirect = sandbox.consent(browser())
+        urllib.request.urlopen(re.sub("code=[^&]*", "code=forged", redirect), timeout=5).close()
+        trouble = json.loads(process.stdout.readline())
+        assert trouble["event"] == "trouble" and "that code was refused (invalid_grant" in trouble["message"]
+        urllib.request.urlopen(redirect, timeout=5).close()
+        rest, _ = process.communicate(timeout=10)
+    assert json.loads(rest)["event"] == "done" and process.returncode == 0
 
 
 def test_by_browser_for_a_program(login: Login, sandbox: Sandbox, browser):

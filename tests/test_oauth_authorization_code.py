@@ -12,7 +12,7 @@ from scripted_server import ScriptedServer, answer
 
 from xaiproxy import config, errors, tokens
 from xaiproxy.oauth import discovery
-from xaiproxy.oauth.authorization_code import (Attempt, NotTheAnswer, authorization_url, code_from_paste,
+from xaiproxy.oauth.authorization_code import (Attempt, Incomplete, NotTheAnswer, authorization_url, code_from_paste,
                                                code_from_query,
                                                exchange)
 from xaiproxy.oauth.session import Session
@@ -95,15 +95,14 @@ def test_another_error():
 
 @pytest.mark.parametrize("text", [
     f"{CALLBACK}?code=nqnd-q3_Y&state=state-1", f"  '{CALLBACK}?state=state-1&code=nqnd-q3_Y'\r",
-    f"{CALLBACK}?code=nqnd-q3_Y",
+    "127.0.0.1:56121/callback?code=nqnd-q3_Y&state=state-1", f"{CALLBACK}?code=nqnd-q3_Y&state=state-1&iss=https://a.example#",
     "?code=nqnd-q3_Y&state=state-1", "code=nqnd-q3_Y&state=state-1", "state=state-1&code=nqnd-q3_Y",
-    "code=nqnd-q3_Y",
     "nqnd-q3_Y", " nqnd-q3_Y\n", '"nqnd-q3_Y"'])
 def test_what_may_be_pasted(text: str):
     assert code_from_paste(text, STATE) == "nqnd-q3_Y"
 
 
-@pytest.mark.parametrize("code", ["abc=", "abc==", "a.b~c+d/e"])
+@pytest.mark.parametrize("code", ["abcdefg=", "abcdef==", "a.b~c+d/e", "12345678", "x" * 4096])
 def test_a_bare_code_may_look_odd(code: str):
     assert code_from_paste(code, STATE) == code
 
@@ -113,12 +112,22 @@ def test_an_empty_line_is_nothing():
 
 
 @pytest.mark.parametrize("text, told", [
-    (f"{CALLBACK}?state=state-1", "no 'code'"), (CALLBACK, "no 'code'"), ("?state=state-1", "no 'code'"),
+    (f"{CALLBACK}?state=state-1", "no 'code'"), ("?state=state-1", "no 'code'"),
     (f"{CALLBACK}?code=c&state=other", "another attempt"), ("what now?", "neither a URL nor a code"),
+    ("ls", "too short for a code"), ("y", "too short"), ("1234567", "too short"), ("rest&state=state-1", "neither"),
+    ("x" * 4097, "neither"), (f"{CALLBACK}?code=c&state=other&error=x", "another attempt"),
     ("\x1b[A", "neither"),
     ("https://auth.x.ai/oauth2/authorize?response_type=code&state=state-1", "no 'code'")])
 def test_what_does_not_help(text: str, told: str):
     with pytest.raises(NotTheAnswer, match=told):
+        code_from_paste(text, STATE)
+
+
+@pytest.mark.parametrize("text", [
+    "http://", CALLBACK, f"{CALLBACK}?", f"{CALLBACK}?co", f"{CALLBACK}?code=nqnd", f"{CALLBACK}?code=nqnd-q3_Y&state=",
+    f"{CALLBACK}?code=nqnd-q3_Y&state=sta", "?code=nqnd-q3_Y", "code=nqnd-q3_Y", "state=sta"])
+def test_an_address_without_our_whole_state_is_incomplete(text: str):
+    with pytest.raises(Incomplete, match="it ends before its state"):
         code_from_paste(text, STATE)
 
 

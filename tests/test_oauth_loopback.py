@@ -210,6 +210,62 @@ def test_pasting(listener: loopback.Listener):
         assert len(waiting.said) == 1 and "no 'code' parameter" in waiting.said[0]
 
 
+ADDRESS = f"http://127.0.0.1:1/callback?code=code-0002&state={STATE}"
+
+
+@pytest.mark.parametrize("lines, complaints", [
+    # A URL that a narrow window, an e-mail or another program broke into lines, at each kind of place.
+    *(([ADDRESS[:at], ADDRESS[at:]], 1) for at in range(len("http://"), len(ADDRESS))),
+    ([ADDRESS[at:at + 9] for at in range(0, len(ADDRESS), 9)], 6),
+    ([f"'{ADDRESS[:40]}\r", f"    {ADDRESS[40:]}'\r"], 1),
+    # Bracketed paste, whole and broken.
+    ([f"\x1b[200~{ADDRESS}\x1b[201~"], 0), ([f"\x1b[200~{ADDRESS[:40]}", f"{ADDRESS[40:]}\x1b[201~"], 1),
+    (["\x1b[200~code-0002\x1b[201~"], 0),
+    # Begun, and then something else.
+    ([ADDRESS[:40], ADDRESS], 1), ([ADDRESS[:40], "", "code-0002"], 1), (["ls", "what now?", "code-0002"], 2),
+    ([ADDRESS.replace("state-1", "other"), "code-0002"], 1), (["http://" + "x" * 3000] + ["y" * 3000] * 9 + [ADDRESS], 10)])
+def test_pasted_lines(listener: loopback.Listener, lines: "list[str]", complaints: int):
+    theirs, ours = os.pipe()
+    with open(theirs, "rb", 0), open(ours, "wb", 0) as keyboard:
+        said: "list[str]" = []
+        keyboard.write("".join(f"{line}\n" for line in lines).encode())
+        assert listener.wait(STATE, seconds=5, paste_from=theirs, say=said.append) == "code-0002"
+        assert len(said) == complaints, said
+
+
+def test_what_was_taken_for_the_code_may_have_been_none(listener: loopback.Listener):
+    """The caller waits once more, whether the keyboard has been closed or not."""
+    theirs, ours = os.openpty()
+    with open(theirs, "wb", 0) as keyboard, open(ours, "rb", 0):
+        for line, code in (("continue", "continue"), (ADDRESS, "code-0002"), (ADDRESS[:-3], None)):
+            keyboard.write(line.encode() + b"\n")
+            waiting = Waiting(listener, paste_from=ours, seconds=5 if code else 0.2)
+            assert waiting.result() == code or not code and isinstance(waiting.result(), errors.ExpiredToken)
+        keyboard.write(b"\x04")
+        for _ in range(2):
+            waiting = Waiting(listener, paste_from=ours)
+            waiting.ask(GOOD)
+            assert waiting.result() == "c-1"
+
+
+def test_a_request_with_many_cookies(waiting: Waiting):
+    """A browser sends those of every program on 127.0.0.1 along, whatever its port."""
+    cookies = "".join(f"Cookie: c{n}={'x' * 4000}\r\n" for n in range(15))
+    reply = waiting.ask(GOOD.replace("\r\n\r\n", f"\r\n{cookies}\r\n"))
+    assert reply.startswith("HTTP/1.1 200 ") and waiting.result() == "c-1" and waiting.said == []
+
+
+def test_a_request_with_too_many_cookies_is_told_so(waiting: Waiting):
+    cookies = "".join(f"Cookie: c{n}={'x' * 4000}\r\n" for n in range(100))
+    with waiting.connect() as connection:
+        connection.sendall(GOOD.replace("\r\n\r\n", f"\r\n{cookies}\r\n").encode())
+        received = b""
+        while more := connection.recv(65536):  # a reset raises
+            received += more
+    assert received.startswith(b"HTTP/1.1 431 ") and b"paste it into the terminal" in received
+    assert len(waiting.said) == 1 and "most probably cookies" in waiting.said[0]
+
+
 def test_the_page_may_answer_after_the_keyboard_has_closed(listener: loopback.Listener):
     theirs, ours = os.openpty()
     with open(theirs, "wb", 0) as keyboard, open(ours, "rb", 0):

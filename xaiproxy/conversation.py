@@ -22,7 +22,8 @@ class Conversation:
         self.as_json = as_json
         self._stdout = stdout or sys.stdout
         self._stderr = stderr or sys.stderr
-        self.on_terminal = not as_json and self._stderr.isatty()
+        # A dumb terminal (Emacs' shell) shows escape sequences as they are.
+        self.on_terminal = not as_json and self._stderr.isatty() and os.environ.get("TERM") != "dumb"
         self._line_open = False
         if isinstance(self._stdout, io.TextIOWrapper):
             self._stdout.reconfigure(errors="backslashreplace")  # a path may hold what this terminal cannot show
@@ -36,7 +37,8 @@ class Conversation:
     def passing(self, text: str) -> None:
         """What is being done now: on a terminal, a line that the next one takes the place of."""
         if self.on_terminal:
-            _write(self._stderr, f"\r\x1b[K{text}")
+            # A line that wraps would leave a row behind each time: only the last one is cleared.
+            _write(self._stderr, f"\r\x1b[K{text[:self._columns() - 1]}")
             self._line_open = True
 
     def event(self, name: str, text: str = "", **fields: Any) -> None:
@@ -47,22 +49,26 @@ class Conversation:
         if text:
             _write(self._stdout, text + "\n")
 
-    def show_qr_code(self, url: str) -> None:
-        """On a terminal that can show it."""
+    def show_qr_code(self, url: str) -> bool:
+        """Show it on a terminal that can; return whether it was shown."""
         if not self.on_terminal or "utf" not in (self._stderr.encoding or "").lower():
-            return
+            return False
         import segno  # 20 ms that nothing else needs
         text = io.StringIO()
-        code = segno.make(url, micro=False, error="l", boost_error=False)
+        try:
+            code = segno.make(url, micro=False, error="l", boost_error=False)
+        except segno.DataOverflowError:  # more than 2,953 bytes
+            return False
         code.terminal(text, compact=True, border=QUIET_ZONE)
         lines = text.getvalue().splitlines()
-        columns = os.get_terminal_size(self._stderr.fileno()).columns
-        if len(lines[0]) <= (columns or 80):  # 0: nobody told the terminal its size
-            self.say("\n".join(f"{COLOURS}{line}\x1b[0m" for line in lines))
+        if len(lines[0]) > self._columns():
+            return False
+        self.say("\n".join(f"{COLOURS}{line}\x1b[0m" for line in lines))
+        return True
 
     def countdown(self, what: str, seconds: float,
                   clock: Callable[[], float] = time.monotonic) -> Callable[[float], None]:
-        """A sleep that shows meanwhile how much is left of `seconds`."""
+        """A sleep that meanwhile shows how much is left of `seconds`, and `what` it is left for."""
         end = clock() + seconds
         said = clock()
 
@@ -71,10 +77,10 @@ class Conversation:
             until = clock() + pause
             while (rest := until - clock()) > 0:
                 left = max(0, round(end - clock()))
-                self.passing(f"{what}, {left // 60}:{left % 60:02} left")
+                self.passing(f"{left // 60}:{left % 60:02} left {what}")
                 if not self.on_terminal and clock() - said >= REMINDER:
                     said = clock()
-                    self.say(f"{what}, {left // 60} min left")
+                    self.say(f"{left // 60} min left {what}")
                 time.sleep(min(rest, 1))
         return sleep
 
@@ -82,6 +88,9 @@ class Conversation:
         if self._line_open:
             _write(self._stderr, "\r\x1b[K")
             self._line_open = False
+
+    def _columns(self) -> int:
+        return os.get_terminal_size(self._stderr.fileno()).columns or 80  # 0: nobody told the terminal its size
 
 
 def _write(stream: TextIO, text: str) -> None:

@@ -49,11 +49,25 @@ def sign_in(store: token_store.TokenStore, talk: Conversation, way: str) -> None
     talk.event("done", f"Signed in as {who(login)} at {login.issuer}; the login is in {store.path}.",
                account=login.account, issuer=login.issuer, expires_at=login.expires_at,
                token_path=str(store.path), refresher_alive=alive)
+    if missing := _not_granted(settings.scope, login.scope):
+        message = f"the login was granted without the scope {missing}; what needs that will be refused"
+        talk.event("trouble", message=message)
+        talk.say(f"Note: {message}.")
     if alive or login.refresh_token is None:
         talk.say(outlook(login, alive, now))
     else:  # as after every first sign-in: what comes next, and no fault
         talk.say(f"Next: serve it and keep it alive with {errors.SERVE}. Without that it lapses at "
                  f"{local_time(login.expires_at)}.")
+    if former and former.refresh_token and not (former.refresh_error and former.refresh_error.terminal):
+        # If the issuer keeps one grant for each user and client, revoking the former one ends the new one, too.
+        talk.say("The login that was replaced stays valid at the issuer. To have one revoked, run "
+                 f"{errors.typed('xai-login --logout')} before you sign in again.")
+
+
+def _not_granted(asked: str, granted: "str | None") -> str:
+    """The names in `asked` that are not in `granted` (RFC 6749 section 5.1), with a space between two."""
+    given = (asked if granted is None else granted).split()
+    return " ".join(name for name in asked.split() if name not in given)
 
 
 def login_in(store: token_store.TokenStore) -> "tokens.Tokens | None":
@@ -99,11 +113,12 @@ def _by_device(session: Session, metadata: discovery.Metadata, settings: config.
     url = device.verification_uri_complete
     talk.event("user_code", verification_uri=device.verification_uri, verification_uri_complete=url,
                user_code=device.user_code, expires_in=device.expires_in, interval=device.interval)
+    pictured = url is not None and talk.show_qr_code(url)  # first, since on a small screen it would push off the rest
     talk.say(f"To sign in, open this page on any device:\n\n    {device.verification_uri}\n\n"
              f"and enter the code\n\n    {device.user_code}\n")
     if url:
-        talk.say(f"This address has the code in it:\n\n    {url}\n")
-        talk.show_qr_code(url)
+        talk.say(f"This address{', which is also in the picture above,' if pictured else ''} has the code in it:\n\n"
+                 f"    {url}\n")
     minutes = max(1, round(device.expires_in / 60))
     talk.say(f"Approve only on a page that shows this code. It is good for {minutes} min.")
     said = set()
@@ -115,7 +130,7 @@ def _by_device(session: Session, metadata: discovery.Metadata, settings: config.
             talk.say(f"Still waiting, although {error}.")
 
     return device_authorization.poll(session, metadata, settings, device, trouble=trouble,
-                                     sleep=talk.countdown(f"Waiting for the approval of {device.user_code}", device.expires_in))
+                                     sleep=talk.countdown(f"to approve {device.user_code}", device.expires_in))
 
 
 def _by_browser(session: Session, metadata: discovery.Metadata, settings: config.Config,
@@ -133,8 +148,16 @@ def _by_browser(session: Session, metadata: discovery.Metadata, settings: config
         if not talk.as_json and sys.stdin and sys.stdin.isatty():
             paste_from = sys.stdin.fileno()
             talk.say("If the page shows a code, or its address cannot be opened in the end, paste that here:")
-        code = listener.wait(attempt.state, seconds=APPROVAL_TIME, paste_from=paste_from, say=talk.say)
-    return authorization_code.exchange(session, metadata, settings, attempt, code)
+        end = time.monotonic() + APPROVAL_TIME
+        while True:
+            code = listener.wait(attempt.state, seconds=end - time.monotonic(), paste_from=paste_from, say=talk.say)
+            try:
+                return authorization_code.exchange(session, metadata, settings, attempt, code)
+            except errors.GrantRefused as error:  # what was pasted was no code, or an old one
+                said = f"{error.error}: {error.description}" if error.description else error.error
+                message = f"that code was refused ({said})"
+                talk.event("trouble", message=message)
+                talk.say(f"Still waiting, although {message}: paste the code once more, or open the address above again.")
 
 
 def _save(store: token_store.TokenStore, login: tokens.Tokens, talk: Conversation) -> None:

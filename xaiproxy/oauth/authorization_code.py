@@ -4,7 +4,9 @@
         attempt = Attempt.begin(listener.redirect_uri)
         show authorization_url(metadata, settings, attempt)
         code = listener.wait(attempt.state, ...)       blocks
-    login = exchange(session, metadata, settings, attempt, code)
+        login = exchange(session, metadata, settings, attempt, code)
+
+After GrantRefused wait again: the page can give another code.
 """
 
 import base64
@@ -24,10 +26,17 @@ from xaiproxy.oauth.session import Session
 
 TRIES = 3  # for the exchange: the person's approval hangs on it
 PAUSE = 2.0  # seconds between two of them
+SHORTEST_CODE = 8  # characters that a pasted code has at least; what is typed by mistake is mostly shorter
+# A URL, or a query of one; a code may end in =, as base64 does.
+ADDRESS = re.compile(r"://|^\?|(^|\?)[a-z_]+=[^=&]")
 
 
 class NotTheAnswer(ValueError):
     """What came is not the issuer's answer to this attempt: says why; the right one may still come."""
+
+
+class Incomplete(NotTheAnswer):
+    """The beginning of the answer: what comes next may complete it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +72,15 @@ def authorization_url(metadata: discovery.Metadata, settings: config.Config, att
     return metadata.authorization_endpoint + ("&" if "?" in metadata.authorization_endpoint else "?") + query
 
 
-def code_from_query(query: str, state: str, *, state_required: bool = True) -> str:
+def code_from_query(query: str, state: str) -> str:
     """The code in an authorization response (RFC 6749 section 4.1.2).
 
     Raises NotTheAnswer, and AccessDenied or another OAuthError when it is an error response (4.1.2.1).
     """
+    return _code_in(_fields_of(query), state)
+
+
+def _fields_of(query: str) -> "dict[str, str]":
     try:
         pairs = urllib.parse.parse_qsl(query, max_num_fields=20)
     except ValueError:
@@ -75,9 +88,12 @@ def code_from_query(query: str, state: str, *, state_required: bool = True) -> s
     fields = dict(pairs)
     if len(fields) < len(pairs):
         raise NotTheAnswer("it repeats a parameter")
-    if "state" in fields or state_required:
-        if not hmac.compare_digest(fields.get("state", "").encode(), state.encode()):
-            raise NotTheAnswer("it belongs to another attempt to sign in (its state is not ours)")
+    return fields
+
+
+def _code_in(fields: "Mapping[str, str]", state: str) -> str:
+    if not hmac.compare_digest(fields.get("state", "").encode(), state.encode()):
+        raise NotTheAnswer("it belongs to another attempt to sign in (its state is not ours)")
     if "error" in fields:
         raise _error_response(fields)
     if not re.fullmatch(r"[!-~]{1,4096}", fields.get("code", "")):
@@ -88,17 +104,23 @@ def code_from_query(query: str, state: str, *, state_required: bool = True) -> s
 def code_from_paste(text: str, state: str) -> "str | None":
     """The code in what a person pasted: the redirect's URL, its query, or the bare code; None if nothing.
 
-    Raises as `code_from_query`. Without a state in it PKCE alone ties the code to the attempt.
+    Raises as `code_from_query`, and Incomplete if a URL or query ends before its state does. PKCE alone ties a bare
+    code to the attempt.
     """
     text = text.strip().strip("\"'")
     if not text:
         return None
-    if "://" in text:
-        return code_from_query(urllib.parse.urlsplit(text).query, state, state_required=False)
-    if re.match(r"\?|[a-z_]+=[^=&]", text):  # a code may end in =, as base64 does
-        return code_from_query(text.lstrip("?"), state, state_required=False)
-    if not re.fullmatch(r"[!-~]{1,4096}", text):
+    if ADDRESS.search(text):
+        fields = _fields_of(text.partition("?")[2].partition("#")[0] if "?" in text or "://" in text else text)
+        if "error" in fields and "state" not in fields:  # xAI leaves it out at times, and a person pasted this
+            raise _error_response(fields)
+        if "error" not in fields and (given := fields.get("state", "")) != state and state.startswith(given):
+            raise Incomplete("it ends before its state")
+        return _code_in(fields, state)
+    if not re.fullmatch(r"[!-%'-~]{1,4096}", text):
         raise NotTheAnswer("it is neither a URL nor a code")
+    if len(text) < SHORTEST_CODE:
+        raise NotTheAnswer("it is too short for a code")
     return text
 
 

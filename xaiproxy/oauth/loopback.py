@@ -14,6 +14,7 @@ import os
 import re
 import selectors
 import socket
+import termios
 import time
 import urllib.parse
 from collections.abc import Callable
@@ -24,11 +25,13 @@ from xaiproxy.oauth import authorization_code
 
 PATH = "/callback"
 XAI_ORIGINS = frozenset(("https://accounts.x.ai", "https://auth.x.ai"))
-HEAD_LIMIT = 16384  # bytes of a request
+HEAD_LIMIT = 65536  # bytes of a request; browsers send the cookies of all other programs on 127.0.0.1 along
+READ_SIZE = 16384  # bytes
 CONNECTION_LIMIT = 64  # at once; the oldest is closed for a new one
 PATIENCE = 10.0  # seconds that a connection has for its request
 REASONS = {200: "OK", 204: "No Content", 400: "Bad Request", 403: "Forbidden", 404: "Not Found",
-           405: "Method Not Allowed"}
+           405: "Method Not Allowed", 431: "Request Header Fields Too Large"}
+PASTE_MARK = re.compile("\x1b\\[20[01]~")  # bracketed paste: some terminals put these around what is pasted
 REQUEST = re.compile(rb"([A-Z]+) (\S+) HTTP/1\.[01]\r?\n((?:.*\n)*?)\r?\n")
 ORIGIN = re.compile(rb"^origin:[ \t]*(\S+)[ \t]*\r?$", re.IGNORECASE | re.MULTILINE)
 
@@ -51,11 +54,17 @@ class Listener:
         self._connections: "dict[socket.socket, _Connection]" = {}  # oldest first
         self._patience = patience
         self._typed = b""
+        self._incomplete = ""  # the beginning of a pasted URL
+        self._paste_from: "int | None" = None
 
     def __enter__(self) -> "Listener":
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if self._paste_from is not None:  # the rest of a paste is not for the shell
+            with contextlib.suppress(OSError, termios.error):
+                if os.tcgetpgrp(self._paste_from) == os.getpgrp():  # or SIGTTOU would stop this process
+                    termios.tcflush(self._paste_from, termios.TCIFLUSH)
         for connection in list(self._connections):
             self._drop(connection)
         self._selector.close()
@@ -66,11 +75,12 @@ class Listener:
         """The code, from the page or from a line on the file descriptor `paste_from`.
 
         Raises AccessDenied or another OAuthError when that is the answer, ExpiredToken after `seconds`. `say`
-        gets a sentence about everything that looked like the answer and was not.
+        gets a sentence about everything that looked like the answer and was not. May be called again.
         """
         end = time.monotonic() + seconds
-        if paste_from is not None:
+        if paste_from is not None and self._paste_from is None:
             self._selector.register(paste_from, selectors.EVENT_READ)
+            self._paste_from = paste_from
         while (now := time.monotonic()) < end:
             for key, _ in self._selector.select(min(end, self._close_overdue(now)) - now):
                 code = None
@@ -82,8 +92,7 @@ class Listener:
                     code = self._serve(key.fileobj, state, say)
                 if code:
                     return code
-        raise errors.ExpiredToken("expired_token", "", f"nobody approved the login within {seconds / 60:g} "
-                                  "minutes; start again")
+        raise errors.ExpiredToken("expired_token", "", "nobody approved the login in time; start again")
 
     def _close_overdue(self, now: float) -> float:
         """Returns when the next connection is due, on the monotonic clock."""
@@ -94,16 +103,29 @@ class Listener:
         return math.inf
 
     def _pasted(self, paste_from: int, state: str, say: Callable[[str], Any]) -> "str | None":
-        received = os.read(paste_from, 4096)
+        try:
+            received = os.read(paste_from, 4096)
+        except OSError:  # EIO: the terminal is gone
+            received = b""
         if not received:  # Ctrl-D: nothing more will come
             self._selector.unregister(paste_from)
         *lines, self._typed = (self._typed + received).split(b"\n")
         for line in lines:
-            try:
-                if code := authorization_code.code_from_paste(line.decode("utf-8", "replace"), state):
-                    return code
-            except authorization_code.NotTheAnswer as error:
-                say(f"That does not help: {error}. Paste the whole address, or the code that the page shows.")
+            if code := self._code_in_line(PASTE_MARK.sub("", line.decode("utf-8", "replace")).strip(), state, say):
+                return code
+        return None
+
+    def _code_in_line(self, line: str, state: str, say: Callable[[str], Any]) -> "str | None":
+        """The code, if it is in this line or in a URL that begins on former lines and ends here."""
+        begun = self._incomplete if line and "://" not in line else ""
+        self._incomplete = ""
+        try:
+            return authorization_code.code_from_paste(begun + line, state)
+        except authorization_code.Incomplete as error:
+            self._incomplete = begun + line
+            say(f"That is not the whole address: {error}. Paste the rest of it; an empty line begins again.")
+        except authorization_code.NotTheAnswer as error:
+            say(f"That does not help: {error}. Paste the whole address, or the code that the page shows.")
         return None
 
     def _accept(self) -> None:
@@ -122,20 +144,27 @@ class Listener:
 
     def _serve(self, connection: socket.socket, state: str, say: Callable[[str], Any]) -> "str | None":
         """Read on, and answer a request that is whole. Returns the code if that was in it."""
-        head = self._connections[connection].head
+        about = self._connections[connection]
         try:
-            received = connection.recv(HEAD_LIMIT)
+            received = connection.recv(READ_SIZE)
         except OSError:
             received = b""
-        head += received
-        request = REQUEST.match(head)
-        if request:
+        if not received:
+            self._drop(connection)
+        elif about.refused:  # to be read, or closing the connection would reset it before the answer is read
+            pass
+        elif about.add(received):
             try:
-                return self._answer(connection, request, state, say)
+                if request := REQUEST.match(about.head):
+                    return self._answer(connection, request, state, say)
             finally:
                 self._drop(connection)
-        if not received or len(head) >= HEAD_LIMIT or b"\n\r\n" in head or b"\n\n" in head:
-            self._drop(connection)
+        elif len(about.head) >= HEAD_LIMIT:
+            about.refused = True
+            _send(connection, 431, f"The request has more than {HEAD_LIMIT} bytes, most probably cookies. Copy this page's "
+                  "address and paste it into the terminal.")
+            say(f"{self.redirect_uri} was called with more than {HEAD_LIMIT} bytes, most probably cookies, which were not "
+                "read. Paste the address of the page that your browser shows now, or the code on it.")
         return None
 
     def _answer(self, connection: socket.socket, request: "re.Match[bytes]", state: str,
@@ -171,6 +200,13 @@ class _Connection:
     socket: socket.socket
     end: float
     head: bytearray = dataclasses.field(default_factory=bytearray)
+    refused: bool = False
+
+    def add(self, received: bytes) -> bool:
+        """Returns whether the head is whole."""
+        begin = max(0, len(self.head) - 2)
+        self.head += received
+        return self.head.find(b"\n\r\n", begin) >= 0 or self.head.find(b"\n\n", begin) >= 0
 
 
 def _send(connection: socket.socket, status: int, text: str, origin: "str | None" = None) -> None:
