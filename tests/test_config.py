@@ -293,6 +293,19 @@ def test_a_proxys_password_is_in_no_repr():
     assert "secret" not in repr(settings({"ALL_PROXY": "http://me:secret@p:1"}))
 
 
+def test_a_socks_proxy_of_no_version_is_told_which_to_choose():
+    with pytest.raises(errors.ConfigurationError, match="all_proxy names a SOCKS proxy, but .* socks5h:// .* socks4a://"):
+        config.from_environ({"all_proxy": "socks://user:password@proxy.example:1080/"})
+
+
+@pytest.mark.parametrize("name", ["TOKEN_PATH", "CLIENT_KEYS_FILE"])
+def test_a_folder_is_no_file(tmp_path, name):
+    """Such as a volume; its siblings would be made beside it."""
+    for text in (str(tmp_path), f"{tmp_path}/not-yet/"):
+        with pytest.raises(errors.ConfigurationError, match=f"XAI_PROXY_{name} is '{text}', but takes the path of a file in that"):
+            config.from_environ({f"XAI_PROXY_{name}": text})
+
+
 def test_socks_needs_its_extra():
     code = "import sys; sys.modules['socks'] = None; from xaiproxy import config; config.from_environ({'ALL_PROXY': 'socks5h://p:1'})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")

@@ -267,7 +267,7 @@ def test_a_file_that_is_no_login(patient: Patient):
     patient.path.write_text("{half")
     patient.examine().says("login", "failure", "is not JSON: .*kept aside", 77)
     patient.path.unlink()
-    patient.path.mkdir()
+    os.mkfifo(patient.path)
     patient.examine().says("login", "failure", "is not a file; move it away", 75)
 
 

@@ -276,8 +276,8 @@ def test_another_users_login_is_left_alone(login: Login, sandbox: Sandbox):
     sandbox.write_login(login.path)
     os.chown(login.path, 12345, 12345)
     sandbox.reset()
-    fails(login.run("--device"), 75, "belongs to user 12345, and this is user 0; run xai-login as that user")
-    assert sandbox.requests() == [] and login.path.stat().st_uid == 12345
+    fails(login.run("--device"), 75, "belongs to user 12345, and this is user 0 .*. Run the same as user 12345")
+    assert sandbox.requests() == [] and login.path.stat().st_uid == 12345 and login.files() == ["tokens.json"]
 
 
 def test_a_link_is_replaced_once_the_login_is_approved(login: Login, sandbox: Sandbox):

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from xaiproxy import client_keys, command, config, errors, folder_file
+from xaiproxy import client_keys, command, config, errors, folder_file, storage
 
 EXAMPLES = """\
   xai-client-key add laptop        make a key and print it, this once
@@ -27,7 +27,10 @@ def main(argv: "list[str] | None" = None) -> int:
     arguments = parser.parse_args(argv)
 
     def body() -> "int | None":
-        path = config.from_environ(os.environ).client_keys_file
+        settings = config.from_environ(os.environ)
+        path = settings.client_keys_file
+        if arguments.action != "list":
+            storage.check_owner(settings.token_path)
         if arguments.action == "list":
             names = _read(path)
             for name in names:
@@ -75,6 +78,7 @@ def _read(path: Path) -> "dict[str, str]":
 def _change(path: Path, edit: "Callable[[dict[str, str]], dict[str, str]]") -> None:
     """Replace the file by an atomic rename, so that the proxy never reads half of it; one command at a time."""
     new = path.with_name(path.name + ".new")
+    outcome = "nothing was changed"
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _locked(path.with_name(path.name + ".lock")):
@@ -90,10 +94,11 @@ def _change(path: Path, edit: "Callable[[dict[str, str]], dict[str, str]]") -> N
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(new, path)
+            outcome = "it was changed, but a power cut may undo that"
             _sync_folder(path.parent)
     except OSError as error:
-        place = error.filename or path
-        raise errors.StorageError(f"{place} cannot be written: {error.strerror}; nothing was changed") from error
+        raise errors.StorageError(f"{error.filename or path} cannot be written: {error.strerror}; {outcome}. "
+                                  f"{storage.advice(path, error, 'XAI_PROXY_CLIENT_KEYS_FILE')}") from error
 
 
 @contextlib.contextmanager

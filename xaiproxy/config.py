@@ -110,6 +110,8 @@ def _path(text: str) -> Path:
         raise ValueError("the path of a file; there is no home folder for ~ here") from None
     if "\0" in text or text and not path.name:  # of / no sibling can be named
         raise ValueError("the path of a file")
+    if text and (text.endswith("/") or os.path.isdir(path)):  # such as a volume's
+        raise ValueError("the path of a file in that folder, not the folder's own")
     return path
 
 
@@ -402,6 +404,8 @@ def _wrong_with_proxy(proxy: str) -> str:
         usable = bool(url.hostname) and (url.port or True)
     except ValueError:
         usable = False
+    if usable and url.scheme == "socks":  # as GNOME and KDE set it
+        return "names a SOCKS proxy, but not its version: begin with socks5h:// for version 5, or socks4a:// for 4"
     if not usable or url.scheme not in ("http", "https", "socks5", "socks5h", "socks4", "socks4a"):
         return "takes the URL of a proxy, such as http://proxy.example:3128"
     if url.scheme.startswith("socks") and importlib.util.find_spec("socks") is None:

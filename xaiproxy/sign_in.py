@@ -92,7 +92,7 @@ def login_in(store: token_store.TokenStore) -> "tokens.Tokens | None":
     if login.refresh_token is not None and file.st_uid != os.geteuid():
         # What we put in its place would be ours, and closed to the refresher of that user.
         raise errors.StorageError(f"{store.path} belongs to user {file.st_uid}, and this is user "
-                                  f"{os.geteuid()}; run xai-login as that user")
+                                  f"{os.geteuid()}; run the same as that user")
     return login
 
 

@@ -161,7 +161,8 @@ def parse(text: bytes, path: Path) -> tokens.Tokens:
 def risk_of(folder: os.stat_result) -> str:
     """Who else could replace what is in a folder, and what to do; "" when nobody could."""
     if folder.st_uid not in (0, os.geteuid()):
-        return f"belongs to user {folder.st_uid}, who could replace the login; chown it to user {os.geteuid()}"
+        return (f"belongs to user {folder.st_uid}, who could replace the login; run as that user, or chown it to user "
+                f"{os.geteuid()}")
     if folder.st_mode & 0o022 and not folder.st_mode & stat.S_ISVTX:
         return "may be written by other users, who could then replace the login; chmod go-w it"
     return ""

@@ -25,24 +25,18 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from xaiproxy import errors, folder_file, token_store, tokens
+from xaiproxy import errors, folder_file, storage, token_store, tokens
 
 logger = logging.getLogger(__name__)
 
 RESERVE = 65536  # bytes, really written; a login has about 2,000
 POLL = 0.1  # seconds between two looks at a lock that somebody else holds
-FULL = "Make room on the disk that {folder} is on"
-ADVICE = {
-    errno.ENOSPC: FULL,
-    errno.EDQUOT: FULL,
-    errno.EROFS: "Mount {folder} writable",
-    errno.EBUSY: "Mount {folder} itself, not the file in it: a file that is a mount cannot be replaced",
-}
 
 
 def prepare_folder(store: token_store.TokenStore) -> None:
     """Make the token folder when it does not exist; warn when others may write into it. Raises StorageError."""
     folder = store.path.parent
+    storage.check_owner(store.path)
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         risk = token_store.risk_of(folder.stat())
@@ -420,6 +414,7 @@ def _flock(fd: int) -> bool:
 
 
 def _open_lock(store: token_store.TokenStore) -> int:
+    storage.check_owner(store.path)
     try:
         fd = folder_file.opened(store.lock_path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         os.utime(fd, (0, 0))  # that we made it is no sign of the refresher's life
@@ -429,8 +424,6 @@ def _open_lock(store: token_store.TokenStore) -> int:
 
 
 def _storage_error(path: "os.PathLike[str]", error: OSError) -> errors.StorageError:
-    folder = os.path.dirname(path)
-    advice = ADVICE.get(error.errno, "Let user {user} write in {folder}").format(folder=folder, user=os.geteuid())
     if isinstance(error, folder_file.NotAFile):
-        path, advice = error.filename, "Move it away"
-    return errors.StorageError(f"{path} cannot be written: {error.strerror}. {advice}")
+        path = error.filename
+    return errors.StorageError(f"{path} cannot be written: {error.strerror}. {storage.advice(path, error)}")

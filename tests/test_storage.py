@@ -1,0 +1,155 @@
+"""Who may write in the token folder, and what a person is told to do when it cannot be written."""
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Iterator
+
+import pytest
+from sandbox import Sandbox
+
+from xaiproxy import errors, storage, token_store, token_writer
+
+OWNER = 10001
+# The capability: that user may have no access to the folder of this Python and checkout.
+AS_OWNER = ["setpriv", f"--reuid={OWNER}", f"--regid={OWNER}", "--clear-groups", "--inh-caps=+dac_read_search",
+            "--ambient-caps=+dac_read_search"]
+
+
+# root, and the folder of another user
+
+class Service:
+    """The folder of a service that runs as user 10001, and the commands as root or as that user."""
+
+    def __init__(self, folder: Path, sandbox: Sandbox):
+        self.folder = folder / "data"
+        self.folder.mkdir()
+        os.chown(self.folder, OWNER, OWNER)
+        self.path = self.folder / "tokens.json"
+        self.environ = {"PATH": os.environ["PATH"], "HOME": str(folder), "XAI_PROXY_ISSUER": sandbox.url,
+                        "XAI_PROXY_UPSTREAM": sandbox.url, "XAI_PROXY_TOKEN_PATH": str(self.path), "XAI_PROXY_PORT": "0"}
+
+    def start(self, module: str, *arguments: str, user: int = 0, **environ: str) -> "subprocess.Popen[str]":
+        command = [sys.executable, "-W", "error", "-m", f"xaiproxy.{module}", *arguments]
+        return subprocess.Popen([*AS_OWNER, *command] if user else command, cwd="/", env=self.environ | environ, text=True,
+                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def run(self, module: str, *arguments: str, user: int = 0, **environ: str) -> "tuple[int, str]":
+        with self.start(module, *arguments, user=user, **environ) as process:
+            _, stderr = process.communicate(timeout=30)
+        return process.returncode, stderr
+
+    def owners(self) -> "dict[str, int]":
+        return {str(path.relative_to(self.folder)): path.stat().st_uid for path in self.folder.rglob("*")}
+
+
+@pytest.fixture
+def service(sandbox: Sandbox) -> Iterator[Service]:
+    if os.geteuid() != 0 or subprocess.run([*AS_OWNER, "true"], capture_output=True).returncode:
+        pytest.skip("only root can become another user, and not in every container")
+    with tempfile.TemporaryDirectory() as folder:  # tmp_path is closed to other users
+        os.chmod(folder, 0o755)
+        service = Service(Path(folder), sandbox)
+        sandbox.reset()
+        yield service
+
+
+COMMANDS = [("login", "--device"), ("client_key_command", "add", "laptop")]
+
+
+def test_root_makes_nothing_in_another_users_folder(service: Service, sandbox: Sandbox):
+    told = f"{service.folder} belongs to user {OWNER}, and this is user 0 (root), whose files would be closed to that user; " \
+        f"nothing was changed. Run the same as user {OWNER}, as with `docker exec -u {OWNER}` or `sudo -u '#{OWNER}'`\n"
+    for arguments in COMMANDS:
+        for environ in ({}, {"XAI_PROXY_TOKEN_PATH": f"{service.folder}/deeper/still/tokens.json"}):
+            code, stderr = service.run(*arguments, **environ)
+            assert told in stderr and code == 75, stderr
+    assert service.owners() == {} and sandbox.requests() == []
+
+
+def test_root_keeps_away_from_another_users_login(service: Service, sandbox: Sandbox):
+    sandbox.set(auto_approve=0)
+    assert service.run("login", "--device", user=OWNER)[0] == 0
+    assert service.run("client_key_command", "add", "laptop", user=OWNER)[0] == 0
+    before, content = service.owners(), service.path.read_bytes()
+    for arguments in [*COMMANDS, ("login", "--logout"), ("refresher", "--once")]:
+        code, stderr = service.run(*arguments)
+        assert f"{service.path} belongs to user {OWNER}, and this" in stderr and code in (75, 77)
+    assert service.owners() == before and service.path.read_bytes() == content
+
+
+def test_a_refresher_and_a_proxy_of_root_leave_the_folder_to_its_owner(service: Service, sandbox: Sandbox):
+    with service.start("refresher") as refresher, service.start("__main__") as proxy:
+        while "belongs to user" not in refresher.stderr.readline():
+            assert refresher.poll() is None
+        while "listening" not in (line := proxy.stderr.readline()):
+            assert proxy.poll() is None, line
+        sandbox.set(auto_approve=0)
+        assert service.run("login", "--device", user=OWNER)[0] == 0
+        for process in (refresher, proxy):
+            process.terminate()
+            process.communicate(timeout=10)
+    assert service.owners() == {"tokens.json": OWNER, "tokens.json.lock": OWNER}
+
+
+def test_where_root_serves_root_may_sign_in(service: Service, sandbox: Sandbox):
+    """As in a container that runs as root with a mounted folder of another user."""
+    sandbox.set(auto_approve=0)
+    sandbox.write_login(service.path)
+    assert service.run("login", "--device")[0] == service.run("client_key_command", "add", "laptop")[0] == 0
+
+
+def test_a_lock_that_is_closed_to_us_is_named_with_its_owner(service: Service):
+    for name in ("tokens.json.lock", "client-keys.lock"):
+        (service.folder / name).touch(0o600)
+    for arguments, name in ((("login", "--device"), "tokens.json.lock"),
+                            (("client_key_command", "add", "laptop"), "client-keys.lock")):
+        code, stderr = service.run(*arguments, user=OWNER)
+        lock = service.folder / name
+        assert code == 75 and f"{lock} cannot be written: Permission denied; nothing was changed. {lock} belongs to user 0, " \
+            f"and this is user {OWNER}: run as user 0, or chown it to user {OWNER}\n" in stderr
+
+
+def test_a_home_folder_that_is_the_root_folder(service: Service):
+    """As many images have it for a user whom they do not know."""
+    for arguments, setting in ((("login", "--device"), "XAI_PROXY_TOKEN_PATH"),
+                               (("client_key_command", "add", "laptop"), "XAI_PROXY_CLIENT_KEYS_FILE")):
+        code, stderr = service.run(*arguments, user=OWNER, HOME="/", XAI_PROXY_TOKEN_PATH="")
+        assert code == 75 and "/.xai-proxy cannot be written: Permission denied" in stderr
+        assert f"User {OWNER} cannot write in /: set {setting} to a file in a folder where that user can\n" in stderr
+
+
+# what to do
+
+@pytest.mark.parametrize("number, told", [
+    (errno.ENOSPC, "Make room on the disk that {folder} is on"), (errno.EDQUOT, "Make room on the disk"),
+    (errno.EROFS, "Mount {folder} writable, or set A_SETTING to a file elsewhere"), (errno.EBUSY, "Mount {folder} itself"),
+    (errno.ENOLCK, "The file system of {folder} has no locks"), (errno.EOPNOTSUPP, "The file system of {folder} has no locks"),
+    (errno.ENAMETOOLONG, "set A_SETTING"), (errno.EMFILE, "limit of open files"), (errno.ENFILE, "limit of open files"),
+    (errno.ESTALE, "Mount the file system of {folder} anew"), (errno.EIO, "Check {folder} and the disk that it is on")])
+def test_the_advice_fits_the_error(tmp_path: Path, number: int, told: str):
+    advice = storage.advice(tmp_path / "tokens.json", OSError(number, os.strerror(number)), "A_SETTING")
+    assert told.format(folder=tmp_path) in advice and "Let user" not in advice
+
+
+@pytest.mark.parametrize("prepare, told", [
+    (lambda folder: folder.touch(), "Something else is there: move {folder} away"),
+    (lambda folder: folder.symlink_to("nowhere"), "Something else is there: move {folder} away"),
+    (lambda folder: (folder / "tokens.json.lock").mkdir(parents=True), "move {folder}/tokens.json.lock away"),
+    (lambda folder: (folder / "tokens.json.new").mkdir(parents=True), "move {folder}/tokens.json.new away"),
+    (lambda folder: folder.mkdir() or (folder / "tokens.json.lock").symlink_to("x"), "{folder}/tokens.json.lock"),
+    (lambda folder: folder.mkdir() or (folder / "tokens.json.new").symlink_to("x"), "{folder}/tokens.json.new")])
+def test_what_is_in_the_way_is_named(tmp_path: Path, prepare, told: str):
+    from xaiproxy import config
+    folder = tmp_path / "login"
+    prepare(folder)
+    store = token_store.TokenStore(config.from_environ({"XAI_PROXY_TOKEN_PATH": f"{folder}/tokens.json"}))
+    with pytest.raises(errors.StorageError) as caught:
+        token_writer.prepare_folder(store)
+        with token_writer.locked(store, 0):
+            pass
+    assert told.format(folder=folder) in str(caught.value) and "Let user" not in str(caught.value)

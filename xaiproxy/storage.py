@@ -1,0 +1,72 @@
+"""The folder of the login and the client keys: who may write there, and what to do about an error of the system."""
+
+import errno
+import os
+from pathlib import Path
+
+from xaiproxy import errors
+
+FULL = "Make room on the disk that {folder} is on"
+NO_LOCKS = "The file system of {folder} has no locks: mount it with locks (NFS version 4 has them), or {elsewhere}"
+OPEN_FILES = "Raise the limit of open files"
+ADVICE = {
+    errno.ENOSPC: FULL,
+    errno.EDQUOT: FULL,
+    errno.EROFS: "Mount {folder} writable, or {elsewhere}",
+    errno.EBUSY: "Mount {folder} itself, not the file in it: a file that is a mount cannot be replaced",
+    errno.ENOLCK: NO_LOCKS,
+    errno.EOPNOTSUPP: NO_LOCKS,
+    errno.ENOSYS: NO_LOCKS,
+    errno.EEXIST: "Something else is there: move {place} away",
+    errno.EISDIR: "It is a folder: move {place} away",
+    errno.EINVAL: "Something else is there: move {place} away",
+    errno.ELOOP: "It is a symbolic link: remove {place}",
+    errno.ENOTDIR: "A part of the path is not a folder: move that away, or {elsewhere}",
+    errno.ENOENT: "Make the folder {folder}",
+    errno.ENAMETOOLONG: "Its path is too long: {elsewhere}",
+    errno.EMFILE: OPEN_FILES,
+    errno.ENFILE: OPEN_FILES,
+    errno.ESTALE: "Mount the file system of {folder} anew",
+}
+
+
+def check_owner(login: Path) -> None:
+    """Refuse to let root make files for another user's service, which could not open them. Raises StorageError.
+
+    `login`: the token file. Its owner is who serves; as long as there is none, the owner of its folder, or of the
+    folder in which that has yet to be made.
+    """
+    if os.geteuid() != 0:
+        return
+    place = next((place for place in (login, *login.parents) if os.path.lexists(place)), login)
+    owner = os.lstat(place).st_uid
+    if owner != 0:
+        raise errors.StorageError(
+            f"{place} belongs to user {owner}, and this is user 0 (root), whose files would be closed to that user; nothing "
+            f"was changed. Run the same as user {owner}, as with `docker exec -u {owner}` or `sudo -u '#{owner}'`")
+
+
+def advice(path: "os.PathLike[str]", error: OSError, setting: str = "XAI_PROXY_TOKEN_PATH") -> str:
+    """What to do about an error that came when `path` was written: a sentence without its full stop.
+
+    `setting`: the one that names the file.
+    """
+    named = [name for name in (error.filename2, error.filename) if isinstance(name, (str, os.PathLike))]
+    place, folder, user = Path(named[0] if named else path), Path(path).parent, os.geteuid()
+    elsewhere = f"set {setting} to a file elsewhere"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return _permit(place, user, setting)
+    return ADVICE.get(error.errno, "Check {folder} and the disk that it is on").format(
+        place=place, folder=folder, elsewhere=elsewhere)
+
+
+def _permit(place: Path, user: int, setting: str) -> str:
+    try:
+        owner = os.lstat(place).st_uid
+    except OSError:  # it is to be made, and its folder does not permit that
+        if place.parent == Path("/"):  # as with HOME=/
+            return f"User {user} cannot write in /: set {setting} to a file in a folder where that user can"
+        return f"Let user {user} write in {place.parent}"
+    if owner != user:
+        return f"{place} belongs to user {owner}, and this is user {user}: run as user {owner}, or chown it to user {user}"
+    return f"Let user {user} write {place}, and in {place.parent}"
