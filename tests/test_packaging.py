@@ -96,8 +96,8 @@ def numbers(version):
 PYTHON = """#!/bin/sh
 here=$(dirname "$0")
 case "$*" in
-    -V) echo "Python 3.99" ;;
-    "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+    -V) echo "Python 3.99.1" ;;
+    "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && echo "version = 3.99.1" >"$3/pyvenv.cfg" ;;
     "-m pip install "*)
         echo "$*" >>"$CALLS"
         eval "$PIP"
@@ -157,6 +157,25 @@ def test_a_changed_setup_cfg_is_installed_again(checkout):
         setup.write("# another requirement\n")
     assert checkout.run()[0] == 0
     assert checkout.installations() == 2
+
+
+@pytest.mark.parametrize("now, installations", [("3.100.0", 2), ("4.9.1", 2), ("3.99.2", 1), ("", 2)])
+def test_a_python_that_was_upgraded_in_place_gets_a_new_venv(checkout, now, installations):
+    """.venv/bin/python is a link to it; where the old one is gone for good, the link leads nowhere."""
+    checkout.run()
+    upgraded = PYTHON.replace("3.99.1", now or "3.99.1")
+    checkout.python.write_text(upgraded)
+    python = checkout.folder / ".venv" / "bin" / "python"
+    python.unlink()
+    python.symlink_to(checkout.python if now else "/nowhere/python")
+    old = checkout.folder / ".venv" / "lib"
+    old.mkdir()
+    on_path = {"PYTHON": "", "PATH": f"{checkout.folder}/on-path:{os.defpath}"}
+    (checkout.folder / "on-path").mkdir()
+    (checkout.folder / "on-path" / "python3").symlink_to(checkout.python)
+    assert checkout.run(**on_path)[:2] == (0, checkout.ran)
+    assert (checkout.installations(), old.exists()) == (installations, installations == 1)
+    assert checkout.run(**on_path) == (0, checkout.ran, "") and checkout.installations() == installations
 
 
 def test_a_copied_checkout_does_not_run_the_code_of_the_original(checkout, tmp_path):

@@ -72,7 +72,7 @@ def test_root_makes_nothing_in_another_users_folder(service: Service, sandbox: S
 
 
 def test_root_keeps_away_from_another_users_login(service: Service, sandbox: Sandbox):
-    sandbox.set(auto_approve=0)
+    sandbox.set(auto_approve=0, device_interval=0)
     assert service.run("login", "--device", user=OWNER)[0] == 0
     assert service.run("client_key_command", "add", "laptop", user=OWNER)[0] == 0
     before, content = service.owners(), service.path.read_bytes()
@@ -88,7 +88,7 @@ def test_a_refresher_and_a_proxy_of_root_leave_the_folder_to_its_owner(service: 
             assert refresher.poll() is None
         while "listening" not in (line := proxy.stderr.readline()):
             assert proxy.poll() is None, line
-        sandbox.set(auto_approve=0)
+        sandbox.set(auto_approve=0, device_interval=0)
         assert service.run("login", "--device", user=OWNER)[0] == 0
         for process in (refresher, proxy):
             process.terminate()
@@ -98,7 +98,7 @@ def test_a_refresher_and_a_proxy_of_root_leave_the_folder_to_its_owner(service: 
 
 def test_where_root_serves_root_may_sign_in(service: Service, sandbox: Sandbox):
     """As in a container that runs as root with a mounted folder of another user."""
-    sandbox.set(auto_approve=0)
+    sandbox.set(auto_approve=0, device_interval=0)
     sandbox.write_login(service.path)
     assert service.run("login", "--device")[0] == service.run("client_key_command", "add", "laptop")[0] == 0
 
