@@ -429,8 +429,10 @@ def test_handshake_that_fails_with_a_session_is_repeated_without(tmp_path: Path,
 
 
 @pytest.mark.parametrize("settings, sentence", [
-    ({}, b"its certificate is not trusted (unable to get local issuer certificate); set SSL_CERT_FILE"),
-    ({"host": "127.0.0.2"}, b"its certificate is not trusted (IP address mismatch")])
+    ({}, b"its certificate is not trusted (unable to get local issuer certificate); if a proxy of your network "
+         b"answers in its place, set SSL_CERT_FILE"),
+    ({"host": "127.0.0.2"}, b"its certificate is not trusted (IP address mismatch, certificate is not valid for '127.0.0.2'); "
+                              b"another server, or a proxy of your network, answers in its place")])
 def test_untrusted_certificate(tmp_path: Path, certificate: tuple, settings: dict, sentence: bytes) -> None:
     authority, context = certificate
     environ = {"SSL_CERT_FILE": str(authority)} if settings else None

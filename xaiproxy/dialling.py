@@ -5,7 +5,7 @@ import socket
 import ssl
 import urllib.parse
 
-from xaiproxy import addresses, config, response_head, socks_proxy
+from xaiproxy import addresses, config, response_head, socks_proxy, trust
 from xaiproxy.connection import Connection, TLSConnection
 from xaiproxy.message_head import Malformed
 from xaiproxy.resolver import Resolver
@@ -31,8 +31,7 @@ class Dialler:
         self._upstream = urllib.parse.urlsplit(settings.upstream)
         proxy = settings.egress.proxy_for(settings.upstream)
         self._proxy = urllib.parse.urlsplit(proxy) if proxy else None
-        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # one for all: it holds the parsed CA certificates
-        self._context.load_verify_locations(settings.egress.ca_file)
+        self._context = trust.context(settings.egress)  # one for all: it holds the parsed CA certificates
         self._session: "ssl.SSLSession | None" = None
         self._patience = settings.connect_timeout / 2  # seconds for what may hang; a second try has the other half
         self._target = Resolver(*_address(self._proxy or self._upstream), self._patience)

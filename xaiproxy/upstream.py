@@ -16,7 +16,7 @@ from typing import Any
 
 import gevent
 
-from xaiproxy import __version__, config, errors, response_head, tokens
+from xaiproxy import __version__, config, errors, response_head, tokens, trust
 from xaiproxy.connection import Connection, DeadPath
 from xaiproxy.dialling import BROKEN, Dialler, TooLate
 from xaiproxy.framing import LAST, content_of
@@ -107,6 +107,10 @@ class Upstream:
         except TooLate as error:
             raise errors.UpstreamUnreachable(f"no connection to {self.origin} within {limit:g} s; check the network, or "
                                              "raise XAI_PROXY_CONNECT_TIMEOUT", may_retry=True) from error
+        except ssl.SSLCertVerificationError as error:
+            raise errors.UpstreamUnreachable(
+                f"no connection to {self.origin}: its certificate is not trusted "
+                f"{trust.refusal(error, self._settings.egress)}", may_retry=True) from error
         except BROKEN as error:
             raise errors.UpstreamUnreachable(f"no connection to {self.origin}: {_reason(error)}", may_retry=True) from error
 
@@ -450,8 +454,6 @@ def _decoded(data: bytes, codings: "list[str]") -> bytes:
 
 def _reason(error: Exception) -> str:
     """What went wrong, in words."""
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"its certificate is not trusted ({error.verify_message}); set SSL_CERT_FILE if a CA of your own signed it"
     if isinstance(error, ssl.SSLError):
         return f"TLS failed ({(error.reason or 'closed').lower().replace('_', ' ')})"
     if isinstance(error, EOFError):

@@ -24,7 +24,7 @@ from typing import Any
 import requests
 import urllib3
 
-from xaiproxy import __version__, config, errors
+from xaiproxy import __version__, config, errors, trust
 from xaiproxy.oauth.transport import Adapter
 
 BODY_LIMIT = 1 << 20  # bytes
@@ -123,7 +123,7 @@ class Session:
         if isinstance(result, Answer):
             return result
         if isinstance(result, (OSError, urllib3.exceptions.HTTPError)):  # all of requests' are OSErrors
-            message = _explain(result, url, self.egress.proxy_for(url), deadline, self.address_from)
+            message = _explain(result, url, self.egress, deadline, self.address_from)
             raise errors.IssuerUnavailable(message, sent=sent) from result
         raise result
 
@@ -131,10 +131,11 @@ class Session:
               end: float, given_up: threading.Event) -> Answer:
         proxy = self.egress.proxy_for(url)
         timeout = max(end - time.monotonic(), 0.001)  # seconds for each step, so that the thread ends, too
+        context = self._context() if url.startswith("https:") else None
         with requests.Session() as web:
             web.trust_env = False
             for scheme in ("https://", "http://"):
-                web.mount(scheme, Adapter())
+                web.mount(scheme, Adapter(context))
             web.headers = requests.structures.CaseInsensitiveDict(HEADERS | headers)
             with web.request(method, url, data=body, stream=True, timeout=timeout, allow_redirects=False,
                              verify=self.egress.ca_file,
@@ -148,6 +149,14 @@ class Session:
                         raise TimeoutError
                 retry_after = parse_retry_after(response.headers.get("Retry-After", ""), self._now())
                 return Answer(response.status_code, response.headers, content, retry_after)
+
+    def _context(self) -> ssl.SSLContext:
+        """A new one each time: the file may have been replaced."""
+        try:
+            return trust.context(self.egress)
+        except OSError as error:
+            raise errors.IssuerUnavailable(f"the CA certificates of {self.egress.ca_file} cannot be read "
+                                           f"({error.strerror}); put that file right, or set SSL_CERT_FILE") from error
 
 
 class _Body(io.BytesIO):
@@ -192,19 +201,18 @@ def parse_date(text: str) -> "float | None":
     return date.timestamp()
 
 
-def _explain(error: Exception, url: str, proxy: "str | None", deadline: float, address_from: str) -> str:
+def _explain(error: Exception, url: str, egress: config.Egress, deadline: float, address_from: str) -> str:
     """One sentence. The exceptions' own texts are not used: they may hold the proxy's password."""
     host = urllib.parse.urlsplit(url).netloc
     causes = list(causes_of(error))
-    through = urllib.parse.urlsplit(proxy or "")
+    through = urllib.parse.urlsplit(egress.proxy_for(url) or "")
     through = f"{through.hostname}:{through.port}" if through.port else through.hostname
 
     def find(*kinds: type) -> "Any":
         return next((cause for cause in causes if isinstance(cause, kinds)), None)
 
     if certificate := find(ssl.SSLCertVerificationError):
-        return (f"the certificate of {host} cannot be verified ({certificate.verify_message}); if a proxy of "
-                "your network answers in its place, set SSL_CERT_FILE to a file with its CA certificate")
+        return f"the certificate of {host} cannot be verified {trust.refusal(certificate, egress)}"
     if find(requests.exceptions.ProxyError):
         status = re.search(r"Tunnel connection failed: ([0-9]{3})", " ".join(map(str, causes)))
         said = f" (HTTP {status[1]})" if status else ""
@@ -218,7 +226,7 @@ def _explain(error: Exception, url: str, proxy: "str | None", deadline: float, a
     if find(ConnectionResetError, BrokenPipeError, http.client.HTTPException):
         return f"{host} broke the connection off before its answer was whole; try again"
     if tls := find(ssl.SSLError):
-        return f"{host} gave no TLS connection ({tls.reason}); check the network, and SSL_CERT_FILE"
+        return f"{host} gave no TLS connection ({tls.reason}); check the network"
     if system := next((cause for cause in causes if isinstance(cause, OSError) and cause.strerror), None):
         return f"{host} cannot be reached ({system.strerror}); check the network, or {address_from}"
     if find(TimeoutError, urllib3.exceptions.TimeoutError):
