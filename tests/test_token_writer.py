@@ -501,6 +501,19 @@ strace = pytest.mark.skipif(
     reason="strace is not installed, or not permitted here")
 
 
+@strace
+def test_a_beat_sets_our_own_time(store, tmp_path):
+    """A file server that sets its own time, two minutes ahead, would have the refresher look dead for ever."""
+    code = "import os, sys; from xaiproxy import config, token_store, token_writer; token_writer.beat(" \
+        "token_store.TokenStore(config.from_environ(os.environ)))"
+    trace = tmp_path / "trace"
+    subprocess.run(["strace", "-e", "utimensat", "-o", trace, sys.executable, "-W", "error", "-c", code], check=True,
+                   timeout=20, env={"XAI_PROXY_TOKEN_PATH": str(store.path), "PYTHONPATH": os.getcwd()}, cwd="/")
+    beat = [line for line in trace.read_text().splitlines() if line.startswith("utimensat")][-1]
+    times = [int(seconds) for seconds in re.findall(r"tv_sec=(\d+)", beat)]
+    assert len(times) == 2 and all(abs(time.time() - seconds) < 60 for seconds in times)
+
+
 def run_child(store, *inject, leftover=""):
     paths = [store.path, store.new_path, store.lock_path, store.path.parent]
     save(store, OLD)

@@ -19,7 +19,7 @@ def opened(path: Path, flags: int, *, follow: bool = False) -> int:
 
     `follow`: whether `path` may be a symbolic link, as in a mounted Secret. Never for what is written or locked.
     """
-    # stat(2) first: opening a device can have effects. It also finds out without a free descriptor that there is no file.
+    # stat(2) first: opening a device can have effects, and without a free descriptor a missing file is still found out.
     try:
         _check(path, os.stat(path, follow_symlinks=follow))
     except FileNotFoundError:

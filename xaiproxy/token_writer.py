@@ -51,7 +51,8 @@ def beat(store: token_store.TokenStore) -> None:
     try:
         fd = _open_lock(store)
         try:
-            os.utime(fd)
+            now = time.time()
+            os.utime(fd, (now, now))  # our own time: a file server's clock may differ from that of the proxy's machine
         finally:
             os.close(fd)
     except OSError as error:
