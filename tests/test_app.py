@@ -122,8 +122,9 @@ def test_still_ready_without_a_refresh_token_while_the_token_is_valid(store):
 @pytest.mark.parametrize("terminal", [False, True])
 def test_still_ready_with_a_renewal_that_fails_while_the_token_is_valid(store, terminal):
     put(store, refresh_error=failure(terminal))
-    assert app.readiness_of(store, NOW) == (
-        True, f"the token is good until {local(7200)}, but its renewal fails (invalid_grant)")
+    what = "the login has ended (invalid_grant); run `bin/xai-login --device` to sign in" if terminal else \
+        "its renewal fails (invalid_grant)"
+    assert app.readiness_of(store, NOW) == (True, f"the token is good until {local(7200)}, but {what}")
 
 
 @pytest.mark.parametrize("expires_at", [0, 1, 99999999999])

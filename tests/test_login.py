@@ -542,8 +542,8 @@ def test_status_while_somebody_writes(login: Login, sandbox: Sandbox):
 
 
 @pytest.mark.parametrize("members, code, told", [
-    ({"expires_at": 1000}, 0, ["The access token expired at 1970-01-01 00:16 UTC",
-                               "the login lapsed at 1970-01-01 00:16 UTC"]),
+    ({"expires_at": 1000}, 75, ["The access token expired at 1970-01-01 00:16 and has not been renewed yet: no refresher runs",
+                                "the login lapsed at 1970-01-01 00:16 UTC"]),
     ({"expires_at": 1000, "refresh_token": None}, 77, ["It has no refresh token and cannot be renewed"]),
     ({"refresh_error": {"code": "503", "description": "auth.x.ai answered HTTP 503", "at": 2000,
                         "retry_at": 2060}}, 0,
@@ -575,8 +575,11 @@ def test_status_without_a_login(login: Login):
 def test_status_for_a_program(login: Login, sandbox: Sandbox, content: str, state: str):
     written = sandbox.write_login(login.path, account=ACCOUNT)
     result = login.run("--status", "--json")
-    assert json.loads(result.stdout) == {
+    event = json.loads(result.stdout)
+    assert re.fullmatch(r"no refresher; the login lapses at 20[0-9-]{8} [0-9:]{5}", event["reason"])
+    assert event == {
         "event": "status", "usable": True, "state": "fresh", "account": ACCOUNT, "issuer": sandbox.url,
+        "verdict": "no_refresher", "reason": event["reason"],
         "refresh_error": None,
         "expires_at": written["expires_at"], "token_path": str(login.path), "refresher_alive": False}
     login.path.write_text(content)

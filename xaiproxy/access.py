@@ -34,12 +34,20 @@ class Access:
         `key_needed`: whether a key is asked for when there are any (the API), or the rule for pages is enough.
         Raises HostNotAllowed, OriginNotAllowed, ClientKeyRequired.
         """
-        if self._keys_due() or self.keys.unread:
-            self.keys.refresh()
+        self._look()
         verdict = head.derived.get("access")
         if verdict is None or verdict[:2] != (self.keys.version, key_needed):
             verdict = head.derived["access"] = self.keys.version, key_needed, self._name(head, key_needed)
         return verdict[2]
+
+    def admits_nobody(self) -> bool:
+        """Whether a key is needed and there is none."""
+        self._look()
+        return self.keys.admits_nobody
+
+    def _look(self) -> None:
+        if self._keys_due() or self.keys.unread:
+            self.keys.refresh()
 
     def _name(self, head: Head, key_needed: bool) -> "str | None":
         name = self._key_name(head)

@@ -6,7 +6,7 @@ from typing import Any
 import flask
 import werkzeug.exceptions
 
-from xaiproxy import access, client_keys, config, errors, proxy, token_store
+from xaiproxy import access, client_keys, config, errors, judgement, proxy, token_store
 from xaiproxy.file_watch import FileWatch
 from xaiproxy.upstream import Upstream
 
@@ -33,7 +33,7 @@ def create_app(settings: config.Config, keys: client_keys.ClientKeys, upstream: 
 
     @app.get("/readyz", provide_automatic_options=False)
     def readiness() -> Any:
-        ready, reason = readiness_of(store, time.time())
+        ready, reason = readiness_of(store, time.time(), gate.admits_nobody())
         return {"status": "ready" if ready else "not ready", "reason": reason}, 200 if ready else 503
 
     @app.errorhandler(errors.Refusal)
@@ -69,28 +69,9 @@ def hint(path: str) -> str:
     return f"there is no {shown}; perhaps /v1{shown} is meant: the base URL ends with /v1"
 
 
-def readiness_of(store: token_store.TokenStore, now: float) -> "tuple[bool, str]":
-    """Whether a request could be served now, and the reason; never asks upstream.
-
-    The reason is for everybody to read: states and codes, but no path and nothing that others wrote.
-    """
-    try:
-        login = store.last_known()
-    except errors.LoginUnread:
-        return False, "the token file cannot be read at the moment; see the log"
-    except errors.LoginUnusable as error:
-        return False, f"no login that can be used ({error.state}); {errors.SIGN_IN}, or see the log"
-    error = login.refresh_error
-    expiry = time.strftime("%Y-%m-%d %H:%M", time.localtime(login.expires_at))
-    if login.expires_at <= now:
-        if error is not None and error.terminal:
-            return False, f"the login has ended ({error.code}); {errors.SIGN_IN}"
-        return False, f"the access token expired at {expiry} and " + (
-            f"cannot be renewed ({error.code})" if error else "has not been renewed yet")
-    if login.refresh_token is None:
-        return True, f"the token file holds no refresh token; the login lapses at {expiry}"
-    if not store.refresher_alive(now):
-        return True, f"no refresher; the login lapses at {expiry}"
-    if error is not None:
-        return True, f"the token is good until {expiry}, but its renewal fails ({error.code})"
-    return True, "signed in"
+def readiness_of(store: token_store.TokenStore, now: float, admits_nobody: bool = False) -> "tuple[bool, str]":
+    """Whether a request could be served now, and the reason, for everybody to read; never asks upstream."""
+    if admits_nobody:
+        return False, "there is no client key that can be used, so every request is refused; see the log"
+    verdict = judgement.of(store, now)
+    return verdict.ready, verdict.reason

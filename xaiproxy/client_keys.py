@@ -93,6 +93,10 @@ class ClientKeys:
         self.version = 0  # another with each change
         self.refresh()
 
+    @property
+    def admits_nobody(self) -> bool:
+        return self.required and not self._keys
+
     def refresh(self) -> None:
         """Look at the file; a stat when it has not changed."""
         keys: "dict[str, str]" = {}

@@ -15,8 +15,9 @@ import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-from xaiproxy import client_keys, config, errors, token_store, tokens
+from xaiproxy import client_keys, config, errors, judgement, token_store, tokens
 from xaiproxy.conversation import Conversation, duration, last_failure, local_time, outlook, printable, validity, who
+from xaiproxy.judgement import Verdict
 from xaiproxy.oauth import discovery
 from xaiproxy.oauth.session import Answer, Session, causes_of, parse_date
 
@@ -140,21 +141,24 @@ def login_of(store: token_store.TokenStore, login: tokens.Tokens, mode: int, now
 
 
 def lifetime(login: tokens.Tokens, store: token_store.TokenStore, now: float) -> Finding:
-    alive, valid = store.refresher_alive(now), login.expires_at > now
-    said = " ".join([f"that of {who(login)} in {store.path}. {validity(login, now)}", *last_failure(login)])
-    if login.refresh_error is not None and login.refresh_error.terminal:
-        return failure(errors.EXIT_SIGN_IN, said)
+    verdict = judgement.of(store, now, lambda: login)
+    # A token that the API refuses is not called valid.
+    standing = validity(login, now) if verdict.ready or login.expires_at <= now else verdict.sentence
+    said = " ".join([f"that of {who(login)} in {store.path}. {standing}",
+                     *(last_failure(login) or judgement.last_word(store, now))])
     if login.refresh_token is None:
-        said += " " + outlook(login, alive, now)
-        if valid:
-            return warning(said)
-        return failure(errors.EXIT_SIGN_IN, f"{said} Replace the file, or {errors.SIGN_IN}.")
-    if valid:
-        return warning(said) if login.refresh_error is not None else ok(said)
-    if alive:
-        return failure(errors.EXIT_TRY_AGAIN, f"{said} The refresher is there to renew it: try again in a minute, and "
-                       "then look into its log.")
-    return warning(f"{said} It is renewed once the refresher runs.")
+        said += " " + outlook(login, False, now)
+    if verdict.verdict is Verdict.NO_REFRESHER:  # which the next check tells
+        return ok(said) if verdict.ready else warning(f"{said} It is renewed once the refresher runs.")
+    if verdict.verdict is Verdict.GOOD:
+        return ok(said)
+    if verdict.exit_code == 0:
+        return warning(said)
+    if login.refresh_token is None:
+        said += f" Replace the file, or {errors.SIGN_IN}."
+    if verdict.exit_code == errors.EXIT_TRY_AGAIN:
+        said += " The refresher is there to renew it: try again in a minute, and then look into its log."
+    return failure(verdict.exit_code, said)
 
 
 def token_folder(store: token_store.TokenStore, login: "tokens.Tokens | None") -> "Iterator[Finding]":

@@ -99,6 +99,7 @@ def status(store: "TokenStore", talk: "Conversation", now: "Callable[[], float]"
     """What the files say; nothing is refreshed, written or locked."""
     import dataclasses
 
+    from xaiproxy import judgement
     from xaiproxy.conversation import last_failure, outlook, validity, who
     at = now()
     try:
@@ -107,17 +108,18 @@ def status(store: "TokenStore", talk: "Conversation", now: "Callable[[], float]"
         talk.event("status", str(error), usable=False, state=error.state, message=str(error),
                    token_path=str(store.path))
         return error.exit_code
-    failure, left, alive = login.refresh_error, login.expires_at - at, store.refresher_alive(at)
-    usable = not (failure and failure.terminal) and (left > 0 or login.refresh_token is not None)
-    lines = [f"Signed in as {who(login)} at {login.issuer}; the login is in {store.path}.", validity(login, at)]
+    failure, alive, verdict = login.refresh_error, store.refresher_alive(at), judgement.of(store, at, lambda: login)
+    whose = f"{who(login)} at {login.issuer}; the login is in {store.path}."
+    lines = [f"Signed in as {whose}", validity(login, at)] if verdict.exit_code == 0 else \
+        [verdict.sentence, f"Account: {whose}"]
     if not (failure and failure.terminal):
         lines.append(outlook(login, alive, at))
-    lines += last_failure(login)
-    talk.event("status", "\n".join(lines), usable=usable,
-               state=login.state(at, store.settings.refresh_skew).value, account=login.account,
+    lines += last_failure(login) or judgement.last_word(store, at)
+    talk.event("status", "\n".join(lines), usable=verdict.exit_code == 0, verdict=verdict.verdict.value,
+               reason=verdict.reason, state=login.state(at, store.settings.refresh_skew).value, account=login.account,
                issuer=login.issuer, expires_at=login.expires_at, token_path=str(store.path),
                refresher_alive=alive, refresh_error=dataclasses.asdict(failure) if failure else None)
-    return 0 if usable else errors.EXIT_SIGN_IN
+    return verdict.exit_code
 
 
 def log_out(store: "TokenStore", talk: "Conversation") -> int:

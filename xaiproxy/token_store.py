@@ -20,10 +20,13 @@ from xaiproxy import config, errors, folder_file, tokens
 
 SIZE_LIMIT = 1 << 20  # bytes; a real file has about 2,000
 FINGERPRINT_LENGTH = 64  # characters
+NOTE_TIME = 10  # seconds in which the refresher has surely seen what the proxy reported
 # Errors of a read that come from the machine, not from the file or its permissions.
 PASSING = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT,
                      errno.ENOTCONN, errno.EAGAIN))
-ALIVE = 60  # seconds without a sign of life after which the refresher counts as gone
+ALIVE = 60  # seconds without a heartbeat after which the refresher counts as gone
+# Seconds for which the heartbeat has to be found overdue: after a suspend it is, until the refresher's next tick.
+OVERDUE = 1.0
 
 
 class TokenStore:
@@ -35,6 +38,7 @@ class TokenStore:
         self.refused_path = self.path.with_name(self.path.name + ".refused")
         self._seen: "tuple | None" = None
         self._latest: "tokens.Tokens | errors.LoginUnusable | None" = None
+        self.refused: "str | None" = None  # fingerprint of the access token that this process reported last
 
     def load(self) -> tokens.Tokens:
         """Read the file, whatever was read before. Raises LoginUnusable."""
@@ -118,11 +122,12 @@ class TokenStore:
 
     def ask_refresh(self, access_token: str) -> None:
         """Tell the refresher that upstream refused this token. Raises OSError when the folder cannot be written."""
+        self.refused = tokens.fingerprint(access_token)
         temporary = self.refused_path.with_name(self.refused_path.name + f".{secrets.token_hex(4)}")
         fd = folder_file.opened(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
             with open(fd, "w") as file:
-                file.write(tokens.fingerprint(access_token))
+                file.write(self.refused)
             os.replace(temporary, self.refused_path)
         except OSError:
             os.unlink(temporary)  # a full disk, which must not fill up with these
@@ -134,6 +139,24 @@ class TokenStore:
             return folder_file.read(self.refused_path, FINGERPRINT_LENGTH + 1)[0].decode("ascii", "replace")
         except OSError:
             return None
+
+    def is_refused(self, login: tokens.Tokens) -> bool:
+        """Whether a proxy reported that upstream refuses this access token."""
+        return tokens.fingerprint(login.access_token) in (self.refused, self.asked_for())
+
+    def withdraw(self, now: float) -> None:
+        """Forget what this process reported: upstream has taken a token since.
+
+        A note that the refresher may not have seen yet stays for a later call, and so does one about another token.
+        """
+        try:
+            if self.asked_for() == self.refused:
+                if now - os.stat(self.refused_path).st_mtime < NOTE_TIME:
+                    return
+                os.unlink(self.refused_path)
+        except OSError:
+            pass  # it is gone, or the folder is read-only
+        self.refused = None
 
     def refresher_age(self, now: float) -> "float | None":
         """Seconds since the refresher's last sign of life; None when there was never one."""
