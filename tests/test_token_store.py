@@ -119,6 +119,39 @@ def test_ten_thousand_reads_against_five_hundred_renames_see_no_torn_file(store)
         assert seen > 50  # they did overlap
 
 
+# what upstream refused
+
+def test_a_refusal_that_was_reported_counts_until_it_is_withdrawn(store):
+    put(store)
+    login = store.load()
+    assert not store.is_refused(login)
+    store.ask_refresh("another")
+    assert not store.is_refused(login)
+    store.ask_refresh("access")
+    assert store.is_refused(login) and make_store(store.path.parent).is_refused(login)
+    now = store.refused_path.stat().st_mtime
+    store.withdraw(now + token_store.NOTE_TIME - 1)  # the refresher may not have seen it
+    assert store.is_refused(login)
+    store.withdraw(now + token_store.NOTE_TIME)
+    assert not store.is_refused(login) and store.refused is None and not store.refused_path.exists()
+
+
+def test_a_report_about_another_token_is_left_alone(store):
+    put(store)
+    store.ask_refresh("access")
+    make_store(store.path.parent).ask_refresh("another")
+    store.withdraw(time.time() + 99)
+    assert store.refused is None and store.asked_for() == tokens.fingerprint("another")
+
+
+def test_a_refusal_that_could_not_be_reported_counts_for_a_minute(store):
+    put(store)
+    store.remember_refusal("access")
+    assert store.is_refused(store.load()) and not make_store(store.path.parent).is_refused(store.load())
+    store._refused_at -= token_store.REFUSAL_TIME
+    assert not store.is_refused(store.load())
+
+
 # states
 
 def test_what_cannot_be_opened_is_unreadable(store):

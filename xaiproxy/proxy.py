@@ -19,9 +19,10 @@ from typing import Any
 
 import gevent
 
-from xaiproxy import access, config, errors, event_stream, headers, message_head, response_head, token_store, tokens
+from xaiproxy import access, config, errors, event_stream, headers, judgement, message_head, response_head, token_store, tokens
 from xaiproxy.connection import Connection
 from xaiproxy.http_handler import ClientWatch
+from xaiproxy.outage import Outage
 from xaiproxy.relay import Relay
 from xaiproxy.request_body import ReplayableBody, ReplayMemory, RequestBody, WholeBody
 from xaiproxy.request_head import Head
@@ -42,6 +43,23 @@ IDEMPOTENCY_KEYS = {"idempotency-key", "x-idempotency-key"}
 DOT_SEGMENT = re.compile(r"(?:\A|/|%2f|\\|%5c)(?:\.|%2e){1,2}(?=/|%2f|\\|%5c|;|\Z)", re.IGNORECASE)
 
 
+class RefresherWatch:
+    """Whether there is a refresher, for one request that waits for it."""
+
+    def __init__(self, store: token_store.TokenStore):
+        self._store = store
+        self._overdue_since: "float | None" = None
+
+    def is_gone(self) -> bool:
+        if self._store.refresher_alive(time.time()):
+            self._overdue_since = None
+            return False
+        now = time.monotonic()
+        if self._overdue_since is None:
+            self._overdue_since = now
+        return now - self._overdue_since >= token_store.OVERDUE
+
+
 class Proxy:
     """The WSGI layer: answers what is under PREFIXES and hands on everything else."""
 
@@ -59,6 +77,8 @@ class Proxy:
         hostname = urllib.parse.urlsplit(settings.upstream).hostname or ""
         self._pseudonym = "" if f".{hostname}".endswith(".x.ai") else "xaiproxy-" + secrets.token_hex(8)
         self._latest: "tokens.Tokens | None" = None  # what the last look found
+        self._outage = Outage(lambda: judgement.of(store, time.time()).ready)
+        store.refused = store.asked_for()  # by the proxy that ran before this one
 
     def __call__(self, environ: "dict[str, Any]", start_response: "Callable[..., Any]") -> "Iterable[bytes]":
         head: Head = environ["xaiproxy.head"]
@@ -81,6 +101,8 @@ class Proxy:
             return self._forward(head, environ)
         except errors.Refusal as refusal:
             handler.ended_by = "proxy"
+            if isinstance(refusal, (errors.LoginRequired, errors.TokenUnavailable)):
+                self._outage.hit(str(refusal))
             status, fields, body = refusal.rendered()
             start_response(status, fields + self._gate.leave(head))
             return [body]
@@ -109,6 +131,9 @@ class Proxy:
                 if newer is not None and body.replayable:
                     exchange.close()
                     exchange = self._send(head, body, newer, handler)
+            if exchange.head.status < 400 and (self._store.refused or self._outage.lasts):
+                self._store.withdraw(time.time())
+                self._outage.end()
             body.forget()
             handler.start(exchange.head.status, self._head_text(exchange.head, exchange.length, head),
                           has_length=exchange.length is not None, has_date="date" in exchange.head.values,
@@ -158,12 +183,12 @@ class Proxy:
 
     def _login(self) -> tokens.Tokens:
         """A login whose token has not expired. Raises LoginRequired, TokenUnavailable."""
-        deadline = time.monotonic() + WAIT
+        deadline, refresher = time.monotonic() + WAIT, RefresherWatch(self._store)
         while True:
             login, now = self._known_login(), time.time()
             if login.expires_at > now:
                 return login
-            self._check_hope(login, now)
+            self._check_hope(login, now, refresher)
             if time.monotonic() >= deadline:
                 raise errors.TokenUnavailable(f"the access token has expired and {WAIT:g} s brought no new one; try again", 1)
             gevent.sleep(LOOK)
@@ -178,7 +203,7 @@ class Proxy:
     def _current(self) -> tokens.Tokens:
         return _login_by(self._store.last_known)
 
-    def _check_hope(self, login: tokens.Tokens, now: float) -> None:
+    def _check_hope(self, login: tokens.Tokens, now: float, refresher: RefresherWatch) -> None:
         """Raise unless a new token may come within seconds."""
         error = login.refresh_error
         if error is not None and error.terminal:
@@ -190,7 +215,7 @@ class Proxy:
         if login.refresh_token is None:
             raise errors.TokenUnavailable(f"the access token has expired and {self._store.path} holds no refresh token; "
                                           "whoever puts the file there has to replace it", 10)
-        if not self._store.refresher_alive(now):
+        if refresher.is_gone():
             raise errors.TokenUnavailable("the access token has expired and no refresher runs; start "
                                           + errors.typed("xai-refresher"), 10)
 
@@ -207,6 +232,7 @@ class Proxy:
             gevent.sleep(min(YOUNG_PAUSE, patience))
             return _login_by(self._store.load)
         if login.refresh_token is None:
+            self._store.remember_refusal(refused.access_token)  # for /readyz; nobody could be asked
             return None
         asked_at = time.time()
         try:
@@ -215,22 +241,22 @@ class Proxy:
             logger.warning("%s cannot be written (%s): the refresher cannot be told that a token was refused",
                            self._store.refused_path, error.strerror)
             return None
-        deadline = time.monotonic() + patience
-        while self._may_come(login, asked_at) and time.monotonic() < deadline:
+        deadline, refresher = time.monotonic() + patience, RefresherWatch(self._store)
+        while self._may_come(login, asked_at, refresher) and time.monotonic() < deadline:
             gevent.sleep(LOOK)
             login = self._current()
             if login.access_token != refused.access_token:
                 return login
         return None
 
-    def _may_come(self, login: tokens.Tokens, asked_at: float) -> bool:
+    def _may_come(self, login: tokens.Tokens, asked_at: float, refresher: RefresherWatch) -> bool:
         """Whether to wait for another token: not when the refresher has failed since we asked, waits itself, or is gone."""
         error = login.refresh_error
         if error is not None and error.terminal:
             raise errors.LoginRequired(f"the login has ended ({error.code}); {errors.SIGN_IN}")
         if error is not None and (error.at >= asked_at or (error.retry_at or 0) > time.time() + WAIT):
             return False
-        return self._store.refresher_alive(time.time())
+        return not refresher.is_gone()
 
 
 class Stream:

@@ -300,6 +300,8 @@ def watch_refresher(store: token_store.TokenStore) -> None:
             renewable = store.current().refresh_token is not None
         except errors.LoginUnusable:
             continue
+        if alive and not store.refresher_alive(time.time()):
+            gevent.sleep(token_store.OVERDUE)
         if renewable and store.refresher_alive(time.time()) != alive:
             alive = not alive
             if alive:

@@ -13,6 +13,7 @@ import errno
 import os
 import secrets
 import stat
+import time
 import urllib.parse
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from xaiproxy import config, errors, folder_file, tokens
 
 SIZE_LIMIT = 1 << 20  # bytes; a real file has about 2,000
 FINGERPRINT_LENGTH = 64  # characters
+REFUSAL_TIME = 60  # seconds
 NOTE_TIME = 10  # seconds in which the refresher has surely seen what the proxy reported
 # Errors of a read that come from the machine, not from the file or its permissions.
 PASSING = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT,
@@ -38,7 +40,8 @@ class TokenStore:
         self.refused_path = self.path.with_name(self.path.name + ".refused")
         self._seen: "tuple | None" = None
         self._latest: "tokens.Tokens | errors.LoginUnusable | None" = None
-        self.refused: "str | None" = None  # fingerprint of the access token that this process reported last
+        self.refused: "str | None" = None  # fingerprint of the access token that upstream refused to this process last
+        self._refused_at = 0.0
 
     def load(self) -> tokens.Tokens:
         """Read the file, whatever was read before. Raises LoginUnusable."""
@@ -122,7 +125,7 @@ class TokenStore:
 
     def ask_refresh(self, access_token: str) -> None:
         """Tell the refresher that upstream refused this token. Raises OSError when the folder cannot be written."""
-        self.refused = tokens.fingerprint(access_token)
+        self.remember_refusal(access_token)
         temporary = self.refused_path.with_name(self.refused_path.name + f".{secrets.token_hex(4)}")
         fd = folder_file.opened(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
@@ -141,8 +144,16 @@ class TokenStore:
             return None
 
     def is_refused(self, login: tokens.Tokens) -> bool:
-        """Whether a proxy reported that upstream refuses this access token."""
-        return tokens.fingerprint(login.access_token) in (self.refused, self.asked_for())
+        """Whether upstream refused this access token: a proxy reported so, or this process saw it a moment ago.
+
+        No longer: a proxy that is not ready may get no request, and so would not find out that upstream takes it again.
+        """
+        mark = tokens.fingerprint(login.access_token)
+        recent = time.monotonic() - self._refused_at < REFUSAL_TIME
+        return recent and self.refused == mark or self.asked_for() == mark
+
+    def remember_refusal(self, access_token: str) -> None:
+        self.refused, self._refused_at = tokens.fingerprint(access_token), time.monotonic()
 
     def withdraw(self, now: float) -> None:
         """Forget what this process reported: upstream has taken a token since.
