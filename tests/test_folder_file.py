@@ -192,7 +192,7 @@ def test_whatever_lies_in_a_files_place_is_named_and_left_as_it_is(path, kind, c
     for place, act in ((store.lock_path, lock), (store.lock_path, lambda: token_writer.beat(store)),
                        (store.new_path, lock)):
         said = said_of(place, act)
-        assert not said if usable else "Move it away" in said
+        assert not said if usable else f"move {place} away" in said
     # The proxy's note is replaced, whatever it is.
     assert said_of(store.refused_path, store.asked_for) == ""
     if kind != "directory":
