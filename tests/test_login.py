@@ -140,7 +140,7 @@ def test_a_dumb_terminal_gets_no_escape_sequence(login: Login, sandbox: Sandbox)
 
 def test_an_address_that_no_qr_code_can_hold(login: Login, sandbox: Sandbox):
     url = f"{sandbox.url}/oauth2/device?user_code=4XWJ-JJAZ&{'x' * 3000}"
-    page = {"device_code": "d", "user_code": "4XWJ-JJAZ", "verification_uri": url[:40], "verification_uri_complete": url}
+    page = {"device_code": "0f0f", "user_code": "4XWJ-JJAZ", "verification_uri": url[:40], "verification_uri_complete": url}
     sandbox.set(answers=[{"path": "/oauth2/device/code", "body": page | {"expires_in": 900}},
                          {"path": "/oauth2/token", "body": {"access_token": "at", "expires_in": 60}}])
     with login.terminal("--device", columns=200) as terminal:

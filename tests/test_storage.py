@@ -1,11 +1,13 @@
 """Who may write in the token folder, and what a person is told to do when it cannot be written."""
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Iterator
 
@@ -15,6 +17,7 @@ from sandbox import Sandbox
 from xaiproxy import errors, storage, token_store, token_writer
 
 OWNER = 10001
+COMMAND = [sys.executable, "-W", "error", "-m"]
 # The capability: that user may have no access to the folder of this Python and checkout.
 AS_OWNER = ["setpriv", f"--reuid={OWNER}", f"--regid={OWNER}", "--clear-groups", "--inh-caps=+dac_read_search",
             "--ambient-caps=+dac_read_search"]
@@ -33,15 +36,26 @@ class Service:
         self.environ = {"PATH": os.environ["PATH"], "HOME": str(folder), "XAI_PROXY_ISSUER": sandbox.url,
                         "XAI_PROXY_UPSTREAM": sandbox.url, "XAI_PROXY_TOKEN_PATH": str(self.path), "XAI_PROXY_PORT": "0"}
 
-    def start(self, module: str, *arguments: str, user: int = 0, **environ: str) -> "subprocess.Popen[str]":
-        command = [sys.executable, "-W", "error", "-m", f"xaiproxy.{module}", *arguments]
-        return subprocess.Popen([*AS_OWNER, *command] if user else command, cwd="/", env=self.environ | environ, text=True,
-                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
     def run(self, module: str, *arguments: str, user: int = 0, **environ: str) -> "tuple[int, str]":
-        with self.start(module, *arguments, user=user, **environ) as process:
-            _, stderr = process.communicate(timeout=30)
-        return process.returncode, stderr
+        command = [*(AS_OWNER if user else []), *COMMAND, f"xaiproxy.{module}", *arguments]
+        done = subprocess.run(command, cwd="/", env=self.environ | environ, text=True, timeout=30,
+                              stdin=subprocess.DEVNULL, capture_output=True)
+        return done.returncode, done.stderr
+
+    @contextlib.contextmanager
+    def running(self, module: str, told: str) -> Iterator[None]:
+        """A process of root, from when it has logged `told` until it is ended."""
+        with open(self.folder.parent / module, "w+") as log:
+            process = subprocess.Popen([*COMMAND, f"xaiproxy.{module}"], cwd="/", env=self.environ, stderr=log)
+            try:
+                end = time.monotonic() + 20
+                while told not in Path(log.name).read_text():
+                    assert time.monotonic() < end and process.poll() is None, Path(log.name).read_text()
+                    time.sleep(0.02)
+                yield
+            finally:
+                process.terminate()
+                process.wait(10)
 
     def owners(self) -> "dict[str, int]":
         return {str(path.relative_to(self.folder)): path.stat().st_uid for path in self.folder.rglob("*")}
@@ -64,6 +78,7 @@ COMMANDS = [("login", "--device"), ("client_key_command", "add", "laptop")]
 def test_root_makes_nothing_in_another_users_folder(service: Service, sandbox: Sandbox):
     told = f"{service.folder} belongs to user {OWNER}, and this is user 0 (root), whose files would be closed to that user; " \
         f"nothing was changed. Run the same as user {OWNER}, as with `docker exec -u {OWNER}` or `sudo -u '#{OWNER}'`\n"
+    sandbox.set(auto_approve=0, device_interval=0)
     for arguments in COMMANDS:
         for environ in ({}, {"XAI_PROXY_TOKEN_PATH": f"{service.folder}/deeper/still/tokens.json"}):
             code, stderr = service.run(*arguments, **environ)
@@ -83,16 +98,9 @@ def test_root_keeps_away_from_another_users_login(service: Service, sandbox: San
 
 
 def test_a_refresher_and_a_proxy_of_root_leave_the_folder_to_its_owner(service: Service, sandbox: Sandbox):
-    with service.start("refresher") as refresher, service.start("__main__") as proxy:
-        while "belongs to user" not in refresher.stderr.readline():
-            assert refresher.poll() is None
-        while "listening" not in (line := proxy.stderr.readline()):
-            assert proxy.poll() is None, line
-        sandbox.set(auto_approve=0, device_interval=0)
+    sandbox.set(auto_approve=0, device_interval=0)
+    with service.running("refresher", "belongs to user"), service.running("__main__", "listening"):
         assert service.run("login", "--device", user=OWNER)[0] == 0
-        for process in (refresher, proxy):
-            process.terminate()
-            process.communicate(timeout=10)
     assert service.owners() == {"tokens.json": OWNER, "tokens.json.lock": OWNER}
 
 
