@@ -1,0 +1,119 @@
+"""The refresh protocol, checked by spin in every interleaving: tests/model/refresh.pml, whole and without each rule.
+
+docs/login-safety.md says what the properties are and what the model leaves out.
+"""
+
+import concurrent.futures
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+
+import pytest
+
+pytestmark = pytest.mark.skipif(not (shutil.which("spin") and shutil.which("gcc")),
+                                reason="the model is checked with spin and gcc")
+
+MODEL = pathlib.Path(__file__).with_name("model") / "refresh.pml"
+NOTHING = {"KILLS": 0, "LOSSES": 0, "REMOVALS": 0, "TIDYINGS": 0, "FOREIGN": 0, "SIGN_INS": 0, "FULL": 0}
+LIMIT = 120  # seconds for one search; the longest takes 5 alone on a core
+
+# How much of what goes wrong is searched at once. All of it together would take hours.
+WHOLE = {
+    "kills and lost answers": dict(REFRESHERS=3, KILLS=3, LOSSES=4),
+    "the lock file is removed": dict(REFRESHERS=3, KILLS=1, LOSSES=1, REMOVALS=1, TOKENS=2),
+    "twice, amid kills": dict(REFRESHERS=2, KILLS=2, LOSSES=0, REMOVALS=2, TOKENS=2),
+    "tokens.json.new is removed": dict(REFRESHERS=2, KILLS=2, LOSSES=1, TIDYINGS=1, FULL=1, TOKENS=2),
+    "written without a lock": dict(REFRESHERS=2, KILLS=1, LOSSES=2, FOREIGN=1, FULL=1, TOKENS=2),
+    "xai-login signs in": dict(REFRESHERS=2, KILLS=1, LOSSES=2, SIGN_INS=1, FULL=1, TOKENS=2),
+}
+
+# A rule that is left out, the property that fails, and the least that has to go wrong for it.
+MUTANTS = {
+    "WITHOUT_LOCK": (3, dict(REFRESHERS=2)),
+    "WITHOUT_FOLDER_LOCK": (3, dict(REFRESHERS=2, REMOVALS=1)),
+    "WITHOUT_REREAD": (2, dict(REFRESHERS=2, LOSSES=4)),
+    "WITHOUT_ADOPTION": (1, dict(KILLS=1)),
+    "WITHOUT_REPLACES": (4, dict(KILLS=1, FOREIGN=1)),
+    "WITHOUT_WHOLENESS": (7, dict(KILLS=1)),
+    "WITHOUT_LOOK_BEFORE_RENAME": (4, dict(FOREIGN=1)),
+    "WITHOUT_COUNT_BEFORE": (2, dict(KILLS=1, LOSSES=3)),
+    "WITHOUT_COUNT_IN_RECORD": (2, dict(LOSSES=3)),
+    "WITHOUT_SHARED_COUNT": (2, dict(REFRESHERS=2, LOSSES=3)),
+    "WITHOUT_GIVING_BACK": (5, dict(LOSSES=0)),
+    "WITHOUT_TOKEN_OF_TRY": (5, dict(KILLS=3, FOREIGN=1)),
+    "WITHOUT_TOKEN_OF_TRY WITHOUT_REMOVAL_OF_TRY": (5, dict(KILLS=2)),
+    "WITHOUT_TOKEN_OF_TERMINAL": (5, dict(LOSSES=1, FOREIGN=1)),
+    "WITHOUT_REHEARSAL": (6, dict(FULL=1)),
+    "WITHOUT_SAVING_AGAIN": (3, dict()),
+    "WITHOUT_DEAF_TO_SIGTERM": (3, dict()),
+}
+
+# Rules that another one makes up for, as long as that one can be relied on.
+REDUNDANT = {
+    "WITHOUT_IDENTITY_CHECK": dict(REFRESHERS=2, KILLS=1, LOSSES=1, REMOVALS=1, TOKENS=2),
+    "WITHOUT_REMOVAL_OF_TRY": dict(REFRESHERS=1, KILLS=2, LOSSES=3),
+}
+
+
+def search(folder: pathlib.Path, sizes: "dict[str, int]", macros: str = "", number: int = 0) -> str:
+    """What spin says about the model of these sizes, with all properties (0) or one."""
+    folder.mkdir()
+    options = [f"-D{name}={value}" for name, value in {"REFRESHERS": 1, **NOTHING, **sizes, "PROPERTY": number}.items()]
+    optimise = "-O1" if sizes in WHOLE.values() else "-O0"  # compiling is most of a short search
+    for command in (["spin", *options, *(f"-D{macro}" for macro in macros.split()), "-a", MODEL],
+                    ["gcc", optimise, "-w", "-DSAFETY", "-DCOLLAPSE", "-o", "pan", "pan.c"]):
+        subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL, timeout=LIMIT)
+    done = subprocess.run(["./pan", "-m50000", "-w22"], cwd=folder, check=True, capture_output=True, text=True,
+                          timeout=LIMIT)
+    return done.stdout.partition("unreached in")[0]
+
+
+@pytest.fixture(scope="module")
+def searches(tmp_path_factory):
+    """All searches, side by side, the longest first: futures of their output by name."""
+    folder = tmp_path_factory.mktemp("model")
+    jobs = {name: (sizes,) for name, sizes in WHOLE.items()}
+    jobs.update({name: (sizes, name) for name, sizes in REDUNDANT.items()})
+    jobs.update({name: (sizes, name, number) for name, (number, sizes) in MUTANTS.items()})
+    jobs["restored"] = dict(REFRESHERS=1, FOREIGN=1), "WITH_A_RESTORED_FILE", 1
+    with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        yield {name: pool.submit(search, folder / str(number), *job) for number, (name, job) in enumerate(jobs.items())}
+
+
+def holds(output: str) -> bool:
+    complete = "error: max search depth too small" not in output and "Search not completed" not in output
+    return complete and "errors: 0" in output
+
+
+def fails(output: str, number: int) -> bool:
+    """Whether that property fails, and not something else, such as a deadlock of the model."""
+    return re.search(rf"assertion violated \(*{number}!=0\)&&\({number}!={number}\)", output) is not None
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_the_protocol_has_all_properties(searches, name):
+    output = searches[name].result()
+    assert holds(output), output
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_each_rule_is_needed(searches, name):
+    output = searches[name].result()
+    assert fails(output, MUTANTS[name][0]), output
+
+
+@pytest.mark.parametrize("name", REDUNDANT)
+def test_a_rule_that_another_one_makes_up_for(searches, name):
+    output = searches[name].result()
+    assert holds(output), output
+
+
+def test_a_restored_file_is_beyond_the_protocol(searches):
+    assert fails(searches["restored"].result(), 1)
+
+
+def test_every_rule_of_the_model_is_taken_out_somewhere():
+    rules = set(re.findall(r"\bWITHOUT_[A-Z_]+\b", MODEL.read_text()))
+    assert rules == {rule for names in (MUTANTS, REDUNDANT) for name in names for rule in name.split()}
