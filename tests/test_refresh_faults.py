@@ -296,7 +296,7 @@ class Case:
         assert self.issuer.reuses == 0
         assert self.store.load().refresh_token in (self.issuer.login[-1], "theirs")
         left = {path.name for path in self.store.path.parent.iterdir()} - {"filling"}
-        assert left == {"tokens.json", "tokens.json.lock"}, left
+        assert left == {"tokens.json", "tokens.json.lock", "tokens.json.status"}, left
         return str(len(self.issuer.calls))
 
 

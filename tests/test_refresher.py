@@ -109,7 +109,12 @@ def works(day) -> bool:
 
 
 def said(caplog, text: str) -> int:
-    return sum(text in record.getMessage() for record in caplog.records)
+    """In how many lines, but for the errors that come each minute."""
+    return sum(text in record.getMessage() for record in caplog.records if record.levelno < logging.ERROR)
+
+
+def outage_lines(caplog) -> "list[str]":
+    return [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
 
 
 def tries(day) -> int:
@@ -133,7 +138,7 @@ def test_a_stale_login_is_refreshed_once(day, caplog):
     assert (new.extra, new.account, new.scope) == ({"theirs": {"kept": 1}}, "a@example.org", old["scope"])
     assert new.expires_at == pytest.approx(day._begin + 21600, abs=2)
     assert json.loads(day.path.read_text())["replaces"] == fingerprint(old["refresh_token"])
-    assert sorted(os.listdir(day.path.parent)) == ["tokens.json", "tokens.json.lock"]
+    assert sorted(os.listdir(day.path.parent)) == ["tokens.json", "tokens.json.lock", "tokens.json.status"]
     assert [record.getMessage().split(" until ")[0] for record in caplog.records] == [
         "signed in as a@example.org; the access token lasts", "refreshed; the access token lasts"]
 
@@ -247,7 +252,7 @@ def test_failures_leave_nothing_open(day):
     before = len(os.listdir("/proc/self/fd"))
     day.pass_(100)
     assert tries(day) > 6 and len(os.listdir("/proc/self/fd")) == before
-    assert sorted(os.listdir(day.path.parent)) == ["tokens.json", "tokens.json.lock"]
+    assert sorted(os.listdir(day.path.parent)) == ["tokens.json", "tokens.json.lock", "tokens.json.status"]
 
 
 def test_retry_after_is_honoured(day):
@@ -353,6 +358,30 @@ def test_a_dead_login_is_said_once_and_its_successor_is_used_without_a_restart(d
     day.pass_(1)
     assert works(day) and day.login().refresh_error is None and day.login().access_token != new["access_token"]
     assert (tries(day), day.sandbox.counters()["reuses"]) == (2, 0)
+
+
+def test_a_login_that_has_ended_is_an_error_each_minute_once_no_request_can_be_served(day, caplog):
+    day.put()
+    day.sandbox.kill("logins")
+    day.pass_(95)
+    assert outage_lines(caplog) == []
+    day.pass_(130)  # the access token expires after 100
+    assert outage_lines(caplog) == [f"requests cannot be served: the login has ended (invalid_grant); {errors.SIGN_IN}"] * 3
+    day.sign_in()
+    day.pass_(100)
+    assert len(outage_lines(caplog)) == 3
+
+
+def test_an_outage_of_the_issuer_is_an_error_each_minute_once_no_request_can_be_served(day, caplog):
+    day.put()
+    script(day, error="cloudflare_challenge")
+    day.pass_(95)
+    assert outage_lines(caplog) == []
+    day.pass_(130)
+    assert len(outage_lines(caplog)) == 3 and "cannot be renewed (issuer_unavailable)" in outage_lines(caplog)[0]
+    day.sandbox.set(answers=[])
+    day.pass_(100)
+    assert len(outage_lines(caplog)) == 3 and said(caplog, "refreshed after") == 1
 
 
 def test_each_dead_login_is_said(day, caplog):

@@ -23,13 +23,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from xaiproxy import command, config, errors, log, token_store, token_writer, tokens
+from xaiproxy import command, config, errors, judgement, log, refresher_status, token_store, token_writer, tokens
 from xaiproxy.oauth import discovery, session, token_endpoint
 from xaiproxy.schedule import ANSWER_LOST, BACKOFF_LIMIT, REFUSED_FOR_NOW, Decision, Schedule
 
 logger = logging.getLogger("xaiproxy.refresher")  # also as `python -m xaiproxy.refresher`
 
 TICK = 0.25  # seconds between two looks; the proxy waits for us
+REPEAT = 60.0  # seconds between two error lines while no request can be served
 BEAT = 10.0  # seconds between two signs of life
 DEADLINE = 30.0  # seconds for the whole exchange that spends the refresh token
 DISCOVERY_DEADLINE = 10.0  # seconds; with DEADLINE and BEAT still less than token_store.ALIVE
@@ -72,6 +73,8 @@ class Refresher:
         self._next_beat = -math.inf
         self._clock_offset = math.inf  # of the time of day to the uptime, at the last sign of life
         self._said: "dict[str, str]" = {}
+        self._next_error = -math.inf  # uptime
+        self._status = refresher_status.Status(clock())
 
     def run(self) -> int:
         logger.info("started; the login of %s is kept in %s", self.settings.issuer, self.store.path)
@@ -109,6 +112,7 @@ class Refresher:
 
     def begin(self) -> None:
         """Make the folder, and put what a killed writer left behind into place."""
+        self._publish()
         try:
             token_writer.prepare_folder(self.store)
             with token_writer.locked(self.store, 0):
@@ -140,6 +144,8 @@ class Refresher:
             self._say("mode", token_writer.tighten(self.store))
         if self._decide(login) is not Decision.NOTHING:
             self._act(login)
+        else:
+            self._tell_outage(login)
 
     def _decide(self, login: tokens.Tokens) -> Decision:
         if self._schedule.watch(login, self._clock(), self._uptime()):
@@ -236,11 +242,13 @@ class Refresher:
                 reserved.commit(successor)
                 break
             except errors.StorageError as error:
+                self._publish(no_room="" if reserved.renamed else str(error))
                 self._say("unsaved", str(error) if reserved.renamed else
                           f"the refreshed login is in this process's memory only: do not end it. {error}")
             self._beat()
             self._pause(SAVE_AGAIN)
         self._say("unsaved", "")
+        self._publish(result=refresher_status.OK, reason="", next_try=None, no_room="")
         logger.info("refreshed%s; the access token lasts until %s",
                     f" after {failures} failures" if failures else "", _date(successor.expires_at))
         self._say("failure", successor.refresh_error.description if successor.refresh_error else "", "stale")
@@ -269,6 +277,8 @@ class Refresher:
         self._endpoint_in_doubt = isinstance(error, errors.IssuerUnavailable) and (not error.sent or error.page)
         # An outage may have a new face every minute: its first one is logged, and the file has the latest.
         kind = "outage" if isinstance(error, errors.IssuerUnavailable) else record.code
+        self._publish(result=record.code, reason=record.description, next_try=record.retry_at,
+                      **({"no_room": str(error)} if isinstance(error, errors.StorageError) else {}))
         self._say("failure", f"the login could not be refreshed: {record.description}; {_next_try(record, now)}",
                   f"{kind} {record.terminal} {_is_waiting(record, now)} {record.description == str(error)}")
         if writer is not None:
@@ -277,8 +287,11 @@ class Refresher:
     def _record(self, writer: token_writer.TokenWriter, login: tokens.Tokens, recorded: tokens.Tokens) -> None:
         if self.store.load().refresh_token != login.refresh_token:
             return  # somebody who takes no lock has put another login there, which must stay
-        with contextlib.suppress(errors.StorageError):  # a full disk: the login is unharmed, and we know in memory
+        try:
             writer.save(recorded, over=login)
+            self._publish(no_room="")
+        except errors.StorageError as failure:  # a full disk: the login is unharmed, and we know in memory
+            self._publish(no_room=str(failure))
 
     # Waiting and telling
 
@@ -300,16 +313,35 @@ class Refresher:
         if self._once or not (at_once or clock_was_set) and uptime < self._next_beat:
             return
         self._next_beat, self._clock_offset = uptime + BEAT, offset
+        self._publish()
         try:
             token_writer.beat(self.store)
+            if self._said.get("folder"):
+                self._publish(no_room="")
             self._say("folder", "")
         except errors.StorageError as error:
             self._say_unwritable(error)
+
+    def _publish(self, **changes: Any) -> None:
+        """Write the refresher's own status, with what has changed."""
+        self._status = dataclasses.replace(self._status, at=self._clock(), **changes)
+        if not self._once:
+            refresher_status.write(self.store, self._status)
+
+    def _tell_outage(self, login: tokens.Tokens) -> None:
+        """Log an error as soon as a failing renewal keeps requests from being served, and each minute while it lasts."""
+        found = judgement.judge(login, self._clock(), 0.0, False, None)
+        if found.ready or self._once:
+            self._next_error = -math.inf
+        elif login.refresh_error is not None and self._uptime() >= self._next_error:
+            self._next_error = self._uptime() + REPEAT
+            logger.error("requests cannot be served: %s", found.reason)
 
     def _say_unwritable(self, error: errors.StorageError) -> None:
         with contextlib.suppress(errors.LoginUnusable):
             if self.store.current().refresh_token is None:
                 return  # a mounted Secret: there is nothing that we would write
+        self._publish(no_room=str(error))
         self._say("folder", self._said.get("folder") or str(error))
 
     def _say(self, subject: str, text: str, kind: str = "") -> None:

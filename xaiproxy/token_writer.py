@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from xaiproxy import errors, folder_file, storage, token_store, tokens
+from xaiproxy import errors, folder_file, refresher_status, storage, token_store, tokens
 
 logger = logging.getLogger(__name__)
 
@@ -243,6 +243,7 @@ class TokenWriter:
                 if path.name.startswith((self.store.refused_path.name, self.store.path.name + ".corrupt-")):
                     path.unlink(missing_ok=True)
             self.store.path.unlink(missing_ok=True)
+            refresher_status.remove(self.store)
             self.sync_folder()
 
     def successor_mark(self) -> "str | None":
