@@ -155,6 +155,30 @@ def test_dotenv_values_are_taken_as_they_are(tmp_path):
     assert (chosen.scope, chosen.client_id, chosen.port) == ("a b", "${HOME}", 9090)
 
 
+def test_a_byte_order_mark_does_not_hide_the_first_setting(tmp_path):
+    (tmp_path / "env").write_bytes(b"\xef\xbb\xbfXAI_PROXY_PORT=77\n")
+    assert settings(dotenv_path=str(tmp_path / "env")).port == 77
+
+
+@pytest.mark.parametrize("quote", ["'", '"'])
+def test_a_value_in_quotes_is_refused(quote):
+    """docker's --env-file keeps them; a path would begin with a folder of that name."""
+    def said(name):
+        return f"{name} {config.QUOTES_KEPT}"
+    assert "begins and ends with a quote" in config.QUOTES_KEPT
+    quoted = f"{quote}/secret/tokens.json{quote}"
+    for name in config.SETTINGS:
+        assert refusal({name: quoted}) == said(name)
+    for name in ("AUTH_PROXY_TOKEN_PATH", "HTTPS_PROXY", "all_proxy", "NO_PROXY", "SSL_CERT_FILE"):
+        assert refusal({name: quoted}) == said(name)
+    with pytest.raises(errors.ConfigurationError, match=said("XAI_PROXY_TOKEN_PATH")):
+        settings(options={"XAI_PROXY_TOKEN_PATH": quoted})
+
+
+def test_a_quote_within_a_value_is_a_part_of_it():
+    assert settings(TOKEN_PATH="/it's/\"tokens\"").token_path == pathlib.Path("/it's/\"tokens\"")
+
+
 def test_dotenv_is_read_in_the_working_directory(tmp_path):
     (tmp_path / ".env").write_text("XAI_PROXY_PORT=77\n")
     assert elsewhere(tmp_path, "port") == "77"

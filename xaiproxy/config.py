@@ -39,6 +39,8 @@ ALIASES = {"AUTH_PROXY_TOKEN_PATH": PREFIX + "TOKEN_PATH"}
 KUBERNETES_NAME = re.compile(r"XAI_PROXY_(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT_\d+_(TCP|UDP|SCTP)(_.*)?)")
 RESERVE = 16  # connections beyond the limit, of which none gets one to upstream
 SPARE_DESCRIPTORS = 64  # for logs, the token file, the event loop and what the libraries open
+QUOTED = re.compile(r"""(["']).*\1""", re.DOTALL)
+QUOTES_KEPT = "begins and ends with a quote, which docker's --env-file keeps as a part of the value; remove both quotes"
 KUBERNETES_PORT = re.compile(r"(tcp|udp|sctp)://")
 # Clients and other proxies use these; they are no setting of ours.
 FOREIGN_NAMES = frozenset(PREFIX + name for name in ("KEY", "API_KEY", "BASE_URL", "OUTBOUND"))
@@ -108,9 +110,11 @@ def _path(text: str) -> Path:
         path = Path(text).expanduser().absolute()
     except RuntimeError:
         raise ValueError("the path of a file; there is no home folder for ~ here") from None
-    if "\0" in text or text and not path.name:  # of / no sibling can be named
+    except FileNotFoundError:
+        raise ValueError("the absolute path of a file, since the working directory was deleted") from None
+    if "\0" in text or not path.name:  # of / no sibling can be named
         raise ValueError("the path of a file")
-    if text and (text.endswith("/") or os.path.isdir(path)):  # such as a volume's
+    if text.endswith("/") or os.path.isdir(path):  # such as a volume's
         raise ValueError("the path of a file in that folder, not the folder's own")
     return path
 
@@ -233,7 +237,7 @@ class Config:
         "Loopback port of the browser login; another free one is taken when it is in use.")
     refresh_skew: float = _setting("120", _seconds(1, 86400),
         "Seconds: the token is renewed at least this long before it expires; a fifth of its lifetime if that is more.")
-    client_keys_file: Path = _setting("", _path,
+    client_keys_file: Path = _setting("", lambda text: _path(text) if text else None,
         "Who may call: a name and the SHA-256 of a key a line. Default: client-keys beside the token file.")
     allow_anonymous: bool = _setting("0", _flag,
         "1: serve without client keys on an address that is not loopback. Everyone who reaches it spends your quota.")
@@ -308,11 +312,13 @@ def from_environ(environ: Mapping[str, str], options: "Mapping[str, str | None] 
                     f"{name if name.isprintable() else _shown(name)} is not a setting" + (f"; did you mean {PREFIX}{near[0]}?" if near else
                                                   "; conf/xaiproxy.env.example lists them all"),
                     PREFIX + near[0] if near else name))
+            elif QUOTED.fullmatch(text):
+                complain(errors.ConfigurationError(f"{spelling} {QUOTES_KEPT}", name))
             else:
                 given[name], spelt[name] = text, spelling
     values = {field.name: _value(spelt.get(name, name), given.get(name), field.metadata, complain)
               for name, field in SETTINGS.items()}
-    if values["client_keys_file"] == _path(""):  # not set, or wrong
+    if values["client_keys_file"] is None:
         values["client_keys_file"] = values["token_path"].parent / "client-keys"
     return Config(egress=_egress(environ, complain), warnings=tuple(dict.fromkeys(warnings)), **values)
 
@@ -374,8 +380,8 @@ def _egress(environ: Mapping[str, str], complain: Callable) -> Egress:
     def first(*names: str) -> "tuple[str, str]":
         for name in names:
             for spelling in (name.lower(), name):  # lower case wins, as in curl
-                if environ.get(spelling):
-                    return spelling, environ[spelling]
+                if text := environ.get(spelling):
+                    return wrong(spelling, QUOTES_KEPT) if QUOTED.fullmatch(text) else (spelling, text)
         return "", ""
 
     def wrong(name: str, takes: str) -> "tuple[str, str]":
