@@ -34,7 +34,8 @@ class Process:
         self.process = subprocess.Popen(
             [*map(str, before), sys.executable, "-W", "error",
              *(["-c", code] if code else ["-m", "xaiproxy.refresher"]), *options],
-            env=environment(sandbox, path, **more), cwd="/", text=True, stderr=subprocess.PIPE)
+            env=environment(sandbox, path, **more), cwd="/", text=True, stderr=subprocess.PIPE,
+            start_new_session=True)  # without a terminal, whose end is what SIGHUP would mean
         self.pid = self.process.pid
         self.lines: "list[str]" = []
         self._reader = threading.Thread(target=lambda: self.lines.extend(self.process.stderr))

@@ -36,7 +36,13 @@ class Terminal:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
-        os.close(self._master)
+        self.close()
+
+    def close(self) -> None:
+        """Close it, as a window is closed: the kernel sends SIGHUP. May be called twice."""
+        if self._master >= 0:
+            os.close(self._master)
+            self._master = -1
 
     def expect(self, pattern: str, seconds: float = 10) -> "re.Match[str]":
         """Read until the screen has `pattern`."""

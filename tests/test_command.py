@@ -2,13 +2,21 @@
 
 import os
 import resource
+import select
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
+from proxy_process import COMMAND, PYTHON, environment
+from terminal import Terminal
 
 from xaiproxy import command, errors
+
+COMMANDS = {name: [*PYTHON, "-c", f"import sys; from xaiproxy.{module} import main; sys.exit(main())"]
+            for name, module in [("login", "login"), ("refresher", "refresher"), ("key", "client_key_command")]}
+COMMANDS["proxy"] = COMMAND
 
 
 @pytest.mark.parametrize("error, status", [
@@ -77,3 +85,71 @@ def test_a_crash_leaves_no_core(tmp_path):
     if not crash(tmp_path, imports + "False"):
         pytest.skip("no process dumps its core here")
     assert not crash(tmp_path, imports + "True")
+
+
+def run(folder, name, *arguments, script='exec "$@"', **settings):
+    """What a command does with `script` as the way to start it."""
+    return subprocess.run(["sh", "-c", script, "sh", *COMMANDS[name], *arguments], cwd=folder, text=True,
+                          env=environment(folder, token_path=folder / "new" / "login" / "tokens.json", **settings),
+                          stdin=subprocess.DEVNULL, capture_output=True, timeout=20)
+
+
+NO_LOGIN = "not signed in: "
+
+
+@pytest.mark.parametrize("arguments, status, printed", [
+    (["login", "--status"], 77, NO_LOGIN), (["login", "--nonsense"], 64, ""), (["refresher", "--once"], 77, ""),
+    (["key", "add", "me"], 0, "xaip_"), (["proxy", "--version"], 0, "0."), (["proxy", "--port", "x"], 78, "")])
+def test_closed_standard_streams_change_only_what_cannot_be_printed(tmp_path, arguments, status, printed):
+    closed_stdout = run(tmp_path, *arguments, script='exec "$@" >&-')
+    assert "Traceback" not in closed_stdout.stderr and "Exception" not in closed_stdout.stderr
+    assert closed_stdout.returncode == (75 if printed else status)
+    assert not printed or "it is done, but the result cannot be printed" in closed_stdout.stderr
+    if "add" in arguments:
+        assert run(tmp_path, "key", "remove", "me").returncode == 0
+    others = run(tmp_path, *arguments, script='exec "$@" <&- 2>&-')
+    assert (others.returncode, others.stderr) == (status, "") and printed in others.stdout
+    folder = tmp_path / "new" / "login"
+    locks = [path for path in folder.iterdir() if path.suffix == ".lock"] if folder.exists() else []
+    assert [path.read_bytes() for path in locks] == [b""] * len(locks)
+
+
+@pytest.mark.parametrize("arguments, status", [
+    (["login", "--status"], 77), (["refresher", "--once"], 77), (["key", "list"], 0), (["proxy", "--bind", "x"], 78)])
+def test_a_deleted_working_directory_does_not_matter_to_absolute_paths(tmp_path, arguments, status):
+    done = run(tmp_path, *arguments, script='mkdir gone; cd gone; rmdir ../gone; exec "$@"')
+    assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
+
+
+def test_a_relative_path_needs_the_working_directory(tmp_path):
+    done = run(tmp_path, "refresher", "--once", script='mkdir gone; cd gone; rmdir ../gone; exec "$@" --token-path t')
+    assert (done.returncode, done.stderr) == (
+        78, "xai-refresher: XAI_PROXY_TOKEN_PATH is 't', but takes the absolute path of a file, since the working "
+            "directory was deleted\n")
+
+
+@pytest.mark.parametrize("arguments", [["refresher", "--once"], ["key", "add", "me"]])
+def test_no_folder_can_be_written_by_others_whatever_the_umask(tmp_path, arguments):
+    run(tmp_path, *arguments, script='umask 0; exec "$@"')
+    modes = [(tmp_path / name).stat().st_mode & 0o777 for name in ("new", "new/login")]
+    assert modes == [0o755, 0o700]
+
+
+def test_a_closed_terminal_ends_a_program_unless_nohup_says_otherwise(tmp_path):
+    """The proxy in the foreground and a refresher with nohup(1), which takes the SIGHUP for a request to try again."""
+    script = f'nohup "$@" --token-path {tmp_path}/login/tokens.json 2>log & echo $! >pid; exec {" ".join(COMMAND)}'
+    command = ["sh", "-c", script, "sh", *COMMANDS["refresher"]]
+    with Terminal(command, cwd=tmp_path, env=environment(tmp_path)) as terminal:
+        terminal.expect("listening on", 20)
+        log = tmp_path / "log"
+        while "not signed in" not in log.read_text():
+            time.sleep(0.05)
+        terminal.close()
+        assert terminal.process.wait(10) == 0
+        pid = int((tmp_path / "pid").read_text())
+        end = os.pidfd_open(pid)
+        assert not select.select([end], [], [], 0.5)[0]
+        os.kill(pid, signal.SIGTERM)
+        assert select.select([end], [], [], 10)[0]
+        os.close(end)
+        assert '"ended"' in log.read_text()

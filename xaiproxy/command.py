@@ -3,6 +3,7 @@
 import argparse
 import os
 import resource
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -16,13 +17,60 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, **arguments):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **arguments)
 
+    def parse_args(self, *arguments, **keywords) -> argparse.Namespace:
+        """What every command does first."""
+        open_standard_streams()
+        return super().parse_args(*arguments, **keywords)
+
+    def exit(self, status: int = 0, message: "str | None" = None) -> NoReturn:
+        try:
+            _flush_stdout()
+        except errors.Error as error:
+            status, message = error.exit_code, f"{self.prog}: {error}\n"
+        super().exit(status, message)
+
     def error(self, message: str) -> NoReturn:
         self.exit(errors.EXIT_USAGE, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def open_standard_streams() -> None:
+    """Open each of stdin, stdout and stderr that is closed: the next file to be opened would take its place.
+
+    stdin is then at its end. Writes to stdout fail, so that no result is lost in silence; stderr takes everything.
+    """
+    for fd, flags in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, flags), True)  # the lowest free descriptor: this one
+    sys.stdin = sys.stdin or open(0, closefd=False)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)
+    sys.stderr = sys.stderr or open(2, "w", errors="backslashreplace", closefd=False)
+
+
+def hangup() -> int:
+    """The signal that SIGHUP amounts to: SIGTERM if it means that the terminal was closed, else itself.
+
+    To be called before a handler of SIGHUP is installed: nohup(1) has it ignored.
+    """
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN and _has_terminal():
+        return signal.SIGTERM
+    return signal.SIGHUP
+
+
+def _has_terminal() -> bool:
+    """Whether the process has a controlling terminal."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK))
+    except OSError:
+        return False
+    return True
 
 
 def run(name: str, body: "Callable[[], int | None]") -> int:
     """Return body's exit code, or the one of the Error it raised, whose sentence is then printed."""
     _forbid_core_dumps()
+    os.umask(os.umask(0o077) | 0o022)  # nothing that is made can be written by others, also where the umask is 0
     try:
         status = body() or 0
         _flush_stdout()

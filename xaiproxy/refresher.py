@@ -391,7 +391,9 @@ def _main(arguments: Any) -> int:
     for warning in settings.warnings:
         logger.warning("%s", warning)
     refresher = Refresher(settings)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    hangup = command.hangup()
+    signal.signal(signal.SIGHUP, lambda *_: refresher.on_signal(hangup))
+    for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, refresher.on_signal)
     return refresher.once() if arguments.once else refresher.run()
 
