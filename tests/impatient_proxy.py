@@ -8,11 +8,10 @@ from gevent import monkey
 monkey.patch_all()
 
 import functools  # noqa: E402
-import os  # noqa: E402
 import sys  # noqa: E402
 
-from xaiproxy import config, dead_paths, server  # noqa: E402
+from xaiproxy import dead_paths, server  # noqa: E402
 
 if __name__ == "__main__":
     sweep = functools.partial(dead_paths.sweep, *map(float, sys.argv[1:]))
-    sys.exit(server.serve(config.from_environ(os.environ, {}), sweep))
+    sys.exit(server.serve({}, sweep))

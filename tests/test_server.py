@@ -13,7 +13,7 @@ import sys
 import termios
 import time
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Any, Callable, Iterator
 
 import pytest
 from flow import Flow
@@ -21,7 +21,7 @@ from proxy_process import COMMAND, Client, ProxyProcess, both_ways, environment,
 from scripted_upstream import Request, ScriptedUpstream, pour
 from wire import Message, readable
 
-from xaiproxy import __version__, config, server
+from xaiproxy import __version__, config, errors, server
 
 HEALTH = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -49,18 +49,40 @@ def lonely(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxyProcess]:
 # Starting
 
 
-def test_port_that_is_taken(tmp_path: Path) -> None:
+def test_port_that_becomes_free_is_taken(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        code, text = refuse_to_start(tmp_path, port=port)
-    assert code == 78 and text.count("\n") == 1
-    assert re.fullmatch(rf"xai-proxy: .*127\.0\.0\.1 port {port}: Address already in use; .*XAI_PROXY_PORT\n",
-                        text)
+        process = subprocess.Popen(COMMAND, cwd=tmp_path, text=True,
+                                   env=environment(tmp_path, port=port, max_connections=10), stderr=subprocess.PIPE)
+        assert f"cannot listen on 127.0.0.1 port {port} yet: Address already in use; trying for 10 s" in \
+            process.stderr.readline()
+        time.sleep(2 * server.LISTEN_INTERVAL)  # it says so once
+    assert f"listening on http://127.0.0.1:{port}/v1" in process.stderr.readline()
+    process.terminate()
+    assert process.wait(10) == 0
+    process.stderr.close()
 
 
-def test_address_that_is_not_ours(tmp_path: Path) -> None:
-    code, text = refuse_to_start(tmp_path, bind="192.0.2.1")
-    assert code == 78 and "192.0.2.1" in text and "XAI_PROXY_BIND" in text and text.count("\n") == 1
+def listening_fails(**values: str) -> str:
+    settings = config.from_environ({f"XAI_PROXY_{name.upper()}": value for name, value in values.items()} |
+                                   {"HOME": "/"}, dotenv_path="/dev/null")
+    with pytest.raises(errors.ConfigurationError) as caught:
+        server.listen(settings, patience=2 * server.LISTEN_INTERVAL)
+    return str(caught.value)
+
+
+def test_port_that_stays_taken() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        began = time.monotonic()
+        assert re.fullmatch(rf"cannot listen on 127\.0\.0\.1 port {port}: Address already in use; .*XAI_PROXY_PORT",
+                            listening_fails(port=str(port)))
+    assert time.monotonic() - began > 2 * server.LISTEN_INTERVAL
+
+
+def test_address_that_is_not_ours() -> None:
+    text = listening_fails(bind="192.0.2.1")
+    assert "192.0.2.1" in text and text.endswith("set XAI_PROXY_BIND and XAI_PROXY_PORT to what this machine allows")
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0", "::"])
@@ -369,6 +391,23 @@ def test_dead_peers_are_looked_for_on_both_sides(tmp_path: Path, upstream: Scrip
                       (request.connection.sock.getpeername()[1], upstream.port)):
             kind, left = timers[ports].split(":")
             assert kind == "02" and 50 * 100 < int(left, 16) <= 60 * 100
+
+
+def test_hangup_has_the_log_level_read_anew(tmp_path: Path) -> None:
+    """Without a controlling terminal. What is wrong in the settings by then changes nothing."""
+    with ProxyProcess(tmp_path, prefix=("setsid",)) as proxy:
+        def hang_up(line: str) -> "dict[str, Any]":
+            start = len(proxy.log_lines())
+            (tmp_path / ".env").write_text(line)
+            proxy.process.send_signal(signal.SIGHUP)
+            return proxy.wait_for_log(lambda line: line["message"].startswith("SIGHUP: "), start=start)
+        assert proxy.ask("GET", "/healthz").status == 200
+        assert hang_up("XAI_PROXY_LOG_LEVEL=debug\n")["message"] == "SIGHUP: the log level is debug"
+        assert proxy.ask("GET", "/healthz").status == 200
+        assert proxy.wait_for_request("/healthz")["level"] == "debug"
+        wrong = hang_up("XAI_PROXY_LOG_LEVEL=loud\n")
+        assert wrong["level"] == "error" and "XAI_PROXY_LOG_LEVEL is 'loud'" in wrong["message"]
+        assert proxy.ask("GET", "/healthz").status == 200
 
 
 # Ending

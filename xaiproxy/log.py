@@ -59,10 +59,14 @@ def setup(process: str, level: str, format: str, fd: int = 2, poll: "Callable[[]
     global _handler
     _handler = handler = LineHandler(fd, JsonFormatter(process) if as_json else TextFormatter(process), poll, defer,
                                      when_writable)
+    set_level(level)
     logger = logging.getLogger("xaiproxy")
     logger.handlers[:] = [handler]
-    logger.setLevel(level.upper())
     logger.propagate = False  # other libraries' logs hold URLs with queries: they stay where they are
+
+
+def set_level(level: str) -> None:
+    logging.getLogger("xaiproxy").setLevel(level.upper())
 
 
 def flush() -> None:

@@ -9,7 +9,7 @@ import signal
 import socket
 import time
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import gevent
@@ -32,6 +32,8 @@ LOG_DELAY = 0.005  # seconds that a log line waits at most, for others or until 
 PATIENCE = 1.0  # seconds for a request to come, where there are too many connections or the end is near
 KEEPALIVE_MARGIN = 5  # seconds by which a client is told less than KEEPALIVE_TIMEOUT, so that it closes first
 WARNING_INTERVAL = 60.0  # seconds between two lines about one shortage: at a limit connections come and go
+LISTEN_TIME = 10.0  # seconds in which an address that is in use, or not there yet, is tried again
+LISTEN_INTERVAL = 0.2  # seconds between two of these tries
 REFRESHER_LOOK = 2.0  # seconds between two looks for a living refresher, of which the first leaves it time to start
 EXAMPLES = """\
   xai-proxy                        serve http://127.0.0.1:9090/v1 with the login of xai-login
@@ -204,9 +206,9 @@ def main(argv: "list[str] | None" = None) -> int:
     parser.add_argument("--token-path", metavar="FILE", help="the token file")
     parser.add_argument("--version", action="version", version=__version__)
     arguments = parser.parse_args(argv)
-    return command.run(parser.prog, lambda: serve(config.from_environ(os.environ, {
-        "XAI_PROXY_BIND": arguments.bind, "XAI_PROXY_PORT": arguments.port,
-        "XAI_PROXY_TOKEN_PATH": arguments.token_path})))
+    options = {"XAI_PROXY_BIND": arguments.bind, "XAI_PROXY_PORT": arguments.port,
+               "XAI_PROXY_TOKEN_PATH": arguments.token_path}
+    return command.run(parser.prog, lambda: serve(options))
 
 
 class Leisure:
@@ -248,7 +250,9 @@ class WhenWritable:
         callback()
 
 
-def serve(settings: config.Config, sweep: "Callable[[], None]" = dead_paths.sweep) -> int:
+def serve(options: "Mapping[str, str | None]", sweep: "Callable[[], None]" = dead_paths.sweep) -> int:
+    """`options`: settings of the command line."""
+    settings = config.from_environ(os.environ, options)
     # The original poll: the patched one would switch greenlets in the middle of a log line.
     log.setup("proxy", settings.log_level, settings.log_format, poll=gevent.monkey.get_original("select", "poll"),
               defer=Leisure(LOG_DELAY), when_writable=WhenWritable())
@@ -261,13 +265,17 @@ def serve(settings: config.Config, sweep: "Callable[[], None]" = dead_paths.swee
     with listen(settings) as listener:
         check_exposure(listener, settings, keys)
         check_upstream(listener, settings)
-        run(listener, settings, keys, sweep)
+        run(listener, settings, keys, sweep, lambda: set_log_level(options))
     return 0
 
 
 def run(listener: socket.socket, settings: config.Config, keys: client_keys.ClientKeys,
-        sweep: "Callable[[], None]") -> None:
-    """Serve until SIGTERM or SIGINT, then drain; a second signal cuts at once."""
+        sweep: "Callable[[], None]", reload: "Callable[[], None]") -> None:
+    """Serve until SIGTERM or SIGINT, then drain; a second signal cuts at once.
+
+    SIGHUP starts the drain too if it means a closed terminal, and calls `reload` if not.
+    """
+    hangup = command.hangup()
     upstream = Upstream(settings)
     server = Server(listener, app.create_app(settings, keys, upstream), settings,
                     connection_limit(settings.max_connections))
@@ -277,6 +285,8 @@ def run(listener: socket.socket, settings: config.Config, keys: client_keys.Clie
         (cut if stop.is_set() else stop).set()
     for number in (signal.SIGTERM, signal.SIGINT):
         gevent.signal_handler(number, on_signal)
+    # Not on_signal: the terminal of a session that systemd ends is closed right after a SIGTERM.
+    gevent.signal_handler(signal.SIGHUP, stop.set if hangup == signal.SIGTERM else reload)
     server.start()
     host = f"[{settings.bind}]" if ":" in settings.bind else settings.bind
     logger.info("listening on http://%s:%d/v1%s", host, listener.getsockname()[1],
@@ -289,6 +299,17 @@ def run(listener: socket.socket, settings: config.Config, keys: client_keys.Clie
     sweeper.kill()
     upstream.close()
     logger.info("stopped")
+
+
+def set_log_level(options: "Mapping[str, str | None]") -> None:
+    """Take XAI_PROXY_LOG_LEVEL from the settings as they are now."""
+    try:
+        level = config.from_environ(os.environ, options).log_level
+    except errors.ConfigurationError as error:
+        logger.error("SIGHUP: the settings are not read anew: %s", error)
+        return
+    log.set_level(level)
+    logger.info("SIGHUP: the log level is %s", level)
 
 
 def watch_refresher(store: token_store.TokenStore) -> None:
@@ -310,22 +331,39 @@ def watch_refresher(store: token_store.TokenStore) -> None:
                 logger.warning("%s; look why xai-refresher does not run", app.readiness_of(store, time.time())[1])
 
 
-def listen(settings: config.Config) -> socket.socket:
-    """A listening socket. Raises ConfigurationError when the address cannot be had."""
+def listen(settings: config.Config, patience: float = LISTEN_TIME) -> socket.socket:
+    """A listening socket. Raises ConfigurationError when the address cannot be had within `patience` seconds."""
+    deadline = time.monotonic() + patience
+    waiting = False
+    while True:
+        try:
+            return _listener(settings)
+        except OSError as error:
+            passing = error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL)
+            if not passing or time.monotonic() > deadline:
+                advice = "stop what listens there, or set XAI_PROXY_PORT" if error.errno == errno.EADDRINUSE else \
+                    "set XAI_PROXY_BIND and XAI_PROXY_PORT to what this machine allows"
+                raise errors.ConfigurationError(
+                    f"cannot listen on {settings.bind} port {settings.port}: {error.strerror}; {advice}") from error
+            if not waiting:
+                waiting = True
+                logger.warning("cannot listen on %s port %d yet: %s; trying for %g s", settings.bind, settings.port,
+                               error.strerror, patience)
+        gevent.sleep(LISTEN_INTERVAL)
+
+
+def _listener(settings: config.Config) -> socket.socket:
     family = socket.AF_INET6 if ":" in settings.bind else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    for option in SOCKET_OPTIONS:  # accepted sockets inherit them on Linux
-        listener.setsockopt(*option)
     try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        for option in SOCKET_OPTIONS:  # accepted sockets inherit them on Linux
+            listener.setsockopt(*option)
         listener.bind((settings.bind, settings.port))
         listener.listen(BACKLOG)
-    except OSError as error:
+    except OSError:
         listener.close()
-        advice = "stop what listens there, or set XAI_PROXY_PORT" if error.errno == errno.EADDRINUSE else \
-            "set XAI_PROXY_BIND and XAI_PROXY_PORT to what this machine allows"
-        raise errors.ConfigurationError(f"cannot listen on {settings.bind} port {settings.port}: {error.strerror}; "
-                                        f"{advice}") from error
+        raise
     return listener
 
 
