@@ -3,6 +3,10 @@ FROM python:3.13-slim
 
 ENV PYTHONUNBUFFERED=1
 
+# supervisord looks for a temporary folder, in which it puts nothing. Where the root file system is read-only, container
+# runtimes still have this one.
+ENV TMPDIR=/dev/shm
+
 # A fixed number, so that the owner of a mounted folder can be set from outside and runAsNonRoot can be checked.
 RUN groupadd --gid 10001 xaiproxy && useradd --uid 10001 --gid 10001 --create-home xaiproxy \
     && install -d -m 0700 -o 10001 -g 10001 /data
@@ -27,5 +31,5 @@ ENV XAI_PROXY_TOKEN_PATH=/data/tokens.json
 EXPOSE 9090
 HEALTHCHECK --interval=30s --timeout=5s --start-period=30s CMD ["python", "-c", "import http.client, os, sys; from xaiproxy import config; c = config.from_environ(os.environ); h = http.client.HTTPConnection(c.bind, c.port, timeout=3); h.request('GET', '/healthz'); sys.exit(h.getresponse().status != 200)"]
 
-# Open streams get 25 s at the end: docker run --stop-timeout 40
+# At the end open streams get 25 s, and then a refresh that has begun gets 30 s: docker run --stop-timeout 70
 CMD ["supervisord", "-c", "/etc/xaiproxy/supervisord.conf"]
