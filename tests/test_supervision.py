@@ -1,8 +1,11 @@
 """conf/supervisord.conf and the plug-in, with real processes, read as a container's log is: through a pipe."""
 
+import configparser
+import contextlib
 import json
 import os
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -14,6 +17,10 @@ from pathlib import Path
 
 import pytest
 from proxy_process import Client
+from refresher_process import mounts, wait_until
+from terminal import Terminal
+
+from xaiproxy import config, refresher
 
 ROOT = Path(__file__).parent.parent
 CONF = ROOT / "conf" / "supervisord.conf"
@@ -22,18 +29,19 @@ CHAT = json.dumps({"model": "grok-4.5", "messages": [], "stream": True}).encode(
 
 
 class Supervised:
-    """supervisord with the real conf, and its output: `lines`.
+    """supervisord with the real conf, and its output: `lines`. It has no controlling terminal.
 
-    `path`: a folder to find programs in first. `pipe`: where it writes, and where that comes out.
+    `path`: a folder to find programs in first. `pipe`: where it writes, and where that comes out. `conf`: another
+    configuration.
     """
 
-    def __init__(self, folder, sandbox, *, prefix=(), path=None, pipe=os.pipe, **settings):
+    def __init__(self, folder, sandbox, *, prefix=(), path=None, pipe=os.pipe, conf=CONF, **settings):
         environ = {"PATH": f"{path or BIN}:{BIN}:{os.environ['PATH']}", "HOME": str(folder), "XAI_PROXY_PORT": "0",
                    **sandbox.env, "XAI_PROXY_TOKEN_PATH": str(folder / "login" / "tokens.json"), **settings}
         sandbox.write_login(environ["XAI_PROXY_TOKEN_PATH"])
         self._output, stdout = pipe()
-        self.process = subprocess.Popen([*prefix, BIN / "supervisord", "-c", CONF], cwd=folder, env=environ,
-                                        stdout=stdout, stderr=subprocess.STDOUT)
+        self.process = subprocess.Popen([*prefix, BIN / "supervisord", "-c", conf], cwd=folder, env=environ,
+                                        stdout=stdout, stderr=subprocess.STDOUT, start_new_session=True)
         os.close(stdout)
         self.lines = []
         self._changed = threading.Condition()
@@ -53,7 +61,7 @@ class Supervised:
         self._reader.join()
 
     def _read(self):
-        with open(self._output) as output:
+        with open(self._output) as output, contextlib.suppress(OSError):  # EIO: the end of a terminal's
             for line in output:
                 with self._changed:
                     self.lines.append(line)
@@ -95,6 +103,10 @@ class Supervised:
         self._reader.join(10)
         return status
 
+    def pids(self):
+        """Of the programs that were started, by name."""
+        return {name: int(self.said(rf"spawned: '{name}' with pid (\d+)")[1]) for name in ("refresher", "proxy")}
+
     def complaints(self):
         """supervisord's own lines above INFO."""
         return [line for line in self.lines if re.match(r"[-\d]+ [:,\d]+ (WARN|ERRO|CRIT) ", line)]
@@ -121,8 +133,20 @@ def stand_ins(folder, **programs):
     return program.parent
 
 
-BROKEN = "echo XAI_PROXY_REFRESH_SKEW is wrong >&2; exit 78"
+def edited_conf(folder, **settings):
+    """The real conf with other values of settings that it has."""
+    text = CONF.read_text()
+    for name, value in settings.items():
+        text, count = re.subn(rf"(?m)^{name}=.*$", f"{name}={value}", text)
+        assert count
+    conf = folder / "edited.conf"
+    conf.write_text(text)
+    return conf
+
+
+FAILING = "echo no room >&2; exit 75"
 SLOW_TO_STOP = "trap 'sleep 2; exit 0' TERM; while :; do sleep 0.1; done"
+QUICK_TO_STOP = "trap 'echo got SIGTERM; exit 0' TERM; while :; do sleep 0.05; done"
 
 
 def test_sigterm_drains_the_proxy_before_the_refresher_stops_and_ends_with_0(tmp_path, sandbox):
@@ -143,36 +167,131 @@ def test_sigterm_drains_the_proxy_before_the_refresher_stops_and_ends_with_0(tmp
 
 
 def test_a_proxy_that_was_killed_comes_back(tmp_path, sandbox):
-    with Supervised(tmp_path, sandbox) as supervised:
+    with Supervised(tmp_path, sandbox, conf=edited_conf(tmp_path, startsecs=0)) as supervised:
         with supervised.client() as client:
             assert client.ask("GET", "/v1/models").status == 200
-        supervised.said("success: proxy entered RUNNING state")  # killed before, it would be a failed start
-        os.kill(int(supervised.said(r"spawned: 'proxy' with pid (\d+)")[1]), signal.SIGKILL)
+        os.kill(supervised.pids()["proxy"], signal.SIGKILL)
         with supervised.client(start=2) as client:
             assert client.ask("GET", "/v1/models").status == 200
 
 
-def test_a_fatal_program_drains_the_other_and_ends_with_70(tmp_path, sandbox):
-    sandbox.set(events=1000, events_per_second=100)  # 10 s; the refresher is given up after 8
-    programs = stand_ins(tmp_path, refresher=BROKEN)
-    with Supervised(tmp_path, sandbox, path=programs) as supervised, supervised.client() as client:
+@pytest.mark.parametrize("startsecs", [5, 0])
+def test_a_program_that_ends_with_78_is_not_started_again_and_ends_all_with_70(tmp_path, sandbox, startsecs):
+    """While it counts as starting (5), and when it has started (0). The other one drains."""
+    sandbox.set(events=10, events_per_second=10)
+    programs = stand_ins(
+        tmp_path, refresher="until [ -e wrong ]; do sleep 0.05; done; echo a wrong setting >&2; exit 78")
+    with Supervised(tmp_path, sandbox, path=programs, conf=edited_conf(tmp_path, startsecs=startsecs)) as supervised, \
+            supervised.client() as client:
         open_stream(client)
-        supervised.said("CRIT refresher cannot be kept running")
+        (tmp_path / "wrong").touch()
         rest = rest_of_stream(client)
         assert rest.count(b"data: ") > 1 and rest.endswith(b"data: [DONE]\n\n")
         assert supervised.ended() == 70
-    supervised.said("XAI_PROXY_REFRESH_SKEW is wrong")
+    log = "".join(supervised.lines)
+    assert log.count("a wrong setting") == log.count("spawned: 'refresher'") == 1
+    assert len(supervised.said(r".*CRIT refresher .*exit status 78.* ending with status 70.*\n")[0]) < 300
+    assert log.index("CRIT refresher") < log.index("stopped: proxy (exit status 0)")
+
+
+def test_a_wrong_setting_is_told_once_by_each_program(tmp_path, sandbox):
+    with Supervised(tmp_path, sandbox, XAI_PROXY_REFRESH_SKEW="x") as supervised:
+        assert supervised.ended() == 70
+    log = "".join(supervised.lines)
+    assert 1 <= log.count("XAI_PROXY_REFRESH_SKEW is 'x'") <= 2, log
+    assert log.count("spawned: ") == 2 and log.count(" cannot be kept running ") == 1
+
+
+def test_a_program_that_cannot_be_kept_running_ends_all_with_70(tmp_path, sandbox):
+    programs = stand_ins(tmp_path, refresher=FAILING, proxy=QUICK_TO_STOP)
+    conf = edited_conf(tmp_path, startretries=0)
+    with Supervised(tmp_path, sandbox, path=programs, conf=conf) as supervised:
+        assert supervised.ended() == 70
     supervised.said(r"CRIT refresher cannot be kept running .* ending with status 70")
     supervised.said(r"stopped: proxy \(exit status 0\)")
-    assert len(supervised.said(".*CRIT refresher.*\n")[0]) < 300
 
 
 def test_sigterm_while_a_program_waits_for_its_next_start_ends_with_0(tmp_path, sandbox):
     # supervisord makes the one FATAL then, and goes on to stop the other.
-    with Supervised(tmp_path, sandbox, path=stand_ins(tmp_path, proxy=BROKEN, refresher=SLOW_TO_STOP)) as supervised:
+    with Supervised(tmp_path, sandbox, path=stand_ins(tmp_path, proxy=FAILING, refresher=SLOW_TO_STOP)) as supervised:
         supervised.said("exited: proxy", times=2)  # the next start is two seconds off
         supervised.signal(signal.SIGTERM)
         assert supervised.ended() == 0
+
+
+def test_the_programs_end_when_supervisord_is_killed(tmp_path, sandbox):
+    programs = stand_ins(tmp_path, refresher="echo up\n" + QUICK_TO_STOP, proxy="echo up\n" + QUICK_TO_STOP)
+    with Supervised(tmp_path, sandbox, path=programs) as supervised:
+        supervised.said("^up", times=2)
+        ends = [os.pidfd_open(pid) for pid in supervised.pids().values()]
+        supervised.signal(signal.SIGKILL)
+        assert all(readable(end, 10) for end in ends)
+    for end in ends:
+        os.close(end)
+
+
+def readable(fd, seconds):
+    return bool(select.select([fd], [], [], seconds)[0])
+
+
+@pytest.mark.parametrize("nohup", [(), ("nohup",)])
+def test_a_closed_terminal_ends_all_unless_nohup_says_otherwise(tmp_path, sandbox, nohup):
+    stand_ins(tmp_path, refresher=QUICK_TO_STOP, proxy=QUICK_TO_STOP)
+    environ = {"PATH": f"{tmp_path / 'stand-ins'}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+    with Terminal([*nohup, str(BIN / "supervisord"), "-c", str(CONF)], cwd=tmp_path, env=environ) as terminal:
+        log = tmp_path / "nohup.out"
+        wait_until(lambda: log.exists() and "spawned: 'proxy'" in log.read_text()) if nohup else \
+            terminal.expect("spawned: 'proxy'")
+        terminal.close()
+        if nohup:
+            with pytest.raises(subprocess.TimeoutExpired):
+                terminal.process.wait(1.5)  # its loop turns once a second
+            assert "SIGHUP" not in log.read_text()
+            terminal.process.terminate()
+        assert terminal.process.wait(20) == 0
+        said = log.read_text() if nohup else terminal.screen
+        pids = re.findall(r"spawned: .* with pid (\d+)", said)
+        assert len(pids) == 2 and not any(Path("/proc", pid).exists() for pid in pids)
+
+
+def test_lines_of_two_programs_are_not_mixed(tmp_path, sandbox):
+    """Not even those that are written in pieces, as a traceback is, or end without a line end."""
+    programs = stand_ins(
+        tmp_path, proxy="sleep 0.3; echo a whole line; touch go\n" + QUICK_TO_STOP,
+        refresher="printf 'the first half '; until [ -e go ]; do sleep 0.05; done; echo and the second\n"
+                  "trap 'printf last; exit 0' TERM; while :; do sleep 0.05; done")
+    with Supervised(tmp_path, sandbox, path=programs) as supervised:
+        supervised.said("^the first half and the second\n")
+        supervised.signal(signal.SIGTERM)
+        assert supervised.ended() == 0
+    assert {"a whole line\n", "got SIGTERM\n", "last\n"} <= set(supervised.lines)
+
+
+@mounts
+def test_a_read_only_file_system_without_a_temporary_folder(tmp_path, sandbox):
+    """With the image's environment; what the container runtimes mount as /dev/shm remains."""
+    image = dict(re.findall(r"(?m)^ENV (\w+)=(\S+)$", (ROOT / "Dockerfile").read_text()))
+    programs = stand_ins(tmp_path, refresher=QUICK_TO_STOP, proxy=QUICK_TO_STOP)
+    script = ('for folder in /tmp /var/tmp; do mount --bind $folder $folder; mount -o remount,bind,ro $folder; done; '
+              'mount -o remount,bind,ro /; cd "$PWD"; ! touch here 2>/dev/null; exec "$@"')
+    with Supervised(tmp_path, sandbox, path=programs, prefix=("unshare", "-rm", "sh", "-ec", script, "sh"),
+                    TMPDIR=image.get("TMPDIR", "")) as supervised:
+        supervised.said("spawned: 'proxy'")
+        supervised.signal(signal.SIGTERM)
+        assert supervised.ended() == 0
+    supervised.said("could not write pidfile")
+
+
+def test_without_standard_streams(tmp_path, sandbox):
+    """The files that are opened next must not become them."""
+    port = free_port()
+    with Supervised(tmp_path, sandbox, XAI_PROXY_PORT=str(port),
+                    prefix=("sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh")) as supervised:
+        wait_for_models(port)
+        assert {os.readlink(f"/proc/{supervised.process.pid}/fd/{fd}") for fd in range(3)} == {os.devnull}
+        supervised.signal(signal.SIGTERM)
+        assert supervised.ended() == 0
+    assert (tmp_path / "login" / "tokens.json.lock").read_bytes() == b"" and supervised.lines == []
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="the other tests show it, since they were not run by root")
@@ -199,6 +318,22 @@ def test_a_stdout_that_cannot_be_opened_anew_gets_every_line(tmp_path, sandbox):
         supervised.said(r"stopped: refresher \(exit status 0\)")
 
 
+def test_documented_stop_timeouts_are_long_enough():
+    """The proxy drains, and then a refresh that has begun is finished and saved."""
+    needed = float(config.SETTINGS["XAI_PROXY_DRAIN_TIMEOUT"].metadata["default"]) + refresher.DEADLINE + 10
+    pattern = re.compile(r"(--stop-timeout|stop_grace_period:|terminationGracePeriodSeconds:|TimeoutStopSec=) ?(\d+)")
+    found = {}
+    for path in subprocess.check_output(["git", "ls-files", "*.md", "*.yaml", "*.yml", "conf", "Dockerfile"], cwd=ROOT,
+                                        text=True).splitlines():
+        found[path] = [float(match[2]) for match in pattern.finditer((ROOT / path).read_text())]
+    assert found["README.md"] and found["Dockerfile"]
+    assert min(sum(found.values(), [])) >= needed, (needed, found)
+    conf = configparser.RawConfigParser()
+    conf.read(CONF)
+    assert conf.getfloat("program:refresher", "stopwaitsecs") >= refresher.DEADLINE + 10
+    assert conf.getfloat("program:proxy", "stopwaitsecs") >= 3500 + 10  # the most that XAI_PROXY_DRAIN_TIMEOUT takes
+
+
 def test_the_conf_leaves_the_settings_to_the_environment():
     settings = [line for line in CONF.read_text().splitlines() if not line.startswith(";")]
     assert not [line for line in settings if "XAI_PROXY_" in line or "%(" in line or "environment" in line]
@@ -212,15 +347,22 @@ def test_a_stdout_that_nobody_reads_stops_no_request(tmp_path, sandbox):
 
         def ask(times):  # each is a log line; most cost the sandbox nothing
             with supervised.client() as client:
-                return [client.ask("GET", "/nowhere" if n % 10 else "/v1/models").status for n in range(times)]
+                for _ in range(times):
+                    ask_for_nothing(client)
+                    assert client.ask("GET", "/v1/models").status == 200
         with futures.ThreadPoolExecutor(4) as pool:
-            statuses = sum(pool.map(ask, [1250] * 4), [])
-        assert (statuses.count(200), statuses.count(404)) == (500, 4500)
+            list(pool.map(ask, [7] * 4))
         while not streaming.silent():  # events from before
             streaming.chunk()
         assert streaming.chunk().startswith(b"data: ")
         supervised.read_on()
         supervised.said(r"\d{3,} log lines were dropped")  # which needs no further line
+
+
+def ask_for_nothing(client):
+    """A hundred times."""
+    client.send(b"GET /nowhere HTTP/1.1\r\nHost: localhost\r\n\r\n" * 100)
+    assert {client.message().status for _ in range(100)} == {404}
 
 
 def free_port():
@@ -241,29 +383,25 @@ def wait_for_models(port, seconds=30):
             time.sleep(0.1)
 
 
-def stop_reading(supervised, port):
-    """Once stdout takes no more."""
-    supervised.stop_reading()
-    with Client(port) as client:
-        for _ in range(20):
-            client.send(b"GET /nowhere HTTP/1.1\r\nHost: localhost\r\n\r\n" * 100)
-            assert {client.message().status for _ in range(100)} == {404}
-
-
-def close_reader(supervised, port):
-    supervised.close_output()
-    with Client(port) as client:
-        assert client.ask("GET", "/nowhere").status == 404
-
-
-@pytest.mark.parametrize("lose_reader", [stop_reading, close_reader])
-def test_without_a_reader_programs_are_restarted_and_signals_obeyed(tmp_path, sandbox, lose_reader):
+@pytest.mark.parametrize("pipe", [os.pipe, os.openpty])
+def test_without_a_reader_programs_are_restarted_and_signals_obeyed(tmp_path, sandbox, pipe):
+    """When stdout takes no more, and when its reader is gone: EPIPE, and EIO of a terminal."""
     port = free_port()
-    with Supervised(tmp_path, sandbox, XAI_PROXY_PORT=str(port)) as supervised:
-        supervised.said("success: proxy entered RUNNING state")
-        proxy = int(supervised.said(r"spawned: 'proxy' with pid (\d+)")[1])
-        lose_reader(supervised, port)
-        os.kill(proxy, signal.SIGKILL)
+    conf = edited_conf(tmp_path, startsecs=0)
+    with Supervised(tmp_path, sandbox, pipe=pipe, conf=conf, XAI_PROXY_PORT=str(port)) as supervised:
+        wait_for_models(port)
+        supervised.stop_reading()
+        with Client(port) as client:
+            for _ in range(15):
+                ask_for_nothing(client)
+        os.kill(supervised.pids()["proxy"], signal.SIGKILL)
+        wait_for_models(port)
+        supervised.close_output()
+        supervised.read_on()
+        with Client(port) as client:
+            ask_for_nothing(client)
+        children = Path(f"/proc/{supervised.process.pid}/task/{supervised.process.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
         wait_for_models(port)
         supervised.signal(signal.SIGTERM)
         assert supervised.process.wait(30) == 0
