@@ -15,7 +15,8 @@ import time
 
 from tests.sandbox import Sandbox
 
-from .processes import PROXY, REFRESHER, STATUS, Process, await_, environment, warnings
+from . import kills
+from .processes import PROXY, REFRESHER, STATUS, Process, await_, environment, lock_holder, warnings
 
 REFRESHERS, PROXIES = 4, 8
 LIFETIME = 3  # seconds of an access token
@@ -25,7 +26,8 @@ PROGRESS = 10  # seconds between two lines of progress
 SEEN_WITHIN = 61  # seconds from the stop of the refreshers until everybody says so: token_store.ALIVE and a look
 HELP = (f"{REFRESHERS} refreshers and {PROXIES} proxies on one token file, with tokens of {LIFETIME} s at an issuer "
         "that ends the login when a former refresh token comes again; a refresher is killed every few seconds; then "
-        "all are stopped until it shows, which takes another minute (default: 10 minutes)")
+        "all are stopped until it shows, which takes another minute; then, for as long again, refreshers alone are "
+        "killed at every point of a refresh, and each login lost by that is counted (default: 10 minutes)")
 
 
 class Client(threading.Thread):
@@ -108,25 +110,16 @@ class Soak:
             victim.signal(signal.SIGCONT)
             self.spared += 1
             return
-        self.amid += victim is self.holding()
+        self.amid += victim is lock_holder(self.path, self.refreshers)
         victim.kill()
         number = self.refreshers.index(victim)
         self.refreshers[number] = self.start(f"refresher-{number}", *REFRESHER)
         self.restarts += 1
 
-    def holding(self) -> "Process | None":
-        """Who has the lock (proc_locks(5))."""
-        inode = self.path.with_name("tokens.json.lock").stat().st_ino
-        for line in pathlib.Path("/proc/locks").read_text().splitlines():
-            fields = line.split()
-            if fields[1] == "FLOCK" and fields[5].rpartition(":")[2] == str(inode):
-                return next((one for one in self.refreshers if one.pid == int(fields[4])), None)
-        return None
-
     def holder(self, seconds: float) -> Process:
         """The next to have the lock, at some moment of its refresh. Raises TimeoutError."""
         end = time.monotonic() + seconds
-        while not (one := self.holding()):
+        while not (one := lock_holder(self.path, self.refreshers)):
             if time.monotonic() > end:
                 raise TimeoutError
         time.sleep(random.uniform(0, 0.015))
@@ -136,7 +129,7 @@ class Soak:
         """Whether a new login may be in this process's memory alone: nobody could keep it if that were killed."""
         try:
             with open(self.path.with_name("tokens.json.new"), "rb") as file:
-                return one is self.holding() and file.read(1) in (b"", b" ")
+                return one is lock_holder(self.path, self.refreshers) and file.read(1) in (b"", b" ")
         except FileNotFoundError:
             return False
 
@@ -189,4 +182,7 @@ def soak(folder: pathlib.Path, running: contextlib.ExitStack, seconds: float) ->
     run = Soak(folder, running, seconds)
     run.run()
     run.stop_all()
-    return run.report()
+    lost = run.report()
+    for process in run.refreshers:
+        process.kill()
+    return max(lost, kills.soak(folder, running, seconds))

@@ -55,6 +55,19 @@ class Process:
         return int(await_(lambda: re.search(r"listening on http://[^ ]*?:([0-9]+)/", self.log.read_text()))[1])
 
 
+def lock_holder(token_path: pathlib.Path, refreshers: "list[Process]") -> "Process | None":
+    """Which of them has the lock of the token file (proc_locks(5))."""
+    try:
+        inode = token_path.with_name("tokens.json.lock").stat().st_ino
+    except FileNotFoundError:  # none of them has begun
+        return None
+    for line in pathlib.Path("/proc/locks").read_text().splitlines():
+        fields = line.split()
+        if fields[1] == "FLOCK" and fields[5].rpartition(":")[2] == str(inode):
+            return next((one for one in refreshers if one.pid == int(fields[4])), None)
+    return None
+
+
 def open_files(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))
 
