@@ -22,7 +22,8 @@ EXAMPLES = """\
   xai-login --status    say who is signed in and until when
   xai-login --doctor    find out what keeps the login or the proxy from working, and what to do
 
-Exit status: 0 done; 64 wrong usage; 69 the issuer cannot be reached (after --logout: the login was removed
+Exit status of --status: 0 the login can be used; 75 its access token has expired or is refused, and is still to be
+renewed; 77 sign in. Of the others: 0 done; 64 wrong usage; 69 the issuer cannot be reached (after --logout: the login was removed
 here but not revoked there); 75 the token file cannot be written; 77 denied, expired or signed out;
 78 wrong settings, or another issuer's login is in the way; 130 interrupted. --doctor ends with that of the
 first failure that it finds, and with 0 when there are only warnings: 69 also for the API and a proxy that does
