@@ -263,6 +263,8 @@ def test_a_request_with_too_many_cookies_is_told_so(waiting: Waiting):
         while more := connection.recv(65536):  # a reset raises
             received += more
     assert received.startswith(b"HTTP/1.1 431 ") and b"paste it into the terminal" in received
+    waiting.ask(GOOD)
+    assert waiting.result() == "c-1"
     assert len(waiting.said) == 1 and "most probably cookies" in waiting.said[0]
 
 
