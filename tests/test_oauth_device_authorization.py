@@ -158,8 +158,14 @@ def test_it_sleeps_before_every_poll():
 
 def test_slow_down_adds_five_seconds_for_good():
     clock = Clock()
-    poll(SLOW_DOWN, PENDING, SLOW_DOWN, TOKENS, clock=clock)
+    poll(SLOW_DOWN, PENDING, answer(200, {"error": "slow_down"}), TOKENS, clock=clock)
     assert clock.sleeps == [5, 10, 10, 15]
+
+
+def test_no_optional_member_costs_the_approval():
+    odd = {"access_token": "at", "refresh_token": "rt", "expires_in": 60, "scope": ["openid", "api:access"], "id_token": {}}
+    login = poll(PENDING, answer(200, odd, "text/html"), clock=Clock())
+    assert (login.access_token, login.refresh_token, login.scope) == ("at", "rt", "openid api:access")
 
 
 @pytest.mark.parametrize("named, interval", [(30, 30), (10, 10), (7, 10), ("60", 60), (-1, 10), ("x", 10), (1e5, 300)])
@@ -212,10 +218,11 @@ def test_what_lengthens_the_wait_leaves_one_poll_before_the_end():
     ({"error": "authorization_denied"}, errors.AccessDenied),
     ({"error": "expired_token"}, errors.ExpiredToken),
     ({"error": "invalid_grant"}, errors.GrantRefused), ({"error": "invalid_client"}, errors.ClientRejected)])
-def test_what_ends_it(body: "dict[str, str]", kind: type):
+@pytest.mark.parametrize("status", [400, 200])
+def test_what_ends_it(body: "dict[str, str]", kind: type, status: int):
     clock = Clock()
     with pytest.raises(kind) as caught:
-        poll(PENDING, answer(400, body), TOKENS, clock=clock)
+        poll(PENDING, answer(status, body), TOKENS, clock=clock)
     assert len(clock.requests) == 2 and caught.value.exit_code == 77
 
 

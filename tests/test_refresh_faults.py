@@ -776,6 +776,15 @@ def test_a_token_that_may_be_spent_is_sent_again_when_upstream_refuses_the_acces
         assert case.outcome() == "4"
 
 
+def test_a_request_whose_token_is_refused_waits_for_the_try_that_a_lost_answer_had_put_off(tmp_path):
+    with Served(tmp_path / "folder", "old", faults=[cut_before] * 3) as served:
+        case = served.case
+        case.put("old", case.issuer.login[0], expires_in=240)  # stale, and the last try is 124 s before expiry
+        case.start().wait_for("the refresh token may be spent: next try at ", PATIENCE)
+        wait_until(lambda: case.store.load().refresh_try.next_at < time.time())
+        assert served.proxy.ask().status == 200 and len(case.issuer.calls) == 4
+
+
 def test_two_refreshers_refresh_once_for_an_upstream_that_refuses_every_token(tmp_path):
     with Case(tmp_path / "folder") as case:
         processes = [case.start(), case.start()]

@@ -23,7 +23,7 @@ def code_of(error: errors.Error) -> str:
     if isinstance(error, errors.OAuthError):
         return error.error
     if isinstance(error, errors.IssuerUnavailable):
-        return schedule.ANSWER_LOST if error.sent else "refused_for_now" if error.refused else "issuer_unavailable"
+        return tokens.ANSWER_LOST if error.sent else "refused_for_now" if error.refused else "issuer_unavailable"
     return "storage"
 
 

@@ -254,7 +254,9 @@ class Proxy:
         error = login.refresh_error
         if error is not None and error.terminal:
             raise errors.LoginRequired(f"the login has ended ({error.code}); {errors.SIGN_IN}")
-        if error is not None and (error.at >= asked_at or (error.retry_at or 0) > time.time() + WAIT):
+        # After a lost answer the refresher tries again as soon as it is asked.
+        waits = error is not None and error.code != tokens.ANSWER_LOST and (error.retry_at or 0) > time.time() + WAIT
+        if error is not None and (error.at >= asked_at or waits):
             return False
         return not refresher.is_gone()
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from xaiproxy import command, config, errors, judgement, log, refresher_status, token_store, token_writer, tokens
 from xaiproxy.oauth import discovery, session, token_endpoint
-from xaiproxy.schedule import ANSWER_LOST, BACKOFF_LIMIT, REFUSED_FOR_NOW, Decision, Schedule
+from xaiproxy.schedule import BACKOFF_LIMIT, REFUSED_FOR_NOW, Decision, Schedule
 
 logger = logging.getLogger("xaiproxy.refresher")  # also as `python -m xaiproxy.refresher`
 
@@ -357,13 +357,13 @@ def _code(error: errors.Error) -> str:
     if isinstance(error, errors.OAuthError):
         return error.error
     if isinstance(error, errors.IssuerUnavailable):
-        return ANSWER_LOST if error.sent else REFUSED_FOR_NOW if error.refused else "issuer_unavailable"
+        return tokens.ANSWER_LOST if error.sent else REFUSED_FOR_NOW if error.refused else "issuer_unavailable"
     return "storage"
 
 
 def _is_waiting(error: tokens.RefreshError, now: float) -> bool:
     """Whether the next try waits for the end of the access token, since the refresh token may be spent."""
-    return error.code == ANSWER_LOST and error.retry_at is not None and error.retry_at > now + BACKOFF_LIMIT
+    return error.code == tokens.ANSWER_LOST and error.retry_at is not None and error.retry_at > now + BACKOFF_LIMIT
 
 
 def _next_try(error: tokens.RefreshError, now: float) -> str:

@@ -32,7 +32,7 @@ LAST_TRY = 600.0  # seconds before expiry, or a tenth of the lifetime if that is
 ASKED_WAIT, ASKED_WAIT_LIMIT = 120.0, 3600.0  # seconds between two refreshes that upstream's refusals ask for
 DOUBTS = 3  # tries in a row with the same answer until a refusal that is not RFC 6749's is believed
 
-ANSWER_LOST = "answer_lost"  # the code of a refresh_error
+# The codes of a refresh_error, beside tokens.ANSWER_LOST and those of OAuth.
 REFUSED_FOR_NOW = "refused_for_now"
 UPSTREAM_REFUSES = "upstream_refuses"
 STALE_AT_ONCE = "stale_at_once"
@@ -81,7 +81,7 @@ class Schedule:
         waits = [0.0]
         self.failures = error.failures if error else 0
         self._terminal = error is not None and error.terminal
-        if error and error.retry_at and error.code not in (ANSWER_LOST, UPSTREAM_REFUSES):
+        if error and error.retry_at and error.code not in (tokens.ANSWER_LOST, UPSTREAM_REFUSES):
             waits.append(min(error.retry_at - now, STANDING_WAIT))
         self._tries = refresh_try.tries if refresh_try else 0
         if refresh_try is None:

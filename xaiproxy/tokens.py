@@ -17,6 +17,7 @@ B64TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # RFC 6750 section 2.1: safe in 
 PRINTABLE = re.compile(r"[ -~]*")
 KEYS = ("access_token", "refresh_token", "expires_at", "token_endpoint", "obtained_at", "issuer", "client_id",
         "scope", "account", "refresh_error", "refresh_try", "asked", "replaces")
+ANSWER_LOST = "answer_lost"  # of a RefreshError: the refresh token may be spent, and the next try may be hours away
 
 
 class State(enum.Enum):
