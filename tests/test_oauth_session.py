@@ -153,7 +153,7 @@ STOPPED = """
 import sys
 from xaiproxy import config
 from xaiproxy.oauth.session import Session
-print(Session(config.from_environ({})).post(sys.argv[1], {"a": "b"}, deadline=1).status)
+print(Session(config.from_environ({})).post(sys.argv[1], {"a": "b"}, deadline=3).status)
 """
 
 
@@ -172,7 +172,7 @@ def test_an_answer_that_came_while_the_process_was_stopped_past_the_deadline_is_
         assert read.wait(10)
         process.send_signal(signal.SIGSTOP)
         released.set()
-        time.sleep(1.2)  # its deadline passes
+        time.sleep(4)  # its deadline passes, by as long as it then has for a last read
         process.send_signal(signal.SIGCONT)
         assert process.communicate(timeout=10) == ("200\n", None)
 

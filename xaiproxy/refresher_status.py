@@ -12,7 +12,7 @@ import json
 import os
 from pathlib import Path
 
-from xaiproxy import folder_file
+from xaiproxy import errors, folder_file, storage
 from xaiproxy.token_store import ALIVE, TokenStore
 
 RUN_FOLDER = Path("/run/xaiproxy")
@@ -43,6 +43,10 @@ class Status:
 
 def write(store: TokenStore, status: Status, run_folder: Path = RUN_FOLDER) -> bool:
     """Write the status file; return whether there is a place for it. To be called at least every ALIVE / 2 seconds."""
+    try:
+        storage.check_owner(store.path)
+    except errors.StorageError:  # a file of root's would be closed to the user who serves
+        return False
     values = {"login": _name_of(store), **dataclasses.asdict(status)}
     for name in ("result", "reason", "no_room"):
         values[name] = values[name][:TEXT_LIMIT]
