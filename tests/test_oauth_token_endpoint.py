@@ -124,7 +124,9 @@ def test_a_definite_answer_that_spent_nothing(reply: bytes, retry_after: "float 
     answer(200, {}), answer(200, {"access_token": ""}), answer(200, {"access_token": "two words"}),
     answer(200, []),
     answer(200, "", TEXT), answer(204), answer(200, PAGE, HTML), answer(200, {"error": "slow_down_please"}),
-    answer(500, "oops", TEXT), answer(502, PAGE, HTML), answer(502, {"error": "bad_gateway"}), answer(503, PAGE, HTML),
+    answer(500, "oops", TEXT), answer(502, PAGE, HTML), answer(502, {"error": "bad_gateway"}),
+    answer(502, {"error": {"message": "upstream timed out", "code": "server_error"}}),
+    answer(504, {"code": "temporarily_unavailable"}), answer(503, PAGE, HTML),
     answer(504, "", TEXT, Retry_After="5"), answer(520, PAGE, HTML), answer(522, PAGE, HTML), answer(524, PAGE, HTML),
     answer(530, "", TEXT),
     b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{"])

@@ -10,7 +10,7 @@ import pytest
 from proxy_process import ProxyProcess
 from scripted_upstream import OK, ScriptedUpstream
 
-from xaiproxy import client_keys, config, conversation, doctor, errors, login, refresher_status
+from xaiproxy import client_keys, config, conversation, doctor, errors, login, refresher_status, tokens
 from xaiproxy.outage import Outage
 from xaiproxy.refresher_status import Status
 from xaiproxy.token_store import TokenStore
@@ -163,11 +163,33 @@ def test_the_last_client_key_that_is_removed(scene):
     assert scene.ready() == (200, "signed in")
 
 
+def test_a_young_token_that_is_refused_twice_is_not_ready(scene):
+    scene.proxy.sign_in(age=30)
+    with scene.proxy.client() as client:
+        client.request()
+        for _ in range(2):
+            scene.upstream.receive().answer(REFUSED)
+        assert client.message().status == 401
+    assert scene.ready()[0] == 503
+
+
+def test_an_old_refresh_that_was_declined_turns_no_request_away(scene):
+    old = error(code="upstream_refuses", terminal=False, at=time.time() - 15000, retry_at=time.time() - 14900)
+    scene.proxy.sign_in(expires_in=-1, age=20000, refresh_error=old)
+    with scene.proxy.client() as client:
+        client.request()
+        time.sleep(0.3)
+        scene.proxy.sign_in()
+        scene.upstream.receive().answer(OK)
+        assert client.message().status == 200
+
+
 def test_no_room_is_told_though_tokens_json_cannot_take_it(scene):
     scene.proxy.sign_in()
     now = time.time()
     no_room = "No space left on device"
-    refresher_status.write(scene.store, Status(now, "storage", f"{scene.store.path}: {no_room}", now + 5, no_room))
+    refresher_status.write(scene.store, Status(now, "storage", f"{scene.store.path}: {no_room}", now + 5, no_room,
+                                                tokens.fingerprint(scene.store.load().access_token)))
     status, reason = scene.ready()
     assert status == 200 and reason.endswith("but no renewed login can be saved")
     code, event = scene.status()

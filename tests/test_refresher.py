@@ -19,7 +19,7 @@ import time
 
 import pytest
 
-from xaiproxy import config, errors, refresher, token_writer, tokens
+from xaiproxy import config, errors, judgement, refresher, refresher_status, token_writer, tokens
 from xaiproxy.token_store import TokenStore
 from xaiproxy.tokens import State, fingerprint
 
@@ -382,6 +382,110 @@ def test_an_outage_of_the_issuer_is_an_error_each_minute_once_no_request_can_be_
     day.sandbox.set(answers=[])
     day.pass_(100)
     assert len(outage_lines(caplog)) == 3 and said(caplog, "refreshed after") == 1
+
+
+def judged(day) -> judgement.Verdict:
+    login, now = day.login(), day.now()
+    refused = day.store.is_refused(login, now)
+    return judgement.judge(login, now, 0.0, refused, refresher_status.read(day.store, login, now)).verdict
+
+
+def test_a_failure_is_no_longer_told_when_another_process_has_signed_in(day):
+    script(day, error="unavailable", headers={"Retry-After": "300"})
+    day.put()
+    day.pass_(3)
+    assert judged(day) is judgement.Verdict.FAILING
+    day.sign_in()
+    day.pass_(30)
+    assert judged(day) is judgement.Verdict.GOOD
+
+
+def test_a_disk_that_was_full_is_no_longer_told_when_another_process_could_save(day):
+    day.put()
+    day.store.new_path.mkdir()  # nobody can make a file there
+    day.pass_(3)
+    assert judged(day) is judgement.Verdict.NO_ROOM
+    day.store.new_path.rmdir()
+    day.sign_in()
+    day.pass_(30)
+    assert judged(day) is judgement.Verdict.GOOD
+
+
+def test_a_refresh_that_was_declined_is_no_failure_once_upstream_takes_the_token_again(day):
+    old = day.put_fresh()
+    day.pass_(1)
+    for token in (old["access_token"], None):
+        day.store.ask_refresh(token or day.login().access_token)
+        day.pass_(2)
+    assert (tries(day), day.login().refresh_error.code, judged(day)) == (1, "upstream_refuses", judgement.Verdict.REFUSED)
+    day.store.refused_path.unlink()  # as the proxy does
+    day.store.refused = None
+    assert judged(day) is judgement.Verdict.GOOD
+
+
+def test_a_file_of_version_0_1_that_waits_after_a_lost_answer_goes_on_waiting(day):
+    day.put(obtained_at=day.now() - 15000, expires_at=day.now() + 3000, refresh_error={
+        "code": "answer_lost", "description": "x gave no whole answer", "at": day.now() - 1800, "terminal": False,
+        "retry_at": None})
+    day.pass_(60)
+    assert tries(day) == 0
+    day._begin += 3000 - 600
+    day.pass_(10)
+    assert tries(day) == 1 and works(day)
+
+
+def test_the_remembered_endpoint_is_trusted_again_after_a_refresh(day):
+    script(day, {"error": "unavailable", "headers": {"Retry-After": "1"}, "times": 1})
+    day.put()
+    day.pass_(10)
+    day._begin += 20000
+    day.pass_(2)
+    assert day.sandbox.counters()["refreshes"] == 2
+    assert sum("openid-configuration" in seen["target"] for seen in day.sandbox.requests()) == 1
+
+
+def test_new_tokens_that_are_dropped_are_told(day, caplog):
+    script(day, delay=1.0)
+    day.put()
+    removal = threading.Timer(0.5, day.path.unlink)
+    removal.start()
+    day.pass_(3)
+    removal.join()
+    assert day.sandbox.counters()["refreshes"] == 1
+    assert said(caplog, "so the new tokens of that login are dropped") == 1
+
+
+def test_a_lock_that_hangs_is_told_by_the_light_and_an_error(day, caplog):
+    day.put(obtained_at=day.now() - 2000, expires_at=day.now() + 150)
+    with token_writer.locked(day.store, 0):
+        day.pass_(70)
+        assert judged(day) is judgement.Verdict.FAILING
+        day.pass_(130)
+    assert outage_lines(caplog)[0].endswith("and cannot be renewed (locked)")
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_once_the_token_expired(day, caplog):
+    day.put()
+    day.store.new_path.mkdir()
+    day.pass_(230)
+    assert len(outage_lines(caplog)) == 3 and "no renewed login can be saved" in outage_lines(caplog)[0]
+
+
+def test_once_says_that_a_next_try_is_waited_for(day):
+    day.put(expires_at=day.now() - 5)
+    script(day, error="unavailable", headers={"Retry-After": "300"})
+    for _ in range(2):
+        day.start()
+        with pytest.raises(errors.IssuerUnavailable) as caught:
+            day.refresher.once()
+    assert tries(day) == 1 and "next try in " in str(caught.value)
+
+
+def test_once_tries_when_the_next_try_is_from_before_the_clock_was_set_back(day):
+    day.put(expires_at=day.now() - 5, refresh_error={
+        "code": "issuer_unavailable", "description": "", "at": day.now() + 3600, "retry_at": day.now() + 3660, "failures": 9})
+    day.start()
+    assert day.refresher.once() == 0 and works(day)
 
 
 def test_each_dead_login_is_said(day, caplog):

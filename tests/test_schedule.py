@@ -47,7 +47,7 @@ class Desk:
         """One try that fails, as the refresher makes it; the seconds to the next. `killed`: amid the call, by -9."""
         self.schedule.watch(self.login, self.now, self.uptime)
         before, begun = self.login, self.schedule.begun(self.login, asked, self.now, self.uptime)
-        self.login = reread(begun)
+        self.login = self.begun = reread(begun)
         self.pass_(took)
         if killed:
             self.restart()
@@ -404,6 +404,35 @@ def test_a_failure_that_another_refresher_recorded_is_waited_for_too(stale):
         stale.fail(error)
         stale.restart()
         assert stale.wait_until_due() == wait
+
+
+def test_a_definite_answer_whose_record_cannot_be_written_takes_no_try(stale):
+    for wait in (1, 2, 4, 8, 16):
+        assert stale.fail(UNAVAILABLE) == wait
+        assert stale.login.refresh_try is None
+        stale.login = stale.begun  # what was written before the token was sent
+        stale.pass_(wait)
+    assert stale.decide() is REFRESH
+
+
+def test_a_wait_of_the_file_is_bounded_by_its_own_limit(desk):
+    far = desk.now + 1e6
+    failed = tokens.RefreshError("issuer_unavailable", "", desk.now, retry_at=far)
+    desk.login = dataclasses.replace(LOGIN, expires_at=desk.now + 10, refresh_error=failed)
+    assert desk.wait_until_due() == 300
+    lost = tokens.RefreshTry(tokens.fingerprint("refresh"), desk.now, 1, far)
+    desk.login = dataclasses.replace(desk.login, refresh_error=None, refresh_try=lost)
+    assert desk.wait_until_due() == 60
+    desk.login = dataclasses.replace(LOGIN, obtained_at=desk.now, expires_at=desk.now + 99999, asked=tokens.Asked(far, 240))
+    assert desk.wait_until_due(asked=True) == 240
+    desk.login = dataclasses.replace(desk.login, asked=tokens.Asked(far, 1e6))
+    assert desk.wait_until_due(asked=True) == 3600
+
+
+def test_a_failure_from_before_the_clock_was_set_back_is_not_waited_for(stale):
+    failed = tokens.RefreshError("issuer_unavailable", "", stale.now + 3600, retry_at=stale.now + 3660)
+    stale.login = dataclasses.replace(stale.login, refresh_error=failed)
+    assert stale.decide() is REFRESH
 
 
 def test_a_failure_that_could_not_be_recorded_is_remembered(stale):

@@ -124,16 +124,18 @@ def test_ten_thousand_reads_against_five_hundred_renames_see_no_torn_file(store)
 def test_a_refusal_that_was_reported_counts_until_it_is_withdrawn(store):
     put(store)
     login = store.load()
-    assert not store.is_refused(login)
+    assert not store.is_refused(login, time.time())
     store.ask_refresh("another")
-    assert not store.is_refused(login)
+    assert not store.is_refused(login, time.time())
     store.ask_refresh("access")
-    assert store.is_refused(login) and make_store(store.path.parent).is_refused(login)
+    assert store.is_refused(login, time.time()) and make_store(store.path.parent).is_refused(login, time.time())
+    for step in (-3600, 3600):  # a note of another hour, or one that nobody repeats
+        assert not make_store(store.path.parent).is_refused(login, time.time() + step)
     now = store.refused_path.stat().st_mtime
     store.withdraw(now + token_store.NOTE_TIME - 1)  # the refresher may not have seen it
-    assert store.is_refused(login)
+    assert store.is_refused(login, time.time())
     store.withdraw(now + token_store.NOTE_TIME)
-    assert not store.is_refused(login) and store.refused is None and not store.refused_path.exists()
+    assert not store.is_refused(login, time.time()) and store.refused is None and not store.refused_path.exists()
 
 
 def test_a_report_about_another_token_is_left_alone(store):
@@ -147,9 +149,9 @@ def test_a_report_about_another_token_is_left_alone(store):
 def test_a_refusal_that_could_not_be_reported_counts_for_a_minute(store):
     put(store)
     store.remember_refusal("access")
-    assert store.is_refused(store.load()) and not make_store(store.path.parent).is_refused(store.load())
+    assert store.is_refused(store.load(), time.time()) and not make_store(store.path.parent).is_refused(store.load(), time.time())
     store._refused_at -= token_store.REFUSAL_TIME
-    assert not store.is_refused(store.load())
+    assert not store.is_refused(store.load(), time.time())
 
 
 # states

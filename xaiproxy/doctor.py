@@ -145,7 +145,7 @@ def lifetime(login: tokens.Tokens, store: token_store.TokenStore, now: float) ->
     # A token that the API refuses is not called valid.
     standing = validity(login, now) if verdict.ready or login.expires_at <= now else verdict.sentence
     said = " ".join([f"that of {who(login)} in {store.path}. {standing}",
-                     *(last_failure(login) or judgement.last_word(store, now))])
+                     *(last_failure(login) or judgement.reported_failure(store, login, now))])
     if login.refresh_token is None:
         said += " " + outlook(login, False, now)
     if verdict.verdict is Verdict.NO_REFRESHER:  # which the next check tells

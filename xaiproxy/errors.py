@@ -94,7 +94,7 @@ class LockBusy(Error):
 class LoginUnusable(Error):
     """There is no login that can be used as it is.
 
-    `state` is one of missing, unreadable, corrupt, foreign, not_ours, symlink: a state to wait in, like signed out,
+    `state` is one of missing, unreadable, corrupt, foreign, not_ours, symlink, replaced: a state to wait in, like signed out,
     not a reason to exit.
     """
 

@@ -50,6 +50,8 @@ def judge(login: "tokens.Tokens | errors.LoginUnusable", now: float, refresher_a
     if isinstance(login, errors.LoginUnusable):
         return _of_unusable(login)
     error = login.refresh_error
+    if error is not None and error.code == tokens.UPSTREAM_REFUSES and not refused:
+        error = None  # it was, and upstream takes the access token again
     code = error.code if error is not None else status.failure if status is not None else ""
     if code and not CODE.fullmatch(code):
         code = "unknown error"
@@ -104,9 +106,9 @@ def _usable(verdict: Verdict, reason: str) -> Judgement:
     return Judgement(verdict, True, 0, reason)
 
 
-def last_word(store: TokenStore, now: float) -> "list[str]":
-    """What the refresher says of its last try, in sentences; for what tokens.json could not take."""
-    status = refresher_status.read(store, now)
+def reported_failure(store: TokenStore, login: tokens.Tokens, now: float) -> "list[str]":
+    """The last failure in the refresher's own status, in sentences; for when tokens.json could not take it."""
+    status = refresher_status.read(store, login, now)
     if status is None:
         return []
     texts = status.no_room, status.reason if status.failure else ""
@@ -119,5 +121,6 @@ def of(store: TokenStore, now: float, read: "Callable[[], tokens.Tokens] | None"
         login = (read or store.last_known)()
     except errors.LoginUnusable as error:
         login = error
-    refused = isinstance(login, tokens.Tokens) and store.is_refused(login)
-    return judge(login, now, store.refresher_age(now), refused, refresher_status.read(store, now))
+    if isinstance(login, errors.LoginUnusable):
+        return _of_unusable(login)
+    return judge(login, now, store.refresher_age(now), store.is_refused(login, now), refresher_status.read(store, login, now))

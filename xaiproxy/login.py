@@ -115,7 +115,7 @@ def status(store: "TokenStore", talk: "Conversation", now: "Callable[[], float]"
         [verdict.sentence, f"Account: {whose}"]
     if not (failure and failure.terminal):
         lines.append(outlook(login, alive, at))
-    lines += last_failure(login) or judgement.last_word(store, at)
+    lines += last_failure(login) or judgement.reported_failure(store, login, at)
     talk.event("status", "\n".join(lines), usable=verdict.exit_code == 0, verdict=verdict.verdict.value,
                reason=verdict.reason, state=login.state(at, store.settings.refresh_skew).value, account=login.account,
                issuer=login.issuer, expires_at=login.expires_at, token_path=str(store.path),

@@ -131,6 +131,8 @@ class Proxy:
                 if newer is not None and body.replayable:
                     exchange.close()
                     exchange = self._send(head, body, newer, handler)
+                    if exchange.head.status in (401, 403) and is_refused_token(exchange):
+                        self._store.remember_refusal(newer.access_token)
             if exchange.head.status < 400 and (self._store.refused or self._outage.lasts):
                 self._store.withdraw(time.time())
                 self._outage.end()
@@ -183,11 +185,13 @@ class Proxy:
 
     def _login(self) -> tokens.Tokens:
         """A login whose token has not expired. Raises LoginRequired, TokenUnavailable."""
-        deadline, refresher = time.monotonic() + WAIT, RefresherWatch(self._store)
+        deadline = time.monotonic() + WAIT
+        refresher = None
         while True:
             login, now = self._known_login(), time.time()
             if login.expires_at > now:
                 return login
+            refresher = refresher or RefresherWatch(self._store)
             self._check_hope(login, now, refresher)
             if time.monotonic() >= deadline:
                 raise errors.TokenUnavailable(f"the access token has expired and {WAIT:g} s brought no new one; try again", 1)
@@ -208,7 +212,7 @@ class Proxy:
         error = login.refresh_error
         if error is not None and error.terminal:
             raise errors.LoginRequired(f"the login has ended ({error.code}); {errors.SIGN_IN}")
-        if error is not None:
+        if error is not None and error.code != tokens.UPSTREAM_REFUSES:
             wait = min(10, max(1, math.ceil((error.retry_at or now) - now)))
             raise errors.TokenUnavailable(f"the access token has expired and cannot be renewed at the moment: "
                                           f"{error.description or error.code}", wait)
@@ -232,7 +236,7 @@ class Proxy:
             gevent.sleep(min(YOUNG_PAUSE, patience))
             return _login_by(self._store.load)
         if login.refresh_token is None:
-            self._store.remember_refusal(refused.access_token)  # for /readyz; nobody could be asked
+            self._store.remember_refusal(refused.access_token)  # for /readyz; there is no refresher to ask
             return None
         asked_at = time.time()
         try:

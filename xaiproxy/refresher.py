@@ -94,12 +94,18 @@ class Refresher:
             if self._failure is not None:
                 raise self._failure
             login = self.store.load()
-        if login.refresh_error is not None and login.refresh_error.terminal:
-            raise errors.GrantRefused(login.refresh_error.code, message=login.refresh_error.description)
-        if login.state(self._clock(), self.settings.refresh_skew) is tokens.State.INVALID:
+        if self._ending:
+            return errors.EXIT_INTERRUPTED
+        error, now = login.refresh_error, self._clock()
+        if error is not None and error.terminal:
+            raise errors.GrantRefused(error.code, message=error.description)
+        if login.state(now, self.settings.refresh_skew) is tokens.State.INVALID:
+            if error is not None and error.code != tokens.UPSTREAM_REFUSES:
+                raise errors.IssuerUnavailable(f"the access token in {self.store.path} has expired, and was not renewed: "
+                                               f"{error.description}; {_next_try(error, now)}")
             raise errors.LoginUnusable(
                 "expired", f"the access token in {self.store.path} has expired; {errors.SIGN_IN}")
-        return errors.EXIT_INTERRUPTED if self._ending else 0
+        return 0
 
     def on_signal(self, number: int, _frame: Any = None) -> None:
         """SIGHUP: try again now. Any other: end when nothing can be lost by it."""
@@ -142,13 +148,16 @@ class Refresher:
         if login is not self._seen:
             self._seen = login
             self._say("mode", token_writer.tighten(self.store))
+        self._failure = None
         if self._decide(login) is not Decision.NOTHING:
             self._act(login)
-        else:
-            self._tell_outage(login)
+            if self._failure is None:
+                return
+        self._tell_outage(login)
 
     def _decide(self, login: tokens.Tokens) -> Decision:
         if self._schedule.watch(login, self._clock(), self._uptime()):
+            self._publish(login=tokens.fingerprint(login.access_token), result="", reason="", next_try=None, no_room="")
             self._say("failure", "")
             error = login.refresh_error
             if error is not None and error.terminal:
@@ -164,7 +173,6 @@ class Refresher:
     # Acting
 
     def _act(self, login: tokens.Tokens) -> None:
-        self._failure = None
         try:
             with token_writer.locked(self.store, LOCK_WAIT, self._pause_for_lock, self._uptime) as writer:
                 self._say("lock", "")
@@ -175,9 +183,13 @@ class Refresher:
                 elif decision is Decision.DECLINE:
                     self._decline(writer, login)
         except errors.LoginUnusable as error:
-            self._failure = error  # the next poll says so
+            self._failure = error
+            if error.state == "replaced":  # any other state is found by the next poll as well
+                self._publish(no_room="")
+                logger.warning("%s", error)
         except errors.LockBusy as error:
             self._failure = error
+            self._publish(result="locked", reason=str(error))
             self._say("lock", str(error))
         except errors.StorageError as error:
             self._failed(error, login)
@@ -199,14 +211,14 @@ class Refresher:
         except Ending:
             if reserved is not None:
                 reserved.discard()
-                self._record(writer, login, self._schedule.withdrawn(login))
+                self._record(writer, login, self._schedule.withdrawn(login, self._clock()))
             raise
         except (errors.OAuthError, errors.IssuerUnavailable, errors.StorageError) as error:
             if reserved is not None:
                 reserved.discard()
             if isinstance(error, errors.GrantRefused) \
                     and self.store.load().refresh_token != login.refresh_token:
-                return  # somebody who takes no lock has put another one there: the next poll takes that
+                return  # a program that takes no lock has put another one there, which the next poll finds
             self._failed(error, login, begun, writer)
         else:
             self._save(reserved, begun, successor, asked)
@@ -235,6 +247,7 @@ class Refresher:
     def _save(self, reserved: token_writer.Reserved, begun: tokens.Tokens, successor: tokens.Tokens,
               asked: bool) -> None:
         # Until commit has written it the new login is in this process only: nothing that could fail comes first.
+        self._endpoint_in_doubt = False
         failures = self._schedule.failures
         successor = self._schedule.succeeded(successor, begun, asked, self._clock(), self._uptime())
         while True:
@@ -248,7 +261,8 @@ class Refresher:
             self._beat()
             self._pause(SAVE_AGAIN)
         self._say("unsaved", "")
-        self._publish(result=refresher_status.OK, reason="", next_try=None, no_room="")
+        self._publish(login=tokens.fingerprint(successor.access_token), result=refresher_status.OK, reason="", next_try=None,
+                      no_room="")
         logger.info("refreshed%s; the access token lasts until %s",
                     f" after {failures} failures" if failures else "", _date(successor.expires_at))
         self._say("failure", successor.refresh_error.description if successor.refresh_error else "", "stale")
@@ -286,7 +300,7 @@ class Refresher:
 
     def _record(self, writer: token_writer.TokenWriter, login: tokens.Tokens, recorded: tokens.Tokens) -> None:
         if self.store.load().refresh_token != login.refresh_token:
-            return  # somebody who takes no lock has put another login there, which must stay
+            return  # a program that takes no lock has put another login there, which must stay
         try:
             writer.save(recorded, over=login)
             self._publish(no_room="")
@@ -330,10 +344,11 @@ class Refresher:
 
     def _tell_outage(self, login: tokens.Tokens) -> None:
         """Log an error as soon as a failing renewal keeps requests from being served, and each minute while it lasts."""
-        found = judgement.judge(login, self._clock(), 0.0, False, None)
+        found = judgement.judge(login, self._clock(), 0.0, False, self._status)
+        failing = login.refresh_error is not None or self._status.failure or self._status.no_room
         if found.ready or self._once:
             self._next_error = -math.inf
-        elif login.refresh_error is not None and self._uptime() >= self._next_error:
+        elif failing and self._uptime() >= self._next_error:
             self._next_error = self._uptime() + REPEAT
             logger.error("requests cannot be served: %s", found.reason)
 

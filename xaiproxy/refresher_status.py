@@ -1,23 +1,21 @@
 """The refresher's own status: what its last try brought, when the next one is due, and whether it can save a login.
 
-tokens.json cannot tell any of that while the disk is full. The status file is made when the refresher starts and then
-overwritten in place, always with the same number of bytes, for which the disk already has room. It is
-/run/xaiproxy/status.json, or where that folder cannot be written, tokens.json.status beside tokens.json.
+tokens.json cannot tell any of that while the disk is full. tokens.json.status is made when the refresher starts and then
+overwritten in place, always with the same number of bytes, for which the disk already has room.
 """
 
-import contextlib
 import dataclasses
-import hashlib
 import json
 import os
-from pathlib import Path
+import re
 
 from xaiproxy import errors, folder_file, storage
 from xaiproxy.token_store import ALIVE, TokenStore
+from xaiproxy.tokens import Tokens, fingerprint
 
-RUN_FOLDER = Path("/run/xaiproxy")
 SIZE = 4096  # bytes: one block of most file systems
 TEXT_LIMIT = 400  # characters of a sentence
+UNSAFE = re.compile(r"[^ -~]")  # JSON may need six bytes for one of these
 OK = "ok"
 
 
@@ -25,6 +23,7 @@ OK = "ok"
 class Status:
     """Times are unix seconds.
 
+    `login`: the fingerprint of the access token that it is about.
     `result`: OK, the code of the last try's failure, or "" before the first try. `reason`: the failure in a sentence.
     `next_try`: None when none is planned. `no_room`: why no login can be saved, in a sentence; "" when one can.
     """
@@ -34,6 +33,7 @@ class Status:
     reason: str = ""
     next_try: "float | None" = None
     no_room: str = ""
+    login: str = ""
 
     @property
     def failure(self) -> str:
@@ -41,58 +41,30 @@ class Status:
         return "" if self.result == OK else self.result
 
 
-def write(store: TokenStore, status: Status, run_folder: Path = RUN_FOLDER) -> bool:
-    """Write the status file; return whether there is a place for it. To be called at least every ALIVE / 2 seconds."""
-    try:
-        storage.check_owner(store.path)
-    except errors.StorageError:  # a file of root's would be closed to the user who serves
-        return False
-    values = {"login": _name_of(store), **dataclasses.asdict(status)}
+def write(store: TokenStore, status: Status) -> bool:
+    """Write the status file; return whether that was possible. To be called at least every ALIVE / 2 seconds."""
+    values = dataclasses.asdict(status)
     for name in ("result", "reason", "no_room"):
-        values[name] = values[name][:TEXT_LIMIT]
-    content = json.dumps(values, ensure_ascii=False).encode("utf-8", "replace").ljust(SIZE - 1) + b"\n"
-    for path in _paths(store, run_folder):
-        with contextlib.suppress(OSError):
-            fd = folder_file.opened(path, os.O_WRONLY | os.O_CREAT)
-            try:
-                if os.pwrite(fd, content, 0) == SIZE:  # in one call: a reader sees the old or the new bytes
-                    return True
-            finally:
-                os.close(fd)
-    return False
-
-
-def read(store: TokenStore, now: float, run_folder: Path = RUN_FOLDER) -> "Status | None":
-    """The latest status of this login's refresher; None when it is older than ALIVE seconds."""
-    found = [status for path in _paths(store, run_folder) if (status := _parsed(store, path)) is not None]
-    latest = max(found, key=lambda status: status.at, default=None)
-    return latest if latest is not None and abs(now - latest.at) < ALIVE else None
-
-
-def remove(store: TokenStore, run_folder: Path = RUN_FOLDER) -> None:
-    """Remove the status files of this login. Raises OSError."""
-    for path in _paths(store, run_folder):
-        if _parsed(store, path) is not None:
-            path.unlink(missing_ok=True)
-
-
-def _paths(store: TokenStore, run_folder: Path) -> "tuple[Path, Path]":
-    return run_folder / "status.json", store.path.with_name(store.path.name + ".status")
-
-
-def _name_of(store: TokenStore) -> str:
-    """The login that a status is about: several refreshers may share the run folder."""
-    return hashlib.sha256(os.fsencode(os.path.abspath(store.path))).hexdigest()
-
-
-def _parsed(store: TokenStore, path: Path) -> "Status | None":
+        values[name] = UNSAFE.sub("?", values[name])[:TEXT_LIMIT]
+    content = json.dumps(values).encode().ljust(SIZE - 1) + b"\n"
     try:
-        values = json.loads(folder_file.read(path, SIZE)[0])
-        if values.pop("login") != _name_of(store):
+        storage.check_owner(store.path)  # a file of root's would be closed to the user who serves
+        fd = folder_file.opened(store.status_path, os.O_WRONLY | os.O_CREAT)
+        try:
+            return os.pwrite(fd, content, 0) == SIZE  # in one call: a reader sees the old or the new bytes
+        finally:
+            os.close(fd)
+    except (OSError, errors.StorageError):
+        return False
+
+
+def read(store: TokenStore, login: Tokens, now: float) -> "Status | None":
+    """The latest status, if it is about this login and not older than ALIVE seconds."""
+    try:
+        status = Status(**json.loads(folder_file.read(store.status_path, SIZE)[0]))
+        if abs(now - status.at) >= ALIVE or status.login != fingerprint(login.access_token):
             return None
-        status = Status(**values)
         texts = isinstance(status.result, str) and isinstance(status.reason, str) and isinstance(status.no_room, str)
-        times = isinstance(status.at, (int, float)) and isinstance(status.next_try, (int, float, type(None)))
-        return status if texts and times else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None  # there is none, it is half-written, or it is somebody else's file
+        return status if texts and isinstance(status.next_try, (int, float, type(None))) else None
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None  # there is none, it is half-written, or it is another program's file

@@ -32,9 +32,8 @@ LAST_TRY = 600.0  # seconds before expiry, or a tenth of the lifetime if that is
 ASKED_WAIT, ASKED_WAIT_LIMIT = 120.0, 3600.0  # seconds between two refreshes that upstream's refusals ask for
 DOUBTS = 3  # tries in a row with the same answer until a refusal that is not RFC 6749's is believed
 
-# The codes of a refresh_error, beside tokens.ANSWER_LOST and those of OAuth.
+# The codes of a refresh_error, beside those of tokens.py and of OAuth.
 REFUSED_FOR_NOW = "refused_for_now"
-UPSTREAM_REFUSES = "upstream_refuses"
 STALE_AT_ONCE = "stale_at_once"
 
 
@@ -45,7 +44,7 @@ class Decision(enum.Enum):
 
 
 class Schedule:
-    """What is remembered from one poll of the login to the next; all but the clocks' offset is in the file as well."""
+    """What is remembered from one poll of the file to the next: its records, in seconds of uptime."""
 
     def __init__(self, skew: float, random: Callable[[], float] = random.random):
         self._skew = skew
@@ -62,11 +61,12 @@ class Schedule:
         self._tries = 0  # without a definite answer
         self._first_at = -math.inf  # unix seconds, of the first of them
         self._window_end = math.inf  # when it is too late for the issuer to overlook another
+        self._before = self._tries, self._first_at, self._window_end  # of the latest `begun`
         self._asked_not_before = -math.inf
         self._declined = False
 
     def watch(self, login: tokens.Tokens, now: float, uptime: float) -> bool:
-        """Take note of what the file says; return whether that is another login than before."""
+        """Follow the records of the file; return whether its login is another one than before."""
         new = self._known != (login.access_token, login.refresh_token)
         if new:
             self._begin(login)
@@ -81,7 +81,8 @@ class Schedule:
         waits = [0.0]
         self.failures = error.failures if error else 0
         self._terminal = error is not None and error.terminal
-        if error and error.retry_at and error.code not in (tokens.ANSWER_LOST, UPSTREAM_REFUSES):
+        # A failure in the future: the clock was set back since, and the time of the next try means nothing.
+        if error and error.retry_at and error.at <= now and error.code not in (tokens.ANSWER_LOST, tokens.UPSTREAM_REFUSES):
             waits.append(min(error.retry_at - now, STANDING_WAIT))
         self._tries = refresh_try.tries if refresh_try else 0
         if refresh_try is None:
@@ -117,8 +118,10 @@ class Schedule:
     def begun(self, login: tokens.Tokens, asked: bool, now: float, uptime: float) -> tokens.Tokens:
         """The login with what must be in the file before its refresh token is sent."""
         former = login.refresh_try
+        self._before = self._tries, self._first_at, self._window_end
         if not self._tries:
-            self._first_at, self._window_end = now, uptime + LOST_WINDOW
+            self._window_end = uptime + LOST_WINDOW
+        self._first_at = min(self._first_at, now) if self._tries else now
         self._tries += 1
         refresh_try = tokens.RefreshTry(
             tokens.fingerprint(login.refresh_token), self._first_at, self._tries, now + self._backoff(self.failures + 1))
@@ -128,12 +131,17 @@ class Schedule:
             record = tokens.Asked(now + wait, wait)
         return self._note(dataclasses.replace(login, refresh_try=refresh_try, asked=record))
 
-    def withdrawn(self, login: tokens.Tokens) -> tokens.Tokens:
-        """`login`: as it was before `begun`. Its refresh token was not sent, or got a definite answer."""
-        self._tries = login.refresh_try.tries if login.refresh_try else 0
-        if not self._tries:
-            self._first_at, self._window_end = -math.inf, math.inf
-        return self._note(login)
+    def withdrawn(self, login: tokens.Tokens, now: float) -> tokens.Tokens:
+        """The login without the try that `begun` counted: its refresh token was not sent, or got a definite answer.
+
+        `login`: as it was before `begun`.
+        """
+        self._tries, self._first_at, self._window_end = self._before
+        refresh_try = None
+        if self._tries:
+            refresh_try = tokens.RefreshTry(tokens.fingerprint(login.refresh_token), self._first_at, self._tries,
+                                            login.refresh_try.next_at if login.refresh_try else now)
+        return self._note(dataclasses.replace(login, refresh_try=refresh_try))
 
     def failed(self, error: errors.Error, code: str, login: tokens.Tokens, begun: "tokens.Tokens | None", now: float,
                uptime: float) -> tokens.Tokens:
@@ -144,8 +152,8 @@ class Schedule:
         if begun is not None and getattr(error, "sent", False):
             login = begun
             self._take_over_asked(login.asked, now, uptime)
-        else:
-            self.withdrawn(login)
+        elif begun is not None:
+            login = self.withdrawn(login, now)
         former = login.refresh_error
         self.failures += 1
         alike = 1 + (former.alike if former and former.code == code else 0)
@@ -192,7 +200,7 @@ class Schedule:
         """The login with the refusal to refresh it; refresh_error's `retry_at` is when that is allowed again."""
         self._declined = True
         return self._note(dataclasses.replace(login, refresh_error=tokens.RefreshError(
-            UPSTREAM_REFUSES, description, now, retry_at=now + self._asked_not_before - uptime)))
+            tokens.UPSTREAM_REFUSES, description, now, retry_at=now + self._asked_not_before - uptime)))
 
     def asked_wait(self, uptime: float) -> float:
         """Seconds until a refusal by upstream may cause another refresh."""

@@ -6,10 +6,12 @@ fcntl, locks or syncs, so all of it is safe to call between two greenlets.
     tokens.json          the login
     tokens.json.new      its successor while it is written
     tokens.json.lock     held by whoever writes; its time is the refresher's sign of life
+    tokens.json.status   the refresher's own (refresher_status.py)
     tokens.json.refused  fingerprint of an access token that upstream refused: the proxy's request for a new one
 """
 
 import errno
+import math
 import os
 import secrets
 import stat
@@ -37,6 +39,7 @@ class TokenStore:
         self.path: Path = settings.token_path
         self.new_path = self.path.with_name(self.path.name + ".new")
         self.lock_path = self.path.with_name(self.path.name + ".lock")
+        self.status_path = self.path.with_name(self.path.name + ".status")
         self.refused_path = self.path.with_name(self.path.name + ".refused")
         self._seen: "tuple | None" = None
         self._latest: "tokens.Tokens | errors.LoginUnusable | None" = None
@@ -143,14 +146,22 @@ class TokenStore:
         except OSError:
             return None
 
-    def is_refused(self, login: tokens.Tokens) -> bool:
-        """Whether upstream refused this access token: a proxy reported so, or this process saw it a moment ago.
+    def is_refused(self, login: tokens.Tokens, now: float) -> bool:
+        """Whether upstream refused this access token within the last REFUSAL_TIME: this process or a proxy saw it.
 
         No longer: a proxy that is not ready may get no request, and so would not find out that upstream takes it again.
         """
         mark = tokens.fingerprint(login.access_token)
-        recent = time.monotonic() - self._refused_at < REFUSAL_TIME
-        return recent and self.refused == mark or self.asked_for() == mark
+        if self.refused == mark and time.monotonic() - self._refused_at < REFUSAL_TIME:
+            return True
+        return self.asked_for() == mark and self._note_age(now) < REFUSAL_TIME
+
+    def _note_age(self, now: float) -> float:
+        """Seconds; of a note from the future, as after the clock was set back, how far that is ahead."""
+        try:
+            return abs(now - os.stat(self.refused_path).st_mtime)
+        except OSError:
+            return math.inf
 
     def remember_refusal(self, access_token: str) -> None:
         self.refused, self._refused_at = tokens.fingerprint(access_token), time.monotonic()
@@ -162,7 +173,7 @@ class TokenStore:
         """
         try:
             if self.asked_for() == self.refused:
-                if now - os.stat(self.refused_path).st_mtime < NOTE_TIME:
+                if self._note_age(now) < NOTE_TIME:
                     return
                 os.unlink(self.refused_path)
         except OSError:

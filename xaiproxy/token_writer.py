@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from xaiproxy import errors, folder_file, refresher_status, storage, token_store, tokens
+from xaiproxy import errors, folder_file, storage, token_store, tokens
 
 logger = logging.getLogger(__name__)
 
@@ -243,7 +243,7 @@ class TokenWriter:
                 if path.name.startswith((self.store.refused_path.name, self.store.path.name + ".corrupt-")):
                     path.unlink(missing_ok=True)
             self.store.path.unlink(missing_ok=True)
-            refresher_status.remove(self.store)
+            self.store.status_path.unlink(missing_ok=True)
             self.sync_folder()
 
     def successor_mark(self) -> "str | None":
@@ -321,7 +321,7 @@ class NewFile:
         self.close()
 
     def remove(self) -> None:
-        """Whoever takes the lock next removes it if this fails."""
+        """If this fails, the next process that takes the lock removes it."""
         if self.is_in_place():
             with contextlib.suppress(OSError):
                 self._path.unlink()
@@ -387,7 +387,7 @@ class Reserved:
                                        "refreshed, so the new tokens of that login are dropped")
 
     def discard(self) -> None:
-        """Nothing was spent, or nothing is to be saved: give the room back."""
+        """Free the room: nothing was spent, or nothing is to be saved."""
         self._new.remove()
 
     def close(self) -> None:

@@ -17,7 +17,10 @@ B64TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # RFC 6750 section 2.1: safe in 
 PRINTABLE = re.compile(r"[ -~]*")
 KEYS = ("access_token", "refresh_token", "expires_at", "token_endpoint", "obtained_at", "issuer", "client_id",
         "scope", "account", "refresh_error", "refresh_try", "asked", "replaces")
-ANSWER_LOST = "answer_lost"  # of a RefreshError: the refresh token may be spent, and the next try may be hours away
+# Codes of a RefreshError. The refresh token may be spent, and the next try may be hours away:
+ANSWER_LOST = "answer_lost"
+# No refresh has failed: upstream refuses the access token, and it is too early for another one.
+UPSTREAM_REFUSES = "upstream_refuses"
 
 
 class State(enum.Enum):
@@ -198,13 +201,17 @@ def from_json(text: "str | bytes") -> Tokens:
     # These decide what is sent where: no other can take the place of one that cannot be used.
     refresh_token, issuer, client_id = (_needed(values, name) for name in ("refresh_token", "issuer", "client_id"))
     mark = fingerprint(refresh_token) if refresh_token else None
+    refresh_error = _refresh_error(values.get("refresh_error"), mark)
+    refresh_try = _refresh_try(values.get("refresh_try"), mark)
+    if refresh_try is None and refresh_error is not None and refresh_error.code == ANSWER_LOST and mark is not None:
+        # A file of version 0.1: how often the refresh token was sent is unknown.
+        refresh_try = RefreshTry(mark, refresh_error.at, 3, refresh_error.at)
     return Tokens(
         access_token=access_token, expires_at=expires_at, refresh_token=refresh_token,
         token_endpoint=_text(values.get("token_endpoint")), obtained_at=_number(values.get("obtained_at")),
         issuer=issuer or config.DEFAULT_ISSUER, client_id=client_id or config.DEFAULT_CLIENT_ID,
         scope=_scope(values.get("scope")), account=_text(values.get("account")),
-        refresh_error=_refresh_error(values.get("refresh_error"), mark),
-        refresh_try=_refresh_try(values.get("refresh_try"), mark), asked=_asked(values.get("asked")),
+        refresh_error=refresh_error, refresh_try=refresh_try, asked=_asked(values.get("asked")),
         extra={name: value for name, value in values.items() if name not in KEYS})
 
 

@@ -64,7 +64,7 @@ def request(session: Session, endpoint: str, form: "Mapping[str, str]", *, issue
 
 def refusal(answer: Answer, host: str, form: "Mapping[str, str]",
             kinds: "Mapping[str, type[errors.OAuthError]] | None" = None) -> errors.Error:
-    """What an answer means that grants nothing. Its `sent` says whether the grant may be spent all the same."""
+    """The error that an answer without tokens stands for. Its `sent` says whether the grant may be spent all the same."""
     body = answer.json() or {}
     words = [shown(word, form) for word in _words(body)]
     code = next(filter(WORD.fullmatch, words), "") or next(iter(words), "")
@@ -82,7 +82,7 @@ def refusal(answer: Answer, host: str, form: "Mapping[str, str]",
     elif answer.is_success:
         said = said or "its body is no JSON object"
     return errors.IssuerUnavailable(
-        f"{host} answered {answer.summary}" + (f": {said}" if said else ""), sent=_may_be_spent(answer, code),
+        f"{host} answered {answer.summary}" + (f": {said}" if said else ""), sent=_may_be_spent(answer, body),
         retry_after=answer.retry_after, refused=answer.status in (400, 401) and not answer.is_html and code not in PASSING, page=answer.is_html)
 
 
@@ -123,12 +123,16 @@ def _words(body: "Mapping[str, Any]") -> "Iterator[str]":
             yield word
 
 
-def _may_be_spent(answer: Answer, code: str) -> bool:
-    """Whether the issuer may have acted on a request with this answer: a gateway's 5xx says nothing of that."""
+def _may_be_spent(answer: Answer, body: "Mapping[str, Any]") -> bool:
+    """Whether the issuer may have acted on a request with this answer: a gateway's 5xx says nothing of that.
+
+    Of the bodies of a 5xx only one as RFC 6749 section 5.2 has it is the issuer's own.
+    """
     if answer.is_success:
         return True
+    error = body.get("error")
     return answer.status >= 500 and not (
-        code in ERROR_CODES or answer.status in NOT_FORWARDED or answer.status == 503 and answer.retry_after is not None)
+        isinstance(error, str) and error in ERROR_CODES or answer.status in NOT_FORWARDED or answer.status == 503 and answer.retry_after is not None)
 
 
 def shown(text: object, form: "Mapping[str, str] | None" = None) -> str:
