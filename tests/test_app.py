@@ -11,7 +11,7 @@ import pytest
 from proxy_process import ProxyProcess
 from scripted_upstream import ScriptedUpstream
 
-from xaiproxy import app, client_keys, config, request_head, token_store
+from xaiproxy import app, client_keys, config, judgement, request_head, token_store
 from xaiproxy.upstream import Upstream
 
 NOW = 1_800_000_000
@@ -97,7 +97,7 @@ def test_ready_until_the_second_in_which_the_token_expires(store, expires_in, re
      f"the access token expired at {local(-60)} and cannot be renewed (invalid_grant)"),
     ({"refresh_error": failure(description="")}, "cannot be renewed (invalid_grant)"),
     ({"refresh_error": failure(terminal=True)},
-     "the login has ended (invalid_grant); run `bin/xai-login --device` to sign in"),
+     "the login has ended (invalid_grant); run `xai-login --device` to sign in"),
 ])
 def test_not_ready_when_the_token_has_expired_and_why(store, members, said):
     put(store, expires_in=-60, **members)
@@ -122,7 +122,7 @@ def test_still_ready_without_a_refresh_token_while_the_token_is_valid(store):
 @pytest.mark.parametrize("terminal", [False, True])
 def test_still_ready_with_a_renewal_that_fails_while_the_token_is_valid(store, terminal):
     put(store, refresh_error=failure(terminal))
-    what = "the login has ended (invalid_grant); run `bin/xai-login --device` to sign in" if terminal else \
+    what = "the login has ended (invalid_grant); run `xai-login --device` to sign in" if terminal else \
         "its renewal fails (invalid_grant)"
     assert app.readiness_of(store, NOW) == (True, f"the token is good until {local(7200)}, but {what}")
 

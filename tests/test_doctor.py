@@ -644,7 +644,7 @@ def test_a_proxy_on_any_free_port_is_not_looked_for(patient: Patient):
 def test_a_proxy_that_is_not_ready(tmp_path: Path):
     with ProxyProcess(tmp_path) as running:
         where = settings(XAI_PROXY_PORT=str(running.port))
-        for signed_in, told in ((False, r"\(missing\); run `\S*bin/xai-login --device` to sign in, or see the log$"),
+        for signed_in, told in ((False, r"\(missing\); run `xai-login --device` to sign in, or see the log$"),
                                 (True, r"\(missing\).*; it seems to run with other settings than these$")):
             finding = doctor.proxy(where, signed_in)
             assert (finding.result, finding.exit_code) == ("failure", 75)

@@ -119,12 +119,15 @@ class Installed:
             (commands / name).write_text(SAYS)
             (commands / name).chmod(0o755)
 
-    def typed(self, cwd: Path, **environ: str) -> str:
+    def typed(self, cwd: Path, terminal: bool = False, **environ: str) -> str:
         """What a program of this installation says to type, in a process started as xai-proxy."""
+        controller, tty = os.openpty()
         code = f"import sys; sys.argv = [{str(self.commands / 'xai-proxy')!r}]\n" \
             "from xaiproxy import errors; print(errors.typed('xai-login --device'), errors.SIGN_IN, errors.SERVE, sep='\\n')"
         said = subprocess.run([sys.executable, "-W", "error", "-c", code], env=self.environ | environ, cwd=cwd, text=True,
-                              capture_output=True, check=True).stdout.splitlines()
+                              stdout=subprocess.PIPE, stderr=tty if terminal else None, check=True).stdout.splitlines()
+        os.close(controller)
+        os.close(tty)
         assert said[1] == f"run {said[0]} to sign in" and said[0][0] == said[0][-1] == "`"
         self.serve = said[2]
         return said[0][1:-1]
@@ -138,10 +141,13 @@ def test_from_a_checkout_a_message_names_the_script_in_bin(tmp_path):
     checkout = Installed(tmp_path / "a checkout", tmp_path / "a checkout" / "bin")
     (tmp_path / "a checkout" / "conf").mkdir()
     (tmp_path / "a checkout" / "conf" / "supervisord.conf").touch()
-    here = checkout.typed(tmp_path / "a checkout")
+    here = checkout.typed(tmp_path / "a checkout", terminal=True)
     assert here == "bin/xai-login --device"
     assert in_a_new_shell(here, tmp_path / "a checkout") == "bin/xai-login --device\n"
-    assert checkout.serve == "`. .venv/bin/activate && supervisord -c conf/supervisord.conf`"
+    activate = Path(sys.executable).with_name("activate")  # not that of another environment, which may not exist
+    assert checkout.serve == f"`. {activate} && supervisord -c conf/supervisord.conf`"
+    # What goes into a log, or to a client, is read elsewhere.
+    assert checkout.typed(tmp_path / "a checkout") == f"'{checkout.commands}/xai-login' --device"
     # Activated or not, in another folder: with the checkout's path.
     elsewhere = checkout.typed(tmp_path, PATH=f"{checkout.commands}:{os.defpath}", VIRTUAL_ENV=str(tmp_path))
     assert in_a_new_shell(elsewhere, Path("/")) == f"{checkout.commands}/xai-login --device\n"

@@ -366,7 +366,7 @@ def test_a_login_that_has_ended_is_an_error_each_minute_once_no_request_can_be_s
     day.pass_(95)
     assert outage_lines(caplog) == []
     day.pass_(130)  # the access token expires after 100
-    assert outage_lines(caplog) == [f"requests cannot be served: the login has ended (invalid_grant); {errors.SIGN_IN}"] * 3
+    assert outage_lines(caplog) == [f"requests cannot be served: the login has ended (invalid_grant); {judgement.SIGN_IN}"] * 3
     day.sign_in()
     day.pass_(100)
     assert len(outage_lines(caplog)) == 3

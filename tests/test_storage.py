@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -93,7 +94,8 @@ def test_root_keeps_away_from_another_users_login(service: Service, sandbox: San
     before, content = service.owners(), service.path.read_bytes()
     for arguments in [*COMMANDS, ("login", "--logout"), ("refresher", "--once")]:
         code, stderr = service.run(*arguments)
-        assert f"{service.path} belongs to user {OWNER}, and this" in stderr and code in (75, 77)
+        assert re.search(rf"{service.path.parent}/(tokens.json|client-keys) belongs to user {OWNER}, and this", stderr)
+        assert code in (75, 77)
     assert service.owners() == before and service.path.read_bytes() == content
 
 
@@ -161,3 +163,21 @@ def test_what_is_in_the_way_is_named(tmp_path: Path, prepare, told: str):
         with token_writer.locked(store, 0):
             pass
     assert told.format(folder=folder) in str(caught.value) and "Let user" not in str(caught.value)
+
+
+def test_root_makes_no_key_file_in_another_users_folder_elsewhere(service: Service, tmp_path: Path):
+    keys = tmp_path / "keys"
+    keys.mkdir()
+    os.chown(keys, OWNER, OWNER)
+    code, stderr = service.run("client_key_command", "add", "laptop", XAI_PROXY_CLIENT_KEYS_FILE=str(keys / "client-keys"))
+    assert code == 75 and f"{keys} belongs to user {OWNER}" in stderr and not list(keys.iterdir())
+
+
+def test_a_key_file_keeps_the_group_that_may_read_it(service: Service, tmp_path: Path):
+    path = tmp_path / "client-keys"
+    options = {"XAI_PROXY_CLIENT_KEYS_FILE": str(path)}
+    assert service.run("client_key_command", "add", "laptop", **options)[0] == 0
+    os.chown(path, -1, OWNER)
+    path.chmod(0o640)
+    assert service.run("client_key_command", "add", "other", **options)[0] == 0
+    assert (path.stat().st_gid, path.stat().st_mode & 0o777) == (OWNER, 0o640)

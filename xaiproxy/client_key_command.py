@@ -30,7 +30,8 @@ def main(argv: "list[str] | None" = None) -> int:
         settings = config.from_environ(os.environ)
         path = settings.client_keys_file
         if arguments.action != "list":
-            storage.check_owner(settings.token_path)
+            beside = path.parent == settings.token_path.parent and not os.path.lexists(path)
+            storage.check_owner(settings.token_path if beside else path)
         if arguments.action == "list":
             names = _read(path)
             for name in names:
@@ -89,6 +90,7 @@ def _change(path: Path, edit: "Callable[[dict[str, str]], dict[str, str]]") -> N
             keys = edit(_read(path))
             new.unlink(missing_ok=True)
             with open(folder_file.opened(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "w") as file:
+                _keep_access(path, file.fileno())
                 file.write("# client keys: a name and the SHA-256 of a key a line; made by xai-client-key\n")
                 file.writelines(f"{name} {digest}\n" for name, digest in keys.items())
                 file.flush()
@@ -99,6 +101,15 @@ def _change(path: Path, edit: "Callable[[dict[str, str]], dict[str, str]]") -> N
     except OSError as error:
         raise errors.StorageError(f"{error.filename or path} cannot be written: {error.strerror}; {outcome}. "
                                   f"{storage.advice(path, error, 'XAI_PROXY_CLIENT_KEYS_FILE')}") from error
+
+
+def _keep_access(path: Path, fd: int) -> None:
+    """Let the group of the file at `path` read the new one too, if that is another group: the proxy may be a member."""
+    with contextlib.suppress(FileNotFoundError):
+        status = os.stat(path)
+        if status.st_gid != os.fstat(fd).st_gid:
+            os.fchown(fd, -1, status.st_gid)
+            os.fchmod(fd, 0o600 | status.st_mode & 0o040)
 
 
 @contextlib.contextmanager

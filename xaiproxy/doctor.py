@@ -15,7 +15,7 @@ import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-from xaiproxy import client_keys, config, errors, judgement, token_store, tokens
+from xaiproxy import client_keys, config, errors, judgement, storage, token_store, tokens
 from xaiproxy.conversation import Conversation, duration, last_failure, local_time, outlook, printable, validity, who
 from xaiproxy.judgement import Verdict
 from xaiproxy.oauth import discovery
@@ -170,6 +170,11 @@ def token_folder(store: token_store.TokenStore, login: "tokens.Tokens | None") -
         return
     except OSError as error:
         yield failure(errors.EXIT_TRY_AGAIN, f"{folder} cannot be looked at ({error.strerror}); give user {user} leave")
+        return
+    try:
+        storage.check_owner(store.path)
+    except errors.StorageError as error:
+        yield failure(error.exit_code, str(error))
         return
     if risk:
         yield warning(f"{folder} {risk}")
@@ -397,5 +402,6 @@ def proxy(settings: config.Config, signed_in: bool) -> Finding:
     reason = printable(str((ready.json() or {}).get("reason")))
     if ready.status == 200:
         return ok(f"{url}/v1 is served, and ready: {reason}")
-    other = "; it seems to run with other settings than these" if signed_in else ""
+    about_keys = "client key" in reason
+    other = "; it seems to run with other settings than these" if signed_in and not about_keys else ""
     return failure(errors.EXIT_TRY_AGAIN, f"{url}/v1 is served, but not ready: {reason}{other}")

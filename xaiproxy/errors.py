@@ -8,6 +8,7 @@
 - what the proxy answers of its own: `Refusal`, which carries the HTTP status, a stable code and headers.
 """
 
+import contextlib
 import http
 import json
 import os
@@ -30,8 +31,8 @@ CHECKOUT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 def typed(line: str) -> str:
     """A command line of ours in backticks, so that it works when typed in a new shell.
 
-    `line`: begins with the command's name. From a checkout that is bin/NAME, with the checkout's path unless it is the
-    working directory. Otherwise the bare name if it is on PATH; or else, also in an activated virtual environment, the
+    `line`: begins with the command's name. From a checkout that is bin/NAME, with the checkout's path unless this program
+    writes to a terminal in that very folder. Otherwise the bare name if it is on PATH; or else, also in an activated virtual environment, the
     path of the folder that this program was started from.
     """
     name, space, arguments = line.partition(" ")
@@ -45,18 +46,22 @@ def typed(line: str) -> str:
 
 
 def _from_here(path: str) -> str:
-    """The path, relative to the checkout, as it can be typed in the working directory."""
-    try:
-        if os.path.samefile(".", CHECKOUT):
+    """A path below the checkout, as it can be typed where the messages of this program are read."""
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # no stderr, or no working directory any more
+        if sys.stderr.isatty() and os.path.samefile(".", CHECKOUT):
             return path
-    except OSError:  # the working directory is gone
-        pass
     return shlex.quote(f"{CHECKOUT}/{path}")
+
+
+def _activate() -> str:
+    """What to source so that the supervisord of this program's environment is found."""
+    folder = os.path.dirname(sys.executable)
+    return _from_here(".venv/bin/activate") if folder == f"{CHECKOUT}/.venv/bin" else shlex.quote(f"{folder}/activate")
 
 
 SIGN_IN = f"run {typed('xai-login --device')} to sign in"
 # What keeps a login alive and serves it.
-SERVE = f"`. {_from_here('.venv/bin/activate')} && supervisord -c {_from_here('conf/supervisord.conf')}`" \
+SERVE = f"`. {_activate()} && supervisord -c {_from_here('conf/supervisord.conf')}`" \
     if os.path.exists(f"{CHECKOUT}/conf/supervisord.conf") else f"{typed('xai-proxy')} and {typed('xai-refresher')}"
 
 
@@ -160,6 +165,10 @@ class GrantRefused(OAuthError):
     """
 
     certain = True
+
+
+class ForeignLogin(OAuthError):
+    """The issuer answered with a login that another program began (OpenID Connect Core section 3.1.3.7, nonce)."""
 
 
 class ClientRejected(OAuthError):

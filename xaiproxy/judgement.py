@@ -9,6 +9,8 @@ from collections.abc import Callable
 from xaiproxy import errors, log, refresher_status, tokens
 from xaiproxy.token_store import ALIVE, TokenStore
 
+# Everybody may read this one: no path of the checkout.
+SIGN_IN = "run `xai-login --device` to sign in"
 CODE = re.compile(r"[A-Za-z0-9_.-]{1,60}")  # what of an issuer's codes is repeated
 
 
@@ -60,7 +62,7 @@ def judge(login: "tokens.Tokens | errors.LoginUnusable", now: float, refresher_a
     valid = login.expires_at > now and not refused
 
     if error is not None and error.terminal:
-        ended = f"the login has ended ({code}); {errors.SIGN_IN}"
+        ended = f"the login has ended ({code}); {SIGN_IN}"
         if valid:
             ended = f"the token is good until {expiry}, but {ended}"
         elif refused:
@@ -81,7 +83,7 @@ def judge(login: "tokens.Tokens | errors.LoginUnusable", now: float, refresher_a
     fault = "the API refuses the access token" if refused else f"the access token expired at {expiry}"
     if login.refresh_token is None:
         verdict, exit_code = Verdict.NO_REFRESH_TOKEN, errors.EXIT_SIGN_IN
-        fault += f", and the token file holds no refresh token; {errors.SIGN_IN}, or replace the file"
+        fault += f", and the token file holds no refresh token; {SIGN_IN}, or replace the file"
     else:
         verdict, exit_code = Verdict.REFUSED if refused else Verdict.EXPIRED, errors.EXIT_TRY_AGAIN
         if not alive:
@@ -99,7 +101,7 @@ def _of_unusable(error: errors.LoginUnusable) -> Judgement:
                          "the token file cannot be read at the moment; see the log")
     verdict = Verdict.NO_LOGIN if error.state == "missing" else Verdict.UNUSABLE
     return Judgement(verdict, False, error.exit_code,
-                     f"no login that can be used ({error.state}); {errors.SIGN_IN}, or see the log")
+                     f"no login that can be used ({error.state}); {SIGN_IN}, or see the log")
 
 
 def _usable(verdict: Verdict, reason: str) -> Judgement:

@@ -106,8 +106,9 @@ def status(store: "TokenStore", talk: "Conversation", now: "Callable[[], float]"
     try:
         login = store.load()
     except errors.LoginUnusable as error:
-        talk.event("status", str(error), usable=False, state=error.state, message=str(error),
-                   token_path=str(store.path))
+        verdict = judgement.of(store, at, store.load)
+        talk.event("status", str(error), usable=False, verdict=verdict.verdict.value, reason=verdict.reason, state=error.state,
+                   message=str(error), token_path=str(store.path))
         return error.exit_code
     failure, alive, verdict = login.refresh_error, store.refresher_alive(at), judgement.of(store, at, lambda: login)
     whose = f"{who(login)} at {login.issuer}; the login is in {store.path}."

@@ -30,15 +30,15 @@ ADVICE = {
 }
 
 
-def check_owner(login: Path) -> None:
+def check_owner(file: Path) -> None:
     """Refuse to let root make files for another user's service, which could not open them. Raises StorageError.
 
-    `login`: the token file. Its owner is who serves; as long as there is none, the owner of its folder, or of the
+    `file`: the token file or the key file. Its owner is who serves; as long as there is none, the owner of its folder, or of the
     folder in which that has yet to be made.
     """
     if os.geteuid() != 0:
         return
-    place = next((place for place in (login, *login.parents) if os.path.lexists(place)), login)
+    place = next((place for place in (file, *file.parents) if os.path.lexists(place)), file)
     owner = os.lstat(place).st_uid
     if owner != 0:
         raise errors.StorageError(

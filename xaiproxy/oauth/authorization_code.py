@@ -128,11 +128,11 @@ def exchange(session: Session, metadata: discovery.Metadata, settings: config.Co
              code: str, *, sleep: Callable[[float], Any] = time.sleep) -> tokens.Tokens:
     """Trade the code for tokens (section 4.1.3).
 
-    Raises GrantRefused, ClientRejected, NotEntitled, and IssuerUnavailable after several tries.
+    Raises GrantRefused, ForeignLogin, ClientRejected, NotEntitled, and IssuerUnavailable after several tries.
     """
     def check_nonce(claims: "Mapping[str, Any]") -> None:  # OpenID Connect Core 3.1.3.7
         if claims.get("nonce") != attempt.nonce:
-            raise errors.GrantRefused("invalid_nonce", "", f"{metadata.issuer} answered with a login that "
+            raise errors.ForeignLogin("invalid_nonce", "", f"{metadata.issuer} answered with a login that "
                                       "somebody else began (its nonce is not ours), which was not saved; "
                                       f"{errors.SIGN_IN}")
 
