@@ -1,8 +1,6 @@
 # docker build -t xaiproxy .
 FROM python:3.13-slim
 
-ENV PYTHONUNBUFFERED=1
-
 # supervisord looks for a temporary folder, in which it puts nothing. Where the root file system is read-only, container
 # runtimes still have this one.
 ENV TMPDIR=/dev/shm

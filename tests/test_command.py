@@ -87,10 +87,11 @@ def test_a_crash_leaves_no_core(tmp_path):
     assert not crash(tmp_path, imports + "True")
 
 
-def run(folder, name, *arguments, script='exec "$@"', **settings):
+def run(folder, name, *arguments, script='exec "$@"', environ=None, **settings):
     """What a command does with `script` as the way to start it."""
     return subprocess.run(["sh", "-c", script, "sh", *COMMANDS[name], *arguments], cwd=folder, text=True,
-                          env=environment(folder, token_path=folder / "new" / "login" / "tokens.json", **settings),
+                          env=environment(folder, environ, token_path=folder / "new" / "login" / "tokens.json",
+                                          **settings),
                           stdin=subprocess.DEVNULL, capture_output=True, timeout=20)
 
 
@@ -104,14 +105,33 @@ def test_closed_standard_streams_change_only_what_cannot_be_printed(tmp_path, ar
     closed_stdout = run(tmp_path, *arguments, script='exec "$@" >&-')
     assert "Traceback" not in closed_stdout.stderr and "Exception" not in closed_stdout.stderr
     assert closed_stdout.returncode == (75 if printed else status)
-    assert not printed or "it is done, but the result cannot be printed" in closed_stdout.stderr
-    if "add" in arguments:
-        assert run(tmp_path, "key", "remove", "me").returncode == 0
+    done = "nothing was changed, since" if "add" in arguments else "it is done, but"
+    assert not printed or f"{done} the result cannot be printed" in closed_stdout.stderr
+    assert run(tmp_path, "key", "list").stdout == ""
     others = run(tmp_path, *arguments, script='exec "$@" <&- 2>&-')
     assert (others.returncode, others.stderr) == (status, "") and printed in others.stdout
     folder = tmp_path / "new" / "login"
     locks = [path for path in folder.iterdir() if path.suffix == ".lock"] if folder.exists() else []
     assert [path.read_bytes() for path in locks] == [b""] * len(locks)
+
+
+@pytest.mark.parametrize("unbuffered", [{}, {"PYTHONUNBUFFERED": "1"}], ids=["buffered", "unbuffered"])
+def test_a_result_that_cannot_be_printed_is_told(tmp_path, unbuffered):
+    def failure(*arguments, script='exec "$@" >/dev/full'):
+        done = run(tmp_path, *arguments, script=script, environ=unbuffered)
+        sentence = done.stderr.splitlines()[-1]
+        return done.returncode, sentence.partition(": ")[2], "Traceback" in done.stderr
+    full = "the result cannot be printed: No space left on device"
+    assert failure("login", "--logout") == (75, f"it is done, but {full}", False)
+    assert failure("proxy", "--version") == (75, f"it is done, but {full}", False)
+    assert failure("key", "add", "me") == (75, f"nothing was changed, since {full}", False)
+    keys = tmp_path / "new" / "login" / "client-keys"
+    assert not keys.exists()
+    keys.write_text("".join(f"client-{number} {number:064x}\n" for number in range(3000)))
+    assert failure("key", "list", script='mkfifo fifo; exec 3<>fifo 4>fifo 3<&-; exec "$@" >&4') == (
+        75, "it is done, but the result cannot be printed: Broken pipe", False)
+    assert failure("key", "list", script='ulimit -f 8; exec "$@" >list') == (
+        75, "it is done, but the result cannot be printed: File too large", False)
 
 
 @pytest.mark.parametrize("arguments, status", [

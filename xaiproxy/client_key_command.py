@@ -40,9 +40,7 @@ def main(argv: "list[str] | None" = None) -> int:
                 print(f"There is no client key in {path}.", file=sys.stderr)
         elif arguments.action == "add":
             key = "xaip_" + secrets.token_urlsafe(32)
-            _change(path, lambda keys: _added(keys, arguments.name, key))
-            print(f"The key of {arguments.name}, shown this once; clients send it as their API key:", file=sys.stderr)
-            print(key)
+            _change(path, lambda keys: _added(keys, arguments.name, key), lambda: _show(arguments.name, key))
         else:
             _change(path, lambda keys: _removed(keys, arguments.name))
             print(f"The key of {arguments.name} is refused from now on.", file=sys.stderr)
@@ -50,6 +48,12 @@ def main(argv: "list[str] | None" = None) -> int:
                 print(f"It was the last one: nobody is admitted now. To serve without keys again, remove {path} and restart "
                       "the proxy.", file=sys.stderr)
     return command.run(parser.prog, body)
+
+
+def _show(name: str, key: str) -> None:
+    print(f"The key of {name}, shown this once; clients send it as their API key:", file=sys.stderr)
+    print(key)
+    command.flush_results("nothing was changed, since")
 
 
 def _added(keys: "dict[str, str]", name: str, key: str) -> "dict[str, str]":
@@ -76,8 +80,12 @@ def _read(path: Path) -> "dict[str, str]":
         raise errors.ConfigurationError(f"{path} cannot be used: {reason}; put it right or remove it") from error
 
 
-def _change(path: Path, edit: "Callable[[dict[str, str]], dict[str, str]]") -> None:
-    """Replace the file by an atomic rename, so that the proxy never reads half of it; one command at a time."""
+def _change(path: Path, edit: "Callable[[dict[str, str]], dict[str, str]]",
+            show: "Callable[[], None]" = lambda: None) -> None:
+    """Replace the file by an atomic rename, so that the proxy never reads half of it; one command at a time.
+
+    `show`: prints what can be shown only once, when the rename alone is left to do. If it fails, nothing is changed.
+    """
     new = path.with_name(path.name + ".new")
     outcome = "nothing was changed"
     try:
@@ -95,6 +103,7 @@ def _change(path: Path, edit: "Callable[[dict[str, str]], dict[str, str]]") -> N
                 file.writelines(f"{name} {digest}\n" for name, digest in keys.items())
                 file.flush()
                 os.fsync(file.fileno())
+            show()
             os.replace(new, path)
             outcome = "it was changed, but a power cut may undo that"
             _sync_folder(path.parent)

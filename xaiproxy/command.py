@@ -6,9 +6,12 @@ import resource
 import signal
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from xaiproxy import errors
+
+
+RESULT_LIMIT = 1 << 20  # bytes; what a command prints is shorter
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -24,7 +27,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def exit(self, status: int = 0, message: "str | None" = None) -> NoReturn:
         try:
-            _flush_stdout()
+            flush_results()
         except errors.Error as error:
             status, message = error.exit_code, f"{self.prog}: {error}\n"
         super().exit(status, message)
@@ -37,6 +40,9 @@ def open_standard_streams() -> None:
     """Open each of stdin, stdout and stderr that is closed: the next file to be opened would take its place.
 
     stdin is then at its end. Writes to stdout fail, so that no result is lost in silence; stderr takes everything.
+
+    stdout gets a buffer that holds all results, also with PYTHONUNBUFFERED: what could not be written stays in it, and
+    flush_results fails.
     """
     for fd, flags in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)):
         try:
@@ -44,7 +50,9 @@ def open_standard_streams() -> None:
         except OSError:
             os.set_inheritable(os.open(os.devnull, flags), True)  # the lowest free descriptor: this one
     sys.stdin = sys.stdin or open(0, closefd=False)
-    sys.stdout = sys.stdout or open(1, "w", closefd=False)
+    if sys.stdout is sys.__stdout__:
+        encoding = sys.stdout and sys.stdout.encoding
+        sys.stdout = open(1, "w", RESULT_LIMIT, encoding=encoding, closefd=False)
     sys.stderr = sys.stderr or open(2, "w", errors="backslashreplace", closefd=False)
 
 
@@ -73,7 +81,7 @@ def run(name: str, body: "Callable[[], int | None]") -> int:
     os.umask(os.umask(0o077) | 0o022)  # nothing that is made can be written by others, also where the umask is 0
     try:
         status = body() or 0
-        _flush_stdout()
+        flush_results()
         return status
     except errors.Error as error:
         print(f"{name}: {error}", file=sys.stderr)
@@ -89,9 +97,17 @@ def _forbid_core_dumps() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (1 if hard else 0, hard))
 
 
-def _flush_stdout() -> None:
+def flush_results(outcome: str = "it is done, but") -> None:
+    """Write out what was printed to stdout. Raises an Error, which begins with `outcome`, if that fails."""
+    if error := _flush(sys.stdout):
+        raise errors.Error(f"{outcome} the result cannot be printed: {error.strerror}") from error
+
+
+def _flush(stream: TextIO) -> "OSError | None":
+    """The failure, if there is one; what it leaves in the buffer cannot fail once more at the end of the process."""
     try:
-        sys.stdout.flush()
+        stream.flush()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or it would fail once more at the very end
-        raise errors.Error(f"it is done, but the result cannot be printed: {error.strerror}") from error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return error
+    return None
