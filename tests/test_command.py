@@ -134,6 +134,19 @@ def test_a_result_that_cannot_be_printed_is_told(tmp_path, unbuffered):
         75, "it is done, but the result cannot be printed: File too large", False)
 
 
+@pytest.mark.parametrize("where", ["2>/dev/full", "2>&4", "2>&5"], ids=["full disk", "reader gone", "unread and full"])
+def test_the_exit_code_counts_also_where_no_sentence_can_be_read(tmp_path, where):
+    """A pipe without a reader is 4, one that is full 5."""
+    script = ('mkfifo gone full; exec 3<>gone 4>gone 3<&-; exec 5<>full; head -c 65536 /dev/zero >&5; '
+              f'exec "$@" {where}')
+    cases = [(["proxy", "--port", "x"], 78), (["key", "add", "me"], 0), (["login", "--status"], 77),
+             (["login", "--nonsense"], 64), (["refresher", "--token-path", "/"], 78)]
+    for arguments, status in cases[:2] if "5" in where else cases:  # a second each while it is full
+        done = run(tmp_path, *arguments, script=f"rm -f gone full; {script}")
+        assert (arguments, done.returncode) == (arguments, status)
+        assert status or done.stdout.startswith("xaip_")
+
+
 @pytest.mark.parametrize("arguments, status", [
     (["login", "--status"], 77), (["refresher", "--once"], 77), (["key", "list"], 0), (["proxy", "--bind", "x"], 78)])
 def test_a_deleted_working_directory_does_not_matter_to_absolute_paths(tmp_path, arguments, status):

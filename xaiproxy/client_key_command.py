@@ -37,21 +37,21 @@ def main(argv: "list[str] | None" = None) -> int:
             for name in names:
                 print(name)
             if not names:
-                print(f"There is no client key in {path}.", file=sys.stderr)
+                command.say(f"There is no client key in {path}.")
         elif arguments.action == "add":
             key = "xaip_" + secrets.token_urlsafe(32)
             _change(path, lambda keys: _added(keys, arguments.name, key), lambda: _show(arguments.name, key))
         else:
             _change(path, lambda keys: _removed(keys, arguments.name))
-            print(f"The key of {arguments.name} is refused from now on.", file=sys.stderr)
+            command.say(f"The key of {arguments.name} is refused from now on.")
             if not _read(path):
-                print(f"It was the last one: nobody is admitted now. To serve without keys again, remove {path} and restart "
-                      "the proxy.", file=sys.stderr)
+                command.say(f"It was the last one: nobody is admitted now. To serve without keys again, remove {path} and "
+                            "restart the proxy.")
     return command.run(parser.prog, body)
 
 
 def _show(name: str, key: str) -> None:
-    print(f"The key of {name}, shown this once; clients send it as their API key:", file=sys.stderr)
+    command.say(f"The key of {name}, shown this once; clients send it as their API key:")
     print(key)
     command.flush_results("nothing was changed, since")
 

@@ -1,8 +1,10 @@
 """How every command of ours parses its line and ends: one sentence on stderr and an exit code of sysexits.h."""
 
 import argparse
+import contextlib
 import os
 import resource
+import select
 import signal
 import sys
 from collections.abc import Callable
@@ -11,6 +13,7 @@ from typing import NoReturn, TextIO
 from xaiproxy import errors
 
 
+PATIENCE = 1.0  # seconds that the reader of a full stderr gets to make room for a sentence
 RESULT_LIMIT = 1 << 20  # bytes; what a command prints is shorter
 
 
@@ -29,11 +32,13 @@ class ArgumentParser(argparse.ArgumentParser):
         try:
             flush_results()
         except errors.Error as error:
-            status, message = error.exit_code, f"{self.prog}: {error}\n"
-        super().exit(status, message)
+            status, message = error.exit_code, f"{self.prog}: {error}"
+        if message:
+            say(message)
+        sys.exit(status)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(errors.EXIT_USAGE, f"{self.prog}: {message}; see {self.prog} --help\n")
+        self.exit(errors.EXIT_USAGE, f"{self.prog}: {message}; see {self.prog} --help")
 
 
 def open_standard_streams() -> None:
@@ -82,13 +87,25 @@ def run(name: str, body: "Callable[[], int | None]") -> int:
     try:
         status = body() or 0
         flush_results()
-        return status
     except errors.Error as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        return error.exit_code
+        status = error.exit_code
+        say(f"{name}: {error}")
     except KeyboardInterrupt:
-        print(f"\n{name}: interrupted", file=sys.stderr)
-        return errors.EXIT_INTERRUPTED
+        status = errors.EXIT_INTERRUPTED
+        say(f"\n{name}: interrupted")
+    for stream in (sys.stdout, sys.stderr):
+        _flush(stream)
+    return status
+
+
+def say(sentence: str) -> None:
+    """Print it on stderr. The command goes on if that fails, and after PATIENCE if a full pipe is not read."""
+    poll = select.poll()
+    poll.register(2, select.POLLOUT)
+    if poll.poll(PATIENCE * 1000):
+        with contextlib.suppress(OSError):
+            print(sentence, file=sys.stderr)
+        _flush(sys.stderr)
 
 
 def _forbid_core_dumps() -> None:
