@@ -186,8 +186,26 @@ def test_dotenv_is_read_in_the_working_directory(tmp_path):
 
 def test_a_dotenv_that_cannot_be_read_is_told(tmp_path):
     (tmp_path / "env").write_bytes(b"XAI_PROXY_PORT=\xff\n")
-    with pytest.raises(errors.ConfigurationError, match=f"{tmp_path}/env cannot be read"):
+    with pytest.raises(errors.ConfigurationError, match=f"{tmp_path}/env cannot be read: XAI_PROXY_PORT is not UTF-8"):
         settings(dotenv_path=str(tmp_path / "env"))
+
+
+@pytest.mark.parametrize("text, line, name", [
+    ('XAI_PROXY_TOKEN_PATH="/x/t.json\nOTHER=1\n', 1, "TOKEN_PATH"), ("A=1\n\n# a\n\nXAI_PROXY_PORT 29555\n", 5, "PORT"),
+    ("XAI_PROXY_SCOPE='a' b\r\n", 1, "SCOPE"), ('A=1\r\n\r\nXAI_PROXY_BIND="x\r\nXAI_PROXY_PORT="1"\r\n', 3, "BIND")])
+def test_a_line_of_dotenv_that_does_not_parse_is_told(tmp_path, text, line, name):
+    path = tmp_path / "env"
+    path.write_bytes(text.encode())
+    with pytest.raises(errors.ConfigurationError) as caught:
+        settings(dotenv_path=str(path))
+    assert str(caught.value) == (f"{path} line {line} does not parse: write XAI_PROXY_{name}=VALUE, and close every quote")
+    assert caught.value.setting == f"XAI_PROXY_{name}"
+
+
+def test_lines_of_another_program_in_dotenv_do_not_matter(tmp_path, caplog):
+    path = tmp_path / "env"
+    path.write_bytes(b'NAME=J\xfcrgen\nSECRET "x\nXAI_PROXY_PORT=77  # sch\xf6n\n')
+    assert settings(dotenv_path=str(path)).port == 77 and not caplog.records
 
 
 @needs_root
@@ -280,8 +298,8 @@ def test_what_is_wrong_can_be_gathered_and_then_counts_as_not_set(tmp_path):
                "all_proxy": "ftp://p", "SSL_CERT_FILE": "/none"}
     chosen = config.from_environ(environ, dotenv_path=str(tmp_path / "env"), complain=wrong.append)
     assert chosen == settings(BIND="::1")
-    assert [error.setting for error in wrong] == [None, "XAI_PROXY_ISSUER", "XAI_PROXY_WHATEVER_THIS", "XAI_PROXY_PORT",
-                                                  "ALL_PROXY", "SSL_CERT_FILE"]
+    assert [error.setting for error in wrong] == ["XAI_PROXY_PORT", "XAI_PROXY_ISSUER", "XAI_PROXY_WHATEVER_THIS",
+                                                  "XAI_PROXY_PORT", "ALL_PROXY", "SSL_CERT_FILE"]
 
 
 # egress

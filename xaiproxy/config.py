@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import certifi
-import dotenv
+import dotenv.parser
 
 from xaiproxy import errors, folder_file
 
@@ -43,6 +43,7 @@ QUOTED = re.compile(r"""(["']).*\1""", re.DOTALL)
 QUOTES_KEPT = "begins and ends with a quote, which docker's --env-file keeps as a part of the value; remove both quotes"
 KUBERNETES_PORT = re.compile(r"(tcp|udp|sctp)://")
 # Clients and other proxies use these; they are no setting of ours.
+SURROGATE = re.compile("[\udc80-\udcff]")  # a byte that is not UTF-8
 FOREIGN_NAMES = frozenset(PREFIX + name for name in ("KEY", "API_KEY", "BASE_URL", "OUTBOUND"))
 DOTENV_LIMIT = 1 << 20  # bytes
 
@@ -352,11 +353,19 @@ def _read_dotenv(path: str, complain: Callable, warn: Callable[[str], object]) -
         content, status = folder_file.read(Path(path), DOTENV_LIMIT + 1, follow=True)
         if len(content) > DOTENV_LIMIT:
             raise ValueError(f"it is longer than {DOTENV_LIMIT} bytes")
-        values = dotenv.dotenv_values(stream=io.StringIO(content.decode("utf-8-sig"), newline=None), interpolate=False)
     except (OSError, ValueError) as error:
         complain(errors.ConfigurationError(f"{os.path.abspath(path)} cannot be read: {error}"))
         return {}
-    ours = {name: text or "" for name, text in values.items() if name.startswith(PREFIX)}
+    ours = {}
+    text = content.decode("utf-8-sig", "surrogateescape")  # lines that are not ours may be in any encoding
+    for statement in dotenv.parser.parse_stream(io.StringIO(text, newline=None)):
+        name, value = statement.key or "", statement.value or ""
+        if statement.error and PREFIX in statement.original.string:
+            complain(_unparsed(path, statement.original))
+        elif name.startswith(PREFIX) and SURROGATE.search(value):
+            complain(errors.ConfigurationError(f"{os.path.abspath(path)} cannot be read: {name} is not UTF-8", name))
+        elif name.startswith(PREFIX):
+            ours[name] = value
     if ours and (wrong := _wrong_with_file(status)):
         complain(errors.ConfigurationError(f"{os.path.abspath(path)} {wrong}"))
         return {}
@@ -364,6 +373,14 @@ def _read_dotenv(path: str, complain: Callable, warn: Callable[[str], object]) -
         warn(f"{os.path.abspath(path)} may be written by its group, who could have others call, or sign you in elsewhere; "
              "chmod g-w it")
     return ours
+
+
+def _unparsed(path: str, statement: "dotenv.parser.Original") -> errors.ConfigurationError:
+    start = statement.string.index(PREFIX)
+    line = statement.line + statement.string.count("\n", 0, start)
+    name = re.match(r"\w+", statement.string[start:])[0]
+    return errors.ConfigurationError(f"{os.path.abspath(path)} line {line} does not parse: write {name}=VALUE, and close "
+                                     "every quote", name)
 
 
 def _wrong_with_file(status: os.stat_result) -> str:
