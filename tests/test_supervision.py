@@ -29,14 +29,13 @@ CHAT = json.dumps({"model": "grok-4.5", "messages": [], "stream": True}).encode(
 
 
 class Supervised:
-    """supervisord with the real conf, and its output: `lines`. It has no controlling terminal.
+    """supervisord with the real conf, and its output: `lines`. It has no controlling terminal, nor its folder on PATH.
 
-    `path`: a folder to find programs in first. `pipe`: where it writes, and where that comes out. `conf`: another
-    configuration.
+    `pipe`: where it writes, and where that comes out. `conf`: another configuration.
     """
 
-    def __init__(self, folder, sandbox, *, prefix=(), path=None, pipe=os.pipe, conf=CONF, **settings):
-        environ = {"PATH": f"{path or BIN}:{BIN}:{os.environ['PATH']}", "HOME": str(folder), "XAI_PROXY_PORT": "0",
+    def __init__(self, folder, sandbox, *, prefix=(), pipe=os.pipe, conf=CONF, **settings):
+        environ = {"PATH": os.defpath, "HOME": str(folder), "XAI_PROXY_PORT": "0",
                    **sandbox.env, "XAI_PROXY_TOKEN_PATH": str(folder / "login" / "tokens.json"), **settings}
         sandbox.write_login(environ["XAI_PROXY_TOKEN_PATH"])
         self._output, stdout = pipe()
@@ -123,14 +122,17 @@ def rest_of_stream(client):
     return b"".join(iter(client.chunk, b""))
 
 
-def stand_ins(folder, **programs):
-    """A folder with shell scripts that are found instead of xai-NAME."""
+def stand_ins(folder, conf=CONF, **programs):
+    """`conf` with shell scripts in the place of xai-NAME."""
+    text = conf.read_text()
     for name, script in programs.items():
-        program = folder / "stand-ins" / f"xai-{name}"
-        program.parent.mkdir(exist_ok=True)
+        program = folder / f"stand-in-{name}"
         program.write_text(f"#!/bin/sh\n{script}\n")
         program.chmod(0o755)
-    return program.parent
+        text = text.replace(f"command=xai-{name}\n", f"command={program}\n")
+    stand_in = folder / "stand-ins.conf"
+    stand_in.write_text(text)
+    return stand_in
 
 
 def edited_conf(folder, **settings):
@@ -179,9 +181,10 @@ def test_a_proxy_that_was_killed_comes_back(tmp_path, sandbox):
 def test_a_program_that_ends_with_78_is_not_started_again_and_ends_all_with_70(tmp_path, sandbox, startsecs):
     """While it counts as starting (5), and when it has started (0). The other one drains."""
     sandbox.set(events=10, events_per_second=10)
-    programs = stand_ins(
-        tmp_path, refresher="until [ -e wrong ]; do sleep 0.05; done; echo a wrong setting >&2; exit 78")
-    with Supervised(tmp_path, sandbox, path=programs, conf=edited_conf(tmp_path, startsecs=startsecs)) as supervised, \
+    conf = stand_ins(
+        tmp_path, edited_conf(tmp_path, startsecs=startsecs),
+        refresher="until [ -e wrong ]; do sleep 0.05; done; echo a wrong setting >&2; exit 78")
+    with Supervised(tmp_path, sandbox, conf=conf) as supervised, \
             supervised.client() as client:
         open_stream(client)
         (tmp_path / "wrong").touch()
@@ -203,9 +206,8 @@ def test_a_wrong_setting_is_told_once_by_each_program(tmp_path, sandbox):
 
 
 def test_a_program_that_cannot_be_kept_running_ends_all_with_70(tmp_path, sandbox):
-    programs = stand_ins(tmp_path, refresher=FAILING, proxy=QUICK_TO_STOP)
-    conf = edited_conf(tmp_path, startretries=0)
-    with Supervised(tmp_path, sandbox, path=programs, conf=conf) as supervised:
+    conf = stand_ins(tmp_path, edited_conf(tmp_path, startretries=0), refresher=FAILING, proxy=QUICK_TO_STOP)
+    with Supervised(tmp_path, sandbox, conf=conf) as supervised:
         assert supervised.ended() == 70
     supervised.said(r"CRIT refresher cannot be kept running .* ending with status 70")
     supervised.said(r"stopped: proxy \(exit status 0\)")
@@ -213,15 +215,15 @@ def test_a_program_that_cannot_be_kept_running_ends_all_with_70(tmp_path, sandbo
 
 def test_sigterm_while_a_program_waits_for_its_next_start_ends_with_0(tmp_path, sandbox):
     # supervisord makes the one FATAL then, and goes on to stop the other.
-    with Supervised(tmp_path, sandbox, path=stand_ins(tmp_path, proxy=FAILING, refresher=SLOW_TO_STOP)) as supervised:
+    with Supervised(tmp_path, sandbox, conf=stand_ins(tmp_path, proxy=FAILING, refresher=SLOW_TO_STOP)) as supervised:
         supervised.said("exited: proxy", times=2)  # the next start is two seconds off
         supervised.signal(signal.SIGTERM)
         assert supervised.ended() == 0
 
 
 def test_the_programs_end_when_supervisord_is_killed(tmp_path, sandbox):
-    programs = stand_ins(tmp_path, refresher="echo up\n" + QUICK_TO_STOP, proxy="echo up\n" + QUICK_TO_STOP)
-    with Supervised(tmp_path, sandbox, path=programs) as supervised:
+    conf = stand_ins(tmp_path, refresher="echo up\n" + QUICK_TO_STOP, proxy="echo up\n" + QUICK_TO_STOP)
+    with Supervised(tmp_path, sandbox, conf=conf) as supervised:
         supervised.said("^up", times=2)
         ends = [os.pidfd_open(pid) for pid in supervised.pids().values()]
         supervised.signal(signal.SIGKILL)
@@ -236,9 +238,9 @@ def readable(fd, seconds):
 
 @pytest.mark.parametrize("nohup", [(), ("nohup",)])
 def test_a_closed_terminal_ends_all_unless_nohup_says_otherwise(tmp_path, sandbox, nohup):
-    stand_ins(tmp_path, refresher=QUICK_TO_STOP, proxy=QUICK_TO_STOP)
-    environ = {"PATH": f"{tmp_path / 'stand-ins'}:{os.environ['PATH']}", "HOME": str(tmp_path)}
-    with Terminal([*nohup, str(BIN / "supervisord"), "-c", str(CONF)], cwd=tmp_path, env=environ) as terminal:
+    conf = stand_ins(tmp_path, refresher=QUICK_TO_STOP, proxy=QUICK_TO_STOP)
+    environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    with Terminal([*nohup, str(BIN / "supervisord"), "-c", str(conf)], cwd=tmp_path, env=environ) as terminal:
         log = tmp_path / "nohup.out"
         wait_until(lambda: log.exists() and "spawned: 'proxy'" in log.read_text()) if nohup else \
             terminal.expect("spawned: 'proxy'")
@@ -256,11 +258,11 @@ def test_a_closed_terminal_ends_all_unless_nohup_says_otherwise(tmp_path, sandbo
 
 def test_lines_of_two_programs_are_not_mixed(tmp_path, sandbox):
     """Not even those that are written in pieces, as a traceback is, or end without a line end."""
-    programs = stand_ins(
+    conf = stand_ins(
         tmp_path, proxy="sleep 0.3; echo a whole line; touch go\n" + QUICK_TO_STOP,
         refresher="printf 'the first half '; until [ -e go ]; do sleep 0.05; done; echo and the second\n"
                   "trap 'printf last; exit 0' TERM; while :; do sleep 0.05; done")
-    with Supervised(tmp_path, sandbox, path=programs) as supervised:
+    with Supervised(tmp_path, sandbox, conf=conf) as supervised:
         supervised.said("^the first half and the second\n")
         supervised.signal(signal.SIGTERM)
         assert supervised.ended() == 0
@@ -271,10 +273,10 @@ def test_lines_of_two_programs_are_not_mixed(tmp_path, sandbox):
 def test_a_read_only_file_system_without_a_temporary_folder(tmp_path, sandbox):
     """With the image's environment; what the container runtimes mount as /dev/shm remains."""
     image = dict(re.findall(r"(?m)^ENV (\w+)=(\S+)$", (ROOT / "Dockerfile").read_text()))
-    programs = stand_ins(tmp_path, refresher=QUICK_TO_STOP, proxy=QUICK_TO_STOP)
+    conf = stand_ins(tmp_path, refresher=QUICK_TO_STOP, proxy=QUICK_TO_STOP)
     script = ('for folder in /tmp /var/tmp; do mount --bind $folder $folder; mount -o remount,bind,ro $folder; done; '
               'mount -o remount,bind,ro /; cd "$PWD"; ! touch here 2>/dev/null; exec "$@"')
-    with Supervised(tmp_path, sandbox, path=programs, prefix=("unshare", "-rm", "sh", "-ec", script, "sh"),
+    with Supervised(tmp_path, sandbox, conf=conf, prefix=("unshare", "-rm", "sh", "-ec", script, "sh"),
                     TMPDIR=image.get("TMPDIR", "")) as supervised:
         supervised.said("spawned: 'proxy'")
         supervised.signal(signal.SIGTERM)

@@ -15,7 +15,7 @@ to events before it runs (events.clear() in Supervisor.run). So the import chang
 - An Output takes the place of stdout, and writes as line_writer.py describes. supervisord writes its own lines and
   those of the programs there and would wait for the reader, who may have stopped: it then neither restarts a program
   nor obeys a signal, and an error of the write can end it.
-- finish, fork and setsignals take the place of supervisord's methods of these names.
+- finish, fork, get_path and setsignals take the place of supervisord's methods of these names.
 """
 
 import atexit
@@ -23,6 +23,7 @@ import ctypes
 import os
 import signal
 import sys
+import sysconfig
 from typing import Any
 
 from supervisor import events, loggers, options, process
@@ -95,6 +96,14 @@ def fork(self: Any) -> int:
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     return pid
+
+
+_get_path = options.ServerOptions.get_path
+
+
+def get_path(self: Any) -> "list[str]":
+    """ServerOptions.get_path, the folders to find programs in: first the one of this Python's own, then PATH's."""
+    return [sysconfig.get_path("scripts"), *_get_path(self)]
 
 
 _setsignals = options.ServerOptions.setsignals
@@ -185,6 +194,7 @@ if "supervisor.supervisord" in sys.modules:  # not when a test imports this
     events.TICK_EVENTS.append(FatalCheck)
     process.Subprocess.finish = finish
     options.ServerOptions.fork = fork
+    options.ServerOptions.get_path = get_path
     options.ServerOptions.setsignals = setsignals
     sys.stdout = Output()
     write_programs_lines_to(sys.stdout)
