@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import os
 import re
 import resource
 import signal
@@ -15,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
+import gevent.event
 import pytest
 from flow import Flow
 from proxy_process import COMMAND, Client, ProxyProcess, both_ways, environment, refuse_to_start
@@ -49,25 +51,45 @@ def lonely(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxyProcess]:
 # Starting
 
 
-def test_port_that_becomes_free_is_taken(tmp_path: Path) -> None:
+@contextlib.contextmanager
+def waiting_proxy(folder: Path) -> "Iterator[tuple[subprocess.Popen[str], socket.socket]]":
+    """A proxy without a controlling terminal that waits for its port, and the socket that has the port."""
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        process = subprocess.Popen(COMMAND, cwd=tmp_path, text=True,
-                                   env=environment(tmp_path, port=port, max_connections=10), stderr=subprocess.PIPE)
-        assert f"cannot listen on 127.0.0.1 port {port} yet: Address already in use; trying for 10 s" in \
-            process.stderr.readline()
-        time.sleep(2 * server.LISTEN_INTERVAL)  # it says so once
-    assert f"listening on http://127.0.0.1:{port}/v1" in process.stderr.readline()
-    process.terminate()
-    assert process.wait(10) == 0
-    process.stderr.close()
+        with subprocess.Popen(COMMAND, cwd=folder, text=True, env=environment(folder, port=port, max_connections=10),
+                              stderr=subprocess.PIPE, start_new_session=True) as process:
+            try:
+                assert f"cannot listen on 127.0.0.1 port {port} yet: Address already in use; trying for 10 s" in \
+                    process.stderr.readline()
+                yield process, other
+            finally:
+                process.kill()
+
+
+def test_port_that_becomes_free_is_taken(tmp_path: Path) -> None:
+    with waiting_proxy(tmp_path) as (process, other):
+        process.send_signal(signal.SIGHUP)
+        assert "SIGHUP: the log level is info" in process.stderr.readline()
+        time.sleep(2 * server.LISTEN_INTERVAL)  # it tells once that it waits
+        port = other.getsockname()[1]
+        other.close()
+        assert f"listening on http://127.0.0.1:{port}/v1" in process.stderr.readline()
+        process.terminate()
+        assert process.wait(10) == 0
+
+
+def test_sigterm_ends_the_wait_for_a_port(tmp_path: Path) -> None:
+    with waiting_proxy(tmp_path) as (process, _):
+        process.terminate()
+        assert process.wait(3) == 0
+        assert '"stopped"' in process.stderr.read()
 
 
 def listening_fails(**values: str) -> str:
     settings = config.from_environ({f"XAI_PROXY_{name.upper()}": value for name, value in values.items()} |
                                    {"HOME": "/"}, dotenv_path="/dev/null")
     with pytest.raises(errors.ConfigurationError) as caught:
-        server.listen(settings, patience=2 * server.LISTEN_INTERVAL)
+        server.listen(settings, gevent.event.Event(), patience=2 * server.LISTEN_INTERVAL)
     return str(caught.value)
 
 
@@ -391,6 +413,25 @@ def test_dead_peers_are_looked_for_on_both_sides(tmp_path: Path, upstream: Scrip
                       (request.connection.sock.getpeername()[1], upstream.port)):
             kind, left = timers[ports].split(":")
             assert kind == "02" and 50 * 100 < int(left, 16) <= 60 * 100
+
+
+def test_a_terminal_that_is_closed_after_sigterm_does_not_cut_the_drain(tmp_path: Path,
+                                                                        upstream: ScriptedUpstream) -> None:
+    master, slave = os.openpty()
+    terminal = ("sh", "-c", f'exec setsid --ctty "$@" <{os.ttyname(slave)}', "sh")
+    with ProxyProcess(tmp_path, prefix=terminal, upstream=upstream.origin) as proxy, proxy.client() as client:
+        proxy.sign_in()
+        client.request()
+        request = upstream.receive().answer(CHUNKED + b"2\r\nok\r\n")
+        client.head()
+        assert client.chunk() == b"ok"
+        proxy.terminate()
+        proxy.wait_for_log(lambda line: line["message"].startswith("stopping; 1 open"))
+        os.close(slave)
+        os.close(master)  # SIGHUP
+        assert not readable([client.sock], 0.3)
+        request.answer(b"0\r\n\r\n")
+        assert client.chunk() == b"" and proxy.wait() == 0
 
 
 def test_hangup_has_the_log_level_read_anew(tmp_path: Path) -> None:

@@ -262,23 +262,23 @@ def serve(options: "Mapping[str, str | None]", sweep: "Callable[[], None]" = dea
     for warning in settings.warnings:
         logger.warning("%s", warning)
     keys = client_keys.ClientKeys(settings.client_keys_file, required=_names_a_key_file(settings))
-    with listen(settings) as listener:
-        check_exposure(listener, settings, keys)
-        check_upstream(listener, settings)
-        run(listener, settings, keys, sweep, lambda: set_log_level(options))
+    stop, cut = handle_signals(lambda: set_log_level(options))
+    listener = listen(settings, stop)
+    if listener is not None:
+        with listener:
+            check_exposure(listener, settings, keys)
+            check_upstream(listener, settings)
+            run(listener, settings, keys, sweep, stop, cut)
+    logger.info("stopped")
     return 0
 
 
-def run(listener: socket.socket, settings: config.Config, keys: client_keys.ClientKeys,
-        sweep: "Callable[[], None]", reload: "Callable[[], None]") -> None:
-    """Serve until SIGTERM or SIGINT, then drain; a second signal cuts at once.
+def handle_signals(reload: "Callable[[], None]") -> "tuple[gevent.event.Event, gevent.event.Event]":
+    """Two events: the first is set by SIGTERM or SIGINT, the second by another one of them after that.
 
-    SIGHUP starts the drain too if it means a closed terminal, and calls `reload` if not.
+    SIGHUP sets the first too if it means a closed terminal, and calls `reload` if not.
     """
     hangup = command.hangup()
-    upstream = Upstream(settings)
-    server = Server(listener, app.create_app(settings, keys, upstream), settings,
-                    connection_limit(settings.max_connections))
     stop, cut = gevent.event.Event(), gevent.event.Event()
 
     def on_signal() -> None:
@@ -287,6 +287,15 @@ def run(listener: socket.socket, settings: config.Config, keys: client_keys.Clie
         gevent.signal_handler(number, on_signal)
     # Not on_signal: the terminal of a session that systemd ends is closed right after a SIGTERM.
     gevent.signal_handler(signal.SIGHUP, stop.set if hangup == signal.SIGTERM else reload)
+    return stop, cut
+
+
+def run(listener: socket.socket, settings: config.Config, keys: client_keys.ClientKeys, sweep: "Callable[[], None]",
+        stop: gevent.event.Event, cut: gevent.event.Event) -> None:
+    """Serve until `stop` is set, then drain until `cut` is."""
+    upstream = Upstream(settings)
+    server = Server(listener, app.create_app(settings, keys, upstream), settings,
+                    connection_limit(settings.max_connections))
     server.start()
     host = f"[{settings.bind}]" if ":" in settings.bind else settings.bind
     logger.info("listening on http://%s:%d/v1%s", host, listener.getsockname()[1],
@@ -298,7 +307,6 @@ def run(listener: socket.socket, settings: config.Config, keys: client_keys.Clie
     server.drain(cut)
     sweeper.kill()
     upstream.close()
-    logger.info("stopped")
 
 
 def set_log_level(options: "Mapping[str, str | None]") -> None:
@@ -331,11 +339,14 @@ def watch_refresher(store: token_store.TokenStore) -> None:
                 logger.warning("%s; look why xai-refresher does not run", app.readiness_of(store, time.time())[1])
 
 
-def listen(settings: config.Config, patience: float = LISTEN_TIME) -> socket.socket:
-    """A listening socket. Raises ConfigurationError when the address cannot be had within `patience` seconds."""
+def listen(settings: config.Config, stop: gevent.event.Event, patience: float = LISTEN_TIME) -> "socket.socket | None":
+    """A listening socket, or None once `stop` is set.
+
+    Raises ConfigurationError when the address cannot be had within `patience` seconds.
+    """
     deadline = time.monotonic() + patience
     waiting = False
-    while True:
+    while not stop.is_set():
         try:
             return _listener(settings)
         except OSError as error:
@@ -349,7 +360,8 @@ def listen(settings: config.Config, patience: float = LISTEN_TIME) -> socket.soc
                 waiting = True
                 logger.warning("cannot listen on %s port %d yet: %s; trying for %g s", settings.bind, settings.port,
                                error.strerror, patience)
-        gevent.sleep(LISTEN_INTERVAL)
+        stop.wait(LISTEN_INTERVAL)
+    return None
 
 
 def _listener(settings: config.Config) -> socket.socket:
