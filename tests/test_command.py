@@ -12,7 +12,7 @@ import pytest
 from proxy_process import COMMAND, PYTHON, environment
 from terminal import Terminal
 
-from xaiproxy import command, errors
+from xaiproxy import __version__, command, errors
 
 COMMANDS = {name: [*PYTHON, "-c", f"import sys; from xaiproxy.{module} import main; sys.exit(main())"]
             for name, module in [("login", "login"), ("refresher", "refresher"), ("key", "client_key_command")]}
@@ -66,6 +66,13 @@ def test_help_keeps_worked_examples_as_they_are_written(capsys):
     with pytest.raises(SystemExit) as caught:
         command.ArgumentParser(prog="xai-test", description="  one\n     two\n").parse_args(["--help"])
     assert caught.value.code == 0 and "  one\n     two\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, "sandbox"])
+def test_every_command_tells_its_version(name):
+    command = COMMANDS.get(name, [*PYTHON, "-m", "xaiproxy.sandbox"])
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=20)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{__version__}\n", "")
 
 
 def crash(folder, code: str) -> bool:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn, TextIO
 
-from xaiproxy import errors
+from xaiproxy import __version__, errors
 
 
 PATIENCE = 1.0  # seconds that the reader of a full stderr gets to make room for a sentence
@@ -18,10 +18,11 @@ RESULT_LIMIT = 1 << 20  # bytes; what a command prints is shorter
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse with exit code 64 for a wrong command line, and worked examples kept as they are written."""
+    """argparse with --version, exit code 64 for a wrong command line, and worked examples kept as they are written."""
 
     def __init__(self, **arguments):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **arguments)
+        self.add_argument("--version", action="version", version=__version__)
 
     def parse_args(self, *arguments, **keywords) -> argparse.Namespace:
         """What every command does first."""

@@ -18,7 +18,7 @@ import gevent.monkey
 import gevent.pool
 from gevent import pywsgi
 
-from xaiproxy import __version__, app, client_keys, command, config, dead_paths, errors, log, token_store
+from xaiproxy import app, client_keys, command, config, dead_paths, errors, log, token_store
 from xaiproxy.dialling import PORTS, SOCKET_OPTIONS
 from xaiproxy.http_handler import Cut, Handler
 from xaiproxy.upstream import Upstream
@@ -204,7 +204,6 @@ def main(argv: "list[str] | None" = None) -> int:
     parser.add_argument("--bind", metavar="ADDRESS", help="IP address to listen on")
     parser.add_argument("-p", "--port", help="TCP port to listen on")
     parser.add_argument("--token-path", metavar="FILE", help="the token file")
-    parser.add_argument("--version", action="version", version=__version__)
     arguments = parser.parse_args(argv)
     options = {"XAI_PROXY_BIND": arguments.bind, "XAI_PROXY_PORT": arguments.port,
                "XAI_PROXY_TOKEN_PATH": arguments.token_path}

@@ -20,6 +20,7 @@ from typing import Any, NoReturn  # noqa: E402
 import gevent  # noqa: E402
 from gevent import pywsgi  # noqa: E402
 
+from xaiproxy import __version__  # noqa: E402
 from xaiproxy.sandbox.app import create_app  # noqa: E402
 from xaiproxy.sandbox.knobs import ANSWER, KNOBS, BadKnob, Knobs  # noqa: E402
 from xaiproxy.sandbox.replies import compact  # noqa: E402
@@ -43,6 +44,7 @@ def parser() -> Parser:
                "While it runs: GET /_sandbox counts, GET /_sandbox/requests shows what came, POST /_sandbox\n"
                "turns knobs (JSON, with _ for -), DELETE /_sandbox puts all back. The WebSocket\n"
                "/v1/realtime?model=echo sends back what it gets.")
+    options.add_argument("--version", action="version", version=__version__)
     options.add_argument("--port", type=int, default=9191, help="0: any free one (default: %(default)s)")
     options.add_argument("--bind", default="127.0.0.1", help="a loopback address (default: %(default)s)")
     options.add_argument("--state", type=pathlib.Path, metavar="DIR",
