@@ -232,6 +232,22 @@ def test_the_programs_end_when_supervisord_is_killed(tmp_path, sandbox):
         os.close(end)
 
 
+def test_sigterm_right_after_the_fork_is_not_lost():
+    """It comes before the program has replaced supervisord, whose handler would take it."""
+    code = """if True:
+        import os, signal
+        from xaiproxy import supervision
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGTERM))
+        pid = supervision.fork(None)
+        if pid == 0:
+            os._exit(0)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    """
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=20)
+    assert (done.stdout, done.stderr) == (f"{-signal.SIGTERM}\n", "")
+
+
 def readable(fd, seconds):
     return bool(select.select([fd], [], [], seconds)[0])
 
@@ -275,7 +291,7 @@ def test_a_read_only_file_system_without_a_temporary_folder(tmp_path, sandbox):
     image = dict(re.findall(r"(?m)^ENV (\w+)=(\S+)$", (ROOT / "Dockerfile").read_text()))
     conf = stand_ins(tmp_path, refresher=QUICK_TO_STOP, proxy=QUICK_TO_STOP)
     script = ('for folder in /tmp /var/tmp; do mount --bind $folder $folder; mount -o remount,bind,ro $folder; done; '
-              'mount -o remount,bind,ro /; cd "$PWD"; ! touch here 2>/dev/null; exec "$@"')
+              'mount -o remount,bind,ro /; cd "$PWD"; if touch here 2>/dev/null; then exit 1; fi; exec "$@"')
     with Supervised(tmp_path, sandbox, conf=conf, prefix=("unshare", "-rm", "sh", "-ec", script, "sh"),
                     TMPDIR=image.get("TMPDIR", "")) as supervised:
         supervised.said("spawned: 'proxy'")
