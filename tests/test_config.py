@@ -199,7 +199,7 @@ def test_a_line_of_dotenv_that_does_not_parse_is_told(tmp_path, text, line, name
     with pytest.raises(errors.ConfigurationError) as caught:
         settings(dotenv_path=str(path))
     assert str(caught.value) == (f"{path} line {line} does not parse: write XAI_PROXY_{name}=VALUE, and close every quote")
-    assert caught.value.setting == f"XAI_PROXY_{name}"
+    assert caught.value.setting == (None if name == "BIND" else f"XAI_PROXY_{name}")  # that takes another with it
 
 
 def test_lines_of_another_program_in_dotenv_do_not_matter(tmp_path, caplog):

@@ -376,11 +376,12 @@ def _read_dotenv(path: str, complain: Callable, warn: Callable[[str], object]) -
 
 
 def _unparsed(path: str, statement: "dotenv.parser.Original") -> errors.ConfigurationError:
+    # An unclosed quote may take the lines up to the next quote with it, and so several settings.
     start = statement.string.index(PREFIX)
     line = statement.line + statement.string.count("\n", 0, start)
     name = re.match(r"\w+", statement.string[start:])[0]
     return errors.ConfigurationError(f"{os.path.abspath(path)} line {line} does not parse: write {name}=VALUE, and close "
-                                     "every quote", name)
+                                     "every quote", name if statement.string.count(PREFIX) == 1 else None)
 
 
 def _wrong_with_file(status: os.stat_result) -> str:
