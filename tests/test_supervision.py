@@ -244,7 +244,8 @@ def test_sigterm_right_after_the_fork_is_not_lost():
             os._exit(0)
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
     """
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=20)
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, timeout=20,
+                          capture_output=True, text=True)
     assert (done.stdout, done.stderr) == (f"{-signal.SIGTERM}\n", "")
 
 
