@@ -140,7 +140,7 @@ def test_no_code(reply: bytes, kind: type, exit_code: int, told: str):
 
 
 def test_an_issuer_without_device_login():
-    with pytest.raises(errors.IssuerUnavailable, match="offers no device login; use `bin/xai-login --browser`"):
+    with pytest.raises(errors.IssuerUnavailable, match=r"offers no device login; use `\S*bin/xai-login --browser`"):
         device_authorization.request(Session(SETTINGS), discovery.Metadata("http://127.0.0.1:1",
                                                                            "http://127.0.0.1:1/t"), SETTINGS)
 
