@@ -705,3 +705,18 @@ def test_no_request_failed_while_tokens_expired(flow: Flow) -> None:
     assert flow.faults == [] and flow.done > 40
     assert counters["refreshes"] >= 9 and counters["reuses"] == counters["cancelled_streams"] == 0
     assert {line["status"] for line in flow.proxy.log_lines() if "status" in line} == {200}
+
+
+def test_a_log_is_polled_again_although_no_event_told_of_room() -> None:
+    read_end, write_end = os.pipe()
+    called = gevent.event.Event()
+    try:
+        os.set_blocking(write_end, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(write_end, bytes(65536))
+        server.WhenWritable()(write_end, called.set)
+        assert not called.wait(server.RECHECK / 2) and called.wait(server.RECHECK)
+    finally:
+        os.close(read_end)
+        os.close(write_end)

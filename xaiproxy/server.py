@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 _select = gevent.monkey.get_original("select", "select")  # the patched one lets others run, also with a time-out of 0
 BACKLOG = 1024  # connections that wait in the kernel until they are accepted
 TURN = 0.001  # seconds in which the event loop polls all sockets
+RECHECK = 1.0  # seconds between two polls of a log that takes no line
 LOG_DELAY = 0.005  # seconds that a log line waits at most, for others or until nothing else is to be done
 PATIENCE = 1.0  # seconds for a request to come, where there are too many connections or the end is near
 KEEPALIVE_MARGIN = 5  # seconds by which a client is told less than KEEPALIVE_TIMEOUT, so that it closes first
@@ -234,18 +235,25 @@ class Leisure:
 
 
 class WhenWritable:
-    """Calls back once a descriptor is writable; `fd` must be the same in every call."""
+    """Calls back once a descriptor is writable, or after RECHECK seconds; `fd` must be the same in every call.
+
+    The recheck: epoll has been seen to miss that a pipe was emptied while the machine was busy.
+    """
 
     def __init__(self) -> None:
         self._watcher: Any = None
+        self._timer = gevent.get_hub().loop.timer(RECHECK)
 
     def __call__(self, fd: int, callback: "Callable[[], None]") -> None:
         if self._watcher is None:
             self._watcher = gevent.get_hub().loop.io(fd, 2)
         self._watcher.start(self._call, callback)
+        self._timer.stop()
+        self._timer.start(self._call, callback, update=True)
 
     def _call(self, callback: "Callable[[], None]") -> None:
         self._watcher.stop()
+        self._timer.stop()
         callback()
 
 
