@@ -10,7 +10,8 @@ monkey.patch_all()
 import functools  # noqa: E402
 import sys  # noqa: E402
 
-from xaiproxy import dead_paths, server  # noqa: E402
+from xaiproxy.http1 import dead_paths
+from xaiproxy.proxy import server  # noqa: E402
 
 if __name__ == "__main__":
     sweep = functools.partial(dead_paths.sweep, *map(float, sys.argv[1:]))

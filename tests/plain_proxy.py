@@ -10,7 +10,8 @@ monkey.patch_all()
 import sys  # noqa: E402
 from typing import Any  # noqa: E402
 
-from xaiproxy import http_handler, server  # noqa: E402
+from xaiproxy.http1 import handler as http_handler
+from xaiproxy.proxy import server  # noqa: E402
 
 
 class PlainHandler(http_handler.Handler):

@@ -4,8 +4,9 @@ import re
 
 import pytest
 
-from xaiproxy import client_keys, config, errors, request_head
-from xaiproxy.access import Access
+from xaiproxy import client_keys, config, errors
+from xaiproxy.http1 import request_head
+from xaiproxy.proxy.access import Access
 
 KEYS = {"laptop": "xaip_of-the-laptop", "phone": "xaip_of-the-phone"}
 KEY = KEYS["laptop"]

@@ -11,8 +11,10 @@ import pytest
 from proxy_process import ProxyProcess
 from scripted_upstream import ScriptedUpstream
 
-from xaiproxy import app, client_keys, config, judgement, request_head, token_store
-from xaiproxy.upstream import Upstream
+from xaiproxy import client_keys, config, judgement, token_store
+from xaiproxy.http1 import request_head
+from xaiproxy.proxy import app
+from xaiproxy.http1.upstream import Upstream
 
 NOW = 1_800_000_000
 KEY = "xaip_of-the-laptop"

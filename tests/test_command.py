@@ -15,7 +15,7 @@ from terminal import Terminal
 from xaiproxy import __version__, command, errors
 
 COMMANDS = {name: [*PYTHON, "-c", f"import sys; from xaiproxy.{module} import main; sys.exit(main())"]
-            for name, module in [("login", "login"), ("refresher", "refresher"), ("key", "client_key_command")]}
+            for name, module in [("login", "login.command"), ("refresher", "refresher.process"), ("key", "client_key_command")]}
 COMMANDS["proxy"] = COMMAND
 
 

@@ -15,9 +15,9 @@ import gevent.socket
 import pytest
 from scripted_upstream import make_certificate
 
-from xaiproxy.connection import BURST, OPEN, READ, Connection, DeadPath, TLSConnection
-from xaiproxy.message_head import Malformed, TooLong
-from xaiproxy.tunnel import Tunnel
+from xaiproxy.http1.connection import BURST, OPEN, READ, Connection, DeadPath, TLSConnection
+from xaiproxy.http1.message_head import Malformed, TooLong
+from xaiproxy.http1.tunnel import Tunnel
 
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER that turns close into a reset
 SOON = 0.05  # seconds, as a limit that is to be reached

@@ -20,7 +20,7 @@ from scripted_upstream import OK, PATTERN, Request, ScriptedUpstream, make_certi
 from test_tunnel import handshake
 from wire import Message, Wire, readable
 
-from xaiproxy import dead_paths
+from xaiproxy.http1 import dead_paths
 
 pytestmark = needs_network
 
@@ -298,7 +298,7 @@ def test_limit_of_the_kernel(hasty_kernel: Site) -> None:
 
 def test_without_tcp_info_there_is_no_sweep() -> None:
     """As on macOS."""
-    code = "import socket; del socket.TCP_INFO; from xaiproxy import dead_paths; dead_paths.sweep()"
+    code = "import socket; del socket.TCP_INFO; from xaiproxy.http1 import dead_paths; dead_paths.sweep()"
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=20)
 
 

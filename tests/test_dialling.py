@@ -18,8 +18,8 @@ from scripted_upstream import OK, ScriptedUpstream, make_certificate
 from wire import PATIENCE, Wire
 
 from xaiproxy import config
-from xaiproxy.dialling import Dialler
-from xaiproxy.resolver import THREADS
+from xaiproxy.http1.dialler import Dialler
+from xaiproxy.http1.resolver import THREADS
 
 
 # An upstream that cannot be reached

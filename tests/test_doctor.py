@@ -23,11 +23,12 @@ from sandbox import Sandbox
 from scripted_server import ScriptedServer, answer
 from terminal import CTRL_C, Terminal
 
-from xaiproxy import config, doctor, token_writer
-from xaiproxy.conversation import Conversation
+from xaiproxy import config, token_writer
+from xaiproxy.login import doctor
+from xaiproxy.login.conversation import Conversation
 
 COMMAND = [sys.executable, "-W", "error", "-c",
-           "import sys; from xaiproxy import login; sys.exit(login.main())", "--doctor"]
+           "import sys; from xaiproxy.login import command as login; sys.exit(login.main())", "--doctor"]
 CLOSED = "http://127.0.0.1:1"  # nobody listens there
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 

@@ -9,7 +9,7 @@ import pytest
 from proxy_process import ProxyProcess, both_ways
 from scripted_upstream import ScriptedUpstream
 
-from xaiproxy.event_stream import kept_alive
+from xaiproxy.proxy.event_stream import kept_alive
 
 SSE = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n"
 BOM = b"\xef\xbb\xbf"

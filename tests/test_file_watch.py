@@ -9,7 +9,7 @@ from typing import Callable
 import gevent
 import pytest
 
-from xaiproxy.file_watch import RELOOK, FileWatch
+from xaiproxy.proxy.file_watch import RELOOK, FileWatch
 
 
 class Clock:

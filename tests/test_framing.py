@@ -4,8 +4,8 @@ import copy
 
 import pytest
 
-from xaiproxy.framing import LINE_LIMIT, TRAILER_LIMIT, Chunked, Sized, UntilClose, content_of
-from xaiproxy.message_head import Malformed
+from xaiproxy.http1.framing import LINE_LIMIT, TRAILER_LIMIT, Chunked, Sized, UntilClose, content_of
+from xaiproxy.http1.message_head import Malformed
 
 BEHIND = b"GET /the-next-request HTTP/1.1\r\n"
 

@@ -12,11 +12,12 @@ import re
 import h11
 import pytest
 
-from xaiproxy import errors, headers, message_head, request_head, response_head
-from xaiproxy.connection import Connection
-from xaiproxy.framing import Chunked
-from xaiproxy.message_head import Malformed
-from xaiproxy.request_body import RequestBody
+from xaiproxy import errors
+from xaiproxy.http1 import headers, message_head, request_head, response_head
+from xaiproxy.http1.connection import Connection
+from xaiproxy.http1.framing import Chunked
+from xaiproxy.http1.message_head import Malformed
+from xaiproxy.http1.request_body import RequestBody
 
 CASES = int(os.environ.get("FUZZ", "1500"))
 SEED = os.environ.get("FUZZ_SEED", "1")

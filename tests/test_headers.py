@@ -2,7 +2,7 @@
 
 import pytest
 
-from xaiproxy import headers, response_head
+from xaiproxy.http1 import headers, response_head
 
 OURS = [("Host", "api.x.ai"), ("User-Agent", "xaiproxy/1"), ("Authorization", "Bearer the-token")]
 HOP_BY_HOP = ["Connection", "Keep-Alive", "Proxy-Connection", "TE", "Trailer", "Transfer-Encoding", "Upgrade"]

@@ -16,7 +16,7 @@ from proxy_process import Client, ProxyProcess, both_ways
 from scripted_upstream import Request, ScriptedUpstream, pour
 from wire import PATIENCE, Wire, readable
 
-from xaiproxy.connection import READ
+from xaiproxy.http1.connection import READ
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 NODE = """

@@ -11,9 +11,11 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "xaiproxy"
 # Where each side begins; what they import belongs to it too.
-WEB = ["__main__", "headers", "access", "upstream", "proxy", "app", "server", "sandbox.__main__"]
+WEB = ["__main__", "http1.headers", "http1.upstream", "proxy.access", "proxy.forward", "proxy.app", "proxy.server",
+       "sandbox.__main__"]
 CREDENTIAL = ["oauth.session", "oauth.discovery", "oauth.token_endpoint", "oauth.device_authorization",
-              "oauth.authorization_code", "oauth.revocation", "login", "doctor", "refresher", "token_writer"]
+              "oauth.authorization_code", "oauth.revocation", "login.command", "login.doctor", "refresher.process",
+              "token_writer"]
 SPENDERS = {"xaiproxy.oauth", "xaiproxy.login", "xaiproxy.refresher", "xaiproxy.token_writer"}
 
 
@@ -56,8 +58,8 @@ def loaded_by(*modules: str) -> "set[str]":
 
 
 def test_the_sources_are_followed():
-    ours, everything = reachable(["refresher"])
-    assert {"xaiproxy.refresher", "xaiproxy.token_writer", "xaiproxy.oauth", "xaiproxy.oauth.session"} <= ours
+    ours, everything = reachable(["refresher.process"])
+    assert {"xaiproxy.refresher.process", "xaiproxy.token_writer", "xaiproxy.oauth", "xaiproxy.oauth.session"} <= ours
     assert {"fcntl", "requests"} <= everything
 
 
@@ -68,9 +70,9 @@ def test_the_web_side_can_neither_spend_nor_lock():
 
 
 def test_the_doctor_can_neither_spend_nor_write_nor_lock():
-    ours, everything = reachable(["doctor"])
+    ours, everything = reachable(["login.doctor"])
     assert "xaiproxy.oauth.discovery" in ours
-    assert not everything & {"xaiproxy.oauth.token_endpoint", "xaiproxy.refresher", "xaiproxy.sign_in",
+    assert not everything & {"xaiproxy.oauth.token_endpoint", "xaiproxy.refresher", "xaiproxy.login.sign_in",
                              "xaiproxy.token_writer", "fcntl"}
 
 
@@ -84,7 +86,7 @@ def test_nothing_but_the_sandbox_knows_the_sandbox():
 @pytest.mark.parametrize("module", WEB)
 def test_nothing_of_the_credential_side_is_loaded_with_the_web_side(module):
     # __main__ lets gevent patch the standard library before it imports the rest in main().
-    loaded = loaded_by(f"xaiproxy.{module}", *(["xaiproxy.server"] if module == "__main__" else []))
+    loaded = loaded_by(f"xaiproxy.{module}", *(["xaiproxy.proxy.server"] if module == "__main__" else []))
     assert not loaded & SPENDERS
     assert f"xaiproxy.{module}" in loaded
 

@@ -510,7 +510,7 @@ def test_ctrl_c_in_the_browser_login(login: Login, browser):
     ({"DISPLAY": ":0", "SSH_CONNECTION": "192.0.2.1 1 192.0.2.2 22"}, False),
     ({"DISPLAY": ":0", "SSH_TTY": "/dev/pts/1"}, False)])
 def test_where_a_browser_would_be_seen(environ: "dict[str, str]", here: bool):
-    code = "import os; from xaiproxy import login; print(login.browser_here(os.environ))"
+    code = "import os; from xaiproxy.login import command as login; print(login.browser_here(os.environ))"
     result = subprocess.run([sys.executable, "-W", "error", "-c", code],
                             env={"PATH": os.environ["PATH"], "BROWSER": "/bin/true", **environ},
                             capture_output=True, text=True)
@@ -637,7 +637,7 @@ def test_logout_of_a_file_that_is_no_login(login: Login, sandbox: Sandbox):
 # being quick
 
 def test_help_comes_with_worked_lines_first_and_without_the_http_client(login: Login):
-    code = ("import sys\nfrom xaiproxy import login\ntry:\n    login.main()\nfinally:\n"
+    code = ("import sys\nfrom xaiproxy.login import command as login\ntry:\n    login.main()\nfinally:\n"
             "    assert not {'requests', 'ssl', 'dotenv', 'logging'} & set(sys.modules)")
     result = subprocess.run([sys.executable, "-W", "error", "-c", code, "--help"], text=True,
                             capture_output=True, **login.options)

@@ -89,7 +89,7 @@ def login(sandbox: Sandbox, tmp_path: Path) -> Iterator[Terminal]:
            "XAI_PROXY_ISSUER": sandbox.url,
            "XAI_PROXY_UPSTREAM": sandbox.url, "XAI_PROXY_TOKEN_PATH": str(tmp_path / "login" / "tokens.json")}
     command = [sys.executable, "-W", "error", "-c",
-               "import sys; from xaiproxy import login; sys.exit(login.main())"]
+               "import sys; from xaiproxy.login import command as login; sys.exit(login.main())"]
     with Terminal([*command, "--browser"], env=env) as terminal:
         yield terminal
 

@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from xaiproxy import message_head
-from xaiproxy.message_head import FIELD_LIMIT, Malformed, TooLong
+from xaiproxy.http1 import message_head
+from xaiproxy.http1.message_head import FIELD_LIMIT, Malformed, TooLong
 
 LIMIT = 1000
 HEAD = b"GET / HTTP/1.1\r\nHost: localhost\r\nX: y\r\n\r\n"

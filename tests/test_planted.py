@@ -80,11 +80,11 @@ def test_a_dotenv_that_names_another_host_gets_no_token(tmp_path: Path, servers:
             answer = proxy.ask("GET", "/v1/models", *fields)
             assert answer.status == 401 and answer.value("X-XAI-Proxy-Error") == "login_required"
     put(tmp_path)
-    for module, *arguments in (("refresher", "--once"), ("login", "--status")):
+    for module, *arguments in (("refresher.process", "--once"), ("login.command", "--status")):
         done = run(tmp_path, module, *arguments, HTTPS_PROXY=network.url)
         assert done.returncode == 77 and f"holds a login of {config.DEFAULT_ISSUER}" in done.stderr + done.stdout
     if "ISSUER" in names:
-        done = run(tmp_path, "login", "--logout", HTTPS_PROXY=network.url)
+        done = run(tmp_path, "login.command", "--logout", HTTPS_PROXY=network.url)
         assert done.returncode == 78 and "is left alone" in done.stderr
     assert stranger.heard == network.heard == []
 
@@ -98,7 +98,7 @@ def test_a_dotenv_turns_no_connection_elsewhere(tmp_path: Path, servers: "tuple[
         proxy.sign_in(**XAI)
         assert proxy.ask("GET", "/v1/models").status == 502
     put(tmp_path)
-    assert run(tmp_path, "refresher", "--once", ALL_PROXY=network.url).returncode == 69
+    assert run(tmp_path, "refresher.process", "--once", ALL_PROXY=network.url).returncode == 69
     assert stranger.heard == []
     assert [heard.split()[:2] for heard in network.heard] == [["CONNECT", "api.x.ai:443"], ["CONNECT", "auth.x.ai:443"]]
     assert not any(secret in heard for secret in SECRETS for heard in network.heard)
@@ -112,7 +112,7 @@ ENDPOINTS = ["STRANGER/oauth2/token", "https://evil.example/oauth2/token", "http
 def test_a_token_endpoint_elsewhere_is_not_used(tmp_path: Path, servers: "tuple[Server, Server]", endpoint: str) -> None:
     stranger, network = servers
     path = put(tmp_path, token_endpoint=endpoint.replace("STRANGER", stranger.url))
-    assert run(tmp_path, "refresher", "--once", HTTPS_PROXY=network.url).returncode == 69
+    assert run(tmp_path, "refresher.process", "--once", HTTPS_PROXY=network.url).returncode == 69
     assert stranger.heard == [] and {heard.split()[1] for heard in network.heard} == {"auth.x.ai:443"}
     assert json.loads(path.read_text())["refresh_token"] == SECRETS[1]
 
@@ -131,7 +131,7 @@ def test_a_token_file_of_a_strangers_is_not_used(tmp_path: Path, servers: "tuple
         path.symlink_to("elsewhere.json")
     with ProxyProcess(tmp_path, issuer="", upstream="", environ={"HTTPS_PROXY": network.url}) as proxy:
         assert proxy.ask("GET", "/v1/models").value("X-XAI-Proxy-Error") == "login_required"
-    for module, *arguments in (("refresher", "--once"), ("login", "--status")):
+    for module, *arguments in (("refresher.process", "--once"), ("login.command", "--status")):
         assert run(tmp_path, module, *arguments, HTTPS_PROXY=network.url).returncode == 77
     assert stranger.heard == network.heard == []
 
@@ -144,17 +144,17 @@ def test_a_dotenv_of_another_user_starts_nothing(tmp_path: Path) -> None:
     code, said = refuse_to_start(tmp_path)
     assert code == 78 and f"{tmp_path}/.env belongs to user {NOBODY}" in said
     put(tmp_path)
-    for module, *arguments in (("refresher",), ("login", "--device"), ("login", "--status"), ("client_key_command", "list")):
+    for module, *arguments in (("refresher.process",), ("login.command", "--device"), ("login.command", "--status"), ("client_key_command", "list")):
         done = run(tmp_path, module, *arguments)
         assert done.returncode == 78 and f"{tmp_path}/.env belongs to user {NOBODY}" in done.stderr, done
-    assert "belongs to user" in run(tmp_path, "login", "--doctor").stdout
+    assert "belongs to user" in run(tmp_path, "login.command", "--doctor").stdout
 
 
 @needs_root
 def test_a_folder_of_another_user_is_told_at_the_start(tmp_path: Path) -> None:
     put(tmp_path, refresh_token=None, expires_at=4e9)
     os.chown(tmp_path, NOBODY, NOBODY)
-    done = run(tmp_path, "refresher", "--once")
+    done = run(tmp_path, "refresher.process", "--once")
     assert done.returncode == 0 and f"{tmp_path} belongs to user {NOBODY}, who could replace the login" in done.stderr
 
 
@@ -179,7 +179,7 @@ def test_a_module_in_the_working_directory_is_not_run(tmp_path: Path, sandbox: S
     browser = tmp_path / "browser"
     browser.write_text('#!/bin/sh\necho "$1" >opening && mv opening opened\n')
     browser.chmod(0o755)
-    code = "import sys; del sys.path[0]; from xaiproxy.login import main; sys.exit(main())"  # as a console script has it
+    code = "import sys; del sys.path[0]; from xaiproxy.login.command import main; sys.exit(main())"  # as a console script has it
     process = subprocess.Popen([*PYTHON, "-c", code, "--browser"], cwd=tmp_path, stdin=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL, env=environment(tmp_path, {"BROWSER": str(browser)},
                                                                           issuer=sandbox.url, upstream=sandbox.url))

@@ -19,7 +19,9 @@ import urllib3
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from xaiproxy import config, errors, event_stream, framing, headers, message_head, response_head, token_store, tokens
+from xaiproxy import config, errors, token_store, tokens
+from xaiproxy.http1 import framing, headers, message_head, response_head
+from xaiproxy.proxy import event_stream
 from xaiproxy.oauth import discovery, session, token_endpoint
 
 XAI, LOOPBACK, OTHER = config.DEFAULT_ISSUER, "http://127.0.0.1:9191", "https://login.example"

@@ -21,8 +21,8 @@ from scripted_upstream import Request, ScriptedUpstream
 from wire import KEPT, PATIENCE, Message, readable
 
 from xaiproxy import errors, tokens
-from xaiproxy.file_watch import RELOOK
-from xaiproxy.proxy import check_path
+from xaiproxy.proxy.file_watch import RELOOK
+from xaiproxy.proxy.forward import check_path
 from xaiproxy.sandbox.xai_errors import ERRORS
 
 NEW = b'{"code":"unauthenticated:bad-credentials","error":"The OAuth2 access token could not be validated."}'

@@ -10,8 +10,9 @@ import pytest
 from proxy_process import ProxyProcess
 from scripted_upstream import OK, ScriptedUpstream
 
-from xaiproxy import client_keys, config, conversation, doctor, errors, login, refresher_status, tokens
-from xaiproxy.outage import Outage
+from xaiproxy import client_keys, config, errors, refresher_status, tokens
+from xaiproxy.login import command as login, conversation, doctor
+from xaiproxy.proxy.outage import Outage
 from xaiproxy.refresher_status import Status
 from xaiproxy.token_store import TokenStore
 

@@ -27,7 +27,9 @@ from proxy_process import ProxyProcess
 from refresher_process import Process, environment, make_store, mounted, mounts, seen_from, strace, wait_until
 from scripted_server import ScriptedServer, answer, read_request
 
-from xaiproxy import app, conversation, login, token_store, token_writer, tokens
+from xaiproxy import token_store, token_writer, tokens
+from xaiproxy.login import command as login, conversation
+from xaiproxy.proxy import app
 from xaiproxy.tokens import State
 
 LIFETIME = 21600

@@ -19,7 +19,8 @@ import time
 
 import pytest
 
-from xaiproxy import config, errors, judgement, refresher, refresher_status, token_writer, tokens
+from xaiproxy import config, errors, judgement, refresher_status, token_writer, tokens
+from xaiproxy.refresher import process as refresher
 from xaiproxy.token_store import TokenStore
 from xaiproxy.tokens import State, fingerprint
 

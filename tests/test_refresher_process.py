@@ -14,7 +14,8 @@ import time
 import pytest
 from refresher_process import Process, environment, make_store, mounted, mounts, seen_from, strace, wait_until
 
-from xaiproxy import errors, refresher, token_writer
+from xaiproxy import errors, token_writer
+from xaiproxy.refresher import process as refresher
 from xaiproxy.tokens import State
 
 TOKEN_ENDPOINT = "/oauth2/token"

@@ -19,11 +19,12 @@ import pytest
 from proxy_process import ISSUER, Client, ProxyProcess, both_ways
 from scripted_upstream import OK, PATTERN, Request, ScriptedUpstream, pour
 
-from xaiproxy import app, client_keys, config, server
-from xaiproxy.connection import Connection
-from xaiproxy.relay import Relay
-from xaiproxy.request_body import NO_BODY
-from xaiproxy.upstream import Upstream
+from xaiproxy import client_keys, config
+from xaiproxy.proxy import app, server
+from xaiproxy.http1.connection import Connection
+from xaiproxy.http1.relay import Relay
+from xaiproxy.http1.request_body import NO_BODY
+from xaiproxy.http1.upstream import Upstream
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 SIZED = b"HTTP/1.1 200 OK\r\nContent-Length: 13\r\n\r\n"

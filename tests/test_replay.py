@@ -12,7 +12,7 @@ import pytest
 from proxy_process import Client, ProxyProcess
 from scripted_upstream import Request, ScriptedUpstream
 
-from xaiproxy.connection import READ
+from xaiproxy.http1.connection import READ
 
 LIMIT = 5 * READ  # XAI_PROXY_REPLAY_LIMIT here
 SIZES = [0, 1, READ - 1, READ, READ + 1, 200_000, 3 * READ + 7, LIMIT]

@@ -12,9 +12,10 @@ import gevent.event
 import gevent.socket
 import pytest
 
-from xaiproxy import errors, request_head
-from xaiproxy.connection import READ, Connection
-from xaiproxy.request_body import ReplayableBody, ReplayMemory, RequestBody, WholeBody, body_of
+from xaiproxy import errors
+from xaiproxy.http1 import request_head
+from xaiproxy.http1.connection import READ, Connection
+from xaiproxy.http1.request_body import ReplayableBody, ReplayMemory, RequestBody, WholeBody, body_of
 
 BEHIND = b"GET /the-next-request HTTP/1.1\r\n"
 MANY = 1 << 30  # bytes, as a limit that is none

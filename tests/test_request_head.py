@@ -5,9 +5,11 @@ import time
 
 import pytest
 
-from xaiproxy import errors, headers, message_head, proxy, request_head
-from xaiproxy.message_head import FIELD_LIMIT, NAME_LIMIT
-from xaiproxy.request_head import SIZE_LIMIT
+from xaiproxy import errors
+from xaiproxy.http1 import headers, message_head, request_head
+from xaiproxy.proxy import forward as proxy
+from xaiproxy.http1.message_head import FIELD_LIMIT, NAME_LIMIT
+from xaiproxy.http1.request_head import SIZE_LIMIT
 
 HOST = b"Host: localhost\r\n"
 

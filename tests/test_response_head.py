@@ -4,9 +4,9 @@ import time
 
 import pytest
 
-from xaiproxy import headers, response_head
-from xaiproxy.framing import Chunked, Sized, UntilClose
-from xaiproxy.message_head import FIELD_LIMIT, Malformed
+from xaiproxy.http1 import headers, response_head
+from xaiproxy.http1.framing import Chunked, Sized, UntilClose
+from xaiproxy.http1.message_head import FIELD_LIMIT, Malformed
 
 
 def parse(*lines: bytes, status_line: bytes = b"HTTP/1.1 200 OK", method: str = "GET") -> response_head.Head:

@@ -5,8 +5,9 @@ import math
 
 import pytest
 
-from xaiproxy import errors, schedule, tokens
-from xaiproxy.schedule import Decision, Schedule
+from xaiproxy import errors, tokens
+from xaiproxy.refresher import schedule
+from xaiproxy.refresher.schedule import Decision, Schedule
 
 NOTHING, REFRESH, DECLINE = Decision.NOTHING, Decision.REFRESH, Decision.DECLINE
 LOGIN = tokens.Tokens("access", expires_at=22600, refresh_token="refresh", obtained_at=1000)  # six hours, stale at 18280

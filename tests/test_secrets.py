@@ -19,7 +19,7 @@ from terminal import Terminal
 from test_supervision import Supervised
 from wire import Message
 
-LOGIN = [*PYTHON, "-c", "import sys; from xaiproxy.login import main; sys.exit(main())"]
+LOGIN = [*PYTHON, "-c", "import sys; from xaiproxy.login.command import main; sys.exit(main())"]
 KEY_COMMAND = [*PYTHON, "-c", "import sys; from xaiproxy.client_key_command import main; sys.exit(main())"]
 # The issuer and the API at their worst; what they quote comes on top.
 ISSUER_FAULTS: "list[dict[str, Any]]" = [{"status": 500, "body": "<html>"}, {"cut": "reset"}, {"status": 429},

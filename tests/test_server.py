@@ -23,7 +23,8 @@ from proxy_process import COMMAND, Client, ProxyProcess, both_ways, environment,
 from scripted_upstream import Request, ScriptedUpstream, pour
 from wire import Message, readable
 
-from xaiproxy import __version__, config, errors, server
+from xaiproxy import __version__, config, errors
+from xaiproxy.proxy import server
 
 HEALTH = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"

@@ -12,7 +12,7 @@ from proxy_process import Client, ProxyProcess
 from recording_upstream import RecordingUpstream
 from wire import readable
 
-from xaiproxy.http_handler import LINGER_WHOLE
+from xaiproxy.http1.handler import LINGER_WHOLE
 
 COUNT = 250  # of each kind
 LIMIT = 4.0  # seconds: CLIENT_TIMEOUT and KEEPALIVE_TIMEOUT

@@ -14,8 +14,8 @@ import pytest
 from proxy_process import Client, ProxyProcess
 from recording_upstream import HANDSHAKE, RecordingUpstream, Seen
 
-from xaiproxy.framing import LINE_LIMIT
-from xaiproxy.request_head import SIZE_LIMIT
+from xaiproxy.http1.framing import LINE_LIMIT
+from xaiproxy.http1.request_head import SIZE_LIMIT
 
 HOST = b"Host: localhost\r\n"
 EVIL = b"GET /v1/smuggled HTTP/1.1\r\nHost: localhost\r\n\r\n"

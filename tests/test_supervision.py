@@ -20,7 +20,8 @@ from proxy_process import Client
 from refresher_process import mounts, wait_until
 from terminal import Terminal
 
-from xaiproxy import config, refresher
+from xaiproxy import config
+from xaiproxy.refresher import process as refresher
 
 ROOT = Path(__file__).parent.parent
 CONF = ROOT / "conf" / "supervisord.conf"

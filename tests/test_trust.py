@@ -14,7 +14,7 @@ import pytest
 
 from xaiproxy import config, errors, trust
 from xaiproxy.oauth.session import Session
-from xaiproxy.upstream import Upstream
+from xaiproxy.http1.upstream import Upstream
 
 ROOT = Path(__file__).parents[1]
 KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")

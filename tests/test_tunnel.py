@@ -18,11 +18,11 @@ from websockets.exceptions import ConnectionClosed, ConnectionClosedError
 from wire import KEPT, PATIENCE, Wire
 
 from xaiproxy import config
-from xaiproxy.connection import Connection
+from xaiproxy.http1.connection import Connection
 from xaiproxy.errors import UpstreamBroken
-from xaiproxy.request_body import NO_BODY
-from xaiproxy.tunnel import Tunnel
-from xaiproxy.upstream import Exchange, Upstream
+from xaiproxy.http1.request_body import NO_BODY
+from xaiproxy.http1.tunnel import Tunnel
+from xaiproxy.http1.upstream import Exchange, Upstream
 
 HANDSHAKE = ("Connection: keep-alive, Upgrade", "upgrade: WebSocket", "Sec-WebSocket-Version: 13",
              "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Protocol: realtime, other",

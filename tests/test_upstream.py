@@ -21,8 +21,8 @@ from wire import KEPT, PATIENCE, readable
 
 from xaiproxy import __version__, config
 from xaiproxy.errors import UpstreamBroken
-from xaiproxy.request_body import WholeBody
-from xaiproxy.upstream import Exchange, Upstream
+from xaiproxy.http1.request_body import WholeBody
+from xaiproxy.http1.upstream import Exchange, Upstream
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 SIZED = b"HTTP/1.1 200 OK\r\nContent-Length: 30\r\n\r\n"

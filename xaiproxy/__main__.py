@@ -6,7 +6,7 @@ monkey.patch_all()  # before anything imports socket, ssl or requests
 
 import sys  # noqa: E402
 
-from xaiproxy.server import main  # noqa: E402
+from xaiproxy.proxy.server import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())

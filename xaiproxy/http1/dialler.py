@@ -5,10 +5,11 @@ import socket
 import ssl
 import urllib.parse
 
-from xaiproxy import addresses, config, response_head, socks_proxy, trust
-from xaiproxy.connection import Connection, TLSConnection
-from xaiproxy.message_head import Malformed
-from xaiproxy.resolver import Resolver
+from xaiproxy import addresses, config, trust
+from xaiproxy.http1 import response_head, socks_proxy
+from xaiproxy.http1.connection import Connection, TLSConnection
+from xaiproxy.http1.message_head import Malformed
+from xaiproxy.http1.resolver import Resolver
 
 # Dead peers behind a silent network are noticed within two minutes.
 KEEPALIVE = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),

@@ -11,7 +11,7 @@ import struct
 
 import gevent
 
-from xaiproxy.connection import OPEN, Connection
+from xaiproxy.http1.connection import OPEN, Connection
 
 INTERVAL = 15.0  # seconds between two sweeps
 SILENCE = 120.0  # seconds without an acknowledgement

@@ -9,9 +9,9 @@ from typing import Any
 
 import gevent
 
-from xaiproxy.connection import Connection
+from xaiproxy.http1.connection import Connection
 from xaiproxy.errors import ClientGone
-from xaiproxy.upstream import BROKEN, Exchange
+from xaiproxy.http1.upstream import BROKEN, Exchange
 
 
 class Relay:

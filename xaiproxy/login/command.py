@@ -5,7 +5,6 @@ Importing this module is cheap on purpose: what only one way of calling it needs
 
 import argparse
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING
 from xaiproxy import command, errors
 
 if TYPE_CHECKING:
-    from xaiproxy.conversation import Conversation
+    from xaiproxy.login.conversation import Conversation
     from xaiproxy.token_store import TokenStore
 
 EXAMPLES = """\
@@ -33,7 +32,7 @@ not answer, 75 also for what passes by itself, 77 also for an account whose plan
 
 def main(argv: "list[str] | None" = None) -> int:
     arguments = _parser().parse_args(argv)
-    from xaiproxy import conversation
+    from xaiproxy.login import conversation
     talk = conversation.Conversation(arguments.json)
     return command.run("xai-login", lambda: _run(arguments, talk))
 
@@ -61,7 +60,7 @@ def _run(arguments: argparse.Namespace, talk: "Conversation") -> int:
     options = {"XAI_PROXY_TOKEN_PATH": arguments.token_path}
     try:
         if arguments.what == "doctor":
-            from xaiproxy import doctor
+            from xaiproxy.login import doctor
             return doctor.examine(os.environ, options, talk)
         settings = config.from_environ(os.environ, options)
         for warning in settings.warnings:
@@ -71,7 +70,7 @@ def _run(arguments: argparse.Namespace, talk: "Conversation") -> int:
             return status(store, talk)
         if arguments.what == "logout":
             return log_out(store, talk)
-        from xaiproxy import sign_in
+        from xaiproxy.login import sign_in
         sign_in.sign_in(store, talk, arguments.what or ("browser" if browser_here(os.environ) else "device"))
         return 0
     except errors.Error as error:
@@ -101,7 +100,7 @@ def status(store: "TokenStore", talk: "Conversation", now: "Callable[[], float]"
     import dataclasses
 
     from xaiproxy import judgement
-    from xaiproxy.conversation import last_failure, outlook, validity, who
+    from xaiproxy.login.conversation import last_failure, outlook, validity, who
     at = now()
     try:
         login = store.load()
@@ -126,8 +125,9 @@ def status(store: "TokenStore", talk: "Conversation", now: "Callable[[], float]"
 
 def log_out(store: "TokenStore", talk: "Conversation") -> int:
     """Revoke at the issuer, then remove every file of the login, whatever the issuer said."""
-    from xaiproxy import sign_in, token_writer
-    from xaiproxy.conversation import who
+    from xaiproxy import token_writer
+    from xaiproxy.login import sign_in
+    from xaiproxy.login.conversation import who
     from xaiproxy.oauth import discovery, revocation, session
     if not os.path.lexists(store.path) and not os.path.lexists(store.new_path):
         talk.event("signed_out", f"Nothing to sign out of: {store.path} does not exist.", revoked=False,
@@ -150,7 +150,3 @@ def log_out(store: "TokenStore", talk: "Conversation") -> int:
         raise errors.IssuerUnavailable(
             f"the login was removed here but not revoked, because {failure}") from failure
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,9 +6,10 @@ is none. A pass may begin before the one before it has ended: it repeats what wa
 
 import time
 
-from xaiproxy import errors, framing
-from xaiproxy.connection import READ, Connection
-from xaiproxy.request_head import Head
+from xaiproxy import errors
+from xaiproxy.http1 import framing
+from xaiproxy.http1.connection import READ, Connection
+from xaiproxy.http1.request_head import Head
 
 
 class RequestBody:

@@ -12,8 +12,8 @@ left out, so a trailer section is held back until it is whole.
 import re
 from collections.abc import Iterator
 
-from xaiproxy import headers
-from xaiproxy.message_head import ALLOWED, NAME_LIMIT, Malformed, lower_of
+from xaiproxy.http1 import headers
+from xaiproxy.http1.message_head import ALLOWED, NAME_LIMIT, Malformed, lower_of
 
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")  # section 7.1
 LAST = b"0\r\n\r\n"  # the end without trailers

@@ -19,15 +19,17 @@ from typing import Any
 
 import gevent
 
-from xaiproxy import access, config, errors, event_stream, headers, judgement, message_head, response_head, token_store, tokens
-from xaiproxy.connection import Connection
-from xaiproxy.http_handler import ClientWatch
-from xaiproxy.outage import Outage
-from xaiproxy.relay import Relay
-from xaiproxy.request_body import ReplayableBody, ReplayMemory, RequestBody, WholeBody
-from xaiproxy.request_head import Head
-from xaiproxy.tunnel import Tunnel
-from xaiproxy.upstream import SAFE, USER_AGENT, Exchange, Upstream, is_refused_token
+from xaiproxy import config, errors, judgement, token_store, tokens
+from xaiproxy.http1 import headers, message_head, response_head
+from xaiproxy.proxy import access, event_stream
+from xaiproxy.http1.connection import Connection
+from xaiproxy.http1.handler import ClientWatch
+from xaiproxy.proxy.outage import Outage
+from xaiproxy.http1.relay import Relay
+from xaiproxy.http1.request_body import ReplayableBody, ReplayMemory, RequestBody, WholeBody
+from xaiproxy.http1.request_head import Head
+from xaiproxy.http1.tunnel import Tunnel
+from xaiproxy.http1.upstream import SAFE, USER_AGENT, Exchange, Upstream, is_refused_token
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 
 from xaiproxy import client_keys, config, errors
-from xaiproxy.request_head import Head
+from xaiproxy.http1.request_head import Head
 
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_][A-Za-z0-9._-]*)(:[0-9]{0,5})?")
 # Where browsers send Sec-Fetch-Site also over plain HTTP: "potentially trustworthy" (Secure Contexts, section 3.1).

@@ -6,9 +6,10 @@ from typing import Any
 import flask
 import werkzeug.exceptions
 
-from xaiproxy import access, client_keys, config, errors, judgement, proxy, token_store
-from xaiproxy.file_watch import FileWatch
-from xaiproxy.upstream import Upstream
+from xaiproxy import client_keys, config, errors, judgement, token_store
+from xaiproxy.proxy import access, forward as proxy
+from xaiproxy.proxy.file_watch import FileWatch
+from xaiproxy.http1.upstream import Upstream
 
 OPEN_TO_ALL = frozenset(("/healthz", "/readyz"))
 

@@ -18,10 +18,12 @@ import gevent.monkey
 import gevent.pool
 from gevent import pywsgi
 
-from xaiproxy import app, client_keys, command, config, dead_paths, errors, log, token_store
-from xaiproxy.dialling import PORTS, SOCKET_OPTIONS
-from xaiproxy.http_handler import Cut, Handler
-from xaiproxy.upstream import Upstream
+from xaiproxy import client_keys, command, config, errors, log, token_store
+from xaiproxy.http1 import dead_paths
+from xaiproxy.proxy import app
+from xaiproxy.http1.dialler import PORTS, SOCKET_OPTIONS
+from xaiproxy.http1.handler import Cut, Handler
+from xaiproxy.http1.upstream import Upstream
 
 logger = logging.getLogger(__name__)
 

@@ -18,16 +18,15 @@ import logging
 import math
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 from xaiproxy import command, config, errors, judgement, log, refresher_status, token_store, token_writer, tokens
 from xaiproxy.oauth import discovery, session, token_endpoint
-from xaiproxy.schedule import BACKOFF_LIMIT, REFUSED_FOR_NOW, Decision, Schedule
+from xaiproxy.refresher.schedule import BACKOFF_LIMIT, REFUSED_FOR_NOW, Decision, Schedule
 
-logger = logging.getLogger("xaiproxy.refresher")  # also as `python -m xaiproxy.refresher`
+logger = logging.getLogger(__name__)
 
 TICK = 0.25  # seconds between two looks; the proxy waits for us
 REPEAT = 60.0  # seconds between two error lines while no request can be served
@@ -411,7 +410,3 @@ def _main(arguments: Any) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, refresher.on_signal)
     return refresher.once() if arguments.once else refresher.run()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -16,12 +16,13 @@ from typing import Any
 
 import gevent
 
-from xaiproxy import __version__, config, errors, response_head, tokens, trust
-from xaiproxy.connection import Connection, DeadPath
-from xaiproxy.dialling import BROKEN, Dialler, TooLate
-from xaiproxy.framing import LAST, content_of
-from xaiproxy.message_head import Malformed
-from xaiproxy.request_body import ReplayableBody, WholeBody
+from xaiproxy import __version__, config, errors, tokens, trust
+from xaiproxy.http1 import response_head
+from xaiproxy.http1.connection import Connection, DeadPath
+from xaiproxy.http1.dialler import BROKEN, Dialler, TooLate
+from xaiproxy.http1.framing import LAST, content_of
+from xaiproxy.http1.message_head import Malformed
+from xaiproxy.http1.request_body import ReplayableBody, WholeBody
 
 USER_AGENT = f"xaiproxy/{__version__}"  # our own: Cloudflare turns some clients' away
 IDLE_LIMIT = 60  # seconds that a connection waits for its next request

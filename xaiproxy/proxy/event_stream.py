@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator
 
-from xaiproxy import response_head
+from xaiproxy.http1 import response_head
 
 BLANK_LINE = re.compile(rb"(?:\r\n|\n|\r(?!\n))(?:\r\n|\n|\r)\Z")  # ends an event; a lone CR is a line end, too
 BOM = b"\xef\xbb\xbf"

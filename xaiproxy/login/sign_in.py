@@ -12,7 +12,7 @@ import threading
 import time
 
 from xaiproxy import config, errors, token_store, token_writer, tokens
-from xaiproxy.conversation import Conversation, local_time, outlook, who
+from xaiproxy.login.conversation import Conversation, local_time, outlook, who
 from xaiproxy.oauth import authorization_code, device_authorization, discovery, loopback
 from xaiproxy.oauth.session import Session
 

@@ -8,8 +8,8 @@ here: they are checked, and stay the bytes that they are.
 import functools
 import re
 
-from xaiproxy import framing, headers, message_head
-from xaiproxy.message_head import Malformed
+from xaiproxy.http1 import framing, headers, message_head
+from xaiproxy.http1.message_head import Malformed
 
 SIZE_LIMIT = 65536  # bytes of the whole head
 STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: (.*))?")

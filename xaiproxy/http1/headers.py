@@ -3,7 +3,7 @@
 import functools
 import re
 
-from xaiproxy.message_head import MEMO_LIMIT, connection_options, lower_of, normal_authority
+from xaiproxy.http1.message_head import MEMO_LIMIT, connection_options, lower_of, normal_authority
 
 Fields = "list[tuple[str, str]]"
 

@@ -10,7 +10,8 @@ import functools
 import re
 from typing import Any
 
-from xaiproxy import errors, headers, message_head
+from xaiproxy import errors
+from xaiproxy.http1 import headers, message_head
 
 SIZE_LIMIT = 65536  # bytes of the whole head
 MEMO_LIMIT = 2048  # bytes of a head that is remembered; what is made of one takes up to twenty times as much

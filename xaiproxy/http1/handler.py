@@ -20,9 +20,10 @@ from typing import Any
 import gevent
 from gevent import pywsgi
 
-from xaiproxy import errors, framing, log, message_head, request_head
-from xaiproxy.connection import Connection
-from xaiproxy.request_body import body_of
+from xaiproxy import errors, log
+from xaiproxy.http1 import framing, message_head, request_head
+from xaiproxy.http1.connection import Connection
+from xaiproxy.http1.request_body import body_of
 
 logger = logging.getLogger("xaiproxy.request")
 

@@ -16,7 +16,7 @@ from typing import Any
 import gevent
 from gevent import monkey
 
-from xaiproxy import message_head
+from xaiproxy.http1 import message_head
 
 RECORD = 16384  # bytes of content that a TLS record holds at most
 READ = 7 * RECORD  # bytes: a call of the kernel for many, but above 128 KiB malloc would map and unmap memory each time

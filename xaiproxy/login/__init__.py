@@ -1,0 +1,1 @@
+"""xai-login: sign in, look at the login and all it needs, sign out."""

@@ -1,0 +1,7 @@
+"""`python -m xaiproxy.login`."""
+
+import sys
+
+from xaiproxy.login.command import main
+
+sys.exit(main())

@@ -1,0 +1,7 @@
+"""`python -m xaiproxy.refresher`."""
+
+import sys
+
+from xaiproxy.refresher.process import main
+
+sys.exit(main())
