@@ -11,7 +11,7 @@ import pytest
 from proxy_process import ProxyProcess
 from scripted_upstream import ScriptedUpstream
 
-from xaiproxy import client_keys, config, judgement, token_store
+from xaiproxy import client_keys, config, token_store
 from xaiproxy.http1 import request_head
 from xaiproxy.proxy import app
 from xaiproxy.http1.upstream import Upstream

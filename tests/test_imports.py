@@ -76,6 +76,16 @@ def test_the_doctor_can_neither_spend_nor_write_nor_lock():
                              "xaiproxy.token_writer", "fcntl"}
 
 
+def test_the_http_engine_knows_nothing_of_logins_keys_or_flask():
+    shared = {"__version__", "addresses", "config", "errors", "log", "trust"}
+    allowed = {"xaiproxy", "xaiproxy.http1", *(f"xaiproxy.{name}" for name in shared)}
+    for path in (PACKAGE / "http1").glob("*.py"):
+        module = "xaiproxy.http1" if path.stem == "__init__" else f"xaiproxy.http1.{path.stem}"
+        names = {name for name in imports(module) if name.split(".")[0] in ("xaiproxy", "flask", "werkzeug")}
+        assert not {name for name in names if not name.startswith("xaiproxy.http1.")
+                    and ".".join(name.split(".")[:2]) not in allowed}, module
+
+
 def test_nothing_but_the_sandbox_knows_the_sandbox():
     for path in PACKAGE.rglob("*.py"):
         if PACKAGE / "sandbox" not in path.parents:

@@ -6,7 +6,6 @@ import math
 import pytest
 
 from xaiproxy import errors, tokens
-from xaiproxy.refresher import schedule
 from xaiproxy.refresher.schedule import Decision, Schedule
 
 NOTHING, REFRESH, DECLINE = Decision.NOTHING, Decision.REFRESH, Decision.DECLINE

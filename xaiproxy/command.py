@@ -12,7 +12,6 @@ from typing import NoReturn, TextIO
 
 from xaiproxy import __version__, errors
 
-
 PATIENCE = 1.0  # seconds that the reader of a full stderr gets to make room for a sentence
 RESULT_LIMIT = 1 << 20  # bytes; what a command prints is shorter
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import gevent
 
-from xaiproxy.http1.connection import Connection
 from xaiproxy.errors import ClientGone
+from xaiproxy.http1.connection import Connection
 from xaiproxy.http1.upstream import Exchange
 
 POLL = 0.5  # seconds between two checks of what no event tells: a reset that unread bytes hide, acknowledged bytes

@@ -9,14 +9,13 @@ import copy
 import ssl
 import time
 import urllib.parse
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import gevent
 
-from xaiproxy import __version__, config, errors, tokens, trust
+from xaiproxy import __version__, config, errors, trust
 from xaiproxy.http1 import response_head
 from xaiproxy.http1.connection import Connection, DeadPath
 from xaiproxy.http1.dialler import BROKEN, Dialler, TooLate
@@ -429,28 +428,6 @@ class Exchange:
         happened = "sent no valid answer" if isinstance(error, Malformed) else "broke off before it answered"
         return errors.UpstreamUnreachable(f"{self._upstream.origin} {happened}: {_reason(error)}; the request may have "
                                           "been processed", may_retry=self._method in SAFE)
-
-
-def is_refused_token(exchange: Exchange) -> bool:
-    """Whether the answer says that the access token is dead: xAI does so with 403, whose other causes are not ours."""
-    if exchange.head.status == 401:
-        return True
-    if exchange.head.status != 403:
-        return False
-    codings = [value.lower() for value in exchange.head.values.get("content-encoding", ())]
-    return tokens.is_refusal(_decoded(exchange.peek(), codings))
-
-
-def _decoded(data: bytes, codings: "list[str]") -> bytes:
-    """As much as can be decoded of what may be only the beginning of a body."""
-    if not codings or codings == ["identity"]:
-        return data
-    for window in (47, -15):  # gzip or zlib, told by their headers; raw deflate, which some servers send
-        try:
-            return zlib.decompressobj(window).decompress(data, PEEK_LIMIT)
-        except zlib.error:
-            continue
-    return data
 
 
 def _reason(error: Exception) -> str:

@@ -16,8 +16,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from xaiproxy import client_keys, config, errors, judgement, storage, token_store, tokens
-from xaiproxy.login.conversation import Conversation, duration, last_failure, local_time, outlook, printable, validity, who
 from xaiproxy.judgement import Verdict
+from xaiproxy.login.conversation import (
+    Conversation,
+    duration,
+    last_failure,
+    local_time,
+    outlook,
+    printable,
+    validity,
+    who,
+)
 from xaiproxy.oauth import discovery
 from xaiproxy.oauth.session import Answer, Session, causes_of, parse_date
 

@@ -57,7 +57,7 @@ class Access:
             if key_needed and self.keys.required:
                 # Claude Code shows "Not logged in" instead of any message that names the other header, x-api-key.
                 raise errors.ClientKeyRequired("this proxy needs a client key: send `Authorization: Bearer KEY`; "
-                                               f"`xai-client-key add NAME` makes one")
+                                               "`xai-client-key add NAME` makes one")
         return name
 
     def _key_name(self, head: Head) -> "str | None":

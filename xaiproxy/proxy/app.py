@@ -7,9 +7,10 @@ import flask
 import werkzeug.exceptions
 
 from xaiproxy import client_keys, config, errors, judgement, token_store
-from xaiproxy.proxy import access, forward as proxy
-from xaiproxy.proxy.file_watch import FileWatch
 from xaiproxy.http1.upstream import Upstream
+from xaiproxy.proxy import access
+from xaiproxy.proxy import forward as proxy
+from xaiproxy.proxy.file_watch import FileWatch
 
 OPEN_TO_ALL = frozenset(("/healthz", "/readyz"))
 

@@ -21,15 +21,16 @@ import gevent
 
 from xaiproxy import config, errors, judgement, token_store, tokens
 from xaiproxy.http1 import headers, message_head, response_head
-from xaiproxy.proxy import access, event_stream
 from xaiproxy.http1.connection import Connection
 from xaiproxy.http1.handler import ClientWatch
-from xaiproxy.proxy.outage import Outage
 from xaiproxy.http1.relay import Relay
 from xaiproxy.http1.request_body import ReplayableBody, ReplayMemory, RequestBody, WholeBody
 from xaiproxy.http1.request_head import Head
 from xaiproxy.http1.tunnel import Tunnel
-from xaiproxy.http1.upstream import SAFE, USER_AGENT, Exchange, Upstream, is_refused_token
+from xaiproxy.http1.upstream import SAFE, USER_AGENT, Exchange, Upstream
+from xaiproxy.proxy import access, event_stream
+from xaiproxy.proxy.outage import Outage
+from xaiproxy.proxy.refused_token import is_refused_token
 
 logger = logging.getLogger(__name__)
 

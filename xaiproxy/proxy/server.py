@@ -20,10 +20,10 @@ from gevent import pywsgi
 
 from xaiproxy import client_keys, command, config, errors, log, token_store
 from xaiproxy.http1 import dead_paths
-from xaiproxy.proxy import app
 from xaiproxy.http1.dialler import PORTS, SOCKET_OPTIONS
 from xaiproxy.http1.handler import Cut, Handler
 from xaiproxy.http1.upstream import Upstream
+from xaiproxy.proxy import app
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,20 @@ import uuid
 from flask import Blueprint, g, request
 
 from xaiproxy.sandbox import (
-    account, batches, chat, credentials, documents, embeddings, files, media, messages, models, realtime, responses,
-    speech)
+    account,
+    batches,
+    chat,
+    credentials,
+    documents,
+    embeddings,
+    files,
+    media,
+    messages,
+    models,
+    realtime,
+    responses,
+    speech,
+)
 from xaiproxy.sandbox.grants import Grants
 from xaiproxy.sandbox.replies import Answer
 

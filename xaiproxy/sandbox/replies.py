@@ -6,6 +6,7 @@ from typing import Any
 
 from werkzeug import Response
 
+
 class Answer(Response):
     default_mimetype = None  # an empty answer has no Content-Type
 

@@ -6,7 +6,7 @@ import time
 import uuid
 from typing import Any, Iterable, Iterator
 
-from flask import Blueprint, abort, g, request
+from flask import Blueprint, abort, g
 
 from xaiproxy.sandbox import credentials, stream, tool_calls, websocket
 from xaiproxy.sandbox.bodies import json_body

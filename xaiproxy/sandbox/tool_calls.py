@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 from xaiproxy.sandbox.replies import compact
 
-
 NOTES = ("system", "developer")  # roles; some agents put one of these last
 
 
