@@ -139,7 +139,7 @@ def test_an_expired_token_whose_renewal_fails(scene):
     assert (code, event["usable"], event["verdict"]) == (TRY_AGAIN, False, "expired")
     assert scene.doctor().exit_code == TRY_AGAIN
     assert scene.logged("requests cannot be served") == ["error"]
-    scene.proxy.sign_in("new")  # and nobody asks: that it is over is logged all the same
+    scene.proxy.sign_in("new")  # without a further request, the end of the outage is logged all the same
     assert scene.logged("requests can be served again") == ["info"]
 
 

@@ -110,7 +110,7 @@ def works(day) -> bool:
 
 
 def said(caplog, text: str) -> int:
-    """In how many lines, but for the errors that come each minute."""
+    """The number of log lines with `text`, except the errors that are repeated each minute."""
     return sum(text in record.getMessage() for record in caplog.records if record.levelno < logging.ERROR)
 
 

@@ -122,7 +122,5 @@ def of(store: TokenStore, now: float, read: "Callable[[], tokens.Tokens] | None"
     try:
         login = (read or store.last_known)()
     except errors.LoginUnusable as error:
-        login = error
-    if isinstance(login, errors.LoginUnusable):
-        return _of_unusable(login)
+        return _of_unusable(error)
     return judge(login, now, store.refresher_age(now), store.is_refused(login, now), refresher_status.read(store, login, now))

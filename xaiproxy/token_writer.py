@@ -390,9 +390,6 @@ class Reserved:
         """Free the room: nothing was spent, or nothing is to be saved."""
         self._new.remove()
 
-    def close(self) -> None:
-        self._new.close()
-
 
 def _mark_of(login: tokens.Tokens) -> "str | None":
     return tokens.fingerprint(login.refresh_token) if login.refresh_token else None

@@ -200,7 +200,7 @@ class Schedule:
         """The login with the refusal to refresh it; refresh_error's `retry_at` is when that is allowed again."""
         self._declined = True
         return self._note(dataclasses.replace(login, refresh_error=tokens.RefreshError(
-            tokens.UPSTREAM_REFUSES, description, now, retry_at=now + self._asked_not_before - uptime)))
+            tokens.UPSTREAM_REFUSES, description, now, retry_at=now + self.asked_wait(uptime))))
 
     def asked_wait(self, uptime: float) -> float:
         """Seconds until a refusal by upstream may cause another refresh."""
