@@ -1,4 +1,5 @@
 """Libraries of real clients, imported by the first test that uses one: that takes seconds, and each worker collects all files."""
+
 from __future__ import annotations
 
 import importlib

@@ -1,35 +1,59 @@
 """Fixtures for all tests."""
+
 from __future__ import annotations
 
 import contextlib
 import functools
 import resource
 import ssl
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any
 
 import hypothesis
 import pytest
 
 # The same examples every time: a change fails its own tests and not somebody else's. bin/fuzz looks for new ones.
-hypothesis.settings.register_profile("suite", derandomize=True, database=None, deadline=None, max_examples=200,
-                                     suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.register_profile(
+    "suite",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    max_examples=200,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 hypothesis.settings.load_profile("suite")
 pytest.register_assert_rewrite("sandbox")
-from flow import flow  # noqa: E402, F401
-from proxy_process import ProxyProcess  # noqa: E402
-from sandbox import Sandbox  # noqa: E402
-from scripted_upstream import ScriptedUpstream, make_certificate  # noqa: E402
-
+from flow import flow
+from proxy_process import ProxyProcess
+from sandbox import Sandbox
+from scripted_upstream import ScriptedUpstream, make_certificate
 
 # The files that take longest, which begin first so that no worker is left alone with one at the end.
-LONGEST = ("test_supervision", "test_server", "test_refresher_process", "test_refresh_faults", "test_http_handler",
-           "test_dialling", "test_properties", "test_intruders", "test_dead_paths", "test_relay", "test_planted",
-           "test_soak", "test_slow_clients", "test_secrets")
+LONGEST = (
+    "test_supervision",
+    "test_server",
+    "test_refresher_process",
+    "test_refresh_faults",
+    "test_http_handler",
+    "test_dialling",
+    "test_properties",
+    "test_intruders",
+    "test_dead_paths",
+    "test_relay",
+    "test_planted",
+    "test_soak",
+    "test_slow_clients",
+    "test_secrets",
+)
 
 
-def pytest_collection_modifyitems(items: "list[pytest.Item]") -> None:
-    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(
+        key=lambda item: (
+            LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST)
+        )
+    )
 
 
 @pytest.fixture(scope="session")
@@ -74,52 +98,73 @@ def way() -> str:
 
 
 @pytest.fixture(scope="module")
-def start_proxy(scripted: ScriptedUpstream,
-                tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Callable[..., ProxyProcess]]":
+def start_proxy(
+    scripted: ScriptedUpstream, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., ProxyProcess]]:
     """Gives the module's one proxy for these settings, signed in."""
     with contextlib.ExitStack() as stack:
+
         @functools.cache
         def start(**settings: Any) -> ProxyProcess:
-            proxy = ProxyProcess(tmp_path_factory.mktemp("proxy"), upstream=scripted.origin, **settings)
+            proxy = ProxyProcess(
+                tmp_path_factory.mktemp("proxy"), upstream=scripted.origin, **settings
+            )
             stack.enter_context(proxy).sign_in()
             return proxy
+
         yield start
 
 
 @pytest.fixture
-def running(start_proxy: "Callable[..., ProxyProcess]", way: str) -> ProxyProcess:
+def running(start_proxy: Callable[..., ProxyProcess], way: str) -> ProxyProcess:
     return start_proxy(way=way)
 
 
 @pytest.fixture(scope="module", params=["plain", "tls"])
-def start_either(request: pytest.FixtureRequest, certificate: "tuple[Path, ssl.SSLContext]",
-                 tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Callable[..., tuple]]":
+def start_either(
+    request: pytest.FixtureRequest,
+    certificate: tuple[Path, ssl.SSLContext],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[..., tuple]]:
     with contextlib.ExitStack() as stack:
+
         @functools.cache
-        def start(**settings: Any) -> "tuple[ProxyProcess, ScriptedUpstream]":
-            upstream = stack.enter_context(ScriptedUpstream(certificate[1] if request.param == "tls" else None))
-            proxy = ProxyProcess(tmp_path_factory.mktemp("proxy"), upstream=upstream.origin,
-                                 environ={"SSL_CERT_FILE": str(certificate[0])}, **settings)
+        def start(**settings: Any) -> tuple[ProxyProcess, ScriptedUpstream]:
+            upstream = stack.enter_context(
+                ScriptedUpstream(certificate[1] if request.param == "tls" else None)
+            )
+            proxy = ProxyProcess(
+                tmp_path_factory.mktemp("proxy"),
+                upstream=upstream.origin,
+                environ={"SSL_CERT_FILE": str(certificate[0])},
+                **settings,
+            )
             return stack.enter_context(proxy), upstream
+
         yield start
 
 
 @pytest.fixture
-def either(start_either: "Callable[..., tuple]") -> "Iterator[Callable[..., tuple[ProxyProcess, ScriptedUpstream]]]":
+def either(
+    start_either: Callable[..., tuple],
+) -> Iterator[Callable[..., tuple[ProxyProcess, ScriptedUpstream]]]:
     """Gives the module's one proxy for these settings, signed in anew, and its upstream: in the clear, and over TLS."""
     used = []
 
-    def start(**settings: Any) -> "tuple[ProxyProcess, ScriptedUpstream]":
+    def start(**settings: Any) -> tuple[ProxyProcess, ScriptedUpstream]:
         used.append(start_either(**settings))
         used[-1][0].sign_in()
         return used[-1]
+
     yield start
     for _, upstream in used:
         upstream.hang_up()
 
 
 @pytest.fixture(scope="session")
-def shared_endpoint(shared_sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxyProcess]:
+def shared_endpoint(
+    shared_sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ProxyProcess]:
     origin = shared_sandbox.url
     with ProxyProcess(tmp_path_factory.mktemp("endpoint"), issuer=origin, upstream=origin) as proxy:
         yield proxy
@@ -142,6 +187,6 @@ def many_files() -> None:
 
 
 @pytest.fixture(scope="session")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> "tuple[Path, ssl.SSLContext]":
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ssl.SSLContext]:
     """A CA's file, and the context of a server that it has signed a certificate for."""
     return make_certificate(tmp_path_factory.mktemp("ca"), "127.0.0.1", "upstream.test")

@@ -1,11 +1,12 @@
 """Both processes under a load for half a minute, while tokens of three seconds expire."""
+
 from __future__ import annotations
 
 import subprocess
 import sys
 import threading
 import time
-from typing import Callable, Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from proxy_process import Client, ProxyProcess, environment
@@ -21,14 +22,16 @@ class Flow:
         self.sandbox = sandbox
         self.proxy = proxy
         self.done = 0
-        self.faults: "list[str]" = []
+        self.faults: list[str] = []
         self._end = time.monotonic() + self.SECONDS
-        self._threads = [threading.Thread(target=self._run, args=(one,))
-                         for one in (self._models, self._stream, self._stream, self._stream)]
+        self._threads = [
+            threading.Thread(target=self._run, args=(one,))
+            for one in (self._models, self._stream, self._stream, self._stream)
+        ]
         for thread in self._threads:
             thread.start()
 
-    def _run(self, request: "Callable[[Client], None]") -> None:
+    def _run(self, request: Callable[[Client], None]) -> None:
         try:
             while time.monotonic() < self._end:
                 with self.proxy.client() as client:
@@ -44,8 +47,12 @@ class Flow:
             time.sleep(0.05)
 
     def _stream(self, client: Client) -> None:
-        message = client.ask("POST", "/v1/chat/completions", "Content-Type: application/json",
-                             body=b'{"model":"grok-4.5","messages":[],"stream":true}')
+        message = client.ask(
+            "POST",
+            "/v1/chat/completions",
+            "Content-Type: application/json",
+            body=b'{"model":"grok-4.5","messages":[],"stream":true}',
+        )
         assert message.status == 200 and message.body.endswith(b"data: [DONE]\n\n"), message
 
     def join(self) -> None:
@@ -65,8 +72,12 @@ def flow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flow]:
         sandbox.write_login(folder / "tokens.json")
         environ = environment(folder, issuer=sandbox.url, upstream=sandbox.url)
         with open(folder / "refresher.log", "wb") as log:
-            refresher = subprocess.Popen([sys.executable, "-W", "error", "-m", "xaiproxy.refresher"], cwd=folder,
-                                         env=environ, stderr=log)
+            refresher = subprocess.Popen(
+                [sys.executable, "-W", "error", "-m", "xaiproxy.refresher"],
+                cwd=folder,
+                env=environ,
+                stderr=log,
+            )
         with ProxyProcess(folder, issuer=sandbox.url, upstream=sandbox.url) as proxy:
             flow = Flow(sandbox, proxy)
             yield flow

@@ -19,19 +19,30 @@ FOLDER = Path(__file__).parent.parent / ".fuzz"
 MODULES = ("test_properties", "test_fuzzing")
 
 
-def targets(modules) -> "dict[str, object]":
+def targets(modules) -> dict[str, object]:
     """The tests that take anything, by name."""
-    return {name: test for module in modules for name, test in vars(module).items()
-            if name.startswith("test_") and hypothesis.is_hypothesis_test(test)}
+    return {
+        name: test
+        for module in modules
+        for name, test in vars(module).items()
+        if name.startswith("test_") and hypothesis.is_hypothesis_test(test)
+    }
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="bin/fuzz", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="bin/fuzz", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("minutes", type=float, metavar="MINUTES", help="for all tests together")
-    parser.add_argument("only", nargs="*", metavar="TEXT", help="only tests with this in their names")
+    parser.add_argument(
+        "only", nargs="*", metavar="TEXT", help="only tests with this in their names"
+    )
     options = parser.parse_args()
-    names = [name for name in targets(map(importlib.import_module, MODULES))
-             if not options.only or any(part in name for part in options.only)]
+    names = [
+        name
+        for name in targets(map(importlib.import_module, MODULES))
+        if not options.only or any(part in name for part in options.only)
+    ]
     if not names:
         parser.error("there is no such test")
     failed = 0
@@ -46,11 +57,28 @@ def run(name: str, seconds: int) -> bool:
     """Whether nothing was found."""
     corpus = FOLDER / "corpus" / name
     corpus.mkdir(parents=True, exist_ok=True)
-    libfuzzer = [f"-max_total_time={seconds}", "-max_len=8192", "-timeout=20", "-print_final_stats=1",
-                 f"-artifact_prefix={FOLDER}/{name}-", str(corpus)]
-    child = subprocess.run([sys.executable, __file__, "--fuzz", name, *libfuzzer], capture_output=True, text=True, errors="replace")
-    units, lines = re.search(r"executed_units: (\d+)", child.stderr), re.findall(r"cov: (\d+)", child.stderr)
-    print(f"{units[1] if units else 'no'} examples in {seconds} s, coverage {lines[-1] if lines else 0}", flush=True)
+    libfuzzer = [
+        f"-max_total_time={seconds}",
+        "-max_len=8192",
+        "-timeout=20",
+        "-print_final_stats=1",
+        f"-artifact_prefix={FOLDER}/{name}-",
+        str(corpus),
+    ]
+    child = subprocess.run(
+        [sys.executable, __file__, "--fuzz", name, *libfuzzer],
+        capture_output=True,
+        text=True,
+        errors="replace",
+    )
+    units, lines = (
+        re.search(r"executed_units: (\d+)", child.stderr),
+        re.findall(r"cov: (\d+)", child.stderr),
+    )
+    print(
+        f"{units[1] if units else 'no'} examples in {seconds} s, coverage {lines[-1] if lines else 0}",
+        flush=True,
+    )
     if child.returncode == 0:
         return True
     print(child.stdout[-5000:], child.stderr[-5000:], sep="\n")
@@ -58,12 +86,17 @@ def run(name: str, seconds: int) -> bool:
     return False
 
 
-def child(what: str, name: str, libfuzzer: "list[str]") -> None:
+def child(what: str, name: str, libfuzzer: list[str]) -> None:
     import atheris
+
     logging.disable()
     hypothesis.settings.register_profile(
-        "fuzz", database=DirectoryBasedExampleDatabase(FOLDER / "failed"), deadline=None, derandomize=False,
-        phases=(hypothesis.Phase.reuse, hypothesis.Phase.shrink))
+        "fuzz",
+        database=DirectoryBasedExampleDatabase(FOLDER / "failed"),
+        deadline=None,
+        derandomize=False,
+        phases=(hypothesis.Phase.reuse, hypothesis.Phase.shrink),
+    )
     hypothesis.settings.load_profile("fuzz")
     with atheris.instrument_imports(include=["xaiproxy"]):
         test = targets(map(importlib.import_module, MODULES))[name]

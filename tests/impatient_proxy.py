@@ -7,11 +7,11 @@ from gevent import monkey
 
 monkey.patch_all()
 
-import functools  # noqa: E402
-import sys  # noqa: E402
+import functools
+import sys
 
 from xaiproxy.http1 import dead_paths
-from xaiproxy.proxy import server  # noqa: E402
+from xaiproxy.proxy import server
 
 if __name__ == "__main__":
     sweep = functools.partial(dead_paths.sweep, *map(float, sys.argv[1:]))

@@ -3,6 +3,7 @@
 This process makes them and enters them for a moment, so that what it starts or opens there belongs
 to them. They end with the last socket, process and `Namespace` in them.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -10,8 +11,8 @@ import ctypes
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator
 
 import pytest
 
@@ -60,8 +61,13 @@ class Namespace:
     def ip(self, *commands: str) -> None:
         """ip(8)."""
         with self.entered():
-            subprocess.run(["ip", "-batch", "-"], input="\n".join(commands), text=True, check=True,
-                           capture_output=True)
+            subprocess.run(
+                ["ip", "-batch", "-"],
+                input="\n".join(commands),
+                text=True,
+                check=True,
+                capture_output=True,
+            )
 
     def set(self, name: str, value: object) -> None:
         """A sysctl below net.ipv4."""
@@ -77,14 +83,21 @@ class Network:
     def __init__(self) -> None:
         self._router = Namespace()
         self.client, self.proxy, self.upstream = Namespace(), Namespace(), Namespace()
-        self._dropped: "list[str]" = []
+        self._dropped: list[str] = []
         for name, address in self.ADDRESSES.items():
             host = getattr(self, name)
             gateway = address[:-1] + "1"
-            self._router.ip(f"link add to-{name} type veth peer name eth0 netns {host.path}",
-                            f"address add {gateway}/24 dev to-{name}", f"link set to-{name} up")
-            host.ip("link set lo up", f"address add {address}/24 dev eth0", "link set eth0 up",
-                    f"route add default via {gateway}")
+            self._router.ip(
+                f"link add to-{name} type veth peer name eth0 netns {host.path}",
+                f"address add {gateway}/24 dev to-{name}",
+                f"link set to-{name} up",
+            )
+            host.ip(
+                "link set lo up",
+                f"address add {address}/24 dev eth0",
+                "link set eth0 up",
+                f"route add default via {gateway}",
+            )
             host.set("tcp_rmem", BUFFER)
             host.set("tcp_wmem", BUFFER)
         self._router.set("ip_forward", 1)
@@ -93,7 +106,7 @@ class Network:
         for namespace in (self._router, self.client, self.proxy, self.upstream):
             namespace.close()
 
-    def cut(self, name: str, port: "int | None" = None, action: str = "blackhole") -> None:
+    def cut(self, name: str, port: int | None = None, action: str = "blackhole") -> None:
         """Drop all packets from and to a host, or one port of it.
 
         `action`: "blackhole", which drops packets without an ICMP error, or "unreachable", which sends one.
@@ -118,5 +131,7 @@ def _works() -> bool:
     return True
 
 
-needs_network = pytest.mark.skipif(shutil.which("ip") is None or not _works(), reason=(
-    "ip (iproute2) is not installed, or may make no network namespaces here"))
+needs_network = pytest.mark.skipif(
+    shutil.which("ip") is None or not _works(),
+    reason=("ip (iproute2) is not installed, or may make no network namespaces here"),
+)

@@ -1,4 +1,5 @@
 """Networks with faults, for the processes of one test: names, name servers, and addresses that do not answer."""
+
 from __future__ import annotations
 
 import contextlib
@@ -7,8 +8,8 @@ import socket
 import struct
 import subprocess
 import threading
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator
 
 import pytest
 
@@ -30,7 +31,7 @@ def black_hole(address: str = "127.0.0.1", port: int = 0) -> Iterator[int]:
         yield listener.getsockname()[1]
 
 
-def hosts(folder: Path, *lines: str, resolv_conf: "str | None" = None) -> "tuple[str, ...]":
+def hosts(folder: Path, *lines: str, resolv_conf: str | None = None) -> tuple[str, ...]:
     """What to put before a command that shall see these lines as its /etc/hosts."""
     files = {"hosts": "".join(line + "\n" for line in lines)}
     if resolv_conf is not None:
@@ -54,9 +55,9 @@ class NameServer:
         self.addresses = list(addresses)
         self.delay = 0.0
         self.silent = False
-        self.asked: "list[str]" = []  # for IPv4 addresses of these names
+        self.asked: list[str] = []  # for IPv4 addresses of these names
         self.was_asked = threading.Event()
-        self._answers: "list[threading.Timer]" = []
+        self._answers: list[threading.Timer] = []
         self._sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         for number in itertools.count(1):
             try:
@@ -70,7 +71,7 @@ class NameServer:
         self.prefix = hosts(folder, resolv_conf=f"nameserver {self._sock.getsockname()[0]}\n")
         self._thread = threading.Thread(target=self._serve)
 
-    def __enter__(self) -> "NameServer":
+    def __enter__(self) -> NameServer:
         self._thread.start()
         return self
 
@@ -88,15 +89,20 @@ class NameServer:
             if not query:
                 return
             end = query.index(0, 12) + 5
-            question, (kind,) = query[12:end], struct.unpack("!H", query[end - 4:end - 2])
+            question, (kind,) = query[12:end], struct.unpack("!H", query[end - 4 : end - 2])
             addresses = self.addresses if kind == 1 else []
             if kind == 1:
-                self.asked.append(query[13:end - 5].decode())
+                self.asked.append(query[13 : end - 5].decode())
                 self.was_asked.set()
             if self.silent:
                 continue
             head = query[:2] + struct.pack("!HHHHH", 0x8180, 1, len(addresses), 0, 0)
-            records = [b"\xc0\x0c" + struct.pack("!HHIH", 1, 1, 60, 4) + socket.inet_aton(one) for one in addresses]
-            answer = threading.Timer(self.delay, self._sock.sendto, (b"".join([head, question, *records]), client))
+            records = [
+                b"\xc0\x0c" + struct.pack("!HHIH", 1, 1, 60, 4) + socket.inet_aton(one)
+                for one in addresses
+            ]
+            answer = threading.Timer(
+                self.delay, self._sock.sendto, (b"".join([head, question, *records]), client)
+            )
             self._answers.append(answer)
             answer.start()

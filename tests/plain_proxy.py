@@ -7,11 +7,11 @@ from gevent import monkey
 
 monkey.patch_all()
 
-import sys  # noqa: E402
-from typing import Any  # noqa: E402
+import sys
+from typing import Any
 
 from xaiproxy.http1 import handler as http_handler
-from xaiproxy.proxy import server  # noqa: E402
+from xaiproxy.proxy import server
 
 
 class PlainHandler(http_handler.Handler):

@@ -1,4 +1,5 @@
 """The proxy as a process of its own, and a raw client of it."""
+
 from __future__ import annotations
 
 import json
@@ -11,7 +12,8 @@ import subprocess
 import sys
 import threading
 import time
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from wire import PATIENCE, Message, Wire
@@ -33,8 +35,14 @@ class Client(Wire):
     def __init__(self, port: int, host: str = "127.0.0.1"):
         super().__init__(socket.create_connection((host, port), timeout=PATIENCE))
 
-    def request(self, method: str = "GET", target: str = "/v1/models", *fields: str, body: bytes = b"",
-                version: str = "HTTP/1.1") -> "Client":
+    def request(
+        self,
+        method: str = "GET",
+        target: str = "/v1/models",
+        *fields: str,
+        body: bytes = b"",
+        version: str = "HTTP/1.1",
+    ) -> Client:
         """Send a whole request. `fields`: whole lines, beside Host and the Content-Length of `body`."""
         lines = [f"{method} {target} {version}", "Host: localhost", *fields]
         if body:
@@ -55,13 +63,26 @@ class ProxyProcess:
     token file is `folder`/tokens.json, which sign_in() writes. close() asserts a clean exit.
     """
 
-    def __init__(self, folder: pathlib.Path, *, way: str = "relayed", prefix: "tuple[str, ...]" = (),
-                 command: "list[str] | None" = None, read_log: bool = True, environ: "dict[str, str] | None" = None, **settings: Any):
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        *,
+        way: str = "relayed",
+        prefix: tuple[str, ...] = (),
+        command: list[str] | None = None,
+        read_log: bool = True,
+        environ: dict[str, str] | None = None,
+        **settings: Any,
+    ):
         self.token_path = folder / "tokens.json"
-        self._lines: "list[dict[str, Any]]" = []
+        self._lines: list[dict[str, Any]] = []
         self._changed = threading.Condition()
-        self.process = subprocess.Popen([*prefix, *(command or WAYS[way])], cwd=folder, stderr=subprocess.PIPE,
-                                        env=environment(folder, environ, **settings))
+        self.process = subprocess.Popen(
+            [*prefix, *(command or WAYS[way])],
+            cwd=folder,
+            stderr=subprocess.PIPE,
+            env=environment(folder, environ, **settings),
+        )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reading = threading.Event()
         self._reading.set()
@@ -88,7 +109,7 @@ class ProxyProcess:
         self._stop_after_start = False
         self._reading.set()
 
-    def __enter__(self) -> "ProxyProcess":
+    def __enter__(self) -> ProxyProcess:
         return self
 
     def __exit__(self, error: object, *_rest: object) -> None:
@@ -99,12 +120,13 @@ class ProxyProcess:
 
     # Its log
 
-    def log_lines(self) -> "list[dict[str, Any]]":
+    def log_lines(self) -> list[dict[str, Any]]:
         with self._changed:
             return list(self._lines)
 
-    def wait_for_log(self, predicate: "Callable[[dict[str, Any]], Any]", seconds: float = PATIENCE,
-                     start: int = 0) -> "dict[str, Any]":
+    def wait_for_log(
+        self, predicate: Callable[[dict[str, Any]], Any], seconds: float = PATIENCE, start: int = 0
+    ) -> dict[str, Any]:
         """The first line from number `start` on for which `predicate` holds."""
         deadline = time.monotonic() + seconds
         seen = start
@@ -115,21 +137,36 @@ class ProxyProcess:
                         return line
                 seen = len(self._lines)
                 left = deadline - time.monotonic()
-                assert left > 0 and self.process.poll() is None, f"no such line among {self._lines[-10:]}"
+                assert left > 0 and self.process.poll() is None, (
+                    f"no such line among {self._lines[-10:]}"
+                )
                 self._changed.wait(min(left, 0.2))
 
-    def wait_for_request(self, path: str, seconds: float = PATIENCE) -> "dict[str, Any]":
+    def wait_for_request(self, path: str, seconds: float = PATIENCE) -> dict[str, Any]:
         """The line of the last request for `path`, which should be a path of the test's own."""
         return self.wait_for_log(lambda line: line.get("path") == path, seconds)
 
     # Its login
 
-    def sign_in(self, token: str = "the-token", *, expires_in: float = 3600, age: float = 1000,
-                **members: Any) -> None:
+    def sign_in(
+        self,
+        token: str = "the-token",
+        *,
+        expires_in: float = 3600,
+        age: float = 1000,
+        **members: Any,
+    ) -> None:
         """Put a login there, as the refresher does; `members` are added or override."""
         now = time.time()
-        login = {"access_token": token, "refresh_token": "the-refresh-token", "expires_at": now + expires_in,
-                 "obtained_at": now - age, "issuer": ISSUER, "client_id": config.DEFAULT_CLIENT_ID, **members}
+        login = {
+            "access_token": token,
+            "refresh_token": "the-refresh-token",
+            "expires_at": now + expires_in,
+            "obtained_at": now - age,
+            "issuer": ISSUER,
+            "client_id": config.DEFAULT_CLIENT_ID,
+            **members,
+        }
         new = self.token_path.with_suffix(".written")
         new.write_text(json.dumps(login))
         new.chmod(0o600)
@@ -153,7 +190,9 @@ class ProxyProcess:
             return client.ask(*arguments, **keywords)
 
     def cpu_seconds(self) -> float:
-        fields = pathlib.Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        fields = (
+            pathlib.Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        )
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def open_files(self) -> int:
@@ -183,32 +222,55 @@ class ProxyProcess:
             self.wait_for_log(lambda line: line["message"].startswith(("stopping", "stopped")))
             self.terminate()
         code = self.wait()
-        faults = [line for line in self.log_lines()
-                  if {"traceback", "unexpected"} & line.keys() or "Traceback" in line["message"]]
+        faults = [
+            line
+            for line in self.log_lines()
+            if {"traceback", "unexpected"} & line.keys() or "Traceback" in line["message"]
+        ]
         assert not faults and code == 0, (code, faults)
 
 
-def _parsed(line: bytes) -> "dict[str, Any]":
+def _parsed(line: bytes) -> dict[str, Any]:
     try:
         return json.loads(line)
     except ValueError:
-        return {"message": line.decode("utf-8", "replace"), "unexpected": True}  # a traceback, a warning
+        return {
+            "message": line.decode("utf-8", "replace"),
+            "unexpected": True,
+        }  # a traceback, a warning
 
 
-def environment(folder: pathlib.Path, environ: "dict[str, str] | None" = None,
-                **settings: Any) -> "dict[str, str]":
+def environment(
+    folder: pathlib.Path, environ: dict[str, str] | None = None, **settings: Any
+) -> dict[str, str]:
     """A clean environment: what the person who runs the tests has set must not count."""
-    settings = {"port": 0, "token_path": folder / "tokens.json", "issuer": ISSUER, "upstream": ISSUER,
-                **settings}
-    return {"PATH": os.environ["PATH"], "HOME": str(folder), "PYTHONPATH": str(ROOT), **(environ or {}),
-            **{f"XAI_PROXY_{name.upper()}": str(value) for name, value in settings.items()}}
+    settings = {
+        "port": 0,
+        "token_path": folder / "tokens.json",
+        "issuer": ISSUER,
+        "upstream": ISSUER,
+        **settings,
+    }
+    return {
+        "PATH": os.environ["PATH"],
+        "HOME": str(folder),
+        "PYTHONPATH": str(ROOT),
+        **(environ or {}),
+        **{f"XAI_PROXY_{name.upper()}": str(value) for name, value in settings.items()},
+    }
 
 
-def refuse_to_start(folder: pathlib.Path, environ: "dict[str, str] | None" = None,
-                    **settings: Any) -> "tuple[int, str]":
+def refuse_to_start(
+    folder: pathlib.Path, environ: dict[str, str] | None = None, **settings: Any
+) -> tuple[int, str]:
     """Run a proxy that cannot start; its exit code and stderr."""
-    done = subprocess.run(COMMAND, cwd=folder, env=environment(folder, environ, **settings),
-                          capture_output=True,
-                          text=True, timeout=20)
+    done = subprocess.run(
+        COMMAND,
+        cwd=folder,
+        env=environment(folder, environ, **settings),
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
     assert done.stdout == ""
     return done.returncode, done.stderr

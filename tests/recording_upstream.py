@@ -2,6 +2,7 @@
 
 It reads more strictly than any server: what is not just as the proxy writes it, byte for byte, is a fault.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -12,18 +13,53 @@ import threading
 from typing import NamedTuple
 
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-HEAD = re.compile(rb"(%b) (/v[12]/[!-~]*) HTTP/1\.1\r\n((?:%b: [\t -~\x80-\xff]*\r\n)*)\r\n" % (TOKEN, TOKEN))
+HEAD = re.compile(
+    rb"(%b) (/v[12]/[!-~]*) HTTP/1\.1\r\n((?:%b: [\t -~\x80-\xff]*\r\n)*)\r\n" % (TOKEN, TOKEN)
+)
 LENGTH = re.compile("0|[1-9][0-9]*")
 CHUNK = re.compile(rb"([1-9a-f][0-9a-f]*)\r\n")
 LAST = b"0\r\n\r\n"
 OURS = ("host", "user-agent", "authorization", "content-length", "transfer-encoding", "via")
 VIA = re.compile("1[.]1 xaiproxy-[0-9a-f]{16}(, 1[.]1 xaiproxy-[0-9a-f]{16})*")
 # Whatever the client says: of its own connection, of who it is, of its way to the proxy, or of how to read the message.
-NEVER = {"connection", "keep-alive", "proxy-connection", "te", "trailer", "upgrade", "expect", "cookie", "x-api-key",
-         "api-key", "x-goog-api-key", "forwarded", "cdn-loop", "fastly-client-ip", "fly-client-ip", "referer",
-         "true-client-ip", "x-amzn-trace-id", "x-azure-clientip", "x-client-ip", "x-cluster-client-ip", "x-real-ip"}
-NEVER_BEGINS = ("cf-", "proxy-", "remote-", "tailscale-user-", "x-amzn-oidc-", "x-auth-request-", "x-envoy-",
-                "x-forwarded-", "x-goog-iap-", "x-ms-client-principal", "x-original-", "x-remote-")
+NEVER = {
+    "connection",
+    "keep-alive",
+    "proxy-connection",
+    "te",
+    "trailer",
+    "upgrade",
+    "expect",
+    "cookie",
+    "x-api-key",
+    "api-key",
+    "x-goog-api-key",
+    "forwarded",
+    "cdn-loop",
+    "fastly-client-ip",
+    "fly-client-ip",
+    "referer",
+    "true-client-ip",
+    "x-amzn-trace-id",
+    "x-azure-clientip",
+    "x-client-ip",
+    "x-cluster-client-ip",
+    "x-real-ip",
+}
+NEVER_BEGINS = (
+    "cf-",
+    "proxy-",
+    "remote-",
+    "tailscale-user-",
+    "x-amzn-oidc-",
+    "x-auth-request-",
+    "x-envoy-",
+    "x-forwarded-",
+    "x-goog-iap-",
+    "x-ms-client-principal",
+    "x-original-",
+    "x-remote-",
+)
 HANDSHAKE = (("Connection", "Upgrade"), ("Upgrade", "websocket"))
 
 
@@ -33,7 +69,7 @@ class Seen(NamedTuple):
     method: str
     target: str
     body: bytes = b""
-    fields: "tuple[tuple[str, str], ...]" = ()
+    fields: tuple[tuple[str, str], ...] = ()
 
 
 class Fault(Exception):
@@ -48,18 +84,18 @@ class RecordingUpstream:
     """
 
     def __init__(self, token: str = "the-token"):
-        self.requests: "list[Seen]" = []
-        self.faults: "list[str]" = []
+        self.requests: list[Seen] = []
+        self.faults: list[str] = []
         self.received = 0  # bytes, also of requests that did not come whole
         self._authorization = f"Bearer {token}"
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
         self._listener.setblocking(False)
         self.authority = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self.origin = f"http://{self.authority}"
-        self._unread: "dict[socket.socket, bytes]" = {}
+        self._unread: dict[socket.socket, bytes] = {}
         self._thread = threading.Thread(target=self._run)
 
-    def __enter__(self) -> "RecordingUpstream":
+    def __enter__(self) -> RecordingUpstream:
         self._thread.start()
         return self
 
@@ -69,7 +105,7 @@ class RecordingUpstream:
         for sock in (self._listener, *self._unread):
             sock.close()
 
-    def taken(self) -> "list[Seen]":
+    def taken(self) -> list[Seen]:
         """The requests since the last call. Fails when anything else came."""
         requests, faults, self.requests, self.faults = self.requests, self.faults, [], []
         assert not faults, faults
@@ -113,7 +149,7 @@ class RecordingUpstream:
     def _answers(self, sock: socket.socket) -> bytes:
         answers = b""
         try:
-            while (end := self._request(self._unread[sock])):
+            while end := self._request(self._unread[sock]):
                 self._unread[sock] = self._unread[sock][end:]
                 seen = self.requests[-1]
                 text = f"{seen.method} {seen.target}".encode()
@@ -133,7 +169,7 @@ class RecordingUpstream:
             return 0
         method, target, lines = (part.decode("latin-1") for part in match.groups())
         fields = [tuple(line.split(": ", 1)) for line in lines.split("\r\n")[:-1]]
-        values: "dict[str, list[str]]" = {}
+        values: dict[str, list[str]] = {}
         for name, value in fields:
             values.setdefault(name.lower(), []).append(value)
         others = tuple(field for field in fields if field[0].lower() not in OURS)
@@ -143,15 +179,22 @@ class RecordingUpstream:
             self.requests.append(Seen(method, target, body, others))
         return end
 
-    def _check(self, method: str, values: "dict[str, list[str]]", others: "tuple[tuple[str, str], ...]",
-               body: bytes) -> None:
-        if values.get("host") != [self.authority] or values.get("authorization") != [self._authorization]:
+    def _check(
+        self,
+        method: str,
+        values: dict[str, list[str]],
+        others: tuple[tuple[str, str], ...],
+        body: bytes,
+    ) -> None:
+        if values.get("host") != [self.authority] or values.get("authorization") != [
+            self._authorization
+        ]:
             raise Fault("not one Host and one token, ours")
         if len(values.get("user-agent", ())) != 1:
             raise Fault("not one User-Agent")
         if len(values.get("via", ())) != 1 or not VIA.fullmatch(values["via"][0]):
             raise Fault("not one Via, of proxies such as this one")
-        names = {name.lower() for name, _ in others if not (name, _) in HANDSHAKE}
+        names = {name.lower() for name, _ in others if (name, _) not in HANDSHAKE}
         if {("Upgrade", "websocket"), ("Connection", "Upgrade")} & {*others}:
             if others[-2:] != HANDSHAKE or method != "GET" or body:
                 raise Fault("half a handshake, or one with a body")
@@ -160,7 +203,7 @@ class RecordingUpstream:
                 raise Fault(f"{name} came through")
 
 
-def _body(data: bytes, at: int, values: "dict[str, list[str]]") -> "tuple[bytes, int]":
+def _body(data: bytes, at: int, values: dict[str, list[str]]) -> tuple[bytes, int]:
     """The body that begins there, and where it ends; 0 when it is not whole."""
     lengths, codings = values.get("content-length", []), values.get("transfer-encoding", [])
     if len(lengths) + len(codings) > 1 or codings not in ([], ["chunked"]):
@@ -174,13 +217,13 @@ def _body(data: bytes, at: int, values: "dict[str, list[str]]") -> "tuple[bytes,
     while not data.startswith(LAST, at):
         match = CHUNK.match(data, at)
         if match is None:
-            if b"\r\n" in data[at:at + 100] and not LAST.startswith(data[at:]):
+            if b"\r\n" in data[at : at + 100] and not LAST.startswith(data[at:]):
                 raise Fault("no chunk")
             return b"", 0
         start, at = match.end(), match.end() + int(match[1], 16) + 2
         if len(data) < at:
             return b"", 0
-        if data[at - 2:at] != b"\r\n":
+        if data[at - 2 : at] != b"\r\n":
             raise Fault("no end of a chunk")
-        body += data[start:at - 2]
+        body += data[start : at - 2]
     return body, at + len(LAST)

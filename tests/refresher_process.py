@@ -14,8 +14,11 @@ import pytest
 from xaiproxy import config
 from xaiproxy.token_store import TokenStore
 
-def environment(sandbox, path, **more) -> "dict[str, str]":
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("XAI_PROXY_")}
+
+def environment(sandbox, path, **more) -> dict[str, str]:
+    inherited = {
+        name: value for name, value in os.environ.items() if not name.startswith("XAI_PROXY_")
+    }
     return {**inherited, **sandbox.env, "XAI_PROXY_TOKEN_PATH": str(path), **more}
 
 
@@ -32,16 +35,26 @@ class Process:
     def __init__(self, sandbox, path, *options: str, before=(), code: str = "", **more: str):
         self.path = path
         self.process = subprocess.Popen(
-            [*map(str, before), sys.executable, "-W", "error",
-             *(["-c", code] if code else ["-m", "xaiproxy.refresher"]), *options],
-            env=environment(sandbox, path, **more), cwd="/", text=True, stderr=subprocess.PIPE,
-            start_new_session=True)  # without a terminal, whose end is what SIGHUP would mean
+            [
+                *map(str, before),
+                sys.executable,
+                "-W",
+                "error",
+                *(["-c", code] if code else ["-m", "xaiproxy.refresher"]),
+                *options,
+            ],
+            env=environment(sandbox, path, **more),
+            cwd="/",
+            text=True,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )  # without a terminal, whose end is what SIGHUP would mean
         self.pid = self.process.pid
-        self.lines: "list[str]" = []
+        self.lines: list[str] = []
         self._reader = threading.Thread(target=lambda: self.lines.extend(self.process.stderr))
         self._reader.start()
 
-    def messages(self) -> "list[str]":
+    def messages(self) -> list[str]:
         return [json.loads(line)["message"] for line in list(self.lines) if line.startswith("{")]
 
     def said(self, text: str) -> int:
@@ -74,15 +87,20 @@ def wait_until(true, seconds: float = 10, why=lambda: "it did not happen") -> No
 
 
 strace = pytest.mark.skipif(
-    shutil.which("strace") is None or subprocess.run(["strace", "-o", os.devnull, "true"], capture_output=True).returncode,
-    reason="strace is not installed, or not permitted here")
+    shutil.which("strace") is None
+    or subprocess.run(["strace", "-o", os.devnull, "true"], capture_output=True).returncode,
+    reason="strace is not installed, or not permitted here",
+)
 mounts = pytest.mark.skipif(
-    shutil.which("unshare") is None or
-    subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True).returncode,
-    reason="unshare is not installed, or may mount nothing here")
+    shutil.which("unshare") is None
+    or subprocess.run(
+        ["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True
+    ).returncode,
+    reason="unshare is not installed, or may mount nothing here",
+)
 
 
-def mounted(script: str, folder) -> "list[str]":
+def mounted(script: str, folder) -> list[str]:
     """A shell script that mounts something on "$1", in a mount namespace of the refresher's own, and then runs it."""
     return ["unshare", "-rm", "sh", "-ec", script + '; shift; exec "$@"', "sh", str(folder)]
 

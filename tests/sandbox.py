@@ -1,4 +1,5 @@
 """The sandbox as a process of its own, for tests: started on a free port, watched and steered over HTTP."""
+
 from __future__ import annotations
 
 import contextlib
@@ -14,7 +15,8 @@ import sys
 import tempfile
 import time
 import urllib.parse
-from typing import Any, Callable, Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 CLIENT_ID = "b1a00492-073a-47ea-816f-4c329264a828"
 SCOPE = "openid profile email offline_access grok-cli:access api:access"
@@ -37,15 +39,21 @@ class Sandbox:
         self._stderr = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
             [sys.executable, "-W", "error", *self.program, "--port", "0", *options],
-            stdout=subprocess.PIPE, stderr=self._stderr, text=True,
-            env={**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[1])})
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[1])},
+        )
         lines = [shlex.split(self.process.stdout.readline()) for _ in range(3)]
         if not all(lines):
             self.process.wait()
             raise AssertionError(f"the sandbox did not start: {self.stderr()}")
         self.env: dict[str, str] = dict(setting.split("=", 1) for _export, setting in lines)
         self.url = self.env["XAI_PROXY_ISSUER"]
-        self.host, self.port = urllib.parse.urlsplit(self.url).hostname, urllib.parse.urlsplit(self.url).port
+        self.host, self.port = (
+            urllib.parse.urlsplit(self.url).hostname,
+            urllib.parse.urlsplit(self.url).port,
+        )
 
     def __enter__(self) -> Sandbox:
         return self
@@ -68,14 +76,18 @@ class Sandbox:
 
     # requests
 
-    def request(self, method: str, path: str, body: Any = None, token: str | None = None,
-                **headers: str) -> tuple[int, Any]:
+    def request(
+        self, method: str, path: str, body: Any = None, token: str | None = None, **headers: str
+    ) -> tuple[int, Any]:
         """One request on a connection of its own: the status and the body, parsed if it is JSON.
 
         A dict is sent as a form to the authorization server and as JSON to the rest; User_Agent="x" is
         a header.
         """
-        fields = {"User-Agent": "tests", **{name.replace("_", "-"): value for name, value in headers.items()}}
+        fields = {
+            "User-Agent": "tests",
+            **{name.replace("_", "-"): value for name, value in headers.items()},
+        }
         if isinstance(body, dict) and path.startswith("/oauth2"):
             body = urllib.parse.urlencode(body)
             fields.setdefault("Content-Type", FORM)
@@ -97,21 +109,35 @@ class Sandbox:
     def get(self, path: str, token: str | None = None, **headers: str) -> tuple[int, Any]:
         return self.request("GET", path, None, token, **headers)
 
-    def post(self, path: str, body: Any, token: str | None = None, **headers: str) -> tuple[int, Any]:
+    def post(
+        self, path: str, body: Any, token: str | None = None, **headers: str
+    ) -> tuple[int, Any]:
         return self.request("POST", path, body, token, **headers)
 
     def head(self, start: str, **fields: Any) -> bytes:
         """The head of a raw request; a field given replaces the usual value, None leaves it out."""
-        fields = {"Host": f"{self.host}:{self.port}", "User-Agent": "raw", "Connection": "close",
-                  **{name.replace("_", "-"): value for name, value in fields.items()}}
+        fields = {
+            "Host": f"{self.host}:{self.port}",
+            "User-Agent": "raw",
+            "Connection": "close",
+            **{name.replace("_", "-"): value for name, value in fields.items()},
+        }
         lines = (f"{name}: {value}" for name, value in fields.items() if value is not None)
         return "\r\n".join((f"{start} HTTP/1.1", *lines, "", "")).encode()
 
     def chat(self, token: str, **fields: Any) -> bytes:
         """A whole raw request for a streamed chat completion."""
         body = json.dumps(CHAT).encode()
-        return self.head("POST /v1/chat/completions", Authorization=f"Bearer {token}",
-                         Content_Type="application/json", Content_Length=len(body), **fields) + body
+        return (
+            self.head(
+                "POST /v1/chat/completions",
+                Authorization=f"Bearer {token}",
+                Content_Type="application/json",
+                Content_Length=len(body),
+                **fields,
+            )
+            + body
+        )
 
     def raw(self, *sent: bytes) -> bytes:
         """All that comes back for these bytes until the sandbox closes the connection."""
@@ -147,7 +173,9 @@ class Sandbox:
         seen = self.get("/_sandbox/requests")[1]
         return [request for request in seen if request["target"].startswith(path or "")]
 
-    def wait(self, predicate: Callable[[dict[str, int]], Any], seconds: float = 20) -> dict[str, int]:
+    def wait(
+        self, predicate: Callable[[dict[str, int]], Any], seconds: float = 20
+    ) -> dict[str, int]:
         """Wait until ``predicate(counters)``, and return them."""
         return until(lambda: [seen for seen in [self.counters()] if predicate(seen)], seconds)[0]
 
@@ -178,11 +206,20 @@ class Sandbox:
         """
         url = self.consent(authorization_url, decision)
         try:
-            status, allowed = self._fetch("OPTIONS", url, {
-                "Access-Control-Request-Method": "GET", "Access-Control-Request-Headers": "content-type",
-                "Access-Control-Request-Private-Network": "true"})
-            if not (200 <= status < 300 and "content-type" in allowed["headers"].lower()
-                    and (allowed["origin"], allowed["private-network"]) == (self.url, "true")):
+            status, allowed = self._fetch(
+                "OPTIONS",
+                url,
+                {
+                    "Access-Control-Request-Method": "GET",
+                    "Access-Control-Request-Headers": "content-type",
+                    "Access-Control-Request-Private-Network": "true",
+                },
+            )
+            if not (
+                200 <= status < 300
+                and "content-type" in allowed["headers"].lower()
+                and (allowed["origin"], allowed["private-network"]) == (self.url, "true")
+            ):
                 return False
             status, allowed = self._fetch("GET", url, {"Content-Type": "application/json"})
             return 200 <= status < 300 and allowed["origin"] == self.url
@@ -194,13 +231,17 @@ class Sandbox:
         parts = urllib.parse.urlsplit(url)
         connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=10)
         try:
-            connection.request(method, f"{parts.path}?{parts.query}", headers={"Origin": self.url, **fields})
+            connection.request(
+                method, f"{parts.path}?{parts.query}", headers={"Origin": self.url, **fields}
+            )
             answer = connection.getresponse()
             answer.read()
         finally:
             connection.close()
-        return answer.status, {name: answer.getheader(f"Access-Control-Allow-{name}", "")
-                               for name in ("origin", "headers", "private-network")}
+        return answer.status, {
+            name: answer.getheader(f"Access-Control-Allow-{name}", "")
+            for name in ("origin", "headers", "private-network")
+        }
 
     def token(self, grant_type: str, **fields: str) -> tuple[int, Any]:
         """One request to the token endpoint."""
@@ -219,14 +260,21 @@ class Sandbox:
         assert status == 200, tokens
         return tokens
 
-    def write_login(self, path: "os.PathLike[str] | str", **members: Any) -> dict[str, Any]:
+    def write_login(self, path: os.PathLike[str] | str, **members: Any) -> dict[str, Any]:
         """Mint a login and write it as a tokens.json, 0600; `members` are added or override."""
         tokens = self.mint()
         now = int(time.time())
-        login = {"access_token": tokens["access_token"], "refresh_token": tokens["refresh_token"],
-                 "expires_at": now + tokens.get("expires_in", 3600),
-                 "token_endpoint": f"{self.url}/oauth2/token", "obtained_at": now, "issuer": self.url,
-                 "client_id": CLIENT_ID, "scope": SCOPE, **members}
+        login = {
+            "access_token": tokens["access_token"],
+            "refresh_token": tokens["refresh_token"],
+            "expires_at": now + tokens.get("expires_in", 3600),
+            "token_endpoint": f"{self.url}/oauth2/token",
+            "obtained_at": now,
+            "issuer": self.url,
+            "client_id": CLIENT_ID,
+            "scope": SCOPE,
+            **members,
+        }
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
             json.dump(login, file, indent=2)

@@ -1,19 +1,26 @@
 """A server that says what a test tells it to, byte by byte, and keeps what it was sent."""
+
 from __future__ import annotations
 
 import json
 import re
 import socket
 import threading
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 
-def answer(status: int, body: Any = "", content_type: str = "application/json", **headers: str) -> bytes:
+def answer(
+    status: int, body: Any = "", content_type: str = "application/json", **headers: str
+) -> bytes:
     """An HTTP answer; a dict or list is sent as JSON, Retry_After=... names a header."""
     content = (body if isinstance(body, str) else json.dumps(body)).encode()
-    lines = [f"HTTP/1.1 {status} Whatever", f"Content-Type: {content_type}",
-             f"Content-Length: {len(content)}",
-             *(f"{name.replace('_', '-')}: {value}" for name, value in headers.items())]
+    lines = [
+        f"HTTP/1.1 {status} Whatever",
+        f"Content-Type: {content_type}",
+        f"Content-Length: {len(content)}",
+        *(f"{name.replace('_', '-')}: {value}" for name, value in headers.items()),
+    ]
     return "\r\n".join([*lines, "", ""]).encode() + content
 
 
@@ -24,8 +31,12 @@ class ScriptedServer:
     With `tls`, an SSLContext, it speaks TLS.
     """
 
-    def __init__(self, *answers: "bytes | Callable[[socket.socket], None]", tls: Any = None,
-                 address: str = "127.0.0.1") -> None:
+    def __init__(
+        self,
+        *answers: bytes | Callable[[socket.socket], None],
+        tls: Any = None,
+        address: str = "127.0.0.1",
+    ) -> None:
         self.answers = list(answers)
         self.requests: list[bytes] = []
         self._tls = tls
@@ -65,7 +76,9 @@ class ScriptedServer:
             self._threads.append(threading.Thread(target=self._serve, args=(connection, script)))
             self._threads[-1].start()
 
-    def _serve(self, connection: socket.socket, script: "bytes | Callable[[socket.socket], None]") -> None:
+    def _serve(
+        self, connection: socket.socket, script: bytes | Callable[[socket.socket], None]
+    ) -> None:
         try:
             if self._tls:
                 connection = self._tls.wrap_socket(connection, server_side=True)

@@ -3,6 +3,7 @@
 It needs no thread: the kernel takes connections and bytes by itself, and the proxy is another process. So a
 test reads as the sequence of events that it is, and nothing in it happens at the wrong moment.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -21,11 +22,11 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 class Request(Message):
     """What came, and the connection it came on."""
 
-    def __init__(self, message: Message, connection: "Connection"):
+    def __init__(self, message: Message, connection: Connection):
         super().__init__(message.head, message.body, message.chunks)
         self.connection = connection
 
-    def answer(self, data: bytes = OK) -> "Request":
+    def answer(self, data: bytes = OK) -> Request:
         self.connection.send(data)
         return self
 
@@ -35,17 +36,18 @@ class Connection(Wire):
 
 
 class ScriptedUpstream:
-    def __init__(self, context: "ssl.SSLContext | None" = None, address: str = "127.0.0.1",
-                 port: int = 0):
+    def __init__(
+        self, context: ssl.SSLContext | None = None, address: str = "127.0.0.1", port: int = 0
+    ):
         self._context = context
         self.listener = socket.create_server((address, port), backlog=2048)
         self.listener.settimeout(PATIENCE)
         self.port: int = self.listener.getsockname()[1]
         self.authority = f"{address}:{self.port}"
         self.origin = f"{'https' if context else 'http'}://{self.authority}"
-        self.connections: "list[Connection]" = []
+        self.connections: list[Connection] = []
 
-    def __enter__(self) -> "ScriptedUpstream":
+    def __enter__(self) -> ScriptedUpstream:
         return self
 
     def __exit__(self, *_error: object) -> None:
@@ -82,7 +84,7 @@ class ScriptedUpstream:
                 connection.requests += 1
                 return Request(connection.message() if body else connection.head(), connection)
 
-    def _next(self, deadline: float) -> "Connection | None":
+    def _next(self, deadline: float) -> Connection | None:
         for connection in self.connections:
             if connection.buffer:
                 return connection
@@ -97,9 +99,13 @@ class ScriptedUpstream:
         connection.close()
         return None
 
-    def _readable(self, seconds: float) -> "list[socket.socket]":
-        self.connections = [connection for connection in self.connections if connection.sock.fileno() >= 0]
-        return readable([self.listener, *(connection.sock for connection in self.connections)], seconds)
+    def _readable(self, seconds: float) -> list[socket.socket]:
+        self.connections = [
+            connection for connection in self.connections if connection.sock.fileno() >= 0
+        ]
+        return readable(
+            [self.listener, *(connection.sock for connection in self.connections)], seconds
+        )
 
     def quiet(self) -> bool:
         """Whether no further connection has come, and no byte on those that there are."""
@@ -115,7 +121,7 @@ def pour(wire: Wire, at: int, size: int, patience: float = 0.3) -> int:
     with contextlib.suppress(TimeoutError):
         while at < size:
             # After a time-out the same again, as TLS wants it.
-            at += wire.sock.send(PATTERN[at % len(PATTERN):][:size - at])
+            at += wire.sock.send(PATTERN[at % len(PATTERN) :][: size - at])
     wire.sock.settimeout(PATIENCE)
     return at
 
@@ -128,18 +134,52 @@ def _has_bytes(sock: socket.socket) -> bool:
         return False
 
 
-def make_certificate(folder: Path, *names: str) -> "tuple[Path, ssl.SSLContext]":
+def make_certificate(folder: Path, *names: str) -> tuple[Path, ssl.SSLContext]:
     """A CA made for the moment, and a server's context with its certificate for `names` or IP addresses."""
+
     def openssl(*arguments: str) -> None:
         subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
+
     key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-    openssl("req", "-x509", *key, "-keyout", "ca.key", "-out", "ca.pem", "-days", "2", "-subj", "/CN=test CA",
-            "-addext", "basicConstraints=critical,CA:TRUE", "-addext", "keyUsage=critical,keyCertSign")
+    openssl(
+        "req",
+        "-x509",
+        *key,
+        "-keyout",
+        "ca.key",
+        "-out",
+        "ca.pem",
+        "-days",
+        "2",
+        "-subj",
+        "/CN=test CA",
+        "-addext",
+        "basicConstraints=critical,CA:TRUE",
+        "-addext",
+        "keyUsage=critical,keyCertSign",
+    )
     alternatives = ",".join(("IP:" if name[0].isdigit() else "DNS:") + name for name in names)
-    (folder / "extensions").write_text(f"subjectAltName={alternatives}\nauthorityKeyIdentifier=keyid\n")
+    (folder / "extensions").write_text(
+        f"subjectAltName={alternatives}\nauthorityKeyIdentifier=keyid\n"
+    )
     openssl("req", *key, "-keyout", "server.key", "-out", "server.csr", "-subj", "/CN=upstream")
-    openssl("x509", "-req", "-in", "server.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial",
-            "-out", "server.pem", "-days", "2", "-extfile", "extensions")
+    openssl(
+        "x509",
+        "-req",
+        "-in",
+        "server.csr",
+        "-CA",
+        "ca.pem",
+        "-CAkey",
+        "ca.key",
+        "-CAcreateserial",
+        "-out",
+        "server.pem",
+        "-days",
+        "2",
+        "-extfile",
+        "extensions",
+    )
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(folder / "server.pem", folder / "server.key")
     return folder / "ca.pem", context

@@ -1,12 +1,13 @@
 """The sandbox as it is, but that it writes every secret which it gives out or gets to a file, its first argument."""
+
 from gevent import monkey
 
 monkey.patch_all()
 
-import sys  # noqa: E402
-from typing import Any  # noqa: E402
+import sys
+from typing import Any
 
-from xaiproxy.sandbox import __main__, app, grants  # noqa: E402
+from xaiproxy.sandbox import __main__, app, grants
 
 FILE = sys.argv.pop(1)
 
@@ -18,19 +19,19 @@ def tell(kind: str, secret: str) -> str:
 
 
 class Grants(grants.Grants):
-    def _jwt(self, claims: "dict[str, Any]") -> str:
+    def _jwt(self, claims: dict[str, Any]) -> str:
         return tell("id_token" if "email" in claims else "access_token", super()._jwt(claims))
 
     def _rotate(self, family: grants.Family) -> None:
         super()._rotate(family)
         tell("refresh_token", family.refresh_token)
 
-    def device_authorization(self, scope: str, challenge: "str | None") -> "dict[str, Any]":
+    def device_authorization(self, scope: str, challenge: str | None) -> dict[str, Any]:
         answer = super().device_authorization(scope, challenge)
         tell("device_code", answer["device_code"])
         return answer
 
-    def exchange(self, code: str, redirect_uri: str, verifier: str) -> "dict[str, Any]":
+    def exchange(self, code: str, redirect_uri: str, verifier: str) -> dict[str, Any]:
         tell("verifier", verifier)
         return super().exchange(tell("code", code), redirect_uri, verifier)
 

@@ -1,4 +1,5 @@
 """A program on a terminal of its own, as a person has it: type, read, press Ctrl-C."""
+
 from __future__ import annotations
 
 import codecs
@@ -19,12 +20,15 @@ CTRL_C = "\x03"
 class Terminal:
     """stdin, stdout and stderr are the terminal. Used as a context manager, it kills what is left."""
 
-    def __init__(self, command: "list[str]", rows: int = 50, columns: int = 100, **options: Any) -> None:
+    def __init__(
+        self, command: list[str], rows: int = 50, columns: int = 100, **options: Any
+    ) -> None:
         self._master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
         # setsid --ctty: without a controlling terminal Ctrl-C is a character like any other.
-        self.process = subprocess.Popen(["setsid", "--ctty", *command], stdin=slave, stdout=slave,
-                                        stderr=slave, **options)
+        self.process = subprocess.Popen(
+            ["setsid", "--ctty", *command], stdin=slave, stdout=slave, stderr=slave, **options
+        )
         os.close(slave)
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self.screen = ""  # all that was ever written there
@@ -44,7 +48,7 @@ class Terminal:
             os.close(self._master)
             self._master = -1
 
-    def expect(self, pattern: str, seconds: float = 10) -> "re.Match[str]":
+    def expect(self, pattern: str, seconds: float = 10) -> re.Match[str]:
         """Read until the screen has `pattern`."""
         end = time.monotonic() + seconds
         while not (found := re.search(pattern, self.screen)):

@@ -13,7 +13,12 @@ KEY = KEYS["laptop"]
 LISTED = "https://chat.example"
 
 
-def head(*lines: str, method: str = "GET", target: str = "/v1/models", host: "str | None" = "localhost:9090"):
+def head(
+    *lines: str,
+    method: str = "GET",
+    target: str = "/v1/models",
+    host: str | None = "localhost:9090",
+):
     lines = [*lines] if host is None else [f"Host: {host}", *lines]
     version = "HTTP/1.0" if host is None else "HTTP/1.1"
     text = "\r\n".join([f"{method} {target} {version}", *lines, "", ""])
@@ -21,8 +26,10 @@ def head(*lines: str, method: str = "GET", target: str = "/v1/models", host: "st
 
 
 def settings(**values: str) -> config.Config:
-    return config.from_environ({f"XAI_PROXY_{name}": value for name, value in values.items()} | {"HOME": "/"},
-                               dotenv_path="/dev/null")
+    return config.from_environ(
+        {f"XAI_PROXY_{name}": value for name, value in values.items()} | {"HOME": "/"},
+        dotenv_path="/dev/null",
+    )
 
 
 class Gate:
@@ -31,17 +38,19 @@ class Gate:
     def __init__(self, folder, with_keys: bool, **values: str):
         self.path = folder / ("keys" if with_keys else "no-keys")
         if with_keys:
-            self.path.write_text("".join(f"{name} {client_keys.digest(key)}\n" for name, key in KEYS.items()))
+            self.path.write_text(
+                "".join(f"{name} {client_keys.digest(key)}\n" for name, key in KEYS.items())
+            )
         self.access = Access(settings(**values), client_keys.ClientKeys(self.path))
 
-    def __call__(self, *lines: str, key_needed: bool = True, **how) -> "str | None":
+    def __call__(self, *lines: str, key_needed: bool = True, **how) -> str | None:
         """The key's name, or the code of the refusal."""
         try:
             return self.access.check(head(*lines, **how), key_needed=key_needed)
         except errors.Refusal as refusal:
             return refusal.code
 
-    def preflight(self, *lines: str, **how) -> "dict[str, str] | str | None":
+    def preflight(self, *lines: str, **how) -> dict[str, str] | str | None:
         try:
             fields = self.access.preflight(head(*lines, **{"method": "OPTIONS", **how}))
         except errors.Refusal as refusal:
@@ -54,7 +63,9 @@ class Gate:
 @pytest.fixture
 def anonymous(tmp_path) -> Gate:
     """No keys configured; one further Host name and one Origin."""
-    return Gate(tmp_path, False, ALLOWED_HOSTS="proxy.example, Sidecar.Local.", ALLOWED_ORIGINS=LISTED)
+    return Gate(
+        tmp_path, False, ALLOWED_HOSTS="proxy.example, Sidecar.Local.", ALLOWED_ORIGINS=LISTED
+    )
 
 
 @pytest.fixture
@@ -64,37 +75,127 @@ def keyed(tmp_path) -> Gate:
 
 def test_without_keys_whoever_is_no_web_page_is_served(anonymous):
     assert anonymous() is None
-    assert anonymous("Authorization: Bearer sk-anything") is None  # many clients insist on sending one
+    assert (
+        anonymous("Authorization: Bearer sk-anything") is None
+    )  # many clients insist on sending one
     assert anonymous("X-Api-Key: x", "User-Agent: curl/8") is None
 
 
 # Host
 
 OUR_HOSTS = [
-    "localhost", "LOCALHOST", "LocalHost:9090", "localhost.", "localhost.:80", "a.localhost",
-    "localhost:", "[::1]:", "xai-proxy:", "A.B.LocalHost:1", "evil.localhost", "127.0.0.1", "127.0.0.1:9090", "127.0.0.1.", "127.1.2.3",
-    "10.1.2.3:65535", "8.8.8.8", "[::1]", "[::1]:9090", "[FE80::1]",
+    "localhost",
+    "LOCALHOST",
+    "LocalHost:9090",
+    "localhost.",
+    "localhost.:80",
+    "a.localhost",
+    "localhost:",
+    "[::1]:",
+    "xai-proxy:",
+    "A.B.LocalHost:1",
+    "evil.localhost",
+    "127.0.0.1",
+    "127.0.0.1:9090",
+    "127.0.0.1.",
+    "127.1.2.3",
+    "10.1.2.3:65535",
+    "8.8.8.8",
+    "[::1]",
+    "[::1]:9090",
+    "[FE80::1]",
     # no stranger's DNS can point a name without a dot here
-    "xai-proxy", "xai-proxy:9090", "XAI-PROXY.", "my_box", "2130706433", "0x7f000001",
-    "host.docker.internal", "Host.Docker.Internal:9090", "host.containers.internal.",
-    "proxy.example", "PROXY.example.:443", "sidecar.local"]
+    "xai-proxy",
+    "xai-proxy:9090",
+    "XAI-PROXY.",
+    "my_box",
+    "2130706433",
+    "0x7f000001",
+    "host.docker.internal",
+    "Host.Docker.Internal:9090",
+    "host.containers.internal.",
+    "proxy.example",
+    "PROXY.example.:443",
+    "sidecar.local",
+]
 STRANGE_HOSTS = [
-    "evil.example", "evil.example:9090", "localhost.evil.example", "localhost.evil.example.",
-    "127.0.0.1.evil.example", "evillocalhost.com", "a.evillocalhost", "localhost.com", "a.localhost.b",
-    "localhost..", "127.0.0.1.nip.io", "host.docker.internal.evil.example", "evil.host.docker.internal",
-    "a.proxy.example", "proxy.example.evil.example", "xproxy.example", "docker.internal", "0x7f.1", "127.1",
-    "127.0.0.01", "0177.0.0.1", "127.0.0.1.1", "256.1.1.1", "1.2.3", "xn--80ak6aa92e.com",
+    "evil.example",
+    "evil.example:9090",
+    "localhost.evil.example",
+    "localhost.evil.example.",
+    "127.0.0.1.evil.example",
+    "evillocalhost.com",
+    "a.evillocalhost",
+    "localhost.com",
+    "a.localhost.b",
+    "localhost..",
+    "127.0.0.1.nip.io",
+    "host.docker.internal.evil.example",
+    "evil.host.docker.internal",
+    "a.proxy.example",
+    "proxy.example.evil.example",
+    "xproxy.example",
+    "docker.internal",
+    "0x7f.1",
+    "127.1",
+    "127.0.0.01",
+    "0177.0.0.1",
+    "127.0.0.1.1",
+    "256.1.1.1",
+    "1.2.3",
+    "xn--80ak6aa92e.com",
     "sidecar.local.net",
     # other ways to loopback
-    "0.0.0.0", "0.0.0.0:9090", "0.0.0.0.", "[::]", "[0:0::0]:9090", "[::ffff:127.0.0.1]:1", "[::FFFF:7f00:1]", "[::ffff:0:0]"]
+    "0.0.0.0",
+    "0.0.0.0:9090",
+    "0.0.0.0.",
+    "[::]",
+    "[0:0::0]:9090",
+    "[::ffff:127.0.0.1]:1",
+    "[::FFFF:7f00:1]",
+    "[::ffff:0:0]",
+]
 NO_HOSTS = [
-    "", ".", "..", ".localhost", "-a", ":9090", ":", "localhost::", "localhost:x", "localhost:123456",
-    "localhost:80:80", "local host", "localhost,evil.example", "localhost, localhost",
-    "localhost/evil.example", "evil.example/localhost", "localhost@evil.example", "user@localhost",
-    "localhost#", "localhost?", "localhost\\evil", "http://localhost", "l%6fcalhost",
-    "localhost%00.evil.example", "::1", "[::1", "::1]", "[]", "[localhost]", "[::1]evil.example",
-    "[::1].evil.example", "[::1%25lo]", "[fe80::1%lo]", "lo\xadcalhost", "loc\xe4lhost", "*", "*.localhost",
-    "'localhost'", "[::1]:x"]
+    "",
+    ".",
+    "..",
+    ".localhost",
+    "-a",
+    ":9090",
+    ":",
+    "localhost::",
+    "localhost:x",
+    "localhost:123456",
+    "localhost:80:80",
+    "local host",
+    "localhost,evil.example",
+    "localhost, localhost",
+    "localhost/evil.example",
+    "evil.example/localhost",
+    "localhost@evil.example",
+    "user@localhost",
+    "localhost#",
+    "localhost?",
+    "localhost\\evil",
+    "http://localhost",
+    "l%6fcalhost",
+    "localhost%00.evil.example",
+    "::1",
+    "[::1",
+    "::1]",
+    "[]",
+    "[localhost]",
+    "[::1]evil.example",
+    "[::1].evil.example",
+    "[::1%25lo]",
+    "[fe80::1%lo]",
+    "lo\xadcalhost",
+    "loc\xe4lhost",
+    "*",
+    "*.localhost",
+    "'localhost'",
+    "[::1]:x",
+]
 
 
 @pytest.mark.parametrize("host", OUR_HOSTS)
@@ -125,8 +226,10 @@ def test_a_valid_key_counts_under_every_host(keyed):
         assert keyed(f"Authorization: Bearer {KEY}", host=host) == "laptop"
 
 
-@pytest.mark.parametrize("host", ["evil.example", "Team.Example.Org:9090", "a.b.example.", "1.2.3",
-                                  "0.0.0.0", "[::]:9090"])
+@pytest.mark.parametrize(
+    "host",
+    ["evil.example", "Team.Example.Org:9090", "a.b.example.", "1.2.3", "0.0.0.0", "[::]:9090"],
+)
 def test_the_403_names_the_setting_and_the_value_to_put_in_it(tmp_path, host):
     gate = Gate(tmp_path, False)
     with pytest.raises(errors.HostNotAllowed) as caught:
@@ -144,9 +247,19 @@ def test_a_long_host_is_not_repeated_whole(anonymous):
 
 # Sec-Fetch-Site and Origin
 
-@pytest.mark.parametrize("site, taken", [
-    ("same-origin", True), ("none", True), ("cross-site", False), ("same-site", False), ("", False),
-    ("nonsense", False), ("same-origin, cross-site", False)])
+
+@pytest.mark.parametrize(
+    "site, taken",
+    [
+        ("same-origin", True),
+        ("none", True),
+        ("cross-site", False),
+        ("same-site", False),
+        ("", False),
+        ("nonsense", False),
+        ("same-origin, cross-site", False),
+    ],
+)
 def test_sec_fetch_site_must_be_same_origin_or_none(anonymous, site, taken):
     said = None if taken else "origin_not_allowed"
     assert anonymous(f"Sec-Fetch-Site: {site}") == said
@@ -154,26 +267,60 @@ def test_sec_fetch_site_must_be_same_origin_or_none(anonymous, site, taken):
     assert anonymous(f"Sec-Fetch-Site: {site}", key_needed=False) == said
 
 
-@pytest.mark.parametrize("host, origin", [
-    ("localhost:9090", "http://localhost:9090"), ("LOCALHOST:9090", "http://localhost:9090"),
-    ("localhost", "http://localhost"), ("localhost:9090", "HTTP://LocalHost:9090"),
-    ("[::1]:9090", "http://[::1]:9090"), ("127.0.0.1:9090", "http://127.0.0.1:9090"),
-    ("xai-proxy", "https://xai-proxy"),  # something in front of us speaks TLS
-    ("localhost:", "http://localhost"), ("localhost:9090", LISTED), ("localhost:9090", LISTED.upper()), ("proxy.example", LISTED)])
+@pytest.mark.parametrize(
+    "host, origin",
+    [
+        ("localhost:9090", "http://localhost:9090"),
+        ("LOCALHOST:9090", "http://localhost:9090"),
+        ("localhost", "http://localhost"),
+        ("localhost:9090", "HTTP://LocalHost:9090"),
+        ("[::1]:9090", "http://[::1]:9090"),
+        ("127.0.0.1:9090", "http://127.0.0.1:9090"),
+        ("xai-proxy", "https://xai-proxy"),  # something in front of us speaks TLS
+        ("localhost:", "http://localhost"),
+        ("localhost:9090", LISTED),
+        ("localhost:9090", LISTED.upper()),
+        ("proxy.example", LISTED),
+    ],
+)
 def test_an_origin_that_is_our_own_or_listed_is_taken(anonymous, host, origin):
     assert anonymous(f"Origin: {origin}", host=host) is None
     assert anonymous(f"Origin: {origin}", "Sec-Fetch-Site: same-origin", host=host) is None
 
 
-@pytest.mark.parametrize("origin", [
-    "http://evil.example", "null", "NULL", "", "*", "localhost:9090", "http://localhost",
-    "http://localhost:9091", "http://127.0.0.1:9090", "http://a.localhost:9090",
-    "http://localhost:9090.evil.example", "http://localhost:9090/",
-    "http://localhost:9090 http://evil.example", "http://localhost:9090, http://evil.example",
-    "ws://localhost:9090", "ftp://localhost:9090", "http://user@localhost:9090", "https://chat.example.",
-    "https://chat.example:443", "http://chat.example", "https://chat.example/", "https://chat.example.evil",
-    "https://xchat.example", "https://a.chat.example", "chat.example", "chrome-extension://abcdefgh",
-    "file://", "http://evil.example:9090"])
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "http://evil.example",
+        "null",
+        "NULL",
+        "",
+        "*",
+        "localhost:9090",
+        "http://localhost",
+        "http://localhost:9091",
+        "http://127.0.0.1:9090",
+        "http://a.localhost:9090",
+        "http://localhost:9090.evil.example",
+        "http://localhost:9090/",
+        "http://localhost:9090 http://evil.example",
+        "http://localhost:9090, http://evil.example",
+        "ws://localhost:9090",
+        "ftp://localhost:9090",
+        "http://user@localhost:9090",
+        "https://chat.example.",
+        "https://chat.example:443",
+        "http://chat.example",
+        "https://chat.example/",
+        "https://chat.example.evil",
+        "https://xchat.example",
+        "https://a.chat.example",
+        "chat.example",
+        "chrome-extension://abcdefgh",
+        "file://",
+        "http://evil.example:9090",
+    ],
+)
 def test_any_other_origin_is_refused(anonymous, keyed, origin):
     assert anonymous(f"Origin: {origin}") == "origin_not_allowed"
     assert anonymous(f"Origin: {origin}", "Sec-Fetch-Site: same-origin") == "origin_not_allowed"
@@ -185,12 +332,27 @@ def test_any_other_origin_is_refused(anonymous, keyed, origin):
 BROWSER = "User-Agent: Mozilla/5.0 (X11; Linux x86_64) AppleWebKit/537.36"
 
 
-@pytest.mark.parametrize("host", ["xai-proxy", "box:9090", "10.1.2.3", "[fe80::1]:9090", "host.docker.internal", "localhost.",
-                                  "proxy.example", "127box", "localhost-1", "2130706433"])
+@pytest.mark.parametrize(
+    "host",
+    [
+        "xai-proxy",
+        "box:9090",
+        "10.1.2.3",
+        "[fe80::1]:9090",
+        "host.docker.internal",
+        "localhost.",
+        "proxy.example",
+        "127box",
+        "localhost-1",
+        "2130706433",
+    ],
+)
 def test_a_get_of_a_browser_that_tells_nothing_of_its_page_is_refused(anonymous, keyed, host):
     for method in ("GET", "HEAD"):
         assert anonymous(BROWSER, host=host, method=method) == "origin_not_allowed"
-        assert anonymous(BROWSER, host=host, method=method, key_needed=False) == "origin_not_allowed"
+        assert (
+            anonymous(BROWSER, host=host, method=method, key_needed=False) == "origin_not_allowed"
+        )
     assert keyed(BROWSER, f"X-Api-Key: {KEY}", host=host) == "laptop"
     # what tells of its page, which browsers do with every other method, or is none
     assert anonymous(BROWSER, host=host, method="POST") is None  # PowerShell
@@ -202,7 +364,18 @@ def test_a_get_of_a_browser_that_tells_nothing_of_its_page_is_refused(anonymous,
     assert anonymous("User-Agent: a", BROWSER, host=host) == "origin_not_allowed"
 
 
-@pytest.mark.parametrize("host", ["localhost", "localhost:", "LocalHost:9090", "a.b.localhost", "127.0.0.1:9090", "127.1.2.3", "[::1]:9090"])
+@pytest.mark.parametrize(
+    "host",
+    [
+        "localhost",
+        "localhost:",
+        "LocalHost:9090",
+        "a.b.localhost",
+        "127.0.0.1:9090",
+        "127.1.2.3",
+        "[::1]:9090",
+    ],
+)
 def test_on_loopback_a_browser_would_have_told(anonymous, host):
     assert anonymous(BROWSER, host=host) is None  # PowerShell
 
@@ -214,19 +387,27 @@ def test_a_listed_page_is_another_site_and_yet_allowed(anonymous):
 
 
 def test_two_origins_are_none(anonymous):
-    for first, second in ((LISTED, LISTED), (LISTED, "http://evil.example"), ("http://localhost:9090",) * 2):
+    for first, second in (
+        (LISTED, LISTED),
+        (LISTED, "http://evil.example"),
+        ("http://localhost:9090",) * 2,
+    ):
         assert anonymous(f"Origin: {first}", f"Origin: {second}") == "origin_not_allowed"
 
 
-@pytest.mark.parametrize("origin", ["http://evil.example", "https://Team.Example:8443",
-                                    "chrome-extension://abcdefgh"])
+@pytest.mark.parametrize(
+    "origin", ["http://evil.example", "https://Team.Example:8443", "chrome-extension://abcdefgh"]
+)
 def test_the_403_names_the_origin_to_put_into_the_setting(tmp_path, origin):
     gate = Gate(tmp_path, False)
     with pytest.raises(errors.OriginNotAllowed) as caught:
         gate.access.check(head(f"Origin: {origin}", "Sec-Fetch-Site: cross-site"), key_needed=True)
     value, name = re.search(r"add (\S+) to XAI_PROXY_(\w+)", str(caught.value)).groups()
     assert caught.value.status == 403
-    assert Gate(tmp_path, False, **{name: value})(f"Origin: {origin}", "Sec-Fetch-Site: cross-site") is None
+    assert (
+        Gate(tmp_path, False, **{name: value})(f"Origin: {origin}", "Sec-Fetch-Site: cross-site")
+        is None
+    )
 
 
 def test_nobody_is_told_to_list_the_origin_null(anonymous):
@@ -237,32 +418,66 @@ def test_nobody_is_told_to_list_the_origin_null(anonymous):
 
 # keys
 
-@pytest.mark.parametrize("lines", [
-    [f"Authorization: Bearer {KEY}"], [f"authorization: bearer {KEY}"], [f"AUTHORIZATION: BEARER {KEY}"],
-    [f"Authorization: Bearer   {KEY}  "], [f"X-Api-Key: {KEY}"], [f"x-api-key:{KEY}"],
-    [f"Authorization: Bearer {KEY}", f"X-Api-Key: {KEY}"],
-    [f"Authorization: Bearer {KEY}", "X-Api-Key: wrong"],
-    ["Authorization: Bearer wrong", f"X-Api-Key: {KEY}"],
-    ["Authorization: Basic dXNlcjpwYXNz", f"X-Api-Key: {KEY}"],
-    ["Authorization:", f"X-Api-Key: {KEY}"], [f"Authorization: Bearer {KEY}", f"X-Api-Key: {KEYS['phone']}"],
-    ["Authorization: Bearer a", "Authorization: Bearer b", f"X-Api-Key: {KEY}"]])
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [f"Authorization: Bearer {KEY}"],
+        [f"authorization: bearer {KEY}"],
+        [f"AUTHORIZATION: BEARER {KEY}"],
+        [f"Authorization: Bearer   {KEY}  "],
+        [f"X-Api-Key: {KEY}"],
+        [f"x-api-key:{KEY}"],
+        [f"Authorization: Bearer {KEY}", f"X-Api-Key: {KEY}"],
+        [f"Authorization: Bearer {KEY}", "X-Api-Key: wrong"],
+        ["Authorization: Bearer wrong", f"X-Api-Key: {KEY}"],
+        ["Authorization: Basic dXNlcjpwYXNz", f"X-Api-Key: {KEY}"],
+        ["Authorization:", f"X-Api-Key: {KEY}"],
+        [f"Authorization: Bearer {KEY}", f"X-Api-Key: {KEYS['phone']}"],
+        ["Authorization: Bearer a", "Authorization: Bearer b", f"X-Api-Key: {KEY}"],
+    ],
+)
 def test_spellings_of_a_key(keyed, lines):
     assert keyed(*lines) == keyed(*lines, key_needed=False) == "laptop"
 
 
-@pytest.mark.parametrize("lines", [
-    [], ["Authorization:"], ["Authorization: Bearer"], ["Authorization: Bearer "], ["X-Api-Key:"],
-    ["Authorization: Bearer wrong"], [f"Authorization: {KEY}"], [f"Authorization: Basic {KEY}"],
-    ["Authorization: Basic eGFpcF9vZi10aGUtbGFwdG9wOg=="], [f"Authorization: Token {KEY}"],
-    [f"Authorization: Bearer={KEY}"], [f"Authorization: Bearer: {KEY}"], [f"Authorization: Bearer{KEY}"],
-    [f"Authorization: Bearer {KEY} x"], [f"Authorization: x Bearer {KEY}"], [f"Authorization: Bearer {KEY},"],
-    [f"Authorization: Bearer \"{KEY}\""], [f"Authorization: Bearer Bearer {KEY}"],
-    [f"Authorization: Bearer {KEY}", f"Authorization: Bearer {KEY}"],
-    ["Authorization: Bearer x", f"Authorization: Bearer {KEY}"], [f"X-Api-Key: {KEY}", f"X-Api-Key: {KEY}"],
-    [f"X-Api-Key: Bearer {KEY}"], [f"X-Api-Key: {KEY[:-1]}"], [f"X-Api-Key: {KEY}x"],
-    [f"X-Api-Key: {KEY.upper()}"], [f"X-Api-Key: {client_keys.digest(KEY)}"], ["X-Api-Key: laptop"],
-    [f"Api-Key: {KEY}"], [f"Proxy-Authorization: Bearer {KEY}"], [f"Cookie: key={KEY}"],
-    ["X-Api-Key: \xe9\xff"], [f"Authorization: Bearer\t{KEY}"]])
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [],
+        ["Authorization:"],
+        ["Authorization: Bearer"],
+        ["Authorization: Bearer "],
+        ["X-Api-Key:"],
+        ["Authorization: Bearer wrong"],
+        [f"Authorization: {KEY}"],
+        [f"Authorization: Basic {KEY}"],
+        ["Authorization: Basic eGFpcF9vZi10aGUtbGFwdG9wOg=="],
+        [f"Authorization: Token {KEY}"],
+        [f"Authorization: Bearer={KEY}"],
+        [f"Authorization: Bearer: {KEY}"],
+        [f"Authorization: Bearer{KEY}"],
+        [f"Authorization: Bearer {KEY} x"],
+        [f"Authorization: x Bearer {KEY}"],
+        [f"Authorization: Bearer {KEY},"],
+        [f'Authorization: Bearer "{KEY}"'],
+        [f"Authorization: Bearer Bearer {KEY}"],
+        [f"Authorization: Bearer {KEY}", f"Authorization: Bearer {KEY}"],
+        ["Authorization: Bearer x", f"Authorization: Bearer {KEY}"],
+        [f"X-Api-Key: {KEY}", f"X-Api-Key: {KEY}"],
+        [f"X-Api-Key: Bearer {KEY}"],
+        [f"X-Api-Key: {KEY[:-1]}"],
+        [f"X-Api-Key: {KEY}x"],
+        [f"X-Api-Key: {KEY.upper()}"],
+        [f"X-Api-Key: {client_keys.digest(KEY)}"],
+        ["X-Api-Key: laptop"],
+        [f"Api-Key: {KEY}"],
+        [f"Proxy-Authorization: Bearer {KEY}"],
+        [f"Cookie: key={KEY}"],
+        ["X-Api-Key: \xe9\xff"],
+        [f"Authorization: Bearer\t{KEY}"],
+    ],
+)
 def test_with_keys_the_api_needs_one(keyed, lines):
     assert keyed(*lines) == "client_key_required"
     assert keyed(*lines, key_needed=False) is None  # for a page, what a page can prove is enough
@@ -272,8 +487,12 @@ def test_the_401_says_how_to_send_a_key_and_how_to_get_one(keyed):
     with pytest.raises(errors.ClientKeyRequired) as caught:
         keyed.access.check(head("Authorization: Bearer wrong-secret"), key_needed=True)
     status, fields, _ = caught.value.rendered()
-    assert status == "401 Unauthorized" and ("WWW-Authenticate", 'Bearer realm="xaiproxy"') in fields
-    assert "Authorization: Bearer KEY" in str(caught.value) and "xai-client-key add NAME" in str(caught.value)
+    assert (
+        status == "401 Unauthorized" and ("WWW-Authenticate", 'Bearer realm="xaiproxy"') in fields
+    )
+    assert "Authorization: Bearer KEY" in str(caught.value) and "xai-client-key add NAME" in str(
+        caught.value
+    )
     assert "wrong-secret" not in str(caught.value)
     assert "x-api-key" not in str(caught.value).lower()  # Claude Code hides what it says then
 
@@ -303,19 +522,41 @@ ASKED = "Access-Control-Request-Method: POST"
 def test_a_preflight_of_a_listed_origin_is_allowed_what_it_asks_for(gate, request):
     gate = request.getfixturevalue(gate)
     assert gate.preflight(f"Origin: {LISTED}", ASKED) == {
-        "Access-Control-Allow-Origin": LISTED, "Access-Control-Allow-Methods": "POST",
-        "Access-Control-Max-Age": "600", "Vary": "Origin"}
-    assert gate.preflight(f"Origin: {LISTED.upper()}", ASKED,
-                          "Access-Control-Request-Headers: authorization,content-type",
-                          "Access-Control-Request-Private-Network: true", "Sec-Fetch-Site: cross-site") == {
-        "Access-Control-Allow-Origin": LISTED.upper(), "Access-Control-Allow-Methods": "POST",
-        "Access-Control-Max-Age": "600", "Access-Control-Allow-Headers": "authorization,content-type",
-        "Access-Control-Allow-Private-Network": "true", "Vary": "Origin"}
+        "Access-Control-Allow-Origin": LISTED,
+        "Access-Control-Allow-Methods": "POST",
+        "Access-Control-Max-Age": "600",
+        "Vary": "Origin",
+    }
+    assert gate.preflight(
+        f"Origin: {LISTED.upper()}",
+        ASKED,
+        "Access-Control-Request-Headers: authorization,content-type",
+        "Access-Control-Request-Private-Network: true",
+        "Sec-Fetch-Site: cross-site",
+    ) == {
+        "Access-Control-Allow-Origin": LISTED.upper(),
+        "Access-Control-Allow-Methods": "POST",
+        "Access-Control-Max-Age": "600",
+        "Access-Control-Allow-Headers": "authorization,content-type",
+        "Access-Control-Allow-Private-Network": "true",
+        "Vary": "Origin",
+    }
 
 
-@pytest.mark.parametrize("origins", [
-    ["http://evil.example"], ["null"], [""], ["*"], [LISTED + ".evil.example"], [LISTED + "/"],
-    ["http://localhost:9090"], [LISTED, LISTED], [LISTED, "http://evil.example"]])
+@pytest.mark.parametrize(
+    "origins",
+    [
+        ["http://evil.example"],
+        ["null"],
+        [""],
+        ["*"],
+        [LISTED + ".evil.example"],
+        [LISTED + "/"],
+        ["http://localhost:9090"],
+        [LISTED, LISTED],
+        [LISTED, "http://evil.example"],
+    ],
+)
 def test_any_other_preflight_is_refused(anonymous, keyed, origins):
     for gate in (anonymous, keyed):
         lines = [f"Origin: {origin}" for origin in origins]
@@ -325,15 +566,23 @@ def test_any_other_preflight_is_refused(anonymous, keyed, origins):
 
 def test_the_private_network_is_opened_only_when_asked_for(anonymous):
     for value in ("false", "", "true, true"):
-        allowed = anonymous.preflight(f"Origin: {LISTED}", ASKED,
-                                      f"Access-Control-Request-Private-Network: {value}")
+        allowed = anonymous.preflight(
+            f"Origin: {LISTED}", ASKED, f"Access-Control-Request-Private-Network: {value}"
+        )
         assert "Access-Control-Allow-Private-Network" not in allowed
 
 
-@pytest.mark.parametrize("method, lines", [
-    ("OPTIONS", [f"Origin: {LISTED}"]), ("OPTIONS", [ASKED]), ("OPTIONS", []),
-    ("GET", [f"Origin: {LISTED}", ASKED]), ("options", [f"Origin: {LISTED}", ASKED]),
-    ("POST", ["Origin: http://evil.example", ASKED])])
+@pytest.mark.parametrize(
+    "method, lines",
+    [
+        ("OPTIONS", [f"Origin: {LISTED}"]),
+        ("OPTIONS", [ASKED]),
+        ("OPTIONS", []),
+        ("GET", [f"Origin: {LISTED}", ASKED]),
+        ("options", [f"Origin: {LISTED}", ASKED]),
+        ("POST", ["Origin: http://evil.example", ASKED]),
+    ],
+)
 def test_what_is_no_preflight_is_a_request_like_others(anonymous, method, lines):
     assert anonymous.preflight(*lines, method=method) is None
 

@@ -1,4 +1,5 @@
 """addresses.py: which address is tried when, and which connection is kept."""
+
 from __future__ import annotations
 
 import contextlib
@@ -25,15 +26,22 @@ def at(host: str, port: int = 443) -> addresses.Address:
 IMPOSSIBLE = (socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_UDP, "", ("127.0.0.1", 1))
 
 
-@pytest.mark.parametrize("found, ordered", [
-    (["::1", "::2", "::3", "1.1.1.1", "1.1.1.2"], ["::1", "1.1.1.1", "::2", "1.1.1.2", "::3"]),
-    (["1.1.1.1", "::1", "::2"], ["1.1.1.1", "::1", "::2"]),
-    (["1.1.1.2", "1.1.1.1"], ["1.1.1.2", "1.1.1.1"]),
-    (["::1", "::1", "1.1.1.1"], ["::1", "1.1.1.1"])])
-def test_families_alternate_beginning_with_the_resolver_s_choice(found: "list[str]", ordered: "list[str]") -> None:
-    def getaddrinfo(host: bytes, port: int, type: int) -> "list[Any]":
+@pytest.mark.parametrize(
+    "found, ordered",
+    [
+        (["::1", "::2", "::3", "1.1.1.1", "1.1.1.2"], ["::1", "1.1.1.1", "::2", "1.1.1.2", "::3"]),
+        (["1.1.1.1", "::1", "::2"], ["1.1.1.1", "::1", "::2"]),
+        (["1.1.1.2", "1.1.1.1"], ["1.1.1.2", "1.1.1.1"]),
+        (["::1", "::1", "1.1.1.1"], ["::1", "1.1.1.1"]),
+    ],
+)
+def test_families_alternate_beginning_with_the_resolver_s_choice(
+    found: list[str], ordered: list[str]
+) -> None:
+    def getaddrinfo(host: bytes, port: int, type: int) -> list[Any]:
         assert (host, port, type) == (b"upstream.test", 443, socket.SOCK_STREAM)
         return [at(one) for one in found]
+
     assert addresses.look_up("upstream.test", 443, getaddrinfo) == [at(one) for one in ordered]
 
 
@@ -43,10 +51,15 @@ def test_name_that_does_not_exist() -> None:
 
 
 def test_first_that_answers_wins_and_no_other_is_tried() -> None:
-    failed: "list[Any]" = []
-    with socket.create_server(("127.0.0.1", 0)) as first, socket.create_server(("127.0.0.1", 0)) as second:
+    failed: list[Any] = []
+    with (
+        socket.create_server(("127.0.0.1", 0)) as first,
+        socket.create_server(("127.0.0.1", 0)) as second,
+    ):
         ends = [at(*one.getsockname()) for one in (first, second)]
-        sock, address = addresses.connect(ends, 5, [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)], failed.append)
+        sock, address = addresses.connect(
+            ends, 5, [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)], failed.append
+        )
         with sock, first.accept()[0]:
             assert address == ends[0] and sock.gettimeout() == 5 and not failed
             assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
@@ -56,7 +69,7 @@ def test_first_that_answers_wins_and_no_other_is_tried() -> None:
 
 
 def test_next_starts_at_once_after_a_failure() -> None:
-    failed: "list[Any]" = []
+    failed: list[Any] = []
     with socket.create_server(("127.0.0.1", 0)) as listener:
         bad = [IMPOSSIBLE, *(at("127.0.0.1", refused_port()) for _ in range(4))]
         good = at(*listener.getsockname())
@@ -68,7 +81,7 @@ def test_next_starts_at_once_after_a_failure() -> None:
 
 
 def test_next_starts_after_a_quarter_of_a_second_of_silence() -> None:
-    failed: "list[Any]" = []
+    failed: list[Any] = []
     with contextlib.ExitStack() as stack:
         silent = [at("127.0.0.1", stack.enter_context(black_hole())) for _ in range(2)]
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
@@ -76,13 +89,15 @@ def test_next_starts_after_a_quarter_of_a_second_of_silence() -> None:
         start = time.monotonic()
         sock, address = addresses.connect([*silent, good], 5, failed=failed.append)
         sock.close()
-        assert address == good and failed == []  # they may be slow: the winner goes first from now on, and that is all
+        assert (
+            address == good and failed == []
+        )  # they may be slow: the winner goes first from now on, and that is all
         assert 2 * ATTEMPT_DELAY <= time.monotonic() - start < 4 * ATTEMPT_DELAY
 
 
 def test_slow_one_may_still_win() -> None:
     """It is not given up when the next one starts: its second SYN comes after a second, and is then answered."""
-    failed: "list[Any]" = []
+    failed: list[Any] = []
     with socket.create_server(("127.0.0.1", 0), backlog=0) as slow, contextlib.ExitStack() as stack:
         for _ in range(8):
             filler = stack.enter_context(socket.socket())
@@ -94,11 +109,13 @@ def test_slow_one_may_still_win() -> None:
             with contextlib.suppress(TimeoutError):
                 while True:
                     slow.accept()[0].close()
+
         thread = threading.Thread(target=make_room)
 
         def next_has_failed(address: addresses.Address) -> None:
             failed.append(address)
             thread.start()
+
         ends = [at(*slow.getsockname()), at("127.0.0.1", refused_port())]
         sock, address = addresses.connect(ends, 8, failed=next_has_failed)
         sock.close()
@@ -107,7 +124,7 @@ def test_slow_one_may_still_win() -> None:
 
 
 def test_time_limit_is_for_all_together() -> None:
-    failed: "list[Any]" = []
+    failed: list[Any] = []
     with black_hole() as one, black_hole() as two:
         start = time.monotonic()
         with pytest.raises(TimeoutError):

@@ -13,8 +13,8 @@ from scripted_upstream import ScriptedUpstream
 
 from xaiproxy import client_keys, config, token_store
 from xaiproxy.http1 import request_head
-from xaiproxy.proxy import app
 from xaiproxy.http1.upstream import Upstream
+from xaiproxy.proxy import app
 
 NOW = 1_800_000_000
 KEY = "xaip_of-the-laptop"
@@ -23,17 +23,31 @@ LISTED = "https://chat.example"
 
 # the nearest right path
 
-@pytest.mark.parametrize("path, meant", [
-    ("/models", "/v1/models"), ("/chat/completions", "/v1/chat/completions"), ("/models/", "/v1/models/"),
-    ("/api/v1/models", "/v1/models"), ("//v1/models", "/v1/models"), ("/openai/v2/x/y", "/v2/x/y"),
-    ("/api.x.ai/v1/a%2Fb:c", "/v1/a%2Fb:c"), ("/v1models", "/v1"), ("/%76%31/models", "/v1/")])
+
+@pytest.mark.parametrize(
+    "path, meant",
+    [
+        ("/models", "/v1/models"),
+        ("/chat/completions", "/v1/chat/completions"),
+        ("/models/", "/v1/models/"),
+        ("/api/v1/models", "/v1/models"),
+        ("//v1/models", "/v1/models"),
+        ("/openai/v2/x/y", "/v2/x/y"),
+        ("/api.x.ai/v1/a%2Fb:c", "/v1/a%2Fb:c"),
+        ("/v1models", "/v1"),
+        ("/%76%31/models", "/v1/"),
+    ],
+)
 def test_the_hint_names_the_nearest_right_path(path, meant):
     assert f" {meant}" in app.hint(path) and f"there is no {path};" in app.hint(path)
 
 
 @pytest.mark.parametrize("path", ["/", "/v1", "/v2", "//"])
 def test_the_hint_for_the_base_url_itself_is_an_example(path):
-    assert app.hint(path) == f"there is nothing at {path}; the API begins with /v1/, for instance /v1/models"
+    assert (
+        app.hint(path)
+        == f"there is nothing at {path}; the API begins with /v1/, for instance /v1/models"
+    )
 
 
 def test_the_hint_for_a_long_path_is_short():
@@ -42,16 +56,21 @@ def test_the_hint_for_a_long_path_is_short():
 
 # readiness
 
+
 @pytest.fixture
 def store(tmp_path) -> token_store.TokenStore:
-    settings = config.from_environ({"XAI_PROXY_TOKEN_PATH": str(tmp_path / "tokens.json")},
-                                   dotenv_path=os.devnull)
+    settings = config.from_environ(
+        {"XAI_PROXY_TOKEN_PATH": str(tmp_path / "tokens.json")}, dotenv_path=os.devnull
+    )
     return token_store.TokenStore(settings)
 
 
-def put(store, *, refresher_age: "float | None" = 1, expires_in: float = 7200, **members) -> None:
-    login = {"access_token": "the-access-token", "refresh_token": "the-refresh-token",
-             "expires_at": NOW + expires_in}
+def put(store, *, refresher_age: float | None = 1, expires_in: float = 7200, **members) -> None:
+    login = {
+        "access_token": "the-access-token",
+        "refresh_token": "the-refresh-token",
+        "expires_at": NOW + expires_in,
+    }
     store.path.write_text(json.dumps(login | members))
     store.path.chmod(0o600)
     if refresher_age is not None:
@@ -63,9 +82,14 @@ def local(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(NOW + seconds))
 
 
-def failure(terminal: bool = False, description: str = "The issuer said why.") -> "dict[str, object]":
-    return {"code": "invalid_grant", "description": description, "at": NOW - 5, "terminal": terminal,
-            "retry_at": None}
+def failure(terminal: bool = False, description: str = "The issuer said why.") -> dict[str, object]:
+    return {
+        "code": "invalid_grant",
+        "description": description,
+        "at": NOW - 5,
+        "terminal": terminal,
+        "retry_at": None,
+    }
 
 
 def test_ready_when_a_login_is_there_and_a_refresher_keeps_it(store):
@@ -78,13 +102,17 @@ def test_not_ready_without_a_login_and_how_to_get_one(store):
     assert not ready and "missing" in reason and "xai-login --device" in reason
 
 
-@pytest.mark.parametrize("members, said", [
-    ({"access_token": ""}, "corrupt"), ({"issuer": "https://another.example"}, "foreign")])
+@pytest.mark.parametrize(
+    "members, said",
+    [({"access_token": ""}, "corrupt"), ({"issuer": "https://another.example"}, "foreign")],
+)
 def test_not_ready_with_a_login_that_cannot_be_used(store, members, said):
     put(store, **members)
     ready, reason = app.readiness_of(store, NOW)
     assert not ready and said in reason
-    assert str(store.path) not in reason and "another.example" not in reason  # it is for everybody to read
+    assert (
+        str(store.path) not in reason and "another.example" not in reason
+    )  # it is for everybody to read
 
 
 @pytest.mark.parametrize("expires_in, ready", [(0.01, True), (0, False), (-0.01, False)])
@@ -93,22 +121,31 @@ def test_ready_until_the_second_in_which_the_token_expires(store, expires_in, re
     assert app.readiness_of(store, NOW)[0] is ready
 
 
-@pytest.mark.parametrize("members, said", [
-    ({}, f"the access token expired at {local(-60)} and has not been renewed yet"),
-    ({"refresh_error": failure()},
-     f"the access token expired at {local(-60)} and cannot be renewed (invalid_grant)"),
-    ({"refresh_error": failure(description="")}, "cannot be renewed (invalid_grant)"),
-    ({"refresh_error": failure(terminal=True)},
-     "the login has ended (invalid_grant); run `xai-login --device` to sign in"),
-])
+@pytest.mark.parametrize(
+    "members, said",
+    [
+        ({}, f"the access token expired at {local(-60)} and has not been renewed yet"),
+        (
+            {"refresh_error": failure()},
+            f"the access token expired at {local(-60)} and cannot be renewed (invalid_grant)",
+        ),
+        ({"refresh_error": failure(description="")}, "cannot be renewed (invalid_grant)"),
+        (
+            {"refresh_error": failure(terminal=True)},
+            "the login has ended (invalid_grant); run `xai-login --device` to sign in",
+        ),
+    ],
+)
 def test_not_ready_when_the_token_has_expired_and_why(store, members, said):
     put(store, expires_in=-60, **members)
     ready, reason = app.readiness_of(store, NOW)
     assert not ready and said in reason
 
 
-@pytest.mark.parametrize("age, alive", [(None, False), (0, True), (59, True), (60, False), (61, False),
-                                        (-59, True), (-61, False)])
+@pytest.mark.parametrize(
+    "age, alive",
+    [(None, False), (0, True), (59, True), (60, False), (61, False), (-59, True), (-61, False)],
+)
 def test_still_ready_without_a_refresher_while_the_token_is_valid(store, age, alive):
     put(store, refresher_age=age)
     said = "signed in" if alive else f"no refresher; the login lapses at {local(7200)}"
@@ -124,9 +161,15 @@ def test_still_ready_without_a_refresh_token_while_the_token_is_valid(store):
 @pytest.mark.parametrize("terminal", [False, True])
 def test_still_ready_with_a_renewal_that_fails_while_the_token_is_valid(store, terminal):
     put(store, refresh_error=failure(terminal))
-    what = "the login has ended (invalid_grant); run `xai-login --device` to sign in" if terminal else \
-        "its renewal fails (invalid_grant)"
-    assert app.readiness_of(store, NOW) == (True, f"the token is good until {local(7200)}, but {what}")
+    what = (
+        "the login has ended (invalid_grant); run `xai-login --device` to sign in"
+        if terminal
+        else "its renewal fails (invalid_grant)"
+    )
+    assert app.readiness_of(store, NOW) == (
+        True,
+        f"the token is good until {local(7200)}, but {what}",
+    )
 
 
 @pytest.mark.parametrize("expires_at", [0, 1, 99999999999])
@@ -137,8 +180,13 @@ def test_no_time_is_too_far_away_to_be_told(store, expires_at):
 
 
 def test_the_reason_tells_no_token(store):
-    for how in ({}, {"expires_in": -1}, {"refresh_error": failure()}, {"issuer": "http://127.0.0.1:1"},
-                {"refresh_token": None}):
+    for how in (
+        {},
+        {"expires_in": -1},
+        {"refresh_error": failure()},
+        {"issuer": "http://127.0.0.1:1"},
+        {"refresh_token": None},
+    ):
         put(store, **how)
         reason = app.readiness_of(store, NOW)[1]
         assert "the-access" not in reason and "the-refresh" not in reason
@@ -146,11 +194,13 @@ def test_the_reason_tells_no_token(store):
 
 # over the wire
 
+
 @pytest.fixture(scope="module")
 def proxy(tmp_path_factory) -> ProxyProcess:
     """No keys."""
-    with ProxyProcess(tmp_path_factory.mktemp("proxy"), allowed_hosts="proxy.example",
-                      allowed_origins=LISTED) as running:
+    with ProxyProcess(
+        tmp_path_factory.mktemp("proxy"), allowed_hosts="proxy.example", allowed_origins=LISTED
+    ) as running:
         yield running
 
 
@@ -171,7 +221,7 @@ def ask(proxy, target, *fields, method="GET", host="localhost"):
         return client.message(body=method != "HEAD")
 
 
-def error_of(answer) -> "tuple[int, str, str]":
+def error_of(answer) -> tuple[int, str, str]:
     """Status, code and message of an answer that must be one of our own errors."""
     error = json.loads(answer.body)["error"]
     assert answer.value("Content-Type") == "application/json"
@@ -189,19 +239,28 @@ def test_healthz_says_that_the_process_answers(proxy, keyed):
 
 
 def test_readyz_follows_the_login_and_never_calls_upstream(tmp_path):
-    with ScriptedUpstream() as upstream, ProxyProcess(tmp_path, upstream=upstream.origin) as running:
+    with (
+        ScriptedUpstream() as upstream,
+        ProxyProcess(tmp_path, upstream=upstream.origin) as running,
+    ):
+
         def readiness():
             answer = running.ask("GET", "/readyz")
             return answer.status, json.loads(answer.body)
+
         status, body = readiness()
-        assert (status, body["status"]) == (503, "not ready") and "xai-login --device" in body["reason"]
+        assert (status, body["status"]) == (503, "not ready") and "xai-login --device" in body[
+            "reason"
+        ]
         running.refresher_lives()
         running.sign_in()
         assert readiness() == (200, {"status": "ready", "reason": "signed in"})
         running.refresher_lives(False)
         status, body = readiness()
         assert status == 200
-        assert re.fullmatch(r"no refresher; the login lapses at [0-9-]{10} [0-9:]{5}", body["reason"])
+        assert re.fullmatch(
+            r"no refresher; the login lapses at [0-9-]{10} [0-9:]{5}", body["reason"]
+        )
         running.sign_in(expires_in=-1)
         assert readiness()[0] == 503
         running.token_path.write_text("{")
@@ -211,8 +270,9 @@ def test_readyz_follows_the_login_and_never_calls_upstream(tmp_path):
         assert select.select([upstream.listener], [], [], 0)[0] == []
 
 
-@pytest.mark.parametrize("path, status", [("/healthz", 200), ("/healthz?a=b", 200), ("/readyz", 503),
-                                          ("/readyz?", 503)])
+@pytest.mark.parametrize(
+    "path, status", [("/healthz", 200), ("/healthz?a=b", 200), ("/readyz", 503), ("/readyz?", 503)]
+)
 def test_health_and_readiness_are_open_to_all(proxy, keyed, path, status):
     for running in (proxy, keyed):
         for host in ("localhost", "evil.example", "10.0.0.1:8080", "", "<&>"):
@@ -224,26 +284,51 @@ def test_health_and_readiness_are_open_to_all(proxy, keyed, path, status):
             assert client.message().status == status
 
 
-@pytest.mark.parametrize("path, status", [
-    ("/", 404), ("/metrics", 404), ("/nothing", 404), ("/v1", 404), ("/v10/models", 404), ("/V1/models", 404),
-    ("/static/x", 404), ("/healthz/", 404), ("/healthz%2F", 404), ("/healthz;a", 404), ("/readyz/x", 404),
-    ("//healthz", 404), ("/%68ealthz", 404)])  # only the plain spelling is open to all
+@pytest.mark.parametrize(
+    "path, status",
+    [
+        ("/", 404),
+        ("/metrics", 404),
+        ("/nothing", 404),
+        ("/v1", 404),
+        ("/v10/models", 404),
+        ("/V1/models", 404),
+        ("/static/x", 404),
+        ("/healthz/", 404),
+        ("/healthz%2F", 404),
+        ("/healthz;a", 404),
+        ("/readyz/x", 404),
+        ("//healthz", 404),
+        ("/%68ealthz", 404),
+    ],
+)  # only the plain spelling is open to all
 def test_every_other_page_is_for_callers_that_no_web_page_can_imitate(proxy, keyed, path, status):
     for running in (proxy, keyed):
         assert error_of(ask(running, path, host="evil.example"))[:2] == (403, "host_not_allowed")
-        assert error_of(ask(running, path, "Origin: http://evil.example"))[:2] == (403, "origin_not_allowed")
-        assert error_of(ask(running, path, "Sec-Fetch-Site: cross-site"))[:2] == (403, "origin_not_allowed")
+        assert error_of(ask(running, path, "Origin: http://evil.example"))[:2] == (
+            403,
+            "origin_not_allowed",
+        )
+        assert error_of(ask(running, path, "Sec-Fetch-Site: cross-site"))[:2] == (
+            403,
+            "origin_not_allowed",
+        )
         assert ask(running, path).status == status
         assert ask(running, path, f"Origin: {LISTED}").status == status
     assert ask(proxy, path, host="proxy.example:1").status == status
-    with_key = ask(keyed, path, f"X-Api-Key: {KEY}", "Origin: http://evil.example", host="evil.example")
+    with_key = ask(
+        keyed, path, f"X-Api-Key: {KEY}", "Origin: http://evil.example", host="evil.example"
+    )
     assert with_key.status == status
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v2/x", "/v1/", "/v1/../../x", "/v1/v1/models"])
 def test_the_api_is_not_for_others_either(proxy, keyed, path):
     assert error_of(ask(proxy, path, host="evil.example"))[:2] == (403, "host_not_allowed")
-    assert error_of(ask(proxy, path, "Sec-Fetch-Site: cross-site"))[:2] == (403, "origin_not_allowed")
+    assert error_of(ask(proxy, path, "Sec-Fetch-Site: cross-site"))[:2] == (
+        403,
+        "origin_not_allowed",
+    )
     assert error_of(ask(keyed, path))[:2] == (401, "client_key_required")
     assert ask(keyed, path).value("WWW-Authenticate") == 'Bearer realm="xaiproxy"'
 
@@ -261,13 +346,22 @@ def test_a_preflight_is_answered_by_us(proxy, keyed):
         answer = ask(running, "/v1/chat/completions", f"Origin: {LISTED}", asked, method="OPTIONS")
         assert (answer.status, answer.value("Access-Control-Allow-Origin")) == (204, LISTED)
         assert answer.value("Content-Length") is None and answer.value("Transfer-Encoding") is None
-        refused = ask(running, "/v1/chat/completions", "Origin: http://evil.example", asked, method="OPTIONS")
+        refused = ask(
+            running, "/v1/chat/completions", "Origin: http://evil.example", asked, method="OPTIONS"
+        )
         assert error_of(refused)[:2] == (403, "origin_not_allowed")
 
 
-@pytest.mark.parametrize("path, meant", [
-    ("/models", "/v1/models"), ("/api/v1/models?key=x", "/v1/models"), ("/v1", "/v1/models"),
-    ("/a%2Fb%ff", "/v1/a%2Fb%ff"), ("/<b>", "/v1/<b>")])
+@pytest.mark.parametrize(
+    "path, meant",
+    [
+        ("/models", "/v1/models"),
+        ("/api/v1/models?key=x", "/v1/models"),
+        ("/v1", "/v1/models"),
+        ("/a%2Fb%ff", "/v1/a%2Fb%ff"),
+        ("/<b>", "/v1/<b>"),
+    ],
+)
 def test_what_is_nobodys_is_a_404_in_json_that_names_the_nearest_right_path(proxy, path, meant):
     status, code, message = error_of(proxy.ask("GET", path))
     assert (status, code) == (404, "not_found") and meant in message and "key=x" not in message
@@ -310,16 +404,30 @@ def test_a_body_that_came_with_its_head_is_no_request(proxy):
         assert client.ask("GET", "/readyz").status == 503  # and no answer of /healthz came between
 
 
-@pytest.mark.parametrize("lines", [
-    "Content-Length: 5\r\nTransfer-Encoding: chunked\r\n", "Content-Length: 0\r\nContent-Length: 0\r\n",
-    "Content-Length: +0\r\n", "Transfer-Encoding: identity\r\n", "Transfer-Encoding: gzip, chunked\r\n",
-    "X: y\n", "X: y\r\n folded\r\n", "X : y\r\n", "Content_Length: 0\r\n", "Host: localhost\r\n",
-    "X: " + "a" * 50 + "\0\r\n", "X: y\r\n" * 200])
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "Content-Length: 5\r\nTransfer-Encoding: chunked\r\n",
+        "Content-Length: 0\r\nContent-Length: 0\r\n",
+        "Content-Length: +0\r\n",
+        "Transfer-Encoding: identity\r\n",
+        "Transfer-Encoding: gzip, chunked\r\n",
+        "X: y\n",
+        "X: y\r\n folded\r\n",
+        "X : y\r\n",
+        "Content_Length: 0\r\n",
+        "Host: localhost\r\n",
+        "X: " + "a" * 50 + "\0\r\n",
+        "X: y\r\n" * 200,
+    ],
+)
 def test_what_two_servers_could_read_differently_is_refused_and_the_connection_closed(proxy, lines):
     for path in ("/v1/models", "/healthz"):
         with proxy.client() as client:
-            client.send(f"POST {path} HTTP/1.1\r\nHost: localhost\r\n{lines}\r\n0\r\n\r\n".encode() +
-                        b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            client.send(
+                f"POST {path} HTTP/1.1\r\nHost: localhost\r\n{lines}\r\n0\r\n\r\n".encode()
+                + b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+            )
             answer = client.message()
             assert (error_of(answer)[1], answer.value("Connection")) == ("bad_request", "close")
             try:
@@ -336,14 +444,17 @@ def test_a_head_may_come_byte_by_byte(proxy):
 
 
 def test_a_fault_of_ours_is_a_500_in_json_and_not_the_clients_fault(tmp_path, caplog):
-    settings = config.from_environ({"XAI_PROXY_TOKEN_PATH": str(tmp_path / "tokens.json")},
-                                   dotenv_path=os.devnull)
-    flask_app = app.create_app(settings, client_keys.ClientKeys(settings.client_keys_file),
-                               Upstream(settings))
+    settings = config.from_environ(
+        {"XAI_PROXY_TOKEN_PATH": str(tmp_path / "tokens.json")}, dotenv_path=os.devnull
+    )
+    flask_app = app.create_app(
+        settings, client_keys.ClientKeys(settings.client_keys_file), Upstream(settings)
+    )
 
     @flask_app.get("/fault")
     def fault():
         raise RuntimeError("of ours")
+
     handler = types.SimpleNamespace(check_room=lambda: None)
     head = request_head.parse(b"GET /fault HTTP/1.1\r\nHost: localhost\r\n\r\n")
     environ = {"xaiproxy.head": head, "xaiproxy.handler": handler}

@@ -1,4 +1,5 @@
 """The benchmark: its arithmetic, its load client's honesty, and a small run of both against the program."""
+
 from __future__ import annotations
 
 import contextlib
@@ -10,7 +11,8 @@ import socket
 import ssl
 import subprocess
 import time
-from typing import Any, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from bench import machine, measurements, report, targets
@@ -20,11 +22,17 @@ from scripted_server import ScriptedServer, read_request
 from scripted_upstream import ScriptedUpstream
 from wire import Message, Wire
 
-needs_gcc = pytest.mark.skipif(not shutil.which("gcc"), reason="the load client is compiled with gcc")
-needs_openssl = pytest.mark.skipif(not os.path.exists("/usr/include/openssl/ssl.h"),
-                                   reason="the benchmark's upstream is compiled with libssl-dev")
-needs_two_cores = pytest.mark.skipif(not {machine.TARGET_CORE, machine.OTHER_CORE} <= os.sched_getaffinity(0),
-                                     reason="the benchmark runs its programs on two cores")
+needs_gcc = pytest.mark.skipif(
+    not shutil.which("gcc"), reason="the load client is compiled with gcc"
+)
+needs_openssl = pytest.mark.skipif(
+    not os.path.exists("/usr/include/openssl/ssl.h"),
+    reason="the benchmark's upstream is compiled with libssl-dev",
+)
+needs_two_cores = pytest.mark.skipif(
+    not {machine.TARGET_CORE, machine.OTHER_CORE} <= os.sched_getaffinity(0),
+    reason="the benchmark runs its programs on two cores",
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +49,12 @@ def api(load: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         yield running
 
 
-def start(load: pathlib.Path, mode: str, port: int, **arguments: Any) -> "subprocess.Popen[str]":
+def start(load: pathlib.Path, mode: str, port: int, **arguments: Any) -> subprocess.Popen[str]:
     options = [f"{name}={value}" for name, value in arguments.items()]
     return subprocess.Popen([load, mode, str(port), *options], stdout=subprocess.PIPE, text=True)
 
 
-def result(client: "subprocess.Popen[str]") -> "tuple[int, dict[str, Any]]":
+def result(client: subprocess.Popen[str]) -> tuple[int, dict[str, Any]]:
     """Exit status and JSON."""
     out, _ = client.communicate(timeout=20)
     return client.returncode, json.loads(out.splitlines()[-1])
@@ -63,7 +71,9 @@ def chunk(data: bytes) -> bytes:
 
 
 DONE, END = chunk(b"data: [DONE]\n\n"), b"0\r\n\r\n"
-ON_A_POOLED_CONNECTION = b"HTTP/1.1 200 OK\r\nX-Bench-Connection: reused\r\nContent-Length: 0\r\n\r\n"
+ON_A_POOLED_CONNECTION = (
+    b"HTTP/1.1 200 OK\r\nX-Bench-Connection: reused\r\nContent-Length: 0\r\n\r\n"
+)
 WRONG = {
     "status": ("requests", b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\n\r\n", "status 500"),
     "cut": ("requests", b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nok", "connection broke"),
@@ -72,17 +82,30 @@ WRONG = {
     "event missing": ("streams", STREAM + chunk(EVENT % 1) + DONE + END, "1 of 2 events"),
     "no [DONE]": ("streams", STREAM + 2 * chunk(EVENT % 1) + END, "without [DONE]"),
     "stream cut": ("streams", STREAM + 2 * chunk(EVENT % 1) + DONE, "connection broke"),
-    "download too short": ("download", b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok", "2 bytes instead"),
-    "upload not taken whole": ("upload", b'HTTP/1.1 200 OK\r\nContent-Length: 11\r\n\r\n{"bytes":6}', '6}'),
+    "download too short": (
+        "download",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok",
+        "2 bytes instead",
+    ),
+    "upload not taken whole": (
+        "upload",
+        b'HTTP/1.1 200 OK\r\nContent-Length: 11\r\n\r\n{"bytes":6}',
+        "6}",
+    ),
     "pooled connection": ("reconnects", ON_A_POOLED_CONNECTION, "is reused, not new"),
-    "any connection": ("reconnects", b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", "is unknown, not new"),
+    "any connection": (
+        "reconnects",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n",
+        "is unknown, not new",
+    ),
 }
 
 
 @needs_gcc
 @pytest.mark.parametrize("mode, answer, complaint", WRONG.values(), ids=WRONG)
-def test_a_wrong_answer_is_counted_and_fails_the_run(load: pathlib.Path, upstream: ScriptedUpstream,
-                                                     mode: str, answer: bytes, complaint: str) -> None:
+def test_a_wrong_answer_is_counted_and_fails_the_run(
+    load: pathlib.Path, upstream: ScriptedUpstream, mode: str, answer: bytes, complaint: str
+) -> None:
     client = start(load, mode, upstream.port, repeat=1, events=2, size=7)
     upstream.receive().answer(answer).connection.close()
     code, found = result(client)
@@ -91,14 +114,15 @@ def test_a_wrong_answer_is_counted_and_fails_the_run(load: pathlib.Path, upstrea
 
 @needs_gcc
 def test_a_delay_is_counted_from_the_stamp_of_an_event_that_comes_in_pieces(
-        load: pathlib.Path, upstream: ScriptedUpstream) -> None:
+    load: pathlib.Path, upstream: ScriptedUpstream
+) -> None:
     client = start(load, "streams", upstream.port, repeat=1, events=2)
     connection = upstream.receive().connection
     events = [chunk(EVENT % (time.monotonic_ns() - age)) for age in (100_000_000, 200_000_000)]
     answer = STREAM + b"".join(events) + DONE + END
     connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     for begin in range(0, len(answer), 7):
-        connection.send(answer[begin:begin + 7])
+        connection.send(answer[begin : begin + 7])
     code, found = result(client)
     assert (code, found["events"], found["answers"]) == (0, 2, 1), found
     assert 100_000 < found["delay_p50"] < 1_000_000
@@ -109,16 +133,33 @@ def small_answer(mode: str, request: Message) -> bytes:
     if mode == "streams":
         return STREAM + chunk(EVENT % 1) + DONE + END
     body = b'{"bytes":%d}' % len(request.body) if mode == "upload" else b"7 bytes"
-    return b"HTTP/1.1 200 OK\r\nX-Bench-Connection: new\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+    return b"HTTP/1.1 200 OK\r\nX-Bench-Connection: new\r\nContent-Length: %d\r\n\r\n%b" % (
+        len(body),
+        body,
+    )
 
 
 @needs_gcc
-@pytest.mark.parametrize("mode, arguments, method, sized", [
-    ("requests", {}, "GET", False), ("reconnects", {}, "GET", False), ("completions", {}, "POST", True),
-    ("streams", {}, "POST", True), ("upload", {"size": 7}, "POST", True),
-    ("upload", {"size": 7, "chunked": 1}, "POST", False), ("download", {"size": 7}, "GET", False)])
-def test_no_two_requests_have_the_same_head(load: pathlib.Path, upstream: ScriptedUpstream, mode: str,
-                                            arguments: "dict[str, Any]", method: str, sized: bool) -> None:
+@pytest.mark.parametrize(
+    "mode, arguments, method, sized",
+    [
+        ("requests", {}, "GET", False),
+        ("reconnects", {}, "GET", False),
+        ("completions", {}, "POST", True),
+        ("streams", {}, "POST", True),
+        ("upload", {"size": 7}, "POST", True),
+        ("upload", {"size": 7, "chunked": 1}, "POST", False),
+        ("download", {"size": 7}, "GET", False),
+    ],
+)
+def test_no_two_requests_have_the_same_head(
+    load: pathlib.Path,
+    upstream: ScriptedUpstream,
+    mode: str,
+    arguments: dict[str, Any],
+    method: str,
+    sized: bool,
+) -> None:
     requests = []
     for _ in range(2):  # a proxy remembers the heads of the run before, too
         client = start(load, mode, upstream.port, repeat=4, **arguments)
@@ -147,12 +188,17 @@ SMALL = {
 @needs_openssl
 @needs_two_cores
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "TLS"])
-def test_a_small_run_through_the_program(load: pathlib.Path, api: targets.Upstream, tmp_path: pathlib.Path,
-                                         tls: bool) -> None:
-    with ProxyProcess(tmp_path, upstream=api.origin(tls), environ={"SSL_CERT_FILE": str(api.certificate)}) as proxy:
+def test_a_small_run_through_the_program(
+    load: pathlib.Path, api: targets.Upstream, tmp_path: pathlib.Path, tls: bool
+) -> None:
+    with ProxyProcess(
+        tmp_path, upstream=api.origin(tls), environ={"SSL_CERT_FILE": str(api.certificate)}
+    ) as proxy:
         proxy.sign_in()
-        runs = {mode: result(start(load, mode, proxy.port, pids=proxy.process.pid, **arguments))
-                for mode, arguments in SMALL.items()}
+        runs = {
+            mode: result(start(load, mode, proxy.port, pids=proxy.process.pid, **arguments))
+            for mode, arguments in SMALL.items()
+        }
     assert {code for code, _ in runs.values()} == {0}, runs
     assert all(found["answers"] and found["cpu"] > 0 for _, found in runs.values()), runs
     streams = runs["streams"][1]
@@ -162,13 +208,23 @@ def test_a_small_run_through_the_program(load: pathlib.Path, api: targets.Upstre
 
 # The upstream
 
-DIFFER = {"x-ratelimit-remaining-tokens", "x-ratelimit-remaining-requests", "x-request-id", "traceparent",
-          "Set-Cookie", "CF-RAY"}  # in answers of api.x.ai
+DIFFER = {
+    "x-ratelimit-remaining-tokens",
+    "x-ratelimit-remaining-requests",
+    "x-request-id",
+    "traceparent",
+    "Set-Cookie",
+    "CF-RAY",
+}  # in answers of api.x.ai
 
 
-def connect(port: int, context: "ssl.SSLContext | None" = None, session: "ssl.SSLSession | None" = None) -> Wire:
+def connect(
+    port: int, context: ssl.SSLContext | None = None, session: ssl.SSLSession | None = None
+) -> Wire:
     sock = socket.create_connection(("127.0.0.1", port))
-    return Wire(context.wrap_socket(sock, server_hostname="localhost", session=session) if context else sock)
+    return Wire(
+        context.wrap_socket(sock, server_hostname="localhost", session=session) if context else sock
+    )
 
 
 def ask(connection: Wire, target: str = "/v1/models") -> Message:
@@ -189,10 +245,12 @@ def test_no_two_answers_have_the_same_head(api: targets.Upstream) -> None:
 @needs_gcc
 @needs_openssl
 @needs_two_cores
-def test_an_answer_says_whether_its_connection_is_new_and_its_session_resumed(api: targets.Upstream) -> None:
+def test_an_answer_says_whether_its_connection_is_new_and_its_session_resumed(
+    api: targets.Upstream,
+) -> None:
     context = ssl.create_default_context(cafile=str(api.certificate))
 
-    def kind(connection: Wire) -> "str | None":
+    def kind(connection: Wire) -> str | None:
         answer = ask(connection, "/v1/models?close")
         assert answer.value("Connection") == "close"
         return answer.value("X-Bench-Connection")
@@ -217,12 +275,15 @@ def test_an_answer_says_whether_its_connection_is_new_and_its_session_resumed(ap
 def test_the_upstream_refuses_tls_1_2(api: targets.Upstream) -> None:
     context = ssl.create_default_context(cafile=str(api.certificate))
     context.maximum_version = ssl.TLSVersion.TLSv1_2
-    with socket.create_connection(("127.0.0.1", api.tls_port)) as sock, \
-            pytest.raises(ssl.SSLError, match="PROTOCOL_VERSION"):
+    with (
+        socket.create_connection(("127.0.0.1", api.tls_port)) as sock,
+        pytest.raises(ssl.SSLError, match="PROTOCOL_VERSION"),
+    ):
         context.wrap_socket(sock, server_hostname="localhost")
 
 
 # A run
+
 
 class Forwarder:
     """A proxy that opens a TLS connection for each request; `resumes`: whether it resumes the session of the first."""
@@ -230,7 +291,7 @@ class Forwarder:
     def __init__(self, api: targets.Upstream, resumes: bool):
         self._port, self._resumes = api.tls_port, resumes
         self._context = ssl.create_default_context(cafile=str(api.certificate))
-        self._session: "ssl.SSLSession | None" = None
+        self._session: ssl.SSLSession | None = None
 
     def __call__(self, client: socket.socket) -> None:
         while request := read_request(client):
@@ -249,7 +310,7 @@ class Running(targets.Target):
         super().__init__(api, True, folder / "target")
         self.port = port
 
-    def pids(self) -> "list[int]":
+    def pids(self) -> list[int]:
         return [os.getpid()]
 
 
@@ -257,8 +318,9 @@ class Running(targets.Target):
 @needs_openssl
 @needs_two_cores
 @pytest.mark.parametrize("resumes", [True, False])
-def test_a_run_whose_sessions_are_not_resumed_is_wrong(api: targets.Upstream, tmp_path: pathlib.Path,
-                                                       resumes: bool) -> None:
+def test_a_run_whose_sessions_are_not_resumed_is_wrong(
+    api: targets.Upstream, tmp_path: pathlib.Path, resumes: bool
+) -> None:
     run = next(run for run in measurements.RUNS if run.mode == "reconnects")
     assert run.quick
     with ScriptedServer(Forwarder(api, resumes)) as forwarder:
@@ -266,21 +328,41 @@ def test_a_run_whose_sessions_are_not_resumed_is_wrong(api: targets.Upstream, tm
         if resumes:
             assert measurements.measure(run, target, 0.3)["answers"] > 0
         else:
-            with pytest.raises(measurements.Wrong, match="that is new by a full handshake, not new with its session"):
+            with pytest.raises(
+                measurements.Wrong,
+                match="that is new by a full handshake, not new with its session",
+            ):
                 measurements.measure(run, target, 0.3)
 
 
 # What the report makes of it
 
-def record(target: str, round: int, value: float, **members: Any) -> "dict[str, Any]":
-    return {"target": target, "round": round, "tls": True, "run": "requests_16", "busy": 0.97, "disturbed": 0,
-            "figures": {"requests_16": value}, **members}
+
+def record(target: str, round: int, value: float, **members: Any) -> dict[str, Any]:
+    return {
+        "target": target,
+        "round": round,
+        "tls": True,
+        "run": "requests_16",
+        "busy": 0.97,
+        "disturbed": 0,
+        "figures": {"requests_16": value},
+        **members,
+    }
 
 
 def test_ratios_are_of_the_same_round_with_median_and_spread() -> None:
-    records = report.Records([record("nginx", 1, 10), record("nginx", 2, 100), record("nginx", 3, 50),
-                              record("xaiproxy", 1, 5), record("xaiproxy", 2, 40), record("xaiproxy", 3, 35),
-                              record("xaiproxy", 4, 1)])
+    records = report.Records(
+        [
+            record("nginx", 1, 10),
+            record("nginx", 2, 100),
+            record("nginx", 3, 50),
+            record("xaiproxy", 1, 5),
+            record("xaiproxy", 2, 40),
+            record("xaiproxy", 3, 35),
+            record("xaiproxy", 4, 1),
+        ]
+    )
     assert records.ratio("requests_16", "xaiproxy", "nginx", True) == report.Spread(0.5, 0.4, 0.7)
     assert records.spread("requests_16", "xaiproxy", True) == report.Spread(20, 1, 40)
     assert records.ratio("requests_16", "xaiproxy", "nginx", False) is None
@@ -297,12 +379,19 @@ def test_a_goal_is_a_limit_on_one_side() -> None:
     assert Goal(1.2).met(1.2) and not Goal(1.2).met(1.21)
     assert Goal(0.4, at_least=True).met(0.4) and not Goal(0.4, at_least=True).met(0.39)
     assert (str(Goal(1.2)), str(Goal(45, "")), str(Goal(1 / 500, "litellm"))) == (
-        "≤ 1.2 x nginx", "≤ 45", "≤ litellm / 500")
+        "≤ 1.2 x nginx",
+        "≤ 45",
+        "≤ litellm / 500",
+    )
 
 
 def test_wrong_and_disturbed_runs_are_told() -> None:
-    records = report.Records([record("nginx", 1, 1, disturbed=0.2),
-                              record("xaiproxy", 1, 1, figures={}, wrong="2 wrong answers")])
+    records = report.Records(
+        [
+            record("nginx", 1, 1, disturbed=0.2),
+            record("xaiproxy", 1, 1, figures={}, wrong="2 wrong answers"),
+        ]
+    )
     wrong, disturbed = records.faults()
     assert wrong == "TLS requests_16 xaiproxy round 1: 2 wrong answers"
     assert "1 of 2 runs: TLS requests_16 nginx round 1" in disturbed
@@ -310,14 +399,19 @@ def test_wrong_and_disturbed_runs_are_told() -> None:
 
 def test_the_names_of_figures_are_unique() -> None:
     names = [figure.name for figure in report.figures()]
-    assert len(set(names)) == len(names) and all(isinstance(figure, Figure) for figure in report.figures())
+    assert len(set(names)) == len(names) and all(
+        isinstance(figure, Figure) for figure in report.figures()
+    )
 
 
 # What the machine tells
 
+
 def test_the_cpu_time_of_another_process() -> None:
-    with subprocess.Popen(["sh", "-c", "while :; do :; done"]) as busy, \
-            subprocess.Popen(["sleep", "60"]) as idle:
+    with (
+        subprocess.Popen(["sh", "-c", "while :; do :; done"]) as busy,
+        subprocess.Popen(["sleep", "60"]) as idle,
+    ):
         while machine.cpu_seconds([busy.pid]) < 0.1:
             time.sleep(0.01)
         both, one = machine.cpu_seconds([busy.pid, idle.pid]), machine.cpu_seconds([idle.pid])

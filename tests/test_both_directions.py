@@ -1,4 +1,5 @@
 """The two directions of one exchange move at the same time, and neither waits for the other or ends it."""
+
 from __future__ import annotations
 
 import contextlib
@@ -6,8 +7,8 @@ import socket
 import ssl
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Callable, Iterator
 
 import pytest
 from proxy_process import Client, ProxyProcess, both_ways
@@ -15,26 +16,32 @@ from scripted_upstream import PATTERN, Request, ScriptedUpstream, pour
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 # A head that speaks of further requests, which is no reason to stop this one.
-LAST_ONES = {"close": b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\nok",
-             "1.0": b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok",
-             "until close": b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nok",
-             "redirect": b"HTTP/1.1 307 Temporary Redirect\r\nConnection: close\r\nContent-Length: 2\r\n\r\nok"}
+LAST_ONES = {
+    "close": b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\nok",
+    "1.0": b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok",
+    "until close": b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nok",
+    "redirect": b"HTTP/1.1 307 Temporary Redirect\r\nConnection: close\r\nContent-Length: 2\r\n\r\nok",
+}
 MIB = 1 << 20
 Either = Callable[..., "tuple[ProxyProcess, ScriptedUpstream]"]
 
 
 @pytest.fixture
-def client(running: ProxyProcess, upstream: ScriptedUpstream) -> "Iterator[Client]":
+def client(running: ProxyProcess, upstream: ScriptedUpstream) -> Iterator[Client]:
     with running.client() as connection:
         yield connection
 
 
 @pytest.fixture
-def hasty(start_proxy: "Callable[..., ProxyProcess]", way: str, upstream: ScriptedUpstream) -> ProxyProcess:
+def hasty(
+    start_proxy: Callable[..., ProxyProcess], way: str, upstream: ScriptedUpstream
+) -> ProxyProcess:
     return start_proxy(way=way, idle_timeout=1.5, client_timeout=0.5)
 
 
-def upload(client: Client, upstream: ScriptedUpstream, size: int, target: str = "/v1/stt") -> Request:
+def upload(
+    client: Client, upstream: ScriptedUpstream, size: int, target: str = "/v1/stt"
+) -> Request:
     """Its head has reached upstream."""
     client.request("POST", target, f"Content-Length: {size}")
     return upstream.receive(body=False)
@@ -76,7 +83,9 @@ def test_so_it_may_however_the_answer_is_sent(client: Client, upstream: Scripted
     talk(client, upstream)
 
 
-def test_client_that_is_answered_may_be_silent_for_longer(hasty: ProxyProcess, upstream: ScriptedUpstream) -> None:
+def test_client_that_is_answered_may_be_silent_for_longer(
+    hasty: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
     with hasty.client() as client:
         request = upload(client, upstream, 6).answer(CHUNKED + b"2\r\nok\r\n")
         assert client.head().status == 200 and client.chunk() == b"ok"
@@ -90,7 +99,9 @@ def test_client_that_is_answered_may_be_silent_for_longer(hasty: ProxyProcess, u
 
 
 @both_ways
-def test_progress_of_either_direction_is_progress(hasty: ProxyProcess, upstream: ScriptedUpstream) -> None:
+def test_progress_of_either_direction_is_progress(
+    hasty: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
     """XAI_PROXY_IDLE_TIMEOUT is 1.5 s; upstream is silent for longer, before its head and after it."""
     with hasty.client() as client:
         request = upload(client, upstream, 20)
@@ -106,7 +117,9 @@ def test_progress_of_either_direction_is_progress(hasty: ProxyProcess, upstream:
 
 
 @both_ways
-def test_end_of_the_answer_does_not_wait_for_the_end_of_the_upload(client: Client, upstream: ScriptedUpstream) -> None:
+def test_end_of_the_answer_does_not_wait_for_the_end_of_the_upload(
+    client: Client, upstream: ScriptedUpstream
+) -> None:
     for _ in range(2):  # both connections stay in step
         request = upload(client, upstream, 6).answer(CHUNKED + b"2\r\nok\r\n0\r\n\r\n")
         assert client.head().status == 200
@@ -119,8 +132,9 @@ def test_end_of_the_answer_does_not_wait_for_the_end_of_the_upload(client: Clien
 # What ends an upload, and what does not
 
 
-def test_answer_whose_connection_ends_says_so_to_a_client_that_still_sends(client: Client,
-                                                                           upstream: ScriptedUpstream) -> None:
+def test_answer_whose_connection_ends_says_so_to_a_client_that_still_sends(
+    client: Client, upstream: ScriptedUpstream
+) -> None:
     """Its upload may be cut, so that no request can follow it."""
     request = upload(client, upstream, 6).answer(LAST_ONES["close"])
     head = client.head()
@@ -131,7 +145,9 @@ def test_answer_whose_connection_ends_says_so_to_a_client_that_still_sends(clien
 
 
 @both_ways
-def test_upstream_that_answers_and_takes_nothing_is_given_up(hasty: ProxyProcess, upstream: ScriptedUpstream) -> None:
+def test_upstream_that_answers_and_takes_nothing_is_given_up(
+    hasty: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
     with hasty.client() as client:
         request = upload(client, upstream, 48 * MIB, "/v1/takes-nothing")
         pour(client, 0, 48 * MIB)
@@ -154,7 +170,9 @@ def test_early_answer_does_not_stop_the_upload(either: Either, answer: bytes) ->
         with client.sending(body):
             assert request.connection.exactly(len(body)) == body
         if isinstance(request.connection.sock, ssl.SSLSocket):
-            with contextlib.suppress(OSError):  # the proxy closes and sends no close_notify of its own
+            with contextlib.suppress(
+                OSError
+            ):  # the proxy closes and sends no close_notify of its own
                 request.connection.sock.unwrap()
         request.connection.close()
         assert client.message().body == b"ok"
@@ -167,8 +185,10 @@ def test_answer_is_read_while_upstream_reads_nothing(either: Either) -> None:
         request = upload(client, upstream, 48 * MIB)
         sent = pour(client, 0, 48 * MIB)
         assert sent < 48 * MIB
-        answer = threading.Thread(target=request.answer, args=(b"HTTP/1.1 200 OK\r\nContent-Length: 8388608\r\n\r\n" +
-                                                               PATTERN * 128,))
+        answer = threading.Thread(
+            target=request.answer,
+            args=(b"HTTP/1.1 200 OK\r\nContent-Length: 8388608\r\n\r\n" + PATTERN * 128,),
+        )
         answer.start()
         assert client.message().body == PATTERN * 128
         answer.join()
@@ -180,7 +200,9 @@ def test_answer_is_read_while_upstream_reads_nothing(either: Either) -> None:
 
 
 @pytest.mark.parametrize("end", ["close", "reset"])
-def test_end_of_upstream_stops_the_upload(running: ProxyProcess, upstream: ScriptedUpstream, end: str) -> None:
+def test_end_of_upstream_stops_the_upload(
+    running: ProxyProcess, upstream: ScriptedUpstream, end: str
+) -> None:
     """The client gets the whole answer, and may go on sending until it reads it."""
     with running.client() as client:
         request = upload(client, upstream, 16 * MIB, f"/v1/ends-by-{end}")
@@ -189,15 +211,18 @@ def test_end_of_upstream_stops_the_upload(running: ProxyProcess, upstream: Scrip
         request.answer(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
         assert client.message().body == b"ok"
         getattr(request.connection, end)()
-        with contextlib.suppress(ConnectionError):  # the connection is closed at some time, since it is out of step
+        with contextlib.suppress(
+            ConnectionError
+        ):  # the connection is closed at some time, since it is out of step
             client.send(PATTERN * 255)
         line = running.wait_for_request(f"/v1/ends-by-{end}")
         assert (line["status"], line["ended_by"]) == (200, "done")
 
 
 @pytest.mark.parametrize("tail", [b"", b"0\r\n\r\n"], ids=["cut", "whole"])
-def test_client_that_leaves_amid_its_upload_is_gone(client: Client, running: ProxyProcess, upstream: ScriptedUpstream,
-                                                    tail: bytes) -> None:
+def test_client_that_leaves_amid_its_upload_is_gone(
+    client: Client, running: ProxyProcess, upstream: ScriptedUpstream, tail: bytes
+) -> None:
     request = upload(client, upstream, 6, "/v1/leaves").answer(CHUNKED + b"2\r\nok\r\n" + tail)
     client.head()
     assert client.chunk() == b"ok"
@@ -208,8 +233,9 @@ def test_client_that_leaves_amid_its_upload_is_gone(client: Client, running: Pro
     assert running.wait_for_request("/v1/leaves")["ended_by"] == "client"
 
 
-def test_malformed_body_ends_an_answer_that_has_begun(client: Client, running: ProxyProcess,
-                                                      upstream: ScriptedUpstream) -> None:
+def test_malformed_body_ends_an_answer_that_has_begun(
+    client: Client, running: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
     client.request("POST", "/v1/malformed", "Transfer-Encoding: chunked").send(b"1\r\na\r\n")
     request = upstream.receive(body=False).answer(CHUNKED + b"2\r\nok\r\n")
     assert client.head().status == 200 and client.chunk() == b"ok"
@@ -219,20 +245,27 @@ def test_malformed_body_ends_an_answer_that_has_begun(client: Client, running: P
 
 
 def test_malformed_body_is_told_before(client: Client, upstream: ScriptedUpstream) -> None:
-    client.request("POST", "/v1/malformed", "Transfer-Encoding: chunked").send(b"1\r\na\r\nnonsense\r\n")
+    client.request("POST", "/v1/malformed", "Transfer-Encoding: chunked").send(
+        b"1\r\na\r\nnonsense\r\n"
+    )
     request = upstream.receive(body=False)
     assert client.message().status == 400
     assert request.connection.chunk() == b"a" and request.connection.closed_within(1)
 
 
-def test_slow_upload_that_is_refused_gets_its_answer(running: ProxyProcess, upstream: ScriptedUpstream) -> None:
+def test_slow_upload_that_is_refused_gets_its_answer(
+    running: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
     """Many clients read no answer before they have sent everything: for more than 5 s here. The refusal is upstream's
     in one, and ours in the other."""
     refusal = b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 2\r\n\r\nno"
     with running.client() as one, running.client() as other:
         request = upload(one, upstream, 16 * len(PATTERN))
         request.answer(refusal)
-        other.send(b"POST /v1/stt HTTP/1.1\r\nHost: evil.example\r\nContent-Length: %d\r\n\r\n" % (16 * len(PATTERN)))
+        other.send(
+            b"POST /v1/stt HTTP/1.1\r\nHost: evil.example\r\nContent-Length: %d\r\n\r\n"
+            % (16 * len(PATTERN))
+        )
         for _ in range(16):
             one.send(PATTERN)
             other.send(PATTERN)
@@ -242,12 +275,19 @@ def test_slow_upload_that_is_refused_gets_its_answer(running: ProxyProcess, upst
 
 
 @both_ways
-def test_long_refusal_reaches_a_client_that_sends_first(client: Client, upstream: ScriptedUpstream) -> None:
+def test_long_refusal_reaches_a_client_that_sends_first(
+    client: Client, upstream: ScriptedUpstream
+) -> None:
     """The rest of the body is read while the refusal waits for the client to read it."""
     client.request("POST", "/v1/stt", f"Content-Length: {48 * MIB}")
     request = upstream.receive(body=False)
-    refusal = threading.Thread(target=request.answer, args=(
-        b"HTTP/1.1 413 Content Too Large\r\nContent-Length: %d\r\n\r\n" % (48 * MIB) + PATTERN * (48 * MIB // len(PATTERN)),))
+    refusal = threading.Thread(
+        target=request.answer,
+        args=(
+            b"HTTP/1.1 413 Content Too Large\r\nContent-Length: %d\r\n\r\n" % (48 * MIB)
+            + PATTERN * (48 * MIB // len(PATTERN)),
+        ),
+    )
     refusal.start()
     client.sock.settimeout(8)
     client.send(PATTERN * (48 * MIB // len(PATTERN)))
@@ -257,12 +297,17 @@ def test_long_refusal_reaches_a_client_that_sends_first(client: Client, upstream
 
 def test_refusal_of_a_body_that_does_not_fit_into_the_kernel(tmp_path: Path) -> None:
     """It came with its head, and upstream answers before it has read it."""
-    with ScriptedUpstream() as upstream, ProxyProcess(tmp_path, upstream=upstream.origin) as proxy, \
-            proxy.client() as client:
+    with (
+        ScriptedUpstream() as upstream,
+        ProxyProcess(tmp_path, upstream=upstream.origin) as proxy,
+        proxy.client() as client,
+    ):
         # As on a network, where the kernel takes less at once; accepted sockets inherit both.
         upstream.listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 500)
         upstream.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         proxy.sign_in()
         client.request("POST", "/v1/stt", body=(PATTERN * 2)[:114_000])
-        upstream.receive(body=False).answer(b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 2\r\n\r\nno")
+        upstream.receive(body=False).answer(
+            b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 2\r\n\r\nno"
+        )
         assert client.message().body == b"no"

@@ -1,4 +1,5 @@
 """conf/clients: every file can be read by whom it is for, and the examples that are programs run."""
+
 from __future__ import annotations
 
 import ast
@@ -39,9 +40,15 @@ def check_environment(text: str) -> None:
         assert re.fullmatch(r"#.*|[A-Z_]+=\S+", line)
 
 
-CHECKS: "dict[str, Any]" = {
-    ".json": json.loads, ".toml": tomllib.loads, ".yaml": yaml.safe_load, ".yml": yaml.safe_load, ".py": ast.parse,
-    ".sh": check_shell, ".env": check_environment}
+CHECKS: dict[str, Any] = {
+    ".json": json.loads,
+    ".toml": tomllib.loads,
+    ".yaml": yaml.safe_load,
+    ".yml": yaml.safe_load,
+    ".py": ast.parse,
+    ".sh": check_shell,
+    ".env": check_environment,
+}
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if not name.endswith(".mjs")])
@@ -57,19 +64,32 @@ def test_the_javascript_can_be_read() -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_names_the_address_and_where_the_key_comes_from(name: str) -> None:
     text = (FOLDER / name).read_text()
-    assert re.search(re.escape(BASE_URL) + (r"(?!/v1)" if name == "claude-code.sh" else r"/v1\b"), text)
+    assert re.search(
+        re.escape(BASE_URL) + (r"(?!/v1)" if name == "claude-code.sh" else r"/v1\b"), text
+    )
     assert "XAIPROXY_KEY" in text or name in WITHOUT_VARIABLE or name == "aider.conf.yml"
 
 
 def test_the_table_has_every_file() -> None:
-    assert sorted(re.findall(r"^\| .* \| \[([^]]+)\]\(\1\) \|", (FOLDER / "README.md").read_text(), re.M)) == FILES
+    assert (
+        sorted(
+            re.findall(r"^\| .* \| \[([^]]+)\]\(\1\) \|", (FOLDER / "README.md").read_text(), re.M)
+        )
+        == FILES
+    )
 
 
 def test_claude_codes_variables(tmp_path: Path) -> None:
     """The key goes into Authorization, and no other may be left over."""
     script = f". {FOLDER}/claude-code.sh; env"
-    environ = {"PATH": os.environ["PATH"], "XAIPROXY_KEY": "the-key", "ANTHROPIC_API_KEY": "left-over"}
-    printed = subprocess.run(["sh", "-euc", script], env=environ, capture_output=True, text=True, check=True).stdout
+    environ = {
+        "PATH": os.environ["PATH"],
+        "XAIPROXY_KEY": "the-key",
+        "ANTHROPIC_API_KEY": "left-over",
+    }
+    printed = subprocess.run(
+        ["sh", "-euc", script], env=environ, capture_output=True, text=True, check=True
+    ).stdout
     variables = dict(line.split("=", 1) for line in printed.splitlines())
     assert variables["ANTHROPIC_AUTH_TOKEN"] == "the-key" and "ANTHROPIC_API_KEY" not in variables
 
@@ -79,13 +99,25 @@ def openai_js() -> Path:
     """A folder in which node finds OpenAI's library; it stays in .venv for the next time."""
     if not (shutil.which("node") and shutil.which("npm")):
         pytest.skip("node or npm is not installed")
-    version = subprocess.run(["node", "--version"], capture_output=True, text=True, check=True).stdout.strip()
+    version = subprocess.run(
+        ["node", "--version"], capture_output=True, text=True, check=True
+    ).stdout.strip()
     if int(version[1:].partition(".")[0]) < 20:
         pytest.skip(f"node {version} is too old for {OPENAI_JS}")
     folder = Path(sys.prefix) / "npm" / OPENAI_JS
     if not (folder / "node_modules" / "openai" / "package.json").exists():
-        command = ["npm", "install", "--no-audit", "--no-fund", "--ignore-scripts", "--fetch-retries=0",
-                   "--fetch-timeout=20000", "--prefix", folder, OPENAI_JS]
+        command = [
+            "npm",
+            "install",
+            "--no-audit",
+            "--no-fund",
+            "--ignore-scripts",
+            "--fetch-retries=0",
+            "--fetch-timeout=20000",
+            "--prefix",
+            folder,
+            OPENAI_JS,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         if done.returncode:
             pytest.skip(f"npm could not install {OPENAI_JS}: {done.stderr.strip()[-200:]}")
@@ -93,8 +125,13 @@ def openai_js() -> Path:
 
 
 @pytest.mark.parametrize("name", ["openai_python.py", "langchain.py", "openai.mjs"])
-def test_an_example_runs(name: str, endpoint: ProxyProcess, sandbox: Sandbox, tmp_path: Path,
-                         request: pytest.FixtureRequest) -> None:
+def test_an_example_runs(
+    name: str,
+    endpoint: ProxyProcess,
+    sandbox: Sandbox,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
     if name.endswith(".py"):
         pytest.importorskip("langchain_openai")
     folder, command = tmp_path, [sys.executable, "-W", "error"]
@@ -103,6 +140,10 @@ def test_an_example_runs(name: str, endpoint: ProxyProcess, sandbox: Sandbox, tm
     example = folder / name
     example.write_text((FOLDER / name).read_text().replace(BASE_URL, endpoint.url))
     environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "XAIPROXY_KEY": "none"}
-    done = subprocess.run([*command, example], env=environ, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("This is the sandbox, not xAI")
+    done = subprocess.run(
+        [*command, example], env=environ, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(
+        "This is the sandbox, not xAI"
+    )
     assert sandbox.counters()["streams"] == 1

@@ -45,11 +45,18 @@ class Folder:
         self.path = home / ".xai-proxy" / "client-keys"
         self.environ = {"PATH": os.environ["PATH"], "HOME": str(home), "PYTHONPATH": str(ROOT)}
 
-    def start(self, *arguments: str, prefix: "tuple[str, ...]" = (), **how) -> "subprocess.Popen[str]":
-        return subprocess.Popen([*prefix, *COMMAND, *arguments], env=self.environ, cwd=self.home, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how)
+    def start(self, *arguments: str, prefix: tuple[str, ...] = (), **how) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [*prefix, *COMMAND, *arguments],
+            env=self.environ,
+            cwd=self.home,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            **how,
+        )
 
-    def run(self, *arguments: str, **how) -> "tuple[int, str, str]":
+    def run(self, *arguments: str, **how) -> tuple[int, str, str]:
         with self.start(*arguments, **how) as process:
             out, err = process.communicate(timeout=20)
         return process.returncode, out, err
@@ -60,10 +67,17 @@ class Folder:
         assert (code, out.count("\n"), err.count("\n")) == (0, 1, 1)
         return out.strip()
 
-    def run_all(self, *lines: "list[str]") -> "list[tuple[int, str, str]]":
+    def run_all(self, *lines: list[str]) -> list[tuple[int, str, str]]:
         """Several commands in one process, which is ten times as fast."""
-        done = subprocess.run([*COMMAND[:-2], "-c", RUN_ALL, json.dumps(lines)], env=self.environ,
-                              cwd=self.home, capture_output=True, text=True, timeout=20, check=True)
+        done = subprocess.run(
+            [*COMMAND[:-2], "-c", RUN_ALL, json.dumps(lines)],
+            env=self.environ,
+            cwd=self.home,
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        )
         return [tuple(answer) for answer in json.loads(done.stdout)]
 
     def refusal(self, *arguments: str, code: int) -> str:
@@ -95,7 +109,10 @@ def test_a_key_is_shown_once_on_stdout_and_stored_hashed(folder):
     assert key not in text and key.removeprefix("xaip_") not in text
     assert client_keys.ClientKeys(folder.path).name_of(key) == "laptop"
     assert folder.run("list") == (0, "laptop\n", "")
-    assert {path.name for path in folder.path.parent.iterdir()} == {"client-keys", "client-keys.lock"}
+    assert {path.name for path in folder.path.parent.iterdir()} == {
+        "client-keys",
+        "client-keys.lock",
+    }
 
 
 def test_add_list_remove(folder):
@@ -113,9 +130,15 @@ def test_when_the_last_key_is_removed_the_file_stays_so_that_nobody_is_admitted(
     folder.put(f"a {DIGEST}\n")
     seen = client_keys.ClientKeys(folder.path)
     status, _, said = folder.run("remove", "a")
-    assert status == 0 and "nobody is admitted now" in said and f"remove {folder.path} and restart" in said
+    assert (
+        status == 0
+        and "nobody is admitted now" in said
+        and f"remove {folder.path} and restart" in said
+    )
     seen.refresh()
-    assert folder.path.exists() and seen.required and client_keys.parse(folder.path.read_text()) == {}
+    assert (
+        folder.path.exists() and seen.required and client_keys.parse(folder.path.read_text()) == {}
+    )
 
 
 @pytest.mark.parametrize("umask", [0, 0o077])
@@ -148,9 +171,15 @@ def test_the_file_is_beside_the_token_file_or_where_the_setting_says(folder):
 # what goes wrong
 
 WRONG_LINES = [
-    ([], "add | list | remove"), (["add"], "NAME"), (["remove"], "NAME"), (["frob"], "frob"),
-    (["list", "a"], "unrecognized"), (["add", "a", "b"], "unrecognized"), (["add", "-x"], "NAME"),
-    (["--frob"], "add | list | remove")]
+    ([], "add | list | remove"),
+    (["add"], "NAME"),
+    (["remove"], "NAME"),
+    (["frob"], "frob"),
+    (["list", "a"], "unrecognized"),
+    (["add", "a", "b"], "unrecognized"),
+    (["add", "-x"], "NAME"),
+    (["--frob"], "add | list | remove"),
+]
 
 
 def test_a_wrong_command_line_is_64(folder):
@@ -163,8 +192,24 @@ def test_a_wrong_command_line_is_64(folder):
 
 def test_a_name_that_the_file_could_not_hold_is_64(folder):
     assert "'a ' cannot be a name" in folder.refusal("add", "a ", code=64)
-    names = ["", " ", " a", "a\t", "a b", "a\nb", "a\n", "é", "a/b", "a:b", "#a", "x" * 65, "\x1b[31m"]
-    for name, (code, out, err) in zip(names, folder.run_all(*(["add", name] for name in names)), strict=True):
+    names = [
+        "",
+        " ",
+        " a",
+        "a\t",
+        "a b",
+        "a\nb",
+        "a\n",
+        "é",
+        "a/b",
+        "a:b",
+        "#a",
+        "x" * 65,
+        "\x1b[31m",
+    ]
+    for name, (code, out, err) in zip(
+        names, folder.run_all(*(["add", name] for name in names)), strict=True
+    ):
         assert (code, out, err.count("\n")) == (64, "", 1) and repr(name) in err
     assert not folder.path.exists()
 
@@ -175,13 +220,17 @@ def test_a_name_is_given_once_and_removed_once(folder):
     assert "b has no key" in folder.refusal("remove", "b", code=64)
 
 
-@pytest.mark.parametrize("text", [b"half a line", f"a {DIGEST}\na {DIGEST}\n".encode(), b"a \xff\n"])
+@pytest.mark.parametrize(
+    "text", [b"half a line", f"a {DIGEST}\na {DIGEST}\n".encode(), b"a \xff\n"]
+)
 def test_a_file_that_does_not_parse_is_78_and_not_written_over(folder, text):
     folder.put("")
     folder.path.write_bytes(text)
     for code, out, sentence in folder.run_all(["add", "b"], ["remove", "a"], ["list"]):
         assert (code, out, sentence.count("\n")) == (78, "", 1)
-        assert f"{folder.path} cannot be used" in sentence and "put it right or remove it" in sentence
+        assert (
+            f"{folder.path} cannot be used" in sentence and "put it right or remove it" in sentence
+        )
         assert "half a" not in sentence
     assert folder.path.read_bytes() == text
 
@@ -219,7 +268,11 @@ def test_a_link_is_left_alone(folder, target):
         assert (code, out, sentence.count("\n")) == (78, "", 1)
         assert f"{folder.path} is a symbolic link to '{target}' and is left alone" in sentence
     assert kept.read_text() == f"a {DIGEST}\n" and os.readlink(folder.path) == target
-    assert {path.name for path in folder.path.parent.iterdir()} == {"client-keys", "client-keys.lock", "kept-elsewhere"}
+    assert {path.name for path in folder.path.parent.iterdir()} == {
+        "client-keys",
+        "client-keys.lock",
+        "kept-elsewhere",
+    }
     code, out, sentence = folder.run("list")
     assert (code, out) == ((0, "a\n") if target == "kept-elsewhere" else (78, ""))
     assert target == "kept-elsewhere" or "it is a link to nothing" in sentence
@@ -233,7 +286,9 @@ def test_a_link_in_the_locks_place_is_not_followed(folder):
         lock.symlink_to(folder.home / target)
         assert f"{lock} cannot be written" in folder.refusal("add", "a", code=75)
         lock.unlink()
-    assert (folder.home / "precious").read_text() == "precious" and not (folder.home / "nowhere").exists()
+    assert (folder.home / "precious").read_text() == "precious" and not (
+        folder.home / "nowhere"
+    ).exists()
 
 
 FULL = """
@@ -251,32 +306,51 @@ exit $code
 
 
 def test_a_full_disk_is_75_and_leaves_the_file_as_it_was(folder):
-    if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"],
-                      capture_output=True).returncode:
+    if subprocess.run(
+        ["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True
+    ).returncode:
         pytest.skip("unshare -rm cannot mount here")
     script = ("unshare", "-rm", "sh", "-c", FULL, "sh", str(folder.home))
     code, out, err = folder.run(prefix=script)
-    before, sentence, after, names = re.fullmatch(r"(#.*\n.*\n)(xai-.*\n)(#.*\n.*\n)(.*\n.*\n)", err).groups()
+    before, sentence, after, names = re.fullmatch(
+        r"(#.*\n.*\n)(xai-.*\n)(#.*\n.*\n)(.*\n.*\n)", err
+    ).groups()
     assert (code, out) == (75, "")
     assert "No space left on device" in sentence and "nothing was changed" in sentence
     assert before == after and names == "first\nsecond\n"
 
 
-@pytest.mark.skipif(shutil.which("strace") is None or subprocess.run(
-    ["strace", "-o", os.devnull, "true"], capture_output=True).returncode,
-    reason="strace is not permitted here")
+@pytest.mark.skipif(
+    shutil.which("strace") is None
+    or subprocess.run(["strace", "-o", os.devnull, "true"], capture_output=True).returncode,
+    reason="strace is not permitted here",
+)
 @pytest.mark.parametrize("call", ["write", "fsync", "rename"])
 def test_a_command_that_is_killed_leaves_the_old_file_and_no_lock(folder, call):
     folder.put(f"a {DIGEST}\n")
-    kill = ("strace", "-o", os.devnull, f"-P{folder.path}.new", "-e", f"inject={call}:signal=KILL:when=1")
+    kill = (
+        "strace",
+        "-o",
+        os.devnull,
+        f"-P{folder.path}.new",
+        "-e",
+        f"inject={call}:signal=KILL:when=1",
+    )
     code, out, _ = folder.run("add", "b", prefix=kill)
-    assert (code, bool(out)) == (-signal.SIGKILL, call == "rename")  # the key is shown right before it
-    assert folder.path.with_name("client-keys.new").exists() and folder.path.read_text() == f"a {DIGEST}\n"
+    assert (code, bool(out)) == (
+        -signal.SIGKILL,
+        call == "rename",
+    )  # the key is shown right before it
+    assert (
+        folder.path.with_name("client-keys.new").exists()
+        and folder.path.read_text() == f"a {DIGEST}\n"
+    )
     folder.add("c")
     assert list(client_keys.parse(folder.path.read_text())) == ["a", "c"]
 
 
 # several at once
+
 
 def test_twenty_that_add_at_once_lose_none_and_nobody_reads_half(folder):
     folder.put(f"first {DIGEST}\n")

@@ -54,7 +54,7 @@ def without_root():
             os.seteuid(0)
 
 
-def admits(keys: ClientKeys) -> "list[str | None]":
+def admits(keys: ClientKeys) -> list[str | None]:
     keys.refresh()
     return [keys.name_of("key-of-a"), keys.name_of("key-of-b")]
 
@@ -62,23 +62,32 @@ def admits(keys: ClientKeys) -> "list[str | None]":
 @pytest.fixture
 def complaints(caplog):
     """What was logged: whole lines, and each an error."""
-    def read() -> "list[str]":
+
+    def read() -> list[str]:
         records = [record for record in caplog.records if record.name == client_keys.__name__]
         lines = [record.getMessage() for record in records]
         assert {record.levelno for record in records} <= {logging.ERROR}
         assert all(DIGEST not in line and "key-of" not in line for line in lines)
         return lines
+
     return read
 
 
 # the text
 
-@pytest.mark.parametrize("text", [
-    f"a {DIGEST}", f"a {DIGEST}\n", f"\n\n# a comment\n  a \t {DIGEST} \r\n\t\n#b {OTHER}\n",
-    f"a\t{DIGEST}\r\n"])
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"a {DIGEST}",
+        f"a {DIGEST}\n",
+        f"\n\n# a comment\n  a \t {DIGEST} \r\n\t\n#b {OTHER}\n",
+        f"a\t{DIGEST}\r\n",
+    ],
+)
 def test_a_name_and_the_sha_256_of_a_key_a_line(text):
     assert parse(text) == {"a": DIGEST}
-    assert DIGEST == hashlib.sha256(b"key-of-a").hexdigest()
+    assert hashlib.sha256(b"key-of-a").hexdigest() == DIGEST
 
 
 @pytest.mark.parametrize("name", ["a", "A-b_c.9", "-", "..", "x" * 64])
@@ -91,11 +100,34 @@ def test_a_file_may_be_without_keys(text):
     assert parse(text) == {}
 
 
-@pytest.mark.parametrize("line", [
-    "a", f"{DIGEST}", f"a {DIGEST[:-1]}", f"a {DIGEST}0", f"a {DIGEST.upper()}", f"a {DIGEST[:-1]}g",
-    f"a{DIGEST}", f"a b {DIGEST}", f"a {DIGEST} # why", f"a: {DIGEST}", f"a,{DIGEST}", f"é {DIGEST}",
-    f"{'x' * 65} {DIGEST}", f"{DIGEST} a", "a key-of-a", f"a\xa0{DIGEST}", f"\ufeffa {DIGEST}",
-    f"a {DIGEST}\0", "\0", f"a/b {DIGEST}", f"a {OTHER[:30]}", f"a  # {DIGEST}", "a " + "\uff11" * 64])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "a",
+        f"{DIGEST}",
+        f"a {DIGEST[:-1]}",
+        f"a {DIGEST}0",
+        f"a {DIGEST.upper()}",
+        f"a {DIGEST[:-1]}g",
+        f"a{DIGEST}",
+        f"a b {DIGEST}",
+        f"a {DIGEST} # why",
+        f"a: {DIGEST}",
+        f"a,{DIGEST}",
+        f"é {DIGEST}",
+        f"{'x' * 65} {DIGEST}",
+        f"{DIGEST} a",
+        "a key-of-a",
+        f"a\xa0{DIGEST}",
+        f"\ufeffa {DIGEST}",
+        f"a {DIGEST}\0",
+        "\0",
+        f"a/b {DIGEST}",
+        f"a {OTHER[:30]}",
+        f"a  # {DIGEST}",
+        "a " + "\uff11" * 64,
+    ],
+)
 def test_any_other_line_is_a_value_error_that_names_the_line_and_repeats_nothing_of_it(line):
     with pytest.raises(ValueError) as caught:
         parse(f"b {OTHER}\n\n{line}\n")
@@ -109,6 +141,7 @@ def test_a_name_stands_once():
 
 # whose key it is
 
+
 def test_a_key_is_known_by_its_hash(path):
     put(path, f"a {DIGEST}", f"b {OTHER}")
     keys = ClientKeys(path)
@@ -118,6 +151,7 @@ def test_a_key_is_known_by_its_hash(path):
 
 
 # the file
+
 
 def test_without_a_file_no_key_is_asked_for(path, complaints):
     keys = ClientKeys(path)
@@ -176,17 +210,20 @@ def make_link_through_a_file(path: Path) -> None:
     path.symlink_to("plain/client-keys")
 
 
-def make_file(text: "str | bytes"):
+def make_file(text: str | bytes):
     def make(path: Path) -> None:
         path.write_bytes(text.encode() if isinstance(text, str) else text)
+
     return make
 
 
 BROKEN = {
     "empty": (make_file(""), "holds no key"),
     "without a key": (make_file("# made by hand\n"), "holds no key"),
-    "half-written": (make_file(f"a {DIGEST}\nb {OTHER[:20]}"),
-                     "line 2 is not a name and the SHA-256 of a key"),
+    "half-written": (
+        make_file(f"a {DIGEST}\nb {OTHER[:20]}"),
+        "line 2 is not a name and the SHA-256 of a key",
+    ),
     "a key itself": (make_file("key-of-a\n"), "line 1 is not a name and the SHA-256 of a key"),
     "a name twice": (make_file(f"a {DIGEST}\na {OTHER}\n"), "line 2 repeats the name a"),
     "not UTF-8": (make_file(b"a \xff\xfe\n"), "decode"),
@@ -201,12 +238,14 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("make, complaint", BROKEN.values(), ids=BROKEN)
-def test_a_file_that_cannot_be_used_admits_nobody_and_is_logged_once(path, complaints, make, complaint):
+def test_a_file_that_cannot_be_used_admits_nobody_and_is_logged_once(
+    path, complaints, make, complaint
+):
     make(path)
     keys = ClientKeys(path)
     for _ in range(3):
         assert admits(keys) == [None, None] and keys.required
-    said, = complaints()
+    (said,) = complaints()
     assert str(path) in said and complaint in said and "xai-client-key add" in said
 
 
@@ -237,8 +276,12 @@ def test_a_link_to_nothing_that_appears_later_admits_nobody_until_its_target_is_
     assert admits(keys) == ["a", None] and not keys.unread
 
 
-@pytest.mark.parametrize("link, way", [("folder", "folder/client-keys"), ("way", "way/folder/client-keys")])
-def test_a_folder_on_the_way_that_is_a_link_to_nothing_admits_nobody(tmp_path, complaints, link, way):
+@pytest.mark.parametrize(
+    "link, way", [("folder", "folder/client-keys"), ("way", "way/folder/client-keys")]
+)
+def test_a_folder_on_the_way_that_is_a_link_to_nothing_admits_nobody(
+    tmp_path, complaints, link, way
+):
     (tmp_path / link).symlink_to("not-mounted")
     keys = ClientKeys(tmp_path / way)
     assert admits(keys) == [None, None] and keys.required
@@ -248,7 +291,12 @@ def test_a_folder_on_the_way_that_is_a_link_to_nothing_admits_nobody(tmp_path, c
 def test_without_a_folder_no_key_is_required(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
-    for way in ("none/client-keys", "none/none/client-keys", "link/client-keys", "link/none/client-keys"):
+    for way in (
+        "none/client-keys",
+        "none/none/client-keys",
+        "link/client-keys",
+        "link/none/client-keys",
+    ):
         assert not ClientKeys(tmp_path / way).required
 
 

@@ -1,7 +1,9 @@
 """Anthropic's Python library through the proxy, at xAI's /v1/messages."""
+
 from __future__ import annotations
 
-from typing import Any, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from client_library import ClientLibrary
@@ -10,11 +12,25 @@ from sandbox import Sandbox
 
 anthropic = ClientLibrary("anthropic")
 
-ASKED: Any = {"model": "grok-4.5", "max_tokens": 100, "messages": [{"role": "user", "content": "Hello"}]}
+ASKED: Any = {
+    "model": "grok-4.5",
+    "max_tokens": 100,
+    "messages": [{"role": "user", "content": "Hello"}],
+}
 WEATHER: Any = {
-    **ASKED, "messages": [{"role": "user", "content": [{"type": "text", "text": "Ask weather"}]}],
-    "tools": [{"name": "weather", "input_schema": {
-        "type": "object", "properties": {"location": {"type": "string"}}, "required": ["location"]}}]}
+    **ASKED,
+    "messages": [{"role": "user", "content": [{"type": "text", "text": "Ask weather"}]}],
+    "tools": [
+        {
+            "name": "weather",
+            "input_schema": {
+                "type": "object",
+                "properties": {"location": {"type": "string"}},
+                "required": ["location"],
+            },
+        }
+    ],
+}
 
 
 @pytest.fixture
@@ -48,13 +64,25 @@ def test_a_tool(client: anthropic.Anthropic, streamed: bool) -> None:
         message = client.messages.create(**WEATHER)
     [call] = message.content
     assert (call.type, call.name, call.input, message.stop_reason) == (
-        "tool_use", "weather", {"location": "sandbox"}, "tool_use")
-    told = [*WEATHER["messages"], {"role": "assistant", "content": message.content}, {
-        "role": "user", "content": [{"type": "tool_result", "tool_use_id": call.id, "content": "fog"}]}]
+        "tool_use",
+        "weather",
+        {"location": "sandbox"},
+        "tool_use",
+    )
+    told = [
+        *WEATHER["messages"],
+        {"role": "assistant", "content": message.content},
+        {
+            "role": "user",
+            "content": [{"type": "tool_result", "tool_use_id": call.id, "content": "fog"}],
+        },
+    ]
     assert client.messages.create(**{**WEATHER, "messages": told}).stop_reason == "end_turn"
 
 
-def test_without_a_login_it_is_told_to_sign_in(client: anthropic.Anthropic, endpoint: ProxyProcess) -> None:
+def test_without_a_login_it_is_told_to_sign_in(
+    client: anthropic.Anthropic, endpoint: ProxyProcess
+) -> None:
     endpoint.token_path.unlink()
     with pytest.raises(anthropic.AuthenticationError, match="xai-login --device"):
         client.messages.create(**ASKED)

@@ -1,4 +1,5 @@
 """curl through the proxy: what people try first."""
+
 from __future__ import annotations
 
 import hashlib
@@ -17,11 +18,11 @@ CHAT = '{"model":"grok-4.5","stream":true,"messages":[{"role":"user","content":"
 JSON = ["-H", "Content-Type: application/json"]
 
 
-def command(*arguments: "str | Path") -> "list[str | Path]":
+def command(*arguments: str | Path) -> list[str | Path]:
     return ["curl", "-sS", "--max-time", "20", "--noproxy", "*", *arguments]
 
 
-def curl(*arguments: "str | Path", **more: Any) -> "subprocess.CompletedProcess[bytes]":
+def curl(*arguments: str | Path, **more: Any) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(command(*arguments), capture_output=True, check=True, **more)
 
 
@@ -30,20 +31,29 @@ def test_models(endpoint: ProxyProcess) -> None:
 
 
 def test_a_head(endpoint: ProxyProcess) -> None:
-    whole, head = curl("-i", f"{endpoint.url}/v1/models").stdout, curl("-I", f"{endpoint.url}/v1/models").stdout
+    whole, head = (
+        curl("-i", f"{endpoint.url}/v1/models").stdout,
+        curl("-I", f"{endpoint.url}/v1/models").stdout,
+    )
     length = len(whole.partition(b"\r\n\r\n")[2])
     assert head.startswith(b"HTTP/1.1 200 ") and head.endswith(b"\r\n\r\n")
     assert f"\r\nContent-Length: {length}\r\n".encode() in head
 
 
-def test_a_stream_is_shown_as_it_comes_and_ends_when_curl_does(endpoint: ProxyProcess, sandbox: Sandbox) -> None:
+def test_a_stream_is_shown_as_it_comes_and_ends_when_curl_does(
+    endpoint: ProxyProcess, sandbox: Sandbox
+) -> None:
     sandbox.set(silence_after=3)
-    with subprocess.Popen(command("-N", *JSON, "-d", CHAT, f"{endpoint.url}/v1/chat/completions"),
-                          stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        command("-N", *JSON, "-d", CHAT, f"{endpoint.url}/v1/chat/completions"),
+        stdout=subprocess.PIPE,
+    ) as process:
         lines = [process.stdout.readline() for _ in range(6)]
         assert [line[:5] for line in lines[::2]] == [b"data:"] * 3
         process.terminate()
-        sandbox.wait(lambda seen: (seen["cancelled_streams"], seen["open_streams"]) == (1, 0), seconds=1)
+        sandbox.wait(
+            lambda seen: (seen["cancelled_streams"], seen["open_streams"]) == (1, 0), seconds=1
+        )
 
 
 def test_a_whole_stream_by_http_1_0_too(endpoint: ProxyProcess) -> None:
@@ -52,13 +62,23 @@ def test_a_whole_stream_by_http_1_0_too(endpoint: ProxyProcess) -> None:
         assert curl("-N", version, *JSON, "-d", CHAT, url).stdout.endswith(b"data: [DONE]\n\n")
 
 
-@pytest.mark.parametrize("how", [
-    ["-H", "Expect: 100-continue"], ["-H", "Expect: 100-continue", "-H", "Transfer-Encoding: chunked"],
-    ["-H", "Expect:"]], ids=["expect", "chunked", "at once"])
-def test_an_upload(endpoint: ProxyProcess, sandbox: Sandbox, tmp_path: Path, how: "list[str]") -> None:
+@pytest.mark.parametrize(
+    "how",
+    [
+        ["-H", "Expect: 100-continue"],
+        ["-H", "Expect: 100-continue", "-H", "Transfer-Encoding: chunked"],
+        ["-H", "Expect:"],
+    ],
+    ids=["expect", "chunked", "at once"],
+)
+def test_an_upload(
+    endpoint: ProxyProcess, sandbox: Sandbox, tmp_path: Path, how: list[str]
+) -> None:
     content = bytes(range(256)) * 8000
     (tmp_path / "a.bin").write_bytes(content)
-    done = curl("-v", *how, "-F", "purpose=x", "-F", f"file=@{tmp_path}/a.bin", f"{endpoint.url}/v1/files")
+    done = curl(
+        "-v", *how, "-F", "purpose=x", "-F", f"file=@{tmp_path}/a.bin", f"{endpoint.url}/v1/files"
+    )
     assert (b"< HTTP/1.1 100 Continue" in done.stderr) == ("Expect: 100-continue" in how)
     file = json.loads(done.stdout)
     assert file["bytes"] == len(content)
@@ -67,21 +87,36 @@ def test_an_upload(endpoint: ProxyProcess, sandbox: Sandbox, tmp_path: Path, how
 
 def test_what_is_sent_arrives_byte_by_byte(endpoint: ProxyProcess, sandbox: Sandbox) -> None:
     body = json.dumps({"model": "v1", "input": "é" * 100_000}).encode()
-    curl("--compressed", *JSON, "--data-binary", "@-", f"{endpoint.url}/v1/embeddings?a=%20b&c", input=body)
+    curl(
+        "--compressed",
+        *JSON,
+        "--data-binary",
+        "@-",
+        f"{endpoint.url}/v1/embeddings?a=%20b&c",
+        input=body,
+    )
     [seen] = sandbox.requests()
     assert (seen["method"], seen["target"]) == ("POST", "/v1/embeddings?a=%20b&c")
-    assert (seen["body_length"], seen["body_sha256"]) == (len(body), hashlib.sha256(body).hexdigest())
+    assert (seen["body_length"], seen["body_sha256"]) == (
+        len(body),
+        hashlib.sha256(body).hexdigest(),
+    )
 
 
 def test_what_is_compressed_can_be_read(endpoint: ProxyProcess, sandbox: Sandbox) -> None:
     sandbox.set(gzip="all")
     assert b"grok-4.5" in curl("--compressed", f"{endpoint.url}/v1/models").stdout
-    assert curl("--compressed", "-N", *JSON, "-d", CHAT, f"{endpoint.url}/v1/chat/completions").stdout.endswith(
-        b"data: [DONE]\n\n")
+    assert curl(
+        "--compressed", "-N", *JSON, "-d", CHAT, f"{endpoint.url}/v1/chat/completions"
+    ).stdout.endswith(b"data: [DONE]\n\n")
 
 
 def test_a_web_page_is_kept_out(endpoint: ProxyProcess, sandbox: Sandbox) -> None:
-    for field in ("Origin: https://evil.example", "Host: evil.example", "Sec-Fetch-Site: cross-site"):
+    for field in (
+        "Origin: https://evil.example",
+        "Host: evil.example",
+        "Sec-Fetch-Site: cross-site",
+    ):
         answer = json.loads(curl("-H", field, f"{endpoint.url}/v1/models").stdout)
         assert answer["error"]["code"] in ("origin_not_allowed", "host_not_allowed")
     assert sandbox.requests() == []

@@ -1,8 +1,9 @@
 """A proxy that asks for a client key, and how real clients bring theirs."""
+
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from client_library import ClientLibrary
@@ -20,7 +21,9 @@ MESSAGES: Any = [{"role": "user", "content": "Hello"}]
 
 
 @pytest.fixture(scope="module")
-def shared_keyed(shared_sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxyProcess]:
+def shared_keyed(
+    shared_sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ProxyProcess]:
     folder, origin = tmp_path_factory.mktemp("keyed"), shared_sandbox.url
     (folder / "client-keys").write_text(f"laptop {client_keys.digest(KEY)}\n")
     shared_sandbox.write_login(folder / "tokens.json")
@@ -39,7 +42,9 @@ def ask_openai(url: str, key: str) -> Any:
 
 
 def ask_langchain(url: str, key: str) -> Any:
-    return langchain_openai.ChatOpenAI(model="grok-4.5", base_url=f"{url}/v1", api_key=key).invoke("Hello")
+    return langchain_openai.ChatOpenAI(model="grok-4.5", base_url=f"{url}/v1", api_key=key).invoke(
+        "Hello"
+    )
 
 
 def ask_anthropic(url: str, **credential: Any) -> Any:
@@ -52,14 +57,19 @@ def ask_older_anthropic(url: str, key: str) -> Any:
     return ask_anthropic(url, default_headers={"X-Api-Key": key, "Authorization": anthropic.Omit()})
 
 
-CLIENTS: "dict[str, Callable[[str, str], Any]]" = {
-    "openai": ask_openai, "langchain": ask_langchain, "anthropic, X-Api-Key": ask_older_anthropic,
+CLIENTS: dict[str, Callable[[str, str], Any]] = {
+    "openai": ask_openai,
+    "langchain": ask_langchain,
+    "anthropic, X-Api-Key": ask_older_anthropic,
     "anthropic, api_key": lambda url, key: ask_anthropic(url, api_key=key),
-    "anthropic, auth_token": lambda url, key: ask_anthropic(url, auth_token=key)}
+    "anthropic, auth_token": lambda url, key: ask_anthropic(url, auth_token=key),
+}
 
 
 @pytest.mark.parametrize("client", CLIENTS)
-def test_a_key_is_taken_and_goes_no_further(keyed: ProxyProcess, sandbox: Sandbox, client: str) -> None:
+def test_a_key_is_taken_and_goes_no_further(
+    keyed: ProxyProcess, sandbox: Sandbox, client: str
+) -> None:
     before = len(keyed.log_lines())
     assert CLIENTS[client](keyed.url, KEY)
     [seen] = sandbox.requests()
@@ -69,7 +79,9 @@ def test_a_key_is_taken_and_goes_no_further(keyed: ProxyProcess, sandbox: Sandbo
 
 
 @pytest.mark.parametrize("client", CLIENTS)
-def test_another_key_is_refused_in_a_sentence(keyed: ProxyProcess, sandbox: Sandbox, client: str) -> None:
+def test_another_key_is_refused_in_a_sentence(
+    keyed: ProxyProcess, sandbox: Sandbox, client: str
+) -> None:
     with pytest.raises((openai.AuthenticationError, anthropic.AuthenticationError)) as error:
         CLIENTS[client](keyed.url, "xaip_of-somebody-else")
     assert "needs a client key" in str(error.value) and "xaip_" not in str(error.value)

@@ -1,4 +1,5 @@
 """LangChain's ChatOpenAI through the proxy, by chat completions and by responses."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -20,7 +21,11 @@ def weather(location: str) -> str:
 @pytest.fixture(params=[False, True], ids=["chat completions", "responses"])
 def model(endpoint: ProxyProcess, request: pytest.FixtureRequest) -> langchain_openai.ChatOpenAI:
     return langchain_openai.ChatOpenAI(
-        model="grok-4.5", base_url=f"{endpoint.url}/v1", api_key="none", use_responses_api=request.param)
+        model="grok-4.5",
+        base_url=f"{endpoint.url}/v1",
+        api_key="none",
+        use_responses_api=request.param,
+    )
 
 
 def test_an_answer(model: langchain_openai.ChatOpenAI, sandbox: Sandbox) -> None:
@@ -50,11 +55,18 @@ def test_a_tool(model: langchain_openai.ChatOpenAI, streamed: bool) -> None:
         answer = bound.invoke(messages)
     [call] = answer.tool_calls
     assert (call["name"], call["args"]) == ("weather", {"location": "sandbox"})
-    told = bound.invoke([*messages, answer, langchain_messages.ToolMessage(weather(**call["args"]), tool_call_id=call["id"])])
+    told = bound.invoke(
+        [
+            *messages,
+            answer,
+            langchain_messages.ToolMessage(weather(**call["args"]), tool_call_id=call["id"]),
+        ]
+    )
     assert told.text and not told.tool_calls
 
 
 def test_embeddings(endpoint: ProxyProcess) -> None:
-    embeddings = langchain_openai.OpenAIEmbeddings(model="v1", base_url=f"{endpoint.url}/v1", api_key="none",
-                                  check_embedding_ctx_length=False)
+    embeddings = langchain_openai.OpenAIEmbeddings(
+        model="v1", base_url=f"{endpoint.url}/v1", api_key="none", check_embedding_ctx_length=False
+    )
     assert embeddings.embed_query("Hello") == [0.25, -0.5, 0.125]

@@ -1,12 +1,14 @@
 """OpenAI's Python library through the proxy: what it asks for, what it is told, and what it does by itself."""
+
 from __future__ import annotations
 
 import asyncio
 import json
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import pytest
 from client_library import ClientLibrary
@@ -17,8 +19,11 @@ openai = ClientLibrary("openai")
 
 HELLO: Any = [{"role": "user", "content": "Hello"}]
 WEATHER: Any = [{"role": "user", "content": "Ask weather for San Francisco"}]
-PARAMETERS: Any = {"type": "object", "properties": {"location": {"type": "string"}, "days": {"type": "integer"}},
-                   "required": ["location"]}
+PARAMETERS: Any = {
+    "type": "object",
+    "properties": {"location": {"type": "string"}, "days": {"type": "integer"}},
+    "required": ["location"],
+}
 MODEL = "grok-4.5"
 
 
@@ -43,20 +48,25 @@ def test_models(client: openai.OpenAI) -> None:
 def test_a_chat_completion(client: openai.OpenAI, sandbox: Sandbox) -> None:
     sandbox.set(events=3)
     completion = client.chat.completions.create(model=MODEL, messages=HELLO)
-    assert completion.choices[0].message.content == "This is the " and completion.usage.total_tokens == 18
+    assert (
+        completion.choices[0].message.content == "This is the "
+        and completion.usage.total_tokens == 18
+    )
     assert completion._request_id == completion.id
 
 
 def test_a_streamed_chat_completion(client: openai.OpenAI) -> None:
     whole = client.chat.completions.create(model=MODEL, messages=HELLO).choices[0].message.content
-    with client.chat.completions.create(model=MODEL, messages=HELLO, stream=True,
-                                        stream_options={"include_usage": True}) as stream:
+    with client.chat.completions.create(
+        model=MODEL, messages=HELLO, stream=True, stream_options={"include_usage": True}
+    ) as stream:
         chunks = list(stream)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == whole
     assert chunks[-2].choices[0].finish_reason == "stop"
     assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == 20
-    with client.chat.completions.create(model=MODEL, messages=HELLO, stream=True,
-                                        stream_options={"include_usage": False}) as stream:
+    with client.chat.completions.create(
+        model=MODEL, messages=HELLO, stream=True, stream_options={"include_usage": False}
+    ) as stream:
         assert list(stream)[-1].choices[0].finish_reason == "stop"
 
 
@@ -67,7 +77,9 @@ def test_a_tool_is_called_and_told_of(client: openai.OpenAI, streamed: bool) -> 
         with client.chat.completions.stream(model=MODEL, messages=WEATHER, tools=tools) as stream:
             choice = stream.get_final_completion().choices[0]
     else:
-        choice = client.chat.completions.create(model=MODEL, messages=WEATHER, tools=tools).choices[0]
+        choice = client.chat.completions.create(model=MODEL, messages=WEATHER, tools=tools).choices[
+            0
+        ]
     [call] = choice.message.tool_calls
     assert choice.finish_reason == "tool_calls" and call.function.name == "weather"
     assert json.loads(call.function.arguments) == {"location": "sandbox"}
@@ -78,7 +90,10 @@ def test_a_tool_is_called_and_told_of(client: openai.OpenAI, streamed: bool) -> 
 
 def test_a_response(client: openai.OpenAI) -> None:
     response = client.responses.create(model=MODEL, input="Hello")
-    assert response.output_text.startswith("This is the sandbox") and response.output[0].type == "reasoning"
+    assert (
+        response.output_text.startswith("This is the sandbox")
+        and response.output[0].type == "reasoning"
+    )
     assert client.responses.retrieve(response.id) == response
     assert client.responses.input_items.list(response.id).data[0].content[0].text == "Hello"
     client.responses.delete(response.id)
@@ -88,24 +103,37 @@ def test_a_response(client: openai.OpenAI) -> None:
 
 def test_a_streamed_response(client: openai.OpenAI) -> None:
     with client.responses.stream(model=MODEL, input="Hello") as stream:
-        text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
+        text = "".join(
+            event.delta for event in stream if event.type == "response.output_text.delta"
+        )
         response = stream.get_final_response()
     assert text == response.output_text and response.usage.output_tokens == 20
 
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_response_that_calls_a_tool(client: openai.OpenAI, streamed: bool) -> None:
-    asked: Any = {"model": MODEL, "input": "Ask weather", "tools": [
-        {"type": "function", "name": "weather", "parameters": PARAMETERS, "strict": False}]}
+    asked: Any = {
+        "model": MODEL,
+        "input": "Ask weather",
+        "tools": [
+            {"type": "function", "name": "weather", "parameters": PARAMETERS, "strict": False}
+        ],
+    }
     if streamed:
         with client.responses.stream(**asked) as stream:
             response = stream.get_final_response()
     else:
         response = client.responses.create(**asked)
     call = response.output[1]
-    assert (call.type, call.name, json.loads(call.arguments)) == ("function_call", "weather", {"location": "sandbox"})
+    assert (call.type, call.name, json.loads(call.arguments)) == (
+        "function_call",
+        "weather",
+        {"location": "sandbox"},
+    )
     told: Any = [{"type": "function_call_output", "call_id": call.call_id, "output": "fog"}]
-    assert client.responses.create(**{**asked, "input": told}, previous_response_id=response.id).output_text
+    assert client.responses.create(
+        **{**asked, "input": told}, previous_response_id=response.id
+    ).output_text
 
 
 def test_an_older_completion(client: openai.OpenAI) -> None:
@@ -124,9 +152,15 @@ def test_a_file(client: openai.OpenAI, tmp_path: Path) -> None:
     content = bytes(range(256)) * 4000
     (tmp_path / "a.bin").write_bytes(content)
     with open(tmp_path / "a.bin", "rb") as opened:
-        file = client.files.create(file=opened, purpose="assistants",
-                                   expires_after={"anchor": "created_at", "seconds": 3600})
-    assert (file.bytes, file.filename) == (len(content), "a.bin") and file.expires_at - file.created_at == 3600
+        file = client.files.create(
+            file=opened,
+            purpose="assistants",
+            expires_after={"anchor": "created_at", "seconds": 3600},
+        )
+    assert (file.bytes, file.filename) == (
+        len(content),
+        "a.bin",
+    ) and file.expires_at - file.created_at == 3600
     assert file in client.files.list().data and client.files.retrieve(file.id) == file
     assert client.files.content(file.id).read() == content
     assert client.files.delete(file.id).deleted
@@ -136,7 +170,9 @@ def test_a_file(client: openai.OpenAI, tmp_path: Path) -> None:
 
 def test_an_image_and_a_client_secret(client: openai.OpenAI) -> None:
     assert client.images.generate(model="grok-imagine-image", prompt="a cat", n=2).data[1].url
-    assert client.realtime.client_secrets.create(expires_after={"anchor": "created_at", "seconds": 60}).value
+    assert client.realtime.client_secrets.create(
+        expires_after={"anchor": "created_at", "seconds": 60}
+    ).value
 
 
 # A client that leaves
@@ -148,10 +184,14 @@ def test_a_stream_that_is_closed_is_cancelled(client: openai.OpenAI, sandbox: Sa
     for _ in range(3):
         next(stream)
     stream.close()
-    sandbox.wait(lambda seen: (seen["cancelled_streams"], seen["open_streams"]) == (1, 0), seconds=1)
+    sandbox.wait(
+        lambda seen: (seen["cancelled_streams"], seen["open_streams"]) == (1, 0), seconds=1
+    )
 
 
-def test_a_task_that_is_cancelled_cancels_its_request(endpoint: ProxyProcess, sandbox: Sandbox) -> None:
+def test_a_task_that_is_cancelled_cancels_its_request(
+    endpoint: ProxyProcess, sandbox: Sandbox
+) -> None:
     """Also before the answer has begun."""
     sandbox.set(answers=[{"path": "/v1/responses", "delay": 60}])
 
@@ -172,19 +212,32 @@ def test_a_task_that_is_cancelled_cancels_its_request(endpoint: ProxyProcess, sa
 # What it is told
 
 
-def test_without_a_login_it_is_told_to_sign_in(client: openai.OpenAI, endpoint: ProxyProcess) -> None:
+def test_without_a_login_it_is_told_to_sign_in(
+    client: openai.OpenAI, endpoint: ProxyProcess
+) -> None:
     endpoint.token_path.unlink()
     with pytest.raises(openai.AuthenticationError) as error:
         client.models.list()
-    assert error.value.code == "login_required" and error.value.response.headers["X-XAI-Proxy-Error"]
+    assert (
+        error.value.code == "login_required" and error.value.response.headers["X-XAI-Proxy-Error"]
+    )
     assert "run" in str(error.value) and "xai-login --device" in str(error.value)
 
 
 def test_it_tries_again_by_itself_while_the_token_cannot_be_renewed(
-        client: openai.OpenAI, endpoint: ProxyProcess, sandbox: Sandbox) -> None:
+    client: openai.OpenAI, endpoint: ProxyProcess, sandbox: Sandbox
+) -> None:
     now = time.time()
-    sandbox.write_login(endpoint.token_path, expires_at=now - 1, refresh_error={
-        "code": "temporarily_unavailable", "description": "try later", "at": now, "terminal": False})
+    sandbox.write_login(
+        endpoint.token_path,
+        expires_at=now - 1,
+        refresh_error={
+            "code": "temporarily_unavailable",
+            "description": "try later",
+            "at": now,
+            "terminal": False,
+        },
+    )
     before = len(endpoint.log_lines())
     models: list[Any] = []
     asking = threading.Thread(target=lambda: models.extend(client.models.list()))
@@ -198,18 +251,34 @@ def test_it_tries_again_by_itself_while_the_token_cannot_be_renewed(
     assert statuses == [503, 200]
 
 
-def test_it_gives_up_after_its_own_number_of_tries(endpoint: ProxyProcess, sandbox: Sandbox) -> None:
+def test_it_gives_up_after_its_own_number_of_tries(
+    endpoint: ProxyProcess, sandbox: Sandbox
+) -> None:
     now = time.time()
-    sandbox.write_login(endpoint.token_path, expires_at=now - 1, refresh_error={
-        "code": "temporarily_unavailable", "description": "try later", "at": now, "terminal": False})
-    with openai_client(endpoint, max_retries=0) as client, pytest.raises(openai.InternalServerError) as error:
+    sandbox.write_login(
+        endpoint.token_path,
+        expires_at=now - 1,
+        refresh_error={
+            "code": "temporarily_unavailable",
+            "description": "try later",
+            "at": now,
+            "terminal": False,
+        },
+    )
+    with (
+        openai_client(endpoint, max_retries=0) as client,
+        pytest.raises(openai.InternalServerError) as error,
+    ):
         client.models.list()
     assert (error.value.status_code, error.value.code) == (503, "token_unavailable")
     assert error.value.response.headers["Retry-After"] == "1"
 
 
 def test_a_base_url_without_v1_is_explained(endpoint: ProxyProcess) -> None:
-    with openai.OpenAI(base_url=endpoint.url, api_key="none") as client, pytest.raises(openai.NotFoundError) as error:
+    with (
+        openai.OpenAI(base_url=endpoint.url, api_key="none") as client,
+        pytest.raises(openai.NotFoundError) as error,
+    ):
         client.models.list()
     assert error.value.code == "not_found" and "perhaps /v1/models is meant" in str(error.value)
 
@@ -220,14 +289,23 @@ def test_what_xai_says_of_a_model_that_does_not_exist_passes(client: openai.Open
     assert error.value.response.json()["error"].startswith("The model grok-0 does not exist")
 
 
-@pytest.mark.parametrize("name, error, sentence", [
-    ("rate_limited", openai.RateLimitError, "Too many requests for team"),
-    ("spending_limit", openai.APIStatusError, "You have run out of credits"),
-    ("no_subscription", openai.PermissionDeniedError, "do not have an active Grok subscription"),
-    ("unsupported_parameter", openai.BadRequestError, "does not support parameter"),
-    ("unavailable", openai.InternalServerError, "Service temporarily unavailable")])
+@pytest.mark.parametrize(
+    "name, error, sentence",
+    [
+        ("rate_limited", openai.RateLimitError, "Too many requests for team"),
+        ("spending_limit", openai.APIStatusError, "You have run out of credits"),
+        (
+            "no_subscription",
+            openai.PermissionDeniedError,
+            "do not have an active Grok subscription",
+        ),
+        ("unsupported_parameter", openai.BadRequestError, "does not support parameter"),
+        ("unavailable", openai.InternalServerError, "Service temporarily unavailable"),
+    ],
+)
 def test_an_error_of_xais_passes(
-        endpoint: ProxyProcess, sandbox: Sandbox, name: str, error: Any, sentence: str) -> None:
+    endpoint: ProxyProcess, sandbox: Sandbox, name: str, error: Any, sentence: str
+) -> None:
     sandbox.set(answers=[{"path": "/v1/chat/completions", "error": name}])
     with openai_client(endpoint, max_retries=0) as client, pytest.raises(error) as raised:
         client.chat.completions.create(model=MODEL, messages=HELLO)
@@ -236,7 +314,9 @@ def test_an_error_of_xais_passes(
     assert sandbox.counters()["requests"] == 1
 
 
-def test_it_waits_and_tries_again_when_xai_limits_the_rate(client: openai.OpenAI, sandbox: Sandbox) -> None:
+def test_it_waits_and_tries_again_when_xai_limits_the_rate(
+    client: openai.OpenAI, sandbox: Sandbox
+) -> None:
     sandbox.set(answers=[{"path": "/v1/chat/completions", "error": "rate_limited", "times": 1}])
     assert client.chat.completions.create(model=MODEL, messages=HELLO).choices
     first, second = sandbox.requests()
@@ -262,7 +342,9 @@ def test_it_does_not_repeat_what_timed_out(sandbox: Sandbox, tmp_path: Path) -> 
     sandbox.write_login(tmp_path / "tokens.json")
     sandbox.reset()
     sandbox.set(answers=[{"path": "/v1/responses", "delay": 60}])
-    with ProxyProcess(tmp_path, issuer=sandbox.url, upstream=sandbox.url, idle_timeout=0.2) as proxy:
+    with ProxyProcess(
+        tmp_path, issuer=sandbox.url, upstream=sandbox.url, idle_timeout=0.2
+    ) as proxy:
         with openai_client(proxy) as client, pytest.raises(openai.InternalServerError) as error:
             client.responses.create(model=MODEL, input="Hello")
     assert error.value.code == "upstream_timeout"

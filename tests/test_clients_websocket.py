@@ -1,4 +1,5 @@
 """WebSockets of real clients, to the sandbox itself and through the proxy."""
+
 from __future__ import annotations
 
 import asyncio
@@ -13,9 +14,9 @@ from sandbox import Sandbox
 
 openai = ClientLibrary("openai")
 pytest.importorskip("websockets")
-import websockets.asyncio.client  # noqa: E402
-import websockets.sync.client  # noqa: E402
-from websockets.exceptions import ConnectionClosedError, InvalidStatus  # noqa: E402
+import websockets.asyncio.client
+import websockets.sync.client
+from websockets.exceptions import ConnectionClosedError, InvalidStatus
 
 MODEL = "grok-4.5"
 
@@ -29,10 +30,13 @@ class Way:
     def openai(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.key)
 
-    def address(self, path: str) -> "tuple[str, dict[str, Any]]":
+    def address(self, path: str) -> tuple[str, dict[str, Any]]:
         """The arguments with which websockets.connect() goes there."""
         return self.url.replace("http:", "ws:") + path, {
-            "additional_headers": {"Authorization": f"Bearer {self.key}"}, "proxy": None, "max_size": None}
+            "additional_headers": {"Authorization": f"Bearer {self.key}"},
+            "proxy": None,
+            "max_size": None,
+        }
 
     def connect(self, path: str, **options: Any) -> websockets.sync.client.ClientConnection:
         url, common = self.address(path)
@@ -52,8 +56,13 @@ def test_openais_realtime_client(way: Way, sandbox: Sandbox) -> None:
     with way.openai() as client, client.realtime.connect(model="grok-voice") as connection:
         assert connection.recv().type == "session.created"
         connection.session.update(session={"type": "realtime", "instructions": "Be brief."})
-        connection.conversation.item.create(item={
-            "type": "message", "role": "user", "content": [{"type": "input_text", "text": "Hello"}]})
+        connection.conversation.item.create(
+            item={
+                "type": "message",
+                "role": "user",
+                "content": [{"type": "input_text", "text": "Hello"}],
+            }
+        )
         connection.response.create()
         text = ""
         for event in connection:
@@ -61,7 +70,9 @@ def test_openais_realtime_client(way: Way, sandbox: Sandbox) -> None:
                 text += event.delta
             elif event.type == "response.done":
                 break
-    assert text == event.response.output[0].content[0].text and text.startswith("This is the sandbox")
+    assert text == event.response.output[0].content[0].text and text.startswith(
+        "This is the sandbox"
+    )
     sandbox.wait(lambda seen: seen["open_websockets"] == 0)
     assert sandbox.counters()["cancelled_websockets"] == 0
 
@@ -75,17 +86,21 @@ def test_openais_client_for_responses(way: Way) -> None:
             while not events or events[-1].type != "response.completed":
                 events.append(connection.recv())
             previous = events[-1].response.id
-            text = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+            text = "".join(
+                event.delta for event in events if event.type == "response.output_text.delta"
+            )
             assert text == events[-1].response.output[1].content[0].text
 
 
 def test_a_subprotocol_comes_back(way: Way) -> None:
-    with way.connect("/v1/realtime", subprotocols=["realtime", "xai-client-secret.x"]) as connection:
+    with way.connect(
+        "/v1/realtime", subprotocols=["realtime", "xai-client-secret.x"]
+    ) as connection:
         assert connection.subprotocol == "realtime"
 
 
 @pytest.mark.parametrize("compression", [None, "deflate"])
-def test_extensions_are_the_two_ends_business(way: Way, compression: "str | None") -> None:
+def test_extensions_are_the_two_ends_business(way: Way, compression: str | None) -> None:
     with way.connect("/v1/realtime?model=echo", compression=compression) as connection:
         assert bool(connection.protocol.extensions) == bool(compression)
         connection.send("é" * 1000)
@@ -120,7 +135,10 @@ def test_what_breaks_upstream_breaks_here(way: Way, sandbox: Sandbox, cut: str) 
 def test_a_client_that_leaves_is_noticed(way: Way, sandbox: Sandbox) -> None:
     with way.connect("/v1/realtime?model=echo") as connection:
         connection.socket.shutdown(2)
-        sandbox.wait(lambda seen: (seen["cancelled_websockets"], seen["open_websockets"]) == (1, 0), seconds=1)
+        sandbox.wait(
+            lambda seen: (seen["cancelled_websockets"], seen["open_websockets"]) == (1, 0),
+            seconds=1,
+        )
 
 
 def test_a_refusal_comes_before_the_upgrade(way: Way, sandbox: Sandbox) -> None:
@@ -128,7 +146,9 @@ def test_a_refusal_comes_before_the_upgrade(way: Way, sandbox: Sandbox) -> None:
     with pytest.raises(InvalidStatus) as refused:
         way.connect("/v1/realtime")
     answer = refused.value.response
-    assert answer.status_code == 403 and "active Grok subscription" in json.loads(answer.body)["error"]
+    assert (
+        answer.status_code == 403 and "active Grok subscription" in json.loads(answer.body)["error"]
+    )
 
 
 @pytest.mark.parametrize("size, count", [(100_000_000, 1), (1_000_000, 100)])
@@ -136,7 +156,10 @@ def test_a_hundred_megabytes_each_way(way: Way, size: int, count: int) -> None:
     async def echo() -> None:
         url, options = way.address("/v1/realtime?model=echo")
         message = bytes(range(250)) * (size // 250)
-        async with websockets.asyncio.client.connect(url, **options, compression=None) as connection:
+        async with websockets.asyncio.client.connect(
+            url, **options, compression=None
+        ) as connection:
+
             async def send() -> None:
                 for _ in range(count):
                     await connection.send(message)
@@ -154,4 +177,6 @@ def test_without_a_login_it_is_told_to_sign_in(endpoint: ProxyProcess) -> None:
     with pytest.raises(InvalidStatus) as refused:
         Way(endpoint.url, "none").connect("/v1/realtime")
     answer = refused.value.response
-    assert answer.status_code == 401 and json.loads(answer.body)["error"]["code"] == "login_required"
+    assert (
+        answer.status_code == 401 and json.loads(answer.body)["error"]["code"] == "login_required"
+    )

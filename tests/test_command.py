@@ -14,18 +14,34 @@ from terminal import Terminal
 
 from xaiproxy import __version__, command, errors
 
-COMMANDS = {name: [*PYTHON, "-c", f"import sys; from xaiproxy.{module} import main; sys.exit(main())"]
-            for name, module in [("login", "login.command"), ("refresher", "refresher.process"), ("key", "client_key_command")]}
+COMMANDS = {
+    name: [*PYTHON, "-c", f"import sys; from xaiproxy.{module} import main; sys.exit(main())"]
+    for name, module in [
+        ("login", "login.command"),
+        ("refresher", "refresher.process"),
+        ("key", "client_key_command"),
+    ]
+}
 COMMANDS["proxy"] = COMMAND
 
 
-@pytest.mark.parametrize("error, status", [
-    (errors.ConfigurationError("a"), 78), (errors.LoginUnusable("missing", "a"), 77), (errors.IssuerUnavailable("a"), 69),
-    (errors.GrantRefused("a"), 77), (errors.NotEntitled("a"), 77), (errors.StorageError("a"), 75), (errors.LockBusy("a"), 75),
-    (errors.Error("a"), 75)])
+@pytest.mark.parametrize(
+    "error, status",
+    [
+        (errors.ConfigurationError("a"), 78),
+        (errors.LoginUnusable("missing", "a"), 77),
+        (errors.IssuerUnavailable("a"), 69),
+        (errors.GrantRefused("a"), 77),
+        (errors.NotEntitled("a"), 77),
+        (errors.StorageError("a"), 75),
+        (errors.LockBusy("a"), 75),
+        (errors.Error("a"), 75),
+    ],
+)
 def test_an_error_is_one_sentence_and_its_exit_code(error, status, capsys):
     def body():
         raise error
+
     assert command.run("xai-test", body) == status
     assert capsys.readouterr() == ("", "xai-test: a\n")
 
@@ -42,18 +58,35 @@ def test_a_fault_of_ours_is_not_hidden():
 
 
 def test_an_interrupt_ends_with_130():
-    code = ("import sys, time; from xaiproxy import command\n"
-            "sys.exit(command.run('xai-test', lambda: (print('up', flush=True), time.sleep(60))))")
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    code = (
+        "import sys, time; from xaiproxy import command\n"
+        "sys.exit(command.run('xai-test', lambda: (print('up', flush=True), time.sleep(60))))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "up\n"
     process.send_signal(signal.SIGINT)
-    assert (process.communicate(timeout=10)[1], process.returncode) == ("\nxai-test: interrupted\n", 130)
+    assert (process.communicate(timeout=10)[1], process.returncode) == (
+        "\nxai-test: interrupted\n",
+        130,
+    )
 
 
-@pytest.mark.parametrize("arguments, said", [
-    (["--nonsense"], "xai-test: unrecognized arguments: --nonsense; see xai-test --help\n"),
-    (["--tok", "x"], "xai-test: unrecognized arguments: --tok x; see xai-test --help\n"),  # abbreviations are no promise
-    (["--token-path"], "xai-test: argument --token-path: expected one argument; see xai-test --help\n")])
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--nonsense"], "xai-test: unrecognized arguments: --nonsense; see xai-test --help\n"),
+        (
+            ["--tok", "x"],
+            "xai-test: unrecognized arguments: --tok x; see xai-test --help\n",
+        ),  # abbreviations are no promise
+        (
+            ["--token-path"],
+            "xai-test: argument --token-path: expected one argument; see xai-test --help\n",
+        ),
+    ],
+)
 def test_a_wrong_command_line_is_one_sentence_and_64(arguments, said, capsys):
     parser = command.ArgumentParser(prog="xai-test")
     parser.add_argument("--token-path")
@@ -64,7 +97,9 @@ def test_a_wrong_command_line_is_one_sentence_and_64(arguments, said, capsys):
 
 def test_help_keeps_worked_examples_as_they_are_written(capsys):
     with pytest.raises(SystemExit) as caught:
-        command.ArgumentParser(prog="xai-test", description="  one\n     two\n").parse_args(["--help"])
+        command.ArgumentParser(prog="xai-test", description="  one\n     two\n").parse_args(
+            ["--help"]
+        )
     assert caught.value.code == 0 and "  one\n     two\n" in capsys.readouterr().out
 
 
@@ -79,8 +114,11 @@ def crash(folder, code: str) -> bool:
     """Whether a process with leave to do so dumps its core when it crashes in `body`, with `code` before."""
     code += "\nbody = lambda: os.kill(os.getpid(), signal.SIGSEGV)\ncommand.run('xai-test', body) if guarded else body()"
     hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=folder,
-                               preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CORE, (hard, hard)))
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CORE, (hard, hard)),
+    )
     status = os.waitpid(process.pid, 0)[1]
     process.returncode = status
     assert os.WTERMSIG(status) == signal.SIGSEGV
@@ -96,19 +134,35 @@ def test_a_crash_leaves_no_core(tmp_path):
 
 def run(folder, name, *arguments, script='exec "$@"', environ=None, **settings):
     """What a command does with `script` as the way to start it."""
-    return subprocess.run(["sh", "-c", script, "sh", *COMMANDS[name], *arguments], cwd=folder, text=True,
-                          env=environment(folder, environ, token_path=folder / "new" / "login" / "tokens.json",
-                                          **settings),
-                          stdin=subprocess.DEVNULL, capture_output=True, timeout=20)
+    return subprocess.run(
+        ["sh", "-c", script, "sh", *COMMANDS[name], *arguments],
+        cwd=folder,
+        text=True,
+        env=environment(
+            folder, environ, token_path=folder / "new" / "login" / "tokens.json", **settings
+        ),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=20,
+    )
 
 
 NO_LOGIN = "not signed in: "
 
 
-@pytest.mark.parametrize("arguments, status, printed", [
-    (["login", "--status"], 77, NO_LOGIN), (["refresher", "--once"], 77, ""),
-    (["key", "add", "me"], 0, "xaip_"), (["proxy", "--version"], 0, "0."), (["proxy", "--port", "x"], 78, "")])
-def test_closed_standard_streams_change_only_what_cannot_be_printed(tmp_path, arguments, status, printed):
+@pytest.mark.parametrize(
+    "arguments, status, printed",
+    [
+        (["login", "--status"], 77, NO_LOGIN),
+        (["refresher", "--once"], 77, ""),
+        (["key", "add", "me"], 0, "xaip_"),
+        (["proxy", "--version"], 0, "0."),
+        (["proxy", "--port", "x"], 78, ""),
+    ],
+)
+def test_closed_standard_streams_change_only_what_cannot_be_printed(
+    tmp_path, arguments, status, printed
+):
     closed_stdout = run(tmp_path, *arguments, script='exec "$@" >&-')
     assert "Traceback" not in closed_stdout.stderr and "Exception" not in closed_stdout.stderr
     assert closed_stdout.returncode == (75 if printed else status)
@@ -122,12 +176,15 @@ def test_closed_standard_streams_change_only_what_cannot_be_printed(tmp_path, ar
     assert [path.read_bytes() for path in locks] == [b""] * len(locks)
 
 
-@pytest.mark.parametrize("unbuffered", [{}, {"PYTHONUNBUFFERED": "1"}], ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize(
+    "unbuffered", [{}, {"PYTHONUNBUFFERED": "1"}], ids=["buffered", "unbuffered"]
+)
 def test_a_result_that_cannot_be_printed_is_told(tmp_path, unbuffered):
     def failure(*arguments, script='exec "$@" >/dev/full'):
         done = run(tmp_path, *arguments, script=script, environ=unbuffered)
         sentence = done.stderr.splitlines()[-1]
         return done.returncode, sentence.partition(": ")[2], "Traceback" in done.stderr
+
     full = "the result cannot be printed: No space left on device"
     assert failure("login", "--logout") == (75, f"it is done, but {full}", False)
     assert failure("proxy", "--version") == (75, f"it is done, but {full}", False)
@@ -135,37 +192,64 @@ def test_a_result_that_cannot_be_printed_is_told(tmp_path, unbuffered):
     keys = tmp_path / "new" / "login" / "client-keys"
     assert not keys.exists()
     keys.write_text("".join(f"client-{number} {number:064x}\n" for number in range(3000)))
-    assert failure("key", "list", script='mkfifo fifo; exec 3<>fifo 4>fifo 3<&-; exec "$@" >&4') == (
-        75, "it is done, but the result cannot be printed: Broken pipe", False)
+    assert failure(
+        "key", "list", script='mkfifo fifo; exec 3<>fifo 4>fifo 3<&-; exec "$@" >&4'
+    ) == (75, "it is done, but the result cannot be printed: Broken pipe", False)
     assert failure("key", "list", script='ulimit -f 8; exec "$@" >list') == (
-        75, "it is done, but the result cannot be printed: File too large", False)
+        75,
+        "it is done, but the result cannot be printed: File too large",
+        False,
+    )
 
 
-@pytest.mark.parametrize("where", ["2>/dev/full", "2>&4", "2>&5"], ids=["full disk", "reader gone", "unread and full"])
+@pytest.mark.parametrize(
+    "where", ["2>/dev/full", "2>&4", "2>&5"], ids=["full disk", "reader gone", "unread and full"]
+)
 def test_the_exit_code_counts_also_where_no_sentence_can_be_read(tmp_path, where):
     """A pipe without a reader is 4, one that is full 5."""
-    script = ('mkfifo gone full; exec 3<>gone 4>gone 3<&-; exec 5<>full; head -c 65536 /dev/zero >&5; '
-              f'exec "$@" {where}')
-    cases = [(["proxy", "--port", "x"], 78), (["key", "add", "me"], 0), (["login", "--status"], 77),
-             (["login", "--nonsense"], 64), (["refresher", "--token-path", "/"], 78)]
+    script = (
+        "mkfifo gone full; exec 3<>gone 4>gone 3<&-; exec 5<>full; head -c 65536 /dev/zero >&5; "
+        f'exec "$@" {where}'
+    )
+    cases = [
+        (["proxy", "--port", "x"], 78),
+        (["key", "add", "me"], 0),
+        (["login", "--status"], 77),
+        (["login", "--nonsense"], 64),
+        (["refresher", "--token-path", "/"], 78),
+    ]
     for arguments, status in cases[:2] if "5" in where else cases:  # a second each while it is full
         done = run(tmp_path, *arguments, script=f"rm -f gone full; {script}")
         assert (arguments, done.returncode) == (arguments, status)
         assert status or done.stdout.startswith("xaip_")
 
 
-@pytest.mark.parametrize("arguments, status", [
-    (["login", "--status"], 77), (["refresher", "--once"], 77), (["key", "list"], 0), (["proxy", "--bind", "x"], 78)])
+@pytest.mark.parametrize(
+    "arguments, status",
+    [
+        (["login", "--status"], 77),
+        (["refresher", "--once"], 77),
+        (["key", "list"], 0),
+        (["proxy", "--bind", "x"], 78),
+    ],
+)
 def test_a_deleted_working_directory_does_not_matter_to_absolute_paths(tmp_path, arguments, status):
     done = run(tmp_path, *arguments, script='mkdir gone; cd gone; rmdir ../gone; exec "$@"')
     assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
 
 
 def test_a_relative_path_needs_the_working_directory(tmp_path):
-    done = run(tmp_path, "refresher", "--once", script='mkdir gone; cd gone; rmdir ../gone; exec "$@" --token-path t')
+    done = run(
+        tmp_path,
+        "refresher",
+        "--once",
+        script='mkdir gone; cd gone; rmdir ../gone; exec "$@" --token-path t',
+    )
     assert (done.returncode, done.stderr) == (
-        78, "xai-refresher: XAI_PROXY_TOKEN_PATH is 't', but takes the absolute path of a file, since the working "
-            "directory was deleted\n")
+        78,
+        "xai-refresher: XAI_PROXY_TOKEN_PATH is 't', but takes the absolute path of a file, since the working "
+        "directory was deleted\n",
+    )
 
 
 @pytest.mark.parametrize("arguments", [["refresher", "--once"], ["key", "add", "me"]])

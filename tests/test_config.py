@@ -13,7 +13,9 @@ import pytest
 from xaiproxy import config, errors
 
 ROOT = pathlib.Path(__file__).parent.parent
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
+needs_root = pytest.mark.skipif(
+    os.geteuid() != 0, reason="only root can give a file to another user"
+)
 
 
 def settings(environ=(), options=None, dotenv_path=os.devnull, **values):
@@ -31,19 +33,35 @@ def refusal(environ=(), **values) -> str:
 def elsewhere(folder, what: str, **environ) -> str:
     """What a new process with that working directory and environment says to str(what of the settings)."""
     code = f"import os; from xaiproxy import config; print(config.from_environ(os.environ).{what})"
-    return subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(ROOT), **environ}, cwd=folder, text=True, capture_output=True,
-                          check=True).stdout.rstrip("\n")
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": str(ROOT), **environ},
+        cwd=folder,
+        text=True,
+        capture_output=True,
+        check=True,
+    ).stdout.rstrip("\n")
 
 
 # each setting
+
 
 def test_the_defaults():
     assert elsewhere("/", "token_path", HOME="/home/me") == "/home/me/.xai-proxy/tokens.json"
     defaults = settings()
     assert defaults.client_keys_file == defaults.token_path.parent / "client-keys"
-    assert (defaults.bind, defaults.port, defaults.refresh_skew, defaults.redirect_port) == ("127.0.0.1", 9090, 120, 56121)
+    assert (defaults.bind, defaults.port, defaults.refresh_skew, defaults.redirect_port) == (
+        "127.0.0.1",
+        9090,
+        120,
+        56121,
+    )
     assert (defaults.upstream, defaults.issuer) == ("https://api.x.ai", "https://auth.x.ai")
-    assert (defaults.allow_anonymous, defaults.allowed_hosts, defaults.allowed_origins) == (False, frozenset(), frozenset())
+    assert (defaults.allow_anonymous, defaults.allowed_hosts, defaults.allowed_origins) == (
+        False,
+        frozenset(),
+        frozenset(),
+    )
     assert defaults.egress == config.Egress(None, "", certifi.where()) and defaults.warnings == ()
 
 
@@ -51,9 +69,16 @@ TAKES = {
     "TOKEN_PATH": [("/a/b", pathlib.Path("/a/b")), ("b", pathlib.Path.cwd() / "b")],
     "BIND": [("0.0.0.0", "0.0.0.0"), ("::", "::"), ("[::1]", "::1"), ("localhost", "127.0.0.1")],
     "PORT": [("0", 0), ("65535", 65535)],
-    "UPSTREAM": [("https://API.x.ai/", "https://api.x.ai"), ("http://127.0.0.1:80", "http://127.0.0.1:80"),
-                 ("http://[::1]:80", "http://[::1]:80"), ("http://localhost", "http://localhost")],
-    "ISSUER": [("https://login.example/realm/", "https://login.example/realm"), ("http://127.0.0.1:1", "http://127.0.0.1:1")],
+    "UPSTREAM": [
+        ("https://API.x.ai/", "https://api.x.ai"),
+        ("http://127.0.0.1:80", "http://127.0.0.1:80"),
+        ("http://[::1]:80", "http://[::1]:80"),
+        ("http://localhost", "http://localhost"),
+    ],
+    "ISSUER": [
+        ("https://login.example/realm/", "https://login.example/realm"),
+        ("http://127.0.0.1:1", "http://127.0.0.1:1"),
+    ],
     "CLIENT_ID": [("a", "a"), ("!~", "!~")],
     "SCOPE": [("one", "one"), ("one two", "one two")],
     "REDIRECT_PORT": [("0", 0), ("65535", 65535)],
@@ -61,8 +86,10 @@ TAKES = {
     "CLIENT_KEYS_FILE": [("/k", pathlib.Path("/k"))],
     "ALLOW_ANONYMOUS": [("0", False), ("1", True)],
     "ALLOWED_HOSTS": [("A.example., b_c,[::1],", frozenset(("a.example", "b_c", "[::1]")))],
-    "ALLOWED_ORIGINS": [("https://A.example, http://b:81", frozenset(("https://a.example", "http://b:81"))),
-                        ("app://localhost", frozenset(("app://localhost",)))],
+    "ALLOWED_ORIGINS": [
+        ("https://A.example, http://b:81", frozenset(("https://a.example", "http://b:81"))),
+        ("app://localhost", frozenset(("app://localhost",))),
+    ],
     "CONNECT_TIMEOUT": [("0.1", 0.1), ("600", 600)],
     "IDLE_TIMEOUT": [("0.1", 0.1), ("86400", 86400)],
     "CLIENT_TIMEOUT": [("0.1", 0.1), ("3600", 3600)],
@@ -79,10 +106,31 @@ REFUSES = {
     "TOKEN_PATH": ["/", "a\0b", "~nosuchuser/tokens.json"],
     "BIND": ["example.org", "127.0.0.1:80", "1", "256.0.0.1"],
     "PORT": ["-1", "65536", "0x50", "1.0", "9" * 5000, "²", " 1", "http"],
-    "UPSTREAM": ["http://api.x.ai", "https://api.x.ai/v1", "https://", "api.x.ai", "ftp://x.ai", "https://x.ai:99999",
-                 "https://x.ai?", "https://x.ai#", "https://a@x.ai", "https://x .ai", "https://[::1", "https://\u0435.ai",
-                 *(f"https://evil.example{cut}.x.ai" for cut in ("\\", "%2f", "%00", ",", ";", "|", "&", "'", "*"))],
-    "ISSUER": ["http://auth.x.ai", "https://auth.x.ai/?a", "auth.x.ai", "https://127.0.0.1\n", "http://127.0.0.1.evil.example"],
+    "UPSTREAM": [
+        "http://api.x.ai",
+        "https://api.x.ai/v1",
+        "https://",
+        "api.x.ai",
+        "ftp://x.ai",
+        "https://x.ai:99999",
+        "https://x.ai?",
+        "https://x.ai#",
+        "https://a@x.ai",
+        "https://x .ai",
+        "https://[::1",
+        "https://\u0435.ai",
+        *(
+            f"https://evil.example{cut}.x.ai"
+            for cut in ("\\", "%2f", "%00", ",", ";", "|", "&", "'", "*")
+        ),
+    ],
+    "ISSUER": [
+        "http://auth.x.ai",
+        "https://auth.x.ai/?a",
+        "auth.x.ai",
+        "https://127.0.0.1\n",
+        "http://127.0.0.1.evil.example",
+    ],
     "CLIENT_ID": ["a b", "é", "a\n"],
     "SCOPE": ["a  b", " a", "a ", 'a"b', "a\\b"],
     "REDIRECT_PORT": ["-1", "65536"],
@@ -133,24 +181,39 @@ def test_the_example_lists_every_setting_as_the_code_has_it():
 
 
 def test_the_example_uncommented_is_what_holds_without_it(tmp_path):
-    lines = (line[1:] if line.startswith("#XAI") else line for line in config.example().splitlines())
+    lines = (
+        line[1:] if line.startswith("#XAI") else line for line in config.example().splitlines()
+    )
     (tmp_path / "env").write_text("\n".join(lines))
     assert settings(dotenv_path=str(tmp_path / "env")) == settings()
 
 
 # where they come from
 
+
 def test_an_option_wins_over_the_environment_over_dotenv_over_the_default(tmp_path):
-    (tmp_path / "env").write_text("XAI_PROXY_PORT=1\nXAI_PROXY_BIND=::1\nXAI_PROXY_SCOPE=dotenv\nOTHER=x\n"
-                                  "HTTPS_PROXY=http://not-from-here:1\nAUTH_PROXY_TOKEN_PATH=/not/from/here\n")
-    chosen = settings({"XAI_PROXY_PORT": "2", "XAI_PROXY_BIND": "::2", "XAI_PROXY_SCOPE": ""},
-                      {"XAI_PROXY_PORT": "3", "XAI_PROXY_BIND": None}, str(tmp_path / "env"))
-    assert (chosen.port, chosen.bind, chosen.scope, chosen.redirect_port) == (3, "::2", "dotenv", 56121)
+    (tmp_path / "env").write_text(
+        "XAI_PROXY_PORT=1\nXAI_PROXY_BIND=::1\nXAI_PROXY_SCOPE=dotenv\nOTHER=x\n"
+        "HTTPS_PROXY=http://not-from-here:1\nAUTH_PROXY_TOKEN_PATH=/not/from/here\n"
+    )
+    chosen = settings(
+        {"XAI_PROXY_PORT": "2", "XAI_PROXY_BIND": "::2", "XAI_PROXY_SCOPE": ""},
+        {"XAI_PROXY_PORT": "3", "XAI_PROXY_BIND": None},
+        str(tmp_path / "env"),
+    )
+    assert (chosen.port, chosen.bind, chosen.scope, chosen.redirect_port) == (
+        3,
+        "::2",
+        "dotenv",
+        56121,
+    )
     assert chosen.egress.proxy is None and chosen.token_path.name == "tokens.json"
 
 
 def test_dotenv_values_are_taken_as_they_are(tmp_path):
-    (tmp_path / "env").write_text("export XAI_PROXY_SCOPE='a b'  # a note\nXAI_PROXY_CLIENT_ID=${HOME}\nXAI_PROXY_PORT\n")
+    (tmp_path / "env").write_text(
+        "export XAI_PROXY_SCOPE='a b'  # a note\nXAI_PROXY_CLIENT_ID=${HOME}\nXAI_PROXY_PORT\n"
+    )
     chosen = settings(dotenv_path=str(tmp_path / "env"))
     assert (chosen.scope, chosen.client_id, chosen.port) == ("a b", "${HOME}", 9090)
 
@@ -163,8 +226,10 @@ def test_a_byte_order_mark_does_not_hide_the_first_setting(tmp_path):
 @pytest.mark.parametrize("quote", ["'", '"'])
 def test_a_value_in_quotes_is_refused(quote):
     """docker's --env-file keeps them; a path would begin with a folder of that name."""
+
     def said(name):
         return f"{name} {config.QUOTES_KEPT}"
+
     assert "begins and ends with a quote" in config.QUOTES_KEPT
     quoted = f"{quote}/secret/tokens.json{quote}"
     for name in config.SETTINGS:
@@ -176,7 +241,7 @@ def test_a_value_in_quotes_is_refused(quote):
 
 
 def test_a_quote_within_a_value_is_a_part_of_it():
-    assert settings(TOKEN_PATH="/it's/\"tokens\"").token_path == pathlib.Path("/it's/\"tokens\"")
+    assert settings(TOKEN_PATH='/it\'s/"tokens"').token_path == pathlib.Path('/it\'s/"tokens"')
 
 
 def test_dotenv_is_read_in_the_working_directory(tmp_path):
@@ -186,20 +251,33 @@ def test_dotenv_is_read_in_the_working_directory(tmp_path):
 
 def test_a_dotenv_that_cannot_be_read_is_told(tmp_path):
     (tmp_path / "env").write_bytes(b"XAI_PROXY_PORT=\xff\n")
-    with pytest.raises(errors.ConfigurationError, match=f"{tmp_path}/env cannot be read: XAI_PROXY_PORT is not UTF-8"):
+    with pytest.raises(
+        errors.ConfigurationError,
+        match=f"{tmp_path}/env cannot be read: XAI_PROXY_PORT is not UTF-8",
+    ):
         settings(dotenv_path=str(tmp_path / "env"))
 
 
-@pytest.mark.parametrize("text, line, name", [
-    ('XAI_PROXY_TOKEN_PATH="/x/t.json\nOTHER=1\n', 1, "TOKEN_PATH"), ("A=1\n\n# a\n\nXAI_PROXY_PORT 29555\n", 5, "PORT"),
-    ("XAI_PROXY_SCOPE='a' b\r\n", 1, "SCOPE"), ('A=1\r\n\r\nXAI_PROXY_BIND="x\r\nXAI_PROXY_PORT="1"\r\n', 3, "BIND")])
+@pytest.mark.parametrize(
+    "text, line, name",
+    [
+        ('XAI_PROXY_TOKEN_PATH="/x/t.json\nOTHER=1\n', 1, "TOKEN_PATH"),
+        ("A=1\n\n# a\n\nXAI_PROXY_PORT 29555\n", 5, "PORT"),
+        ("XAI_PROXY_SCOPE='a' b\r\n", 1, "SCOPE"),
+        ('A=1\r\n\r\nXAI_PROXY_BIND="x\r\nXAI_PROXY_PORT="1"\r\n', 3, "BIND"),
+    ],
+)
 def test_a_line_of_dotenv_that_does_not_parse_is_told(tmp_path, text, line, name):
     path = tmp_path / "env"
     path.write_bytes(text.encode())
     with pytest.raises(errors.ConfigurationError) as caught:
         settings(dotenv_path=str(path))
-    assert str(caught.value) == (f"{path} line {line} does not parse: write XAI_PROXY_{name}=VALUE, and close every quote")
-    assert caught.value.setting == (None if name == "BIND" else f"XAI_PROXY_{name}")  # that takes another with it
+    assert str(caught.value) == (
+        f"{path} line {line} does not parse: write XAI_PROXY_{name}=VALUE, and close every quote"
+    )
+    assert caught.value.setting == (
+        None if name == "BIND" else f"XAI_PROXY_{name}"
+    )  # that takes another with it
 
 
 def test_lines_of_another_program_in_dotenv_do_not_matter(tmp_path, caplog):
@@ -213,19 +291,36 @@ def test_a_dotenv_of_another_user_is_refused(tmp_path):
     path = tmp_path / "env"
     path.write_text("XAI_PROXY_ISSUER=https://evil.example\n")
     os.chown(path, 12345, 0)
-    with pytest.raises(errors.ConfigurationError, match=f"{path} belongs to user 12345, and this process runs as user 0"):
+    with pytest.raises(
+        errors.ConfigurationError,
+        match=f"{path} belongs to user 12345, and this process runs as user 0",
+    ):
         settings(dotenv_path=str(path))
-    path.write_text("DATABASE_URL=x\nHTTPS_PROXY=http://evil.example\n")  # of somebody else's program: nothing is taken
+    path.write_text(
+        "DATABASE_URL=x\nHTTPS_PROXY=http://evil.example\n"
+    )  # of somebody else's program: nothing is taken
     assert settings(dotenv_path=str(path)) == settings()
 
 
 @needs_root
 def test_roots_dotenv_is_taken_by_every_user(tmp_path):
     (tmp_path / ".env").write_text("XAI_PROXY_PORT=77\n")
-    done = subprocess.run(["setpriv", "--reuid=12345", "--clear-groups", "--inh-caps=+dac_override,+dac_read_search",
-                           "--ambient-caps=+dac_override,+dac_read_search", sys.executable, "-c",
-                           "import os; from xaiproxy import config; print(os.geteuid(), config.from_environ(os.environ).port)"],
-                          env={"PYTHONPATH": str(ROOT), "HOME": "/"}, cwd=tmp_path, text=True, capture_output=True)
+    done = subprocess.run(
+        [
+            "setpriv",
+            "--reuid=12345",
+            "--clear-groups",
+            "--inh-caps=+dac_override,+dac_read_search",
+            "--ambient-caps=+dac_override,+dac_read_search",
+            sys.executable,
+            "-c",
+            "import os; from xaiproxy import config; print(os.geteuid(), config.from_environ(os.environ).port)",
+        ],
+        env={"PYTHONPATH": str(ROOT), "HOME": "/"},
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+    )
     assert done.stdout == "12345 77\n", done.stderr
 
 
@@ -233,10 +328,15 @@ def test_a_dotenv_that_every_user_may_write_is_refused(tmp_path):
     path = tmp_path / "env"
     path.write_text("XAI_PROXY_PORT=77\n")
     path.chmod(0o646)
-    with pytest.raises(errors.ConfigurationError, match=f"{path} may be written by every user.*chmod o-w it"):
+    with pytest.raises(
+        errors.ConfigurationError, match=f"{path} may be written by every user.*chmod o-w it"
+    ):
         settings(dotenv_path=str(path))
-    wrong: "list[errors.ConfigurationError]" = []
-    assert config.from_environ({"HOME": "/home/me"}, dotenv_path=str(path), complain=wrong.append) == settings()
+    wrong: list[errors.ConfigurationError] = []
+    assert (
+        config.from_environ({"HOME": "/home/me"}, dotenv_path=str(path), complain=wrong.append)
+        == settings()
+    )
     assert len(wrong) == 1
 
 
@@ -252,16 +352,22 @@ def test_a_dotenv_that_its_group_may_write_is_taken_with_a_warning(tmp_path, mod
 
 def test_the_older_name_of_the_token_path():
     assert settings({"AUTH_PROXY_TOKEN_PATH": "/old"}).token_path == pathlib.Path("/old")
-    assert settings({"AUTH_PROXY_TOKEN_PATH": "/old"}, TOKEN_PATH="/new").token_path == pathlib.Path("/new")
-    assert settings({"AUTH_PROXY_TOKEN_PATH": "/old"}, TOKEN_PATH="").token_path == pathlib.Path("/old")
+    assert settings(
+        {"AUTH_PROXY_TOKEN_PATH": "/old"}, TOKEN_PATH="/new"
+    ).token_path == pathlib.Path("/new")
+    assert settings({"AUTH_PROXY_TOKEN_PATH": "/old"}, TOKEN_PATH="").token_path == pathlib.Path(
+        "/old"
+    )
 
 
 # names
 
+
 def test_an_unknown_name_is_refused_with_the_nearest_and_without_its_value():
     assert refusal(PROT="1") == "XAI_PROXY_PROT is not a setting; did you mean XAI_PROXY_PORT?"
-    assert refusal(WHATEVER_THIS="secret") == ("XAI_PROXY_WHATEVER_THIS is not a setting; conf/xaiproxy.env.example "
-                                               "lists them all")
+    assert refusal(WHATEVER_THIS="secret") == (
+        "XAI_PROXY_WHATEVER_THIS is not a setting; conf/xaiproxy.env.example lists them all"
+    )
 
 
 def test_an_unknown_name_in_dotenv_is_refused_too(tmp_path):
@@ -271,20 +377,40 @@ def test_an_unknown_name_in_dotenv_is_refused_too(tmp_path):
 
 
 def test_what_kubernetes_adds_for_a_service_of_our_name_is_ignored():
-    pod = {"SERVICE_HOST": "10.0.0.1", "SERVICE_PORT": "9090", "SERVICE_PORT_HTTP": "9090", "PORT": "tcp://10.0.0.1:9090",
-           "PORT_9090_TCP": "tcp://10.0.0.1:9090", "PORT_9090_TCP_PROTO": "tcp", "PORT_9090_TCP_PORT": "9090",
-           "PORT_9090_TCP_ADDR": "10.0.0.1"}
+    pod = {
+        "SERVICE_HOST": "10.0.0.1",
+        "SERVICE_PORT": "9090",
+        "SERVICE_PORT_HTTP": "9090",
+        "PORT": "tcp://10.0.0.1:9090",
+        "PORT_9090_TCP": "tcp://10.0.0.1:9090",
+        "PORT_9090_TCP_PROTO": "tcp",
+        "PORT_9090_TCP_PORT": "9090",
+        "PORT_9090_TCP_ADDR": "10.0.0.1",
+    }
     assert settings(**pod) == settings()
     assert "PORT_X" in refusal(PORT_X="1")
 
 
 def test_names_of_clients_and_rivals_are_ignored_with_one_warning_each():
-    chosen = settings({"XAI_PROXY_KEY": "secret"}, {"XAI_PROXY_KEY": "secret"}, API_KEY="secret", BASE_URL="x", OUTBOUND="")
-    assert [warning.split()[0] for warning in chosen.warnings] == ["XAI_PROXY_KEY", "XAI_PROXY_API_KEY", "XAI_PROXY_BASE_URL"]
+    chosen = settings(
+        {"XAI_PROXY_KEY": "secret"},
+        {"XAI_PROXY_KEY": "secret"},
+        API_KEY="secret",
+        BASE_URL="x",
+        OUTBOUND="",
+    )
+    assert [warning.split()[0] for warning in chosen.warnings] == [
+        "XAI_PROXY_KEY",
+        "XAI_PROXY_API_KEY",
+        "XAI_PROXY_BASE_URL",
+    ]
     assert "secret" not in repr(chosen)
 
 
-@pytest.mark.parametrize("url", ["http://me:secret@api.x.ai", "https://me:se/cret@api.x.ai", "me:secret@x", "//me:secret@x"])
+@pytest.mark.parametrize(
+    "url",
+    ["http://me:secret@api.x.ai", "https://me:se/cret@api.x.ai", "me:secret@x", "//me:secret@x"],
+)
 def test_a_password_in_a_url_is_not_repeated(url):
     for name in ("UPSTREAM", "ISSUER", "BIND"):
         said = refusal(**{name: url})
@@ -293,42 +419,78 @@ def test_a_password_in_a_url_is_not_repeated(url):
 
 def test_what_is_wrong_can_be_gathered_and_then_counts_as_not_set(tmp_path):
     (tmp_path / "env").write_bytes(b"XAI_PROXY_PORT=\xff\n")
-    wrong: "list[errors.ConfigurationError]" = []
-    environ = {"XAI_PROXY_PORT": "http", "XAI_PROXY_BIND": "::1", "XAI_PROXY_ISUER": "x", "XAI_PROXY_WHATEVER_THIS": "x",
-               "all_proxy": "ftp://p", "SSL_CERT_FILE": "/none"}
+    wrong: list[errors.ConfigurationError] = []
+    environ = {
+        "XAI_PROXY_PORT": "http",
+        "XAI_PROXY_BIND": "::1",
+        "XAI_PROXY_ISUER": "x",
+        "XAI_PROXY_WHATEVER_THIS": "x",
+        "all_proxy": "ftp://p",
+        "SSL_CERT_FILE": "/none",
+    }
     chosen = config.from_environ(environ, dotenv_path=str(tmp_path / "env"), complain=wrong.append)
     assert chosen == settings(BIND="::1")
-    assert [error.setting for error in wrong] == ["XAI_PROXY_PORT", "XAI_PROXY_ISSUER", "XAI_PROXY_WHATEVER_THIS",
-                                                  "XAI_PROXY_PORT", "ALL_PROXY", "SSL_CERT_FILE"]
+    assert [error.setting for error in wrong] == [
+        "XAI_PROXY_PORT",
+        "XAI_PROXY_ISSUER",
+        "XAI_PROXY_WHATEVER_THIS",
+        "XAI_PROXY_PORT",
+        "ALL_PROXY",
+        "SSL_CERT_FILE",
+    ]
 
 
 # egress
 
+
 def test_the_proxy_is_https_proxy_else_all_proxy_in_lower_case_first():
     def proxy(**environ):
         return settings(environ).egress.proxy
+
     assert proxy(HTTP_PROXY="http://h:1") is None
     assert proxy(ALL_PROXY="http://a:1") == "http://a:1"
     assert proxy(ALL_PROXY="http://a:1", HTTPS_PROXY="http://s:1") == "http://s:1"
     assert proxy(HTTPS_PROXY="http://S:1", https_proxy="http://s:1") == "http://s:1"
     assert proxy(HTTPS_PROXY="s:3128") == "http://s:3128"
     assert proxy(HTTPS_PROXY="", all_proxy="https://a:1") == "https://a:1"
-    assert settings({"ALL_PROXY": "http://a:1", "https_proxy": "http://s:1"}).egress.proxy_from == "https_proxy"
+    assert (
+        settings({"ALL_PROXY": "http://a:1", "https_proxy": "http://s:1"}).egress.proxy_from
+        == "https_proxy"
+    )
 
 
 def test_no_proxy_and_loopback_are_reached_directly():
-    egress = settings({"HTTPS_PROXY": "http://p:1", "NO_PROXY": "x.ai, .example.org,10.0.0.1"}).egress
-    for url in ("https://x.ai", "https://api.x.ai:443/v1", "https://a.example.org", "https://10.0.0.1", "https://127.0.0.1:1",
-                "https://localhost", "https://[::1]:5", "https://LOCALHOST", "http://login.example"):
+    egress = settings(
+        {"HTTPS_PROXY": "http://p:1", "NO_PROXY": "x.ai, .example.org,10.0.0.1"}
+    ).egress
+    for url in (
+        "https://x.ai",
+        "https://api.x.ai:443/v1",
+        "https://a.example.org",
+        "https://10.0.0.1",
+        "https://127.0.0.1:1",
+        "https://localhost",
+        "https://[::1]:5",
+        "https://LOCALHOST",
+        "http://login.example",
+    ):
         assert egress.proxy_for(url) is None, url
     for url in ("https://evilx.ai", "https://login.example"):
         assert egress.proxy_for(url) == "http://p:1"
-    assert settings({"HTTPS_PROXY": "http://p:1", "NO_PROXY": "*"}).egress.proxy_for("https://x.ai") is None
+    assert (
+        settings({"HTTPS_PROXY": "http://p:1", "NO_PROXY": "*"}).egress.proxy_for("https://x.ai")
+        is None
+    )
 
 
-@pytest.mark.parametrize("proxy", ["http://", "ftp://me:secret@p:1", "http://me:secret@p:99999", "http://me:secret@[::1"])
+@pytest.mark.parametrize(
+    "proxy", ["http://", "ftp://me:secret@p:1", "http://me:secret@p:99999", "http://me:secret@[::1"]
+)
 def test_a_proxy_that_makes_no_sense_is_refused_without_its_password(proxy):
-    assert refusal({"HTTPS_PROXY": proxy}) == "HTTPS_PROXY takes the URL of a proxy, such as http://proxy.example:3128"
+    assert (
+        refusal({"HTTPS_PROXY": proxy})
+        == "HTTPS_PROXY takes the URL of a proxy, such as http://proxy.example:3128"
+    )
 
 
 def test_a_proxys_password_is_in_no_repr():
@@ -336,7 +498,10 @@ def test_a_proxys_password_is_in_no_repr():
 
 
 def test_a_socks_proxy_of_no_version_is_told_which_to_choose():
-    with pytest.raises(errors.ConfigurationError, match="all_proxy names a SOCKS proxy, but .* socks5h:// .* socks4a://"):
+    with pytest.raises(
+        errors.ConfigurationError,
+        match="all_proxy names a SOCKS proxy, but .* socks5h:// .* socks4a://",
+    ):
         config.from_environ({"all_proxy": "socks://user:password@proxy.example:1080/"})
 
 
@@ -344,7 +509,10 @@ def test_a_socks_proxy_of_no_version_is_told_which_to_choose():
 def test_a_folder_is_no_file(tmp_path, name):
     """Such as a volume; its siblings would be made beside it."""
     for text in (str(tmp_path), f"{tmp_path}/not-yet/"):
-        with pytest.raises(errors.ConfigurationError, match=f"XAI_PROXY_{name} is '{text}', but takes the path of a file in that"):
+        with pytest.raises(
+            errors.ConfigurationError,
+            match=f"XAI_PROXY_{name} is '{text}', but takes the path of a file in that",
+        ):
             config.from_environ({f"XAI_PROXY_{name}": text})
 
 
@@ -355,18 +523,36 @@ def test_socks_needs_its_extra():
 
 
 def test_the_ca_file_is_ssl_cert_file_else_requests_ca_bundle_else_certifis(tmp_path):
-    one, two = shutil.copy(certifi.where(), tmp_path / "one"), shutil.copy(certifi.where(), tmp_path / "two")
+    one, two = (
+        shutil.copy(certifi.where(), tmp_path / "one"),
+        shutil.copy(certifi.where(), tmp_path / "two"),
+    )
     one, two = str(one), str(two)
     assert settings({"SSL_CERT_FILE": one, "REQUESTS_CA_BUNDLE": two}).egress.ca_file == one
     assert settings({"REQUESTS_CA_BUNDLE": two}).egress.ca_file == two
     assert settings({"REQUESTS_CA_BUNDLE": two}).egress.ca_from == "REQUESTS_CA_BUNDLE"
     for wrong in ("/none", "/etc/hostname", "/etc"):
-        assert refusal({"SSL_CERT_FILE": wrong}) == f"SSL_CERT_FILE is '{wrong}', but takes a file of PEM certificates"
+        assert (
+            refusal({"SSL_CERT_FILE": wrong})
+            == f"SSL_CERT_FILE is '{wrong}', but takes a file of PEM certificates"
+        )
 
 
-@pytest.mark.parametrize("host, loopback", [
-    ("localhost", True), ("LOCALHOST.", True), ("127.0.0.1", True), ("127.9.9.9", True), ("::1", True),
-    ("0.0.0.0", False), ("::", False), ("localhost.example", False),
-    ("10.0.0.1", False), ("", False), (None, False)])
+@pytest.mark.parametrize(
+    "host, loopback",
+    [
+        ("localhost", True),
+        ("LOCALHOST.", True),
+        ("127.0.0.1", True),
+        ("127.9.9.9", True),
+        ("::1", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("localhost.example", False),
+        ("10.0.0.1", False),
+        ("", False),
+        (None, False),
+    ],
+)
 def test_is_loopback(host, loopback):
     assert config.is_loopback(host) is loopback

@@ -33,7 +33,7 @@ def patience() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def connected(pair: Pair) -> "Iterator[tuple[Connection, gevent.socket.socket]]":
+def connected(pair: Pair) -> Iterator[tuple[Connection, gevent.socket.socket]]:
     """A connection, and its peer as a socket of gevent's."""
     ours, theirs = pair
     connection = Connection(ours)
@@ -42,7 +42,7 @@ def connected(pair: Pair) -> "Iterator[tuple[Connection, gevent.socket.socket]]"
 
 
 @pytest.fixture
-def pair() -> "Iterator[tuple[Connection, gevent.socket.socket]]":
+def pair() -> Iterator[tuple[Connection, gevent.socket.socket]]:
     with connected(socket.socketpair()) as both:
         yield both
 
@@ -54,7 +54,7 @@ def tcp_pair() -> Pair:
 
 
 @pytest.fixture
-def tcp() -> "Iterator[tuple[Connection, gevent.socket.socket]]":
+def tcp() -> Iterator[tuple[Connection, gevent.socket.socket]]:
     with connected(tcp_pair()) as both:
         yield both
 
@@ -74,6 +74,7 @@ def received(peer: gevent.socket.socket, size: int) -> bytes:
 
 
 # one read
+
 
 def test_what_is_there_is_given_at_once_and_nothing_is_waited_for(pair):
     connection, peer = pair
@@ -128,6 +129,7 @@ def test_work_before_a_wait_takes_nothing_from_its_limit(pair):
         with pytest.raises(TimeoutError):
             connection.recv(1.5)
         return time.monotonic() - began
+
     waiting = gevent.spawn(wait_after_work)
     gevent.sleep()
     peer.sendall(b"hello")
@@ -163,6 +165,7 @@ def test_what_is_thrown_into_a_waiting_greenlet_arrives_and_stops_its_watcher(pa
             connection.recv(5)
         assert not connection.readable.active
         return connection.recv(5)
+
     reading = gevent.spawn(read)
     gevent.sleep()
     gevent.get_hub().loop.run_callback(reading.throw, ZeroDivisionError)
@@ -189,7 +192,7 @@ def test_a_reset_is_an_oserror(tcp):
 
 def test_it_may_be_closed_twice_and_the_peer_sees_it(pair):
     connection, peer = pair
-    connection.writable  # noqa: B018 (made when it is asked for)
+    connection.writable
     connection.close()
     connection.close()
     assert peer.recv(1) == b""
@@ -197,13 +200,18 @@ def test_it_may_be_closed_twice_and_the_peer_sees_it(pair):
 
 # a head
 
-def come(connection: Connection, peer: gevent.socket.socket, data: bytes, size: int) -> gevent.Greenlet:
+
+def come(
+    connection: Connection, peer: gevent.socket.socket, data: bytes, size: int
+) -> gevent.Greenlet:
     """Send `size` bytes at a time, the next when those were read."""
+
     def send() -> None:
         for at in range(0, len(data), size):
-            peer.sendall(data[at:at + size])
+            peer.sendall(data[at : at + size])
             while select.select([connection.socket], [], [], 0)[0]:
                 gevent.sleep()
+
     return gevent.spawn(send)
 
 
@@ -288,6 +296,7 @@ def test_a_byte_now_and_then_does_not_lengthen_the_time_for_a_head(pair):
         while True:
             peer.sendall(b"x")
             gevent.sleep(SOON / 5)
+
     dribbling = gevent.spawn(dribble)
     began = time.monotonic()
     with pytest.raises(TimeoutError):
@@ -297,6 +306,7 @@ def test_a_byte_now_and_then_does_not_lengthen_the_time_for_a_head(pair):
 
 
 # writing
+
 
 def test_a_peer_that_takes_little_gets_all_in_the_end(pair):
     connection, peer = pair
@@ -311,7 +321,9 @@ def test_the_limit_of_a_write_is_between_two_bytes_that_are_taken(pair):
     connection, peer = pair
     sending = gevent.spawn(connection.send_all, LONG, 0.5)
     began = time.monotonic()
-    while time.monotonic() - began < 0.7:  # longer than the limit, and something is taken all the time
+    while (
+        time.monotonic() - began < 0.7
+    ):  # longer than the limit, and something is taken all the time
         peer.recv(100_000)
         gevent.sleep(SOON / 2)
     assert not sending.ready()
@@ -336,6 +348,7 @@ def test_nothing_is_sent_without_waiting(pair):
 
 
 # TLS
+
 
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory):
@@ -392,9 +405,13 @@ class Peer:
 
 
 @contextlib.contextmanager
-def tls_over(connection: Connection, peer: gevent.socket.socket, context: ssl.SSLContext,
-             server: ssl.SSLContext, session: "ssl.SSLSession | None" = None
-             ) -> "Iterator[tuple[TLSConnection, Peer]]":
+def tls_over(
+    connection: Connection,
+    peer: gevent.socket.socket,
+    context: ssl.SSLContext,
+    server: ssl.SSLContext,
+    session: ssl.SSLSession | None = None,
+) -> Iterator[tuple[TLSConnection, Peer]]:
     ours, theirs = TLSConnection(connection, context, "localhost", session), Peer(peer, server)
     with contextlib.closing(ours):
         shaking = gevent.spawn(theirs.shake_hands)
@@ -404,7 +421,7 @@ def tls_over(connection: Connection, peer: gevent.socket.socket, context: ssl.SS
 
 
 @pytest.fixture
-def tls(tcp, context, certificates) -> "Iterator[tuple[TLSConnection, Peer]]":
+def tls(tcp, context, certificates) -> Iterator[tuple[TLSConnection, Peer]]:
     with tls_over(*tcp, context, certificates[1]) as both:
         yield both
 
@@ -418,10 +435,12 @@ def test_both_ways(tls):
 
 def test_records_may_be_split_anywhere(tls):
     ours, theirs = tls
-    ours.send(b"x")  # so that the tickets behind the handshake are read, and reads below are of one record
+    ours.send(
+        b"x"
+    )  # so that the tickets behind the handshake are read, and reads below are of one record
     data = theirs.records(b"hello", b"world")
     for byte in range(len(data)):
-        theirs.socket.sendall(data[byte:byte + 1])
+        theirs.socket.sendall(data[byte : byte + 1])
         ours.wait(ours.readable, 5)
         try:
             came = ours.receive()
@@ -480,7 +499,7 @@ def test_back_pressure_over_tls(tls):
     """What the kernel has not taken is kept, at most a write of it, and goes first."""
     ours, theirs = tls
     taken = 0
-    while sent := ours.send(LONG[taken:taken + 100_000]):
+    while sent := ours.send(LONG[taken : taken + 100_000]):
         taken += sent
     assert ours.holds_back and ours.send(b"more") == 0
     with pytest.raises(TimeoutError):
@@ -555,11 +574,13 @@ def test_a_head_over_tls(tls):
 def test_a_certificate_of_nobody_and_a_name_of_another(tcp, certificates, context):
     for trusting, host in ((ssl.create_default_context(), "localhost"), (context, "other.example")):
         with connected(tcp_pair()) as (connection, peer):
+
             def refused(peer: gevent.socket.socket = peer) -> None:
                 with pytest.raises((OSError, EOFError)):
                     Peer(peer, certificates[1]).shake_hands()
                     peer.recv(1) or pytest.fail("the client has shaken hands")
                     raise EOFError
+
             shaking = gevent.spawn(refused)
             with pytest.raises(ssl.SSLCertVerificationError):
                 TLSConnection(connection, trusting, host).shake_hands()
@@ -586,8 +607,10 @@ def test_a_peer_that_speaks_no_tls(tcp, context):
 def test_a_session_is_resumed(certificates, context):
     session = None
     for resumed in (False, True):
-        with connected(tcp_pair()) as both, \
-                tls_over(*both, context, certificates[1], session) as (ours, peer):
+        with (
+            connected(tcp_pair()) as both,
+            tls_over(*both, context, certificates[1], session) as (ours, peer),
+        ):
             peer.sendall(b"answer")
             assert ours.recv(5) == b"answer"
             session = ours.session
@@ -600,8 +623,10 @@ def test_tls_in_tls(tls, context, certificates):
 
     class Through:
         """The proxy's side of the tunnel as a socket."""
+
         recv = staticmethod(proxy.recv)
         sendall = staticmethod(proxy.sendall)
+
     with tls_over(outer, Through, context, certificates[1]) as (ours, theirs):
         assert ours.send(b"hello") == 5 and theirs.recv(10) == b"hello"
         proxy.socket.sendall(proxy.records(theirs.records(b"one"), theirs.records(b"two")))
@@ -609,7 +634,7 @@ def test_tls_in_tls(tls, context, certificates):
         assert came == b"onetwo"
         taken = 0
         while not outer.holds_back:
-            taken += ours.send(LONG[taken:taken + 1000])
+            taken += ours.send(LONG[taken : taken + 1000])
         with pytest.raises(TimeoutError):
             ours.send_all(b"", SOON)  # nothing but what the outer one holds back
         sending = gevent.spawn(ours.send_all, LONG[taken:], 5)
@@ -624,6 +649,7 @@ def test_tls_in_tls(tls, context, certificates):
 
 
 # a dead path
+
 
 @pytest.fixture(params=["plain", "tls"])
 def both(request, tcp):
@@ -678,6 +704,7 @@ def test_open_connections_are_those_that_are_not_closed(pair, tcp, context):
 
 # what others have of it
 
+
 class Endless(Connection):
     """One on which every read is full, which no process can be relied on to bring about."""
 
@@ -695,6 +722,7 @@ def test_a_peer_that_sends_without_a_pause_leaves_others_their_turn():
             turns.append(reads)
             gevent.sleep(0)
         turns.append(reads)
+
     other = gevent.spawn(take_turns)
     while reads < 10 * BURST:
         assert len(connection.recv(5)) == READ
@@ -720,7 +748,9 @@ def test_a_tunnel_sends_on_what_tls_holds_back(tls):
     ours.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     source, far = socket.socketpair()
     with contextlib.closing(Connection(source)) as source, far:
-        exchange = types.SimpleNamespace(connection=ours, idle_timeout=10, client_timeout=10, broken=lambda error: error)
+        exchange = types.SimpleNamespace(
+            connection=ours, idle_timeout=10, client_timeout=10, broken=lambda error: error
+        )
         tunnel = gevent.spawn(Tunnel(exchange, source).run, b"")
         data = os.urandom(40_000)
         far.sendall(data)

@@ -2,6 +2,7 @@
 
 Two strangers say what a client would take for whole: http.client, which forgives more than it should, and h11.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -12,7 +13,8 @@ import shutil
 import socket
 import subprocess
 import threading
-from typing import Any, Callable, Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import h11
 import pytest
@@ -23,19 +25,32 @@ from scripted_upstream import Connection, Request, ScriptedUpstream, pour
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
 EVENTS = (b"data: one\n\n", b"data: [DONE]\n\n")
 CONTENT = b"".join(EVENTS)
-CHUNKS = b"b\r\n%b\r\n00e;x=y\r\n%b\r\n" % EVENTS  # the second one's size begins as that of the last does
+CHUNKS = (
+    b"b\r\n%b\r\n00e;x=y\r\n%b\r\n" % EVENTS
+)  # the second one's size begins as that of the last does
 ANSWERS = {
     "length": OK + b"Content-Length: %d\r\n\r\n" % len(CONTENT) + CONTENT,
     "chunked": OK + b"Transfer-Encoding: chunked\r\n\r\n" + CHUNKS + b"0\r\n\r\n",
-    "trailers": OK + b"Transfer-Encoding: chunked\r\n\r\n" + CHUNKS + b"0;z\r\nX-Sum: 1\r\nY:\r\n\r\n",
+    "trailers": OK
+    + b"Transfer-Encoding: chunked\r\n\r\n"
+    + CHUNKS
+    + b"0;z\r\nX-Sum: 1\r\nY:\r\n\r\n",
     "close": OK + b"\r\n" + CONTENT,
     "HTTP/1.0": OK.replace(b"1.1", b"1.0") + b"\r\n" + CONTENT,
-    "HTTP/1.0 length": OK.replace(b"1.1", b"1.0") + b"Content-Length: %d\r\n\r\n" % len(CONTENT) + CONTENT,
+    "HTTP/1.0 length": OK.replace(b"1.1", b"1.0")
+    + b"Content-Length: %d\r\n\r\n" % len(CONTENT)
+    + CONTENT,
 }
-FRAMED = [name for name, answer in ANSWERS.items() if b"Content-Length" in answer or b"chunked" in answer]
+FRAMED = [
+    name for name, answer in ANSWERS.items() if b"Content-Length" in answer or b"chunked" in answer
+]
 LAST_SIZE = re.compile(rb"\r\n0(;[^\r]*)?\r\n")
-CLIENTS = {"keep-alive": ("1.1",), "close": ("1.1", "Connection: close"), "1.0": ("1.0",),
-           "1.0 keep-alive": ("1.0", "Connection: keep-alive")}
+CLIENTS = {
+    "keep-alive": ("1.1",),
+    "close": ("1.1", "Connection: close"),
+    "1.0": ("1.0",),
+    "1.0 keep-alive": ("1.0", "Connection: keep-alive"),
+}
 
 
 def content_of(body: bytes) -> bytes:
@@ -43,8 +58,8 @@ def content_of(body: bytes) -> bytes:
     parts = []
     while size := re.match(rb"([0-9a-f]+)[^\r\n]*\r\n", body):
         end = size.end() + int(size[1], 16)
-        parts.append(body[size.end():end])
-        body = body[end + 2:]
+        parts.append(body[size.end() : end])
+        body = body[end + 2 :]
     return b"".join(parts)
 
 
@@ -66,7 +81,7 @@ class Came(io.RawIOBase):
         data = self._sock.recv(len(buffer))
         self.ended = not data
         self.data += data
-        buffer[:len(data)] = data
+        buffer[: len(data)] = data
         return len(data)
 
 
@@ -91,7 +106,9 @@ class Verdict:
 
 def whole_to_h11(came: Came) -> bool:
     connection = h11.Connection(h11.CLIENT)
-    connection.send(h11.Request(method="POST", target="/", headers=[("Host", "a"), ("Content-Length", "0")]))
+    connection.send(
+        h11.Request(method="POST", target="/", headers=[("Host", "a"), ("Content-Length", "0")])
+    )
     connection.send(h11.EndOfMessage())
     connection.receive_data(came.data)
     if came.ended:
@@ -132,23 +149,34 @@ def tls_upstream(certificate: tuple) -> Iterator[ScriptedUpstream]:
 
 
 @pytest.fixture(scope="module")
-def tls_proxy(tls_upstream: ScriptedUpstream, certificate: tuple,
-              tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxyProcess]:
-    with ProxyProcess(tmp_path_factory.mktemp("tls"), upstream=tls_upstream.origin,
-                      environ={"SSL_CERT_FILE": str(certificate[0])}) as proxy:
+def tls_proxy(
+    tls_upstream: ScriptedUpstream, certificate: tuple, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ProxyProcess]:
+    with ProxyProcess(
+        tmp_path_factory.mktemp("tls"),
+        upstream=tls_upstream.origin,
+        environ={"SSL_CERT_FILE": str(certificate[0])},
+    ) as proxy:
         proxy.sign_in()
         yield proxy
 
 
-def cut(proxy: ProxyProcess, upstream: ScriptedUpstream, answer: bytes, client: str,
-        how: "Callable[[Connection], None]", offsets: range, first: int = 0) -> "list[tuple[int, Verdict]]":
+def cut(
+    proxy: ProxyProcess,
+    upstream: ScriptedUpstream,
+    answer: bytes,
+    client: str,
+    how: Callable[[Connection], None],
+    offsets: range,
+    first: int = 0,
+) -> list[tuple[int, Verdict]]:
     """What clients get of `answer`, each of them up to another byte. `first`: bytes that they have before the rest is sent."""
     version, *fields = CLIENTS[client]
     clients = [proxy.client() for _ in offsets]
     try:
         for offset, one in zip(offsets, clients):
             one.request("POST", f"/v1/{offset}", *fields, body=b"{}", version=f"HTTP/{version}")
-        came: "list[Request]" = [upstream.receive() for _ in offsets]
+        came: list[Request] = [upstream.receive() for _ in offsets]
         if first:
             for request in came:
                 request.answer(answer[:first])
@@ -156,7 +184,7 @@ def cut(proxy: ProxyProcess, upstream: ScriptedUpstream, answer: bytes, client: 
                 while b"\r\n\r\n" not in one.sock.recv(4096, socket.MSG_PEEK):
                     pass
         for request in came:
-            request.answer(answer[first:int(request.target[4:])])
+            request.answer(answer[first : int(request.target[4:])])
             how(request.connection)
         return [(offset, Verdict(one)) for offset, one in zip(offsets, clients)]
     finally:
@@ -164,7 +192,7 @@ def cut(proxy: ProxyProcess, upstream: ScriptedUpstream, answer: bytes, client: 
             one.close()
 
 
-def assert_visible(name: str, verdicts: "list[tuple[int, Verdict]]", legal_end: bool) -> None:
+def assert_visible(name: str, verdicts: list[tuple[int, Verdict]], legal_end: bool) -> None:
     answer = ANSWERS[name]
     body = answer.index(b"\r\n\r\n") + 4
     last = LAST_SIZE.search(answer, body)
@@ -172,12 +200,16 @@ def assert_visible(name: str, verdicts: "list[tuple[int, Verdict]]", legal_end: 
     for offset, got in verdicts:
         where = f"{answer[:offset]!r}, and then the end"
         if offset < body:
-            assert (got.status, got.error) == (502, "upstream_unreachable") and got.whole and got.strictly_whole, where
+            assert (
+                (got.status, got.error) == (502, "upstream_unreachable")
+                and got.whole
+                and got.strictly_whole
+            ), where
             continue
         sent = answer[body:offset]
         assert got.status == 200 and got.error is None, where
         assert got.content == (content_of(sent) if last else sent), where
-        if offset == len(answer) and name in FRAMED or legal_end and name not in FRAMED:
+        if (offset == len(answer) and name in FRAMED) or (legal_end and name not in FRAMED):
             assert got.whole and got.strictly_whole, where
         elif offset < known or name not in FRAMED:
             assert not got.whole and not got.strictly_whole, where
@@ -193,8 +225,14 @@ def assert_serves(proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
     upstream.hang_up()
 
 
-def assert_cuts(proxy: ProxyProcess, upstream: ScriptedUpstream, name: str, client: str,
-                how: "Callable[[Connection], None]", legal_end: bool) -> None:
+def assert_cuts(
+    proxy: ProxyProcess,
+    upstream: ScriptedUpstream,
+    name: str,
+    client: str,
+    how: Callable[[Connection], None],
+    legal_end: bool,
+) -> None:
     """Of all of the answer at once, and of its body alone, when the head has passed."""
     answer = ANSWERS[name]
     body = answer.index(b"\r\n\r\n") + 4
@@ -206,16 +244,26 @@ def assert_cuts(proxy: ProxyProcess, upstream: ScriptedUpstream, name: str, clie
 @pytest.mark.parametrize("how", [fin, reset])
 @pytest.mark.parametrize("client", CLIENTS)
 @pytest.mark.parametrize("name", ANSWERS)
-def test_cut_at_any_byte_is_visible(running: ProxyProcess, upstream: ScriptedUpstream, name: str, client: str,
-                                    how: "Callable[[Connection], None]") -> None:
+def test_cut_at_any_byte_is_visible(
+    running: ProxyProcess,
+    upstream: ScriptedUpstream,
+    name: str,
+    client: str,
+    how: Callable[[Connection], None],
+) -> None:
     assert_cuts(running, upstream, name, client, how, how is fin)
 
 
 @pytest.mark.parametrize("how", [fin, reset])
 @pytest.mark.parametrize("client", ["keep-alive", "1.0"])
 @pytest.mark.parametrize("name", ["chunked", "trailers", "close"])
-def test_so_it_is_where_comments_may_come_between(start_proxy: "Callable[..., ProxyProcess]", upstream: ScriptedUpstream,
-                                                  name: str, client: str, how: "Callable[[Connection], None]") -> None:
+def test_so_it_is_where_comments_may_come_between(
+    start_proxy: Callable[..., ProxyProcess],
+    upstream: ScriptedUpstream,
+    name: str,
+    client: str,
+    how: Callable[[Connection], None],
+) -> None:
     """None is due here; nor is one when a stream ends."""
     assert_cuts(start_proxy(sse_keepalive=600), upstream, name, client, how, how is fin)
 
@@ -223,15 +271,21 @@ def test_so_it_is_where_comments_may_come_between(start_proxy: "Callable[..., Pr
 @pytest.mark.parametrize("how", [fin, reset, close_notify])
 @pytest.mark.parametrize("client", ["keep-alive", "1.0"])
 @pytest.mark.parametrize("name", ["length", "chunked", "close"])
-def test_so_it_is_behind_tls(tls_proxy: ProxyProcess, tls_upstream: ScriptedUpstream, name: str, client: str,
-                             how: "Callable[[Connection], None]") -> None:
+def test_so_it_is_behind_tls(
+    tls_proxy: ProxyProcess,
+    tls_upstream: ScriptedUpstream,
+    name: str,
+    client: str,
+    how: Callable[[Connection], None],
+) -> None:
     """Where a FIN without a close_notify is what anybody on the way could send (RFC 9112 section 9.8)."""
     assert_cuts(tls_proxy, tls_upstream, name, client, how, how is close_notify)
 
 
 @pytest.mark.parametrize("cut_short", [b"0", b"00", b"0;x=y", b"0\r"])
-def test_what_is_malformed_behind_a_zero_that_was_passed_on(running: ProxyProcess, upstream: ScriptedUpstream,
-                                                            cut_short: bytes) -> None:
+def test_what_is_malformed_behind_a_zero_that_was_passed_on(
+    running: ProxyProcess, upstream: ScriptedUpstream, cut_short: bytes
+) -> None:
     with running.client() as client:
         client.request("POST", "/v1/zero", body=b"{}")
         request = upstream.receive().answer(OK + b"Transfer-Encoding: chunked\r\n\r\n" + cut_short)
@@ -242,13 +296,16 @@ def test_what_is_malformed_behind_a_zero_that_was_passed_on(running: ProxyProces
             client.rest()
 
 
-def test_reset_that_a_write_has_met_is_no_end(running: ProxyProcess, upstream: ScriptedUpstream) -> None:
+def test_reset_that_a_write_has_met_is_no_end(
+    running: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
     """It is told once. The answer, of which nothing but the end of the connection is the end, came before all of the body."""
     answer, size = OK.replace(b"200 OK", b"413 Too Large") + b"\r\ndata: on", 30_000_000
 
     def upload() -> None:
         with contextlib.suppress(ConnectionError):
             pour(client, 0, size)
+
     for _ in range(20):
         with running.client() as client:
             client.request("POST", "/v1/files", f"Content-Length: {size}")
@@ -264,8 +321,14 @@ def test_reset_that_a_write_has_met_is_no_end(running: ProxyProcess, upstream: S
 
 # Real clients
 
-TREACHEROUS = [(name, at) for name in ANSWERS for at in (ANSWERS[name].index(b"one") + 1, ANSWERS[name].index(b"DONE"))] + \
-    [("chunked", ANSWERS["chunked"].index(end) + len(end)) for end in (b"\n\r\n00", b"]\n\n\r\n", b"]\n\n\r\n0")]
+TREACHEROUS = [
+    (name, at)
+    for name in ANSWERS
+    for at in (ANSWERS[name].index(b"one") + 1, ANSWERS[name].index(b"DONE"))
+] + [
+    ("chunked", ANSWERS["chunked"].index(end) + len(end))
+    for end in (b"\n\r\n00", b"]\n\n\r\n", b"]\n\n\r\n0")
+]
 
 
 def by_requests(url: str) -> bytes:
@@ -274,11 +337,14 @@ def by_requests(url: str) -> bytes:
 
 def by_httpx(url: str) -> bytes:
     import httpx2
+
     return httpx2.get(url, timeout=8, trust_env=False).content
 
 
 def by_curl(url: str, *options: str) -> bytes:
-    return subprocess.run(["curl", "-sS", "--max-time", "8", *options, url], check=True, capture_output=True).stdout
+    return subprocess.run(
+        ["curl", "-sS", "--max-time", "8", *options, url], check=True, capture_output=True
+    ).stdout
 
 
 def by_old_curl(url: str) -> bytes:
@@ -286,17 +352,23 @@ def by_old_curl(url: str) -> bytes:
 
 
 @pytest.mark.parametrize("get", [by_requests, by_httpx, by_curl, by_old_curl])
-def test_real_clients_say_that_it_is_cut(running: ProxyProcess, upstream: ScriptedUpstream,
-                                         get: "Callable[[str], bytes]") -> None:
+def test_real_clients_say_that_it_is_cut(
+    running: ProxyProcess, upstream: ScriptedUpstream, get: Callable[[str], bytes]
+) -> None:
     if "curl" in get.__name__ and not shutil.which("curl"):
         pytest.skip("there is no curl here")
     errors = [requests.RequestException, subprocess.CalledProcessError]
     if get is by_httpx:
-        errors.append(pytest.importorskip("httpx2", reason="comes with openai, of the extra clients").HTTPError)
+        errors.append(
+            pytest.importorskip(
+                "httpx2", reason="comes with openai, of the extra clients"
+            ).HTTPError
+        )
 
     def serve() -> None:
         for name, offset in TREACHEROUS:
             upstream.receive().answer(ANSWERS[name][:offset]).connection.reset()
+
     server = threading.Thread(target=serve)
     server.start()
     for name, offset in TREACHEROUS:

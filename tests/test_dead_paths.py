@@ -3,6 +3,7 @@
 Peers that are alive and read nothing keep their connections. The proxy, its client and upstream each have a network of their own. The sweep's limits are shorter
 than the real ones.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -10,8 +11,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator
 
 import pytest
 from namespaces import Network, needs_network
@@ -34,16 +35,21 @@ CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 class Site:
     """A network with an upstream and a proxy in it, which is signed in."""
 
-    def __init__(self, folder: Path, command: "list[str] | None" = None, **settings: object):
+    def __init__(self, folder: Path, command: list[str] | None = None, **settings: object):
         self.network = Network()
         certificate, context = make_certificate(folder, Network.ADDRESSES["upstream"])
         with self.network.upstream.entered():
             self.upstream = ScriptedUpstream(context, Network.ADDRESSES["upstream"])
         with self.network.proxy.entered():
             self.proxy = ProxyProcess(
-                folder, command=command, bind=Network.ADDRESSES["proxy"], allow_anonymous=1,
-                upstream=self.upstream.origin, environ={"SSL_CERT_FILE": str(certificate)},
-                **settings)
+                folder,
+                command=command,
+                bind=Network.ADDRESSES["proxy"],
+                allow_anonymous=1,
+                upstream=self.upstream.origin,
+                environ={"SSL_CERT_FILE": str(certificate)},
+                **settings,
+            )
         self.proxy.sign_in()
 
     def close(self) -> None:
@@ -73,7 +79,7 @@ class Site:
         self.network.cut("proxy", request.connection.sock.getpeername()[1], action)
 
 
-def impatient(interval: float = INTERVAL, silence: float = SILENCE) -> "list[str]":
+def impatient(interval: float = INTERVAL, silence: float = SILENCE) -> list[str]:
     return [*PYTHON, str(ROOT / "tests" / "impatient_proxy.py"), str(interval), str(silence)]
 
 
@@ -111,10 +117,18 @@ def test_post_on_a_pooled_connection_whose_path_is_dead(site: Site) -> None:
     assert site.upstream.quiet()
 
 
-@pytest.mark.parametrize("method, fields", [("GET", ()), ("HEAD", ()), ("OPTIONS", ()),
-                                            ("POST", ("Idempotency-Key: 1", "Content-Length: 0"))])
-def test_what_may_be_repeated_goes_again_on_a_new_connection(site: Site, method: str,
-                                                             fields: "tuple[str, ...]") -> None:
+@pytest.mark.parametrize(
+    "method, fields",
+    [
+        ("GET", ()),
+        ("HEAD", ()),
+        ("OPTIONS", ()),
+        ("POST", ("Idempotency-Key: 1", "Content-Length: 0")),
+    ],
+)
+def test_what_may_be_repeated_goes_again_on_a_new_connection(
+    site: Site, method: str, fields: tuple[str, ...]
+) -> None:
     pooled = site.pooled()
     site.cut_connection(pooled)
     with site.client() as client:
@@ -235,13 +249,16 @@ def test_peer_that_reads_nothing_loses_nothing(site: Site) -> None:
     """It acknowledges window probes; and nothing that is idle is ended."""
     with contextlib.ExitStack() as stack:
         idle, relayed, iterated, tunnelled, tunnelling, uploading = (
-            stack.enter_context(site.client()) for _ in range(6))
+            stack.enter_context(site.client()) for _ in range(6)
+        )
         upstream = site.upstream
         idle.request()
         upstream.receive().answer()
         assert idle.message().status == 200
-        ways = [(stream(client, upstream, "/v1/unread", kind).connection, client)
-                for kind, client in (("relayed", relayed), ("iterated", iterated))]
+        ways = [
+            (stream(client, upstream, "/v1/unread", kind).connection, client)
+            for kind, client in (("relayed", relayed), ("iterated", iterated))
+        ]
         for sender, _ in ways:
             sender.send(b"%x\r\n" % SIZE)
         ways.append((handshake(tunnelled, upstream).connection, tunnelled))

@@ -1,4 +1,5 @@
 """How upstream is reached: names, addresses, TLS, a proxy on the way; and what is said when it is not."""
+
 from __future__ import annotations
 
 import contextlib
@@ -8,8 +9,9 @@ import socket
 import ssl
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any
 
 import pytest
 from network import NameServer, black_hole, hosts, refused_port
@@ -20,7 +22,6 @@ from wire import PATIENCE, Wire
 from xaiproxy import config
 from xaiproxy.http1.dialler import Dialler
 from xaiproxy.http1.resolver import THREADS
-
 
 # An upstream that cannot be reached
 
@@ -34,8 +35,10 @@ def test_upstream_that_refuses_connections(tmp_path: Path) -> None:
 
 
 def test_upstream_that_is_a_black_hole(tmp_path: Path) -> None:
-    with black_hole() as port, \
-            ProxyProcess(tmp_path, upstream=f"http://127.0.0.1:{port}", connect_timeout=0.5) as proxy:
+    with (
+        black_hole() as port,
+        ProxyProcess(tmp_path, upstream=f"http://127.0.0.1:{port}", connect_timeout=0.5) as proxy,
+    ):
         proxy.sign_in()
         start = time.monotonic()
         answer = proxy.ask()
@@ -52,7 +55,9 @@ def test_upstream_that_has_no_address(tmp_path: Path) -> None:
     with ProxyProcess(tmp_path, upstream="https://upstream.invalid", connect_timeout=5) as proxy:
         proxy.sign_in()
         answer = proxy.ask()
-        assert answer.status == 502 and re.search(rb"https://upstream.invalid: .*[Nn]ame", answer.body)
+        assert answer.status == 502 and re.search(
+            rb"https://upstream.invalid: .*[Nn]ame", answer.body
+        )
 
 
 # Its names and addresses
@@ -70,10 +75,15 @@ def reaches(client: Client, upstream: ScriptedUpstream) -> bool:
 def test_all_addresses_are_tried(tmp_path: Path, certificate: tuple) -> None:
     authority, context = certificate
     # The resolver puts 127.0.0.1 first (RFC 6724, rule 9), where nobody listens.
-    with ScriptedUpstream(context, "127.0.0.2") as upstream, \
-            ProxyProcess(tmp_path, upstream=f"https://upstream.test:{upstream.port}",
-                         environ={"SSL_CERT_FILE": str(authority)}, prefix=hosts(
-                             tmp_path, "127.0.0.1 upstream.test", "127.0.0.2 upstream.test")) as proxy:
+    with (
+        ScriptedUpstream(context, "127.0.0.2") as upstream,
+        ProxyProcess(
+            tmp_path,
+            upstream=f"https://upstream.test:{upstream.port}",
+            environ={"SSL_CERT_FILE": str(authority)},
+            prefix=hosts(tmp_path, "127.0.0.1 upstream.test", "127.0.0.2 upstream.test"),
+        ) as proxy,
+    ):
         proxy.sign_in()
         with proxy.client() as client:
             client.request()
@@ -83,9 +93,16 @@ def test_all_addresses_are_tried(tmp_path: Path, certificate: tuple) -> None:
 
 
 def test_time_limit_is_for_all_addresses_together(tmp_path: Path) -> None:
-    with black_hole("127.0.0.2") as port, black_hole("127.0.0.3", port), \
-            ProxyProcess(tmp_path, upstream=f"https://upstream.test:{port}", connect_timeout=1, prefix=hosts(
-                tmp_path, "127.0.0.2 upstream.test", "127.0.0.3 upstream.test")) as proxy:
+    with (
+        black_hole("127.0.0.2") as port,
+        black_hole("127.0.0.3", port),
+        ProxyProcess(
+            tmp_path,
+            upstream=f"https://upstream.test:{port}",
+            connect_timeout=1,
+            prefix=hosts(tmp_path, "127.0.0.2 upstream.test", "127.0.0.3 upstream.test"),
+        ) as proxy,
+    ):
         proxy.sign_in()
         start = time.monotonic()
         answer = proxy.ask()
@@ -94,31 +111,45 @@ def test_time_limit_is_for_all_addresses_together(tmp_path: Path) -> None:
 
 def test_name_that_changed_is_looked_up_again_at_once(tmp_path: Path, certificate: tuple) -> None:
     authority, context = certificate
-    with ScriptedUpstream(context, "127.0.0.2") as first, \
-            ScriptedUpstream(context, "127.0.0.3", first.port) as second, \
-            ProxyProcess(tmp_path, upstream=f"https://upstream.test:{first.port}",
-                         environ={"SSL_CERT_FILE": str(authority)},
-                         prefix=hosts(tmp_path, "127.0.0.2 upstream.test")) as proxy, \
-            proxy.client() as client:
+    with (
+        ScriptedUpstream(context, "127.0.0.2") as first,
+        ScriptedUpstream(context, "127.0.0.3", first.port) as second,
+        ProxyProcess(
+            tmp_path,
+            upstream=f"https://upstream.test:{first.port}",
+            environ={"SSL_CERT_FILE": str(authority)},
+            prefix=hosts(tmp_path, "127.0.0.2 upstream.test"),
+        ) as proxy,
+        proxy.client() as client,
+    ):
         proxy.sign_in()
         assert reaches(client, first)
-        (tmp_path / "hosts").write_text("127.0.0.3 upstream.test\n")  # in place: it is what is mounted
+        (tmp_path / "hosts").write_text(
+            "127.0.0.3 upstream.test\n"
+        )  # in place: it is what is mounted
         assert reaches(client, first)
         first.close()
         assert reaches(client, second)
 
 
-def test_name_whose_old_address_is_another_server_s_by_now(tmp_path: Path, certificate: tuple) -> None:
+def test_name_whose_old_address_is_another_server_s_by_now(
+    tmp_path: Path, certificate: tuple
+) -> None:
     """It answers, but cannot prove that it is upstream."""
     authority, context = certificate
     (tmp_path / "other").mkdir()
     _, foreign = make_certificate(tmp_path / "other", "upstream.test")
-    with ScriptedUpstream(context, "127.0.0.2") as first, \
-            ScriptedUpstream(context, "127.0.0.3", first.port) as second, \
-            ProxyProcess(tmp_path, upstream=f"https://upstream.test:{first.port}",
-                         environ={"SSL_CERT_FILE": str(authority)},
-                         prefix=hosts(tmp_path, "127.0.0.2 upstream.test")) as proxy, \
-            proxy.client() as client:
+    with (
+        ScriptedUpstream(context, "127.0.0.2") as first,
+        ScriptedUpstream(context, "127.0.0.3", first.port) as second,
+        ProxyProcess(
+            tmp_path,
+            upstream=f"https://upstream.test:{first.port}",
+            environ={"SSL_CERT_FILE": str(authority)},
+            prefix=hosts(tmp_path, "127.0.0.2 upstream.test"),
+        ) as proxy,
+        proxy.client() as client,
+    ):
         proxy.sign_in()
         assert reaches(client, first)
         (tmp_path / "hosts").write_text("127.0.0.3 upstream.test\n")
@@ -131,7 +162,10 @@ def test_name_whose_old_address_is_another_server_s_by_now(tmp_path: Path, certi
 
 
 def test_names_are_remembered_for_a_minute(tmp_path: Path) -> None:
-    with ScriptedUpstream() as told, ScriptedUpstream(address="127.0.0.2", port=told.port) as remembered:
+    with (
+        ScriptedUpstream() as told,
+        ScriptedUpstream(address="127.0.0.2", port=told.port) as remembered,
+    ):
         dialler = Dialler(config.from_environ({"HOME": "/", "XAI_PROXY_UPSTREAM": told.origin}))
         dialler.connect().close()
         assert told.accept()
@@ -146,9 +180,18 @@ def test_names_are_remembered_for_a_minute(tmp_path: Path) -> None:
 
 
 def test_one_look_up_serves_all_that_wait(tmp_path: Path, many_files: None) -> None:
-    with NameServer(tmp_path, "127.0.0.2") as names, ScriptedUpstream(address="127.0.0.2") as egress, ProxyProcess(
-            tmp_path, upstream="https://upstream.test", connect_timeout=2, prefix=names.prefix,
-            environ={"HTTPS_PROXY": f"http://egress.test:{egress.port}"}) as proxy, contextlib.ExitStack() as stack:
+    with (
+        NameServer(tmp_path, "127.0.0.2") as names,
+        ScriptedUpstream(address="127.0.0.2") as egress,
+        ProxyProcess(
+            tmp_path,
+            upstream="https://upstream.test",
+            connect_timeout=2,
+            prefix=names.prefix,
+            environ={"HTTPS_PROXY": f"http://egress.test:{egress.port}"},
+        ) as proxy,
+        contextlib.ExitStack() as stack,
+    ):
         proxy.sign_in()
         names.delay = 0.5
         clients = [stack.enter_context(proxy.client()).request() for _ in range(100)]
@@ -160,9 +203,16 @@ def test_one_look_up_serves_all_that_wait(tmp_path: Path, many_files: None) -> N
 def test_address_that_was_reached_last_is_tried_first(tmp_path: Path, certificate: tuple) -> None:
     authority, context = certificate
     prefix = hosts(tmp_path, "127.0.0.2 upstream.test", "127.0.0.3 upstream.test")
-    with ScriptedUpstream(context, "127.0.0.3") as third, ProxyProcess(
-            tmp_path, upstream=f"https://upstream.test:{third.port}", prefix=prefix,
-            environ={"SSL_CERT_FILE": str(authority)}) as proxy, proxy.client() as client:
+    with (
+        ScriptedUpstream(context, "127.0.0.3") as third,
+        ProxyProcess(
+            tmp_path,
+            upstream=f"https://upstream.test:{third.port}",
+            prefix=prefix,
+            environ={"SSL_CERT_FILE": str(authority)},
+        ) as proxy,
+        proxy.client() as client,
+    ):
         proxy.sign_in()
         assert reaches(client, third)  # nobody listens at the other
         with ScriptedUpstream(context, "127.0.0.2", third.port) as second:
@@ -176,14 +226,23 @@ HUNG = 12  # look-ups: more than gevent's pool has threads
 
 @pytest.mark.parametrize("egress", [False, True])
 def test_hung_look_ups_do_not_stop_others(tmp_path: Path, certificate: tuple, egress: bool) -> None:
-    with NameServer(tmp_path, "127.0.0.2") as names, \
-            ScriptedUpstream(None if egress else certificate[1], "127.0.0.2") as upstream:
+    with (
+        NameServer(tmp_path, "127.0.0.2") as names,
+        ScriptedUpstream(None if egress else certificate[1], "127.0.0.2") as upstream,
+    ):
         settings = {"upstream": f"https://upstream.test:{upstream.port}"}
         environ = {"SSL_CERT_FILE": str(certificate[0])}
         if egress:
-            settings, environ = {"upstream": "https://x.test"}, {"HTTPS_PROXY": f"http://upstream.test:{upstream.port}"}
-        with ProxyProcess(tmp_path, connect_timeout=1, prefix=names.prefix, environ=environ, **settings) as proxy, \
-                contextlib.ExitStack() as stack:
+            settings, environ = (
+                {"upstream": "https://x.test"},
+                {"HTTPS_PROXY": f"http://upstream.test:{upstream.port}"},
+            )
+        with (
+            ProxyProcess(
+                tmp_path, connect_timeout=1, prefix=names.prefix, environ=environ, **settings
+            ) as proxy,
+            contextlib.ExitStack() as stack,
+        ):
             proxy.sign_in()
             names.silent = True
             clients = [stack.enter_context(proxy.client()).request() for _ in range(HUNG)]
@@ -197,13 +256,18 @@ def test_hung_look_ups_do_not_stop_others(tmp_path: Path, certificate: tuple, eg
 
 
 def test_hung_look_ups_are_bounded(tmp_path: Path) -> None:
-    with NameServer(tmp_path, "127.0.0.2") as names, \
-            ProxyProcess(tmp_path, upstream="https://upstream.test", connect_timeout=0.1, prefix=names.prefix) as proxy:
+    with (
+        NameServer(tmp_path, "127.0.0.2") as names,
+        ProxyProcess(
+            tmp_path, upstream="https://upstream.test", connect_timeout=0.1, prefix=names.prefix
+        ) as proxy,
+    ):
         proxy.sign_in()
         names.silent = True
 
         def threads() -> int:
             return len(os.listdir(f"/proc/{proxy.process.pid}/task"))
+
         before = threads()
         with proxy.client() as client:
             for _ in range(THREADS + 5):
@@ -213,25 +277,41 @@ def test_hung_look_ups_are_bounded(tmp_path: Path) -> None:
 
 def test_known_addresses_serve_while_look_ups_hang(tmp_path: Path, certificate: tuple) -> None:
     authority, context = certificate
-    with NameServer(tmp_path, "127.0.0.2", "127.0.0.3") as names, ScriptedUpstream(context, "127.0.0.3") as third, \
-            ProxyProcess(tmp_path, upstream=f"https://upstream.test:{third.port}", prefix=names.prefix,
-                         environ={"SSL_CERT_FILE": str(authority)}) as proxy, proxy.client() as client:
+    with (
+        NameServer(tmp_path, "127.0.0.2", "127.0.0.3") as names,
+        ScriptedUpstream(context, "127.0.0.3") as third,
+        ProxyProcess(
+            tmp_path,
+            upstream=f"https://upstream.test:{third.port}",
+            prefix=names.prefix,
+            environ={"SSL_CERT_FILE": str(authority)},
+        ) as proxy,
+        proxy.client() as client,
+    ):
         proxy.sign_in()
         with ScriptedUpstream(context, "127.0.0.2", third.port) as second:
             assert reaches(client, second)
         names.silent = True
         asked = len(names.asked)
-        for _ in range(3):  # after the first has found that an address fails, and that the name is to be looked up
+        for _ in range(
+            3
+        ):  # after the first has found that an address fails, and that the name is to be looked up
             assert reaches(client, third)
         assert len(names.asked) > asked
 
 
 def test_known_addresses_serve_while_look_ups_fail(tmp_path: Path, certificate: tuple) -> None:
     authority, context = certificate
-    with ScriptedUpstream(context, "127.0.0.3") as third, ProxyProcess(
-            tmp_path, upstream=f"https://upstream.test:{third.port}", environ={"SSL_CERT_FILE": str(authority)},
-            prefix=hosts(tmp_path, "127.0.0.2 upstream.test", "127.0.0.3 upstream.test")) as proxy, \
-            proxy.client() as client:
+    with (
+        ScriptedUpstream(context, "127.0.0.3") as third,
+        ProxyProcess(
+            tmp_path,
+            upstream=f"https://upstream.test:{third.port}",
+            environ={"SSL_CERT_FILE": str(authority)},
+            prefix=hosts(tmp_path, "127.0.0.2 upstream.test", "127.0.0.3 upstream.test"),
+        ) as proxy,
+        proxy.client() as client,
+    ):
         proxy.sign_in()
         with ScriptedUpstream(context, "127.0.0.2", third.port) as second:
             assert reaches(client, second)
@@ -243,12 +323,21 @@ def test_known_addresses_serve_while_look_ups_fail(tmp_path: Path, certificate: 
 # Several addresses and one time limit (RFC 8305)
 
 
-def test_address_that_swallows_packets_does_not_use_up_the_time(tmp_path: Path, certificate: tuple) -> None:
+def test_address_that_swallows_packets_does_not_use_up_the_time(
+    tmp_path: Path, certificate: tuple
+) -> None:
     authority, context = certificate
-    with ScriptedUpstream(context, "127.0.0.3") as upstream, black_hole("127.0.0.2", upstream.port), ProxyProcess(
-            tmp_path, upstream=f"https://upstream.test:{upstream.port}", environ={"SSL_CERT_FILE": str(authority)},
-            prefix=hosts(tmp_path, "127.0.0.2 upstream.test", "127.0.0.3 upstream.test")) as proxy, \
-            proxy.client() as client:
+    with (
+        ScriptedUpstream(context, "127.0.0.3") as upstream,
+        black_hole("127.0.0.2", upstream.port),
+        ProxyProcess(
+            tmp_path,
+            upstream=f"https://upstream.test:{upstream.port}",
+            environ={"SSL_CERT_FILE": str(authority)},
+            prefix=hosts(tmp_path, "127.0.0.2 upstream.test", "127.0.0.3 upstream.test"),
+        ) as proxy,
+        proxy.client() as client,
+    ):
         proxy.sign_in()
         took = []
         for _ in range(4):
@@ -262,10 +351,17 @@ def test_address_that_swallows_packets_does_not_use_up_the_time(tmp_path: Path, 
 @pytest.mark.parametrize("scheme", ["http", "socks5h"])
 def test_addresses_of_a_proxy_share_the_time_as_well(tmp_path: Path, scheme: str) -> None:
     pytest.importorskip("socks", reason="PySocks, of the extra socks, is not installed")
-    with ScriptedUpstream(address="127.0.0.3") as egress, black_hole("127.0.0.2", egress.port), ProxyProcess(
-            tmp_path, upstream="https://upstream.test", environ={"ALL_PROXY": f"{scheme}://egress.test:{egress.port}"},
-            prefix=hosts(tmp_path, "127.0.0.2 egress.test", "127.0.0.3 egress.test")) as proxy, \
-            proxy.client() as client:
+    with (
+        ScriptedUpstream(address="127.0.0.3") as egress,
+        black_hole("127.0.0.2", egress.port),
+        ProxyProcess(
+            tmp_path,
+            upstream="https://upstream.test",
+            environ={"ALL_PROXY": f"{scheme}://egress.test:{egress.port}"},
+            prefix=hosts(tmp_path, "127.0.0.2 egress.test", "127.0.0.3 egress.test"),
+        ) as proxy,
+        proxy.client() as client,
+    ):
         proxy.sign_in()
         client.request()
         start = time.monotonic()
@@ -277,10 +373,16 @@ def test_addresses_of_a_proxy_share_the_time_as_well(tmp_path: Path, scheme: str
 def test_socks_proxy_that_looks_up_no_names(tmp_path: Path, scheme: str) -> None:
     """It is told an address, and another one when that failed."""
     pytest.importorskip("socks", reason="PySocks, of the extra socks, is not installed")
-    with ScriptedUpstream() as egress, ProxyProcess(
-            tmp_path, upstream="https://upstream.test:444", environ={"ALL_PROXY": f"{scheme}://{egress.authority}"},
-            prefix=hosts(tmp_path, "127.0.0.2 upstream.test", "127.0.0.3 upstream.test")) as proxy, \
-            proxy.client() as client:
+    with (
+        ScriptedUpstream() as egress,
+        ProxyProcess(
+            tmp_path,
+            upstream="https://upstream.test:444",
+            environ={"ALL_PROXY": f"{scheme}://{egress.authority}"},
+            prefix=hosts(tmp_path, "127.0.0.2 upstream.test", "127.0.0.3 upstream.test"),
+        ) as proxy,
+        proxy.client() as client,
+    ):
         proxy.sign_in()
         for last in (b"\2", b"\3"):
             client.request()
@@ -294,17 +396,28 @@ def test_socks_proxy_that_looks_up_no_names(tmp_path: Path, scheme: str) -> None
                 assert tunnel.exactly(9) == b"\4\1\1\xbc\x7f\0\0" + last + b"\0"
                 tunnel.send(b"\0\x5b" + bytes(6))
             answer = client.message()
-            assert answer.status == 502 and b"rejected" in answer.body or b"refused" in answer.body
+            assert (
+                answer.status == 502 and b"rejected" in answer.body
+            ) or b"refused" in answer.body
 
 
-def test_address_whose_handshake_fails_is_followed_by_the_next(tmp_path: Path, certificate: tuple) -> None:
+def test_address_whose_handshake_fails_is_followed_by_the_next(
+    tmp_path: Path, certificate: tuple
+) -> None:
     """So is one whose handshake takes too long, within the same time limit, and it goes last."""
     authority, context = certificate
-    with ScriptedUpstream(None, "127.0.0.2") as second, ScriptedUpstream(context, "127.0.0.3", second.port) as third, \
-            ProxyProcess(tmp_path, upstream=f"https://upstream.test:{third.port}", connect_timeout=1,
-                         environ={"SSL_CERT_FILE": str(authority)}, prefix=hosts(
-                             tmp_path, "127.0.0.2 upstream.test", "127.0.0.3 upstream.test")) as proxy, \
-            proxy.client() as client:
+    with (
+        ScriptedUpstream(None, "127.0.0.2") as second,
+        ScriptedUpstream(context, "127.0.0.3", second.port) as third,
+        ProxyProcess(
+            tmp_path,
+            upstream=f"https://upstream.test:{third.port}",
+            connect_timeout=1,
+            environ={"SSL_CERT_FILE": str(authority)},
+            prefix=hosts(tmp_path, "127.0.0.2 upstream.test", "127.0.0.3 upstream.test"),
+        ) as proxy,
+        proxy.client() as client,
+    ):
         proxy.sign_in()
         client.request()
         with second.accept():  # and says nothing
@@ -328,9 +441,13 @@ def test_address_whose_handshake_fails_is_followed_by_the_next(tmp_path: Path, c
 def test_session_is_resumed(tmp_path: Path, version: ssl.TLSVersion) -> None:
     authority, context = make_certificate(tmp_path, "127.0.0.1")
     context.maximum_version = context.minimum_version = version
-    with ScriptedUpstream(context) as upstream, \
-            ProxyProcess(tmp_path, upstream=upstream.origin,
-                         environ={"SSL_CERT_FILE": str(authority)}) as proxy, proxy.client() as client:
+    with (
+        ScriptedUpstream(context) as upstream,
+        ProxyProcess(
+            tmp_path, upstream=upstream.origin, environ={"SSL_CERT_FILE": str(authority)}
+        ) as proxy,
+        proxy.client() as client,
+    ):
         proxy.sign_in()
         reused = []
         for _ in range(3):
@@ -357,7 +474,9 @@ NO_EXTENDED_MASTER_SECRET = 1
 
 
 @pytest.mark.parametrize("egress", [False, True], ids=["direct", "tls in tls"])
-def test_session_that_upstream_takes_no_more_is_forgotten(tmp_path: Path, certificate: tuple, egress: bool) -> None:
+def test_session_that_upstream_takes_no_more_is_forgotten(
+    tmp_path: Path, certificate: tuple, egress: bool
+) -> None:
     authority, outer = certificate
     (tmp_path / "upstream").mkdir()
     _, context = make_certificate(tmp_path / "upstream", "127.0.0.1", "upstream.test")
@@ -368,8 +487,14 @@ def test_session_that_upstream_takes_no_more_is_forgotten(tmp_path: Path, certif
     with ScriptedUpstream(outer if egress else context) as upstream:
         if egress:
             environ["HTTPS_PROXY"] = upstream.origin
-        with ProxyProcess(tmp_path, upstream="https://upstream.test" if egress else upstream.origin,
-                          environ=environ) as proxy, proxy.client() as client:
+        with (
+            ProxyProcess(
+                tmp_path,
+                upstream="https://upstream.test" if egress else upstream.origin,
+                environ=environ,
+            ) as proxy,
+            proxy.client() as client,
+        ):
             proxy.sign_in()
 
             def accept() -> Wire:
@@ -385,6 +510,7 @@ def test_session_that_upstream_takes_no_more_is_forgotten(tmp_path: Path, certif
                     connection.send(OK)
                     assert client.message().body == b"ok"
                 return not reused
+
             for in_full in (True, False):
                 client.request("POST", "/v1/x", body=b"{}")
                 assert reaches_in_full() == in_full
@@ -399,13 +525,21 @@ def test_session_that_upstream_takes_no_more_is_forgotten(tmp_path: Path, certif
 
 
 @pytest.mark.parametrize("end", [Wire.close, Wire.reset, None])
-def test_handshake_that_fails_with_a_session_is_repeated_without(tmp_path: Path, certificate: tuple,
-                                                                 end: "Callable[[Wire], None] | None") -> None:
+def test_handshake_that_fails_with_a_session_is_repeated_without(
+    tmp_path: Path, certificate: tuple, end: Callable[[Wire], None] | None
+) -> None:
     """Silence, too, within the same time limit."""
     authority, context = certificate
-    with ScriptedUpstream(context) as upstream, ProxyProcess(
-            tmp_path, upstream=upstream.origin, connect_timeout=2,
-            environ={"SSL_CERT_FILE": str(authority)}) as proxy, proxy.client() as client:
+    with (
+        ScriptedUpstream(context) as upstream,
+        ProxyProcess(
+            tmp_path,
+            upstream=upstream.origin,
+            connect_timeout=2,
+            environ={"SSL_CERT_FILE": str(authority)},
+        ) as proxy,
+        proxy.client() as client,
+    ):
         proxy.sign_in()
         assert reaches(client, upstream)
         client.request("POST", "/v1/x", body=b"{}")
@@ -428,17 +562,33 @@ def test_handshake_that_fails_with_a_session_is_repeated_without(tmp_path: Path,
         assert client.message().status == 502 and upstream.quiet()
 
 
-@pytest.mark.parametrize("settings, sentence", [
-    ({}, b"its certificate is not trusted (unable to get local issuer certificate); if a proxy of your network "
-         b"answers in its place, set SSL_CERT_FILE"),
-    ({"host": "127.0.0.2"}, b"its certificate is not trusted (IP address mismatch, certificate is not valid for '127.0.0.2'); "
-                              b"another server, or a proxy of your network, answers in its place")])
-def test_untrusted_certificate(tmp_path: Path, certificate: tuple, settings: dict, sentence: bytes) -> None:
+@pytest.mark.parametrize(
+    "settings, sentence",
+    [
+        (
+            {},
+            b"its certificate is not trusted (unable to get local issuer certificate); if a proxy of your network "
+            b"answers in its place, set SSL_CERT_FILE",
+        ),
+        (
+            {"host": "127.0.0.2"},
+            b"its certificate is not trusted (IP address mismatch, certificate is not valid for '127.0.0.2'); "
+            b"another server, or a proxy of your network, answers in its place",
+        ),
+    ],
+)
+def test_untrusted_certificate(
+    tmp_path: Path, certificate: tuple, settings: dict, sentence: bytes
+) -> None:
     authority, context = certificate
     environ = {"SSL_CERT_FILE": str(authority)} if settings else None
     listener = socket.create_server((settings.get("host", "127.0.0.1"), 0))
-    with listener, ProxyProcess(tmp_path, upstream="https://%s:%d" % listener.getsockname(),
-                                environ=environ) as proxy:
+    with (
+        listener,
+        ProxyProcess(
+            tmp_path, upstream="https://%s:%d" % listener.getsockname(), environ=environ
+        ) as proxy,
+    ):
         proxy.sign_in()
         with proxy.client() as client:
             client.request()
@@ -449,11 +599,14 @@ def test_untrusted_certificate(tmp_path: Path, certificate: tuple, settings: dic
 
 
 @pytest.mark.parametrize("said", [b"HTTP/1.1 400 Bad Request\r\n\r\n", None])
-def test_upstream_that_does_not_speak_tls(tmp_path: Path, said: "bytes | None") -> None:
+def test_upstream_that_does_not_speak_tls(tmp_path: Path, said: bytes | None) -> None:
     """One that answers in plain text, and one that is silent: the limit includes TLS."""
-    with ScriptedUpstream() as upstream, \
-            ProxyProcess(tmp_path, upstream=upstream.origin.replace("http", "https"),
-                         connect_timeout=0.5) as proxy:
+    with (
+        ScriptedUpstream() as upstream,
+        ProxyProcess(
+            tmp_path, upstream=upstream.origin.replace("http", "https"), connect_timeout=0.5
+        ) as proxy,
+    ):
         proxy.sign_in()
         with proxy.client() as client:
             client.request()
@@ -461,7 +614,10 @@ def test_upstream_that_does_not_speak_tls(tmp_path: Path, said: "bytes | None") 
             if said:
                 connection.send(said)
             answer = client.message()
-            assert (answer.status, answer.value("X-XAI-Proxy-Error")) == (502, "upstream_unreachable")
+            assert (answer.status, answer.value("X-XAI-Proxy-Error")) == (
+                502,
+                "upstream_unreachable",
+            )
             assert (b"TLS" if said else b"within 0.5 s") in answer.body
 
 
@@ -470,16 +626,25 @@ def test_upstream_that_does_not_speak_tls(tmp_path: Path, said: "bytes | None") 
 
 def test_connect_proxy_is_used_for_https(tmp_path: Path, certificate: tuple) -> None:
     authority, context = certificate
-    with ScriptedUpstream() as egress, ProxyProcess(
-            tmp_path, upstream="https://upstream.test", environ={
+    with (
+        ScriptedUpstream() as egress,
+        ProxyProcess(
+            tmp_path,
+            upstream="https://upstream.test",
+            environ={
                 "SSL_CERT_FILE": str(authority),
-                "HTTPS_PROXY": f"http://me:secret@{egress.authority}"}) as proxy:
+                "HTTPS_PROXY": f"http://me:secret@{egress.authority}",
+            },
+        ) as proxy,
+    ):
         proxy.sign_in()
         with proxy.client() as client:
             client.request("GET", "/v1/models?x")
             tunnel = egress.receive()
             assert tunnel.line.split()[:2] == ["CONNECT", "upstream.test:443"]
-            assert tunnel.value("Proxy-Authorization") == "Basic bWU6c2VjcmV0" and tunnel.token == ""
+            assert (
+                tunnel.value("Proxy-Authorization") == "Basic bWU6c2VjcmV0" and tunnel.token == ""
+            )
             tunnel.answer(b"HTTP/1.1 200 Go on\r\n\r\n")
             with Wire(context.wrap_socket(tunnel.connection.sock, server_side=True)) as inside:
                 request = inside.message()
@@ -495,23 +660,37 @@ def test_connect_proxy_is_used_for_https(tmp_path: Path, certificate: tuple) -> 
 
 
 def test_connect_proxy_that_refuses(tmp_path: Path) -> None:
-    with ScriptedUpstream() as egress, ProxyProcess(
-            tmp_path, upstream="https://upstream.test",
-            environ={"HTTPS_PROXY": f"http://me:secret@{egress.authority}"}) as proxy:
+    with (
+        ScriptedUpstream() as egress,
+        ProxyProcess(
+            tmp_path,
+            upstream="https://upstream.test",
+            environ={"HTTPS_PROXY": f"http://me:secret@{egress.authority}"},
+        ) as proxy,
+    ):
         proxy.sign_in()
         with proxy.client() as client:
             client.request()
-            egress.receive().answer(b"HTTP/1.1 407 Authentication Required\r\nContent-Length: 0\r\n\r\n")
+            egress.receive().answer(
+                b"HTTP/1.1 407 Authentication Required\r\nContent-Length: 0\r\n\r\n"
+            )
             answer = client.message()
             assert answer.status == 502 and b"407 Authentication Required" in answer.body
             assert b"secret" not in answer.body
 
 
 def test_loopback_is_never_proxied(tmp_path: Path) -> None:
-    with ScriptedUpstream() as egress, ScriptedUpstream() as upstream, ProxyProcess(
-            tmp_path, upstream=upstream.origin,
-            environ=dict.fromkeys(("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "http_proxy"),
-                                  egress.origin)) as proxy:
+    with (
+        ScriptedUpstream() as egress,
+        ScriptedUpstream() as upstream,
+        ProxyProcess(
+            tmp_path,
+            upstream=upstream.origin,
+            environ=dict.fromkeys(
+                ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "http_proxy"), egress.origin
+            ),
+        ) as proxy,
+    ):
         proxy.sign_in()
         with proxy.client() as client:
             client.request()
@@ -529,35 +708,47 @@ def egress() -> Iterator[ScriptedUpstream]:
 
 
 def a_proxy_behind(egress: ScriptedUpstream, certificate: tuple, folder: Path) -> ProxyProcess:
-    return ProxyProcess(folder, upstream="https://upstream.test", connect_timeout=0.5,
-                        environ={"SSL_CERT_FILE": str(certificate[0]), "HTTPS_PROXY": egress.origin})
+    return ProxyProcess(
+        folder,
+        upstream="https://upstream.test",
+        connect_timeout=0.5,
+        environ={"SSL_CERT_FILE": str(certificate[0]), "HTTPS_PROXY": egress.origin},
+    )
 
 
 @pytest.fixture(scope="module")
-def behind_egress(egress: ScriptedUpstream, certificate: tuple,
-                  tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxyProcess]:
+def behind_egress(
+    egress: ScriptedUpstream, certificate: tuple, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ProxyProcess]:
     with a_proxy_behind(egress, certificate, tmp_path_factory.mktemp("behind")) as proxy:
         proxy.sign_in()
         yield proxy
 
 
 @pytest.fixture(scope="module")
-def never_connected(egress: ScriptedUpstream, certificate: tuple,
-                    tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxyProcess]:
+def never_connected(
+    egress: ScriptedUpstream, certificate: tuple, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ProxyProcess]:
     """One that has no TLS session to resume."""
     with a_proxy_behind(egress, certificate, tmp_path_factory.mktemp("never")) as proxy:
         proxy.sign_in()
         yield proxy
 
 
-@pytest.mark.parametrize("said", [
-    b"HTTP/1.1 100 Continue\r\n\r\n" + GO_ON,
-    b"HTTP/1.1 103 Early\r\nLink: x\r\n\r\nHTTP/1.1 199 \r\n\r\n" + GO_ON,
-    b"HTTP/1.0 200 Connection established\r\n\r\n", b"HTTP/1.1 204 Fine\r\n\r\n",
-    b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n",  # RFC 9110 section 9.3.6: to be ignored
-    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"])
-def test_tunnel_that_opens(behind_egress: ProxyProcess, egress: ScriptedUpstream, certificate: tuple,
-                           said: bytes) -> None:
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"HTTP/1.1 100 Continue\r\n\r\n" + GO_ON,
+        b"HTTP/1.1 103 Early\r\nLink: x\r\n\r\nHTTP/1.1 199 \r\n\r\n" + GO_ON,
+        b"HTTP/1.0 200 Connection established\r\n\r\n",
+        b"HTTP/1.1 204 Fine\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n",  # RFC 9110 section 9.3.6: to be ignored
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
+    ],
+)
+def test_tunnel_that_opens(
+    behind_egress: ProxyProcess, egress: ScriptedUpstream, certificate: tuple, said: bytes
+) -> None:
     with behind_egress.client() as client:
         client.request()
         tunnel = egress.receive()
@@ -570,24 +761,41 @@ def test_tunnel_that_opens(behind_egress: ProxyProcess, egress: ScriptedUpstream
             assert client.message().body == b"ok"
 
 
-@pytest.mark.parametrize("said, end, sentence", [
-    (b"HTTP/1.1 403 Forbidden\r\nContent-Length: 13\r\n\r\nsecret-reason", None,
-     b"the proxy on the way answered 403 Forbidden"),
-    (b"HTTP/1.1 502 Bad Gateway\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nsecret", None,
-     b"answered 502 Bad Gateway"),
-    (b"HTTP/1.1 302 Found\r\nLocation: /secret\r\n\r\n", None, b"answered 302 Found"),
-    (b"SSH-2.0-dropbear\r\n\r\n", None, b"is not HTTP/1.1"),
-    (b"HTTP/1.1 200 OK\n\n", None, b"is not HTTP/1.1"),
-    (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 12000, None, b"is longer than 65536 bytes"),
-    (b"", Wire.close, b"it closed the connection"),
-    (b"HTTP/1.1 200 O", Wire.close, b"it closed the connection"),
-    (b"HTTP/1.1 200 OK\r\n", Wire.reset, b"reset by peer"),
-    (GO_ON, Wire.close, b"no connection to https://upstream.test: "),  # before hands are shaken
-    (GO_ON + b"220 smtp.example\r\n", None, b"TLS failed"),
-    (b"", None, b"within 0.5 s"), (b"HTTP/1.1 200", None, b"within 0.5 s"),
-    (b"HTTP/1.1 100 Continue\r\n\r\n", None, b"within 0.5 s"), (GO_ON, None, b"within 0.5 s")])
-def test_tunnel_that_does_not(never_connected: ProxyProcess, egress: ScriptedUpstream, said: bytes,
-                              end: "Callable[[Wire], None] | None", sentence: bytes) -> None:
+@pytest.mark.parametrize(
+    "said, end, sentence",
+    [
+        (
+            b"HTTP/1.1 403 Forbidden\r\nContent-Length: 13\r\n\r\nsecret-reason",
+            None,
+            b"the proxy on the way answered 403 Forbidden",
+        ),
+        (
+            b"HTTP/1.1 502 Bad Gateway\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nsecret",
+            None,
+            b"answered 502 Bad Gateway",
+        ),
+        (b"HTTP/1.1 302 Found\r\nLocation: /secret\r\n\r\n", None, b"answered 302 Found"),
+        (b"SSH-2.0-dropbear\r\n\r\n", None, b"is not HTTP/1.1"),
+        (b"HTTP/1.1 200 OK\n\n", None, b"is not HTTP/1.1"),
+        (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 12000, None, b"is longer than 65536 bytes"),
+        (b"", Wire.close, b"it closed the connection"),
+        (b"HTTP/1.1 200 O", Wire.close, b"it closed the connection"),
+        (b"HTTP/1.1 200 OK\r\n", Wire.reset, b"reset by peer"),
+        (GO_ON, Wire.close, b"no connection to https://upstream.test: "),  # before hands are shaken
+        (GO_ON + b"220 smtp.example\r\n", None, b"TLS failed"),
+        (b"", None, b"within 0.5 s"),
+        (b"HTTP/1.1 200", None, b"within 0.5 s"),
+        (b"HTTP/1.1 100 Continue\r\n\r\n", None, b"within 0.5 s"),
+        (GO_ON, None, b"within 0.5 s"),
+    ],
+)
+def test_tunnel_that_does_not(
+    never_connected: ProxyProcess,
+    egress: ScriptedUpstream,
+    said: bytes,
+    end: Callable[[Wire], None] | None,
+    sentence: bytes,
+) -> None:
     with never_connected.client() as client:
         client.request("POST", "/v1/x", body=b"{}")
         start = time.monotonic()
@@ -601,7 +809,11 @@ def test_tunnel_that_does_not(never_connected: ProxyProcess, egress: ScriptedUps
             end(tunnel.connection)
         answer = client.message()
         assert (answer.status, answer.value("X-XAI-Proxy-Error")) == (502, "upstream_unreachable")
-        assert sentence in answer.body and b"secret" not in answer.body and time.monotonic() - start < 2
+        assert (
+            sentence in answer.body
+            and b"secret" not in answer.body
+            and time.monotonic() - start < 2
+        )
         if not end:
             tunnel.connection.sock.settimeout(1)
             with contextlib.suppress(ConnectionResetError):
@@ -618,10 +830,14 @@ class TLSInTLS:
         self._in, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._in, self._out, server_side=True)
         self._do(self._tls.do_handshake)
-        self.settimeout, self.setsockopt, self.close = outer.settimeout, outer.setsockopt, outer.close
+        self.settimeout, self.setsockopt, self.close = (
+            outer.settimeout,
+            outer.setsockopt,
+            outer.close,
+        )
         self.session_reused = self._tls.session_reused
 
-    def _do(self, step: "Callable[..., Any]", *arguments: object) -> "Any":
+    def _do(self, step: Callable[..., Any], *arguments: object) -> Any:
         while True:
             try:
                 return step(*arguments)
@@ -636,19 +852,26 @@ class TLSInTLS:
 
     def sendall(self, data: bytes) -> None:
         for start in range(0, len(data), 16384):
-            self._do(self._tls.write, data[start:start + 16384])
+            self._do(self._tls.write, data[start : start + 16384])
 
 
 def test_tls_in_tls(tmp_path: Path, certificate: tuple) -> None:
     """An egress proxy that speaks TLS itself."""
     authority, context = certificate
     body = bytes(range(256)) * 4096
-    with ScriptedUpstream(context) as egress, ProxyProcess(
-            tmp_path, upstream="https://upstream.test", environ={
-                "SSL_CERT_FILE": str(authority), "HTTPS_PROXY": egress.origin}) as proxy, \
-            proxy.client() as client:
+    with (
+        ScriptedUpstream(context) as egress,
+        ProxyProcess(
+            tmp_path,
+            upstream="https://upstream.test",
+            environ={"SSL_CERT_FILE": str(authority), "HTTPS_PROXY": egress.origin},
+        ) as proxy,
+        proxy.client() as client,
+    ):
         proxy.sign_in()
-        sender = threading.Thread(target=client.request, args=("POST", "/v1/x"), kwargs={"body": body})
+        sender = threading.Thread(
+            target=client.request, args=("POST", "/v1/x"), kwargs={"body": body}
+        )
         sender.start()
         tunnel = egress.receive()
         assert tunnel.line == "CONNECT upstream.test:443 HTTP/1.1" and tunnel.token == ""
@@ -673,12 +896,20 @@ def test_tls_in_tls(tmp_path: Path, certificate: tuple) -> None:
 
 
 @pytest.fixture
-def socks(tmp_path: Path, certificate: tuple) -> "Iterator[tuple[ProxyProcess, socket.socket]]":
+def socks(tmp_path: Path, certificate: tuple) -> Iterator[tuple[ProxyProcess, socket.socket]]:
     pytest.importorskip("socks", reason="PySocks, of the extra socks, is not installed")
-    with socket.create_server(("127.0.0.1", 0)) as listener, ProxyProcess(
-            tmp_path, upstream="https://upstream.test", connect_timeout=0.5, environ={
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        ProxyProcess(
+            tmp_path,
+            upstream="https://upstream.test",
+            connect_timeout=0.5,
+            environ={
                 "SSL_CERT_FILE": str(certificate[0]),
-                "ALL_PROXY": f"socks5h://me:secret@127.0.0.1:{listener.getsockname()[1]}"}) as proxy:
+                "ALL_PROXY": f"socks5h://me:secret@127.0.0.1:{listener.getsockname()[1]}",
+            },
+        ) as proxy,
+    ):
         listener.settimeout(PATIENCE)
         proxy.sign_in()
         yield proxy, listener
@@ -691,7 +922,9 @@ def asked_for_upstream(listener: socket.socket) -> Wire:
     wire.send(b"\5\2")
     assert wire.exactly(11) == b"\1\2me\6secret"
     wire.send(b"\1\0")
-    assert wire.exactly(20) == b"\5\1\0\3\x0dupstream.test\1\xbb"  # by its name, for the proxy to look up
+    assert (
+        wire.exactly(20) == b"\5\1\0\3\x0dupstream.test\1\xbb"
+    )  # by its name, for the proxy to look up
     return wire
 
 
@@ -710,12 +943,19 @@ def test_socks_proxy_is_used(socks: tuple, certificate: tuple) -> None:
                 client.request()
 
 
-@pytest.mark.parametrize("said, end, sentence", [
-    (b"\5\5\0\1" + bytes(6), False, b"refused"),
-    (b"HTTP/1.1 400 Bad Request", False, b"no connection to"),
-    (b"\5\0", True, b"closed"), (b"\5\0", False, b"within 0.5 s")],
-    ids=["refused", "garbage", "cut", "silent"])
-def test_socks_proxy_that_does_not_connect(socks: tuple, said: bytes, end: bool, sentence: bytes) -> None:
+@pytest.mark.parametrize(
+    "said, end, sentence",
+    [
+        (b"\5\5\0\1" + bytes(6), False, b"refused"),
+        (b"HTTP/1.1 400 Bad Request", False, b"no connection to"),
+        (b"\5\0", True, b"closed"),
+        (b"\5\0", False, b"within 0.5 s"),
+    ],
+    ids=["refused", "garbage", "cut", "silent"],
+)
+def test_socks_proxy_that_does_not_connect(
+    socks: tuple, said: bytes, end: bool, sentence: bytes
+) -> None:
     proxy, listener = socks
     with proxy.client() as client:
         client.request()

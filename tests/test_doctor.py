@@ -1,4 +1,5 @@
 """xai-login --doctor: what it says of each thing that can be wrong, and that it only looks."""
+
 from __future__ import annotations
 
 import email.utils
@@ -13,8 +14,9 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any
 
 import certifi
 import pytest
@@ -27,8 +29,14 @@ from xaiproxy import config, token_writer
 from xaiproxy.login import doctor
 from xaiproxy.login.conversation import Conversation
 
-COMMAND = [sys.executable, "-W", "error", "-c",
-           "import sys; from xaiproxy.login import command as login; sys.exit(login.main())", "--doctor"]
+COMMAND = [
+    sys.executable,
+    "-W",
+    "error",
+    "-c",
+    "import sys; from xaiproxy.login import command as login; sys.exit(login.main())",
+    "--doctor",
+]
 CLOSED = "http://127.0.0.1:1"  # nobody listens there
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 
@@ -40,18 +48,27 @@ class Report:
         *events, self.end = map(json.loads, lines.splitlines())
         self.text, self.code = lines, code
         self.order = list(dict.fromkeys(event["check"] for event in events))
-        self.found: "dict[str, list[tuple[str, str, int]]]" = {check: [] for check in self.order}
+        self.found: dict[str, list[tuple[str, str, int]]] = {check: [] for check in self.order}
         for event in events:
-            self.found[event["check"]].append((event["result"], event["message"], event.get("exit_code", 0)))
+            self.found[event["check"]].append(
+                (event["result"], event["message"], event.get("exit_code", 0))
+            )
         failed = [event["exit_code"] for event in events if event["result"] == "failure"]
         assert code == (failed[0] if failed else 0)
-        assert self.end == {"event": "doctor", "failures": len(failed), "exit_code": code,
-                            "warnings": sum(event["result"] == "warning" for event in events)}
+        assert self.end == {
+            "event": "doctor",
+            "failures": len(failed),
+            "exit_code": code,
+            "warnings": sum(event["result"] == "warning" for event in events),
+        }
 
     def says(self, check: str, result: str, message: str, exit_code: int = 0) -> None:
         """Whether one of its findings is this one; `message` is searched for."""
-        assert [found for found in self.found[check]
-                if found[::2] == (result, exit_code) and re.search(message, found[1])], self.found[check]
+        assert [
+            found
+            for found in self.found[check]
+            if found[::2] == (result, exit_code) and re.search(message, found[1])
+        ], self.found[check]
 
 
 class Patient:
@@ -61,27 +78,43 @@ class Patient:
         self.sandbox = sandbox
         self.folder = folder / "login"
         self.path = self.folder / "tokens.json"
-        self.environ = {"XAI_PROXY_ISSUER": sandbox.url, "XAI_PROXY_UPSTREAM": sandbox.url, "XAI_PROXY_PORT": "1",
-                        "XAI_PROXY_TOKEN_PATH": str(self.path), "XAI_PROXY_MAX_CONNECTIONS": "10"}
+        self.environ = {
+            "XAI_PROXY_ISSUER": sandbox.url,
+            "XAI_PROXY_UPSTREAM": sandbox.url,
+            "XAI_PROXY_PORT": "1",
+            "XAI_PROXY_TOKEN_PATH": str(self.path),
+            "XAI_PROXY_MAX_CONNECTIONS": "10",
+        }
 
-    def examine(self, now: "Callable[[], float]" = time.time, pause: "Callable[[float], object]" = lambda _: None,
-                **environ: str) -> Report:
+    def examine(
+        self,
+        now: Callable[[], float] = time.time,
+        pause: Callable[[float], object] = lambda _: None,
+        **environ: str,
+    ) -> Report:
         lines = io.StringIO()
-        environ = self.environ | {f"XAI_PROXY_{name}" if f"XAI_PROXY_{name}" in config.SETTINGS else name: text
-                                  for name, text in environ.items()}
+        environ = self.environ | {
+            f"XAI_PROXY_{name}" if f"XAI_PROXY_{name}" in config.SETTINGS else name: text
+            for name, text in environ.items()
+        }
         code = doctor.examine(environ, {}, Conversation(True, stdout=lines), now, pause)
         return Report(lines.getvalue(), code)
 
-    def process(self, prefix: "list[str]", arguments: "tuple[str, ...]" = (), **environ: str) -> Report:
+    def process(self, prefix: list[str], arguments: tuple[str, ...] = (), **environ: str) -> Report:
         """The same by the command, under another; an empty value takes a variable away."""
         environ = environment(self.folder) | self.environ | environ
-        done = subprocess.run([*prefix, *COMMAND, "--json", *arguments], text=True, capture_output=True,
-                              timeout=30, cwd="/",
-                              env={name: text for name, text in environ.items() if text})
+        done = subprocess.run(
+            [*prefix, *COMMAND, "--json", *arguments],
+            text=True,
+            capture_output=True,
+            timeout=30,
+            cwd="/",
+            env={name: text for name, text in environ.items() if text},
+        )
         assert done.stderr == ""
         return Report(done.stdout, done.returncode)
 
-    def sign_in(self, **members: Any) -> "dict[str, Any]":
+    def sign_in(self, **members: Any) -> dict[str, Any]:
         login = self.sandbox.write_login(self.path, **members)
         self.sandbox.reset()
         return login
@@ -93,7 +126,7 @@ class Patient:
 
 
 @pytest.fixture
-def patient(sandbox: Sandbox, tmp_path: Path) -> "Iterator[Patient]":
+def patient(sandbox: Sandbox, tmp_path: Path) -> Iterator[Patient]:
     before = os.getcwd()
     os.chdir(tmp_path)  # where there is no .env
     yield Patient(sandbox, tmp_path)
@@ -101,7 +134,7 @@ def patient(sandbox: Sandbox, tmp_path: Path) -> "Iterator[Patient]":
 
 
 @pytest.fixture
-def nobody() -> "list[str]":
+def nobody() -> list[str]:
     """Runs a command as a user without a name or a privilege, to whom our files belong."""
     prefix = ["unshare", "--user", "--map-user=12345"]
     if subprocess.run([*prefix, "true"], capture_output=True).returncode:
@@ -109,48 +142,86 @@ def nobody() -> "list[str]":
     return prefix
 
 
-def snapshot(folder: Path) -> "dict[str, tuple]":
-    return {path.name: (status.st_ino, status.st_mtime_ns, status.st_ctime_ns, path.read_bytes())
-            for path in folder.iterdir() for status in [path.stat()]}
+def snapshot(folder: Path) -> dict[str, tuple]:
+    return {
+        path.name: (status.st_ino, status.st_mtime_ns, status.st_ctime_ns, path.read_bytes())
+        for path in folder.iterdir()
+        for status in [path.stat()]
+    }
 
 
-def tokens_sent(sandbox: Sandbox) -> "list[str]":
+def tokens_sent(sandbox: Sandbox) -> list[str]:
     """Where to."""
-    return [request["target"] for request in sandbox.requests()
-            if any(name.lower() == "authorization" for name, _ in request["headers"])]
+    return [
+        request["target"]
+        for request in sandbox.requests()
+        if any(name.lower() == "authorization" for name, _ in request["headers"])
+    ]
 
 
 # the whole
+
 
 def test_all_is_well_and_nothing_is_changed(patient: Patient, sandbox: Sandbox, tmp_path: Path):
     login = patient.sign_in(account="you@example.org")
     patient.refresher_lives()
     (patient.folder / "tokens.json.new").write_text("left over")
-    with ProxyProcess(patient.folder, issuer=sandbox.url, upstream=sandbox.url) as proxy, \
-            open(patient.folder / "tokens.json.lock") as lock:
+    with (
+        ProxyProcess(patient.folder, issuer=sandbox.url, upstream=sandbox.url) as proxy,
+        open(patient.folder / "tokens.json.lock") as lock,
+    ):
         fcntl.flock(lock, fcntl.LOCK_EX)  # whoever wanted it would wait until the test is over
         before = snapshot(patient.folder)
         report = patient.examine(PORT=str(proxy.port))
         assert snapshot(patient.folder) == before
-    assert report.order == ["settings", "network", "login", "token folder", "refresher", "issuer", "upstream", "clock",
-                            "file descriptors", "client keys", "proxy"]
+    assert report.order == [
+        "settings",
+        "network",
+        "login",
+        "token folder",
+        "refresher",
+        "issuer",
+        "upstream",
+        "clock",
+        "file descriptors",
+        "client keys",
+        "proxy",
+    ]
     assert {found[0] for check in report.found.values() for found in check} == {"ok"}
-    report.says("settings", "ok", f"^the login of {sandbox.url} in {patient.path}, for {sandbox.url}$")
-    report.says("login", "ok", f"^that of you@example.org in {patient.path}. The access token is valid until 20.*, for "
-                "another 5 h 59 min")
-    report.says("proxy", "ok", f"^http://127.0.0.1:{proxy.port}/v1 is served, and ready: signed in$")
+    report.says(
+        "settings", "ok", f"^the login of {sandbox.url} in {patient.path}, for {sandbox.url}$"
+    )
+    report.says(
+        "login",
+        "ok",
+        f"^that of you@example.org in {patient.path}. The access token is valid until 20.*, for "
+        "another 5 h 59 min",
+    )
+    report.says(
+        "proxy", "ok", f"^http://127.0.0.1:{proxy.port}/v1 is served, and ready: signed in$"
+    )
     asked = [(request["method"], request["target"]) for request in sandbox.requests()]
-    assert asked == [("GET", "/.well-known/openid-configuration"), ("GET", "/v1/me"), ("GET", "/v1/models")]
+    assert asked == [
+        ("GET", "/.well-known/openid-configuration"),
+        ("GET", "/v1/me"),
+        ("GET", "/v1/models"),
+    ]
     assert tokens_sent(sandbox) == ["/v1/me", "/v1/models"]
     assert login["access_token"] not in report.text and login["refresh_token"] not in report.text
 
 
 def test_a_person_sees_a_line_as_soon_as_it_is_known(patient: Patient):
     with ScriptedServer(lambda connection: connection.recv(65536) and connection.recv(1)) as silent:
-        environ = environment(patient.folder) | patient.environ | {"XAI_PROXY_ISSUER": silent.url, "COLUMNS": "100"}
+        environ = (
+            environment(patient.folder)
+            | patient.environ
+            | {"XAI_PROXY_ISSUER": silent.url, "COLUMNS": "100"}
+        )
         with Terminal(COMMAND, env=environ, cwd="/") as terminal:
             terminal.expect(r"ok +settings: .*\r\n")
-            terminal.expect(r"FAILED   login: not signed in: .*; run `\S+/bin/xai-login --device` to sign in\r\n")
+            terminal.expect(
+                r"FAILED   login: not signed in: .*; run `\S+/bin/xai-login --device` to sign in\r\n"
+            )
             terminal.expect(r"\r\x1b\[K\.\.\.      issuer$", 5)  # while it waits
             terminal.type(CTRL_C)
             assert terminal.end() == 130 and "Traceback" not in terminal.screen
@@ -163,8 +234,13 @@ def test_a_person_sees_what_is_waited_for_next(patient: Patient, sandbox: Sandbo
         terminal.expect(r"/v1/me takes the token\r\n\r\x1b\[K\.\.\.      upstream$", 5)
 
 
-@pytest.mark.parametrize("well, last", [(False, r"2 failed, \d warned; begin with the first that failed\."),
-                                        (True, r"Nothing failed, \d warned\.")])
+@pytest.mark.parametrize(
+    "well, last",
+    [
+        (False, r"2 failed, \d warned; begin with the first that failed\."),
+        (True, r"Nothing failed, \d warned\."),
+    ],
+)
 def test_the_last_line_and_the_exit_code(patient: Patient, well: bool, last: str):
     """A refresher and a proxy that do not run are warnings."""
     if well:
@@ -174,40 +250,72 @@ def test_the_last_line_and_the_exit_code(patient: Patient, well: bool, last: str
     done = subprocess.run(COMMAND, text=True, capture_output=True, timeout=30, cwd="/", env=environ)
     assert (done.returncode, done.stderr) == (0 if well else 77, "")
     assert re.fullmatch(last, done.stdout.splitlines()[-1])
-    assert all(line.startswith(tuple(f"{label:8} " for label in doctor.LABELS.values()))
-               for line in done.stdout.splitlines()[:-1])
+    assert all(
+        line.startswith(tuple(f"{label:8} " for label in doctor.LABELS.values()))
+        for line in done.stdout.splitlines()[:-1]
+    )
 
 
 # settings
 
-@pytest.mark.parametrize("environ, told, doubtful", [
-    ({"ISSUER": "http://192.0.2.1"}, "^XAI_PROXY_ISSUER is 'http://192.0.2.1', but takes",
-     {"network", "login", "issuer", "upstream"}),
-    ({"XAI_PROXY_UPSTRAEM": "x"}, "did you mean XAI_PROXY_UPSTREAM?", {"network", "login", "upstream"}),
-    ({"CLIENT_ID": " "}, "^XAI_PROXY_CLIENT_ID", {"login", "upstream"}),
-    ({"PORT": "http"}, "^XAI_PROXY_PORT", {"proxy"}),
-    ({"BIND": "here"}, "^XAI_PROXY_BIND", {"client keys", "proxy"}),
-    ({"MAX_CONNECTIONS": "0"}, "^XAI_PROXY_MAX_CONNECTIONS", {"file descriptors"}),
-    ({"TOKEN_PATH": "/"}, "^XAI_PROXY_TOKEN_PATH", {"login", "token folder", "refresher", "upstream", "client keys"}),
-    ({"https_proxy": "ftp://me:secret@p"}, "^https_proxy takes the URL", {"network", "issuer", "upstream"}),
-    ({"SSL_CERT_FILE": "/none"}, "^SSL_CERT_FILE is '/none'", {"network", "issuer", "upstream"}),
-    ({"XAI_PROXY_WHATEVER_THIS": "1"}, "lists them all", set()),
-    ({"LOG_LEVEL": "loud"}, "^XAI_PROXY_LOG_LEVEL", set())])
+
+@pytest.mark.parametrize(
+    "environ, told, doubtful",
+    [
+        (
+            {"ISSUER": "http://192.0.2.1"},
+            "^XAI_PROXY_ISSUER is 'http://192.0.2.1', but takes",
+            {"network", "login", "issuer", "upstream"},
+        ),
+        (
+            {"XAI_PROXY_UPSTRAEM": "x"},
+            "did you mean XAI_PROXY_UPSTREAM?",
+            {"network", "login", "upstream"},
+        ),
+        ({"CLIENT_ID": " "}, "^XAI_PROXY_CLIENT_ID", {"login", "upstream"}),
+        ({"PORT": "http"}, "^XAI_PROXY_PORT", {"proxy"}),
+        ({"BIND": "here"}, "^XAI_PROXY_BIND", {"client keys", "proxy"}),
+        ({"MAX_CONNECTIONS": "0"}, "^XAI_PROXY_MAX_CONNECTIONS", {"file descriptors"}),
+        (
+            {"TOKEN_PATH": "/"},
+            "^XAI_PROXY_TOKEN_PATH",
+            {"login", "token folder", "refresher", "upstream", "client keys"},
+        ),
+        (
+            {"https_proxy": "ftp://me:secret@p"},
+            "^https_proxy takes the URL",
+            {"network", "issuer", "upstream"},
+        ),
+        (
+            {"SSL_CERT_FILE": "/none"},
+            "^SSL_CERT_FILE is '/none'",
+            {"network", "issuer", "upstream"},
+        ),
+        ({"XAI_PROXY_WHATEVER_THIS": "1"}, "lists them all", set()),
+        ({"LOG_LEVEL": "loud"}, "^XAI_PROXY_LOG_LEVEL", set()),
+    ],
+)
 def test_a_wrong_setting_is_a_line_and_what_does_not_depend_on_it_is_looked_at(
-        patient: Patient, environ: "dict[str, str]", told: str, doubtful: "set[str]"):
+    patient: Patient, environ: dict[str, str], told: str, doubtful: set[str]
+):
     patient.sign_in()
     report = patient.examine(**environ)
     report.says("settings", "failure", told, 78)
     assert (report.code, len(report.found["settings"]), len(report.order)) == (78, 1, 11)
-    assert {check for check, found in report.found.items() if found[0][0] == "skipped"} == doubtful | \
-        ({"clock"} if {"issuer", "upstream"} <= doubtful else set())
+    assert {
+        check for check, found in report.found.items() if found[0][0] == "skipped"
+    } == doubtful | ({"clock"} if {"issuer", "upstream"} <= doubtful else set())
     assert "secret" not in report.text
 
 
 def test_every_wrong_setting_is_told(patient: Patient):
     report = patient.examine(PORT="x", ISSUER="y", XAI_PROXY_ISUER="z", ALL_PROXY="socks://p")
     assert [found[1].split()[0] for found in report.found["settings"]] == [
-        "XAI_PROXY_ISUER", "XAI_PROXY_PORT", "XAI_PROXY_ISSUER", "ALL_PROXY"] or report.found["settings"]
+        "XAI_PROXY_ISUER",
+        "XAI_PROXY_PORT",
+        "XAI_PROXY_ISSUER",
+        "ALL_PROXY",
+    ] or report.found["settings"]
 
 
 def test_with_a_dotenv_that_cannot_be_read_no_setting_is_sure(patient: Patient, sandbox: Sandbox):
@@ -215,21 +323,30 @@ def test_with_a_dotenv_that_cannot_be_read_no_setting_is_sure(patient: Patient, 
     Path(".env").write_bytes(b"#" * (config.DOTENV_LIMIT + 1))
     report = patient.examine()
     report.says("settings", "failure", r"/\.env cannot be read", 78)
-    assert {found[0][0] for check, found in report.found.items() if check != "settings"} == {"skipped"}
+    assert {found[0][0] for check, found in report.found.items() if check != "settings"} == {
+        "skipped"
+    }
     assert sandbox.requests() == []
 
 
-def test_without_a_home_folder_there_is_no_token_file_to_look_at(patient: Patient, nobody: "list[str]"):
+def test_without_a_home_folder_there_is_no_token_file_to_look_at(
+    patient: Patient, nobody: list[str]
+):
     report = patient.process(nobody, HOME="", XAI_PROXY_TOKEN_PATH="", XAI_PROXY_PORT="http")
-    report.says("settings", "failure", "^XAI_PROXY_TOKEN_PATH is .* there is no home folder for ~ here", 78)
+    report.says(
+        "settings", "failure", "^XAI_PROXY_TOKEN_PATH is .* there is no home folder for ~ here", 78
+    )
     assert report.order == ["settings"]
 
 
 def test_a_name_that_is_no_setting_but_a_clients_is_a_warning(patient: Patient):
-    patient.examine(XAI_PROXY_KEY="secret").says("settings", "warning", "^XAI_PROXY_KEY is not a setting")
+    patient.examine(XAI_PROXY_KEY="secret").says(
+        "settings", "warning", "^XAI_PROXY_KEY is not a setting"
+    )
 
 
 # the login
+
 
 def test_the_file_that_the_command_line_names(patient: Patient):
     patient.sign_in()
@@ -239,18 +356,36 @@ def test_the_file_that_the_command_line_names(patient: Patient):
 
 def test_no_login(patient: Patient, sandbox: Sandbox):
     report = patient.examine()
-    report.says("login", "failure", f"^not signed in: {patient.path} does not exist; run `\\S*bin/xai-login --device`", 77)
+    report.says(
+        "login",
+        "failure",
+        f"^not signed in: {patient.path} does not exist; run `\\S*bin/xai-login --device`",
+        77,
+    )
     report.says("token folder", "skipped", "does not exist; signing in makes it")
     report.says("upstream", "ok", "answers; no token was tried")
     assert not patient.folder.exists() and tokens_sent(sandbox) == []
 
 
-@pytest.mark.parametrize("members, exit_code, told", [
-    ({"issuer": "https://auth.x.ai"}, 78, "holds a login of https://auth.x.ai for client .*set XAI_PROXY_ISSUER"),
-    ({"client_id": "another"}, 78, "for client another, but the settings say"),
-    ({"access_token": "two words"}, 77, "holds no access_token .* run `\\S*bin/xai-login --device`")])
+@pytest.mark.parametrize(
+    "members, exit_code, told",
+    [
+        (
+            {"issuer": "https://auth.x.ai"},
+            78,
+            "holds a login of https://auth.x.ai for client .*set XAI_PROXY_ISSUER",
+        ),
+        ({"client_id": "another"}, 78, "for client another, but the settings say"),
+        (
+            {"access_token": "two words"},
+            77,
+            "holds no access_token .* run `\\S*bin/xai-login --device`",
+        ),
+    ],
+)
 def test_a_login_that_is_not_for_these_settings_is_sent_nowhere(
-        patient: Patient, sandbox: Sandbox, members: "dict[str, Any]", exit_code: int, told: str):
+    patient: Patient, sandbox: Sandbox, members: dict[str, Any], exit_code: int, told: str
+):
     patient.sign_in(**members)
     patient.examine().says("login", "failure", told, exit_code)
     assert tokens_sent(sandbox) == []
@@ -259,8 +394,15 @@ def test_a_login_that_is_not_for_these_settings_is_sent_nowhere(
 def test_a_token_of_xai_goes_to_xai_only(patient: Patient, sandbox: Sandbox):
     patient.sign_in(issuer="https://auth.x.ai")
     report = patient.examine(ISSUER="https://auth.x.ai", HTTPS_PROXY=CLOSED)
-    report.says("login", "failure", r"whose tokens go to https on \*\.x\.ai only, but XAI_PROXY_UPSTREAM is", 78)
-    assert [request["target"] for request in sandbox.requests()] == ["/v1/me"] and tokens_sent(sandbox) == []
+    report.says(
+        "login",
+        "failure",
+        r"whose tokens go to https on \*\.x\.ai only, but XAI_PROXY_UPSTREAM is",
+        78,
+    )
+    assert [request["target"] for request in sandbox.requests()] == ["/v1/me"] and tokens_sent(
+        sandbox
+    ) == []
 
 
 def test_a_file_that_is_no_login(patient: Patient):
@@ -301,27 +443,85 @@ FAILED = {"code": "503", "description": "auth.x.ai answered HTTP 503", "at": 200
 ENDED = {"code": "invalid_grant", "description": "revoked\x1b[2J", "at": 2000, "terminal": True}
 
 
-@pytest.mark.parametrize("members, alive, result, exit_code, told", [
-    ({}, True, "ok", 0, "is valid until .* for another 5 h 59 min"),
-    ({"refresh_error": FAILED}, True, "warning", 0, "answered HTTP 503. The next try is due at"),
-    ({"refresh_error": ENDED}, True, "failure", 77, r"revoked \[2J. It will not be tried again; run `\S*bin/xai-login"),
-    ({"refresh_token": None}, True, "warning", 0, "no refresh token and cannot be renewed: the login lapses at"),
-    ({"expires_at": 1000, "refresh_token": None}, True, "failure", 77, "login lapsed at .* Replace the file, or run"),
-    ({"expires_at": 1000}, True, "failure", 75, "expired at 1970.* there to renew it: try again in a minute"),
-    ({"expires_at": 1000, "refresh_error": FAILED}, True, "failure", 75, "expired at 1970.*answered HTTP 503"),
-    ({"expires_at": 1000}, False, "warning", 0, "expired at 1970.* renewed once the refresher runs")])
-def test_how_long_the_login_lasts(patient: Patient, sandbox: Sandbox, members: "dict[str, Any]", alive: bool,
-                                  result: str, exit_code: int, told: str):
+@pytest.mark.parametrize(
+    "members, alive, result, exit_code, told",
+    [
+        ({}, True, "ok", 0, "is valid until .* for another 5 h 59 min"),
+        (
+            {"refresh_error": FAILED},
+            True,
+            "warning",
+            0,
+            "answered HTTP 503. The next try is due at",
+        ),
+        (
+            {"refresh_error": ENDED},
+            True,
+            "failure",
+            77,
+            r"revoked \[2J. It will not be tried again; run `\S*bin/xai-login",
+        ),
+        (
+            {"refresh_token": None},
+            True,
+            "warning",
+            0,
+            "no refresh token and cannot be renewed: the login lapses at",
+        ),
+        (
+            {"expires_at": 1000, "refresh_token": None},
+            True,
+            "failure",
+            77,
+            "login lapsed at .* Replace the file, or run",
+        ),
+        (
+            {"expires_at": 1000},
+            True,
+            "failure",
+            75,
+            "expired at 1970.* there to renew it: try again in a minute",
+        ),
+        (
+            {"expires_at": 1000, "refresh_error": FAILED},
+            True,
+            "failure",
+            75,
+            "expired at 1970.*answered HTTP 503",
+        ),
+        (
+            {"expires_at": 1000},
+            False,
+            "warning",
+            0,
+            "expired at 1970.* renewed once the refresher runs",
+        ),
+    ],
+)
+def test_how_long_the_login_lasts(
+    patient: Patient,
+    sandbox: Sandbox,
+    members: dict[str, Any],
+    alive: bool,
+    result: str,
+    exit_code: int,
+    told: str,
+):
     patient.sign_in(**members)
     if alive:
         patient.refresher_lives()
     patient.examine().says("login", result, told, exit_code)
-    assert bool(tokens_sent(sandbox)) is ("expires_at" not in members)  # an expired one goes nowhere, as in the proxy
+    assert bool(tokens_sent(sandbox)) is (
+        "expires_at" not in members
+    )  # an expired one goes nowhere, as in the proxy
 
 
 # the folder
 
-@pytest.mark.parametrize("mode, told", [(0o770, True), (0o702, True), (0o1777, False), (0o755, False)])
+
+@pytest.mark.parametrize(
+    "mode, told", [(0o770, True), (0o702, True), (0o1777, False), (0o755, False)]
+)
 def test_a_folder_that_others_may_write_in(patient: Patient, mode: int, told: bool):
     patient.sign_in()
     patient.folder.chmod(mode)
@@ -330,16 +530,29 @@ def test_a_folder_that_others_may_write_in(patient: Patient, mode: int, told: bo
     assert ("may be written by other users" in report.text) is told
 
 
-@pytest.mark.parametrize("script, told", [
-    ("mount -t tmpfs -o size=1M none {0} && mount -o remount,ro {0}", "user 0 cannot write in .*mount it writable"),
-    ("mount -t tmpfs -o size=32k none {0}", "the disk of .* is full.*make room"),
-    ("touch {0}/tokens.json && mount -t tmpfs none /mnt && touch /mnt/t && mount --bind /mnt/t {0}/tokens.json",
-     "is a mount of its own and.*mount .*/login instead")])
+@pytest.mark.parametrize(
+    "script, told",
+    [
+        (
+            "mount -t tmpfs -o size=1M none {0} && mount -o remount,ro {0}",
+            "user 0 cannot write in .*mount it writable",
+        ),
+        ("mount -t tmpfs -o size=32k none {0}", "the disk of .* is full.*make room"),
+        (
+            "touch {0}/tokens.json && mount -t tmpfs none /mnt && touch /mnt/t && mount --bind /mnt/t {0}/tokens.json",
+            "is a mount of its own and.*mount .*/login instead",
+        ),
+    ],
+)
 def test_a_folder_that_takes_no_file(patient: Patient, script: str, told: str):
-    if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True).returncode:
+    if subprocess.run(
+        ["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True
+    ).returncode:
         pytest.skip("unshare -rm cannot mount here")
     patient.folder.mkdir(0o700)
-    report = patient.process(["unshare", "-rm", "sh", "-c", script.format(patient.folder) + ' && exec "$@"', "sh"])
+    report = patient.process(
+        ["unshare", "-rm", "sh", "-c", script.format(patient.folder) + ' && exec "$@"', "sh"]
+    )
     report.says("token folder", "failure", told, 75)
 
 
@@ -347,11 +560,13 @@ def test_the_room_is_what_the_refresher_wants():
     assert doctor.ROOM == token_writer.RESERVE
 
 
-def test_a_folder_that_is_closed_to_us(patient: Patient, nobody: "list[str]"):
+def test_a_folder_that_is_closed_to_us(patient: Patient, nobody: list[str]):
     patient.sign_in()
-    for path, check, told in ((patient.folder, "token folder", "user 12345 cannot write in "),
-                              (patient.folder.parent, "token folder", "cannot be looked at .Permission denied"),
-                              (patient.folder.parent, "login", "cannot be read .Permission denied")):
+    for path, check, told in (
+        (patient.folder, "token folder", "user 12345 cannot write in "),
+        (patient.folder.parent, "token folder", "cannot be looked at .Permission denied"),
+        (patient.folder.parent, "login", "cannot be read .Permission denied"),
+    ):
         path.chmod(0)
         patient.process(nobody).says(check, "failure", told, 75)
         path.chmod(0o700)
@@ -366,26 +581,46 @@ def test_a_secrets_folder_need_not_be_writable(patient: Patient):
 
 # the refresher
 
-@pytest.mark.parametrize("age, result, told", [
-    (0, "ok", r"^it runs: its last sign of life was \d s ago"), (55, "ok", "was 55 s ago"),
-    (65, "warning", r"does not run \(the last sign of life was 20.*start `.*supervisord -c .*conf/.*, or `\S*bin/xai-refresher`"),
-    (-3600, "warning", "does not run"), (None, "warning", "there was never a sign of life")])
-def test_the_refreshers_sign_of_life(patient: Patient, age: "float | None", result: str, told: str):
+
+@pytest.mark.parametrize(
+    "age, result, told",
+    [
+        (0, "ok", r"^it runs: its last sign of life was \d s ago"),
+        (55, "ok", "was 55 s ago"),
+        (
+            65,
+            "warning",
+            r"does not run \(the last sign of life was 20.*start `.*supervisord -c .*conf/.*, or `\S*bin/xai-refresher`",
+        ),
+        (-3600, "warning", "does not run"),
+        (None, "warning", "there was never a sign of life"),
+    ],
+)
+def test_the_refreshers_sign_of_life(patient: Patient, age: float | None, result: str, told: str):
     patient.sign_in()
     if age is not None:
         patient.refresher_lives(age)
     patient.examine().says("refresher", result, told)
 
 
-@pytest.mark.parametrize("make", [lambda lock: lock.symlink_to("tokens.json"), lambda lock: lock.mkdir(),
-                                  lambda lock: os.mkfifo(lock)], ids=["link", "folder", "fifo"])
-def test_a_lock_that_is_no_file(patient: Patient, make: "Callable[[Path], object]"):
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda lock: lock.symlink_to("tokens.json"),
+        lambda lock: lock.mkdir(),
+        lambda lock: os.mkfifo(lock),
+    ],
+    ids=["link", "folder", "fifo"],
+)
+def test_a_lock_that_is_no_file(patient: Patient, make: Callable[[Path], object]):
     patient.sign_in()
     make(patient.folder / "tokens.json.lock")
-    patient.examine().says("refresher", "failure", "is not a file that could be locked; remove it", 75)
+    patient.examine().says(
+        "refresher", "failure", "is not a file that could be locked; remove it", 75
+    )
 
 
-def test_a_lock_that_is_closed_to_us(patient: Patient, nobody: "list[str]"):
+def test_a_lock_that_is_closed_to_us(patient: Patient, nobody: list[str]):
     patient.sign_in()
     patient.refresher_lives()
     (patient.folder / "tokens.json.lock").chmod(0o400)
@@ -396,11 +631,24 @@ def test_a_lock_that_is_closed_to_us(patient: Patient, nobody: "list[str]"):
 
 # the issuer
 
-@pytest.mark.parametrize("answers, told", [
-    ([{"path": "/.well-known/*", "error": "cloudflare_challenge"}], r"no description of an issuer \(HTTP 403, text/h"),
-    ([{"path": "/.well-known/*", "body": {"issuer": "https://auth.x.ai"}}], "correct XAI_PROXY_ISSUER"),
-    ([{"path": "/.well-known/*", "cut": "reset"}], "broke the connection off")])
-def test_an_issuer_in_trouble(patient: Patient, sandbox: Sandbox, answers: "list[dict[str, Any]]", told: str):
+
+@pytest.mark.parametrize(
+    "answers, told",
+    [
+        (
+            [{"path": "/.well-known/*", "error": "cloudflare_challenge"}],
+            r"no description of an issuer \(HTTP 403, text/h",
+        ),
+        (
+            [{"path": "/.well-known/*", "body": {"issuer": "https://auth.x.ai"}}],
+            "correct XAI_PROXY_ISSUER",
+        ),
+        ([{"path": "/.well-known/*", "cut": "reset"}], "broke the connection off"),
+    ],
+)
+def test_an_issuer_in_trouble(
+    patient: Patient, sandbox: Sandbox, answers: list[dict[str, Any]], told: str
+):
     patient.sign_in()
     sandbox.set(answers=answers)
     report = patient.examine()
@@ -411,48 +659,85 @@ def test_an_issuer_in_trouble(patient: Patient, sandbox: Sandbox, answers: "list
 def test_nobody_to_be_reached(patient: Patient):
     patient.sign_in(issuer=CLOSED)
     report = patient.examine(ISSUER=CLOSED, UPSTREAM=CLOSED)
-    report.says("issuer", "failure", "127.0.0.1:1 cannot be reached .*check the network, or XAI_PROXY_ISSUER$", 69)
-    report.says("upstream", "failure", "127.0.0.1:1 cannot be reached .*check the network, or XAI_PROXY_UPSTREAM$", 69)
+    report.says(
+        "issuer",
+        "failure",
+        "127.0.0.1:1 cannot be reached .*check the network, or XAI_PROXY_ISSUER$",
+        69,
+    )
+    report.says(
+        "upstream",
+        "failure",
+        "127.0.0.1:1 cannot be reached .*check the network, or XAI_PROXY_UPSTREAM$",
+        69,
+    )
     report.says("clock", "skipped", "nobody answered to compare it with; here it is 20")
     assert report.code == 69 and len(report.found["upstream"]) == 1
 
 
 # upstream
 
-REFUSED = "it refuses the access token, though .*unless a request .*, run `\\S*bin/xai-login --device`"
+REFUSED = (
+    "it refuses the access token, though .*unless a request .*, run `\\S*bin/xai-login --device`"
+)
 PLAN = "the login is good, but the account's plan or credit .*signing in again does not help"
 PAGE = "and a page: Cloudflare, or a proxy of your network"
 
 
-@pytest.mark.parametrize("error, exit_code, told", [
-    ("bad_credentials", 77, "HTTP 403, unauthenticated:bad-credentials: " + REFUSED),
-    ("bad_credentials_old", 77, "HTTP 403: " + REFUSED), ("no_credentials", 77, "HTTP 401, .*" + REFUSED),
-    ("spending_limit", 77, "HTTP 402, personal-team-blocked:spending-limit: " + PLAN),
-    ("spending_limit_403", 77, "HTTP 403, .*" + PLAN), ("no_subscription", 77, "HTTP 403: " + PLAN),
-    ("blocked_user", 77, "HTTP 403, unauthorized:blocked-user: " + PLAN), ("chat_denied", 77, "HTTP 403, .*" + PLAN),
-    ("rate_limited", 75, "HTTP 429, .* too many requests, .* try again in 1 s"),
-    ("free_usage", 75, "HTTP 429, subscription:free-usage-exhausted: .* try again later"),
-    ("internal", 69, "HTTP 500: the API is in trouble"), ("bad_gateway", 69, "HTTP 502: the API is in trouble"),
-    ("web_server_down", 69, "HTTP 521: the API is in trouble"),
-    ("cloudflare_challenge", 69, "HTTP 403, " + PAGE), ("no_user_agent", 69, "HTTP 403, " + PAGE),
-    ("no_route", 69, "HTTP 404, which is no answer of the API; check XAI_PROXY_UPSTREAM")])
-def test_what_upstream_says_of_the_token(patient: Patient, sandbox: Sandbox, error: str, exit_code: int, told: str):
+@pytest.mark.parametrize(
+    "error, exit_code, told",
+    [
+        ("bad_credentials", 77, "HTTP 403, unauthenticated:bad-credentials: " + REFUSED),
+        ("bad_credentials_old", 77, "HTTP 403: " + REFUSED),
+        ("no_credentials", 77, "HTTP 401, .*" + REFUSED),
+        ("spending_limit", 77, "HTTP 402, personal-team-blocked:spending-limit: " + PLAN),
+        ("spending_limit_403", 77, "HTTP 403, .*" + PLAN),
+        ("no_subscription", 77, "HTTP 403: " + PLAN),
+        ("blocked_user", 77, "HTTP 403, unauthorized:blocked-user: " + PLAN),
+        ("chat_denied", 77, "HTTP 403, .*" + PLAN),
+        ("rate_limited", 75, "HTTP 429, .* too many requests, .* try again in 1 s"),
+        ("free_usage", 75, "HTTP 429, subscription:free-usage-exhausted: .* try again later"),
+        ("internal", 69, "HTTP 500: the API is in trouble"),
+        ("bad_gateway", 69, "HTTP 502: the API is in trouble"),
+        ("web_server_down", 69, "HTTP 521: the API is in trouble"),
+        ("cloudflare_challenge", 69, "HTTP 403, " + PAGE),
+        ("no_user_agent", 69, "HTTP 403, " + PAGE),
+        ("no_route", 69, "HTTP 404, which is no answer of the API; check XAI_PROXY_UPSTREAM"),
+    ],
+)
+def test_what_upstream_says_of_the_token(
+    patient: Patient, sandbox: Sandbox, error: str, exit_code: int, told: str
+):
     patient.sign_in()
     for path in ("/v1/me", "/v1/models"):
         sandbox.set(answers=[{"path": path, "error": error}])
         report = patient.examine()
         report.says("upstream", "failure", f"^{sandbox.url}{path} answered {told}", exit_code)
         assert report.code == exit_code
-        assert len(report.found["upstream"]) == (1 if path == "/v1/me" and told.endswith(REFUSED) else 2)
-        for words in ("OAuth2", "credits at", "Too many requests for team", "Cloudflare |", "No handler"):
+        assert len(report.found["upstream"]) == (
+            1 if path == "/v1/me" and told.endswith(REFUSED) else 2
+        )
+        for words in (
+            "OAuth2",
+            "credits at",
+            "Too many requests for team",
+            "Cloudflare |",
+            "No handler",
+        ):
             assert words not in report.text  # a body is nothing to be printed
 
 
-@pytest.mark.parametrize("scripted, told", [
-    ({"status": 200, "body": "<html>Please log in</html>"}, "HTTP 200, " + PAGE),
-    ({"status": 200, "body": "null"}, "HTTP 200, which is no answer of the API"),
-    ({"status": 200, "body": {"data": "all"}}, "")])
-def test_a_200_that_is_not_the_apis(patient: Patient, sandbox: Sandbox, scripted: "dict[str, Any]", told: str):
+@pytest.mark.parametrize(
+    "scripted, told",
+    [
+        ({"status": 200, "body": "<html>Please log in</html>"}, "HTTP 200, " + PAGE),
+        ({"status": 200, "body": "null"}, "HTTP 200, which is no answer of the API"),
+        ({"status": 200, "body": {"data": "all"}}, ""),
+    ],
+)
+def test_a_200_that_is_not_the_apis(
+    patient: Patient, sandbox: Sandbox, scripted: dict[str, Any], told: str
+):
     patient.sign_in()
     sandbox.set(answers=[{"path": "/v1/*", **scripted}])
     patient.examine().says("upstream", "failure", told, 69)
@@ -461,7 +746,9 @@ def test_a_200_that_is_not_the_apis(patient: Patient, sandbox: Sandbox, scripted
 def test_a_redirect_does_not_take_the_token_along(patient: Patient, sandbox: Sandbox):
     patient.sign_in()
     with ScriptedServer(answer(200, {})) as elsewhere:
-        sandbox.set(answers=[{"path": "/v1/*", "status": 302, "headers": {"Location": elsewhere.url}}])
+        sandbox.set(
+            answers=[{"path": "/v1/*", "status": 302, "headers": {"Location": elsewhere.url}}]
+        )
         patient.examine().says("upstream", "failure", "HTTP 302, which is no answer of the API", 69)
     assert elsewhere.requests == []
 
@@ -469,7 +756,9 @@ def test_a_redirect_does_not_take_the_token_along(patient: Patient, sandbox: San
 def test_an_account_that_is_blocked(patient: Patient, sandbox: Sandbox):
     patient.sign_in()
     sandbox.set(answers=[{"path": "/v1/me", "body": {"team_blocked": True}}])
-    patient.examine().says("upstream", "failure", "the account is blocked.*signing in again does not help", 77)
+    patient.examine().says(
+        "upstream", "failure", "the account is blocked.*signing in again does not help", 77
+    )
 
 
 def test_no_models(patient: Patient, sandbox: Sandbox):
@@ -483,7 +772,7 @@ def test_no_models(patient: Patient, sandbox: Sandbox):
 def test_a_token_that_was_refused_for_being_new_is_tried_again(patient: Patient, sandbox: Sandbox):
     sandbox.set(refuse_fresh=1)
     sandbox.write_login(patient.path)
-    pauses: "list[float]" = []
+    pauses: list[float] = []
     patient.examine(pause=pauses.append).says("upstream", "ok", "/v1/me takes the token")
     assert pauses == [1]
 
@@ -491,7 +780,9 @@ def test_a_token_that_was_refused_for_being_new_is_tried_again(patient: Patient,
 def test_a_token_that_was_renewed_meanwhile_is_tried(patient: Patient, sandbox: Sandbox):
     patient.sign_in()
     sandbox.kill()
-    patient.examine(pause=lambda _: patient.sign_in()).says("upstream", "ok", "/v1/me takes the token")
+    patient.examine(pause=lambda _: patient.sign_in()).says(
+        "upstream", "ok", "/v1/me takes the token"
+    )
 
 
 def test_a_login_that_was_removed_meanwhile(patient: Patient, sandbox: Sandbox):
@@ -500,28 +791,54 @@ def test_a_login_that_was_removed_meanwhile(patient: Patient, sandbox: Sandbox):
     patient.examine(pause=lambda _: patient.path.unlink()).says("upstream", "failure", REFUSED, 77)
 
 
-@pytest.mark.parametrize("error, told", [("cloudflare_challenge", PAGE), ("unavailable", "HTTP 503")])
-def test_upstream_in_trouble_while_signed_out(patient: Patient, sandbox: Sandbox, error: str, told: str):
+@pytest.mark.parametrize(
+    "error, told", [("cloudflare_challenge", PAGE), ("unavailable", "HTTP 503")]
+)
+def test_upstream_in_trouble_while_signed_out(
+    patient: Patient, sandbox: Sandbox, error: str, told: str
+):
     sandbox.set(answers=[{"path": "/v1/me", "error": error}])
     patient.examine().says("upstream", "failure", told, 69)
 
 
 # the way there
 
+
 def test_the_proxy_on_the_way_is_named_without_its_password(patient: Patient, tmp_path: Path):
     ca = str(shutil.copy(certifi.where(), tmp_path / "ca.pem"))
     patient.sign_in(issuer="https://auth.example")
     with ScriptedServer(answer(403)) as proxy:
         host = proxy.url.removeprefix("http://")
-        report = patient.examine(ISSUER="https://auth.example", UPSTREAM="https://api.example",
-                                 https_proxy=f"http://me:secret@{host}", NO_PROXY="none.example", SSL_CERT_FILE=ca)
+        report = patient.examine(
+            ISSUER="https://auth.example",
+            UPSTREAM="https://api.example",
+            https_proxy=f"http://me:secret@{host}",
+            NO_PROXY="none.example",
+            SSL_CERT_FILE=ca,
+        )
     through = rf"through {proxy.url} \(https_proxy\)"
-    report.says("network", "ok", rf"^auth.example {through} and api.example {through}; CA certificates of {ca} "
-                r"\(SSL_CERT_FILE\)$")
-    report.says("issuer", "failure", rf"^the proxy {host} gave no connection to auth.example \(HTTP 403\)", 69)
-    report.says("upstream", "failure", rf"^the proxy {host} gave no connection to api.example \(HTTP 403\)", 69)
+    report.says(
+        "network",
+        "ok",
+        rf"^auth.example {through} and api.example {through}; CA certificates of {ca} "
+        r"\(SSL_CERT_FILE\)$",
+    )
+    report.says(
+        "issuer",
+        "failure",
+        rf"^the proxy {host} gave no connection to auth.example \(HTTP 403\)",
+        69,
+    )
+    report.says(
+        "upstream",
+        "failure",
+        rf"^the proxy {host} gave no connection to api.example \(HTTP 403\)",
+        69,
+    )
     assert [request.split()[:2] for request in proxy.requests] == [
-        [b"CONNECT", b"auth.example:443"], [b"CONNECT", b"api.example:443"]]
+        [b"CONNECT", b"auth.example:443"],
+        [b"CONNECT", b"api.example:443"],
+    ]
     assert "secret" not in report.text
 
 
@@ -529,24 +846,45 @@ def settings(**environ: str) -> config.Config:
     return config.from_environ(environ, dotenv_path=os.devnull)
 
 
-@pytest.mark.parametrize("environ, told", [
-    ({}, "auth.x.ai directly and api.x.ai directly; CA certificates of .* (certifi, the default)"),
-    ({"ALL_PROXY": "socks5h://me:secret@[::2]:1", "NO_PROXY": "api.x.ai"},
-     "auth.x.ai through socks5h://[::2]:1 (ALL_PROXY) and api.x.ai directly (NO_PROXY)"),
-    ({"HTTPS_PROXY": "p:1", "XAI_PROXY_ISSUER": CLOSED, "XAI_PROXY_UPSTREAM": CLOSED},
-     "127.0.0.1:1 directly (loopback)")])
-def test_the_way(environ: "dict[str, str]", told: str):
+@pytest.mark.parametrize(
+    "environ, told",
+    [
+        (
+            {},
+            "auth.x.ai directly and api.x.ai directly; CA certificates of .* (certifi, the default)",
+        ),
+        (
+            {"ALL_PROXY": "socks5h://me:secret@[::2]:1", "NO_PROXY": "api.x.ai"},
+            "auth.x.ai through socks5h://[::2]:1 (ALL_PROXY) and api.x.ai directly (NO_PROXY)",
+        ),
+        (
+            {"HTTPS_PROXY": "p:1", "XAI_PROXY_ISSUER": CLOSED, "XAI_PROXY_UPSTREAM": CLOSED},
+            "127.0.0.1:1 directly (loopback)",
+        ),
+    ],
+)
+def test_the_way(environ: dict[str, str], told: str):
     finding = doctor.network(settings(**environ))
-    assert finding.result == "ok" and re.match(re.escape(told).replace(r"\.\*", ".*"), finding.message), finding
+    assert finding.result == "ok" and re.match(
+        re.escape(told).replace(r"\.\*", ".*"), finding.message
+    ), finding
 
 
 # the clock
 
-@pytest.mark.parametrize("ahead, result, told", [
-    ({"a": 60.0}, "ok", "agrees with that of a"), ({"a": 60.1}, "warning", "it is 1 min ahead of that of a"),
-    ({"a": -61.0}, "warning", "1 min behind that of a.*timedatectl"), ({"a": 7200.0}, "warning", "2 h 0 min ahead"),
-    ({"a": -7200.0, "b": 1.0}, "ok", "that of b"), ({}, "skipped", "nobody answered")])
-def test_how_far_the_clock_may_be_off(ahead: "dict[str, float]", result: str, told: str):
+
+@pytest.mark.parametrize(
+    "ahead, result, told",
+    [
+        ({"a": 60.0}, "ok", "agrees with that of a"),
+        ({"a": 60.1}, "warning", "it is 1 min ahead of that of a"),
+        ({"a": -61.0}, "warning", "1 min behind that of a.*timedatectl"),
+        ({"a": 7200.0}, "warning", "2 h 0 min ahead"),
+        ({"a": -7200.0, "b": 1.0}, "ok", "that of b"),
+        ({}, "skipped", "nobody answered"),
+    ],
+)
+def test_how_far_the_clock_may_be_off(ahead: dict[str, float], result: str, told: str):
     finding = doctor.clock(ahead, time.time())
     assert finding.result == result and re.search(told, finding.message)
 
@@ -558,15 +896,17 @@ def test_a_clock_that_is_fast(patient: Patient):
 
 
 @pytest.mark.parametrize("age, ahead", [({}, 3600), ({"Age": "3600"}, 0), ({"Age": "1e3"}, 3600)])
-def test_an_answer_from_a_cache_is_dated_when_it_was_made(age: "dict[str, str]", ahead: float):
-    with ScriptedServer(answer(200, {}, Date=email.utils.formatdate(time.time() - 3600, usegmt=True), **age)) as server:
+def test_an_answer_from_a_cache_is_dated_when_it_was_made(age: dict[str, str], ahead: float):
+    with ScriptedServer(
+        answer(200, {}, Date=email.utils.formatdate(time.time() - 3600, usegmt=True), **age)
+    ) as server:
         web = doctor.WatchedSession(settings(), time.time)
         web.get(server.url)
     assert [round(seconds / 10) * 10 for seconds in web.ahead.values()] == [ahead]
 
 
 @pytest.mark.parametrize("date", [{}, {"Date": "yesterday"}])
-def test_an_answer_without_a_date_says_nothing_of_the_clock(date: "dict[str, str]"):
+def test_an_answer_without_a_date_says_nothing_of_the_clock(date: dict[str, str]):
     with ScriptedServer(answer(200, {}, **date)) as server:
         web = doctor.WatchedSession(settings(), time.time)
         web.get(server.url)
@@ -575,17 +915,25 @@ def test_an_answer_without_a_date_says_nothing_of_the_clock(date: "dict[str, str
 
 # file descriptors
 
-@pytest.mark.parametrize("limit, result, told", [
-    (2080, "ok", "^enough for 1000 client connections$"), (resource.RLIM_INFINITY, "ok", "enough"),
-    (2079, "warning", "has room for 999 client connections, not 1000; raise it"),
-    (1023, "warning", "room for 471 .*; supervisord needs 1024; raise it")])
+
+@pytest.mark.parametrize(
+    "limit, result, told",
+    [
+        (2080, "ok", "^enough for 1000 client connections$"),
+        (resource.RLIM_INFINITY, "ok", "enough"),
+        (2079, "warning", "has room for 999 client connections, not 1000; raise it"),
+        (1023, "warning", "room for 471 .*; supervisord needs 1024; raise it"),
+    ],
+)
 def test_the_limit_of_file_descriptors(limit: int, result: str, told: str):
     finding = doctor.descriptors(1000, limit)
     assert finding.result == result and re.search(told, finding.message), finding
 
 
 def test_its_own_hard_limit_is_what_counts(patient: Patient):
-    patient.process(["prlimit", "--nofile=80:99"]).says("file descriptors", "warning", "limit of 99 has room for 9 ")
+    patient.process(["prlimit", "--nofile=80:99"]).says(
+        "file descriptors", "warning", "limit of 99 has room for 9 "
+    )
     patient.process(["prlimit", "--nofile=80:100"]).says("file descriptors", "ok", "enough for 10 ")
 
 
@@ -594,48 +942,96 @@ def test_its_own_hard_limit_is_what_counts(patient: Patient):
 KEY = "laptop " + "0" * 64 + "\n"
 
 
-@pytest.mark.parametrize("content, environ, result, told", [
-    (None, {}, "ok", "none is asked for"),
-    (None, {"BIND": "::1"}, "ok", "none is asked for"),
-    (None, {"BIND": "192.0.2.1"}, "failure", r"start on 192.0.2.1; `\S*bin/xai-client-key add NAME`, or set XAI_P"),
-    (None, {"BIND": "192.0.2.1", "ALLOW_ANONYMOUS": "1"}, "warning", "everybody who reaches 192.0.2.1 spends"),
-    (None, {"CLIENT_KEYS_FILE": "/none/keys"}, "failure", "/none/keys does not exist, so that nobody is admitted"),
-    (KEY, {}, "ok", r"each call needs one; .*/client-keys holds 1$"),
-    (KEY, {"BIND": "192.0.2.1"}, "ok", "holds 1$"),
-    ("# none\n", {}, "failure", "holds no key, so that nobody is admitted"),
-    ("hush hush\n", {}, "failure", r"cannot be used \(line 1 is not a name and the SHA-256 of a key\), so that")])
-def test_client_keys(patient: Patient, content: "str | None", environ: "dict[str, str]", result: str, told: str):
+@pytest.mark.parametrize(
+    "content, environ, result, told",
+    [
+        (None, {}, "ok", "none is asked for"),
+        (None, {"BIND": "::1"}, "ok", "none is asked for"),
+        (
+            None,
+            {"BIND": "192.0.2.1"},
+            "failure",
+            r"start on 192.0.2.1; `\S*bin/xai-client-key add NAME`, or set XAI_P",
+        ),
+        (
+            None,
+            {"BIND": "192.0.2.1", "ALLOW_ANONYMOUS": "1"},
+            "warning",
+            "everybody who reaches 192.0.2.1 spends",
+        ),
+        (
+            None,
+            {"CLIENT_KEYS_FILE": "/none/keys"},
+            "failure",
+            "/none/keys does not exist, so that nobody is admitted",
+        ),
+        (KEY, {}, "ok", r"each call needs one; .*/client-keys holds 1$"),
+        (KEY, {"BIND": "192.0.2.1"}, "ok", "holds 1$"),
+        ("# none\n", {}, "failure", "holds no key, so that nobody is admitted"),
+        (
+            "hush hush\n",
+            {},
+            "failure",
+            r"cannot be used \(line 1 is not a name and the SHA-256 of a key\), so that",
+        ),
+    ],
+)
+def test_client_keys(
+    patient: Patient, content: str | None, environ: dict[str, str], result: str, told: str
+):
     patient.sign_in()
     if content is not None:
         (patient.folder / "client-keys").write_text(content)
-    finding = doctor.keys(settings(**patient.environ | {f"XAI_PROXY_{name}": text for name, text in environ.items()}))
+    finding = doctor.keys(
+        settings(**patient.environ | {f"XAI_PROXY_{name}": text for name, text in environ.items()})
+    )
     assert finding.result == result and re.search(told, finding.message), finding
-    assert finding.exit_code == (78 if result == "failure" else 0) and "hush hush" not in finding.message
+    assert (
+        finding.exit_code == (78 if result == "failure" else 0)
+        and "hush hush" not in finding.message
+    )
 
 
-@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("nowhere", path)],
-                         ids=["fifo", "folder", "dangling link"])
-def test_client_keys_that_are_no_file(patient: Patient, make: "Callable[[Path], object]"):
+@pytest.mark.parametrize(
+    "make",
+    [os.mkfifo, os.mkdir, lambda path: os.symlink("nowhere", path)],
+    ids=["fifo", "folder", "dangling link"],
+)
+def test_client_keys_that_are_no_file(patient: Patient, make: Callable[[Path], object]):
     patient.sign_in()
     make(patient.folder / "client-keys")
-    patient.examine().says("client keys", "failure", r"cannot be used \(it is (not a file|a link to nothing)\)", 78)
+    patient.examine().says(
+        "client keys", "failure", r"cannot be used \(it is (not a file|a link to nothing)\)", 78
+    )
 
 
 # the proxy
 
-@pytest.mark.parametrize("bind, url", [("127.0.0.1", "http://127.0.0.1:1"), ("0.0.0.0", "http://127.0.0.1:1"),
-                                       ("::", r"http://\[::1\]:1"), ("127.0.0.2", "http://127.0.0.2:1")])
+
+@pytest.mark.parametrize(
+    "bind, url",
+    [
+        ("127.0.0.1", "http://127.0.0.1:1"),
+        ("0.0.0.0", "http://127.0.0.1:1"),
+        ("::", r"http://\[::1\]:1"),
+        ("127.0.0.2", "http://127.0.0.2:1"),
+    ],
+)
 def test_no_proxy(bind: str, url: str):
     finding = doctor.proxy(settings(XAI_PROXY_BIND=bind, XAI_PROXY_PORT="1"), True)
     assert finding.result == "warning"
-    assert re.search(f"does not run: nobody listens on {url}; start `.*supervisord .*, or `\\S*bin/xai-proxy` alone$",
-                     finding.message)
+    assert re.search(
+        f"does not run: nobody listens on {url}; start `.*supervisord .*, or `\\S*bin/xai-proxy` alone$",
+        finding.message,
+    )
 
 
 def test_a_proxy_with_other_settings(patient: Patient, tmp_path: Path):
     patient.sign_in()
     with ProxyProcess(tmp_path) as other:
-        patient.examine(PORT=str(other.port)).says("proxy", "failure", "not ready: .*run with other settings than", 75)
+        patient.examine(PORT=str(other.port)).says(
+            "proxy", "failure", "not ready: .*run with other settings than", 75
+        )
 
 
 def test_a_proxy_on_any_free_port_is_not_looked_for(patient: Patient):
@@ -645,22 +1041,38 @@ def test_a_proxy_on_any_free_port_is_not_looked_for(patient: Patient):
 def test_a_proxy_that_is_not_ready(tmp_path: Path):
     with ProxyProcess(tmp_path) as running:
         where = settings(XAI_PROXY_PORT=str(running.port))
-        for signed_in, told in ((False, r"\(missing\); run `xai-login --device` to sign in, or see the log$"),
-                                (True, r"\(missing\).*; it seems to run with other settings than these$")):
+        for signed_in, told in (
+            (False, r"\(missing\); run `xai-login --device` to sign in, or see the log$"),
+            (True, r"\(missing\).*; it seems to run with other settings than these$"),
+        ):
             finding = doctor.proxy(where, signed_in)
             assert (finding.result, finding.exit_code) == ("failure", 75)
-            assert re.search(f"/v1 is served, but not ready: no login that can be used {told}", finding.message)
+            assert re.search(
+                f"/v1 is served, but not ready: no login that can be used {told}", finding.message
+            )
         running.sign_in()
         finding = doctor.proxy(settings(XAI_PROXY_PORT=str(running.port), HTTPS_PROXY=CLOSED), True)
-        assert finding.result == "ok" and "ready: no refresher; the login lapses at" in finding.message
+        assert (
+            finding.result == "ok" and "ready: no refresher; the login lapses at" in finding.message
+        )
 
 
-@pytest.mark.parametrize("reply", [answer(404, "Not found", "text/plain"), answer(200, "ok", "text/plain"),
-                                   answer(200, {"status": "up"})])
+@pytest.mark.parametrize(
+    "reply",
+    [
+        answer(404, "Not found", "text/plain"),
+        answer(200, "ok", "text/plain"),
+        answer(200, {"status": "up"}),
+    ],
+)
 def test_another_program_on_the_proxys_port(patient: Patient, reply: bytes):
     with ScriptedServer(reply) as other:
         patient.examine(PORT=str(other.port)).says(
-            "proxy", "failure", f"what listens on {other.url} is another program; stop that, or set XAI_PROXY_PORT", 78)
+            "proxy",
+            "failure",
+            f"what listens on {other.url} is another program; stop that, or set XAI_PROXY_PORT",
+            78,
+        )
 
 
 def test_what_does_not_answer_on_the_proxys_port_is_given_up():
@@ -671,5 +1083,3 @@ def test_what_does_not_answer_on_the_proxys_port_is_given_up():
     assert (finding.result, finding.exit_code) == ("failure", 69)
     assert finding.message.startswith(f"{silent.url} does not answer as the proxy does (")
     assert "gave no whole answer within 3 s" in finding.message
-
-

@@ -38,16 +38,21 @@ def make(kind, message="what happened", **how) -> errors.Refusal:
 def test_every_refusal_is_in_the_table():
     def all_of(kind):
         return {kind}.union(*map(all_of, kind.__subclasses__()))
+
     assert all_of(errors.Refusal) == {kind for kind, *_ in REFUSALS}
 
 
-@pytest.mark.parametrize("kind, status, code, repeat", REFUSALS, ids=[kind.__name__ for kind, *_ in REFUSALS])
+@pytest.mark.parametrize(
+    "kind, status, code, repeat", REFUSALS, ids=[kind.__name__ for kind, *_ in REFUSALS]
+)
 def test_a_refusal_is_json_with_a_message_a_type_and_a_code(kind, status, code, repeat):
     line, fields, body = make(kind).rendered()
     assert int(line.split(" ", 1)[0]) == status and len(line) > 4
     error = json.loads(body)["error"]
     assert list(json.loads(body)) == ["error"] and list(error) == ["message", "type", "code"]
-    assert (error["message"], error["code"]) == ("what happened", code) and error["type"].endswith("_error")
+    assert (error["message"], error["code"]) == ("what happened", code) and error["type"].endswith(
+        "_error"
+    )
     values = dict(fields)
     assert len(values) == len(fields)
     assert (values["Content-Type"], values["X-XAI-Proxy-Error"]) == ("application/json", code)
@@ -64,7 +69,9 @@ def test_only_what_the_proxy_cannot_help_is_a_server_error():
 
 def test_every_401_has_a_challenge():
     for kind, status, _, _ in REFUSALS:
-        challenges = [value for name, value in make(kind).rendered()[1] if name == "WWW-Authenticate"]
+        challenges = [
+            value for name, value in make(kind).rendered()[1] if name == "WWW-Authenticate"
+        ]
         assert challenges == (['Bearer realm="xaiproxy"'] if status == 401 else [])
 
 
@@ -72,8 +79,10 @@ def test_retry_after_is_in_seconds():
     assert ("Retry-After", "7") in errors.TokenUnavailable("x", 7).rendered()[1]
 
 
-@pytest.mark.parametrize("message", ["", "\"quoted\" \\ \r\n\0", "é € 😀", "\udcff",
-                                     "<script>alert(1)</script>", "x" * 10000])
+@pytest.mark.parametrize(
+    "message",
+    ["", '"quoted" \\ \r\n\0', "é € 😀", "\udcff", "<script>alert(1)</script>", "x" * 10000],
+)
 def test_any_message_is_sound_json_in_ascii(message):
     _, fields, body = errors.NotFound(message).rendered()
     assert json.loads(body)["error"]["message"] == message and body.isascii()
@@ -97,12 +106,14 @@ def test_what_ends_a_request_from_outside_is_no_refusal_and_no_error_of_a_comman
 
 def test_only_a_502_that_repeats_no_paid_work_may_be_retried():
     for may_retry, value in ((True, "true"), (False, "false")):
-        assert ("x-should-retry", value) in errors.UpstreamUnreachable("gone", may_retry=may_retry).rendered()[1]
+        assert ("x-should-retry", value) in errors.UpstreamUnreachable(
+            "gone", may_retry=may_retry
+        ).rendered()[1]
 
 
 # commands in messages
 
-SAYS = "#!/bin/sh\necho \"$0 $*\"\n"
+SAYS = '#!/bin/sh\necho "$0 $*"\n'
 
 
 class Installed:
@@ -122,10 +133,19 @@ class Installed:
     def typed(self, cwd: Path, terminal: bool = False, **environ: str) -> str:
         """What a program of this installation says to type, in a process started as xai-proxy."""
         controller, tty = os.openpty()
-        code = f"import sys; sys.argv = [{str(self.commands / 'xai-proxy')!r}]\n" \
+        code = (
+            f"import sys; sys.argv = [{str(self.commands / 'xai-proxy')!r}]\n"
             "from xaiproxy import errors; print(errors.typed('xai-login --device'), errors.SIGN_IN, errors.SERVE, sep='\\n')"
-        said = subprocess.run([sys.executable, "-W", "error", "-c", code], env=self.environ | environ, cwd=cwd, text=True,
-                              stdout=subprocess.PIPE, stderr=tty if terminal else None, check=True).stdout.splitlines()
+        )
+        said = subprocess.run(
+            [sys.executable, "-W", "error", "-c", code],
+            env=self.environ | environ,
+            cwd=cwd,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=tty if terminal else None,
+            check=True,
+        ).stdout.splitlines()
         os.close(controller)
         os.close(tty)
         assert said[1] == f"run {said[0]} to sign in" and said[0][0] == said[0][-1] == "`"
@@ -134,7 +154,9 @@ class Installed:
 
 
 def in_a_new_shell(line: str, cwd: Path, path: str = os.defpath) -> str:
-    return subprocess.run(["sh", "-c", line], env={"PATH": path}, cwd=cwd, text=True, capture_output=True, check=True).stdout
+    return subprocess.run(
+        ["sh", "-c", line], env={"PATH": path}, cwd=cwd, text=True, capture_output=True, check=True
+    ).stdout
 
 
 def test_from_a_checkout_a_message_names_the_script_in_bin(tmp_path):
@@ -144,12 +166,16 @@ def test_from_a_checkout_a_message_names_the_script_in_bin(tmp_path):
     here = checkout.typed(tmp_path / "a checkout", terminal=True)
     assert here == "bin/xai-login --device"
     assert in_a_new_shell(here, tmp_path / "a checkout") == "bin/xai-login --device\n"
-    activate = Path(sys.executable).with_name("activate")  # not that of another environment, which may not exist
+    activate = Path(sys.executable).with_name(
+        "activate"
+    )  # not that of another environment, which may not exist
     assert checkout.serve == f"`. {activate} && supervisord -c conf/supervisord.conf`"
     # What goes into a log, or to a client, is read elsewhere.
     assert checkout.typed(tmp_path / "a checkout") == f"'{checkout.commands}/xai-login' --device"
     # Activated or not, in another folder: with the checkout's path.
-    elsewhere = checkout.typed(tmp_path, PATH=f"{checkout.commands}:{os.defpath}", VIRTUAL_ENV=str(tmp_path))
+    elsewhere = checkout.typed(
+        tmp_path, PATH=f"{checkout.commands}:{os.defpath}", VIRTUAL_ENV=str(tmp_path)
+    )
     assert in_a_new_shell(elsewhere, Path("/")) == f"{checkout.commands}/xai-login --device\n"
     assert f"'{tmp_path}/a checkout/conf/supervisord.conf'" in checkout.serve
 
@@ -171,5 +197,10 @@ def test_a_working_directory_that_is_gone_is_no_reason_to_fail(tmp_path):
     gone = tmp_path / "gone"
     gone.mkdir()
     code = f"import os; os.rmdir({str(gone)!r}); from xaiproxy import errors; print(errors.SIGN_IN)"
-    said = subprocess.run([sys.executable, "-c", code], env=checkout.environ, cwd=gone, text=True, capture_output=True)
-    assert (said.stdout, said.stderr) == (f"run `{checkout.commands}/xai-login --device` to sign in\n", "")
+    said = subprocess.run(
+        [sys.executable, "-c", code], env=checkout.environ, cwd=gone, text=True, capture_output=True
+    )
+    assert (said.stdout, said.stderr) == (
+        f"run `{checkout.commands}/xai-login --device` to sign in\n",
+        "",
+    )

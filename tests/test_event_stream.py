@@ -1,9 +1,10 @@
 """Comments in the silences of a stream: between two events, and nowhere else."""
+
 from __future__ import annotations
 
 import re
 import time
-from typing import Callable
+from collections.abc import Callable
 
 import pytest
 from proxy_process import ProxyProcess, both_ways
@@ -16,7 +17,7 @@ BOM = b"\xef\xbb\xbf"
 COMMENT = b": keepalive\n\n"
 
 
-def events(stream: bytes) -> "list[tuple[str, str, str, str]]":
+def events(stream: bytes) -> list[tuple[str, str, str, str]]:
     """Type, data, id and reconnection time of each, by the rules of the WHATWG to the letter."""
     found = []
     kind, data, last_id, retry = "", "", "", ""
@@ -38,24 +39,51 @@ def events(stream: bytes) -> "list[tuple[str, str, str, str]]":
     return found
 
 
-LINES = ["data: one", "", ": theirs", "event: two", "data: a:b", "data", "data:  é", "", "", "id: 7", "retry: 10",
-         "data: x", "", "datum: no", "data: three", "", "data: cut"]
-STREAMS = {name: (BOM if name.startswith("BOM") else b"") + end.join(LINES).encode()
-           for name, end in (("LF", "\n"), ("CR", "\r"), ("CRLF", "\r\n"), ("BOM and LF", "\n"),
-                             ("BOM and CRLF", "\r\n"))}
+LINES = [
+    "data: one",
+    "",
+    ": theirs",
+    "event: two",
+    "data: a:b",
+    "data",
+    "data:  é",
+    "",
+    "",
+    "id: 7",
+    "retry: 10",
+    "data: x",
+    "",
+    "datum: no",
+    "data: three",
+    "",
+    "data: cut",
+]
+STREAMS = {
+    name: (BOM if name.startswith("BOM") else b"") + end.join(LINES).encode()
+    for name, end in (
+        ("LF", "\n"),
+        ("CR", "\r"),
+        ("CRLF", "\r\n"),
+        ("BOM and LF", "\n"),
+        ("BOM and CRLF", "\r\n"),
+    )
+}
 STREAMS["mixed"] = b"data: 1\r\ndata: 2\rdata: 3\n\r\ndata: 4\r\r\ndata: 5\n\rdata: 6\n\n\r\n"
 
 
-def silent_at(stream: bytes, *places: int, times: int = 1) -> "list[bytes]":
+def silent_at(stream: bytes, *places: int, times: int = 1) -> list[bytes]:
     """Its parts, with as many empty ones at each place."""
     cuts = [0, *places, len(stream)]
     parts = [stream[start:end] for start, end in zip(cuts, cuts[1:])]
-    return [part for number, data in enumerate(parts)
-            for part in ([data] if data else []) + times * [b""] * (number < len(places))]
+    return [
+        part
+        for number, data in enumerate(parts)
+        for part in ([data] if data else []) + times * [b""] * (number < len(places))
+    ]
 
 
 def begins_a_line(stream: bytes, at: int) -> bool:
-    return at == 0 or stream[at - 1:at] in (b"\n", b"\r")
+    return at == 0 or stream[at - 1 : at] in (b"\n", b"\r")
 
 
 def test_the_judge_knows_an_empty_line_in_the_middle_of_an_event() -> None:
@@ -78,16 +106,25 @@ def test_comments_at_any_place_change_no_event(name: str) -> None:
             assert events(told) == expected, at
             assert (len(told) > len(stream)) is begins_a_line(stream, at), at
         for second in range(at, len(stream) + 1):
-            assert events(b"".join(kept_alive(silent_at(stream, at, second)))) == expected, (at, second)
-    assert events(b"".join(kept_alive(silent_at(stream, *range(len(stream) + 1), times=2)))) == expected
+            assert events(b"".join(kept_alive(silent_at(stream, at, second)))) == expected, (
+                at,
+                second,
+            )
+    assert (
+        events(b"".join(kept_alive(silent_at(stream, *range(len(stream) + 1), times=2))))
+        == expected
+    )
 
 
 @pytest.mark.parametrize("name", STREAMS)
 def test_the_openai_library_sees_the_same_events(name: str) -> None:
     streaming = pytest.importorskip("openai._streaming")
 
-    def decoded(parts: "list[bytes]") -> "list[tuple[str | None, str]]":
-        return [(event.event, event.data) for event in streaming.SSEDecoder().iter_bytes(iter(parts))]
+    def decoded(parts: list[bytes]) -> list[tuple[str | None, str]]:
+        return [
+            (event.event, event.data) for event in streaming.SSEDecoder().iter_bytes(iter(parts))
+        ]
+
     stream = re.sub(rb"id: 7[\r\n]+retry: 10", b"data: no id", STREAMS[name].removeprefix(BOM))
     for at in range(len(stream) + 1):
         assert decoded(list(kept_alive(silent_at(stream, at)))) == decoded([stream]), at
@@ -95,20 +132,32 @@ def test_the_openai_library_sees_the_same_events(name: str) -> None:
 
 @pytest.mark.parametrize("end", [b"\n\n", b"\r\n\r\n", b"\n\r\n", b"\r\n\n"])
 def test_after_an_event_a_comment_is_a_block_of_its_own(end: bytes) -> None:
-    for parts in ([b"data: x" + end], [b"data: x", *(end[at:at + 1] for at in range(len(end)))], [end]):
+    for parts in (
+        [b"data: x" + end],
+        [b"data: x", *(end[at : at + 1] for at in range(len(end)))],
+        [end],
+    ):
         assert b"".join(kept_alive([*parts, b"", b""])) == b"".join(parts) + 2 * COMMENT
 
 
-@pytest.mark.parametrize("end, comment", [(b"\r\r", b": keepalive\r\r"), (b"\n\r", b": keepalive\r\r"), (b"\n", b":\n"),
-                                          (b"\r\n", b":\n"), (b"\r", b":\r")])
+@pytest.mark.parametrize(
+    "end, comment",
+    [
+        (b"\r\r", b": keepalive\r\r"),
+        (b"\n\r", b": keepalive\r\r"),
+        (b"\n", b":\n"),
+        (b"\r\n", b":\n"),
+        (b"\r", b":\r"),
+    ],
+)
 def test_comments_after_other_line_ends(end: bytes, comment: bytes) -> None:
-    for parts in ([b"data: x" + end], [b"data: x", *(end[at:at + 1] for at in range(len(end)))]):
+    for parts in ([b"data: x" + end], [b"data: x", *(end[at : at + 1] for at in range(len(end)))]):
         assert b"".join(kept_alive([*parts, b"", b""])) == b"".join(parts) + 2 * comment
 
 
 @pytest.mark.parametrize("amid", [b"d", b"data: x", b"\ndata", b"\n\n:", b"x\n\r\nx", BOM])
 def test_nothing_comes_in_the_middle_of_a_line(amid: bytes) -> None:
-    for parts in ([amid], [amid[at:at + 1] for at in range(len(amid))]):
+    for parts in ([amid], [amid[at : at + 1] for at in range(len(amid))]):
         assert b"".join(kept_alive([b"data: 1\n\n", *parts, b"", b""])) == b"data: 1\n\n" + amid
     assert b"".join(kept_alive([b"x" + amid, b""])) == b"x" + amid
 
@@ -118,17 +167,22 @@ def test_a_byte_order_mark_is_one_only_at_the_beginning() -> None:
     assert list(kept_alive([b"", BOM + b"data: x\n\n"])) == [COMMENT, b"data: x\n\n"]
     assert list(kept_alive([b"", b"data: x\n\n", BOM])) == [COMMENT, b"data: x\n\n", BOM]
     assert list(kept_alive([b"", BOM[:1], b"", BOM[1:2], BOM[2:] + b"data: x\n\n"])) == [
-        COMMENT, COMMENT, b"data: x\n\n"]
+        COMMENT,
+        COMMENT,
+        b"data: x\n\n",
+    ]
     assert list(kept_alive([b"", BOM[:2], b"x\n\n", b""])) == [COMMENT, BOM[:2] + b"x\n\n", COMMENT]
     assert list(kept_alive([b"", BOM[:2]])) == [COMMENT, BOM[:2]]
 
 
 @pytest.fixture
-def talkative(start_proxy: "Callable[..., ProxyProcess]", upstream: ScriptedUpstream) -> ProxyProcess:
+def talkative(start_proxy: Callable[..., ProxyProcess], upstream: ScriptedUpstream) -> ProxyProcess:
     return start_proxy(sse_keepalive=0.2, idle_timeout=0.9)
 
 
-def test_silence_is_filled_from_the_beginning(talkative: ProxyProcess, upstream: ScriptedUpstream) -> None:
+def test_silence_is_filled_from_the_beginning(
+    talkative: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
     with talkative.client() as client:
         client.request("POST", "/v1/reasoning", body=b"{}")
         request = upstream.receive().answer(SSE + b"Transfer-Encoding: chunked\r\n\r\n")
@@ -150,7 +204,9 @@ def test_silence_is_filled_from_the_beginning(talkative: ProxyProcess, upstream:
         assert client.message().body == b"ok"
 
 
-def test_comments_do_not_keep_a_dead_upstream_alive(talkative: ProxyProcess, upstream: ScriptedUpstream) -> None:
+def test_comments_do_not_keep_a_dead_upstream_alive(
+    talkative: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
     with talkative.client() as client:
         client.request("POST", "/v1/dead", body=b"{}")
         began = time.monotonic()
@@ -162,8 +218,9 @@ def test_comments_do_not_keep_a_dead_upstream_alive(talkative: ProxyProcess, ups
         assert talkative.wait_for_request("/v1/dead")["ended_by"] == "upstream"
 
 
-def test_limit_of_silence_is_no_multiple_of_the_pause(start_proxy: "Callable[..., ProxyProcess]",
-                                                      upstream: ScriptedUpstream) -> None:
+def test_limit_of_silence_is_no_multiple_of_the_pause(
+    start_proxy: Callable[..., ProxyProcess], upstream: ScriptedUpstream
+) -> None:
     with start_proxy(sse_keepalive=1, idle_timeout=1.1).client() as client:
         client.request("POST", "/v1/dead", body=b"{}")
         began = time.monotonic()
@@ -172,7 +229,9 @@ def test_limit_of_silence_is_no_multiple_of_the_pause(start_proxy: "Callable[...
         assert client.rest().count(COMMENT) == 1 and 1 < time.monotonic() - began < 1.9
 
 
-def test_upstream_is_closed_when_the_client_leaves_amid_comments(talkative: ProxyProcess, upstream: ScriptedUpstream) -> None:
+def test_upstream_is_closed_when_the_client_leaves_amid_comments(
+    talkative: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
     with talkative.client() as client:
         client.request("POST", "/v1/leaves", body=b"{}")
         request = upstream.receive().answer(SSE + b"Transfer-Encoding: chunked\r\n\r\n")
@@ -181,13 +240,24 @@ def test_upstream_is_closed_when_the_client_leaves_amid_comments(talkative: Prox
     assert request.connection.closed_within(0.7)
 
 
-@pytest.mark.parametrize("fields, body", [
-    (b"Content-Type: text/event-stream\r\nContent-Length: 9\r\n", b"data: x\n\n"),
-    (b"Content-Type: text/event-stream\r\nContent-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n", b"1\r\nx\r\n0\r\n\r\n"),
-    (b"Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n", b"1\r\nx\r\n0\r\n\r\n"),
-    (b"Transfer-Encoding: chunked\r\n", b"1\r\nx\r\n0\r\n\r\n")])
-def test_nothing_is_put_into_what_is_no_open_stream_of_text(talkative: ProxyProcess, upstream: ScriptedUpstream,
-                                                            fields: bytes, body: bytes) -> None:
+@pytest.mark.parametrize(
+    "fields, body",
+    [
+        (b"Content-Type: text/event-stream\r\nContent-Length: 9\r\n", b"data: x\n\n"),
+        (
+            b"Content-Type: text/event-stream\r\nContent-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n",
+            b"1\r\nx\r\n0\r\n\r\n",
+        ),
+        (
+            b"Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n",
+            b"1\r\nx\r\n0\r\n\r\n",
+        ),
+        (b"Transfer-Encoding: chunked\r\n", b"1\r\nx\r\n0\r\n\r\n"),
+    ],
+)
+def test_nothing_is_put_into_what_is_no_open_stream_of_text(
+    talkative: ProxyProcess, upstream: ScriptedUpstream, fields: bytes, body: bytes
+) -> None:
     with talkative.client() as client:
         client.request("POST", "/v1/other", body=b"{}")
         request = upstream.receive().answer(b"HTTP/1.1 200 OK\r\n" + fields + b"\r\n")
@@ -198,11 +268,22 @@ def test_nothing_is_put_into_what_is_no_open_stream_of_text(talkative: ProxyProc
         assert client.exactly(len(body)) == body
 
 
-@pytest.mark.parametrize("lines, by_default", [
-    ([], None), (["Accept-Encoding: gzip, deflate"], "gzip, deflate"),
-    (["Accept-Encoding: gzip", "accept-encoding: br"], "gzip"), (["ACCEPT-ENCODING: identity;q=0"], "identity;q=0")])
-def test_upstream_is_asked_for_plain_text(talkative: ProxyProcess, running: ProxyProcess, upstream: ScriptedUpstream,
-                                          lines: "list[str]", by_default: "str | None") -> None:
+@pytest.mark.parametrize(
+    "lines, by_default",
+    [
+        ([], None),
+        (["Accept-Encoding: gzip, deflate"], "gzip, deflate"),
+        (["Accept-Encoding: gzip", "accept-encoding: br"], "gzip"),
+        (["ACCEPT-ENCODING: identity;q=0"], "identity;q=0"),
+    ],
+)
+def test_upstream_is_asked_for_plain_text(
+    talkative: ProxyProcess,
+    running: ProxyProcess,
+    upstream: ScriptedUpstream,
+    lines: list[str],
+    by_default: str | None,
+) -> None:
     """Most SDKs allow gzip, into which no comment can be put."""
     for proxy, asked in ((talkative, "identity"), (running, by_default)):
         with proxy.client() as client:
@@ -212,7 +293,9 @@ def test_upstream_is_asked_for_plain_text(talkative: ProxyProcess, running: Prox
 
 
 @both_ways
-def test_by_default_silence_is_left_alone(running: ProxyProcess, upstream: ScriptedUpstream) -> None:
+def test_by_default_silence_is_left_alone(
+    running: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
     with running.client() as client:
         client.request("POST", "/v1/quiet", body=b"{}")
         request = upstream.receive().answer(SSE + b"Transfer-Encoding: chunked\r\n\r\n")

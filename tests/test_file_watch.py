@@ -1,10 +1,11 @@
 """Who watches a file is told to look at it after every change, and otherwise hardly ever."""
+
 from __future__ import annotations
 
 import os
 import resource
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import gevent
 import pytest
@@ -74,15 +75,21 @@ def made_unreadable(path: Path) -> None:
     path.chmod(0)
 
 
-@pytest.mark.parametrize("change", [replace, in_place, appended, removed, moved_away, made_unreadable])
-def test_a_change_makes_a_look_due(watch: FileWatch, path: Path, change: "Callable[[Path], None]") -> None:
+@pytest.mark.parametrize(
+    "change", [replace, in_place, appended, removed, moved_away, made_unreadable]
+)
+def test_a_change_makes_a_look_due(
+    watch: FileWatch, path: Path, change: Callable[[Path], None]
+) -> None:
     change(path)
     turn()
     assert watch.due()
 
 
 @pytest.mark.parametrize("change", [replace, in_place])
-def test_so_does_the_next_and_the_next(watch: FileWatch, path: Path, change: "Callable[[Path], None]") -> None:
+def test_so_does_the_next_and_the_next(
+    watch: FileWatch, path: Path, change: Callable[[Path], None]
+) -> None:
     for _ in range(20):
         change(path)
         turn()
@@ -94,8 +101,9 @@ def test_so_does_the_next_and_the_next(watch: FileWatch, path: Path, change: "Ca
 
 
 @pytest.mark.parametrize("create", [in_place, replace])
-def test_a_file_that_is_not_there_yet_is_waited_for(tmp_path: Path, clock: Clock,
-                                                    create: "Callable[[Path], None]") -> None:
+def test_a_file_that_is_not_there_yet_is_waited_for(
+    tmp_path: Path, clock: Clock, create: Callable[[Path], None]
+) -> None:
     watch = FileWatch(tmp_path / "file", clock)
     assert watch.due()
     turn()
@@ -142,7 +150,9 @@ def test_a_link_that_points_elsewhere_is_a_change(tmp_path: Path, clock: Clock) 
     assert watch.due()
 
 
-def test_a_look_is_due_now_and_then_whatever_the_kernel_tells(watch: FileWatch, path: Path, clock: Clock) -> None:
+def test_a_look_is_due_now_and_then_whatever_the_kernel_tells(
+    watch: FileWatch, path: Path, clock: Clock
+) -> None:
     path.parent.rename(path.parent.with_name("moved"))
     clock.now += RELOOK - 0.1
     assert not watch.due()

@@ -14,7 +14,15 @@ import pytest
 from proxy_process import ProxyProcess
 from refresher_process import Process
 
-from xaiproxy import client_key_command, client_keys, config, errors, folder_file, token_writer, tokens
+from xaiproxy import (
+    client_key_command,
+    client_keys,
+    config,
+    errors,
+    folder_file,
+    token_writer,
+    tokens,
+)
 from xaiproxy.token_store import TokenStore
 
 SPARSE = 1 << 30  # bytes, none of which is on the disk
@@ -47,8 +55,15 @@ def precious(path: Path) -> Path:
     return path.parent / "precious"
 
 
-KINDS = {"FIFO": os.mkfifo, "directory": os.mkdir, "socket": make_socket, "device": make_device, "link": make_link,
-         "endless": lambda path: path.symlink_to("/dev/zero"), "nowhere": lambda path: path.symlink_to("nowhere")}
+KINDS = {
+    "FIFO": os.mkfifo,
+    "directory": os.mkdir,
+    "socket": make_socket,
+    "device": make_device,
+    "link": make_link,
+    "endless": lambda path: path.symlink_to("/dev/zero"),
+    "nowhere": lambda path: path.symlink_to("nowhere"),
+}
 
 
 def clear(path: Path) -> None:
@@ -81,15 +96,21 @@ def descriptors() -> int:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_RDWR | os.O_CREAT, os.O_RDWR | os.O_CREAT | os.O_EXCL])
+@pytest.mark.parametrize(
+    "flags", [os.O_RDONLY, os.O_RDWR | os.O_CREAT, os.O_RDWR | os.O_CREAT | os.O_EXCL]
+)
 def test_only_a_regular_file_is_opened(path, kind, flags):
     KINDS[kind](path)
     before = descriptors()
     with pytest.raises(folder_file.NotAFile) as refused:
         folder_file.opened(path, flags)
     assert refused.value.filename == str(path) and descriptors() == before
-    assert refused.value.strerror == ("it is a symbolic link" if path.is_symlink() else "it is not a file")
-    assert not (path.parent / "nowhere").exists() and (kind != "link" or precious(path).read_text() == "precious")
+    assert refused.value.strerror == (
+        "it is a symbolic link" if path.is_symlink() else "it is not a file"
+    )
+    assert not (path.parent / "nowhere").exists() and (
+        kind != "link" or precious(path).read_text() == "precious"
+    )
 
 
 def test_a_link_is_followed_where_it_may_be_one(path):
@@ -160,8 +181,11 @@ def test_a_file_is_read_up_to_the_limit(path):
 
 # Everything that opens a file of the folder
 
+
 def make_store(path: Path) -> TokenStore:
-    return TokenStore(config.from_environ({"XAI_PROXY_TOKEN_PATH": str(path)}, dotenv_path=os.devnull))
+    return TokenStore(
+        config.from_environ({"XAI_PROXY_TOKEN_PATH": str(path)}, dotenv_path=os.devnull)
+    )
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "sparse"])
@@ -189,8 +213,11 @@ def test_whatever_lies_in_a_files_place_is_named_and_left_as_it_is(path, kind, c
         with token_writer.locked(store, 0):
             pass
 
-    for place, act in ((store.lock_path, lock), (store.lock_path, lambda: token_writer.beat(store)),
-                       (store.new_path, lock)):
+    for place, act in (
+        (store.lock_path, lock),
+        (store.lock_path, lambda: token_writer.beat(store)),
+        (store.new_path, lock),
+    ):
         said = said_of(place, act)
         assert not said if usable else f"move {place} away" in said
     # The proxy's note is replaced, whatever it is.
@@ -199,8 +226,11 @@ def test_whatever_lies_in_a_files_place_is_named_and_left_as_it_is(path, kind, c
         assert said_of(store.refused_path, lambda: store.ask_refresh("access")) == ""
 
     keys = path.with_name("client-keys")
-    for place, fine in ((keys, False), (keys.with_name("client-keys.lock"), usable),
-                        (keys.with_name("client-keys.new"), kind != "directory")):
+    for place, fine in (
+        (keys, False),
+        (keys.with_name("client-keys.lock"), usable),
+        (keys.with_name("client-keys.new"), kind != "directory"),
+    ):
         clear(place)
         make(place)
         code = client_key_command.main(["add", "laptop"])
@@ -224,7 +254,9 @@ def test_a_dotenv_is_read_within_bounds(path, kind):
     dotenv, before = path.with_name(".env"), memory()
     {**KINDS, "sparse": make_sparse}[kind](dotenv)
     if kind == "sparse":
-        with pytest.raises(errors.ConfigurationError, match=r"\.env cannot be read: it is longer than"):
+        with pytest.raises(
+            errors.ConfigurationError, match=r"\.env cannot be read: it is longer than"
+        ):
             config.from_environ({})
     else:
         config.from_environ({})
@@ -232,12 +264,15 @@ def test_a_dotenv_is_read_within_bounds(path, kind):
 
 
 def test_a_dotenv_may_begin_with_a_byte_order_mark(path):
-    path.with_name(".env").write_bytes(b"\xef\xbb\xbfXAI_PROXY_PORT=4321\r\nXAI_PROXY_LOG_LEVEL=debug\r\n")
+    path.with_name(".env").write_bytes(
+        b"\xef\xbb\xbfXAI_PROXY_PORT=4321\r\nXAI_PROXY_LOG_LEVEL=debug\r\n"
+    )
     settings = config.from_environ({})
     assert (settings.port, settings.log_level) == (4321, "debug")
 
 
 # The programs
+
 
 def test_the_refresher_goes_on_whatever_the_proxys_note_is_and_ends_when_told_to(sandbox, path):
     sandbox.write_login(path)
@@ -280,10 +315,14 @@ def test_the_proxy_says_which_file_it_is_and_serves_once_that_is_put_right(path)
             clear(keys)
             make(keys)
             start = len(proxy.log_lines())
-            assert proxy.ask("GET", "/v1/models").value("X-XAI-Proxy-Error") == "client_key_required"
+            assert (
+                proxy.ask("GET", "/v1/models").value("X-XAI-Proxy-Error") == "client_key_required"
+            )
             clear(keys)
             keys.write_text(f"a {client_keys.digest('a-key')}\n")
             answer = proxy.ask("GET", "/v1/models", "Authorization: Bearer a-key")
             assert answer.value("X-XAI-Proxy-Error") == "upstream_unreachable"
-            proxy.wait_for_log(lambda line: f"{keys} cannot be used" in line["message"], start=start)
+            proxy.wait_for_log(
+                lambda line: f"{keys} cannot be used" in line["message"], start=start
+            )
         assert proxy.resident_kib() - before < 20_000

@@ -10,11 +10,13 @@ from xaiproxy.http1.message_head import Malformed
 BEHIND = b"GET /the-next-request HTTP/1.1\r\n"
 
 
-def fed(body: "Sized | Chunked | UntilClose", data: bytes, size: int = 1 << 30) -> "tuple[bytes, bytes]":
+def fed(
+    body: Sized | Chunked | UntilClose, data: bytes, size: int = 1 << 30
+) -> tuple[bytes, bytes]:
     """The content of `data`, fed `size` bytes at a time, and what of `data` is behind the body's end."""
     content, at = b"", 0
     while at < len(data) and not body.ended:
-        part = data[at:at + size]
+        part = data[at : at + size]
         content += b"".join(content_of(body, part))
         assert 0 <= body.used <= len(part) and (body.ended or body.used == len(part))
         at += body.used
@@ -26,6 +28,7 @@ def in_chunks(*chunks: bytes) -> bytes:
 
 
 # by length
+
 
 @pytest.mark.parametrize("size", [1, 2, 3, 100])
 def test_a_sized_body_ends_where_it_says(size):
@@ -41,11 +44,14 @@ def test_an_empty_body_has_ended_before_anything_came():
 
 
 def test_content_is_not_copied_to_find_its_end():
-    assert Sized(5).feed(b"hello") == [(0, 5)]  # the one span that is all of it, which callers look for
+    assert Sized(5).feed(b"hello") == [
+        (0, 5)
+    ]  # the one span that is all of it, which callers look for
     assert UntilClose().feed(b"hello") == [(0, 5)]
 
 
 # until the connection ends
+
 
 def test_a_body_until_close_ends_with_the_connection_alone():
     body = UntilClose()
@@ -54,8 +60,10 @@ def test_a_body_until_close_ends_with_the_connection_alone():
     assert body.ended
 
 
-@pytest.mark.parametrize("body, data", [(Sized(5), b"hell"), (Chunked(), b""), (Chunked(), b"5\r\nhello\r\n"),
-                                        (Chunked(), b"0\r\n")])
+@pytest.mark.parametrize(
+    "body, data",
+    [(Sized(5), b"hell"), (Chunked(), b""), (Chunked(), b"5\r\nhello\r\n"), (Chunked(), b"0\r\n")],
+)
 def test_every_other_body_is_cut_short_by_the_end_of_the_connection(body, data):
     body.feed(data)
     with pytest.raises(EOFError):
@@ -72,7 +80,7 @@ GOOD = [
     (b"A\r\n0123456789\r\na\r\n0123456789\r\n0\r\n\r\n", b"0123456789" * 2),
     (b"000000000000005\r\nhello\r\n000000000000000\r\n\r\n", b"hello"),
     (b"5;a\r\nhello\r\n0;b=c\r\n\r\n", b"hello"),
-    (b"5 ; a = \"b;c\\\"d\"\te=f\r\nhello\r\n0\t;\r\n\r\n", b"hello"),
+    (b'5 ; a = "b;c\\"d"\te=f\r\nhello\r\n0\t;\r\n\r\n', b"hello"),
     (b"5;\xe9\xff\r\nhello\r\n0\r\n\r\n", b"hello"),
     (b"5;" + b"a" * (LINE_LIMIT - 4) + b"\r\nhello\r\n0\r\n\r\n", b"hello"),
     (b"4\r\n\r\n\r\n\r\n0\r\n\r\n", b"\r\n\r\n"),
@@ -83,20 +91,72 @@ GOOD = [
     (in_chunks(b"x" * 70000, b"y"), b"x" * 70000 + b"y"),
 ]
 BAD_SIZES = [
-    b"+1\r\n", b"-1\r\n", b"-0\r\n", b"1_0\r\n", b"0x1\r\n", b"0X1\r\n", b" 1\r\n", b"\t1\r\n", b"1 \r\n",
-    b"1\t\r\n", b"1 1\r\n", b"1,\r\n", b"1.0\r\n", b"1h\r\n", b"g\r\n", b"\r\n", b" \r\n", b";a\r\n",
-    b" ;a\r\n", b"\"1\"\r\n", b"0000000000000001\r\n", b"10000000000000001\r\n", b"ffffffffffffffff\r\n",
-    b"f" * 400 + b"\r\n", b"1\n", b"\n1\r\n", b"1\r\r\n", b"1\rx\r\n", b"1\r", b"1;a\n", b"1;\r\r\n",
-    b"1;a\rb\r\n", b"1;a=\"\r\"\r\n", b"1;a=\"\n\"\r\n", b"1;a=\"\r\n\"\r\n", b"1;\x00\r\n", b"1;\x0b\r\n",
-    b"1;\x7f\r\n", b"1\x00\r\n", b"1\x0b\r\n", b"\xd9\xa1\r\n", b"\xb9\r\n", b"1\xa0\r\n",
-    b"\xef\xbb\xbf1\r\n"]
+    b"+1\r\n",
+    b"-1\r\n",
+    b"-0\r\n",
+    b"1_0\r\n",
+    b"0x1\r\n",
+    b"0X1\r\n",
+    b" 1\r\n",
+    b"\t1\r\n",
+    b"1 \r\n",
+    b"1\t\r\n",
+    b"1 1\r\n",
+    b"1,\r\n",
+    b"1.0\r\n",
+    b"1h\r\n",
+    b"g\r\n",
+    b"\r\n",
+    b" \r\n",
+    b";a\r\n",
+    b" ;a\r\n",
+    b'"1"\r\n',
+    b"0000000000000001\r\n",
+    b"10000000000000001\r\n",
+    b"ffffffffffffffff\r\n",
+    b"f" * 400 + b"\r\n",
+    b"1\n",
+    b"\n1\r\n",
+    b"1\r\r\n",
+    b"1\rx\r\n",
+    b"1\r",
+    b"1;a\n",
+    b"1;\r\r\n",
+    b"1;a\rb\r\n",
+    b'1;a="\r"\r\n',
+    b'1;a="\n"\r\n',
+    b'1;a="\r\n"\r\n',
+    b"1;\x00\r\n",
+    b"1;\x0b\r\n",
+    b"1;\x7f\r\n",
+    b"1\x00\r\n",
+    b"1\x0b\r\n",
+    b"\xd9\xa1\r\n",
+    b"\xb9\r\n",
+    b"1\xa0\r\n",
+    b"\xef\xbb\xbf1\r\n",
+]
 BAD_ENDS = [b"\n", b"\r0", b"\n\r\n", b"0\r\n\r\n", b"x\r\n", b"\r\r\n", b"  ", b"5\r\nhello\r\n"]
 BAD_TRAILERS = [
-    b"X\r\n", b" X: y\r\n", b"X : y\r\n", b": y\r\n", b"X: y\n", b"X: y\r\n folded\r\n", b"X: y\rZ: a\r\n",
+    b"X\r\n",
+    b" X: y\r\n",
+    b"X : y\r\n",
+    b": y\r\n",
+    b"X: y\n",
+    b"X: y\r\n folded\r\n",
+    b"X: y\rZ: a\r\n",
     b"X: \ry\n",
-    b"X: \x00\r\n", b"\n", b"\r\r\n", b"X: y\r\n\n", b"GET / HTTP/1.1\r\n", b"X\xe9: y\r\n",
-    b"Content-Length: 0\r\n", b"X: y\r\ntransfer-encoding: chunked\r\n",
-    b"X: y\r\n" * (TRAILER_LIMIT + 1), b"X: " + b"a" * 4000 + b"\x00\r\n"]
+    b"X: \x00\r\n",
+    b"\n",
+    b"\r\r\n",
+    b"X: y\r\n\n",
+    b"GET / HTTP/1.1\r\n",
+    b"X\xe9: y\r\n",
+    b"Content-Length: 0\r\n",
+    b"X: y\r\ntransfer-encoding: chunked\r\n",
+    b"X: y\r\n" * (TRAILER_LIMIT + 1),
+    b"X: " + b"a" * 4000 + b"\x00\r\n",
+]
 TOO_LONG = b"a" * (LINE_LIMIT - 3)  # behind two bytes and before a line end
 
 
@@ -117,7 +177,7 @@ def test_a_chunked_body_may_be_cut_in_two_anywhere(data):
         assert body.ended and (first + second, behind + rest) == whole
 
 
-def refusals(data: bytes) -> "set[str]":
+def refusals(data: bytes) -> set[str]:
     """What is said of bad chunks, however they are split."""
     said = set()
     for size in (1, 2, 1 << 30):
@@ -138,22 +198,33 @@ def test_a_chunk_size_that_two_servers_could_read_differently(size_line):
 
 @pytest.mark.parametrize("after", BAD_ENDS)
 def test_a_chunk_that_does_not_end_where_it_says(after):
-    assert refusals(b"5\r\nhello" + after + b"\r\n0\r\n\r\n") == {"has a chunk that is longer than it says"}
+    assert refusals(b"5\r\nhello" + after + b"\r\n0\r\n\r\n") == {
+        "has a chunk that is longer than it says"
+    }
 
 
 @pytest.mark.parametrize("trailers", BAD_TRAILERS)
 def test_trailers_that_two_servers_could_read_differently(trailers):
-    assert refusals(b"5\r\nhello\r\n0\r\n" + trailers + b"\r\n") == {"has trailers that are malformed"}
+    assert refusals(b"5\r\nhello\r\n0\r\n" + trailers + b"\r\n") == {
+        "has trailers that are malformed"
+    }
 
 
-@pytest.mark.parametrize("data", [b"1;" + TOO_LONG + b"\r\n", b"0" * (LINE_LIMIT + 1),
-                                  b"0\r\nX:" + TOO_LONG + b"\r\n", b"0\r\n" + b"a" * (LINE_LIMIT + 1)])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"1;" + TOO_LONG + b"\r\n",
+        b"0" * (LINE_LIMIT + 1),
+        b"0\r\nX:" + TOO_LONG + b"\r\n",
+        b"0\r\n" + b"a" * (LINE_LIMIT + 1),
+    ],
+)
 def test_a_line_is_not_waited_for_beyond_its_limit(data):
     assert refusals(data) == {"has a line that is too long"}
 
 
 def test_a_chunked_body_that_is_cut_at_any_byte_has_not_ended():
-    data = b"3\r\nabc\r\n0a;x=\"y\"\r\n0123456789\r\n0\r\nTrailer: x\r\n\r\n"
+    data = b'3\r\nabc\r\n0a;x="y"\r\n0123456789\r\n0\r\nTrailer: x\r\n\r\n'
     for size in range(len(data)):
         body = Chunked()
         content, _ = fed(body, data[:size])
@@ -165,16 +236,26 @@ def test_a_chunk_is_given_before_its_own_line_end_has_come():
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 1 << 30])
-@pytest.mark.parametrize("trailers, passed", [
-    (b"", b""), (b"X: y\r\n", b"X: y\r\n"), (b"Set-Cookie: a\r\nX: y\r\nSET-cookie:b\r\n", b"X: y\r\n"), (b"set-cookie:\r\n", b""),
-    (b"Connection: x\r\nx: \xe9\r\nAlt-Svc: y\r\nStrict-Transport-Security: z\r\n", b"x: \xe9\r\n")])
+@pytest.mark.parametrize(
+    "trailers, passed",
+    [
+        (b"", b""),
+        (b"X: y\r\n", b"X: y\r\n"),
+        (b"Set-Cookie: a\r\nX: y\r\nSET-cookie:b\r\n", b"X: y\r\n"),
+        (b"set-cookie:\r\n", b""),
+        (
+            b"Connection: x\r\nx: \xe9\r\nAlt-Svc: y\r\nStrict-Transport-Security: z\r\n",
+            b"x: \xe9\r\n",
+        ),
+    ],
+)
 def test_trailers_that_do_not_pass_are_left_out_of_what_passes(size, trailers, passed):
     start = b"5;a\r\nhello\r\n000A\r\n0123456789\r\n00;b\r\n"
     data, body, out = start + trailers + b"\r\n" + BEHIND, Chunked(), b""
     while not body.ended:
         body.feed(data[:size])
-        out += data[:body.passes] + body.trailers
-        data = data[body.used:]
+        out += data[: body.passes] + body.trailers
+        data = data[body.used :]
     assert out == start + passed + b"\r\n" and data == BEHIND
 
 
@@ -200,7 +281,9 @@ def test_the_largest_chunk_is_counted_and_not_kept():
     assert not body.ended
 
 
-@pytest.mark.parametrize("malformed", [b"x\r\n", b"5\nhello\r\n", b"5\r\nhello!\r\n", b"0\r\nX\r\n\r\n"])
+@pytest.mark.parametrize(
+    "malformed", [b"x\r\n", b"5\nhello\r\n", b"5\r\nhello!\r\n", b"0\r\nX\r\n\r\n"]
+)
 def test_content_before_something_malformed_is_not_lost(malformed):
     """In one read, for instance, five whole chunks and one that is none."""
     data = b"".join(b"1\r\n%d\r\n" % number for number in range(5)) + malformed
@@ -211,7 +294,9 @@ def test_content_before_something_malformed_is_not_lost(malformed):
     assert content.startswith(b"01234") and not body.ended
     whole = Chunked()
     spans = whole.feed(data)
-    assert b"".join(data[start:end] for start, end in spans) == content  # what is passed on before the fault
-    assert data[:whole.used].endswith((b"4\r\n", b"hello", b"0\r\n"))
+    assert (
+        b"".join(data[start:end] for start, end in spans) == content
+    )  # what is passed on before the fault
+    assert data[: whole.used].endswith((b"4\r\n", b"hello", b"0\r\n"))
     with pytest.raises(Malformed):
-        whole.feed(data[whole.used:])
+        whole.feed(data[whole.used :])

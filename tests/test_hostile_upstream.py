@@ -2,13 +2,14 @@
 
 After each one another request is answered as itself: nothing of a bad answer is left on a connection.
 """
+
 from __future__ import annotations
 
 import re
 import shutil
 import subprocess
 import threading
-from typing import Iterator
+from collections.abc import Iterator
 
 import pytest
 from proxy_process import Client, ProxyProcess, both_ways
@@ -28,7 +29,9 @@ def client(running: ProxyProcess, upstream: ScriptedUpstream) -> Iterator[Client
         yield connection
 
 
-def assert_next_is_answered_as_itself(running: ProxyProcess, upstream: ScriptedUpstream, bad: Request) -> None:
+def assert_next_is_answered_as_itself(
+    running: ProxyProcess, upstream: ScriptedUpstream, bad: Request
+) -> None:
     """On another connection to upstream than that of the `bad` answer."""
     with running.client() as client:
         client.request("GET", "/v1/next")
@@ -42,20 +45,31 @@ def assert_next_is_answered_as_itself(running: ProxyProcess, upstream: ScriptedU
 
 SPLIT = {  # one answer to some, another or two to others
     "bare LF": START + b"X: y\nSet-Cookie: evil=1\r\n" + END,
-    "bare CR": START + b"X: y\rSet-Cookie: evil=1\r\n" + END, "LF LF": START + b"X: y\n\n" + EVIL,
-    "CR CR LF": START + b"X: y\r\r\n" + END, "CR LF CR": START + b"X: y\r\n\r" + EVIL,
+    "bare CR": START + b"X: y\rSet-Cookie: evil=1\r\n" + END,
+    "LF LF": START + b"X: y\n\n" + EVIL,
+    "CR CR LF": START + b"X: y\r\r\n" + END,
+    "CR LF CR": START + b"X: y\r\n\r" + EVIL,
     "bare LF in the status line": b"HTTP/1.1 200 OK\nX: y\r\n" + END,
-    "CR in the status line": b"HTTP/1.1 200 OK\rX: y\r\n" + END, "NUL in a value": START + b"X: a\0b\r\n" + END,
-    "NUL in a name": START + b"X\0: y\r\n" + END, "NUL in the reason": b"HTTP/1.1 200 O\0K\r\n" + END,
-    "escape": START + b"X: \x1b[2J\r\n" + END, "DEL": START + b"X: \x7f\r\n" + END,
+    "CR in the status line": b"HTTP/1.1 200 OK\rX: y\r\n" + END,
+    "NUL in a value": START + b"X: a\0b\r\n" + END,
+    "NUL in a name": START + b"X\0: y\r\n" + END,
+    "NUL in the reason": b"HTTP/1.1 200 O\0K\r\n" + END,
+    "escape": START + b"X: \x1b[2J\r\n" + END,
+    "DEL": START + b"X: \x7f\r\n" + END,
     "fold of the first line": START + b" X: y\r\n" + END,
     "fold of the status line": b"HTTP/1.1 200\r\n OK\r\n" + END,
     "fold before the colon": START + b"Set-Cookie\r\n : evil=1\r\n" + END,
-    "blank before the colon": START + b"Content-Length : 9\r\n" + END, "no colon": START + b"X\r\n" + END,
-    "no name": START + b": y\r\n" + END, "UTF-8 name": START + b"X\xc3\xa9: y\r\n" + END,
-    "HTTP/2": b"HTTP/2 200\r\n" + END, "HTTP/0.9": b"evil" + b"\r\n" * 2, "LF before": b"\n" + OK,
-    "CRLF before": b"\r\n" + OK, "status of two digits": b"HTTP/1.1 20 OK\r\n" + END,
-    "status of four digits": b"HTTP/1.1 2000 OK\r\n" + END, "two blanks": b"HTTP/1.1  200 OK\r\n" + END,
+    "blank before the colon": START + b"Content-Length : 9\r\n" + END,
+    "no colon": START + b"X\r\n" + END,
+    "no name": START + b": y\r\n" + END,
+    "UTF-8 name": START + b"X\xc3\xa9: y\r\n" + END,
+    "HTTP/2": b"HTTP/2 200\r\n" + END,
+    "HTTP/0.9": b"evil" + b"\r\n" * 2,
+    "LF before": b"\n" + OK,
+    "CRLF before": b"\r\n" + OK,
+    "status of two digits": b"HTTP/1.1 20 OK\r\n" + END,
+    "status of four digits": b"HTTP/1.1 2000 OK\r\n" + END,
+    "two blanks": b"HTTP/1.1  200 OK\r\n" + END,
     "a request": b"GET /v1/evil HTTP/1.1\r\nHost: localhost\r\n\r\n",
     "two lengths": START + b"Content-Length: 1\r\n" + END,
     "list of lengths": START + b"Content-Length: 2, 2\r\n\r\nok",
@@ -66,10 +80,12 @@ SPLIT = {  # one answer to some, another or two to others
     "folded lengths": START + b"Content-Length: 1\r\n 2\r\n\r\nok",
     "gzip coding": START + b"Transfer-Encoding: gzip\r\n\r\nok",
     "two codings": START + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
-    "coding twice": START + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    "coding twice": START
+    + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
     "coding with a tab in it": START + b"Transfer-Encoding: \x0bchunked\r\n\r\n0\r\n\r\n",
     "chunks in HTTP/1.0": CHUNKED.replace(b"1.1", b"1.0") + b"0\r\n\r\n",
-    "201 lines": START + b"X: y\r\n" * 201 + END, "name of 257 bytes": START + b"x" * 257 + b": y\r\n" + END,
+    "201 lines": START + b"X: y\r\n" * 201 + END,
+    "name of 257 bytes": START + b"x" * 257 + b": y\r\n" + END,
     "101 that nobody asked for": SWITCH + b"Upgrade: websocket\r\n\r\nevil",
     "101 to h2c": SWITCH + b"Upgrade: h2c\r\n\r\nPRI * HTTP/2.0\r\n\r\n",
     "bad interim one": b"HTTP/1.1 103 Early Hints\r\nX: a\0b\r\n\r\n" + OK,
@@ -81,12 +97,15 @@ SPLIT = {  # one answer to some, another or two to others
 
 
 def by_name(table: dict) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("answer", [pytest.param(answer, id=name) for name, answer in table.items()])
+    return pytest.mark.parametrize(
+        "answer", [pytest.param(answer, id=name) for name, answer in table.items()]
+    )
 
 
 @by_name(SPLIT)
-def test_head_that_two_could_read_differently_is_a_502(client: Client, running: ProxyProcess,
-                                                       upstream: ScriptedUpstream, answer: bytes) -> None:
+def test_head_that_two_could_read_differently_is_a_502(
+    client: Client, running: ProxyProcess, upstream: ScriptedUpstream, answer: bytes
+) -> None:
     client.request("GET", "/v1/x")
     request = upstream.receive().answer(answer)
     came = client.message()
@@ -94,7 +113,11 @@ def test_head_that_two_could_read_differently_is_a_502(client: Client, running: 
         assert came.value("Set-Cookie") is None
         came = client.message()
     assert (came.status, came.value("X-XAI-Proxy-Error")) == (502, "upstream_unreachable")
-    assert b"evil" not in came.head + came.body and client.silent() and request.connection.closed_within()
+    assert (
+        b"evil" not in came.head + came.body
+        and client.silent()
+        and request.connection.closed_within()
+    )
     assert_next_is_answered_as_itself(running, upstream, request)
 
 
@@ -110,51 +133,82 @@ FOLDED = {  # to one line, RFC 9112 section 5.2, wherever the fold is
 
 
 @pytest.mark.parametrize("lines, passed", FOLDED.values(), ids=FOLDED)
-def test_fold_is_undone(client: Client, upstream: ScriptedUpstream, lines: bytes,
-                        passed: "list[tuple[str, str]]") -> None:
+def test_fold_is_undone(
+    client: Client, upstream: ScriptedUpstream, lines: bytes, passed: list[tuple[str, str]]
+) -> None:
     client.request("GET", "/v1/x")
     upstream.receive().answer(b"HTTP/1.1 200 OK\r\nDate: then\r\n" + lines + END)
     answer = client.message()
     kept = [("Connection", "keep-alive"), ("Keep-Alive", "timeout=595")]
-    assert answer.fields == [("Date", "then"), *passed, ("Content-Length", "2"), *kept] and answer.body == b"ok"
+    assert (
+        answer.fields == [("Date", "then"), *passed, ("Content-Length", "2"), *kept]
+        and answer.body == b"ok"
+    )
 
 
 OF_UPSTREAM = [  # what a client would keep as said of the proxy's origin, or take for the proxy's own
-    b"Set-Cookie: evil=1\r\n", b"set-cookie: evil=1\r\nSET-COOKIE: evil=2\r\n",
+    b"Set-Cookie: evil=1\r\n",
+    b"set-cookie: evil=1\r\nSET-COOKIE: evil=2\r\n",
     b"Connection: set-cookie\r\nSet-Cookie: evil=1\r\n",
     b"Set-Cookie:\tevil=1\r\nX: y\r\nSet-Cookie: evil=2\r\n",
-    b'Alt-Svc: h3="evil.example:443"; ma=86400\r\n', b"strict-transport-security: max-age=31536000; evil\r\n",
-    b'Clear-Site-Data: "evil"\r\n', b'NEL: {"report_to":"evil"}\r\nReport-To: {"group":"evil"}\r\n',
-    b"X-XAI-Proxy-Error: evil\r\n"]
+    b'Alt-Svc: h3="evil.example:443"; ma=86400\r\n',
+    b"strict-transport-security: max-age=31536000; evil\r\n",
+    b'Clear-Site-Data: "evil"\r\n',
+    b'NEL: {"report_to":"evil"}\r\nReport-To: {"group":"evil"}\r\n',
+    b"X-XAI-Proxy-Error: evil\r\n",
+]
 
 
 @both_ways
 @pytest.mark.parametrize("lines", OF_UPSTREAM)
-def test_what_is_of_upstream_alone_reaches_no_client(client: Client, upstream: ScriptedUpstream, lines: bytes) -> None:
+def test_what_is_of_upstream_alone_reaches_no_client(
+    client: Client, upstream: ScriptedUpstream, lines: bytes
+) -> None:
     for status in (200, 403, 404, 500):
         client.request("GET", "/v1/x")
         interim = b"HTTP/1.1 103 x\r\nLink: <a>\r\n%b\r\n" % lines
         upstream.receive().answer(interim + b"HTTP/1.1 %d x\r\n%b" % (status, lines) + END)
         interim, answer = client.message(), client.message()
-        assert (interim.status, interim.values("Link"), answer.status, answer.body) == (103, ["<a>"], status, b"ok")
+        assert (interim.status, interim.values("Link"), answer.status, answer.body) == (
+            103,
+            ["<a>"],
+            status,
+            b"ok",
+        )
         assert b"evil" not in interim.head + answer.head
 
 
-TRAILERS = [b"X-Sum: 1\r\n", b"sET-cOOKIE:evil=1\r\n", b"Set-Cookie-Not: y\r\n", b"Connection: evil\r\n",
-            b"Alt-Svc: evil\r\n", b"Y:\r\n", b"X-XAI-Proxy-Error: evil\r\n", b"Set-Cookie: evil=" + b"x" * 4000 + b"\r\n",
-            b"Set-Cookie: evil=2\r\n"]
-STEPS = {"at once": [b"2\r\nok\r\n0;z\r\n" + b"".join(TRAILERS) + b"\r\n"],
-         "by lines": [b"2\r\nok\r\n", b"0;z\r\n", *TRAILERS, b"\r\n"],
-         "cut in lines": [b"2\r\nok\r\n0;z\r\nX-Sum: 1\r\nsET-", b"cOOKIE:ev", b"il=1\r", b"\n" + b"".join(TRAILERS[2:]) + b"\r",
-                          b"\n"],
-         "by bytes": [bytes([byte]) for byte in b"2\r\nok\r\n0;z\r\n" + b"".join(TRAILERS) + b"\r\n"]}
+TRAILERS = [
+    b"X-Sum: 1\r\n",
+    b"sET-cOOKIE:evil=1\r\n",
+    b"Set-Cookie-Not: y\r\n",
+    b"Connection: evil\r\n",
+    b"Alt-Svc: evil\r\n",
+    b"Y:\r\n",
+    b"X-XAI-Proxy-Error: evil\r\n",
+    b"Set-Cookie: evil=" + b"x" * 4000 + b"\r\n",
+    b"Set-Cookie: evil=2\r\n",
+]
+STEPS = {
+    "at once": [b"2\r\nok\r\n0;z\r\n" + b"".join(TRAILERS) + b"\r\n"],
+    "by lines": [b"2\r\nok\r\n", b"0;z\r\n", *TRAILERS, b"\r\n"],
+    "cut in lines": [
+        b"2\r\nok\r\n0;z\r\nX-Sum: 1\r\nsET-",
+        b"cOOKIE:ev",
+        b"il=1\r",
+        b"\n" + b"".join(TRAILERS[2:]) + b"\r",
+        b"\n",
+    ],
+    "by bytes": [bytes([byte]) for byte in b"2\r\nok\r\n0;z\r\n" + b"".join(TRAILERS) + b"\r\n"],
+}
 
 
 @both_ways
 @pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS)
 @pytest.mark.parametrize("with_the_head", [True, False])
-def test_trailers_that_would_be_dropped_from_a_head_are_dropped(client: Client, upstream: ScriptedUpstream, way: str,
-                                                                steps: "list[bytes]", with_the_head: bool) -> None:
+def test_trailers_that_would_be_dropped_from_a_head_are_dropped(
+    client: Client, upstream: ScriptedUpstream, way: str, steps: list[bytes], with_the_head: bool
+) -> None:
     client.request("GET", "/v1/x")
     request = upstream.receive().answer(CHUNKED + steps[0] if with_the_head else CHUNKED)
     assert client.head().status == 200
@@ -164,15 +218,26 @@ def test_trailers_that_would_be_dropped_from_a_head_are_dropped(client: Client, 
         expected = b"2\r\nok\r\n0;z\r\nX-Sum: 1\r\nSet-Cookie-Not: y\r\nY:\r\n\r\n"
         assert client.exactly(len(expected)) == expected
     else:
-        assert re.fullmatch(rb"2\r\nok\r\n0\r\n\r\n|1\r\no\r\n1\r\nk\r\n0\r\n\r\n", client.until(b"\r\n0\r\n\r\n"))
+        assert re.fullmatch(
+            rb"2\r\nok\r\n0\r\n\r\n|1\r\no\r\n1\r\nk\r\n0\r\n\r\n", client.until(b"\r\n0\r\n\r\n")
+        )
     client.request("GET", "/v1/next")
-    assert upstream.receive().answer().connection is request.connection and client.message().body == b"ok"
+    assert (
+        upstream.receive().answer().connection is request.connection
+        and client.message().body == b"ok"
+    )
 
 
 @both_ways
-def test_last_chunk_without_trailers_arrives_however_it_is_split(client: Client, upstream: ScriptedUpstream) -> None:
-    for steps in ((b"2\r\nok\r\n0\r\n", b"\r\n"), (b"2\r\nok\r\n0", b"\r\n\r\n"), (b"2\r\nok\r\n0\r\n\r", b"\n"),
-                  (b"2\r\nok\r\n", b"0\r\n", b"\r", b"\n")):
+def test_last_chunk_without_trailers_arrives_however_it_is_split(
+    client: Client, upstream: ScriptedUpstream
+) -> None:
+    for steps in (
+        (b"2\r\nok\r\n0\r\n", b"\r\n"),
+        (b"2\r\nok\r\n0", b"\r\n\r\n"),
+        (b"2\r\nok\r\n0\r\n\r", b"\n"),
+        (b"2\r\nok\r\n", b"0\r\n", b"\r", b"\n"),
+    ):
         client.request("GET", "/v1/x")
         request = upstream.receive().answer(CHUNKED + steps[0])
         assert client.head().status == 200 and client.exactly(7) == b"2\r\nok\r\n"
@@ -181,7 +246,9 @@ def test_last_chunk_without_trailers_arrives_however_it_is_split(client: Client,
         assert client.exactly(5) == b"0\r\n\r\n"
 
 
-def test_cookie_in_a_trailer_reaches_no_client(running: ProxyProcess, upstream: ScriptedUpstream) -> None:
+def test_cookie_in_a_trailer_reaches_no_client(
+    running: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
     if not shutil.which("curl"):
         pytest.skip("there is no curl here")
     command = ["curl", "-sS", "--max-time", "8", "-c", "-", "--raw", f"{running.url}/v1/x"]
@@ -192,10 +259,21 @@ def test_cookie_in_a_trailer_reaches_no_client(running: ProxyProcess, upstream: 
 
 
 @both_ways
-def test_redirect_to_upstream_leads_to_the_proxy(running: ProxyProcess, upstream: ScriptedUpstream) -> None:
+def test_redirect_to_upstream_leads_to_the_proxy(
+    running: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
     if not shutil.which("curl"):
         pytest.skip("there is no curl here")
-    command = ["curl", "-sS", "--max-time", "8", "-L", "-w", "%{url_effective}", f"{running.url}/v1/x"]
+    command = [
+        "curl",
+        "-sS",
+        "--max-time",
+        "8",
+        "-L",
+        "-w",
+        "%{url_effective}",
+        f"{running.url}/v1/x",
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as curl:
         location = f"Location: {upstream.origin}/v1/files/1?a=b\r\n".encode()
         upstream.receive().answer(b"HTTP/1.1 307 x\r\n" + location + END)
@@ -208,8 +286,11 @@ def test_redirect_to_upstream_leads_to_the_proxy(running: ProxyProcess, upstream
 @both_ways
 def test_426_says_what_to_upgrade_to(client: Client, upstream: ScriptedUpstream) -> None:
     """RFC 9110 section 15.5.22. The proxy can do what upstream asks for if that is a WebSocket."""
-    for lines, upgrade, option in ((b"Connection: upgrade\r\nUpgrade: websocket\r\n", "websocket", "Upgrade"),
-                                   (b"Upgrade: TLS/1.3, HTTP/2.0\r\n", "TLS/1.3, HTTP/2.0", "Upgrade"), (b"", None, None)):
+    for lines, upgrade, option in (
+        (b"Connection: upgrade\r\nUpgrade: websocket\r\n", "websocket", "Upgrade"),
+        (b"Upgrade: TLS/1.3, HTTP/2.0\r\n", "TLS/1.3, HTTP/2.0", "Upgrade"),
+        (b"", None, None),
+    ):
         client.request("GET", "/v1/realtime")
         upstream.receive().answer(b"HTTP/1.1 426 Upgrade Required\r\n" + lines + END)
         refusal = client.message()
@@ -219,7 +300,9 @@ def test_426_says_what_to_upgrade_to(client: Client, upstream: ScriptedUpstream)
 
 
 @both_ways
-def test_event_stream_is_not_to_be_buffered_on_its_way(client: Client, upstream: ScriptedUpstream) -> None:
+def test_event_stream_is_not_to_be_buffered_on_its_way(
+    client: Client, upstream: ScriptedUpstream
+) -> None:
     stream = b"Content-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n"
     for lines, values in ((b"", ["no"]), (b"x-accel-buffering: yes\r\n", ["yes"])):
         client.request("GET", "/v1/x")
@@ -234,15 +317,19 @@ def test_event_stream_is_not_to_be_buffered_on_its_way(client: Client, upstream:
 # Bodies
 
 CUT = {  # in the middle, so that it shows
-    "plus": b"+4\r\nevil\r\n0\r\n\r\n", "0x": b"0x4\r\nevil\r\n0\r\n\r\n",
-    "blank behind": b"4 \r\nevil\r\n0\r\n\r\n", "bare LF": b"4\nevil\n0\n\n",
-    "empty size": b"\r\nevil\r\n0\r\n\r\n", "2 ** 64 and 4": b"10000000000000004\r\nevil\r\n0\r\n\r\n",
+    "plus": b"+4\r\nevil\r\n0\r\n\r\n",
+    "0x": b"0x4\r\nevil\r\n0\r\n\r\n",
+    "blank behind": b"4 \r\nevil\r\n0\r\n\r\n",
+    "bare LF": b"4\nevil\n0\n\n",
+    "empty size": b"\r\nevil\r\n0\r\n\r\n",
+    "2 ** 64 and 4": b"10000000000000004\r\nevil\r\n0\r\n\r\n",
     "LF in an extension": b"4;\nevil\r\n0\r\n\r\n",
     "huge extension": b"4;" + b"x" * 5000 + b"\r\nevil\r\n0\r\n\r\n",
     "NUL in an extension": b"4;\0\r\nevil\r\n0\r\n\r\n",
     "length in a trailer": b"0\r\nContent-Length: 4\r\n\r\n" + EVIL,
     "coding in a trailer": b"0\r\ntransfer-encoding: chunked\r\n\r\n" + EVIL,
-    "fold in a trailer": b"0\r\nX: y\r\n z\r\n\r\n" + EVIL, "answer as a trailer": b"0\r\n" + EVIL,
+    "fold in a trailer": b"0\r\nX: y\r\n z\r\n\r\n" + EVIL,
+    "answer as a trailer": b"0\r\n" + EVIL,
     "bare LF in a trailer": b"0\r\nX: y\n\r\n" + EVIL,
     "101 trailers": b"0\r\n" + b"X: y\r\n" * 101 + b"\r\n" + EVIL,
 }
@@ -251,9 +338,13 @@ CUT = {  # in the middle, so that it shows
 @both_ways
 @pytest.mark.parametrize("with_the_head", [True, False])
 @by_name(CUT)
-def test_chunks_that_two_could_read_differently_are_cut(client: Client, running: ProxyProcess,
-                                                        upstream: ScriptedUpstream, answer: bytes,
-                                                        with_the_head: bool) -> None:
+def test_chunks_that_two_could_read_differently_are_cut(
+    client: Client,
+    running: ProxyProcess,
+    upstream: ScriptedUpstream,
+    answer: bytes,
+    with_the_head: bool,
+) -> None:
     client.request("GET", "/v1/x")
     request, start = upstream.receive(), CHUNKED + b"2\r\nok\r\n"
     if with_the_head:
@@ -264,41 +355,57 @@ def test_chunks_that_two_could_read_differently_are_cut(client: Client, running:
         assert client.chunk() == b"ok"
         request.answer(answer)
     came = client.rest()
-    assert b"evil" not in came and not came.endswith(b"0\r\n\r\n") and request.connection.closed_within()
+    assert (
+        b"evil" not in came
+        and not came.endswith(b"0\r\n\r\n")
+        and request.connection.closed_within()
+    )
     assert_next_is_answered_as_itself(running, upstream, request)
 
 
 BEHIND = {  # whole, and what is behind them is no answer to anybody
-    "length": START + END, "chunks": CHUNKED + b"2\r\nok\r\n0\r\n\r\n",
+    "length": START + END,
+    "chunks": CHUNKED + b"2\r\nok\r\n0\r\n\r\n",
     "204": b"HTTP/1.1 204 No Content\r\n\r\n",
     "204 with a length": b"HTTP/1.1 204 No Content\r\nContent-Length: 90\r\n\r\n",
     "304": b"HTTP/1.1 304 Not Modified\r\nContent-Length: 90\r\n\r\n",
     "304 in chunks": b"HTTP/1.1 304 Not Modified\r\nTransfer-Encoding: chunked\r\n\r\n",
-    "length and chunks": START + b"Content-Length: 90\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
-    "chunks and length": START + b"Transfer-Encoding: chunked\r\nContent-Length: 1\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+    "length and chunks": START
+    + b"Content-Length: 90\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+    "chunks and length": START
+    + b"Transfer-Encoding: chunked\r\nContent-Length: 1\r\n\r\n2\r\nok\r\n0\r\n\r\n",
     "length twice": START + b"Content-Length: 2\r\n" + END,
 }
 
 
 @both_ways
 @by_name(BEHIND)
-def test_answer_behind_an_answer_is_nobody_s(client: Client, upstream: ScriptedUpstream, answer: bytes) -> None:
+def test_answer_behind_an_answer_is_nobody_s(
+    client: Client, upstream: ScriptedUpstream, answer: bytes
+) -> None:
     client.request("GET", "/v1/x").request("GET", "/v1/pipelined")
     request = upstream.receive().answer(answer + EVIL)
     came = client.message()
     assert came.body == (b"" if came.status in (204, 304) else b"ok")
-    assert len(came.values("Content-Length") + came.values("Transfer-Encoding")) == (came.status == 200)
+    assert len(came.values("Content-Length") + came.values("Transfer-Encoding")) == (
+        came.status == 200
+    )
     following = upstream.receive()
     assert following.target == "/v1/pipelined" and following.connection is not request.connection
     following.answer()
     assert client.message().body == b"ok" and client.silent()
 
 
-@pytest.mark.parametrize("answer", [
-    START + b"Content-Length: 9\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-    *(b"HTTP/1.1 %d x\r\nTransfer-Encoding: chunked\r\n\r\n" % status for status in (204, 304))])
-def test_answer_whose_end_others_see_elsewhere_ends_the_connection(client: Client, upstream: ScriptedUpstream,
-                                                                   answer: bytes) -> None:
+@pytest.mark.parametrize(
+    "answer",
+    [
+        START + b"Content-Length: 9\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        *(b"HTTP/1.1 %d x\r\nTransfer-Encoding: chunked\r\n\r\n" % status for status in (204, 304)),
+    ],
+)
+def test_answer_whose_end_others_see_elsewhere_ends_the_connection(
+    client: Client, upstream: ScriptedUpstream, answer: bytes
+) -> None:
     """Though nothing is behind it: who of those before us has seen another end cannot be known."""
     client.request("GET", "/v1/x")
     request = upstream.receive().answer(answer)
@@ -306,15 +413,18 @@ def test_answer_whose_end_others_see_elsewhere_ends_the_connection(client: Clien
     assert request.connection.closed_within()
 
 
-def test_twenty_interim_answers_are_passed_and_no_more(client: Client, upstream: ScriptedUpstream) -> None:
+def test_twenty_interim_answers_are_passed_and_no_more(
+    client: Client, upstream: ScriptedUpstream
+) -> None:
     for count, status in ((20, 200), (21, 502)):
         client.request("POST", "/v1/x")
         upstream.receive().answer(b"HTTP/1.1 103 x\r\n\r\n" * count + OK)
         assert [client.message().status for _ in range(21)] == [103] * 20 + [status]
 
 
-def test_answer_before_it_was_asked_for_is_nobody_s(client: Client, running: ProxyProcess,
-                                                    upstream: ScriptedUpstream) -> None:
+def test_answer_before_it_was_asked_for_is_nobody_s(
+    client: Client, running: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
     client.request("GET", "/v1/x")
     request = upstream.receive().answer()
     client.message()
@@ -324,6 +434,7 @@ def test_answer_before_it_was_asked_for_is_nobody_s(client: Client, running: Pro
 
 
 # Without end
+
 
 def pour(wire: Wire, part: bytes, size: int) -> int:
     """Send `part` again and again; how many bytes were taken before the other side had enough."""
@@ -341,8 +452,10 @@ SIZE = 200 << 20
 
 
 ENDLESS = {
-    "fields": (START, b"X: " + b"y" * 8000 + b"\r\n"), "value": (START + b"X: ", b"y" * 65536),
-    "reason": (b"HTTP/1.1 200 ", b"y" * 65536), "line": (b"", b"y" * 65536),
+    "fields": (START, b"X: " + b"y" * 8000 + b"\r\n"),
+    "value": (START + b"X: ", b"y" * 65536),
+    "reason": (b"HTTP/1.1 200 ", b"y" * 65536),
+    "line": (b"", b"y" * 65536),
     "folds": (START + b"X: y\r\n", b" folded\r\n" * 1000),
     "103": (b"", b"HTTP/1.1 103 Early Hints\r\nLink: <a>\r\n\r\n" * 1000),
     "100": (b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 1000),
@@ -351,14 +464,24 @@ ENDLESS = {
 
 @pytest.mark.parametrize("start, part", ENDLESS.values(), ids=ENDLESS)
 @pytest.mark.parametrize("amid_an_upload", [False, True], ids=["behind it", "amid an upload"])
-def test_head_of_two_hundred_megabytes_is_refused(client: Client, running: ProxyProcess, upstream: ScriptedUpstream,
-                                                  start: bytes, part: bytes, amid_an_upload: bool) -> None:
+def test_head_of_two_hundred_megabytes_is_refused(
+    client: Client,
+    running: ProxyProcess,
+    upstream: ScriptedUpstream,
+    start: bytes,
+    part: bytes,
+    amid_an_upload: bool,
+) -> None:
     before = running.resident_kib()
-    client.request("POST", "/v1/x", "Content-Length: 6").send(b"abc" if amid_an_upload else b"abcdef")
+    client.request("POST", "/v1/x", "Content-Length: 6").send(
+        b"abc" if amid_an_upload else b"abcdef"
+    )
     request = upstream.receive(body=False)
     request.connection.exactly(3 if amid_an_upload else 6)
-    sent: "list[int]" = []
-    pouring = threading.Thread(target=lambda: sent.append(pour(request.answer(start).connection, part, SIZE)))
+    sent: list[int] = []
+    pouring = threading.Thread(
+        target=lambda: sent.append(pour(request.answer(start).connection, part, SIZE))
+    )
     pouring.start()
     if amid_an_upload:
         pouring.join(0.3)  # as much as it takes, with nobody who reads

@@ -1,4 +1,5 @@
 """A client's connection: how its requests are read and answered on it, and how its end is noticed."""
+
 from __future__ import annotations
 
 import contextlib
@@ -8,8 +9,8 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Callable, Iterator
 
 import pytest
 from proxy_process import Client, ProxyProcess, both_ways
@@ -39,7 +40,9 @@ def proxy(running: ProxyProcess, upstream: ScriptedUpstream) -> ProxyProcess:
 
 
 @pytest.fixture
-def hasty(start_proxy: "Callable[..., ProxyProcess]", upstream: ScriptedUpstream, way: str) -> ProxyProcess:
+def hasty(
+    start_proxy: Callable[..., ProxyProcess], upstream: ScriptedUpstream, way: str
+) -> ProxyProcess:
     """One that gives clients half a second."""
     return start_proxy(way=way, client_timeout=0.5, keepalive_timeout=0.2)
 
@@ -75,27 +78,45 @@ def test_http_1_0_may_keep_its_connection(client: Client, upstream: ScriptedUpst
     client.request(version="HTTP/1.0")
     upstream.receive().answer()
     answer = client.message()
-    assert (answer.value("Connection"), answer.value("Keep-Alive")) == ("close", None) and client.closed_within()
+    assert (answer.value("Connection"), answer.value("Keep-Alive")) == (
+        "close",
+        None,
+    ) and client.closed_within()
 
 
-@pytest.mark.parametrize("timeout, announced", [(600, "timeout=595"), (7, "timeout=2"), (2.5, "timeout=1"),
-                                                (1.9, None)])
-def test_client_is_told_to_close_before_the_proxy_does(start_proxy: "Callable[..., ProxyProcess]",
-                                                       upstream: ScriptedUpstream, timeout: float,
-                                                       announced: "str | None") -> None:
+@pytest.mark.parametrize(
+    "timeout, announced", [(600, "timeout=595"), (7, "timeout=2"), (2.5, "timeout=1"), (1.9, None)]
+)
+def test_client_is_told_to_close_before_the_proxy_does(
+    start_proxy: Callable[..., ProxyProcess],
+    upstream: ScriptedUpstream,
+    timeout: float,
+    announced: str | None,
+) -> None:
     with start_proxy(keepalive_timeout=timeout).client() as client:
         client.request("GET", "/v1/x")
-        upstream.receive().answer(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nKeep-Alive: timeout=5\r\n\r\nok")
-        for answer in (client.message(), client.ask("GET", "/healthz"), client.ask("GET", "/nowhere")):
-            assert (answer.value("Connection"), answer.value("Keep-Alive")) == ("keep-alive", announced)
+        upstream.receive().answer(
+            b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nKeep-Alive: timeout=5\r\n\r\nok"
+        )
+        for answer in (
+            client.message(),
+            client.ask("GET", "/healthz"),
+            client.ask("GET", "/nowhere"),
+        ):
+            assert (answer.value("Connection"), answer.value("Keep-Alive")) == (
+                "keep-alive",
+                announced,
+            )
         if timeout < 3:
             assert not client.closed_within(timeout - 0.5) and client.closed_within(1)
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
-def test_node_closes_first(start_proxy: "Callable[..., ProxyProcess]") -> None:
+def test_node_closes_first(start_proxy: Callable[..., ProxyProcess]) -> None:
     port = start_proxy(keepalive_timeout=8).port
-    done = subprocess.run(["node", "-e", NODE, str(port), "4000"], capture_output=True, text=True, timeout=20)
+    done = subprocess.run(
+        ["node", "-e", NODE, str(port), "4000"], capture_output=True, text=True, timeout=20
+    )
     assert (done.stdout.splitlines(), done.stderr) == (["404 false", "404 true", "404 false"], "")
 
 
@@ -112,7 +133,9 @@ def test_request_that_meets_the_end_of_the_keepalive_is_answered(hasty: ProxyPro
 
 
 @both_ways
-def test_connection_is_closed_when_the_client_says_so(client: Client, upstream: ScriptedUpstream) -> None:
+def test_connection_is_closed_when_the_client_says_so(
+    client: Client, upstream: ScriptedUpstream
+) -> None:
     client.request("GET", "/v1/x", "Connection: close")
     upstream.receive().answer()
     answer = client.message()
@@ -121,7 +144,9 @@ def test_connection_is_closed_when_the_client_says_so(client: Client, upstream: 
 
 
 @both_ways
-def test_pipelined_requests_are_answered_in_turn(client: Client, upstream: ScriptedUpstream) -> None:
+def test_pipelined_requests_are_answered_in_turn(
+    client: Client, upstream: ScriptedUpstream
+) -> None:
     client.request("POST", "/v1/1", body=b"one").request("POST", "/v1/2", body=b"two")
     for target, body in (("/v1/1", b"one"), ("/v1/2", b"two")):
         request = upstream.receive()
@@ -131,7 +156,9 @@ def test_pipelined_requests_are_answered_in_turn(client: Client, upstream: Scrip
 
 
 @pytest.mark.parametrize("target", ["/v1/models", "/", "/nowhere", "/healthz"])
-def test_our_own_answer_to_head_has_no_body(client: Client, proxy: ProxyProcess, target: str) -> None:
+def test_our_own_answer_to_head_has_no_body(
+    client: Client, proxy: ProxyProcess, target: str
+) -> None:
     proxy.token_path.unlink()
     assert int(client.ask("HEAD", target).value("Content-Length")) > 0
     assert client.ask("GET", "/healthz").status == 200  # what follows is the next answer
@@ -148,14 +175,22 @@ def test_body_that_we_refuse_is_taken_in(client: Client, proxy: ProxyProcess) ->
     assert client.closed_within()
 
 
-@pytest.mark.parametrize("start, status", [
-    (b"GET /v1/x HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 70000, 431),
-    (b"GET /v1/x HTTP/1.1\r\nHost: a\r\n" + b"X: x\r\n" * 201, 431),
-    (b"GET /v1/x HTTP/1.1\r\nHost: a\n\r\n" + b"x" * 70000, 400),
-    (b"GET /v1/x HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\n" + b"x" * 70000, 400)])
-def test_refused_head_is_answered_and_ends_the_connection(client: Client, proxy: ProxyProcess,
-                                                          upstream: ScriptedUpstream,
-                                                          start: bytes, status: int) -> None:
+@pytest.mark.parametrize(
+    "start, status",
+    [
+        (b"GET /v1/x HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 70000, 431),
+        (b"GET /v1/x HTTP/1.1\r\nHost: a\r\n" + b"X: x\r\n" * 201, 431),
+        (b"GET /v1/x HTTP/1.1\r\nHost: a\n\r\n" + b"x" * 70000, 400),
+        (
+            b"GET /v1/x HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\n"
+            + b"x" * 70000,
+            400,
+        ),
+    ],
+)
+def test_refused_head_is_answered_and_ends_the_connection(
+    client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream, start: bytes, status: int
+) -> None:
     client.send(start + bytes(8 << 20))
     answer = client.message()
     assert (answer.status, answer.value("Connection")) == (status, "close")
@@ -185,7 +220,9 @@ def test_malformed_chunk_breaks_both_sides(client: Client, upstream: ScriptedUps
     assert request.connection.closed_within()
 
 
-def test_continue_is_said_when_the_body_is_wanted(client: Client, upstream: ScriptedUpstream) -> None:
+def test_continue_is_said_when_the_body_is_wanted(
+    client: Client, upstream: ScriptedUpstream
+) -> None:
     client.request("POST", "/v1/x", "Expect: 100-continue", "Content-Length: 2")
     assert client.until(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
     client.send(b"{}")
@@ -201,18 +238,29 @@ def test_continue_is_not_said_when_it_is_not(client: Client, proxy: ProxyProcess
     assert client.message().status == 401
 
 
-BAD_HEADS = {"field": (b"/v1/x HTTP/1.1\r\nHost: a\r\nX : y\r\n\r\n", 400), "no Host": (b"/v1/x HTTP/1.1\r\n\r\n", 400),
-             "bare LF": (b"/v1/x HTTP/1.1\nHost: a\n\n", 400), "no path": (b"* HTTP/1.1\r\nHost: a\r\n\r\n", 400),
-             "too large": (b"/v1/x HTTP/1.1\r\nX: " + b"y" * 66000, 431), "too slow": (b"/v1/x HTTP/1.1\r\nHost: a\r\n", 408)}
+BAD_HEADS = {
+    "field": (b"/v1/x HTTP/1.1\r\nHost: a\r\nX : y\r\n\r\n", 400),
+    "no Host": (b"/v1/x HTTP/1.1\r\n\r\n", 400),
+    "bare LF": (b"/v1/x HTTP/1.1\nHost: a\n\n", 400),
+    "no path": (b"* HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+    "too large": (b"/v1/x HTTP/1.1\r\nX: " + b"y" * 66000, 431),
+    "too slow": (b"/v1/x HTTP/1.1\r\nHost: a\r\n", 408),
+}
 
 
 @pytest.mark.parametrize("rest, status", BAD_HEADS.values(), ids=BAD_HEADS)
-def test_refused_head_is_answered_like_any_other(hasty: ProxyProcess, rest: bytes, status: int) -> None:
+def test_refused_head_is_answered_like_any_other(
+    hasty: ProxyProcess, rest: bytes, status: int
+) -> None:
     for start in (b"HEAD ", b"\r\nHEAD ", b"GET ", b"HEADER "):
         with hasty.client() as client:
             client.send(start + rest)
             answer, body = client.head(), client.rest()
-            assert (answer.status, answer.value("Connection"), answer.value("x-should-retry")) == (status, "close", "false")
+            assert (answer.status, answer.value("Connection"), answer.value("x-should-retry")) == (
+                status,
+                "close",
+                "false",
+            )
             assert email.utils.parsedate_to_datetime(answer.value("Date"))
             if b"HEAD " in start:
                 assert body == b"" and int(answer.value("Content-Length")) > 0
@@ -245,8 +293,9 @@ def test_others_have_their_turn_between_pipelined_requests(proxy: ProxyProcess) 
         assert other.message().status == 200
 
 
-def test_others_have_their_turn_between_buffers_of_tiny_chunks(proxy: ProxyProcess,
-                                                               upstream: ScriptedUpstream) -> None:
+def test_others_have_their_turn_between_buffers_of_tiny_chunks(
+    proxy: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
     tiny = b"1\r\nx\r\n"
     with proxy.client() as greedy, proxy.client() as other:
         other.ask("GET", "/healthz")
@@ -257,6 +306,7 @@ def test_others_have_their_turn_between_buffers_of_tiny_chunks(proxy: ProxyProce
             with contextlib.suppress(OSError):  # until the test closes it
                 while True:
                     greedy.send(tiny * (READ // len(tiny)))
+
         thread = threading.Thread(target=pour)
         thread.start()
         most = 0
@@ -274,8 +324,12 @@ def test_others_have_their_turn_between_buffers_of_tiny_chunks(proxy: ProxyProce
 
 @pytest.mark.parametrize("steps", [[b"\r\n"], [b"\r", b"\n"], [b"\r"]])
 @both_ways
-def test_empty_line_after_a_body_is_no_request(start_proxy: "Callable[..., ProxyProcess]", upstream: ScriptedUpstream,
-                                               way: str, steps: "list[bytes]") -> None:
+def test_empty_line_after_a_body_is_no_request(
+    start_proxy: Callable[..., ProxyProcess],
+    upstream: ScriptedUpstream,
+    way: str,
+    steps: list[bytes],
+) -> None:
     """Old clients send one after a POST: the connection stays idle, and ends as such, without a 408."""
     with start_proxy(way=way, client_timeout=0.2, keepalive_timeout=1.2).client() as client:
         for _ in range(2):
@@ -315,7 +369,9 @@ def test_head_has_a_limit_for_all_of_it(hasty: ProxyProcess) -> None:
         assert client.closed_within()
 
 
-def test_body_has_a_limit_between_two_reads(hasty: ProxyProcess, upstream: ScriptedUpstream) -> None:
+def test_body_has_a_limit_between_two_reads(
+    hasty: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
     with hasty.client() as client:
         client.request("POST", "/v1/x", "Content-Length: 5")
         request = upstream.receive(body=False)
@@ -339,13 +395,20 @@ def test_limit_is_not_for_the_answer(hasty: ProxyProcess, upstream: ScriptedUpst
 
 
 @pytest.mark.parametrize("target", ["/nowhere", "/v1/v1/models"])
-def test_client_that_does_not_read_our_answers_is_closed(hasty: ProxyProcess, upstream: ScriptedUpstream,
-                                                         target: str) -> None:
+def test_client_that_does_not_read_our_answers_is_closed(
+    hasty: ProxyProcess, upstream: ScriptedUpstream, target: str
+) -> None:
     request = f"GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
     with hasty.client() as client:
         client.request()
         size = 2 << 20  # most of what the socket takes, so that fewer answers of ours fill it
-        pour(upstream.receive().answer(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size).connection, 0, size)
+        pour(
+            upstream.receive()
+            .answer(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size)
+            .connection,
+            0,
+            size,
+        )
         client.sock.settimeout(30)
         with pytest.raises(ConnectionError):
             while True:
@@ -353,13 +416,16 @@ def test_client_that_does_not_read_our_answers_is_closed(hasty: ProxyProcess, up
 
 
 @both_ways
-def test_client_may_take_longer_to_read_an_answer_of_upstream(hasty: ProxyProcess,
-                                                              upstream: ScriptedUpstream) -> None:
+def test_client_may_take_longer_to_read_an_answer_of_upstream(
+    hasty: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
     """Also when all of that is in the socket (mostly 3.5 MB are), and the next request is there."""
     with hasty.client() as client:
         for size in (3500 << 10, 32 << 20):
             client.request().request()
-            request = upstream.receive().answer(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size)
+            request = upstream.receive().answer(
+                b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size
+            )
             sent = pour(request.connection, 0, size)
             time.sleep(1)
             thread = threading.Thread(target=pour, args=(request.connection, sent, size, PATIENCE))
@@ -444,18 +510,37 @@ def during_an_upload(client: Client, upstream: ScriptedUpstream) -> Request:
     return request
 
 
-IN_THE_BODY = [while_streaming, in_silence, in_a_plain_answer, with_the_next_request_unread,
-               while_it_does_not_read]
-MOMENTS = [before_the_head, while_an_error_is_looked_at, with_the_next_request_sent_along, during_an_upload,
-           *IN_THE_BODY]
+IN_THE_BODY = [
+    while_streaming,
+    in_silence,
+    in_a_plain_answer,
+    with_the_next_request_unread,
+    while_it_does_not_read,
+]
+MOMENTS = [
+    before_the_head,
+    while_an_error_is_looked_at,
+    with_the_next_request_sent_along,
+    during_an_upload,
+    *IN_THE_BODY,
+]
 
 
 @pytest.mark.parametrize("how", [Client.close, Client.reset, Client.half_close])
-@pytest.mark.parametrize("way, moment", [*(("relayed", moment) for moment in MOMENTS),
-                                         *(("iterated", moment) for moment in IN_THE_BODY)])
-def test_cancelled_request_ends_upstream(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream,
-                                         moment: "Callable[[Client, ScriptedUpstream], Request]",
-                                         how: "Callable[[Client], None]") -> None:
+@pytest.mark.parametrize(
+    "way, moment",
+    [
+        *(("relayed", moment) for moment in MOMENTS),
+        *(("iterated", moment) for moment in IN_THE_BODY),
+    ],
+)
+def test_cancelled_request_ends_upstream(
+    client: Client,
+    proxy: ProxyProcess,
+    upstream: ScriptedUpstream,
+    moment: Callable[[Client, ScriptedUpstream], Request],
+    how: Callable[[Client], None],
+) -> None:
     client.ask("GET", "/healthz")
     seen = len(proxy.log_lines())
     request = moment(client, upstream)
@@ -470,8 +555,9 @@ def test_cancelled_request_ends_upstream(client: Client, proxy: ProxyProcess, up
     assert upstream.quiet()
 
 
-def test_cancelled_request_with_a_large_body_ends_upstream_at_once(proxy: ProxyProcess,
-                                                                   upstream: ScriptedUpstream) -> None:
+def test_cancelled_request_with_a_large_body_ends_upstream_at_once(
+    proxy: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
     """The watcher that the body had stopped watches again: to look twice a second would take two seconds."""
     waited = 0.0
     for _ in range(8):
@@ -486,9 +572,13 @@ def test_cancelled_request_with_a_large_body_ends_upstream_at_once(proxy: ProxyP
 
 @pytest.mark.parametrize("body", [b"", bytes(100000)])  # the latter hides the close behind it
 @pytest.mark.parametrize("how", [Client.close, Client.reset, Client.half_close])
-def test_cancelled_while_waiting_for_a_token(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream,
-                                             body: bytes,
-                                             how: "Callable[[Client], None]") -> None:
+def test_cancelled_while_waiting_for_a_token(
+    client: Client,
+    proxy: ProxyProcess,
+    upstream: ScriptedUpstream,
+    body: bytes,
+    how: Callable[[Client], None],
+) -> None:
     proxy.sign_in(expires_in=-5)
     proxy.refresher_lives()
     seen = len(proxy.log_lines())
@@ -501,8 +591,9 @@ def test_cancelled_while_waiting_for_a_token(client: Client, proxy: ProxyProcess
 
 
 @both_ways
-def test_watching_a_client_costs_nothing(client: Client, proxy: ProxyProcess,
-                                         upstream: ScriptedUpstream) -> None:
+def test_watching_a_client_costs_nothing(
+    client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
     """With bytes to be read that nobody reads, a watcher that went on would be called all the time."""
     with_the_next_request_unread(client, upstream)
     before = proxy.cpu_seconds()
@@ -511,8 +602,16 @@ def test_watching_a_client_costs_nothing(client: Client, proxy: ProxyProcess,
 
 
 @both_ways
-def test_nothing_leaks_from_cancelled_requests(proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
-    quick = [before_the_head, while_streaming, in_silence, in_a_plain_answer, while_an_error_is_looked_at]
+def test_nothing_leaks_from_cancelled_requests(
+    proxy: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
+    quick = [
+        before_the_head,
+        while_streaming,
+        in_silence,
+        in_a_plain_answer,
+        while_an_error_is_looked_at,
+    ]
 
     def cancel(number: int) -> None:
         moment, how = quick[number % 5], (Client.close, Client.reset, Client.half_close)[number % 3]
@@ -527,6 +626,7 @@ def test_nothing_leaks_from_cancelled_requests(proxy: ProxyProcess, upstream: Sc
         while proxy.open_files() > limit:
             assert time.monotonic() < deadline, f"{proxy.open_files()} open files, were {limit}"
             time.sleep(0.02)
+
     upstream.hang_up()
     proxy.ask("GET", "/healthz")
     base = proxy.open_files()
@@ -544,7 +644,9 @@ def test_nothing_leaks_from_cancelled_requests(proxy: ProxyProcess, upstream: Sc
 
 
 @both_ways
-def test_log_line_of_a_request(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
+def test_log_line_of_a_request(
+    client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
     client.request("POST", "/v1/logged?secret=1", body=b"a prompt")
     request = upstream.receive()
     time.sleep(0.1)
@@ -555,40 +657,70 @@ def test_log_line_of_a_request(client: Client, proxy: ProxyProcess, upstream: Sc
     while client.chunk():
         pass
     line = proxy.wait_for_request("/v1/logged")
-    assert set(line) == {"time", "level", "process", "message", "method", "path", "status", "bytes",
-                         "first_byte_ms",
-                         "duration_ms", "ended_by", "key"}
-    assert (line["message"], line["level"], line["method"], line["status"], line["bytes"], line["ended_by"],
-            line["key"]) == ("request", "info", "POST", 200, 2, "done", None)
+    assert set(line) == {
+        "time",
+        "level",
+        "process",
+        "message",
+        "method",
+        "path",
+        "status",
+        "bytes",
+        "first_byte_ms",
+        "duration_ms",
+        "ended_by",
+        "key",
+    }
+    assert (
+        line["message"],
+        line["level"],
+        line["method"],
+        line["status"],
+        line["bytes"],
+        line["ended_by"],
+        line["key"],
+    ) == ("request", "info", "POST", 200, 2, "done", None)
     assert 95 < line["first_byte_ms"] < line["duration_ms"] - 95 < 1000
     log = str(proxy.log_lines())
-    assert not any(secret in log for secret in ("secret=", "a prompt", "the-token", "the-refresh-token"))
+    assert not any(
+        secret in log for secret in ("secret=", "a prompt", "the-token", "the-refresh-token")
+    )
 
 
 def test_healthy_probes_are_not_logged(proxy: ProxyProcess) -> None:
     assert proxy.ask("GET", "/healthz").status == proxy.ask("GET", "/readyz").status == 200
     proxy.ask("GET", "/after")
     proxy.wait_for_request("/after")
-    assert not [line for line in proxy.log_lines() if line.get("path") in ("/healthz", "/readyz")
-                and line["status"] == 200]
+    assert not [
+        line
+        for line in proxy.log_lines()
+        if line.get("path") in ("/healthz", "/readyz") and line["status"] == 200
+    ]
 
 
 # Memory
 
 
-def distinct_heads() -> "Iterator[bytes]":
+def distinct_heads() -> Iterator[bytes]:
     """Heads that fill every cache there is, by each part of a head that a client chooses."""
+
     def head(target: str, *lines: str) -> bytes:
         return "\r\n".join([f"GET {target} HTTP/1.1", "Host: localhost", *lines, "", ""]).encode()
+
     for number in range(256):
-        yield head("/x", "Connection: " + ",".join(f"{number:x}-{option:x}" for option in range(8000))[:65000])
+        yield head(
+            "/x",
+            "Connection: " + ",".join(f"{number:x}-{option:x}" for option in range(8000))[:65000],
+        )
     for number in range(512):
         yield head(f"/{number}" + "x" * 65000)
         yield head("/v1/x", f"Accept-Encoding: gzip;{number}" + "x" * 64000)
     for number in range(300):
         yield head(f"/v1/{number}", *[f"{number}-{line}: y" for line in range(198)])
         yield head(f"/v1/{number}", *[f"{number}-{line}: y" for line in range(99)])
-        yield head(f"/v1/{number}", *[f"x{number}-{line}".ljust(250, "x") + ": y" for line in range(198)])
+        yield head(
+            f"/v1/{number}", *[f"x{number}-{line}".ljust(250, "x") + ": y" for line in range(198)]
+        )
 
 
 def test_nothing_that_a_stranger_sends_stays(tmp_path: Path) -> None:
@@ -607,6 +739,9 @@ def test_body_that_nobody_read_goes_with_its_answer(proxy: ProxyProcess) -> None
         before = proxy.resident_kib()
         for _ in range(400):
             client = stack.enter_context(proxy.client())
-            client.send(b"POST /nothing HTTP/1.1\r\nHost: localhost\r\nContent-Length: 60000\r\n\r\n" + bytes(60000))
+            client.send(
+                b"POST /nothing HTTP/1.1\r\nHost: localhost\r\nContent-Length: 60000\r\n\r\n"
+                + bytes(60000)
+            )
             assert client.message().status == 404
         assert proxy.resident_kib() - before < 12 << 10

@@ -11,15 +11,32 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "xaiproxy"
 # Where each side begins; what they import belongs to it too.
-WEB = ["__main__", "http1.headers", "http1.upstream", "proxy.access", "proxy.forward", "proxy.app", "proxy.server",
-       "sandbox.__main__"]
-CREDENTIAL = ["oauth.session", "oauth.discovery", "oauth.token_endpoint", "oauth.device_authorization",
-              "oauth.authorization_code", "oauth.revocation", "login.command", "login.doctor", "refresher.process",
-              "token_writer"]
+WEB = [
+    "__main__",
+    "http1.headers",
+    "http1.upstream",
+    "proxy.access",
+    "proxy.forward",
+    "proxy.app",
+    "proxy.server",
+    "sandbox.__main__",
+]
+CREDENTIAL = [
+    "oauth.session",
+    "oauth.discovery",
+    "oauth.token_endpoint",
+    "oauth.device_authorization",
+    "oauth.authorization_code",
+    "oauth.revocation",
+    "login.command",
+    "login.doctor",
+    "refresher.process",
+    "token_writer",
+]
 SPENDERS = {"xaiproxy.oauth", "xaiproxy.login", "xaiproxy.refresher", "xaiproxy.token_writer"}
 
 
-def imports(module: str) -> "set[str]":
+def imports(module: str) -> set[str]:
     """What the source of a module of ours imports, anywhere in it; `from a import b` counts as a and a.b."""
     path = PACKAGE.parent / module.replace(".", "/")
     path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
@@ -38,7 +55,7 @@ def is_ours(name: str) -> bool:
     return name.split(".")[0] == "xaiproxy" and (path.is_dir() or path.with_suffix(".py").exists())
 
 
-def reachable(roots: "list[str]") -> "tuple[set[str], set[str]]":
+def reachable(roots: list[str]) -> tuple[set[str], set[str]]:
     """Our modules that `roots` import, themselves included, and everything that these import."""
     pending, ours, everything = {f"xaiproxy.{root}" for root in roots}, set(), set()
     while pending:
@@ -50,16 +67,24 @@ def reachable(roots: "list[str]") -> "tuple[set[str], set[str]]":
     return ours, everything
 
 
-def loaded_by(*modules: str) -> "set[str]":
+def loaded_by(*modules: str) -> set[str]:
     """sys.modules of a new interpreter that has imported them."""
     code = f"import sys, {', '.join(modules)}; print(*sys.modules)"
-    return set(subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True,
-                              check=True).stdout.split())
+    return set(
+        subprocess.run(
+            [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True
+        ).stdout.split()
+    )
 
 
 def test_the_sources_are_followed():
     ours, everything = reachable(["refresher.process"])
-    assert {"xaiproxy.refresher.process", "xaiproxy.token_writer", "xaiproxy.oauth", "xaiproxy.oauth.session"} <= ours
+    assert {
+        "xaiproxy.refresher.process",
+        "xaiproxy.token_writer",
+        "xaiproxy.oauth",
+        "xaiproxy.oauth.session",
+    } <= ours
     assert {"fcntl", "requests"} <= everything
 
 
@@ -72,8 +97,13 @@ def test_the_web_side_can_neither_spend_nor_lock():
 def test_the_doctor_can_neither_spend_nor_write_nor_lock():
     ours, everything = reachable(["login.doctor"])
     assert "xaiproxy.oauth.discovery" in ours
-    assert not everything & {"xaiproxy.oauth.token_endpoint", "xaiproxy.refresher", "xaiproxy.login.sign_in",
-                             "xaiproxy.token_writer", "fcntl"}
+    assert not everything & {
+        "xaiproxy.oauth.token_endpoint",
+        "xaiproxy.refresher",
+        "xaiproxy.login.sign_in",
+        "xaiproxy.token_writer",
+        "fcntl",
+    }
 
 
 def test_the_http_engine_knows_nothing_of_logins_keys_or_flask():
@@ -81,31 +111,50 @@ def test_the_http_engine_knows_nothing_of_logins_keys_or_flask():
     allowed = {"xaiproxy", "xaiproxy.http1", *(f"xaiproxy.{name}" for name in shared)}
     for path in (PACKAGE / "http1").glob("*.py"):
         module = "xaiproxy.http1" if path.stem == "__init__" else f"xaiproxy.http1.{path.stem}"
-        names = {name for name in imports(module) if name.split(".")[0] in ("xaiproxy", "flask", "werkzeug")}
-        assert not {name for name in names if not name.startswith("xaiproxy.http1.")
-                    and ".".join(name.split(".")[:2]) not in allowed}, module
+        names = {
+            name
+            for name in imports(module)
+            if name.split(".")[0] in ("xaiproxy", "flask", "werkzeug")
+        }
+        assert not {
+            name
+            for name in names
+            if not name.startswith("xaiproxy.http1.")
+            and ".".join(name.split(".")[:2]) not in allowed
+        }, module
 
 
 def test_nothing_but_the_sandbox_knows_the_sandbox():
     for path in PACKAGE.rglob("*.py"):
         if PACKAGE / "sandbox" not in path.parents:
             module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
-            assert not any(name.startswith("xaiproxy.sandbox") for name in imports(module.removesuffix(".__init__"))), module
+            assert not any(
+                name.startswith("xaiproxy.sandbox")
+                for name in imports(module.removesuffix(".__init__"))
+            ), module
 
 
 @pytest.mark.parametrize("module", WEB)
 def test_nothing_of_the_credential_side_is_loaded_with_the_web_side(module):
     # __main__ lets gevent patch the standard library before it imports the rest in main().
-    loaded = loaded_by(f"xaiproxy.{module}", *(["xaiproxy.proxy.server"] if module == "__main__" else []))
+    loaded = loaded_by(
+        f"xaiproxy.{module}", *(["xaiproxy.proxy.server"] if module == "__main__" else [])
+    )
     assert not loaded & SPENDERS
     assert f"xaiproxy.{module}" in loaded
 
 
 def test_the_credential_side_is_plain_python():
     _, everything = reachable(CREDENTIAL)
-    assert not {name for name in everything if name.split(".")[0] in ("flask", "gevent", "werkzeug", "greenlet")}
+    assert not {
+        name
+        for name in everything
+        if name.split(".")[0] in ("flask", "gevent", "werkzeug", "greenlet")
+    }
     loaded = loaded_by(*(f"xaiproxy.{module}" for module in CREDENTIAL))
-    assert not {name for name in loaded if name.split(".")[0] in ("flask", "gevent", "werkzeug", "greenlet")}
+    assert not {
+        name for name in loaded if name.split(".")[0] in ("flask", "gevent", "werkzeug", "greenlet")
+    }
 
 
 def test_the_package_itself_imports_nothing():

@@ -1,4 +1,5 @@
 """Callers that a running proxy must not serve: pages of other sites in a real browser, and whoever has no key."""
+
 from __future__ import annotations
 
 import contextlib
@@ -12,8 +13,8 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Callable, Iterator
 
 import pytest
 from chromium import ARGUMENTS
@@ -100,7 +101,7 @@ class Site(http.server.ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Page)
         self.page = b""
-        self.results: "queue.Queue[list[list[str]]]" = queue.Queue()
+        self.results: queue.Queue[list[list[str]]] = queue.Queue()
 
 
 class Page(http.server.BaseHTTPRequestHandler):
@@ -131,33 +132,56 @@ def site() -> Iterator[Site]:
 
 
 @pytest.fixture
-def visit(site: Site, tmp_path: Path) -> "Iterator[Callable[[str, list[str]], list[list[str]]]]":
+def visit(site: Site, tmp_path: Path) -> Iterator[Callable[[str, list[str]], list[list[str]]]]:
     """Show Chromium the page under a name; what that could read of these URLs."""
     if not shutil.which("chromium"):
         pytest.skip("there is no chromium here")
     with contextlib.ExitStack() as stack:
-        def visit(name: str, urls: "list[str]") -> "list[list[str]]":
+
+        def visit(name: str, urls: list[str]) -> list[list[str]]:
             site.page = PAGE.replace("URLS", json.dumps(urls)).encode()
             browser = subprocess.Popen(
-                ["chromium", *ARGUMENTS, "--host-resolver-rules=MAP *.test 127.0.0.1, MAP box 127.0.0.1", "--remote-debugging-port=0",
-                 f"--user-data-dir={tmp_path}/{name}", f"http://{name}:{site.server_port}/"],
-                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-                env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)})
+                [
+                    "chromium",
+                    *ARGUMENTS,
+                    "--host-resolver-rules=MAP *.test 127.0.0.1, MAP box 127.0.0.1",
+                    "--remote-debugging-port=0",
+                    f"--user-data-dir={tmp_path}/{name}",
+                    f"http://{name}:{site.server_port}/",
+                ],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+                env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)},
+            )
             stack.callback(browser.wait)
             stack.callback(os.killpg, browser.pid, signal.SIGKILL)
             return site.results.get(timeout=30)
+
         yield visit
 
 
-NAMES = ("127.0.0.1", "localhost", "rebound.test", "0.0.0.0", "[::ffff:127.0.0.1]", "evil.localhost", "box")
+NAMES = (
+    "127.0.0.1",
+    "localhost",
+    "rebound.test",
+    "0.0.0.0",
+    "[::ffff:127.0.0.1]",
+    "evil.localhost",
+    "box",
+)
 
 
 @pytest.mark.parametrize("page", ["127.0.0.1", "localhost", "rebound.test"])
-def test_page_of_another_site_gets_nowhere(tmp_path: Path, upstream: RecordingUpstream, site: Site, visit: Callable,
-                                           page: str) -> None:
+def test_page_of_another_site_gets_nowhere(
+    tmp_path: Path, upstream: RecordingUpstream, site: Site, visit: Callable, page: str
+) -> None:
     with ProxyProcess(tmp_path, upstream=upstream.origin) as proxy:
         proxy.sign_in()
-        assert visit(page, [f"http://{name}:{proxy.port}{path}" for name in NAMES for path in PATHS]) == []
+        assert (
+            visit(page, [f"http://{name}:{proxy.port}{path}" for name in NAMES for path in PATHS])
+            == []
+        )
         proxy.ask("GET", "/afterwards")
         proxy.wait_for_request("/afterwards")
         assert upstream.taken() == [] and upstream.received == 0
@@ -166,16 +190,24 @@ def test_page_of_another_site_gets_nowhere(tmp_path: Path, upstream: RecordingUp
             assert len(statuses) > len(NAMES) * SIMPLE and {*statuses} == {403}
 
 
-def test_page_of_a_listed_site_gets_there(tmp_path: Path, upstream: RecordingUpstream, site: Site,
-                                          visit: Callable) -> None:
+def test_page_of_a_listed_site_gets_there(
+    tmp_path: Path, upstream: RecordingUpstream, site: Site, visit: Callable
+) -> None:
     """So the page above would, if it were let."""
-    with ProxyProcess(tmp_path, upstream=upstream.origin,
-                      allowed_origins=f"http://rebound.test:{site.server_port}") as proxy:
+    with ProxyProcess(
+        tmp_path,
+        upstream=upstream.origin,
+        allowed_origins=f"http://rebound.test:{site.server_port}",
+    ) as proxy:
         proxy.sign_in()
         read = visit("rebound.test", [f"http://127.0.0.1:{proxy.port}/v1/models"])
         assert {how: text for how, _, text in read} == {
-            "get": "GET /v1/models", "json": "POST /v1/models", "plain": "POST /v1/models",
-            "delete": "DELETE /v1/models", "xhr": "POST /v1/models"}
+            "get": "GET /v1/models",
+            "json": "POST /v1/models",
+            "plain": "POST /v1/models",
+            "delete": "DELETE /v1/models",
+            "xhr": "POST /v1/models",
+        }
         requests = upstream.taken()
         assert {request.method for request in requests} == {"GET", "POST", "DELETE"}
         assert any(request.fields[-2:] == HANDSHAKE for request in requests)
@@ -183,8 +215,10 @@ def test_page_of_a_listed_site_gets_there(tmp_path: Path, upstream: RecordingUps
 
 # Host and Origin as no browser sends them
 
-def asked(proxy: ProxyProcess, *lines: str, target: str = "/v1/models",
-          version: str = "HTTP/1.1") -> "tuple[int, str | None]":
+
+def asked(
+    proxy: ProxyProcess, *lines: str, target: str = "/v1/models", version: str = "HTTP/1.1"
+) -> tuple[int, str | None]:
     """The status, and the code of our own error."""
     with proxy.client() as client:
         client.send("\r\n".join([f"GET {target} {version}", *lines, "", ""]).encode("latin-1"))
@@ -193,33 +227,71 @@ def asked(proxy: ProxyProcess, *lines: str, target: str = "/v1/models",
 
 
 HERE = "Host: localhost:PORT"
-OK, NO_HOST, NO_ORIGIN, BAD = (200, None), (403, "host_not_allowed"), (403, "origin_not_allowed"), (400, "bad_request")
+OK, NO_HOST, NO_ORIGIN, BAD = (
+    (200, None),
+    (403, "host_not_allowed"),
+    (403, "origin_not_allowed"),
+    (400, "bad_request"),
+)
 CALLERS = [
-    (OK, [HERE]), (OK, ["hOST:LOCALHOST."]), (OK, ["Host: [::1]:PORT"]), (OK, ["Host: 127.0.0.1"]),
-    (OK, ["Host: localhost:1"]), (NO_HOST, ["Host: 127.1"]), (NO_HOST, ["Host: 0x7f.1"]),
-    (NO_HOST, ["Host: 0177.0.0.1:PORT"]), (NO_HOST, ["Host: 127.0.0.1.nip.io"]),
-    (NO_HOST, ["Host: 0.0.0.0:PORT"]), (NO_HOST, ["Host: [::]"]), (NO_HOST, ["Host: [::ffff:127.0.0.1]:PORT"]),
-    (NO_HOST, ["Host: [::1%lo]"]), (NO_HOST, ["Host: xn--lcalhost-54a.com"]), (NO_HOST, ["Host: l\xf6calhost"]),
-    (NO_HOST, ["Host: \xe2\x93\x9bocalhost"]), (NO_HOST, ["Host: localhost\xe3\x80\x82"]),
-    (NO_HOST, ["Host: user@localhost"]), (NO_HOST, ["Host: localhost@evil.example"]),
-    (NO_HOST, ["Host: localhost, evil.example"]), (NO_HOST, ["Host: evil.example#localhost"]),
-    (NO_HOST, ["Host: evil.example:PORT"]), (NO_HOST, ["Host: evil.example", "X-Forwarded-Host: localhost"]),
-    (NO_HOST, ["Host: evil.example", "X-Host: localhost"]), (NO_HOST, ["Host:"]),
-    (NO_HOST, ["Host: evil.example", "Connection: host"]), (BAD, [HERE, HERE]),
-    (BAD, [HERE, "Host: evil.example"]), (BAD, ["Host: evil.example", HERE]), (BAD, ["X-Host: localhost"]),
-    (BAD, ["H\xf6st: localhost"]), (BAD, ["Host : localhost"]), (OK, [HERE, "Origin: http://localhost:PORT"]),
+    (OK, [HERE]),
+    (OK, ["hOST:LOCALHOST."]),
+    (OK, ["Host: [::1]:PORT"]),
+    (OK, ["Host: 127.0.0.1"]),
+    (OK, ["Host: localhost:1"]),
+    (NO_HOST, ["Host: 127.1"]),
+    (NO_HOST, ["Host: 0x7f.1"]),
+    (NO_HOST, ["Host: 0177.0.0.1:PORT"]),
+    (NO_HOST, ["Host: 127.0.0.1.nip.io"]),
+    (NO_HOST, ["Host: 0.0.0.0:PORT"]),
+    (NO_HOST, ["Host: [::]"]),
+    (NO_HOST, ["Host: [::ffff:127.0.0.1]:PORT"]),
+    (NO_HOST, ["Host: [::1%lo]"]),
+    (NO_HOST, ["Host: xn--lcalhost-54a.com"]),
+    (NO_HOST, ["Host: l\xf6calhost"]),
+    (NO_HOST, ["Host: \xe2\x93\x9bocalhost"]),
+    (NO_HOST, ["Host: localhost\xe3\x80\x82"]),
+    (NO_HOST, ["Host: user@localhost"]),
+    (NO_HOST, ["Host: localhost@evil.example"]),
+    (NO_HOST, ["Host: localhost, evil.example"]),
+    (NO_HOST, ["Host: evil.example#localhost"]),
+    (NO_HOST, ["Host: evil.example:PORT"]),
+    (NO_HOST, ["Host: evil.example", "X-Forwarded-Host: localhost"]),
+    (NO_HOST, ["Host: evil.example", "X-Host: localhost"]),
+    (NO_HOST, ["Host:"]),
+    (NO_HOST, ["Host: evil.example", "Connection: host"]),
+    (BAD, [HERE, HERE]),
+    (BAD, [HERE, "Host: evil.example"]),
+    (BAD, ["Host: evil.example", HERE]),
+    (BAD, ["X-Host: localhost"]),
+    (BAD, ["H\xf6st: localhost"]),
+    (BAD, ["Host : localhost"]),
+    (OK, [HERE, "Origin: http://localhost:PORT"]),
     (OK, [HERE, "Origin: HTTP://LOCALHOST:PORT", "Sec-Fetch-Site: same-origin"]),
-    (OK, [HERE, "Sec-Fetch-Site: none"]), (NO_ORIGIN, [HERE, "Origin: http://localhost"]),
-    (NO_ORIGIN, [HERE, "Origin: http://localhost.:PORT"]), (NO_ORIGIN, [HERE, "Origin: http://127.0.0.1:PORT"]),
-    (NO_ORIGIN, [HERE, "Origin: null"]), (NO_ORIGIN, [HERE, "Origin:"]),
+    (OK, [HERE, "Sec-Fetch-Site: none"]),
+    (NO_ORIGIN, [HERE, "Origin: http://localhost"]),
+    (NO_ORIGIN, [HERE, "Origin: http://localhost.:PORT"]),
+    (NO_ORIGIN, [HERE, "Origin: http://127.0.0.1:PORT"]),
+    (NO_ORIGIN, [HERE, "Origin: null"]),
+    (NO_ORIGIN, [HERE, "Origin:"]),
     (NO_ORIGIN, [HERE, "Origin: http://localhost:PORT@evil.example"]),
     (NO_ORIGIN, [HERE, "Origin: http://localhost:PORT", "Origin: http://localhost:PORT"]),
     (NO_ORIGIN, [HERE, "Origin: http://localhost:PORT", "Origin: http://evil.example"]),
     (NO_ORIGIN, [HERE, "Origin: http://localhost:PORT, http://evil.example"]),
     (NO_ORIGIN, [HERE, "Origin: http://evil.example", "Connection: origin"]),
     (NO_ORIGIN, [HERE, "Origin: http://localhost:PORT", "Sec-Fetch-Site: cross-site"]),
-    *((NO_ORIGIN, [HERE, f"Sec-Fetch-Site: {site}"]) for site in (
-        "cross-site", "same-site", "Cross-Site", "", "same-origin, cross-site", '"none"', "none;x")),
+    *(
+        (NO_ORIGIN, [HERE, f"Sec-Fetch-Site: {site}"])
+        for site in (
+            "cross-site",
+            "same-site",
+            "Cross-Site",
+            "",
+            "same-origin, cross-site",
+            '"none"',
+            "none;x",
+        )
+    ),
     (NO_ORIGIN, [HERE, "Sec-Fetch-Site: none", "Sec-Fetch-Site: cross-site"]),
     (NO_ORIGIN, [HERE, "Sec-Fetch-Site: cross-site", "Connection: sec-fetch-site"]),
     (BAD, [HERE, "Sec_Fetch_Site: none", "Sec-Fetch-Site: cross-site"]),
@@ -234,8 +306,12 @@ def test_host_and_origin_in_every_spelling(tmp_path: Path, upstream: RecordingUp
             assert asked(proxy, *lines) == expected, lines
             assert len(upstream.taken()) == (expected == OK)
         assert asked(proxy, version="HTTP/1.0") == NO_HOST
-        for host, target, expected in (("localhost", "evil.example", BAD), ("evil.example", "localhost", BAD),
-                                       ("evil.example", "evil.example", NO_HOST), ("localhost", "localhost", OK)):
+        for host, target, expected in (
+            ("localhost", "evil.example", BAD),
+            ("evil.example", "localhost", BAD),
+            ("evil.example", "evil.example", NO_HOST),
+            ("localhost", "localhost", OK),
+        ):
             assert asked(proxy, f"Host: {host}", target=f"http://{target}/v1/models") == expected
             assert len(upstream.taken()) == (expected == OK)
         for target, expected in (("localhost", OK), ("evil.example", NO_HOST)):
@@ -247,17 +323,33 @@ def test_host_and_origin_in_every_spelling(tmp_path: Path, upstream: RecordingUp
 # Keys
 
 NOBODY = [
-    [], ["Authorization: Bearer"], ["Authorization:"], ["X-Api-Key:"], ["Authorization: Bearer xaip_unknown"],
-    ["X-Api-Key: xaip_unknown"], [f"Authorization: Basic {KEY}"], [f"Authorization: {KEY}"],
+    [],
+    ["Authorization: Bearer"],
+    ["Authorization:"],
+    ["X-Api-Key:"],
+    ["Authorization: Bearer xaip_unknown"],
+    ["X-Api-Key: xaip_unknown"],
+    [f"Authorization: Basic {KEY}"],
+    [f"Authorization: {KEY}"],
     [f"Authorization: Bearer {KEY}", f"Authorization: Bearer {KEY}"],
-    [f"X-Api-Key: {KEY}", f"X-Api-Key: {KEY}"], [f"X-Api-Key: {KEY}", "X-Api-Key: x"],
-    ["Authorization: Bearer x", "X-Api-Key: x"], [f"Cookie: key={KEY}"], [f"Proxy-Authorization: Bearer {KEY}"],
-    [f"X-Api-Key: {client_keys.digest(KEY)}"], ["X-Api-Key: laptop"],
+    [f"X-Api-Key: {KEY}", f"X-Api-Key: {KEY}"],
+    [f"X-Api-Key: {KEY}", "X-Api-Key: x"],
+    ["Authorization: Bearer x", "X-Api-Key: x"],
+    [f"Cookie: key={KEY}"],
+    [f"Proxy-Authorization: Bearer {KEY}"],
+    [f"X-Api-Key: {client_keys.digest(KEY)}"],
+    ["X-Api-Key: laptop"],
 ]
-SOMEBODY = [f"Authorization: bearer {KEY}"], [f"x-api-key: {KEY}"], ["Authorization: Bearer x", f"X-Api-Key: {KEY}"]
+SOMEBODY = (
+    [f"Authorization: bearer {KEY}"],
+    [f"x-api-key: {KEY}"],
+    ["Authorization: Bearer x", f"X-Api-Key: {KEY}"],
+)
 
 
-def assert_nobody_is_admitted(proxy: ProxyProcess, upstream: RecordingUpstream, callers: "list[list[str]]") -> None:
+def assert_nobody_is_admitted(
+    proxy: ProxyProcess, upstream: RecordingUpstream, callers: list[list[str]]
+) -> None:
     for lines in callers:
         for method, target in (("GET", "/v1/models"), ("POST", "/v2/x"), ("GET", "/v1/../x")):
             answer = proxy.ask(method, target, *lines)
@@ -271,10 +363,19 @@ def assert_nobody_is_admitted(proxy: ProxyProcess, upstream: RecordingUpstream, 
 
 
 def run_key_command(proxy: ProxyProcess, *arguments: str) -> str:
-    code = "import sys; from xaiproxy import client_key_command; sys.exit(client_key_command.main())"
+    code = (
+        "import sys; from xaiproxy import client_key_command; sys.exit(client_key_command.main())"
+    )
     folder = proxy.token_path.parent
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code, *arguments], cwd=folder, check=True, text=True,
-                          env=environment(folder), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, *arguments],
+        cwd=folder,
+        check=True,
+        text=True,
+        env=environment(folder),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
     return done.stdout.strip()
 
 
@@ -289,8 +390,18 @@ def test_nobody_comes_in_without_a_key(tmp_path: Path, upstream: RecordingUpstre
             assert proxy.ask("GET", "/v1/models", *lines).status == 200
             assert upstream.taken() == [Seen("GET", "/v1/models")]
         # empty, cut in the middle, garbage, or right but for one thing
-        for text in ("", line[:-2], line[:40], line[:7], "\0" * 100, line + "phone", line + line, line.upper(),
-                     line.replace("laptop", ""), "laptop " + client_keys.digest("") + "\n"):
+        for text in (
+            "",
+            line[:-2],
+            line[:40],
+            line[:7],
+            "\0" * 100,
+            line + "phone",
+            line + line,
+            line.upper(),
+            line.replace("laptop", ""),
+            "laptop " + client_keys.digest("") + "\n",
+        ):
             keys.write_text(line)
             assert proxy.ask("GET", "/v1/models", *SOMEBODY[0]).status == 200 and upstream.taken()
             keys.write_text(text)
@@ -302,7 +413,9 @@ def test_nobody_comes_in_without_a_key(tmp_path: Path, upstream: RecordingUpstre
         assert_nobody_is_admitted(proxy, upstream, [[], *SOMEBODY])
         keys.symlink_to("kept")
         assert_nobody_is_admitted(proxy, upstream, [[], *SOMEBODY])
-        (tmp_path / "kept").write_text(line)  # the folder is the one that is watched: the next request sees it
+        (tmp_path / "kept").write_text(
+            line
+        )  # the folder is the one that is watched: the next request sees it
         assert proxy.ask("GET", "/v1/models", *SOMEBODY[0]).status == 200 and upstream.taken()
         keys.unlink()
         made = run_key_command(proxy, "add", "tablet")
@@ -312,10 +425,21 @@ def test_nobody_comes_in_without_a_key(tmp_path: Path, upstream: RecordingUpstre
         assert_nobody_is_admitted(proxy, upstream, [[], [f"X-Api-Key: {made}"], *SOMEBODY])
 
 
-@pytest.mark.parametrize("broken", ["empty", "half-written", "a folder", "gone, and named", "a link to nothing",
-                                    "a link to nothing, and named", "in a folder that is a link to nothing"])
-def test_nobody_comes_in_after_a_restart_with_a_broken_key_file(tmp_path: Path, upstream: RecordingUpstream,
-                                                                broken: str) -> None:
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "empty",
+        "half-written",
+        "a folder",
+        "gone, and named",
+        "a link to nothing",
+        "a link to nothing, and named",
+        "in a folder that is a link to nothing",
+    ],
+)
+def test_nobody_comes_in_after_a_restart_with_a_broken_key_file(
+    tmp_path: Path, upstream: RecordingUpstream, broken: str
+) -> None:
     keys, settings = tmp_path / "client-keys", {}
     if broken == "a folder":
         keys.mkdir()
@@ -329,13 +453,17 @@ def test_nobody_comes_in_after_a_restart_with_a_broken_key_file(tmp_path: Path, 
         if "named" in broken:
             settings["client_keys_file"] = keys
     else:
-        keys.write_text(f"laptop {client_keys.digest(KEY)}"[:40 if broken == "half-written" else 0])
+        keys.write_text(
+            f"laptop {client_keys.digest(KEY)}"[: 40 if broken == "half-written" else 0]
+        )
     with ProxyProcess(tmp_path, upstream=upstream.origin, **settings) as proxy:
         proxy.sign_in()
         assert_nobody_is_admitted(proxy, upstream, [[], *SOMEBODY])
 
 
-def test_link_to_nothing_that_appears_later_closes_an_open_proxy(tmp_path: Path, upstream: RecordingUpstream) -> None:
+def test_link_to_nothing_that_appears_later_closes_an_open_proxy(
+    tmp_path: Path, upstream: RecordingUpstream
+) -> None:
     with ProxyProcess(tmp_path, upstream=upstream.origin) as proxy:
         proxy.sign_in()
         assert proxy.ask("GET", "/v1/models").status == 200 and upstream.taken()
@@ -343,8 +471,9 @@ def test_link_to_nothing_that_appears_later_closes_an_open_proxy(tmp_path: Path,
         assert_nobody_is_admitted(proxy, upstream, [[], *SOMEBODY])
 
 
-def test_changed_key_file_that_cannot_be_read_admits_nobody_until_it_can(tmp_path: Path,
-                                                                         upstream: RecordingUpstream) -> None:
+def test_changed_key_file_that_cannot_be_read_admits_nobody_until_it_can(
+    tmp_path: Path, upstream: RecordingUpstream
+) -> None:
     keys = tmp_path / "client-keys"
     keys.write_text(f"laptop {client_keys.digest(KEY)}\n")
     with ProxyProcess(tmp_path, upstream=upstream.origin) as proxy, proxy.client() as client:

@@ -17,44 +17,154 @@ EXPIRED = {"expires_at": NOW - 1}
 TRY_AGAIN, SIGN_IN = errors.EXIT_TRY_AGAIN, errors.EXIT_SIGN_IN
 
 
-def judge(expires_at=NOW + 7200, refresh_token="refresh", refresh_error=None, refresher_age=1.0, refused=False,
-          status=None):
+def judge(
+    expires_at=NOW + 7200,
+    refresh_token="refresh",
+    refresh_error=None,
+    refresher_age=1.0,
+    refused=False,
+    status=None,
+):
     about = tokens.Tokens("access", expires_at, refresh_token, refresh_error=refresh_error)
     return judgement.judge(about, NOW, refresher_age, refused, status)
 
 
 CASES = {
     "good": ({}, Verdict.GOOD, True, 0, "^signed in$"),
-    "failing": ({"refresh_error": FAILED},
-        Verdict.FAILING, True, 0, r"good until .* its renewal fails \(issuer_unavailable\)$"),
-    "failing, as only the refresher can say": ({"status": Status(NOW, "storage")},
-        Verdict.FAILING, True, 0, r"\(storage\)$"),
-    "last try good": ({"status": Status(NOW, "ok", next_try=NOW + 9)}, Verdict.GOOD, True, 0, "^signed in$"),
-    "no room": ({"status": NO_ROOM}, Verdict.NO_ROOM, True, 0, "good until .* no renewed login can be saved$"),
-    "no room, expired": ({"status": NO_ROOM, **EXPIRED},
-        Verdict.NO_ROOM, False, TRY_AGAIN, "no renewed login can be saved$"),
+    "failing": (
+        {"refresh_error": FAILED},
+        Verdict.FAILING,
+        True,
+        0,
+        r"good until .* its renewal fails \(issuer_unavailable\)$",
+    ),
+    "failing, as only the refresher can say": (
+        {"status": Status(NOW, "storage")},
+        Verdict.FAILING,
+        True,
+        0,
+        r"\(storage\)$",
+    ),
+    "last try good": (
+        {"status": Status(NOW, "ok", next_try=NOW + 9)},
+        Verdict.GOOD,
+        True,
+        0,
+        "^signed in$",
+    ),
+    "no room": (
+        {"status": NO_ROOM},
+        Verdict.NO_ROOM,
+        True,
+        0,
+        "good until .* no renewed login can be saved$",
+    ),
+    "no room, expired": (
+        {"status": NO_ROOM, **EXPIRED},
+        Verdict.NO_ROOM,
+        False,
+        TRY_AGAIN,
+        "no renewed login can be saved$",
+    ),
     "no refresher": (GONE, Verdict.NO_REFRESHER, True, 0, "^no refresher; the login lapses at "),
-    "refresher long gone": ({"refresher_age": 61}, Verdict.NO_REFRESHER, True, 0, "^no refresher; "),
-    "no refresher, expired": ({**GONE, **EXPIRED}, Verdict.NO_REFRESHER, False, TRY_AGAIN, "no refresher runs$"),
-    "no refresher, refused": ({**GONE, "refused": True},
-        Verdict.NO_REFRESHER, False, TRY_AGAIN, "^the API refuses .* no refresher"),
-    "no refresh token": ({"refresh_token": None, **GONE}, Verdict.NO_REFRESH_TOKEN, True, 0, "lapses at"),
-    "no refresh token, expired": ({"refresh_token": None, **EXPIRED},
-        Verdict.NO_REFRESH_TOKEN, False, SIGN_IN, "sign in, or replace"),
-    "no refresh token, refused": ({"refresh_token": None, "refused": True},
-        Verdict.NO_REFRESH_TOKEN, False, SIGN_IN, "^the API refuses"),
-    "refused": ({"refused": True},
-        Verdict.REFUSED, False, TRY_AGAIN, "^the API refuses the access token and has not been renewed yet$"),
-    "refused, failing": ({"refused": True, "refresh_error": FAILED},
-        Verdict.REFUSED, False, TRY_AGAIN, "cannot be renewed"),
-    "expired": (EXPIRED, Verdict.EXPIRED, False, TRY_AGAIN, "expired at .* has not been renewed yet$"),
-    "expired, failing": ({**EXPIRED, "refresh_error": FAILED}, Verdict.EXPIRED, False, TRY_AGAIN, "cannot be renewed"),
-    "ended": ({"refresh_error": ENDED},
-        Verdict.ENDED, True, SIGN_IN, r"good until .* has ended \(invalid_grant\); run `"),
-    "ended, expired": ({"refresh_error": ENDED, **EXPIRED}, Verdict.ENDED, False, SIGN_IN, "^the login has ended"),
-    "ended, refused": ({"refresh_error": ENDED, "refused": True},
-        Verdict.ENDED, False, SIGN_IN, "^the API refuses .* has ended"),
-    "ended, no refresher": ({"refresh_error": ENDED, **GONE}, Verdict.ENDED, True, SIGN_IN, "has ended"),
+    "refresher long gone": (
+        {"refresher_age": 61},
+        Verdict.NO_REFRESHER,
+        True,
+        0,
+        "^no refresher; ",
+    ),
+    "no refresher, expired": (
+        {**GONE, **EXPIRED},
+        Verdict.NO_REFRESHER,
+        False,
+        TRY_AGAIN,
+        "no refresher runs$",
+    ),
+    "no refresher, refused": (
+        {**GONE, "refused": True},
+        Verdict.NO_REFRESHER,
+        False,
+        TRY_AGAIN,
+        "^the API refuses .* no refresher",
+    ),
+    "no refresh token": (
+        {"refresh_token": None, **GONE},
+        Verdict.NO_REFRESH_TOKEN,
+        True,
+        0,
+        "lapses at",
+    ),
+    "no refresh token, expired": (
+        {"refresh_token": None, **EXPIRED},
+        Verdict.NO_REFRESH_TOKEN,
+        False,
+        SIGN_IN,
+        "sign in, or replace",
+    ),
+    "no refresh token, refused": (
+        {"refresh_token": None, "refused": True},
+        Verdict.NO_REFRESH_TOKEN,
+        False,
+        SIGN_IN,
+        "^the API refuses",
+    ),
+    "refused": (
+        {"refused": True},
+        Verdict.REFUSED,
+        False,
+        TRY_AGAIN,
+        "^the API refuses the access token and has not been renewed yet$",
+    ),
+    "refused, failing": (
+        {"refused": True, "refresh_error": FAILED},
+        Verdict.REFUSED,
+        False,
+        TRY_AGAIN,
+        "cannot be renewed",
+    ),
+    "expired": (
+        EXPIRED,
+        Verdict.EXPIRED,
+        False,
+        TRY_AGAIN,
+        "expired at .* has not been renewed yet$",
+    ),
+    "expired, failing": (
+        {**EXPIRED, "refresh_error": FAILED},
+        Verdict.EXPIRED,
+        False,
+        TRY_AGAIN,
+        "cannot be renewed",
+    ),
+    "ended": (
+        {"refresh_error": ENDED},
+        Verdict.ENDED,
+        True,
+        SIGN_IN,
+        r"good until .* has ended \(invalid_grant\); run `",
+    ),
+    "ended, expired": (
+        {"refresh_error": ENDED, **EXPIRED},
+        Verdict.ENDED,
+        False,
+        SIGN_IN,
+        "^the login has ended",
+    ),
+    "ended, refused": (
+        {"refresh_error": ENDED, "refused": True},
+        Verdict.ENDED,
+        False,
+        SIGN_IN,
+        "^the API refuses .* has ended",
+    ),
+    "ended, no refresher": (
+        {"refresh_error": ENDED, **GONE},
+        Verdict.ENDED,
+        True,
+        SIGN_IN,
+        "has ended",
+    ),
 }
 
 
@@ -66,8 +176,10 @@ def test_the_judgement(case):
     assert re.search(reason, found.reason)
 
 
-@pytest.mark.parametrize("state, verdict, exit_code", [
-    ("missing", Verdict.NO_LOGIN, SIGN_IN), ("corrupt", Verdict.UNUSABLE, SIGN_IN)])
+@pytest.mark.parametrize(
+    "state, verdict, exit_code",
+    [("missing", Verdict.NO_LOGIN, SIGN_IN), ("corrupt", Verdict.UNUSABLE, SIGN_IN)],
+)
 def test_the_judgement_of_what_is_no_login(state, verdict, exit_code):
     found = judgement.judge(errors.LoginUnusable(state, "/path"), NOW, 1.0, False, None)
     assert (found.verdict, found.ready, found.exit_code) == (verdict, False, exit_code)

@@ -1,12 +1,13 @@
 """An end does not overtake the bytes before it: on a client's connection, from upstream, and through a tunnel."""
+
 from __future__ import annotations
 
 import fcntl
 import sys
 import termios
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Callable, Iterator
 
 import pytest
 from proxy_process import Client, ProxyProcess, both_ways
@@ -15,7 +16,9 @@ from test_tunnel import handshake
 from wire import Wire
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
-LONG = (PATTERN * 64)[:3_000_100]  # bytes; the kernel takes them from the proxy though the client reads none
+LONG = (PATTERN * 64)[
+    :3_000_100
+]  # bytes; the kernel takes them from the proxy though the client reads none
 LONG_ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(LONG) + LONG
 NEXT = b"GET /v1/next HTTP/1.1\r\nHost: localhost\r\n\r\n"
 SIX_MB = PATTERN * 96
@@ -23,7 +26,7 @@ Either = Callable[..., "tuple[ProxyProcess, ScriptedUpstream]"]
 
 
 @pytest.fixture
-def client(running: ProxyProcess, upstream: ScriptedUpstream) -> "Iterator[Client]":
+def client(running: ProxyProcess, upstream: ScriptedUpstream) -> Iterator[Client]:
     with running.client() as connection:
         yield connection
 
@@ -40,11 +43,20 @@ def check_answer(client: Client) -> None:
 @both_ways
 @pytest.mark.parametrize("extra", [b"\r\n", NEXT], ids=["line end", "request"])
 @pytest.mark.parametrize("late", [False, True], ids=["at once", "later"])
-@pytest.mark.parametrize("version, field", [("HTTP/1.1", "Connection: close"), ("HTTP/1.0", "X-a: 1")],
-                         ids=["close", "1.0"])
-def test_bytes_after_the_last_request_cost_none_of_its_answer(client: Client, running: ProxyProcess,
-                                                              upstream: ScriptedUpstream, extra: bytes, late: bool,
-                                                              version: str, field: str) -> None:
+@pytest.mark.parametrize(
+    "version, field",
+    [("HTTP/1.1", "Connection: close"), ("HTTP/1.0", "X-a: 1")],
+    ids=["close", "1.0"],
+)
+def test_bytes_after_the_last_request_cost_none_of_its_answer(
+    client: Client,
+    running: ProxyProcess,
+    upstream: ScriptedUpstream,
+    extra: bytes,
+    late: bool,
+    version: str,
+    field: str,
+) -> None:
     start = len(running.log_lines())
     client.request("GET", "/v1/last", field, version=version)
     if not late:
@@ -56,7 +68,9 @@ def test_bytes_after_the_last_request_cost_none_of_its_answer(client: Client, ru
     check_answer(client)
 
 
-def test_so_it_is_when_the_answer_ends_in_a_drain(tmp_path: Path, upstream: ScriptedUpstream) -> None:
+def test_so_it_is_when_the_answer_ends_in_a_drain(
+    tmp_path: Path, upstream: ScriptedUpstream
+) -> None:
     with ProxyProcess(tmp_path, upstream=upstream.origin) as proxy, proxy.client() as client:
         proxy.sign_in()
         client.request("GET", "/v1/last")
@@ -87,18 +101,25 @@ def test_half_a_head_does_not_hold_up_a_drain(tmp_path: Path, upstream: Scripted
 
 
 @pytest.mark.parametrize("framing", ["sized", "until close"])
-def test_what_came_before_a_cut_arrives_before_it(running: ProxyProcess, upstream: ScriptedUpstream,
-                                                  framing: str) -> None:
+def test_what_came_before_a_cut_arrives_before_it(
+    running: ProxyProcess, upstream: ScriptedUpstream, framing: str
+) -> None:
     """The end is a reset where nothing else tells that the answer is cut, and is sent when the bytes have arrived."""
     with running.client() as client:
         version = "HTTP/1.0" if framing == "until close" else "HTTP/1.1"
-        head = CHUNKED if framing == "until close" else b"HTTP/1.1 200 OK\r\nContent-Length: 9000000\r\n\r\n"
+        head = (
+            CHUNKED
+            if framing == "until close"
+            else b"HTTP/1.1 200 OK\r\nContent-Length: 9000000\r\n\r\n"
+        )
         data = b"%x\r\n%b\r\n" % (len(LONG), LONG) if framing == "until close" else LONG
         start = len(running.log_lines())
         client.request("GET", "/v1/cut", version=version)
         request = upstream.receive().answer(head + data)
         client.send(NEXT)
-        while unacknowledged(request.connection):  # else the reset would destroy bytes before they reach the proxy
+        while unacknowledged(
+            request.connection
+        ):  # else the reset would destroy bytes before they reach the proxy
             time.sleep(0.01)
         request.connection.reset()
         line = running.wait_for_log(lambda line: line.get("path") == "/v1/cut", start=start)
@@ -116,10 +137,14 @@ def test_what_came_before_a_cut_arrives_before_it(running: ProxyProcess, upstrea
 
 
 @both_ways
-def test_refusal_that_is_reset_is_no_whole_one(client: Client, running: ProxyProcess, upstream: ScriptedUpstream) -> None:
+def test_refusal_that_is_reset_is_no_whole_one(
+    client: Client, running: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
     """The proxy looks into the body for what would be its own business, and meets the reset there."""
     client.request("GET", "/v1/refused")
-    request = upstream.receive().answer(b"HTTP/1.1 403 Forbidden\r\nConnection: close\r\n\r\nNo ent")
+    request = upstream.receive().answer(
+        b"HTTP/1.1 403 Forbidden\r\nConnection: close\r\n\r\nNo ent"
+    )
     time.sleep(0.2)  # so that the bytes are read first; the peek waits for two seconds
     request.connection.reset()
     assert client.head().status == 403 and client.chunk() == b"No ent"
@@ -128,7 +153,9 @@ def test_refusal_that_is_reset_is_no_whole_one(client: Client, running: ProxyPro
 
 
 @both_ways
-def test_chunks_before_a_malformed_one_arrive(client: Client, running: ProxyProcess, upstream: ScriptedUpstream) -> None:
+def test_chunks_before_a_malformed_one_arrive(
+    client: Client, running: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
     client.request("GET", "/v1/malformed")
     upstream.receive().answer(CHUNKED + b"2\r\nok\r\n" * 5 + b"nonsense\r\n")
     assert client.head().status == 200
@@ -138,7 +165,9 @@ def test_chunks_before_a_malformed_one_arrive(client: Client, running: ProxyProc
 
 
 @both_ways
-def test_so_they_do_later_in_the_answer(client: Client, running: ProxyProcess, upstream: ScriptedUpstream) -> None:
+def test_so_they_do_later_in_the_answer(
+    client: Client, running: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
     client.request("GET", "/v1/malformed-later")
     request = upstream.receive().answer(CHUNKED + b"2\r\nok\r\n")
     assert client.head().status == 200 and client.chunk() == b"ok"
@@ -175,7 +204,9 @@ def test_client_that_leaves_loses_none_of_its_bytes(either: Either) -> None:
     assert read_slowly(request.connection) == SIX_MB
 
 
-def test_upstream_that_leaves_loses_none_of_its_bytes(running: ProxyProcess, upstream: ScriptedUpstream) -> None:
+def test_upstream_that_leaves_loses_none_of_its_bytes(
+    running: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
     with running.client() as client:
         request = handshake(client, upstream)
         request.answer(SIX_MB)
@@ -184,23 +215,28 @@ def test_upstream_that_leaves_loses_none_of_its_bytes(running: ProxyProcess, ups
 
 
 @pytest.mark.parametrize("end", ["close", "half_close"])
-def test_so_it_is_while_the_other_side_talks(running: ProxyProcess, upstream: ScriptedUpstream, end: str) -> None:
+def test_so_it_is_while_the_other_side_talks(
+    running: ProxyProcess, upstream: ScriptedUpstream, end: str
+) -> None:
     with running.client() as client:
         request = handshake(client, upstream)
-        client.send(SIX_MB[:1 << 20])
-        while unacknowledged(client):  # else the kernel of a client that closes drops what upstream's words find there
+        client.send(SIX_MB[: 1 << 20])
+        while unacknowledged(
+            client
+        ):  # else the kernel of a client that closes drops what upstream's words find there
             time.sleep(0.01)
         getattr(client, end)()
         data = b""
         while more := request.connection.sock.recv(1 << 18):
             data += more
             request.answer(b"still talking")
-        assert data == SIX_MB[:1 << 20]
+        assert data == SIX_MB[: 1 << 20]
 
 
 @pytest.mark.parametrize("size", [1, len(SIX_MB)])
-def test_upstream_that_takes_nothing_after_the_end_of_the_client_is_reset(start_proxy: "Callable[..., ProxyProcess]",
-                                                                          upstream: ScriptedUpstream, size: int) -> None:
+def test_upstream_that_takes_nothing_after_the_end_of_the_client_is_reset(
+    start_proxy: Callable[..., ProxyProcess], upstream: ScriptedUpstream, size: int
+) -> None:
     hasty = start_proxy(client_timeout=0.5)
     with hasty.client() as client:
         request = handshake(client, upstream, f"/v1/takes-none-of-{size}")
@@ -217,8 +253,9 @@ def test_upstream_that_takes_nothing_after_the_end_of_the_client_is_reset(start_
             request.connection.rest()
 
 
-def test_client_that_takes_nothing_after_the_end_of_upstream_is_reset(start_proxy: "Callable[..., ProxyProcess]",
-                                                                      upstream: ScriptedUpstream) -> None:
+def test_client_that_takes_nothing_after_the_end_of_upstream_is_reset(
+    start_proxy: Callable[..., ProxyProcess], upstream: ScriptedUpstream
+) -> None:
     hasty = start_proxy(client_timeout=0.5)
     with hasty.client() as client:
         # Less would wait in the client's kernel, and more in that of upstream, where its end cannot be seen.
@@ -231,8 +268,9 @@ def test_client_that_takes_nothing_after_the_end_of_upstream_is_reset(start_prox
 
 
 @pytest.mark.parametrize("blocked", [False, True], ids=["read", "unread"])
-def test_reset_of_the_client_ends_a_tunnel_at_once(running: ProxyProcess, upstream: ScriptedUpstream,
-                                                   blocked: bool) -> None:
+def test_reset_of_the_client_ends_a_tunnel_at_once(
+    running: ProxyProcess, upstream: ScriptedUpstream, blocked: bool
+) -> None:
     files = running.open_files()
     with running.client() as client:
         request = handshake(client, upstream, f"/v1/reset-{blocked}")

@@ -1,4 +1,5 @@
 """Lines to readers that are slow, stopped, gone or back: none is waited for, and none is lost without a word."""
+
 from __future__ import annotations
 
 import contextlib
@@ -11,8 +12,8 @@ import select
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator
 
 import pytest
 
@@ -30,17 +31,19 @@ def line(number: int, size: int = 100) -> bytes:
     return b"line %d " % number + b"." * (size - len(b"line %d " % number) - 1) + b"\n"
 
 
-def lines(start: int, end: int, size: int = 100) -> "list[bytes]":
+def lines(start: int, end: int, size: int = 100) -> list[bytes]:
     return [line(number, size) for number in range(start, end)]
 
 
-def numbers(data: bytes) -> "list[int]":
+def numbers(data: bytes) -> list[int]:
     return [int(number) for number in re.findall(rb"line (\d+) \.*\n", data)]
 
 
 def accounted(data: bytes) -> int:
     """Lines that arrived and lines that were told to be dropped."""
-    return len(numbers(data)) + sum(int(number) for number in re.findall(rb"(\d+) were dropped", data))
+    return len(numbers(data)) + sum(
+        int(number) for number in re.findall(rb"(\d+) were dropped", data)
+    )
 
 
 class Pipe:
@@ -110,7 +113,12 @@ def test_the_limit_of_what_waits(beyond: int) -> None:
     pipe.writer.dropped = 0
     pipe.writer.write(lines(0, pipe.size // PAGE, 4000))  # the pipe is full, and nothing waits
     assert arrived == list(range(pipe.size // PAGE)) and not pipe.writer.waiting
-    pipe.writer.write([*lines(100, 100 + room // 1000 - 1, 1000), line(500, room - (room // 1000 - 1) * 1000 + beyond)])
+    pipe.writer.write(
+        [
+            *lines(100, 100 + room // 1000 - 1, 1000),
+            line(500, room - (room // 1000 - 1) * 1000 + beyond),
+        ]
+    )
     assert pipe.writer.dropped == beyond
     data = pipe.rest()
     assert numbers(data)[-1] == (100 + room // 1000 - 2 if beyond else 500)
@@ -163,8 +171,16 @@ def test_each_write_has_a_poll_of_its_own() -> None:
 
 def test_writes_are_as_long_as_they_may_be() -> None:
     pipe = Pipe(flags=os.O_DIRECT)
-    pipe.writer.write([*lines(0, 40), line(40, LINE_LIMIT - 100), line(41), line(42, LINE_LIMIT), line(43)])
-    assert [len(pipe.read()) for _ in range(5)] == [4000, LINE_LIMIT - 100 + 100, LINE_LIMIT, 100, 0]
+    pipe.writer.write(
+        [*lines(0, 40), line(40, LINE_LIMIT - 100), line(41), line(42, LINE_LIMIT), line(43)]
+    )
+    assert [len(pipe.read()) for _ in range(5)] == [
+        4000,
+        LINE_LIMIT - 100 + 100,
+        LINE_LIMIT,
+        100,
+        0,
+    ]
     pipe.close()
 
 
@@ -186,7 +202,9 @@ def test_without_a_reader_lines_are_dropped_and_counted(tmp_path: Path) -> None:
     second = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
     writer.write([line(1010)])
     data = os.read(second, 1 << 20)
-    assert len(arrived) + accounted(data) == 1011 and data.endswith(line(1010)) and writer.dropped == 0
+    assert (
+        len(arrived) + accounted(data) == 1011 and data.endswith(line(1010)) and writer.dropped == 0
+    )
     os.close(second), os.close(write_end)
 
 
@@ -225,14 +243,18 @@ def test_a_terminal_that_takes_half_a_line_gets_the_other_half_later() -> None:
     assert writer.waiting
     data = b""
     end = time.monotonic() + 10
-    while (writer.waiting or not data.endswith(line(49, 4000)[:-1] + b"\r\n")) and time.monotonic() < end:
+    while (
+        writer.waiting or not data.endswith(line(49, 4000)[:-1] + b"\r\n")
+    ) and time.monotonic() < end:
         with contextlib.suppress(BlockingIOError):
             data += os.read(terminal, 1000)
         writer.write(())
     assert data == b"".join(lines(0, 50, 4000)).replace(b"\n", b"\r\n")
     writer.close()
     writer.write([line(50)])  # opens it anew
-    assert select.select([terminal], [], [], 5)[0] and os.read(terminal, 1000) == line(50).replace(b"\n", b"\r\n")
+    assert select.select([terminal], [], [], 5)[0] and os.read(terminal, 1000) == line(50).replace(
+        b"\n", b"\r\n"
+    )
     writer.close(), os.close(terminal), os.close(its_end)
 
 
@@ -275,11 +297,12 @@ def test_what_somebody_else_made_non_blocking_loses_nothing(pipe: Pipe) -> None:
 def test_at_the_end_a_slow_reader_gets_what_waits(pipe: Pipe) -> None:
     os.set_blocking(pipe.read_end, True)
     pipe.writer.write(lines(0, 3000))
-    parts: "list[bytes]" = []
+    parts: list[bytes] = []
 
     def read_slowly() -> None:
         while sum(map(len, parts)) < 300_000:
             parts.append(os.read(pipe.read_end, PAGE))
+
     reader = threading.Thread(target=read_slowly)
     reader.start()
     pipe.writer.close()

@@ -29,7 +29,7 @@ class Pipe:
         os.set_blocking(self.read_end, False)
         log.setup("test", level, format, self.write_end, **how)
 
-    def read(self) -> "list[str]":
+    def read(self) -> list[str]:
         content = b""
         try:
             while chunk := os.read(self.read_end, 1 << 20):
@@ -77,20 +77,36 @@ def text_pipe():
 
 # what a line says
 
+
 def test_a_json_line(json_pipe):
-    logger.info("it is %s", "done", extra={"fields": {"status": 200, "path": "/v1", "ok": True, "none": None, "s": 0.5}})
+    logger.info(
+        "it is %s",
+        "done",
+        extra={"fields": {"status": 200, "path": "/v1", "ok": True, "none": None, "s": 0.5}},
+    )
     [line] = json_pipe.read()
     entry = json.loads(line)
     time = datetime.datetime.fromisoformat(entry.pop("time").replace("Z", "+00:00"))
     assert abs(datetime.datetime.now(datetime.timezone.utc) - time) < datetime.timedelta(seconds=10)
-    assert entry == {"level": "info", "process": "test", "message": "it is done", "status": 200, "path": "/v1", "ok": True,
-                     "none": None, "s": 0.5}
+    assert entry == {
+        "level": "info",
+        "process": "test",
+        "message": "it is done",
+        "status": 200,
+        "path": "/v1",
+        "ok": True,
+        "none": None,
+        "s": 0.5,
+    }
 
 
 def test_a_text_line(text_pipe):
     logger.warning("it is %s", "done", extra={"fields": {"status": 200, "path": "/v1"}})
     [line] = text_pipe.read()
-    assert re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\.\d\d\dZ WARNING test: it is done status=200 path=/v1", line)
+    assert re.fullmatch(
+        r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\.\d\d\dZ WARNING test: it is done status=200 path=/v1",
+        line,
+    )
 
 
 def test_a_traceback_is_one_line(pipe):
@@ -133,9 +149,26 @@ def test_auto_is_text_on_a_terminal_and_json_otherwise():
 # whatever it is given
 
 NASTY = [
-    "", "x" * 100000, "é" * 100000, "\U0001f600" * 5000, '"' * 3000, "\\" * 3000, "\x00" * 3000, "\x9b" * 3000,
-    "a\nb\r\n{\"level\": \"error\"}", "\x1b[31mred\x1b[0m", "\x9b2J", "\x7f\x85\u2028\u2029", "\ud800 lone", "%s %d %",
-    "\n" + "a" * 90, "\x01" + "b" * 90, "\\u" + "c" * 90, '"' + "d" * 90, "eyJ" * 3000]
+    "",
+    "x" * 100000,
+    "é" * 100000,
+    "\U0001f600" * 5000,
+    '"' * 3000,
+    "\\" * 3000,
+    "\x00" * 3000,
+    "\x9b" * 3000,
+    'a\nb\r\n{"level": "error"}',
+    "\x1b[31mred\x1b[0m",
+    "\x9b2J",
+    "\x7f\x85\u2028\u2029",
+    "\ud800 lone",
+    "%s %d %",
+    "\n" + "a" * 90,
+    "\x01" + "b" * 90,
+    "\\u" + "c" * 90,
+    '"' + "d" * 90,
+    "eyJ" * 3000,
+]
 
 
 @pytest.mark.parametrize("text", NASTY, ids=range(len(NASTY)))
@@ -143,8 +176,20 @@ def test_any_text_is_one_short_line_without_controls(text, pipe):
     # Without pytest's handler, whose notes cannot go to another process when there is half a surrogate pair in them.
     logging.getLogger("xaiproxy").handlers[:] = [log._handler]
     logger.info("%s", text)
-    logger.info("request", extra={"fields": {"path": text, "object": [text], "a": text, "b": text, "c": text, "d": text,
-                                             **{f"more{number}": text for number in range(40)}}})
+    logger.info(
+        "request",
+        extra={
+            "fields": {
+                "path": text,
+                "object": [text],
+                "a": text,
+                "b": text,
+                "c": text,
+                "d": text,
+                **{f"more{number}": text for number in range(40)},
+            }
+        },
+    )
     try:
         raise ValueError(text)
     except ValueError:
@@ -161,16 +206,25 @@ def test_what_fits_is_not_cut(json_pipe):
     logger.info("m " * 500, extra={"fields": {"path": "p q" * 170}})
     logger.info("m " * 501, extra={"fields": {"path": "p q" * 171}})
     entries = [json.loads(line) for line in json_pipe.read()]
-    assert [(len(entry["message"]), len(entry["path"])) for entry in entries] == [(1000, 510), (1000, 512)]
+    assert [(len(entry["message"]), len(entry["path"])) for entry in entries] == [
+        (1000, 510),
+        (1000, 512),
+    ]
 
 
 # secrets
+
 
 @pytest.mark.parametrize("secret", [ACCESS, REFRESH, KEY, "Bearer abc+def/ghi="])
 @pytest.mark.parametrize("before", ["", "token=", "\n", "\x01", '"', "x" * 960 + " ", "\\"])
 def test_a_secret_is_blotted_out_wherever_it_comes(secret, before, pipe):
     logger.info("%s", before + secret)
-    logger.info("request", extra={"fields": {"path": before[-400:] + secret + "\n", "object": [before[-400:] + secret]}})
+    logger.info(
+        "request",
+        extra={
+            "fields": {"path": before[-400:] + secret + "\n", "object": [before[-400:] + secret]}
+        },
+    )
     try:
         raise ValueError(before + secret)
     except ValueError:
@@ -192,6 +246,7 @@ def test_what_is_no_secret_stays(text_pipe):
 
 # never blocking
 
+
 def test_what_a_full_pipe_does_not_take_waits_and_what_is_too_much_is_dropped_and_counted(pipe):
     for number in range(5000):  # the alarm of pytest would be a hang here
         logger.info("line %d %s", number, FILLING)
@@ -201,8 +256,13 @@ def test_what_a_full_pipe_does_not_take_waits_and_what_is_too_much_is_dropped_an
         lines += more
     told = lines.pop()
     kept = len(lines)
-    assert [int(re.search(r"line (\d+)", line)[1]) for line in lines] == list(range(kept)) and kept > 1000
-    assert f"{5000 - kept} log lines were dropped: nobody read them in time" in told and "warning" in told.lower()
+    assert [int(re.search(r"line (\d+)", line)[1]) for line in lines] == list(
+        range(kept)
+    ) and kept > 1000
+    assert (
+        f"{5000 - kept} log lines were dropped: nobody read them in time" in told
+        and "warning" in told.lower()
+    )
     logger.info("and no more of that")
     assert len(pipe.read()) == 1
 
@@ -216,7 +276,9 @@ def test_lines_that_are_dropped_while_telling_so_are_counted_too():
         lines += pipe.read()
     while more := (log.flush(), pipe.read())[1]:
         lines += more
-    dropped = [int(match[1]) for line in lines if (match := re.search(r"(\d+) log lines were", line))]
+    dropped = [
+        int(match[1]) for line in lines if (match := re.search(r"(\d+) log lines were", line))
+    ]
     assert len(dropped) == 3 and sum(dropped) + sum(FILLING in line for line in lines) == 15000
     pipe.close()
 
@@ -231,10 +293,14 @@ def test_a_reader_that_is_gone_is_no_error():
 
 
 def test_a_process_whose_stderr_nobody_reads_goes_on():
-    code = ("import logging; from xaiproxy import log; log.setup('p', 'info', 'json')\n"
-            "for number in range(20000): logging.getLogger('xaiproxy').info('%s', 'x ' * 100)\n"
-            "print('done', flush=True)")
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    code = (
+        "import logging; from xaiproxy import log; log.setup('p', 'info', 'json')\n"
+        "for number in range(20000): logging.getLogger('xaiproxy').info('%s', 'x ' * 100)\n"
+        "print('done', flush=True)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     assert process.stdout.readline() == b"done\n"
     assert process.wait(10) == 0
     process.stdout.close(), process.stderr.close()
@@ -251,6 +317,7 @@ def test_a_stopped_terminal_does_not_block():
 
 # lines of one turn of the event loop
 
+
 class Deferred(Pipe):
     """The log on a pipe that keeps one write apart from the next, written when turn() says so."""
 
@@ -263,7 +330,7 @@ class Deferred(Pipe):
         self.due.clear()
         write()
 
-    def writes(self) -> "list[bytes]":
+    def writes(self) -> list[bytes]:
         found = []
         try:
             while data := os.read(self.read_end, 1 << 20):
@@ -280,7 +347,7 @@ def deferred(request):
     pipe.close()
 
 
-def numbers(data: bytes) -> "list[int]":
+def numbers(data: bytes) -> list[int]:
     return [int(number) for number in re.findall(rb"line (\d+)", data)]
 
 
@@ -290,7 +357,9 @@ def test_lines_of_one_turn_are_written_together_and_in_order(deferred, length):
         if number % 2:
             logger.info("line %d %s", number, "x " * (number % 7 * length // 14))
         else:
-            log.event(logger, logging.INFO, f"line {number}", {"path": "x " * (number % 5 * length // 10)})
+            log.event(
+                logger, logging.INFO, f"line {number}", {"path": "x " * (number % 5 * length // 10)}
+            )
     assert deferred.writes() == []
     deferred.turn()
     writes = deferred.writes()
@@ -365,27 +434,36 @@ def test_lines_that_wait_are_written_once_there_is_room():
 
 
 def test_lines_of_the_last_turn_are_written_at_the_end():
-    code = ("import logging; from xaiproxy import log\n"
-            "log.setup('p', 'info', 'json', defer=lambda write: None)\n"
-            "for number in range(100): logging.getLogger('xaiproxy').info('line %d', number)")
+    code = (
+        "import logging; from xaiproxy import log\n"
+        "log.setup('p', 'info', 'json', defer=lambda write: None)\n"
+        "for number in range(100): logging.getLogger('xaiproxy').info('line %d', number)"
+    )
     done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, timeout=20)
     assert numbers(done.stderr) == list(range(100)) and done.returncode == 0
 
 
 def test_at_the_end_of_a_process_a_slow_reader_gets_what_waits():
-    code = ("import logging; from xaiproxy import log\n"
-            "log.setup('p', 'info', 'json')\n"
-            "for number in range(1000): logging.getLogger('xaiproxy').info('line %d %s', number, 'x ' * 70)\n"
-            "print('done', flush=True)")
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    code = (
+        "import logging; from xaiproxy import log\n"
+        "log.setup('p', 'info', 'json')\n"
+        "for number in range(1000): logging.getLogger('xaiproxy').info('line %d %s', number, 'x ' * 70)\n"
+        "print('done', flush=True)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
         assert process.stdout.readline() == b"done\n"  # most lines wait
         assert numbers(process.stderr.read()) == list(range(1000)) and process.wait(10) == 0
 
 
 def test_an_event_is_the_line_of_a_record(deferred):
-    for fields in ({"status": 200, "path": "/v1/x", "key": None, "seconds": 0.5, "ok": True}, {},
-                   {"path": f"/v1/{ACCESS}?{KEY}", "method": "x" * 3000, "object": [REFRESH]},
-                   {"path": "a\n\x1b\ud800"}):
+    for fields in (
+        {"status": 200, "path": "/v1/x", "key": None, "seconds": 0.5, "ok": True},
+        {},
+        {"path": f"/v1/{ACCESS}?{KEY}", "method": "x" * 3000, "object": [REFRESH]},
+        {"path": "a\n\x1b\ud800"},
+    ):
         log.event(logger, logging.WARNING, "line 1", fields)
         logger.warning("line 1", extra={"fields": fields})
         log.event(logger, logging.NOTSET, "not this", fields)
@@ -397,5 +475,5 @@ def test_an_event_is_the_line_of_a_record(deferred):
 
 def test_a_long_field_is_cut_also_in_a_short_line(pipe):
     logging.getLogger("xaiproxy.x").info("request", extra={"fields": {"path": "/v1/" + "y " * 300}})
-    line, = pipe.read()
+    (line,) = pipe.read()
     assert line.count("y") == (512 - len("/v1/")) // 2

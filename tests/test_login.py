@@ -1,4 +1,5 @@
 """xai-login as a program: on a terminal, in a pipe, with everything that can be in the way."""
+
 from __future__ import annotations
 
 import fcntl
@@ -10,15 +11,15 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import pytest
 import segno
 from sandbox import Sandbox
 from scripted_server import ScriptedServer
 from terminal import CTRL_C, Terminal
-
 
 ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-W", "error", "-m", "xaiproxy.login"]
@@ -32,28 +33,48 @@ class Login:
     def __init__(self, sandbox: Sandbox, folder: Path) -> None:
         self.sandbox = sandbox
         self.path = folder / "login" / "tokens.json"
-        self.env = {"PATH": os.environ["PATH"], "HOME": str(folder), "TZ": "UTC", "LANG": "C.UTF-8",
-                    "XAI_PROXY_ISSUER": sandbox.url, "XAI_PROXY_UPSTREAM": sandbox.url,
-                    "XAI_PROXY_TOKEN_PATH": str(self.path)}
+        self.env = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(folder),
+            "TZ": "UTC",
+            "LANG": "C.UTF-8",
+            "XAI_PROXY_ISSUER": sandbox.url,
+            "XAI_PROXY_UPSTREAM": sandbox.url,
+            "XAI_PROXY_TOKEN_PATH": str(self.path),
+        }
         self.options = {"env": self.env, "cwd": folder}
 
-    def run(self, *arguments: str, **environ: str) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run([*COMMAND, *arguments], text=True, capture_output=True, timeout=30,
-                              stdin=subprocess.DEVNULL,
-                              **self.options | {"env": self.env | environ})
+    def run(self, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*COMMAND, *arguments],
+            text=True,
+            capture_output=True,
+            timeout=30,
+            stdin=subprocess.DEVNULL,
+            **self.options | {"env": self.env | environ},
+        )
 
-    def start(self, *arguments: str, prefix: "list[str]" = [], **environ: str) -> "subprocess.Popen[str]":
-        return subprocess.Popen([*prefix, *COMMAND, *arguments], text=True, stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE,
-                                stdin=subprocess.DEVNULL, **self.options | {"env": self.env | environ})
+    def start(
+        self, *arguments: str, prefix: list[str] = [], **environ: str
+    ) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [*prefix, *COMMAND, *arguments],
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
+            **self.options | {"env": self.env | environ},
+        )
 
     def terminal(self, *arguments: str, columns: int = 100, **environ: str) -> Terminal:
-        return Terminal([*COMMAND, *arguments], columns=columns, **self.options | {"env": self.env | environ})
+        return Terminal(
+            [*COMMAND, *arguments], columns=columns, **self.options | {"env": self.env | environ}
+        )
 
-    def saved(self) -> "dict[str, Any]":
+    def saved(self) -> dict[str, Any]:
         return json.loads(self.path.read_text())
 
-    def files(self) -> "list[str]":
+    def files(self) -> list[str]:
         return sorted(path.name for path in self.path.parent.iterdir())
 
     def holds_no_secret(self, *outputs: str) -> None:
@@ -67,14 +88,14 @@ def login(sandbox: Sandbox, tmp_path: Path) -> Login:
     return Login(sandbox, tmp_path)
 
 
-def until(condition: "Callable[[], Any]", seconds: float = 10) -> None:
+def until(condition: Callable[[], Any], seconds: float = 10) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
 
 
-def fails(result: "subprocess.CompletedProcess[str]", code: int, told: str) -> None:
+def fails(result: subprocess.CompletedProcess[str], code: int, told: str) -> None:
     """One clear sentence on stderr, nothing on stdout."""
     assert (result.returncode, result.stdout) == (code, "")
     *talk, sentence = result.stderr.splitlines()
@@ -84,11 +105,14 @@ def fails(result: "subprocess.CompletedProcess[str]", code: int, told: str) -> N
 
 # by device
 
+
 def test_by_device_on_a_terminal(login: Login, sandbox: Sandbox):
     sandbox.set(device_interval=1.2)
     with login.terminal("--device") as terminal:
         code = terminal.expect(r"    ([A-Z0-9]{4}-[A-Z0-9]{4})\r\n")[1]
-        terminal.expect(f"\r\x1b\\[K15:00 left to approve {code}\r\x1b\\[K14:59 left to approve {code}")
+        terminal.expect(
+            f"\r\x1b\\[K15:00 left to approve {code}\r\x1b\\[K14:59 left to approve {code}"
+        )
         sandbox.approve(code)
         assert terminal.end() == 0
         screen = terminal.screen
@@ -97,38 +121,57 @@ def test_by_device_on_a_terminal(login: Login, sandbox: Sandbox):
     assert {f"    {sandbox.url}/oauth2/device", f"    {url}", f"    {code}"} <= set(last_rows)
     code = segno.make(url, micro=False, error="l", boost_error=False)
     assert qr_code(screen) == [[module > 0 for module in row] for row in code.matrix_iter(border=2)]
-    assert f"\r\x1b[KSigned in as {ACCOUNT} at {sandbox.url}; the login is in {login.path}.\r\n" in screen
+    assert (
+        f"\r\x1b[KSigned in as {ACCOUNT} at {sandbox.url}; the login is in {login.path}.\r\n"
+        in screen
+    )
     # What the README shows at its top, and no word of a fault: nobody can have started a refresher yet.
     readme = (ROOT / "README.md").read_text()
-    shown = re.sub(r"20[\d-]{8} \d\d:\d\d UTC", "2026-11-23 14:05 CET", screen.rpartition("\x1b[K")[2])
-    for ours, shown_as in ((ACCOUNT, "you@example.org"), (sandbox.url, "https://auth.x.ai"),
-                           (str(login.path), "/home/you/.xai-proxy/tokens.json"), (f"{ROOT}/", "")):
+    shown = re.sub(
+        r"20[\d-]{8} \d\d:\d\d UTC", "2026-11-23 14:05 CET", screen.rpartition("\x1b[K")[2]
+    )
+    for ours, shown_as in (
+        (ACCOUNT, "you@example.org"),
+        (sandbox.url, "https://auth.x.ai"),
+        (str(login.path), "/home/you/.xai-proxy/tokens.json"),
+        (f"{ROOT}/", ""),
+    ):
         shown = shown.replace(ours, shown_as)
     assert "\n" + shown.replace("\r\n", "\n") in readme and "Next: serve it" in shown
     saved = login.saved()
-    assert (saved["account"], saved["issuer"], saved["token_endpoint"]) == (ACCOUNT, sandbox.url,
-                                                                            f"{sandbox.url}/oauth2/token")
-    assert login.path.stat().st_mode & 0o777 == 0o600 and login.path.parent.stat().st_mode & 0o777 == 0o700
+    assert (saved["account"], saved["issuer"], saved["token_endpoint"]) == (
+        ACCOUNT,
+        sandbox.url,
+        f"{sandbox.url}/oauth2/token",
+    )
+    assert (
+        login.path.stat().st_mode & 0o777 == 0o600
+        and login.path.parent.stat().st_mode & 0o777 == 0o700
+    )
     assert login.files() == ["tokens.json", "tokens.json.lock"]
     login.holds_no_secret(screen)
 
 
-def qr_code(screen: str) -> "list[list[bool]]":
+def qr_code(screen: str) -> list[list[bool]]:
     """The dark modules of the half-block picture on the screen."""
-    rows: "list[list[bool]]" = []
+    rows: list[list[bool]] = []
     for line in re.findall(r"\x1b\[38;5;231;48;5;16m(.*)\x1b\[0m", screen):
         rows.append([block in " ▄" for block in line])
         rows.append([block in " ▀" for block in line])
-    return rows[:len(rows[0])]  # an odd number of rows: half of the last line is nothing
+    return rows[: len(rows[0])]  # an odd number of rows: half of the last line is nothing
 
 
-def test_a_narrow_terminal_gets_no_qr_code_and_no_line_that_wraps_each_second(login: Login, sandbox: Sandbox):
+def test_a_narrow_terminal_gets_no_qr_code_and_no_line_that_wraps_each_second(
+    login: Login, sandbox: Sandbox
+):
     sandbox.set(**QUICK)
     with login.terminal("--device", columns=30) as terminal:
         assert terminal.end() == 0
         assert "48;5;16" not in terminal.screen and "█" not in terminal.screen
     updates = terminal.screen.split("\r\x1b[K")[1:-1]
-    assert updates and all(re.fullmatch(r"15:00 left to approve [A-Z0-9-]{7}", update) for update in updates)
+    assert updates and all(
+        re.fullmatch(r"15:00 left to approve [A-Z0-9-]{7}", update) for update in updates
+    )
 
 
 def test_a_dumb_terminal_gets_no_escape_sequence(login: Login, sandbox: Sandbox):
@@ -140,12 +183,25 @@ def test_a_dumb_terminal_gets_no_escape_sequence(login: Login, sandbox: Sandbox)
 
 def test_an_address_that_no_qr_code_can_hold(login: Login, sandbox: Sandbox):
     url = f"{sandbox.url}/oauth2/device?user_code=4XWJ-JJAZ&{'x' * 3000}"
-    page = {"device_code": "0f0f", "user_code": "4XWJ-JJAZ", "verification_uri": url[:40], "verification_uri_complete": url}
-    sandbox.set(answers=[{"path": "/oauth2/device/code", "body": page | {"expires_in": 900}},
-                         {"path": "/oauth2/token", "body": {"access_token": "at", "expires_in": 60}}])
+    page = {
+        "device_code": "0f0f",
+        "user_code": "4XWJ-JJAZ",
+        "verification_uri": url[:40],
+        "verification_uri_complete": url,
+    }
+    sandbox.set(
+        answers=[
+            {"path": "/oauth2/device/code", "body": page | {"expires_in": 900}},
+            {"path": "/oauth2/token", "body": {"access_token": "at", "expires_in": 60}},
+        ]
+    )
     with login.terminal("--device", columns=200) as terminal:
         terminal.expect("left to approve")
-        assert "█" not in terminal.screen and "in the picture" not in terminal.screen and "Traceback" not in terminal.screen
+        assert (
+            "█" not in terminal.screen
+            and "in the picture" not in terminal.screen
+            and "Traceback" not in terminal.screen
+        )
         terminal.type(CTRL_C)
         assert terminal.end() == 130
 
@@ -154,48 +210,90 @@ def test_by_device_in_a_pipe(login: Login, sandbox: Sandbox):
     sandbox.set(**QUICK)
     result = login.run()  # no display, so no browser: the default is --device
     assert result.returncode == 0
-    assert result.stdout == f"Signed in as {ACCOUNT} at {sandbox.url}; the login is in {login.path}.\n"
-    assert "enter the code" in result.stderr and "\x1b" not in result.stderr and "█" not in result.stderr
+    assert (
+        result.stdout == f"Signed in as {ACCOUNT} at {sandbox.url}; the login is in {login.path}.\n"
+    )
+    assert (
+        "enter the code" in result.stderr
+        and "\x1b" not in result.stderr
+        and "█" not in result.stderr
+    )
     login.holds_no_secret(result.stdout, result.stderr)
 
 
 def test_by_device_for_a_program(login: Login, sandbox: Sandbox):
-    sandbox.set(device_interval=0.05, answers=[
-        {"path": "/oauth2/token", "error": "bad_gateway", "times": 1},
-        {"path": "/oauth2/token", "cut": "close", "times": 1}])
+    sandbox.set(
+        device_interval=0.05,
+        answers=[
+            {"path": "/oauth2/token", "error": "bad_gateway", "times": 1},
+            {"path": "/oauth2/token", "cut": "close", "times": 1},
+        ],
+    )
     with login.start("--device", "--json") as process:
         device = json.loads(process.stdout.readline())
         first, second = json.loads(process.stdout.readline()), json.loads(process.stdout.readline())
         sandbox.approve(device["user_code"])
         rest, stderr = process.communicate(timeout=10)
     page = f"{sandbox.url}/oauth2/device"
-    assert device == {"event": "user_code", "user_code": device["user_code"], "verification_uri": page,
-                      "interval": 1,
-                      "verification_uri_complete": f"{page}?user_code={device['user_code']}",
-                      "expires_in": 900}
+    assert device == {
+        "event": "user_code",
+        "user_code": device["user_code"],
+        "verification_uri": page,
+        "interval": 1,
+        "verification_uri_complete": f"{page}?user_code={device['user_code']}",
+        "expires_in": 900,
+    }
     assert first["event"] == second["event"] == "trouble" and "HTTP 502" in first["message"]
     done = json.loads(rest)
-    assert done == {"event": "done", "account": ACCOUNT, "issuer": sandbox.url, "token_path": str(login.path),
-                    "expires_at": login.saved()["expires_at"], "refresher_alive": False}
+    assert done == {
+        "event": "done",
+        "account": ACCOUNT,
+        "issuer": sandbox.url,
+        "token_path": str(login.path),
+        "expires_at": login.saved()["expires_at"],
+        "refresher_alive": False,
+    }
     assert (process.returncode, stderr) == (0, "")
     login.holds_no_secret(rest)
 
 
-@pytest.mark.parametrize("knobs, code, told", [
-    ({"device_lifetime": 1}, 77, "the code expired before it was approved; start again"),
-    ({"answers": [{"path": "/oauth2/token", "error": "access_denied"}]}, 77,
-     r"ended the login \(access_denied: The user rejected the request\); start"),
-    ({"answers": [{"path": "/oauth2/token", "error": "expired_token"}]}, 77, "the code expired"),
-    ({"answers": [{"path": "/oauth2/token", "error": "tier_denied"}]}, 77,
-     "Your subscription does not include API access"),
-    ({"answers": [{"path": "/oauth2/device/code", "error": "cloudflare_challenge"}]}, 69,
-     "a page instead of an answer"),
-    ({"answers": [{"path": "/.well-known/*", "status": 404}]}, 69,
-     "no description of an issuer.*check XAI_PROXY_ISSUER"),
-    ({"answers": [{"path": "/.well-known/*", "body": {"issuer": "https://auth.x.ai"}}]}, 69,
-     "correct XAI_PROXY_ISSUER"),
-])
-def test_no_login(login: Login, sandbox: Sandbox, knobs: "dict[str, Any]", code: int, told: str):
+@pytest.mark.parametrize(
+    "knobs, code, told",
+    [
+        ({"device_lifetime": 1}, 77, "the code expired before it was approved; start again"),
+        (
+            {"answers": [{"path": "/oauth2/token", "error": "access_denied"}]},
+            77,
+            r"ended the login \(access_denied: The user rejected the request\); start",
+        ),
+        (
+            {"answers": [{"path": "/oauth2/token", "error": "expired_token"}]},
+            77,
+            "the code expired",
+        ),
+        (
+            {"answers": [{"path": "/oauth2/token", "error": "tier_denied"}]},
+            77,
+            "Your subscription does not include API access",
+        ),
+        (
+            {"answers": [{"path": "/oauth2/device/code", "error": "cloudflare_challenge"}]},
+            69,
+            "a page instead of an answer",
+        ),
+        (
+            {"answers": [{"path": "/.well-known/*", "status": 404}]},
+            69,
+            "no description of an issuer.*check XAI_PROXY_ISSUER",
+        ),
+        (
+            {"answers": [{"path": "/.well-known/*", "body": {"issuer": "https://auth.x.ai"}}]},
+            69,
+            "correct XAI_PROXY_ISSUER",
+        ),
+    ],
+)
+def test_no_login(login: Login, sandbox: Sandbox, knobs: dict[str, Any], code: int, told: str):
     sandbox.set(device_interval=0.05, **knobs)
     result = login.run("--device")
     fails(result, code, told)
@@ -204,8 +302,11 @@ def test_no_login(login: Login, sandbox: Sandbox, knobs: "dict[str, Any]", code:
 
 
 def test_no_issuer(login: Login):
-    fails(login.run("--device", XAI_PROXY_ISSUER="http://127.0.0.1:1"), 69,
-          r"127\.0\.0\.1:1 cannot be reached \(Connection ref")
+    fails(
+        login.run("--device", XAI_PROXY_ISSUER="http://127.0.0.1:1"),
+        69,
+        r"127\.0\.0\.1:1 cannot be reached \(Connection ref",
+    )
 
 
 def test_a_failure_for_a_program(login: Login):
@@ -215,17 +316,29 @@ def test_a_failure_for_a_program(login: Login):
     assert (error, result.returncode) == ({"event": "error", "exit_code": 69}, 69)
 
 
-@pytest.mark.parametrize("arguments, environ, code, told", [
-    (("--device", "--status"), {}, 64, "not allowed with"), (("--devize",), {}, 64, "unrecognized"),
-    ((), {"XAI_PROXY_ISUER": "x"}, 78, "XAI_PROXY_ISUER is not a setting; did you mean XAI_PROXY_ISSUER?"),
-    (("--status",), {"XAI_PROXY_ISSUER": "http://192.0.2.1"}, 78, "XAI_PROXY_ISSUER")])
-def test_a_wrong_line_or_setting(login: Login, arguments: "tuple[str]", environ: "dict[str, str]", code: int,
-                                 told: str):
+@pytest.mark.parametrize(
+    "arguments, environ, code, told",
+    [
+        (("--device", "--status"), {}, 64, "not allowed with"),
+        (("--devize",), {}, 64, "unrecognized"),
+        (
+            (),
+            {"XAI_PROXY_ISUER": "x"},
+            78,
+            "XAI_PROXY_ISUER is not a setting; did you mean XAI_PROXY_ISSUER?",
+        ),
+        (("--status",), {"XAI_PROXY_ISSUER": "http://192.0.2.1"}, 78, "XAI_PROXY_ISSUER"),
+    ],
+)
+def test_a_wrong_line_or_setting(
+    login: Login, arguments: tuple[str], environ: dict[str, str], code: int, told: str
+):
     fails(login.run(*arguments, **environ), code, re.escape(told))
     assert not login.path.parent.exists()
 
 
 # what is there already
+
 
 def test_over_an_existing_login(login: Login, sandbox: Sandbox):
     sandbox.set(**QUICK)
@@ -235,31 +348,50 @@ def test_over_an_existing_login(login: Login, sandbox: Sandbox):
     assert f"replaces the one of former@example.invalid in {login.path}" in result.stderr
     assert result.stderr.splitlines()[-1] == (
         f"The login that was replaced stays valid at the issuer. To have one revoked, run `{ROOT}/bin/xai-login --logout` "
-        "before you sign in again.")
-    sandbox.write_login(login.path, refresh_error={"code": "invalid_grant", "at": 1, "terminal": True})
+        "before you sign in again."
+    )
+    sandbox.write_login(
+        login.path, refresh_error={"code": "invalid_grant", "at": 1, "terminal": True}
+    )
     assert "stays valid" not in login.run("--device").stderr
-    assert login.saved()["account"] == ACCOUNT and login.saved()["refresh_token"] != former["refresh_token"]
+    assert (
+        login.saved()["account"] == ACCOUNT
+        and login.saved()["refresh_token"] != former["refresh_token"]
+    )
 
 
 def test_scopes_that_were_not_granted_are_named(login: Login, sandbox: Sandbox):
-    granted = {"access_token": "at", "refresh_token": "rt", "expires_in": 60, "scope": "openid api:access extra"}
+    granted = {
+        "access_token": "at",
+        "refresh_token": "rt",
+        "expires_in": 60,
+        "scope": "openid api:access extra",
+    }
     sandbox.set(**QUICK, answers=[{"path": "/oauth2/token", "body": granted}])
     told = "the login was granted without the scope offline_access profile; what needs that will be refused"
     environ = {"XAI_PROXY_SCOPE": "openid offline_access api:access profile"}
     assert f"Note: {told}.\n" in login.run("--device", **environ).stderr
-    events = [json.loads(line) for line in login.run("--device", "--json", **environ).stdout.splitlines()]
+    events = [
+        json.loads(line) for line in login.run("--device", "--json", **environ).stdout.splitlines()
+    ]
     assert {"event": "trouble", "message": told} in events and events[-1]["event"] == "trouble"
 
 
-@pytest.mark.parametrize("members", [{"issuer": "https://auth.x.ai"}, {"client_id": "another"},
-                                     {"issuer": None}])
-def test_another_issuers_login_is_left_alone(login: Login, sandbox: Sandbox, members: "dict[str, Any]"):
+@pytest.mark.parametrize(
+    "members", [{"issuer": "https://auth.x.ai"}, {"client_id": "another"}, {"issuer": None}]
+)
+def test_another_issuers_login_is_left_alone(
+    login: Login, sandbox: Sandbox, members: dict[str, Any]
+):
     sandbox.write_login(login.path, **members)
     sandbox.reset()
     before = login.path.read_bytes()
     for arguments in (("--device",), ("--logout",)):
-        fails(login.run(*arguments), 78,
-              "is left alone, since the settings say .*; name another file with --token-path")
+        fails(
+            login.run(*arguments),
+            78,
+            "is left alone, since the settings say .*; name another file with --token-path",
+        )
     assert login.path.read_bytes() == before
     assert sandbox.requests() == []  # nobody was asked to approve anything
 
@@ -276,8 +408,16 @@ def test_another_users_login_is_left_alone(login: Login, sandbox: Sandbox):
     sandbox.write_login(login.path)
     os.chown(login.path, 12345, 12345)
     sandbox.reset()
-    fails(login.run("--device"), 75, "belongs to user 12345, and this is user 0 .*. Run the same as user 12345")
-    assert sandbox.requests() == [] and login.path.stat().st_uid == 12345 and login.files() == ["tokens.json"]
+    fails(
+        login.run("--device"),
+        75,
+        "belongs to user 12345, and this is user 0 .*. Run the same as user 12345",
+    )
+    assert (
+        sandbox.requests() == []
+        and login.path.stat().st_uid == 12345
+        and login.files() == ["tokens.json"]
+    )
 
 
 def test_a_link_is_replaced_once_the_login_is_approved(login: Login, sandbox: Sandbox):
@@ -296,7 +436,10 @@ def test_a_file_that_is_no_login_is_kept_aside(login: Login, sandbox: Sandbox):
     result = login.run("--device")
     assert result.returncode == 0 and "is kept as" in result.stderr
     _login, kept, _lock = login.files()
-    assert kept.startswith("tokens.json.corrupt-") and (login.path.parent / kept).read_text() == "{half"
+    assert (
+        kept.startswith("tokens.json.corrupt-")
+        and (login.path.parent / kept).read_text() == "{half"
+    )
 
 
 def test_it_waits_for_whoever_is_writing(login: Login, sandbox: Sandbox):
@@ -314,7 +457,7 @@ def test_it_waits_for_whoever_is_writing(login: Login, sandbox: Sandbox):
     assert process.returncode == 0
 
 
-def open_files(pid: int) -> "set[str]":
+def open_files(pid: int) -> set[str]:
     found = set()
     for fd in Path(f"/proc/{pid}/fd").iterdir():
         try:
@@ -325,6 +468,7 @@ def open_files(pid: int) -> "set[str]":
 
 
 # Ctrl-C
+
 
 def test_ctrl_c_while_waiting_leaves_nothing(login: Login):
     with login.terminal("--device") as terminal:
@@ -354,24 +498,32 @@ def test_an_interrupt_for_a_program(login: Login):
 
 # disks
 
+
 @pytest.fixture
-def mounted(login: Login, tmp_path: Path) -> "Callable[..., subprocess.Popen[str]]":
+def mounted(login: Login, tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
     """xai-login with its token folder on a small file system of its own, in a mount namespace of its own."""
-    if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"],
-                      capture_output=True).returncode:
+    if subprocess.run(
+        ["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True
+    ).returncode:
         pytest.skip("unshare -rm cannot mount here")
     login.path.parent.mkdir()
 
-    def start(options: str, *arguments: str) -> "subprocess.Popen[str]":
+    def start(options: str, *arguments: str) -> subprocess.Popen[str]:
         script = 'mount -t tmpfs -o "$1" none "$2" && shift 2 && exec "$@"'
-        return login.start(*arguments, prefix=["unshare", "-rm", "sh", "-c", script, "sh", options,
-                                               str(login.path.parent)])
+        return login.start(
+            *arguments,
+            prefix=["unshare", "-rm", "sh", "-c", script, "sh", options, str(login.path.parent)],
+        )
+
     return start
 
 
-@pytest.mark.parametrize("options, told", [("size=32k", "No space left on device"),
-                                           ("ro", "Read-only file system")])
-def test_nobody_approves_for_a_disk_that_takes_nothing(mounted, sandbox: Sandbox, options: str, told: str):
+@pytest.mark.parametrize(
+    "options, told", [("size=32k", "No space left on device"), ("ro", "Read-only file system")]
+)
+def test_nobody_approves_for_a_disk_that_takes_nothing(
+    mounted, sandbox: Sandbox, options: str, told: str
+):
     with mounted(options, "--device") as process:
         _, stderr = process.communicate(timeout=10)
     assert (process.returncode, sandbox.requests()) == (75, [])
@@ -402,9 +554,13 @@ def test_a_login_is_saved_though_nobody_reads_of_it(login: Login, sandbox: Sandb
     with login.start("--device", "--json") as process:
         device = json.loads(process.stdout.readline())
         process.stdout.close()
-        sandbox.set(device_interval=0.05, answers=[{"path": "/oauth2/token", "error": "bad_gateway",
-                                                    "times": 1}])
-        sandbox.wait(lambda seen: seen["token_requests"] > 0)  # the trouble that it told then reached nobody
+        sandbox.set(
+            device_interval=0.05,
+            answers=[{"path": "/oauth2/token", "error": "bad_gateway", "times": 1}],
+        )
+        sandbox.wait(
+            lambda seen: seen["token_requests"] > 0
+        )  # the trouble that it told then reached nobody
         sandbox.approve(device["user_code"])
         _, stderr = process.communicate(timeout=10)
     assert (process.returncode, login.saved()["account"]) == (75, ACCOUNT)
@@ -413,18 +569,22 @@ def test_a_login_is_saved_though_nobody_reads_of_it(login: Login, sandbox: Sandb
 
 # by browser
 
+
 @pytest.fixture
-def browser(login: Login, tmp_path: Path) -> "Callable[[], str]":
+def browser(login: Login, tmp_path: Path) -> Callable[[], str]:
     """A browser of the machine, as webbrowser knows them: it notes the address that it is to open."""
     program, opened = tmp_path / "browser", tmp_path / "opened"
-    program.write_text('#!/bin/sh\necho "noise"; echo "noise" >&2\n'
-                       f'echo "$1" > {opened}.new && mv {opened}.new {opened}\n')
+    program.write_text(
+        '#!/bin/sh\necho "noise"; echo "noise" >&2\n'
+        f'echo "$1" > {opened}.new && mv {opened}.new {opened}\n'
+    )
     program.chmod(0o755)
     login.env |= {"BROWSER": str(program), "DISPLAY": ":99"}
 
     def address() -> str:
         until(opened.exists)
         return opened.read_text().strip()
+
     return address
 
 
@@ -432,7 +592,10 @@ def test_by_browser_on_a_terminal(login: Login, sandbox: Sandbox, browser):
     with login.terminal() as terminal:  # a browser is there: the default is --browser
         url = browser()
         terminal.expect(re.escape(f"    {url}\r\n"))
-        assert "&plan=generic&referrer=xaiproxy" in url and "redirect_uri=http%3A%2F%2F127.0.0.1%3A" in url
+        assert (
+            "&plan=generic&referrer=xaiproxy" in url
+            and "redirect_uri=http%3A%2F%2F127.0.0.1%3A" in url
+        )
         with urllib.request.urlopen(sandbox.consent(url), timeout=5) as page:
             assert b"You can close this window" in page.read()
         assert terminal.end() == 0
@@ -448,9 +611,13 @@ def test_by_browser_with_the_answer_pasted(login: Login, sandbox: Sandbox, brows
         terminal.type("what now?\n")
         terminal.expect("That does not help: it is neither a URL nor a code")
         terminal.type("not-a-code-of-the-issuer\n")
-        terminal.expect(r"Still waiting, although that code was refused \(invalid_grant.*\): paste the code once more")
+        terminal.expect(
+            r"Still waiting, although that code was refused \(invalid_grant.*\): paste the code once more"
+        )
         code = re.search("code=([^&]*)", redirect)[1]
-        terminal.type((f"{redirect[:70]}\n{redirect[70:]}" if pasted == "the address" else code) + "\n")
+        terminal.type(
+            (f"{redirect[:70]}\n{redirect[70:]}" if pasted == "the address" else code) + "\n"
+        )
         assert terminal.end() == 0
     assert login.saved()["account"] == ACCOUNT
 
@@ -467,13 +634,18 @@ def test_what_is_pasted_along_does_not_go_to_the_shell(login: Login, sandbox: Sa
         assert terminal.expect("shell: (.*)\r\n")[1] == "typed later"
 
 
-def test_a_code_from_the_page_that_is_refused_is_waited_past(login: Login, sandbox: Sandbox, browser):
+def test_a_code_from_the_page_that_is_refused_is_waited_past(
+    login: Login, sandbox: Sandbox, browser
+):
     with login.start("--browser", "--json") as process:
         process.stdout.readline()
         redirect = sandbox.consent(browser())
         urllib.request.urlopen(re.sub("code=[^&]*", "code=forged", redirect), timeout=5).close()
         trouble = json.loads(process.stdout.readline())
-        assert trouble["event"] == "trouble" and "that code was refused (invalid_grant" in trouble["message"]
+        assert (
+            trouble["event"] == "trouble"
+            and "that code was refused (invalid_grant" in trouble["message"]
+        )
         urllib.request.urlopen(redirect, timeout=5).close()
         rest, _ = process.communicate(timeout=10)
     assert json.loads(rest)["event"] == "done" and process.returncode == 0
@@ -482,8 +654,11 @@ def test_a_code_from_the_page_that_is_refused_is_waited_past(login: Login, sandb
 def test_by_browser_for_a_program(login: Login, sandbox: Sandbox, browser):
     with login.start("--browser", "--json") as process:
         event = json.loads(process.stdout.readline())
-        assert event == {"event": "authorization_url", "url": browser(),
-                         "redirect_uri": event["redirect_uri"]}
+        assert event == {
+            "event": "authorization_url",
+            "url": browser(),
+            "redirect_uri": event["redirect_uri"],
+        }
         urllib.request.urlopen(sandbox.consent(event["url"]), timeout=5).close()
         rest, stderr = process.communicate(timeout=10)
     assert json.loads(rest)["event"] == "done" and (process.returncode, stderr) == (0, "")
@@ -493,7 +668,10 @@ def test_by_browser_denied(login: Login, sandbox: Sandbox, browser):
     with login.terminal("--browser") as terminal:
         urllib.request.urlopen(sandbox.consent(browser(), "deny"), timeout=5).close()
         assert terminal.end() == 77
-        assert "xai-login: the login was denied (access_denied: User denied); start again" in terminal.screen
+        assert (
+            "xai-login: the login was denied (access_denied: User denied); start again"
+            in terminal.screen
+        )
     assert login.files() == ["tokens.json.lock"]
 
 
@@ -504,20 +682,31 @@ def test_ctrl_c_in_the_browser_login(login: Login, browser):
         assert terminal.end() == 130
 
 
-@pytest.mark.parametrize("environ, here", [
-    ({"DISPLAY": ":0"}, True), ({"WAYLAND_DISPLAY": "wayland-0"}, True), ({}, True), ({"BROWSER": ""}, False),
-    ({"BROWSER": "", "DISPLAY": ":0", "PATH": "/nowhere"}, False),
-    ({"DISPLAY": ":0", "SSH_CONNECTION": "192.0.2.1 1 192.0.2.2 22"}, False),
-    ({"DISPLAY": ":0", "SSH_TTY": "/dev/pts/1"}, False)])
-def test_where_a_browser_would_be_seen(environ: "dict[str, str]", here: bool):
+@pytest.mark.parametrize(
+    "environ, here",
+    [
+        ({"DISPLAY": ":0"}, True),
+        ({"WAYLAND_DISPLAY": "wayland-0"}, True),
+        ({}, True),
+        ({"BROWSER": ""}, False),
+        ({"BROWSER": "", "DISPLAY": ":0", "PATH": "/nowhere"}, False),
+        ({"DISPLAY": ":0", "SSH_CONNECTION": "192.0.2.1 1 192.0.2.2 22"}, False),
+        ({"DISPLAY": ":0", "SSH_TTY": "/dev/pts/1"}, False),
+    ],
+)
+def test_where_a_browser_would_be_seen(environ: dict[str, str], here: bool):
     code = "import os; from xaiproxy.login import command as login; print(login.browser_here(os.environ))"
-    result = subprocess.run([sys.executable, "-W", "error", "-c", code],
-                            env={"PATH": os.environ["PATH"], "BROWSER": "/bin/true", **environ},
-                            capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env={"PATH": os.environ["PATH"], "BROWSER": "/bin/true", **environ},
+        capture_output=True,
+        text=True,
+    )
     assert (result.stdout, result.stderr) == (f"{here}\n", "")
 
 
 # --status
+
 
 def test_status_of_a_good_login(login: Login, sandbox: Sandbox):
     sandbox.write_login(login.path, account=ACCOUNT)
@@ -526,8 +715,10 @@ def test_status_of_a_good_login(login: Login, sandbox: Sandbox):
     assert (result.returncode, result.stderr) == (0, "")
     who, until_when, refresher = result.stdout.splitlines()
     assert who == f"Signed in as {ACCOUNT} at {sandbox.url}; the login is in {login.path}."
-    assert re.fullmatch(r"The access token is valid until 20[\d-]{8} \d\d:\d\d UTC, for another 5 h 59 min\.",
-                        until_when)
+    assert re.fullmatch(
+        r"The access token is valid until 20[\d-]{8} \d\d:\d\d UTC, for another 5 h 59 min\.",
+        until_when,
+    )
     assert refresher.startswith("No refresher is running: the login lapses at 20")
     (login.path.parent / "tokens.json.lock").touch()  # the refresher's sign of life
     assert login.run("--status").stdout.splitlines()[2] == "The refresher is running and renews it."
@@ -541,20 +732,57 @@ def test_status_while_somebody_writes(login: Login, sandbox: Sandbox):
         assert login.run("--status").returncode == 0
 
 
-@pytest.mark.parametrize("members, code, told", [
-    ({"expires_at": 1000}, 75, ["The access token expired at 1970-01-01 00:16 and has not been renewed yet: no refresher runs",
-                                "the login lapsed at 1970-01-01 00:16 UTC"]),
-    ({"expires_at": 1000, "refresh_token": None}, 77, ["It has no refresh token and cannot be renewed"]),
-    ({"refresh_error": {"code": "503", "description": "auth.x.ai answered HTTP 503", "at": 2000,
-                        "retry_at": 2060}}, 0,
-     ["The last refresh failed at 1970-01-01 00:33 UTC: auth.x.ai answered HTTP 503.",
-      "The next try is due at 1970-01-01 00:34"]),
-    ({"refresh_error": {"code": "invalid_grant", "description": "revoked\x1b[2J", "at": 2000,
-                        "terminal": True}}, 77,
-     ["failed at 1970-01-01 00:33 UTC: revoked [2J.",
-      f"It will not be tried again; run `{ROOT}/bin/xai-login --device` to sign in."])])
-def test_status_of_a_login_in_trouble(login: Login, sandbox: Sandbox, members: "dict[str, Any]", code: int,
-                                      told: "list[str]"):
+@pytest.mark.parametrize(
+    "members, code, told",
+    [
+        (
+            {"expires_at": 1000},
+            75,
+            [
+                "The access token expired at 1970-01-01 00:16 and has not been renewed yet: no refresher runs",
+                "the login lapsed at 1970-01-01 00:16 UTC",
+            ],
+        ),
+        (
+            {"expires_at": 1000, "refresh_token": None},
+            77,
+            ["It has no refresh token and cannot be renewed"],
+        ),
+        (
+            {
+                "refresh_error": {
+                    "code": "503",
+                    "description": "auth.x.ai answered HTTP 503",
+                    "at": 2000,
+                    "retry_at": 2060,
+                }
+            },
+            0,
+            [
+                "The last refresh failed at 1970-01-01 00:33 UTC: auth.x.ai answered HTTP 503.",
+                "The next try is due at 1970-01-01 00:34",
+            ],
+        ),
+        (
+            {
+                "refresh_error": {
+                    "code": "invalid_grant",
+                    "description": "revoked\x1b[2J",
+                    "at": 2000,
+                    "terminal": True,
+                }
+            },
+            77,
+            [
+                "failed at 1970-01-01 00:33 UTC: revoked [2J.",
+                f"It will not be tried again; run `{ROOT}/bin/xai-login --device` to sign in.",
+            ],
+        ),
+    ],
+)
+def test_status_of_a_login_in_trouble(
+    login: Login, sandbox: Sandbox, members: dict[str, Any], code: int, told: list[str]
+):
     sandbox.write_login(login.path, **members)
     result = login.run("--status")
     assert (result.returncode, result.stderr) == (code, "")
@@ -565,23 +793,35 @@ def test_status_of_a_login_in_trouble(login: Login, sandbox: Sandbox, members: "
 def test_status_without_a_login(login: Login):
     result = login.run("--status")
     assert (result.returncode, result.stderr) == (77, "")
-    assert result.stdout == (f"not signed in: {login.path} does not exist; run `{ROOT}/bin/xai-login --device` to sign "
-                             "in\n")
+    assert result.stdout == (
+        f"not signed in: {login.path} does not exist; run `{ROOT}/bin/xai-login --device` to sign "
+        "in\n"
+    )
     assert not login.path.parent.exists()
 
 
-@pytest.mark.parametrize("content, state", [("{half", "corrupt"),
-                                            ('{"access_token": "at", "expires_at": 9e9}', "foreign")])
+@pytest.mark.parametrize(
+    "content, state",
+    [("{half", "corrupt"), ('{"access_token": "at", "expires_at": 9e9}', "foreign")],
+)
 def test_status_for_a_program(login: Login, sandbox: Sandbox, content: str, state: str):
     written = sandbox.write_login(login.path, account=ACCOUNT)
     result = login.run("--status", "--json")
     event = json.loads(result.stdout)
     assert re.fullmatch(r"no refresher; the login lapses at 20[0-9-]{8} [0-9:]{5}", event["reason"])
     assert event == {
-        "event": "status", "usable": True, "state": "fresh", "account": ACCOUNT, "issuer": sandbox.url,
-        "verdict": "no_refresher", "reason": event["reason"],
+        "event": "status",
+        "usable": True,
+        "state": "fresh",
+        "account": ACCOUNT,
+        "issuer": sandbox.url,
+        "verdict": "no_refresher",
+        "reason": event["reason"],
         "refresh_error": None,
-        "expires_at": written["expires_at"], "token_path": str(login.path), "refresher_alive": False}
+        "expires_at": written["expires_at"],
+        "token_path": str(login.path),
+        "refresher_alive": False,
+    }
     login.path.write_text(content)
     result = login.run("--status", "--json")
     event = json.loads(result.stdout)
@@ -595,10 +835,14 @@ def test_status_while_the_file_cannot_be_read(login: Login, sandbox: Sandbox):
     login.path.symlink_to("/proc/self/mem")  # a read of its beginning fails with EIO
     result = login.run("--status")
     assert (result.returncode, result.stderr) == (75, "")
-    assert "cannot be read at the moment (Input/output error)" in result.stdout and "sign in" not in result.stdout
+    assert (
+        "cannot be read at the moment (Input/output error)" in result.stdout
+        and "sign in" not in result.stdout
+    )
 
 
 # --logout
+
 
 def test_logout(login: Login, sandbox: Sandbox):
     written = sandbox.write_login(login.path, account=ACCOUNT)
@@ -609,9 +853,15 @@ def test_logout(login: Login, sandbox: Sandbox):
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout == f"Signed out: the login of {ACCOUNT} is gone from {login.path}.\n"
     assert login.files() == ["client-keys", "tokens.json.lock"]
-    assert sandbox.counters()["revocations"] == 1 and sandbox.refresh(written["refresh_token"])[0] == 400
+    assert (
+        sandbox.counters()["revocations"] == 1
+        and sandbox.refresh(written["refresh_token"])[0] == 400
+    )
     again = login.run("--logout")
-    assert (again.returncode, again.stdout) == (0, f"Nothing to sign out of: {login.path} does not exist.\n")
+    assert (again.returncode, again.stdout) == (
+        0,
+        f"Nothing to sign out of: {login.path} does not exist.\n",
+    )
 
 
 def test_logout_without_the_issuer(login: Login, sandbox: Sandbox):
@@ -621,7 +871,9 @@ def test_logout_without_the_issuer(login: Login, sandbox: Sandbox):
     done, error = map(json.loads, result.stdout.splitlines())
     assert done == {"event": "signed_out", "revoked": False, "account": None}
     assert error["exit_code"] == result.returncode == 69
-    assert re.search("the login was removed here but not revoked, because .* HTTP 502", result.stderr)
+    assert re.search(
+        "the login was removed here but not revoked, because .* HTTP 502", result.stderr
+    )
     assert login.files() == ["tokens.json.lock"]
 
 
@@ -636,10 +888,17 @@ def test_logout_of_a_file_that_is_no_login(login: Login, sandbox: Sandbox):
 
 # being quick
 
+
 def test_help_comes_with_worked_lines_first_and_without_the_http_client(login: Login):
-    code = ("import sys\nfrom xaiproxy.login import command as login\ntry:\n    login.main()\nfinally:\n"
-            "    assert not {'requests', 'ssl', 'dotenv', 'logging'} & set(sys.modules)")
-    result = subprocess.run([sys.executable, "-W", "error", "-c", code, "--help"], text=True,
-                            capture_output=True, **login.options)
+    code = (
+        "import sys\nfrom xaiproxy.login import command as login\ntry:\n    login.main()\nfinally:\n"
+        "    assert not {'requests', 'ssl', 'dotenv', 'logging'} & set(sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, "--help"],
+        text=True,
+        capture_output=True,
+        **login.options,
+    )
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.index("  xai-login --device    ") < result.stdout.index("options:")

@@ -36,8 +36,10 @@ def test_what_was_searched_is_not_searched_again():
     assert message_head.end(HEAD + b"X: y", len(HEAD) + 4, LIMIT) == 0
 
 
-@pytest.mark.parametrize("data", [b"\n", b"GET / HTTP/1.1\n", b"GET / HTTP/1.1\r\nX: y\n", b"GET\n\n",
-                                  b"\r\n\n", b"X\n\r\n"])
+@pytest.mark.parametrize(
+    "data",
+    [b"\n", b"GET / HTTP/1.1\n", b"GET / HTTP/1.1\r\nX: y\n", b"GET\n\n", b"\r\n\n", b"X\n\r\n"],
+)
 def test_a_bare_lf_is_not_waited_on(data):
     for size in (1, 2, 1 << 30):
         with pytest.raises(Malformed, match="does not end with CRLF"):
@@ -79,14 +81,41 @@ def test_other_line_ends_of_unicode_end_no_line():
 
 
 def test_fields_are_kept_in_order_and_found_by_name():
-    in_order, values = message_head.fields(["B: 1", "a:2", "b: \t 3 4\t ", "C:", "A: :", "n: \xa05\x85"])
-    assert in_order == [("B", "1"), ("a", "2"), ("b", "3 4"), ("C", ""), ("A", ":"), ("n", "\xa05\x85")]
+    in_order, values = message_head.fields(
+        ["B: 1", "a:2", "b: \t 3 4\t ", "C:", "A: :", "n: \xa05\x85"]
+    )
+    assert in_order == [
+        ("B", "1"),
+        ("a", "2"),
+        ("b", "3 4"),
+        ("C", ""),
+        ("A", ":"),
+        ("n", "\xa05\x85"),
+    ]
     assert values == {"b": ["1", "3 4"], "a": ["2", ":"], "c": [""], "n": ["\xa05\x85"]}
 
 
-@pytest.mark.parametrize("line", ["", ":", ": y", "X", "X y", " X: y", "X : y", "X\t: y", "X Y: z",
-                                  "\xe9: y", "X\xa0: y",
-                                  "(X): y", "X/Y: z", "X,Y: z", '"X": y', "X=y"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        ":",
+        ": y",
+        "X",
+        "X y",
+        " X: y",
+        "X : y",
+        "X\t: y",
+        "X Y: z",
+        "\xe9: y",
+        "X\xa0: y",
+        "(X): y",
+        "X/Y: z",
+        "X,Y: z",
+        '"X": y',
+        "X=y",
+    ],
+)
 def test_a_line_without_a_name_is_no_field(line):
     for _ in range(2):  # what is refused is not remembered as something else
         with pytest.raises(Malformed, match="Name: value"):
@@ -115,22 +144,45 @@ def test_the_caches_stay_small_whatever_comes():
     assert message_head.lower_of.cache_info().currsize - before <= 1
 
 
-@pytest.mark.parametrize("values, in_1_1, in_1_0", [
-    ([], True, False), (["close"], False, False), (["CLOSE"], False, False), (["keep-alive"], True, True),
-    (["Keep-Alive, close"], False, False), (["te", " x ,\tclose\t"], False, False), (["x,,keep-alive,"],
-    True, True),
-    (["close-not", "not close"], True, False), (["close\xa0", "keep-alive\x85"], True, False), ([""], True,
-    False)])
+@pytest.mark.parametrize(
+    "values, in_1_1, in_1_0",
+    [
+        ([], True, False),
+        (["close"], False, False),
+        (["CLOSE"], False, False),
+        (["keep-alive"], True, True),
+        (["Keep-Alive, close"], False, False),
+        (["te", " x ,\tclose\t"], False, False),
+        (["x,,keep-alive,"], True, True),
+        (["close-not", "not close"], True, False),
+        (["close\xa0", "keep-alive\x85"], True, False),
+        ([""], True, False),
+    ],
+)
 def test_whether_the_connection_stays(values, in_1_1, in_1_0):
     fields = {"connection": values} if values else {}
     assert message_head.keep_alive(fields, is_1_0=False) is in_1_1
     assert message_head.keep_alive(fields, is_1_0=True) is in_1_0
 
 
-@pytest.mark.parametrize("scheme, authority, normal", [
-    ("http", "LocalHost", "localhost"), ("http", "a:80", "a"), ("https", "a:443", "a"), ("http", "a:443", "a:443"),
-    ("https", "a:80", "a:80"), ("http", "a:", "a"), ("http", "[::1]:80", "[::1]"), ("http", "[::1]", "[::1]"), ("http", "a::80", "a:"),
-    ("http", "a:080", "a:080"), ("http", "a:8080", "a:8080"), ("http", "", ""), ("http", ":80", "")])
+@pytest.mark.parametrize(
+    "scheme, authority, normal",
+    [
+        ("http", "LocalHost", "localhost"),
+        ("http", "a:80", "a"),
+        ("https", "a:443", "a"),
+        ("http", "a:443", "a:443"),
+        ("https", "a:80", "a:80"),
+        ("http", "a:", "a"),
+        ("http", "[::1]:80", "[::1]"),
+        ("http", "[::1]", "[::1]"),
+        ("http", "a::80", "a:"),
+        ("http", "a:080", "a:080"),
+        ("http", "a:8080", "a:8080"),
+        ("http", "", ""),
+        ("http", ":80", ""),
+    ],
+)
 def test_one_authority_is_one_text(scheme, authority, normal):
     assert message_head.normal_authority(scheme, authority) == normal
 

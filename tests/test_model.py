@@ -12,11 +12,21 @@ import subprocess
 
 import pytest
 
-pytestmark = pytest.mark.skipif(not (shutil.which("spin") and shutil.which("gcc")),
-                                reason="the model is checked with spin and gcc")
+pytestmark = pytest.mark.skipif(
+    not (shutil.which("spin") and shutil.which("gcc")),
+    reason="the model is checked with spin and gcc",
+)
 
 MODEL = pathlib.Path(__file__).with_name("model") / "refresh.pml"
-NOTHING = {"KILLS": 0, "LOSSES": 0, "REMOVALS": 0, "TIDYINGS": 0, "FOREIGN": 0, "SIGN_INS": 0, "FULL": 0}
+NOTHING = {
+    "KILLS": 0,
+    "LOSSES": 0,
+    "REMOVALS": 0,
+    "TIDYINGS": 0,
+    "FOREIGN": 0,
+    "SIGN_INS": 0,
+    "FULL": 0,
+}
 LIMIT = 120  # seconds for one search; the longest takes 4 on a core of its own
 
 # How much of what goes wrong is searched at once. All of it together would take hours.
@@ -24,7 +34,9 @@ WHOLE = {
     "kills and lost answers": dict(REFRESHERS=3, KILLS=3, LOSSES=4),
     "the lock file is removed": dict(REFRESHERS=3, KILLS=1, LOSSES=1, REMOVALS=1, TOKENS=2),
     "twice, amid kills": dict(REFRESHERS=2, KILLS=2, LOSSES=0, REMOVALS=2, TOKENS=2),
-    "tokens.json.new is removed": dict(REFRESHERS=2, KILLS=2, LOSSES=1, TIDYINGS=1, FULL=1, TOKENS=2),
+    "tokens.json.new is removed": dict(
+        REFRESHERS=2, KILLS=2, LOSSES=1, TIDYINGS=1, FULL=1, TOKENS=2
+    ),
     "written without a lock": dict(REFRESHERS=2, KILLS=1, LOSSES=2, FOREIGN=1, FULL=1, TOKENS=2),
     "xai-login signs in": dict(REFRESHERS=2, KILLS=1, LOSSES=2, SIGN_INS=1, FULL=1, TOKENS=2),
 }
@@ -57,15 +69,26 @@ REDUNDANT = {
 }
 
 
-def search(folder: pathlib.Path, sizes: "dict[str, int]", macros: str = "", number: int = 0) -> str:
+def search(folder: pathlib.Path, sizes: dict[str, int], macros: str = "", number: int = 0) -> str:
     """What spin says about the model of these sizes, with all properties (0) or one."""
     folder.mkdir()
-    options = [f"-D{name}={value}" for name, value in {"REFRESHERS": 1, **NOTHING, **sizes, "PROPERTY": number}.items()]
-    for command in (["spin", *options, *(f"-D{macro}" for macro in macros.split()), "-a", MODEL],
-                    ["gcc", "-w", "-DSAFETY", "-o", "pan", "pan.c"]):  # -O would take longer than it saves
+    options = [
+        f"-D{name}={value}"
+        for name, value in {"REFRESHERS": 1, **NOTHING, **sizes, "PROPERTY": number}.items()
+    ]
+    for command in (
+        ["spin", *options, *(f"-D{macro}" for macro in macros.split()), "-a", MODEL],
+        ["gcc", "-w", "-DSAFETY", "-o", "pan", "pan.c"],
+    ):  # -O would take longer than it saves
         subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL, timeout=LIMIT)
-    done = subprocess.run(["./pan", "-m50000", "-w22"], cwd=folder, check=True, capture_output=True, text=True,
-                          timeout=LIMIT)
+    done = subprocess.run(
+        ["./pan", "-m50000", "-w22"],
+        cwd=folder,
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
     return done.stdout.partition("unreached in")[0]
 
 
@@ -78,17 +101,25 @@ def searches(tmp_path_factory):
     jobs.update({name: (sizes, name, number) for name, (number, sizes) in MUTANTS.items()})
     jobs["restored"] = dict(REFRESHERS=1, FOREIGN=1), "WITH_A_RESTORED_FILE", 1
     with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        yield {name: pool.submit(search, folder / str(number), *job) for number, (name, job) in enumerate(jobs.items())}
+        yield {
+            name: pool.submit(search, folder / str(number), *job)
+            for number, (name, job) in enumerate(jobs.items())
+        }
 
 
 def holds(output: str) -> bool:
-    complete = "error: max search depth too small" not in output and "Search not completed" not in output
+    complete = (
+        "error: max search depth too small" not in output and "Search not completed" not in output
+    )
     return complete and "errors: 0" in output
 
 
 def fails(output: str, number: int) -> bool:
     """Whether that property fails, and not something else, such as a deadlock of the model."""
-    return re.search(rf"assertion violated \(*{number}!=0\)&&\({number}!={number}\)", output) is not None
+    return (
+        re.search(rf"assertion violated \(*{number}!=0\)&&\({number}!={number}\)", output)
+        is not None
+    )
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -115,4 +146,6 @@ def test_a_restored_file_is_beyond_the_protocol(searches):
 
 def test_every_rule_of_the_model_is_taken_out_somewhere():
     rules = set(re.findall(r"\bWITHOUT_[A-Z_]+\b", MODEL.read_text()))
-    assert rules == {rule for names in (MUTANTS, REDUNDANT) for name in names for rule in name.split()}
+    assert rules == {
+        rule for names in (MUTANTS, REDUNDANT) for name in names for rule in name.split()
+    }

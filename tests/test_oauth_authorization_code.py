@@ -1,4 +1,5 @@
 """oauth/authorization_code.py: the request, the response as it comes or is pasted, and the exchange."""
+
 from __future__ import annotations
 
 import base64
@@ -12,9 +13,15 @@ from scripted_server import ScriptedServer, answer
 
 from xaiproxy import config, errors, tokens
 from xaiproxy.oauth import discovery
-from xaiproxy.oauth.authorization_code import (Attempt, Incomplete, NotTheAnswer, authorization_url, code_from_paste,
-                                               code_from_query,
-                                               exchange)
+from xaiproxy.oauth.authorization_code import (
+    Attempt,
+    Incomplete,
+    NotTheAnswer,
+    authorization_url,
+    code_from_paste,
+    code_from_query,
+    exchange,
+)
 from xaiproxy.oauth.session import Session
 
 SETTINGS = config.from_environ({})
@@ -37,67 +44,107 @@ def test_every_attempt_is_another():
 
 def test_the_authorization_request():
     attempt = Attempt.begin(CALLBACK)
-    metadata = discovery.Metadata("https://auth.x.ai", "https://auth.x.ai/t",
-                                  "https://auth.x.ai/oauth2/authorize")
+    metadata = discovery.Metadata(
+        "https://auth.x.ai", "https://auth.x.ai/t", "https://auth.x.ai/oauth2/authorize"
+    )
     address, _, query = authorization_url(metadata, SETTINGS, attempt).partition("?")
     assert address == "https://auth.x.ai/oauth2/authorize"
-    assert "scope=openid%20profile%20email%20offline_access%20grok-cli%3Aaccess%20api%3Aaccess&" in query
+    assert (
+        "scope=openid%20profile%20email%20offline_access%20grok-cli%3Aaccess%20api%3Aaccess&"
+        in query
+    )
     assert "redirect_uri=http%3A%2F%2F127.0.0.1%3A56121%2Fcallback&" in query
     assert dict(urllib.parse.parse_qsl(query)) == {
-        "response_type": "code", "client_id": CLIENT_ID, "redirect_uri": CALLBACK, "scope": SETTINGS.scope,
-        "state": attempt.state, "nonce": attempt.nonce, "code_challenge": attempt.code_challenge(),
-        "code_challenge_method": "S256", "plan": "generic", "referrer": "xaiproxy"}
+        "response_type": "code",
+        "client_id": CLIENT_ID,
+        "redirect_uri": CALLBACK,
+        "scope": SETTINGS.scope,
+        "state": attempt.state,
+        "nonce": attempt.nonce,
+        "code_challenge": attempt.code_challenge(),
+        "code_challenge_method": "S256",
+        "plan": "generic",
+        "referrer": "xaiproxy",
+    }
 
 
 def test_an_authorization_endpoint_with_a_query_keeps_it():
-    metadata = discovery.Metadata("https://a.example", "https://a.example/t",
-                                  "https://a.example/authorize?tenant=1")
-    assert authorization_url(metadata, SETTINGS,
-                             Attempt.begin(CALLBACK)).startswith("https://a.example/authorize?tenant=1&resp")
+    metadata = discovery.Metadata(
+        "https://a.example", "https://a.example/t", "https://a.example/authorize?tenant=1"
+    )
+    assert authorization_url(metadata, SETTINGS, Attempt.begin(CALLBACK)).startswith(
+        "https://a.example/authorize?tenant=1&resp"
+    )
 
 
 def test_an_issuer_without_browser_login():
     with pytest.raises(errors.IssuerUnavailable, match="use `\\S*bin/xai-login --device`"):
-        authorization_url(discovery.Metadata("https://a.example", "https://a.example/t"), SETTINGS,
-                          Attempt.begin(CALLBACK))
+        authorization_url(
+            discovery.Metadata("https://a.example", "https://a.example/t"),
+            SETTINGS,
+            Attempt.begin(CALLBACK),
+        )
 
 
 def test_the_code_comes_with_our_state():
     assert code_from_query("code=c-1&state=state-1&iss=https%3A%2F%2Fauth.x.ai", STATE) == "c-1"
 
 
-@pytest.mark.parametrize("query, told", [
-    ("code=c-1&state=other", "another attempt"), ("code=c-1", "another attempt"),
-    ("code=c-1&state=", "another attempt"),
-    ("error=access_denied", "another attempt"), ("error=access_denied&state=other", "another attempt"),
-    ("state=state-1", "no 'code'"), ("code=&state=state-1", "no 'code'"),
-    ("code=a%20b&state=state-1", "no 'code'"),
-    ("code=%1b&state=state-1", "no 'code'"), ("code=a&code=b&state=state-1", "repeats"),
-    ("", "another attempt"),
-    ("&".join(f"a{n}=1" for n in range(99)), "too many")])
+@pytest.mark.parametrize(
+    "query, told",
+    [
+        ("code=c-1&state=other", "another attempt"),
+        ("code=c-1", "another attempt"),
+        ("code=c-1&state=", "another attempt"),
+        ("error=access_denied", "another attempt"),
+        ("error=access_denied&state=other", "another attempt"),
+        ("state=state-1", "no 'code'"),
+        ("code=&state=state-1", "no 'code'"),
+        ("code=a%20b&state=state-1", "no 'code'"),
+        ("code=%1b&state=state-1", "no 'code'"),
+        ("code=a&code=b&state=state-1", "repeats"),
+        ("", "another attempt"),
+        ("&".join(f"a{n}=1" for n in range(99)), "too many"),
+    ],
+)
 def test_what_is_not_the_answer(query: str, told: str):
     with pytest.raises(NotTheAnswer, match=told):
         code_from_query(query, STATE)
 
 
 def test_a_denial():
-    with pytest.raises(errors.AccessDenied, match=r"denied \(access_denied: User denied\)") as caught:
+    with pytest.raises(
+        errors.AccessDenied, match=r"denied \(access_denied: User denied\)"
+    ) as caught:
         code_from_query("error=access_denied&error_description=User+denied&state=state-1", STATE)
     assert caught.value.exit_code == 77
 
 
 def test_another_error():
     with pytest.raises(errors.OAuthError, match=r"invalid_scope: Unknown scope: x \[31m") as caught:
-        code_from_query("error=invalid_scope&error_description=Unknown+scope%3A+x%1b[31m&state=state-1",
-                        STATE)
-    assert caught.value.error == "invalid_scope" and not isinstance(caught.value, errors.AccessDenied)
+        code_from_query(
+            "error=invalid_scope&error_description=Unknown+scope%3A+x%1b[31m&state=state-1", STATE
+        )
+    assert caught.value.error == "invalid_scope" and not isinstance(
+        caught.value, errors.AccessDenied
+    )
 
 
-@pytest.mark.parametrize("text", [
-    f"{CALLBACK}?code=nqnd-q3_Y&state=state-1", f"  '{CALLBACK}?state=state-1&code=nqnd-q3_Y'\r",
-    "127.0.0.1:56121/callback?code=nqnd-q3_Y&state=state-1", f"{CALLBACK}?code=nqnd-q3_Y&state=state-1&iss=https://a.example#",
-    "?code=nqnd-q3_Y&state=state-1", "code=nqnd-q3_Y&state=state-1", "state=state-1&code=nqnd-q3_Y",
-    "nqnd-q3_Y", " nqnd-q3_Y\n", '"nqnd-q3_Y"'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{CALLBACK}?code=nqnd-q3_Y&state=state-1",
+        f"  '{CALLBACK}?state=state-1&code=nqnd-q3_Y'\r",
+        "127.0.0.1:56121/callback?code=nqnd-q3_Y&state=state-1",
+        f"{CALLBACK}?code=nqnd-q3_Y&state=state-1&iss=https://a.example#",
+        "?code=nqnd-q3_Y&state=state-1",
+        "code=nqnd-q3_Y&state=state-1",
+        "state=state-1&code=nqnd-q3_Y",
+        "nqnd-q3_Y",
+        " nqnd-q3_Y\n",
+        '"nqnd-q3_Y"',
+    ],
+)
 def test_what_may_be_pasted(text: str):
     assert code_from_paste(text, STATE) == "nqnd-q3_Y"
 
@@ -111,21 +158,43 @@ def test_an_empty_line_is_nothing():
     assert code_from_paste(" \r\n", STATE) is None
 
 
-@pytest.mark.parametrize("text, told", [
-    (f"{CALLBACK}?state=state-1", "no 'code'"), ("?state=state-1", "no 'code'"),
-    (f"{CALLBACK}?code=c&state=other", "another attempt"), ("what now?", "neither a URL nor a code"),
-    ("ls", "too short for a code"), ("y", "too short"), ("1234567", "too short"), ("rest&state=state-1", "neither"),
-    ("x" * 4097, "neither"), (f"{CALLBACK}?code=c&state=other&error=x", "another attempt"),
-    ("\x1b[A", "neither"),
-    ("https://auth.x.ai/oauth2/authorize?response_type=code&state=state-1", "no 'code'")])
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        (f"{CALLBACK}?state=state-1", "no 'code'"),
+        ("?state=state-1", "no 'code'"),
+        (f"{CALLBACK}?code=c&state=other", "another attempt"),
+        ("what now?", "neither a URL nor a code"),
+        ("ls", "too short for a code"),
+        ("y", "too short"),
+        ("1234567", "too short"),
+        ("rest&state=state-1", "neither"),
+        ("x" * 4097, "neither"),
+        (f"{CALLBACK}?code=c&state=other&error=x", "another attempt"),
+        ("\x1b[A", "neither"),
+        ("https://auth.x.ai/oauth2/authorize?response_type=code&state=state-1", "no 'code'"),
+    ],
+)
 def test_what_does_not_help(text: str, told: str):
     with pytest.raises(NotTheAnswer, match=told):
         code_from_paste(text, STATE)
 
 
-@pytest.mark.parametrize("text", [
-    "http://", CALLBACK, f"{CALLBACK}?", f"{CALLBACK}?co", f"{CALLBACK}?code=nqnd", f"{CALLBACK}?code=nqnd-q3_Y&state=",
-    f"{CALLBACK}?code=nqnd-q3_Y&state=sta", "?code=nqnd-q3_Y", "code=nqnd-q3_Y", "state=sta"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "http://",
+        CALLBACK,
+        f"{CALLBACK}?",
+        f"{CALLBACK}?co",
+        f"{CALLBACK}?code=nqnd",
+        f"{CALLBACK}?code=nqnd-q3_Y&state=",
+        f"{CALLBACK}?code=nqnd-q3_Y&state=sta",
+        "?code=nqnd-q3_Y",
+        "code=nqnd-q3_Y",
+        "state=sta",
+    ],
+)
 def test_an_address_without_our_whole_state_is_incomplete(text: str):
     with pytest.raises(Incomplete, match="it ends before its state"):
         code_from_paste(text, STATE)
@@ -138,30 +207,49 @@ def test_a_pasted_refusal_is_one():
 
 # the exchange
 
+
 def id_token(**claims: Any) -> str:
-    payload = base64.urlsafe_b64encode(json.dumps({"email": "a@b.example",
-                                                   **claims}).encode()).rstrip(b"=").decode()
+    payload = (
+        base64.urlsafe_b64encode(json.dumps({"email": "a@b.example", **claims}).encode())
+        .rstrip(b"=")
+        .decode()
+    )
     return f"e30.{payload}.c2ln"
 
 
-def trade(*answers: Any, sleeps: "list[float] | None" = None) -> "tuple[tokens.Tokens, list[bytes]]":
+def trade(*answers: Any, sleeps: list[float] | None = None) -> tuple[tokens.Tokens, list[bytes]]:
     attempt = Attempt(CALLBACK, STATE, "nonce-1", "verifier-1")
     with ScriptedServer(*answers) as server:
         metadata = discovery.Metadata("https://auth.x.ai", server.url + "/t")
-        login = exchange(Session(SETTINGS), metadata, SETTINGS, attempt, "c-1",
-                         sleep=([] if sleeps is None else sleeps).append)
+        login = exchange(
+            Session(SETTINGS),
+            metadata,
+            SETTINGS,
+            attempt,
+            "c-1",
+            sleep=([] if sleeps is None else sleeps).append,
+        )
     return login, server.requests
 
 
 def test_what_the_exchange_sends_and_gives():
-    login, requests = trade(answer(200, {"access_token": "at", "refresh_token": "rt",
-                                         "id_token": id_token(nonce="nonce-1")}))
-    assert requests[0].endswith("\r\n\r\ngrant_type=authorization_code&code=c-1&redirect_uri=http%3A%2F%2F"
-                                f"127.0.0.1%3A56121%2Fcallback&client_id={CLIENT_ID}&code_verifier="
-                                "verifier-1".encode())
-    assert (login.access_token, login.refresh_token, login.account, login.scope) == ("at", "rt",
-                                                                                     "a@b.example",
-                                                                                     SETTINGS.scope)
+    login, requests = trade(
+        answer(
+            200,
+            {"access_token": "at", "refresh_token": "rt", "id_token": id_token(nonce="nonce-1")},
+        )
+    )
+    assert requests[0].endswith(
+        "\r\n\r\ngrant_type=authorization_code&code=c-1&redirect_uri=http%3A%2F%2F"
+        f"127.0.0.1%3A56121%2Fcallback&client_id={CLIENT_ID}&code_verifier="
+        "verifier-1".encode()
+    )
+    assert (login.access_token, login.refresh_token, login.account, login.scope) == (
+        "at",
+        "rt",
+        "a@b.example",
+        SETTINGS.scope,
+    )
 
 
 def test_an_answer_without_id_token_will_do():
@@ -175,19 +263,28 @@ def test_an_id_token_of_another_attempt(token: str):
 
 
 def test_an_approval_is_not_given_up_for_one_bad_answer():
-    sleeps: "list[float]" = []
-    trade(answer(502, "<html>", "text/html"), lambda connection: None, answer(200, {"access_token": "at"}),
-          sleeps=sleeps)
+    sleeps: list[float] = []
+    trade(
+        answer(502, "<html>", "text/html"),
+        lambda connection: None,
+        answer(200, {"access_token": "at"}),
+        sleeps=sleeps,
+    )
     assert sleeps == [2, 2]
     with pytest.raises(errors.IssuerUnavailable, match="HTTP 503"):
         trade(answer(503))
 
 
-@pytest.mark.parametrize("status, body, kind", [
-    (400, {"error": "invalid_grant"}, errors.GrantRefused), (403, {"error": "tier"}, errors.NotEntitled),
-    (401, {"error": "invalid_client"}, errors.ClientRejected)])
-def test_a_refusal_is_final(status: int, body: "dict[str, str]", kind: type):
-    sleeps: "list[float]" = []
+@pytest.mark.parametrize(
+    "status, body, kind",
+    [
+        (400, {"error": "invalid_grant"}, errors.GrantRefused),
+        (403, {"error": "tier"}, errors.NotEntitled),
+        (401, {"error": "invalid_client"}, errors.ClientRejected),
+    ],
+)
+def test_a_refusal_is_final(status: int, body: dict[str, str], kind: type):
+    sleeps: list[float] = []
     with pytest.raises(kind):
         trade(answer(status, body), sleeps=sleeps)
     assert sleeps == []

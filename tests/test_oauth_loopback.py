@@ -1,4 +1,5 @@
 """oauth/loopback.py over raw sockets: what a browser, and whatever else connects, does to the listener."""
+
 from __future__ import annotations
 
 import contextlib
@@ -8,7 +9,8 @@ import struct
 import threading
 import time
 import urllib.parse
-from typing import Any, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -25,8 +27,8 @@ class Waiting:
 
     def __init__(self, listener: loopback.Listener, **options: Any) -> None:
         self.port = urllib.parse.urlsplit(listener.redirect_uri).port
-        self.said: "list[str]" = []
-        self.outcome: "list[Any]" = []
+        self.said: list[str] = []
+        self.outcome: list[Any] = []
         options = {"seconds": 10, "say": self.said.append, **options}
 
         def wait() -> None:
@@ -62,13 +64,13 @@ def read(connection: socket.socket) -> str:
 
 
 @pytest.fixture
-def listener() -> "Iterator[loopback.Listener]":
+def listener() -> Iterator[loopback.Listener]:
     with loopback.Listener(0, "https://auth.x.ai") as listener:
         yield listener
 
 
 @pytest.fixture
-def waiting(listener: loopback.Listener) -> "Iterator[Waiting]":
+def waiting(listener: loopback.Listener) -> Iterator[Waiting]:
     waiting = Waiting(listener)
     yield waiting
     if not waiting.outcome:
@@ -84,24 +86,38 @@ def test_the_answer(waiting: Waiting):
 
 
 def test_a_preflight_is_answered_and_does_not_use_up_the_login(waiting: Waiting):
-    reply = waiting.ask("OPTIONS /callback?code=c-1 HTTP/1.1\r\nHost: 127.0.0.1:56121\r\n"
-                        f"Origin: {XAI}\r\nAccess-Control-Request-Method: GET\r\n"
-                        "Access-Control-Request-Private-Network: true\r\n\r\n")
+    reply = waiting.ask(
+        "OPTIONS /callback?code=c-1 HTTP/1.1\r\nHost: 127.0.0.1:56121\r\n"
+        f"Origin: {XAI}\r\nAccess-Control-Request-Method: GET\r\n"
+        "Access-Control-Request-Private-Network: true\r\n\r\n"
+    )
     head, _, body = reply.partition("\r\n\r\n")
     status, *fields = head.split("\r\n")
     assert status == "HTTP/1.1 204 No Content" and body == "" and "Content-Length" not in head
-    for field in (f"Access-Control-Allow-Origin: {XAI}", "Access-Control-Allow-Methods: GET, OPTIONS",
-                  "Vary: Origin",
-                  "Access-Control-Allow-Headers: Content-Type", "Access-Control-Allow-Private-Network: true"):
+    for field in (
+        f"Access-Control-Allow-Origin: {XAI}",
+        "Access-Control-Allow-Methods: GET, OPTIONS",
+        "Vary: Origin",
+        "Access-Control-Allow-Headers: Content-Type",
+        "Access-Control-Allow-Private-Network: true",
+    ):
         assert field in fields
     reply = waiting.ask(GOOD.replace("\r\n\r\n", f"\r\nOrigin: {XAI}\r\n\r\n"))
     assert f"\r\nAccess-Control-Allow-Origin: {XAI}\r\n" in reply
     assert waiting.result() == "c-1"
 
 
-@pytest.mark.parametrize("origin", ["https://evil.example", "https://accounts.x.ai.evil.example",
-                                    "http://accounts.x.ai", "null",
-                                    "https://ACCOUNTS.x.ai", "http://127.0.0.1:9191"])
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "https://evil.example",
+        "https://accounts.x.ai.evil.example",
+        "http://accounts.x.ai",
+        "null",
+        "https://ACCOUNTS.x.ai",
+        "http://127.0.0.1:9191",
+    ],
+)
 def test_no_other_origin_may_read_or_preflight(waiting: Waiting, origin: str):
     reply = waiting.ask(f"OPTIONS /callback HTTP/1.1\r\nOrigin: {origin}\r\n\r\n")
     assert reply.startswith("HTTP/1.1 403 Forbidden\r\n") and "Access-Control" not in reply
@@ -119,26 +135,45 @@ def test_a_loopback_issuers_own_page_may():
         assert waiting.result() == "c-1"
 
 
-@pytest.mark.parametrize("request_line, status", [
-    ("GET /favicon.ico", 404), ("GET /", 404), ("GET /callback/", 404),
-    ("GET //callback?code=c-1&state=state-1", 404),
-    ("POST /callback?code=c-1&state=state-1", 405), ("HEAD /callback?code=c-1&state=state-1", 405),
-    ("GET /callback", 400),
-    ("GET /callback?code=c-2&state=other", 400), ("GET /callback?code=c-2", 400),
-    ("GET /callback?error=access_denied", 400),
-    ("GET /callback?state=state-1", 400)])
-def test_what_is_not_the_answer_is_answered_and_waited_past(waiting: Waiting, request_line: str, status: int):
+@pytest.mark.parametrize(
+    "request_line, status",
+    [
+        ("GET /favicon.ico", 404),
+        ("GET /", 404),
+        ("GET /callback/", 404),
+        ("GET //callback?code=c-1&state=state-1", 404),
+        ("POST /callback?code=c-1&state=state-1", 405),
+        ("HEAD /callback?code=c-1&state=state-1", 405),
+        ("GET /callback", 400),
+        ("GET /callback?code=c-2&state=other", 400),
+        ("GET /callback?code=c-2", 400),
+        ("GET /callback?error=access_denied", 400),
+        ("GET /callback?state=state-1", 400),
+    ],
+)
+def test_what_is_not_the_answer_is_answered_and_waited_past(
+    waiting: Waiting, request_line: str, status: int
+):
     reply = waiting.ask(f"{request_line} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
     assert reply.startswith(f"HTTP/1.1 {status} ")
     waiting.ask(GOOD)
     assert waiting.result() == "c-1"
-    assert len(waiting.said) == (status == 400)  # what looks like the answer and is not is worth a sentence
+    assert len(waiting.said) == (
+        status == 400
+    )  # what looks like the answer and is not is worth a sentence
 
 
-@pytest.mark.parametrize("nonsense", [b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"\r\n\r\n",
-                                      b"GET /callback\r\n\r\n",
-                                      b"GET /callback?code=c-1&state=state-1 HTTP/1.1\r\nHalf: ",
-                                      b"x" * 70000, b""])
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"\r\n\r\n",
+        b"GET /callback\r\n\r\n",
+        b"GET /callback?code=c-1&state=state-1 HTTP/1.1\r\nHalf: ",
+        b"x" * 70000,
+        b"",
+    ],
+)
 def test_stray_connections(waiting: Waiting, nonsense: bytes):
     with waiting.connect() as silent, waiting.connect() as stray, waiting.connect() as rude:
         with contextlib.suppress(ConnectionError):
@@ -162,7 +197,9 @@ def test_one_byte_at_a_time(waiting: Waiting):
 
 def test_a_port_scanner_with_many_connections(waiting: Waiting):
     with contextlib.ExitStack() as stack:
-        many = [stack.enter_context(waiting.connect()) for _ in range(3 * loopback.CONNECTION_LIMIT)]
+        many = [
+            stack.enter_context(waiting.connect()) for _ in range(3 * loopback.CONNECTION_LIMIT)
+        ]
         assert waiting.ask(GOOD).startswith("HTTP/1.1 200 ")
         assert read(many[0]) == ""  # the oldest made room
     assert waiting.result() == "c-1"
@@ -178,8 +215,10 @@ def test_a_silent_connection_is_closed_after_a_while():
 
 
 def test_a_denial(waiting: Waiting):
-    reply = waiting.ask("GET /callback?error=access_denied&error_description=User+denied&state=state-1 "
-                        "HTTP/1.1\r\n\r\n")
+    reply = waiting.ask(
+        "GET /callback?error=access_denied&error_description=User+denied&state=state-1 "
+        "HTTP/1.1\r\n\r\n"
+    )
     assert reply.startswith("HTTP/1.1 200 ") and "denied" in reply
     assert isinstance(waiting.result(), errors.AccessDenied)
 
@@ -195,7 +234,9 @@ def test_a_taken_port_is_replaced():
 
 def test_nobody_comes(listener: loopback.Listener):
     waiting = Waiting(listener, seconds=0.2)
-    assert isinstance(waiting.result(), errors.ExpiredToken) and "nobody approved" in str(waiting.result())
+    assert isinstance(waiting.result(), errors.ExpiredToken) and "nobody approved" in str(
+        waiting.result()
+    )
 
 
 def test_pasting(listener: loopback.Listener):
@@ -213,21 +254,29 @@ def test_pasting(listener: loopback.Listener):
 ADDRESS = f"http://127.0.0.1:1/callback?code=code-0002&state={STATE}"
 
 
-@pytest.mark.parametrize("lines, complaints", [
-    # A URL that a narrow window, an e-mail or another program broke into lines, at each kind of place.
-    *(([ADDRESS[:at], ADDRESS[at:]], 1) for at in range(len("http://"), len(ADDRESS))),
-    ([ADDRESS[at:at + 9] for at in range(0, len(ADDRESS), 9)], 6),
-    ([f"'{ADDRESS[:40]}\r", f"    {ADDRESS[40:]}'\r"], 1),
-    # Bracketed paste, whole and broken.
-    ([f"\x1b[200~{ADDRESS}\x1b[201~"], 0), ([f"\x1b[200~{ADDRESS[:40]}", f"{ADDRESS[40:]}\x1b[201~"], 1),
-    (["\x1b[200~code-0002\x1b[201~"], 0),
-    # Begun, and then something else.
-    ([ADDRESS[:40], ADDRESS], 1), ([ADDRESS[:40], "", "code-0002"], 1), (["ls", "what now?", "code-0002"], 2),
-    ([ADDRESS.replace("state-1", "other"), "code-0002"], 1), (["http://" + "x" * 3000] + ["y" * 3000] * 9 + [ADDRESS], 10)])
-def test_pasted_lines(listener: loopback.Listener, lines: "list[str]", complaints: int):
+@pytest.mark.parametrize(
+    "lines, complaints",
+    [
+        # A URL that a narrow window, an e-mail or another program broke into lines, at each kind of place.
+        *(([ADDRESS[:at], ADDRESS[at:]], 1) for at in range(len("http://"), len(ADDRESS))),
+        ([ADDRESS[at : at + 9] for at in range(0, len(ADDRESS), 9)], 6),
+        ([f"'{ADDRESS[:40]}\r", f"    {ADDRESS[40:]}'\r"], 1),
+        # Bracketed paste, whole and broken.
+        ([f"\x1b[200~{ADDRESS}\x1b[201~"], 0),
+        ([f"\x1b[200~{ADDRESS[:40]}", f"{ADDRESS[40:]}\x1b[201~"], 1),
+        (["\x1b[200~code-0002\x1b[201~"], 0),
+        # Begun, and then something else.
+        ([ADDRESS[:40], ADDRESS], 1),
+        ([ADDRESS[:40], "", "code-0002"], 1),
+        (["ls", "what now?", "code-0002"], 2),
+        ([ADDRESS.replace("state-1", "other"), "code-0002"], 1),
+        (["http://" + "x" * 3000] + ["y" * 3000] * 9 + [ADDRESS], 10),
+    ],
+)
+def test_pasted_lines(listener: loopback.Listener, lines: list[str], complaints: int):
     theirs, ours = os.pipe()
     with open(theirs, "rb", 0), open(ours, "wb", 0) as keyboard:
-        said: "list[str]" = []
+        said: list[str] = []
         keyboard.write("".join(f"{line}\n" for line in lines).encode())
         assert listener.wait(STATE, seconds=5, paste_from=theirs, say=said.append) == "code-0002"
         assert len(said) == complaints, said
@@ -240,7 +289,9 @@ def test_what_was_taken_for_the_code_may_have_been_none(listener: loopback.Liste
         for line, code in (("continue", "continue"), (ADDRESS, "code-0002"), (ADDRESS[:-3], None)):
             keyboard.write(line.encode() + b"\n")
             waiting = Waiting(listener, paste_from=ours, seconds=5 if code else 0.2)
-            assert waiting.result() == code or not code and isinstance(waiting.result(), errors.ExpiredToken)
+            assert waiting.result() == code or (
+                not code and isinstance(waiting.result(), errors.ExpiredToken)
+            )
         keyboard.write(b"\x04")
         for _ in range(2):
             waiting = Waiting(listener, paste_from=ours)

@@ -1,4 +1,5 @@
 """oauth/revocation.py."""
+
 from __future__ import annotations
 
 import pytest
@@ -14,28 +15,39 @@ LOGIN = tokens.Tokens("at-1", 1000, refresh_token="rt-1")
 
 def revoke(reply: bytes, login: tokens.Tokens = LOGIN) -> bytes:
     with ScriptedServer(reply) as server:
-        metadata = discovery.Metadata(server.url, server.url + "/t",
-                                      revocation_endpoint=server.url + "/revoke")
+        metadata = discovery.Metadata(
+            server.url, server.url + "/t", revocation_endpoint=server.url + "/revoke"
+        )
         revocation.revoke(Session(config.from_environ({})), metadata, login, deadline=5)
     return server.requests[0]
 
 
 def test_the_refresh_token_is_revoked():
     sent = revoke(answer(200))
-    assert sent.endswith(f"\r\n\r\ntoken=rt-1&token_type_hint=refresh_token&client_id={CLIENT_ID}".encode())
+    assert sent.endswith(
+        f"\r\n\r\ntoken=rt-1&token_type_hint=refresh_token&client_id={CLIENT_ID}".encode()
+    )
 
 
 def test_without_one_the_access_token_is():
     sent = revoke(answer(200), tokens.Tokens("at-1", 1000))
-    assert sent.endswith(f"\r\n\r\ntoken=at-1&token_type_hint=access_token&client_id={CLIENT_ID}".encode())
+    assert sent.endswith(
+        f"\r\n\r\ntoken=at-1&token_type_hint=access_token&client_id={CLIENT_ID}".encode()
+    )
 
 
-@pytest.mark.parametrize("reply, kind", [
-    (answer(503, "", Retry_After="5"), errors.IssuerUnavailable),
-    (answer(200, "<html>", "text/html"), errors.IssuerUnavailable),
-    (answer(400, {"error": "unsupported_token_type", "error_description": "not rt-1"}),
-     errors.IssuerUnavailable),
-    (answer(401, {"error": "invalid_client"}), errors.ClientRejected)])
+@pytest.mark.parametrize(
+    "reply, kind",
+    [
+        (answer(503, "", Retry_After="5"), errors.IssuerUnavailable),
+        (answer(200, "<html>", "text/html"), errors.IssuerUnavailable),
+        (
+            answer(400, {"error": "unsupported_token_type", "error_description": "not rt-1"}),
+            errors.IssuerUnavailable,
+        ),
+        (answer(401, {"error": "invalid_client"}), errors.ClientRejected),
+    ],
+)
 def test_a_refusal(reply: bytes, kind: type):
     with pytest.raises(kind) as caught:
         revoke(reply)
@@ -44,8 +56,11 @@ def test_a_refusal(reply: bytes, kind: type):
 
 def test_an_issuer_without_revocation():
     with pytest.raises(errors.IssuerUnavailable, match="offers no revocation"):
-        revocation.revoke(Session(config.from_environ({})), discovery.Metadata("http://127.0.0.1:1",
-                                                                               "http://127.0.0.1:1/t"), LOGIN)
+        revocation.revoke(
+            Session(config.from_environ({})),
+            discovery.Metadata("http://127.0.0.1:1", "http://127.0.0.1:1/t"),
+            LOGIN,
+        )
 
 
 def test_the_sandbox(sandbox: Sandbox):
@@ -53,6 +68,9 @@ def test_the_sandbox(sandbox: Sandbox):
     minted = sandbox.mint()
     metadata = discovery.discover(web, sandbox.url)
     for _ in range(2):  # a second time, as for any token that is not known, nothing is wrong
-        revocation.revoke(web, metadata, tokens.Tokens(minted["access_token"], 1000,
-                                                       refresh_token=minted["refresh_token"]))
+        revocation.revoke(
+            web,
+            metadata,
+            tokens.Tokens(minted["access_token"], 1000, refresh_token=minted["refresh_token"]),
+        )
     assert sandbox.refresh(minted["refresh_token"])[0] == 400

@@ -1,4 +1,5 @@
 """oauth/session.py against servers that misbehave as an issuer, or what stands before it, can."""
+
 from __future__ import annotations
 
 import base64
@@ -42,9 +43,14 @@ def test_what_goes_over_the_wire():
     head, body = [request.decode().split("\r\n\r\n") for request in server.requests][1]
     assert head.split("\r\n")[0] == "POST /token HTTP/1.1"
     fields = dict(line.split(": ", 1) for line in head.split("\r\n")[1:])
-    assert fields == {"Host": server.url.removeprefix("http://"), "User-Agent": f"xaiproxy/{__version__}",
-                      "Accept": "application/json", "Accept-Encoding": "identity",
-                      "Content-Type": "application/x-www-form-urlencoded", "Content-Length": str(len(body))}
+    assert fields == {
+        "Host": server.url.removeprefix("http://"),
+        "User-Agent": f"xaiproxy/{__version__}",
+        "Accept": "application/json",
+        "Accept-Encoding": "identity",
+        "Content-Type": "application/x-www-form-urlencoded",
+        "Content-Length": str(len(body)),
+    }
     assert body == "grant_type=refresh_token&refresh_token=rt-1%2B%2F%3D"
     first = server.requests[0].decode()
     assert first.startswith("GET /x?y=z HTTP/1.1\r\n")
@@ -60,12 +66,25 @@ def test_the_environments_own_proxies_and_netrc_have_no_say(tmp_path: Path):
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login somebody password something\n")
     (tmp_path / "netrc").chmod(0o600)
     with ScriptedServer(answer(200, {})) as server:
-        subprocess.run([sys.executable, "-W", "error", "-c", "import sys; from xaiproxy import config\n"
-                        "from xaiproxy.oauth.session import Session\n"
-                        "assert Session(config.from_environ({})).get(sys.argv[1]).status == 200", server.url],
-                       env=os.environ | {"http_proxy": "http://127.0.0.1:1",
-                                         "ALL_PROXY": "http://127.0.0.1:1",
-                                         "NETRC": str(tmp_path / "netrc")}, check=True)
+        subprocess.run(
+            [
+                sys.executable,
+                "-W",
+                "error",
+                "-c",
+                "import sys; from xaiproxy import config\n"
+                "from xaiproxy.oauth.session import Session\n"
+                "assert Session(config.from_environ({})).get(sys.argv[1]).status == 200",
+                server.url,
+            ],
+            env=os.environ
+            | {
+                "http_proxy": "http://127.0.0.1:1",
+                "ALL_PROXY": "http://127.0.0.1:1",
+                "NETRC": str(tmp_path / "netrc"),
+            },
+            check=True,
+        )
     assert b"Authorization" not in server.requests[0]
 
 
@@ -89,8 +108,9 @@ def test_refused():
     with socket.create_server(("127.0.0.1", 0)) as closed:
         url = f"http://127.0.0.1:{closed.getsockname()[1]}"
     error = unavailable(lambda: session().post(url, FORM))
-    assert str(error) == (f"{url[7:]} cannot be reached (Connection refused); check the network, or "
-                          "XAI_PROXY_ISSUER")
+    assert str(error) == (
+        f"{url[7:]} cannot be reached (Connection refused); check the network, or XAI_PROXY_ISSUER"
+    )
     assert not error.sent and error.exit_code == 69
 
 
@@ -108,18 +128,28 @@ def say(text: bytes):
     def script(connection: socket.socket) -> None:
         read_request(connection)
         connection.sendall(text)
+
     return script
 
 
-@pytest.mark.parametrize("script, told", [
-    (lambda connection: read_request(connection) and None, "broke the connection off"),
-    (reset, "broke the connection off"),
-    (say(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n{"), "broke the connection off"),
-    (say(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{"), "broke the connection off"),
-    (say(b"nonsense\r\n\r\n"), "broke the connection off"),
-    (say(b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}"),
-     "no answer that can be read"),
-], ids=["closed", "reset", "short", "short chunk", "nonsense", "not gzip"])
+@pytest.mark.parametrize(
+    "script, told",
+    [
+        (lambda connection: read_request(connection) and None, "broke the connection off"),
+        (reset, "broke the connection off"),
+        (say(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n{"), "broke the connection off"),
+        (
+            say(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{"),
+            "broke the connection off",
+        ),
+        (say(b"nonsense\r\n\r\n"), "broke the connection off"),
+        (
+            say(b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}"),
+            "no answer that can be read",
+        ),
+    ],
+    ids=["closed", "reset", "short", "short chunk", "nonsense", "not gzip"],
+)
 def test_no_whole_answer_after_the_form_was_sent(script, told: str):
     with ScriptedServer(script) as server:
         error = unavailable(lambda: session().post(server.url, FORM))
@@ -133,14 +163,19 @@ def drip(text: bytes):
         for byte in text:
             connection.sendall(bytes([byte]))
             time.sleep(0.02)
+
     return script
 
 
-@pytest.mark.parametrize("script", [
-    drip(b"HTTP/1.1 200 OK\r\nX: " + b"x" * 1000),
-    drip(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n" + b" " * 1000),
-    lambda connection: read_request(connection) and read_request(connection)],
-                         ids=["head", "body", "silence"])
+@pytest.mark.parametrize(
+    "script",
+    [
+        drip(b"HTTP/1.1 200 OK\r\nX: " + b"x" * 1000),
+        drip(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n" + b" " * 1000),
+        lambda connection: read_request(connection) and read_request(connection),
+    ],
+    ids=["head", "body", "silence"],
+)
 def test_one_deadline_for_all_of_it(script):
     with ScriptedServer(script) as server:
         begin = time.monotonic()
@@ -167,8 +202,11 @@ def test_an_answer_that_came_while_the_process_was_stopped_past_the_deadline_is_
         connection.sendall(answer(200, {"refresh_token": "the only copy"}))
 
     with ScriptedServer(script) as server:
-        process = subprocess.Popen([sys.executable, "-W", "error", "-c", STOPPED, server.url],
-                                   stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-W", "error", "-c", STOPPED, server.url],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         assert read.wait(10)
         process.send_signal(signal.SIGSTOP)
         released.set()
@@ -178,9 +216,12 @@ def test_an_answer_that_came_while_the_process_was_stopped_past_the_deadline_is_
 
 
 def test_no_thread_goes_on_reading():
-    with ScriptedServer(drip(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n" + b" " * 1000)) as server:
-        unavailable(lambda: session().post(server.url, FORM,
-                                           deadline=1))  # 40 bytes of head, then some of the body
+    with ScriptedServer(
+        drip(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n" + b" " * 1000)
+    ) as server:
+        unavailable(
+            lambda: session().post(server.url, FORM, deadline=1)
+        )  # 40 bytes of head, then some of the body
         end_of_late_threads(1)
 
 
@@ -193,26 +234,51 @@ def end_of_late_threads(seconds: float) -> None:
 
 
 def test_a_connection_that_nobody_accepts():
-    with socket.create_server(("127.0.0.1", 0),
-                              backlog=0) as full, socket.socket() as first, socket.socket() as second:
+    with (
+        socket.create_server(("127.0.0.1", 0), backlog=0) as full,
+        socket.socket() as first,
+        socket.socket() as second,
+    ):
         for filler in (first, second):
             filler.setblocking(False)
             filler.connect_ex(full.getsockname())
-        error = unavailable(lambda: session().post(f"http://127.0.0.1:{full.getsockname()[1]}", FORM,
-                                                   deadline=0.3))
+        error = unavailable(
+            lambda: session().post(f"http://127.0.0.1:{full.getsockname()[1]}", FORM, deadline=0.3)
+        )
     assert not error.sent
 
 
 # TLS and proxies
 
+
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A self-signed certificate and its key for localhost and auth.x.ai, in one file."""
     path = tmp_path_factory.mktemp("tls") / "certificate.pem"
-    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
-                    "-nodes",
-                    "-keyout", path, "-out", f"{path}.crt", "-subj", "/CN=test", "-days", "2", "-addext",
-                    "subjectAltName=DNS:localhost,DNS:auth.x.ai"], check=True, capture_output=True)
+    subprocess.run(
+        [
+            "openssl",
+            "req",
+            "-x509",
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:prime256v1",
+            "-nodes",
+            "-keyout",
+            path,
+            "-out",
+            f"{path}.crt",
+            "-subj",
+            "/CN=test",
+            "-days",
+            "2",
+            "-addext",
+            "subjectAltName=DNS:localhost,DNS:auth.x.ai",
+        ],
+        check=True,
+        capture_output=True,
+    )
     path.write_text(path.read_text() + Path(f"{path}.crt").read_text())
     return path
 
@@ -234,13 +300,16 @@ def test_a_certificate_that_nobody_vouches_for(tls: ssl.SSLContext, certificate:
 
 
 def test_a_server_that_does_not_speak_tls():
-    with ScriptedServer(lambda connection: connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")) as server:
+    with ScriptedServer(
+        lambda connection: connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+    ) as server:
         error = unavailable(lambda: session().post(server.url.replace("http", "https"), FORM))
     assert "gave no TLS connection" in str(error) and not error.sent
 
 
-def tunnel(tls: ssl.SSLContext, received: "list[bytes]", pace: float = 0):
+def tunnel(tls: ssl.SSLContext, received: list[bytes], pace: float = 0):
     """A proxy that is also the server behind it."""
+
     def script(connection: socket.socket) -> None:
         received.append(read_request(connection))
         for byte in b"HTTP/1.1 200 Connected\r\n\r\n":
@@ -256,33 +325,47 @@ def tunnel(tls: ssl.SSLContext, received: "list[bytes]", pace: float = 0):
                         return
             except OSError:
                 pass
+
     return script
 
 
 def test_through_a_proxy(tls: ssl.SSLContext, certificate: Path):
-    received: "list[bytes]" = []
+    received: list[bytes] = []
     with ScriptedServer(tunnel(tls, received)) as proxy:
-        web = session(HTTPS_PROXY=f"http://user:pass-word@127.0.0.1:{proxy.port}",
-                      SSL_CERT_FILE=str(certificate))
+        web = session(
+            HTTPS_PROXY=f"http://user:pass-word@127.0.0.1:{proxy.port}",
+            SSL_CERT_FILE=str(certificate),
+        )
         assert web.post("https://auth.x.ai/oauth2/token", FORM).json() == {"through": "the proxy"}
     assert received[0].startswith(b"CONNECT auth.x.ai:443 HTTP/1.")
     assert b"Proxy-Authorization: Basic " + base64.b64encode(b"user:pass-word") in received[0]
-    assert received[1].startswith(b"POST /oauth2/token HTTP/1.1\r\n") and b"Proxy-Auth" not in received[1]
+    assert (
+        received[1].startswith(b"POST /oauth2/token HTTP/1.1\r\n")
+        and b"Proxy-Auth" not in received[1]
+    )
 
 
 def test_a_form_that_was_given_up_is_never_sent(tls: ssl.SSLContext, certificate: Path):
     """Whoever is told that nothing was sent sends the refresh token again, and sent twice it is revoked."""
-    received: "list[bytes]" = []
-    with ScriptedServer(tunnel(tls, received, pace=0.03)) as proxy:  # 26 bytes: longer than the deadline
+    received: list[bytes] = []
+    with ScriptedServer(
+        tunnel(tls, received, pace=0.03)
+    ) as proxy:  # 26 bytes: longer than the deadline
         web = session(HTTPS_PROXY=proxy.url, SSL_CERT_FILE=str(certificate))
-        assert not unavailable(lambda: web.post("https://auth.x.ai/oauth2/token", FORM, deadline=0.4)).sent
+        assert not unavailable(
+            lambda: web.post("https://auth.x.ai/oauth2/token", FORM, deadline=0.4)
+        ).sent
         end_of_late_threads(5)
     assert received[1].startswith(b"POST /oauth2/token") and b"refresh_token" not in received[1]
 
 
-@pytest.mark.parametrize("script, told", [
-    (answer(407), "the proxy {} gave no connection to auth.x.ai (HTTP 407)"),
-    (lambda connection: None, "auth.x.ai (through the proxy {}) broke the connection off")])
+@pytest.mark.parametrize(
+    "script, told",
+    [
+        (answer(407), "the proxy {} gave no connection to auth.x.ai (HTTP 407)"),
+        (lambda connection: None, "auth.x.ai (through the proxy {}) broke the connection off"),
+    ],
+)
 def test_a_proxy_that_refuses(script, told: str):
     with ScriptedServer(script) as proxy:
         web = session(HTTPS_PROXY=f"http://user:pass-word@127.0.0.1:{proxy.port}")
@@ -301,22 +384,31 @@ print(Session(config.from_environ(os.environ)).post(sys.argv[1], {"refresh_token
 """
 
 
-def status_of_post(folder: Path, url: str, names: "dict[str, str]", **environ: str) -> str:
+def status_of_post(folder: Path, url: str, names: dict[str, str], **environ: str) -> str:
     """What a process prints to which `names` are the names of these addresses, of the first one first."""
     prefix = hosts(folder, *(f"{address} {name}" for address, name in names.items()))
-    return subprocess.run([*prefix, sys.executable, "-W", "error", "-c", POST, url], capture_output=True, text=True,
-                          timeout=20, env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **environ}).stdout
+    return subprocess.run(
+        [*prefix, sys.executable, "-W", "error", "-c", POST, url],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **environ},
+    ).stdout
 
 
 def test_an_address_that_swallows_packets_does_not_use_up_the_time(tmp_path: Path):
-    with ScriptedServer(answer(200, {}), address="127.0.0.3") as server, black_hole("127.0.0.2", server.port):
+    with (
+        ScriptedServer(answer(200, {}), address="127.0.0.3") as server,
+        black_hole("127.0.0.2", server.port),
+    ):
         names = {"127.0.0.2": "issuer.test", "127.0.0.3": "issuer.test"}
         assert status_of_post(tmp_path, f"http://issuer.test:{server.port}/token", names) == "200\n"
     assert len(server.requests) == 1
 
 
-def proxy_that_is_told(tls: ssl.SSLContext, received: "list[bytes]", asked: "dict[bytes, bytes]"):
+def proxy_that_is_told(tls: ssl.SSLContext, received: list[bytes], asked: dict[bytes, bytes]):
     """A proxy that is also the server behind it. `asked`: the answer to what the client says first, and so on."""
+
     def script(connection: socket.socket) -> None:
         for said, told in asked.items():
             assert connection.recv(len(said), socket.MSG_WAITALL) == said
@@ -324,6 +416,7 @@ def proxy_that_is_told(tls: ssl.SSLContext, received: "list[bytes]", asked: "dic
         with tls.wrap_socket(connection, server_side=True) as behind:
             received.append(read_request(behind))
             behind.sendall(answer(200, {}))
+
     return script
 
 
@@ -331,22 +424,38 @@ PROXIES = {  # what each is told, and what it says
     "socks5h": {b"\5\1\0": b"\5\0", b"\5\1\0\3\x09auth.x.ai\1\xbb": b"\5\0\0\1" + bytes(6)},
     "socks5": {b"\5\1\0": b"\5\0", b"\5\1\0\1\x7f\0\0\4\1\xbb": b"\5\0\0\1" + bytes(6)},
     "socks4a": {b"\4\1\1\xbb\0\0\0\1\0auth.x.ai\0": b"\0\x5a" + bytes(6)},
-    "socks4": {b"\4\1\1\xbb\x7f\0\0\4\0": b"\0\x5a" + bytes(6)}}
+    "socks4": {b"\4\1\1\xbb\x7f\0\0\4\0": b"\0\x5a" + bytes(6)},
+}
 
 
 @pytest.mark.parametrize("scheme", ["http", *PROXIES])
-def test_nor_does_one_of_a_proxy(tmp_path: Path, tls: ssl.SSLContext, certificate: Path, scheme: str):
+def test_nor_does_one_of_a_proxy(
+    tmp_path: Path, tls: ssl.SSLContext, certificate: Path, scheme: str
+):
     pytest.importorskip("socks", reason="PySocks, of the extra socks, is not installed")
-    received: "list[bytes]" = []
-    script = tunnel(tls, received) if scheme == "http" else proxy_that_is_told(tls, received, PROXIES[scheme])
+    received: list[bytes] = []
+    script = (
+        tunnel(tls, received)
+        if scheme == "http"
+        else proxy_that_is_told(tls, received, PROXIES[scheme])
+    )
     with ScriptedServer(script, address="127.0.0.3") as proxy, black_hole("127.0.0.2", proxy.port):
         names = {"127.0.0.2": "proxy.test", "127.0.0.3": "proxy.test", "127.0.0.4": "auth.x.ai"}
-        assert status_of_post(tmp_path, "https://auth.x.ai/token", names, SSL_CERT_FILE=str(certificate),
-                              ALL_PROXY=f"{scheme}://proxy.test:{proxy.port}") == "200\n"
+        assert (
+            status_of_post(
+                tmp_path,
+                "https://auth.x.ai/token",
+                names,
+                SSL_CERT_FILE=str(certificate),
+                ALL_PROXY=f"{scheme}://proxy.test:{proxy.port}",
+            )
+            == "200\n"
+        )
     assert received[-1].endswith(b"\r\n\r\nrefresh_token=rt-1%2B%2F%3D")
 
 
 # answers
+
 
 def test_json_is_an_object_or_nothing():
     for body in (b"", b"<p>", b"[]", b"3", b'"x"', b"{", b"\xff", b"[" * 100000, b"1" * 5000):
@@ -361,18 +470,32 @@ def test_a_page_is_known_by_its_type_or_its_looks():
 
 
 def test_the_summary_quotes_nothing_but_a_media_type():
-    assert Answer(502, {"Content-Type": "text/html; charset=utf-8"},
-                  b"<p>secret").summary == "HTTP 502, text/html"
+    assert (
+        Answer(502, {"Content-Type": "text/html; charset=utf-8"}, b"<p>secret").summary
+        == "HTTP 502, text/html"
+    )
     for headers in ({"Content-Type": "\x1b[31m"}, {}):
         assert Answer(502, headers, b"").summary == "HTTP 502, no media type"
 
 
-@pytest.mark.parametrize("text, seconds", [
-    ("7", 7), ("0", 0), ("Sun, 06 Nov 1994 08:49:47 GMT", 10), ("Sunday, 06-Nov-94 08:49:47 GMT", 10),
-    ("Sun Nov  6 08:49:47 1994", 10), ("Sun, 06 Nov 1994 08:49:36 GMT", 0),  # past
-    ("", None), ("-1", None), ("1.5", None), ("soon", None), ("9" * 400, None),
-    ("Sun, 99 Nov 1994 08:49:47 GMT", None)])
-def test_retry_after(text: str, seconds: "float | None"):
+@pytest.mark.parametrize(
+    "text, seconds",
+    [
+        ("7", 7),
+        ("0", 0),
+        ("Sun, 06 Nov 1994 08:49:47 GMT", 10),
+        ("Sunday, 06-Nov-94 08:49:47 GMT", 10),
+        ("Sun Nov  6 08:49:47 1994", 10),
+        ("Sun, 06 Nov 1994 08:49:36 GMT", 0),  # past
+        ("", None),
+        ("-1", None),
+        ("1.5", None),
+        ("soon", None),
+        ("9" * 400, None),
+        ("Sun, 99 Nov 1994 08:49:47 GMT", None),
+    ],
+)
+def test_retry_after(text: str, seconds: float | None):
     assert parse_retry_after(text, now=784111777) == seconds  # Sun, 06 Nov 1994 08:49:37 GMT
 
 

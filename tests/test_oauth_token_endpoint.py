@@ -1,4 +1,5 @@
 """oauth/token_endpoint.py: what every kind of answer means, and what of it reaches a message."""
+
 from __future__ import annotations
 
 import json
@@ -18,19 +19,31 @@ TEXT = "text/plain; charset=utf-8"
 
 
 def make_login(**members: Any) -> tokens.Tokens:
-    return tokens.Tokens(**{"access_token": "at-old", "expires_at": 1000, "refresh_token": "rt-old",
-                            "account": "a@b.example",
-                            "scope": "openid", "extra": {"theirs": 1}, **members})
+    return tokens.Tokens(
+        **{
+            "access_token": "at-old",
+            "expires_at": 1000,
+            "refresh_token": "rt-old",
+            "account": "a@b.example",
+            "scope": "openid",
+            "extra": {"theirs": 1},
+            **members,
+        }
+    )
 
 
-def refresh(reply: bytes, login: "tokens.Tokens | None" = None) -> tokens.Tokens:
+def refresh(reply: bytes, login: tokens.Tokens | None = None) -> tokens.Tokens:
     with ScriptedServer(reply) as server:
-        return token_endpoint.refresh(Session(config.from_environ({})), server.url + "/t",
-                                      login or make_login(), deadline=5,
-                                      now=lambda: 5000.0)
+        return token_endpoint.refresh(
+            Session(config.from_environ({})),
+            server.url + "/t",
+            login or make_login(),
+            deadline=5,
+            now=lambda: 5000.0,
+        )
 
 
-def refused(kind: "type[errors.Error]", reply: bytes) -> Any:
+def refused(kind: type[errors.Error], reply: bytes) -> Any:
     with pytest.raises(errors.Error) as caught:
         refresh(reply)
     assert type(caught.value) is kind
@@ -38,45 +51,82 @@ def refused(kind: "type[errors.Error]", reply: bytes) -> Any:
 
 
 def test_what_a_refresh_sends_and_gives():
-    body = {"access_token": "at-new", "refresh_token": "rt-new", "expires_in": 60, "token_type": "Bearer",
-            "id_token": "x.y.z"}
+    body = {
+        "access_token": "at-new",
+        "refresh_token": "rt-new",
+        "expires_in": 60,
+        "token_type": "Bearer",
+        "id_token": "x.y.z",
+    }
     with ScriptedServer(answer(200, body)) as server:
-        login = token_endpoint.refresh(Session(config.from_environ({})), server.url + "/t", make_login(),
-                                       now=lambda: 5000.0)
+        login = token_endpoint.refresh(
+            Session(config.from_environ({})), server.url + "/t", make_login(), now=lambda: 5000.0
+        )
     assert server.requests[0].startswith(b"POST /t HTTP/1.1\r\n")
-    assert server.requests[0].endswith(b"\r\n\r\ngrant_type=refresh_token&refresh_token=rt-old&client_id="
-                                       + config.DEFAULT_CLIENT_ID.encode())
-    assert login == make_login(access_token="at-new", refresh_token="rt-new", expires_at=5060,
-                               obtained_at=5000.0,
-                               token_endpoint=server.url + "/t")
+    assert server.requests[0].endswith(
+        b"\r\n\r\ngrant_type=refresh_token&refresh_token=rt-old&client_id="
+        + config.DEFAULT_CLIENT_ID.encode()
+    )
+    assert login == make_login(
+        access_token="at-new",
+        refresh_token="rt-new",
+        expires_at=5060,
+        obtained_at=5000.0,
+        token_endpoint=server.url + "/t",
+    )
 
 
 def test_an_answer_without_refresh_token_keeps_the_former():
     assert refresh(answer(201, {"access_token": "at-new"})).refresh_token == "rt-old"
 
 
-@pytest.mark.parametrize("code", ["invalid_grant", "refresh_token_reused", "refresh_token_expired", "bad_refresh_token",
-                                  "token_expired", "token_revoked"])
+@pytest.mark.parametrize(
+    "code",
+    [
+        "invalid_grant",
+        "refresh_token_reused",
+        "refresh_token_expired",
+        "bad_refresh_token",
+        "token_expired",
+        "token_revoked",
+    ],
+)
 @pytest.mark.parametrize("status", [400, 401])
 def test_a_dead_refresh_token(code: str, status: int):
     body = {"error": code, "error_description": "Refresh token has been revoked"}
     error = refused(errors.GrantRefused, answer(status, body))
-    assert (error.error, error.description, error.exit_code) == (code, "Refresh token has been revoked", 77)
-    assert f"does not take this login any more ({code}: Refresh token has been revoked)" in str(error)
+    assert (error.error, error.description, error.exit_code) == (
+        code,
+        "Refresh token has been revoked",
+        77,
+    )
+    assert f"does not take this login any more ({code}: Refresh token has been revoked)" in str(
+        error
+    )
     assert (error.certain, error.sent) == (code == "invalid_grant", False)
 
 
 @pytest.mark.parametrize("status", [200, 400, 401, 403])
-@pytest.mark.parametrize("body", [
-    {"code": "invalid_grant", "error": "Refresh token has been revoked"}, {"error": {"code": "token_expired"}},
-    {"error": {"code": 400, "message": "invalid_grant"}}, {"error": "INVALID_GRANT"}, {"error": "Bad_Refresh_Token"}])
-def test_a_dead_refresh_token_in_another_spelling_is_not_certain(body: "dict[str, Any]", status: int):
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"code": "invalid_grant", "error": "Refresh token has been revoked"},
+        {"error": {"code": "token_expired"}},
+        {"error": {"code": 400, "message": "invalid_grant"}},
+        {"error": "INVALID_GRANT"},
+        {"error": "Bad_Refresh_Token"},
+    ],
+)
+def test_a_dead_refresh_token_in_another_spelling_is_not_certain(body: dict[str, Any], status: int):
     error = refused(errors.GrantRefused, answer(status, body))
     assert (error.certain, error.sent) == (False, status == 200)
 
 
 def test_a_success_with_an_error_is_none_whatever_else_it_holds():
-    error = refused(errors.GrantRefused, answer(200, {"error": "invalid_grant", "access_token": "at", "expires_in": 60}))
+    error = refused(
+        errors.GrantRefused,
+        answer(200, {"error": "invalid_grant", "access_token": "at", "expires_in": 60}),
+    )
     assert (error.certain, error.sent) == (False, True)
     for nothing in (None, "", 0, False, []):
         assert refresh(answer(200, {"error": nothing, "access_token": "at"})).access_token == "at"
@@ -85,84 +135,148 @@ def test_a_success_with_an_error_is_none_whatever_else_it_holds():
 @pytest.mark.parametrize("error", ["invalid_client", "unauthorized_client"])
 @pytest.mark.parametrize("status", [400, 401])
 def test_a_client_that_is_not_known(status: int, error: str):
-    refusal = refused(errors.ClientRejected, answer(status, {"error": error, "error_description": "Unknown client"}))
+    refusal = refused(
+        errors.ClientRejected,
+        answer(status, {"error": error, "error_description": "Unknown client"}),
+    )
     assert (refusal.error, refusal.description) == (error, "Unknown client")
 
 
-@pytest.mark.parametrize("body", [{"error": "access_denied"}, {"code": "x", "error": "User is blocked"},
-                                  {"error": {"code": "tier_denied", "message": "Upgrade"}}])
-def test_a_403_in_json_is_about_the_account_and_not_the_login(body: "dict[str, str]"):
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"error": "access_denied"},
+        {"code": "x", "error": "User is blocked"},
+        {"error": {"code": "tier_denied", "message": "Upgrade"}},
+    ],
+)
+def test_a_403_in_json_is_about_the_account_and_not_the_login(body: dict[str, str]):
     refused(errors.NotEntitled, answer(403, body))
 
 
-@pytest.mark.parametrize("reply, retry_after", [
-    (answer(400, {"error": "temporarily_unavailable"}), None),
-    (answer(400, {"error": "access_denied"}), None),  # means nothing at a refresh
-    (answer(400, {"error": {"message": "what?"}}), None),
-    (answer(403, {"message": "no"}), None), (answer(403, {"error": "Blocked by the firewall"}), None),
-    (answer(403, {"error": True}), None),
-    (answer(400, {}), None), (answer(400), None), (answer(404), None),
-    (answer(302, "", Location="http://127.0.0.1:1/"), None),
-    (answer(403, PAGE, HTML, cf_mitigated="challenge"), None),
-    (answer(403, "error code: 1010", TEXT), None),
-    (answer(400, PAGE, "application/json"), None), (answer(401, PAGE, HTML), None),
-    (answer(415, "Form requests must", TEXT), None), (answer(422, "Failed to deserialize", TEXT), None),
-    (answer(429, {"error": "invalid_grant"}, Retry_After="7"), 7),
-    (answer(429, "", Retry_After="soon"), None),
-    (answer(500, {"error": "invalid_grant"}), None), (answer(503, "", Retry_After="0"), 0),
-    (answer(503, PAGE, HTML, Retry_After="9"), 9), (answer(503, {"error": "temporarily_unavailable"}), None),
-    (answer(521, PAGE, HTML, Retry_After="60"), 60), (answer(523, PAGE, HTML), None), (answer(525, "", TEXT), None),
-    (answer(526, "", TEXT), None),
-])
-def test_a_definite_answer_that_spent_nothing(reply: bytes, retry_after: "float | None"):
+@pytest.mark.parametrize(
+    "reply, retry_after",
+    [
+        (answer(400, {"error": "temporarily_unavailable"}), None),
+        (answer(400, {"error": "access_denied"}), None),  # means nothing at a refresh
+        (answer(400, {"error": {"message": "what?"}}), None),
+        (answer(403, {"message": "no"}), None),
+        (answer(403, {"error": "Blocked by the firewall"}), None),
+        (answer(403, {"error": True}), None),
+        (answer(400, {}), None),
+        (answer(400), None),
+        (answer(404), None),
+        (answer(302, "", Location="http://127.0.0.1:1/"), None),
+        (answer(403, PAGE, HTML, cf_mitigated="challenge"), None),
+        (answer(403, "error code: 1010", TEXT), None),
+        (answer(400, PAGE, "application/json"), None),
+        (answer(401, PAGE, HTML), None),
+        (answer(415, "Form requests must", TEXT), None),
+        (answer(422, "Failed to deserialize", TEXT), None),
+        (answer(429, {"error": "invalid_grant"}, Retry_After="7"), 7),
+        (answer(429, "", Retry_After="soon"), None),
+        (answer(500, {"error": "invalid_grant"}), None),
+        (answer(503, "", Retry_After="0"), 0),
+        (answer(503, PAGE, HTML, Retry_After="9"), 9),
+        (answer(503, {"error": "temporarily_unavailable"}), None),
+        (answer(521, PAGE, HTML, Retry_After="60"), 60),
+        (answer(523, PAGE, HTML), None),
+        (answer(525, "", TEXT), None),
+        (answer(526, "", TEXT), None),
+    ],
+)
+def test_a_definite_answer_that_spent_nothing(reply: bytes, retry_after: float | None):
     error = refused(errors.IssuerUnavailable, reply)
     assert (error.sent, error.retry_after) == (False, retry_after)
     assert "Just a moment" not in str(error) and error.exit_code == 69
 
 
-@pytest.mark.parametrize("reply", [
-    answer(200, {}), answer(200, {"access_token": ""}), answer(200, {"access_token": "two words"}),
-    answer(200, []),
-    answer(200, "", TEXT), answer(204), answer(200, PAGE, HTML), answer(200, {"error": "slow_down_please"}),
-    answer(500, "oops", TEXT), answer(502, PAGE, HTML), answer(502, {"error": "bad_gateway"}),
-    answer(502, {"error": {"message": "upstream timed out", "code": "server_error"}}),
-    answer(504, {"code": "temporarily_unavailable"}), answer(503, PAGE, HTML),
-    answer(504, "", TEXT, Retry_After="5"), answer(520, PAGE, HTML), answer(522, PAGE, HTML), answer(524, PAGE, HTML),
-    answer(530, "", TEXT),
-    b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{"])
+@pytest.mark.parametrize(
+    "reply",
+    [
+        answer(200, {}),
+        answer(200, {"access_token": ""}),
+        answer(200, {"access_token": "two words"}),
+        answer(200, []),
+        answer(200, "", TEXT),
+        answer(204),
+        answer(200, PAGE, HTML),
+        answer(200, {"error": "slow_down_please"}),
+        answer(500, "oops", TEXT),
+        answer(502, PAGE, HTML),
+        answer(502, {"error": "bad_gateway"}),
+        answer(502, {"error": {"message": "upstream timed out", "code": "server_error"}}),
+        answer(504, {"code": "temporarily_unavailable"}),
+        answer(503, PAGE, HTML),
+        answer(504, "", TEXT, Retry_After="5"),
+        answer(520, PAGE, HTML),
+        answer(522, PAGE, HTML),
+        answer(524, PAGE, HTML),
+        answer(530, "", TEXT),
+        b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{",
+    ],
+)
 def test_an_answer_after_which_the_token_may_be_spent(reply: bytes):
     error = refused(errors.IssuerUnavailable, reply)
     assert error.sent and error.page is (PAGE.encode() in reply)
 
 
-@pytest.mark.parametrize("member", [
-    {"scope": ["api:access", "openid"]}, {"scope": "api:access\nopenid"}, {"scope": "\u00e9"}, {"scope": {}},
-    {"scope": ["a", 1]}, {"id_token": {}}, {"id_token": "no.jwt"}, {"refresh_token": 3}, {"expires_in": "soon"},
-    {"expires_in": 1e99}, {"token_type": None}, {"error": None}, {"error_description": "none"}])
+@pytest.mark.parametrize(
+    "member",
+    [
+        {"scope": ["api:access", "openid"]},
+        {"scope": "api:access\nopenid"},
+        {"scope": "\u00e9"},
+        {"scope": {}},
+        {"scope": ["a", 1]},
+        {"id_token": {}},
+        {"id_token": "no.jwt"},
+        {"refresh_token": 3},
+        {"expires_in": "soon"},
+        {"expires_in": 1e99},
+        {"token_type": None},
+        {"error": None},
+        {"error_description": "none"},
+    ],
+)
 @pytest.mark.parametrize("label", ["application/json", HTML, TEXT])
-def test_no_optional_member_and_no_label_makes_an_answer_void(member: "dict[str, Any]", label: str):
+def test_no_optional_member_and_no_label_makes_an_answer_void(member: dict[str, Any], label: str):
     body = {"access_token": "at-new", "refresh_token": "rt-new", "expires_in": 60, **member}
     login = refresh(answer(200, json.dumps(body), label))
     assert login.access_token == "at-new"
     assert login.refresh_token == ("rt-old" if "refresh_token" in member else "rt-new")
-    assert login.scope == ("api:access openid" if member.get("scope") == ["api:access", "openid"] else "openid")
+    assert login.scope == (
+        "api:access openid" if member.get("scope") == ["api:access", "openid"] else "openid"
+    )
     assert login.account == "a@b.example"
 
 
 def test_415_is_said_to_be_our_fault():
-    assert "a fault of xaiproxy" in str(refused(errors.IssuerUnavailable,
-                                                answer(415, "Form requests must", TEXT)))
+    assert "a fault of xaiproxy" in str(
+        refused(errors.IssuerUnavailable, answer(415, "Form requests must", TEXT))
+    )
 
 
 def test_what_the_issuer_says_is_made_safe_before_it_is_repeated():
-    description = ("rt-old and " + "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJ4In0.c2ln and " + "a1B2-_" * 8
-                   + "\x1b[31m\r\nforged\u202e: " + "word " * 99)
-    error = refused(errors.GrantRefused, answer(400, {"error": "invalid_grant",
-                                                      "error_description": description}))
-    assert error.description.startswith("[secret] and [secret] and [secret] [31m forged : word word")
+    description = (
+        "rt-old and "
+        + "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJ4In0.c2ln and "
+        + "a1B2-_" * 8
+        + "\x1b[31m\r\nforged\u202e: "
+        + "word " * 99
+    )
+    error = refused(
+        errors.GrantRefused,
+        answer(400, {"error": "invalid_grant", "error_description": description}),
+    )
+    assert error.description.startswith(
+        "[secret] and [secret] and [secret] [31m forged : word word"
+    )
     assert len(error.description) <= 200 and error.description in str(error)
-    error = refused(errors.IssuerUnavailable, answer(400, {"error": "\x1b" + "x" * 500,
-                                                           "error_description": ["rt-old"]}))
+    error = refused(
+        errors.IssuerUnavailable,
+        answer(400, {"error": "\x1b" + "x" * 500, "error_description": ["rt-old"]}),
+    )
     assert "\x1b" not in str(error) and "rt-old" not in str(error) and len(str(error)) < 300
 
 

@@ -20,7 +20,11 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parent.parent
 SETUP = configparser.ConfigParser()
 SETUP.read(ROOT / "setup.cfg")
-COMMANDS = [line.split(" = ")[0] for line in SETUP["options.entry_points"]["console_scripts"].split("\n") if line]
+COMMANDS = [
+    line.split(" = ")[0]
+    for line in SETUP["options.entry_points"]["console_scripts"].split("\n")
+    if line
+]
 SCRIPTS = sorted(path for path in (ROOT / "bin").iterdir())
 
 
@@ -43,14 +47,20 @@ def test_every_command_works_from_a_checkout():
 
 
 def test_the_package_imports_nothing_so_that_main_can_patch_first():
-    code = "import sys; before = set(sys.modules); import xaiproxy; print(*set(sys.modules) - before)"
+    code = (
+        "import sys; before = set(sys.modules); import xaiproxy; print(*set(sys.modules) - before)"
+    )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert answer.stdout.split() == ["xaiproxy"]
 
 
 def test_the_package_needs_no_data_files_and_every_folder_of_it_is_installed():
     # Otherwise setup.cfg would have to say package_data, and only an installed copy would show that it does not.
-    files = [path for path in (ROOT / "xaiproxy").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    files = [
+        path
+        for path in (ROOT / "xaiproxy").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    ]
     assert {path.suffix for path in files} == {".py"}
     assert all((path.parent / "__init__.py").exists() for path in files)
 
@@ -60,7 +70,11 @@ def requirements(section, name):
 
 
 def test_every_requirement_has_a_lower_bound_that_can_be_tested():
-    extras = [line for name in SETUP["options.extras_require"] for line in requirements("options.extras_require", name)]
+    extras = [
+        line
+        for name in SETUP["options.extras_require"]
+        for line in requirements("options.extras_require", name)
+    ]
     for line in requirements("options", "install_requires") + extras:
         assert re.fullmatch(r"[A-Za-z0-9-]+(\[[a-z]+\])?>=[0-9.]+(; .*)?", line)
 
@@ -68,8 +82,11 @@ def test_every_requirement_has_a_lower_bound_that_can_be_tested():
 def pins():
     """The image's packages and their versions, each of which has to have a hash."""
     lines = (ROOT / "conf" / "requirements.txt").read_text().replace("\\\n", "").splitlines()
-    return dict(re.fullmatch(r"([a-z0-9-]+)==([0-9a-z.]+)( +--hash=sha256:[0-9a-f]{64})+", line).group(1, 2)
-                for line in lines if not line.startswith("#"))
+    return dict(
+        re.fullmatch(r"([a-z0-9-]+)==([0-9a-z.]+)( +--hash=sha256:[0-9a-f]{64})+", line).group(1, 2)
+        for line in lines
+        if not line.startswith("#")
+    )
 
 
 def test_the_image_is_made_of_exact_versions_that_setup_cfg_allows():
@@ -124,9 +141,21 @@ class Checkout:
         self.ran = f"{folder}/.venv/bin/xai-login --status\n"
 
     def start(self, pip=":", script=None, **environ):
-        environ = {"PATH": os.defpath, "PYTHON": str(self.python), "CALLS": str(self.calls), "PIP": pip, **environ}
-        return subprocess.Popen([script or self.folder / "bin" / "xai-login", "--status"], env=environ, cwd="/",
-                                text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        environ = {
+            "PATH": os.defpath,
+            "PYTHON": str(self.python),
+            "CALLS": str(self.calls),
+            "PIP": pip,
+            **environ,
+        }
+        return subprocess.Popen(
+            [script or self.folder / "bin" / "xai-login", "--status"],
+            env=environ,
+            cwd="/",
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
 
     def run(self, pip=":", script=None, **environ):
         with self.start(pip, script, **environ) as process:
@@ -159,7 +188,9 @@ def test_a_changed_setup_cfg_is_installed_again(checkout):
     assert checkout.installations() == 2
 
 
-@pytest.mark.parametrize("now, installations", [("3.100.0", 2), ("4.9.1", 2), ("3.99.2", 1), ("", 2)])
+@pytest.mark.parametrize(
+    "now, installations", [("3.100.0", 2), ("4.9.1", 2), ("3.99.2", 1), ("", 2)]
+)
 def test_a_python_that_was_upgraded_in_place_gets_a_new_venv(checkout, now, installations):
     """.venv/bin/python is a link to it; where the old one is gone for good, the link leads nowhere."""
     checkout.run()
@@ -175,14 +206,20 @@ def test_a_python_that_was_upgraded_in_place_gets_a_new_venv(checkout, now, inst
     (checkout.folder / "on-path" / "python3").symlink_to(checkout.python)
     assert checkout.run(**on_path)[:2] == (0, checkout.ran)
     assert (checkout.installations(), old.exists()) == (installations, installations == 1)
-    assert checkout.run(**on_path) == (0, checkout.ran, "") and checkout.installations() == installations
+    assert (
+        checkout.run(**on_path) == (0, checkout.ran, "")
+        and checkout.installations() == installations
+    )
 
 
 def test_a_copied_checkout_does_not_run_the_code_of_the_original(checkout, tmp_path):
     checkout.run()
     copy = tmp_path / "copy"
     shutil.copytree(checkout.folder, copy)
-    assert checkout.run(script=copy / "bin" / "xai-login")[1] == f"{copy}/.venv/bin/xai-login --status\n"
+    assert (
+        checkout.run(script=copy / "bin" / "xai-login")[1]
+        == f"{copy}/.venv/bin/xai-login --status\n"
+    )
 
 
 def test_two_commands_at_once_make_one_venv(checkout, tmp_path):
@@ -202,7 +239,9 @@ def test_an_installation_killed_in_the_middle_is_not_trusted(checkout, tmp_path)
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     half = f"touch '{checkout.folder}/.venv/half'; printf '#!/bin/sh\\necho half' >\"$here/xai-login\"; "
-    with checkout.start(f"{half} chmod +x \"$here/xai-login\"; echo begun; cat '{fifo}'; exit 1") as process:
+    with checkout.start(
+        f"{half} chmod +x \"$here/xai-login\"; echo begun; cat '{fifo}'; exit 1"
+    ) as process:
         assert "begun\n" in process.stderr
         with open(fifo, "w"):
             process.send_signal(signal.SIGKILL)
@@ -212,11 +251,18 @@ def test_an_installation_killed_in_the_middle_is_not_trusted(checkout, tmp_path)
     assert not (checkout.folder / ".venv" / "half").exists()
 
 
-@pytest.mark.parametrize("pip, environ, sentence", [
-    ("exit 1", {}, "pip could not install into"),
-    (":", {"PYTHON": "/nowhere/python"}, "/nowhere/python is not there, or older than Python 3.10"),
-    (":", {"PYTHON": "false"}, "false is not there, or older than Python 3.10"),
-])
+@pytest.mark.parametrize(
+    "pip, environ, sentence",
+    [
+        ("exit 1", {}, "pip could not install into"),
+        (
+            ":",
+            {"PYTHON": "/nowhere/python"},
+            "/nowhere/python is not there, or older than Python 3.10",
+        ),
+        (":", {"PYTHON": "false"}, "false is not there, or older than Python 3.10"),
+    ],
+)
 def test_what_cannot_be_installed_is_said_in_one_sentence(checkout, pip, environ, sentence):
     code, out, err = checkout.run(pip, **environ)
     assert (code, out) == (69, "")
@@ -226,7 +272,10 @@ def test_what_cannot_be_installed_is_said_in_one_sentence(checkout, pip, environ
 # bin/smoke, against a server that answers as it is told.
 
 MODELS = '{"object":"list","data":[{"id":"grok-image","object":"model"},{"id":"grok-4.5","object":"model"}]}'
-STREAM = "".join('data: {"choices":[{"index":0,"delta":{"content":"%s"}}]}\n\n' % word for word in ("one ", "two"))
+STREAM = "".join(
+    'data: {"choices":[{"index":0,"delta":{"content":"%s"}}]}\n\n' % word
+    for word in ("one ", "two")
+)
 DONE = "data: [DONE]\n\n"
 
 
@@ -263,7 +312,9 @@ def endpoint(models=(200, MODELS), stream=(200, STREAM + DONE), key=None):
 
 def smoke(url, **environ):
     environ = {"PATH": os.environ["PATH"], **environ}
-    return subprocess.run([ROOT / "bin" / "smoke", url], env=environ, capture_output=True, text=True, timeout=30)
+    return subprocess.run(
+        [ROOT / "bin" / "smoke", url], env=environ, capture_output=True, text=True, timeout=30
+    )
 
 
 needs_curl = pytest.mark.skipif(not shutil.which("curl"), reason="bin/smoke needs curl")
@@ -289,13 +340,16 @@ def test_smoke_takes_key_and_model_from_the_environment():
 
 
 @needs_curl
-@pytest.mark.parametrize("answers, sentence", [
-    ({"models": (503, "not now")}, "answered 503: not now"),
-    ({"models": (200, "<html>")}, "without a single model"),
-    ({"stream": (200, STREAM)}, "the stream broke off"),
-    ({"stream": (200, DONE)}, "the stream broke off"),
-    ({"stream": (429, '{"error":"too many"}')}, 'answered 429: {"error":"too many"}'),
-])
+@pytest.mark.parametrize(
+    "answers, sentence",
+    [
+        ({"models": (503, "not now")}, "answered 503: not now"),
+        ({"models": (200, "<html>")}, "without a single model"),
+        ({"stream": (200, STREAM)}, "the stream broke off"),
+        ({"stream": (200, DONE)}, "the stream broke off"),
+        ({"stream": (429, '{"error":"too many"}')}, 'answered 429: {"error":"too many"}'),
+    ],
+)
 def test_smoke_says_what_is_wrong(answers, sentence):
     with endpoint(**answers) as (url, _):
         answer = smoke(url)

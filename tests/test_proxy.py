@@ -1,4 +1,5 @@
 """A request's token: which one it is, what happens when it is refused, what is said without one."""
+
 from __future__ import annotations
 
 import contextlib
@@ -10,8 +11,9 @@ import resource
 import subprocess
 import time
 import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any
 
 import pytest
 from flow import Flow
@@ -26,18 +28,30 @@ from xaiproxy.proxy.forward import check_path
 from xaiproxy.sandbox.xai_errors import ERRORS
 
 NEW = b'{"code":"unauthenticated:bad-credentials","error":"The OAuth2 access token could not be validated."}'
-OLD = (b'{"code":"The caller does not have permission to execute the specified operation",'
-       b'"error":"The OAuth2 access token could not be validated. [WKE=unauthenticated:bad-credentials]"}')
+OLD = (
+    b'{"code":"The caller does not have permission to execute the specified operation",'
+    b'"error":"The OAuth2 access token could not be validated. [WKE=unauthenticated:bad-credentials]"}'
+)
 
 
 def answer(status: int, body: bytes, *fields: bytes) -> bytes:
-    lines = [b"HTTP/1.1 %d X" % status, b"Date: then", *fields, b"Content-Length: %d" % len(body), b"", b""]
+    lines = [
+        b"HTTP/1.1 %d X" % status,
+        b"Date: then",
+        *fields,
+        b"Content-Length: %d" % len(body),
+        b"",
+        b"",
+    ]
     return b"\r\n".join(lines) + body
 
 
 def chunked(status: int, *chunks: bytes) -> bytes:
-    return b"HTTP/1.1 %d X\r\nDate: then\r\nTransfer-Encoding: chunked\r\n\r\n" % status + \
-        b"".join(b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks) + b"0\r\n\r\n"
+    return (
+        b"HTTP/1.1 %d X\r\nDate: then\r\nTransfer-Encoding: chunked\r\n\r\n" % status
+        + b"".join(b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks)
+        + b"0\r\n\r\n"
+    )
 
 
 def deflated(data: bytes) -> bytes:
@@ -47,12 +61,16 @@ def deflated(data: bytes) -> bytes:
 
 REFUSED = answer(403, NEW)
 REFUSALS = {
-    "plain": REFUSED, "old": answer(403, OLD), "chunked": chunked(403, NEW[:20], NEW[20:]),
+    "plain": REFUSED,
+    "old": answer(403, OLD),
+    "chunked": chunked(403, NEW[:20], NEW[20:]),
     "gzip": answer(403, gzip.compress(NEW), b"Content-Encoding: gzip"),
     "old, gzip": answer(403, gzip.compress(OLD), b"content-encoding: GZIP"),
     "zlib": answer(403, zlib.compress(NEW), b"Content-Encoding: deflate"),
     "deflate": answer(403, deflated(NEW), b"Content-Encoding: deflate"),
-    "401": answer(401, b""), "401, text": answer(401, b"No credentials presented.")}
+    "401": answer(401, b""),
+    "401, text": answer(401, b"No credentials presented."),
+}
 
 
 @pytest.fixture
@@ -61,7 +79,7 @@ def proxy(running: ProxyProcess, upstream: ScriptedUpstream) -> ProxyProcess:
 
 
 @pytest.fixture
-def frugal(start_proxy: "Callable[..., ProxyProcess]", upstream: ScriptedUpstream) -> ProxyProcess:
+def frugal(start_proxy: Callable[..., ProxyProcess], upstream: ScriptedUpstream) -> ProxyProcess:
     """One that keeps little for a replay: 10 bytes of a request, 15 of all."""
     return signed_in(start_proxy(replay_limit=10, replay_memory=15))
 
@@ -104,8 +122,9 @@ def assert_refusal(message: Message, status: int, code: str, *words: str) -> Non
 
 
 def assert_as_it_came(message: Message, sent: bytes) -> None:
-    assert message.head.replace(KEPT, b"") + (b"" if message.chunks else message.body) == \
-        (sent if not message.chunks else sent.partition(b"\r\n\r\n")[0] + b"\r\n\r\n")
+    assert message.head.replace(KEPT, b"") + (b"" if message.chunks else message.body) == (
+        sent if not message.chunks else sent.partition(b"\r\n\r\n")[0] + b"\r\n\r\n"
+    )
 
 
 # What takes long goes on beside the other tests
@@ -117,11 +136,17 @@ def test_requests_begin_to_flow(flow: Flow) -> None:
 
 
 @pytest.fixture(scope="module")
-def waiting(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[tuple[ProxyProcess, Client, Client]]":
+def waiting(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[ProxyProcess, Client, Client]]:
     """A refused request, and one that found the token expired: both wait for an idle refresher."""
     folder = tmp_path_factory.mktemp("waiting")
-    with ScriptedUpstream() as upstream, ProxyProcess(folder, upstream=upstream.origin) as proxy, \
-            proxy.client() as refused, proxy.client() as late:
+    with (
+        ScriptedUpstream() as upstream,
+        ProxyProcess(folder, upstream=upstream.origin) as proxy,
+        proxy.client() as refused,
+        proxy.client() as late,
+    ):
         signed_in(proxy)
         refused.request("GET", "/v1/refused")
         upstream.receive().answer(REFUSED)
@@ -132,7 +157,7 @@ def waiting(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[tuple[ProxyPr
         assert upstream.quiet()
 
 
-def test_requests_begin_to_wait(waiting: "tuple[ProxyProcess, Client, Client]") -> None:
+def test_requests_begin_to_wait(waiting: tuple[ProxyProcess, Client, Client]) -> None:
     _, refused, late = waiting
     assert refused.silent() and late.silent()
 
@@ -140,22 +165,38 @@ def test_requests_begin_to_wait(waiting: "tuple[ProxyProcess, Client, Client]") 
 # What is forwarded
 
 
-@pytest.mark.parametrize("path", [
-    "/v1/..", "/v1/../x", "/v1/./x", "/v1/x/.", "/v1/%2e%2E/x", "/v1/x/.%2e", "/v1/a%2f..%2Fb",
-    "/v1/a\\..\\b",
-    "/v1/a%5c%2e%2e%5Cb", "/v1/a/..;x=1/b", "/v1//../x", "/v2/.."])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/..",
+        "/v1/../x",
+        "/v1/./x",
+        "/v1/x/.",
+        "/v1/%2e%2E/x",
+        "/v1/x/.%2e",
+        "/v1/a%2f..%2Fb",
+        "/v1/a\\..\\b",
+        "/v1/a%5c%2e%2e%5Cb",
+        "/v1/a/..;x=1/b",
+        "/v1//../x",
+        "/v2/..",
+    ],
+)
 def test_dot_segments_are_refused(path: str) -> None:
     with pytest.raises(errors.BadRequest):
         check_path(path)
 
 
-@pytest.mark.parametrize("path", ["/v1/...", "/v1/a..b", "/v1/.well-known", "/v1/a.", "/v1/..a/b",
-                                  "/v1/a;../b", "/v1//"])
+@pytest.mark.parametrize(
+    "path", ["/v1/...", "/v1/a..b", "/v1/.well-known", "/v1/a.", "/v1/..a/b", "/v1/a;../b", "/v1//"]
+)
 def test_other_dots_are_not(path: str) -> None:
     check_path(path)
 
 
-def test_what_is_refused_does_not_reach_upstream(client: Client, upstream: ScriptedUpstream) -> None:
+def test_what_is_refused_does_not_reach_upstream(
+    client: Client, upstream: ScriptedUpstream
+) -> None:
     assert_refusal(client.ask("GET", "/v1/../admin"), 400, "bad_request", "dot segment")
     assert_refusal(client.ask("GET", "/v1/v1/models"), 404, "not_found", "/v1/models")
     assert_refusal(client.ask("GET", "/v1/v1"), 404, "not_found", "/v1 is meant")
@@ -167,11 +208,14 @@ def test_what_is_refused_does_not_reach_upstream(client: Client, upstream: Scrip
 
 
 @pytest.mark.parametrize("said", [b"", b"Access-Control-Allow-Origin: *\r\n"])
-def test_page_of_a_listed_origin_may_read_the_answer(tmp_path: Path, upstream: ScriptedUpstream,
-                                                     said: bytes) -> None:
+def test_page_of_a_listed_origin_may_read_the_answer(
+    tmp_path: Path, upstream: ScriptedUpstream, said: bytes
+) -> None:
     origin = "https://chat.example"
-    with ProxyProcess(tmp_path, upstream=upstream.origin,
-                      allowed_origins=origin) as proxy, proxy.client() as client:
+    with (
+        ProxyProcess(tmp_path, upstream=upstream.origin, allowed_origins=origin) as proxy,
+        proxy.client() as client,
+    ):
         refused = client.ask("GET", "/v1/models", f"Origin: {origin}")
         assert refused.values("Access-Control-Allow-Origin") == [origin]
         proxy.sign_in()
@@ -186,10 +230,17 @@ def test_page_of_a_listed_origin_may_read_the_answer(tmp_path: Path, upstream: S
 
 
 @pytest.mark.parametrize("pipelined", [False, True])
-def test_equal_heads_with_bodies_of_other_lengths(client: Client, upstream: ScriptedUpstream,
-                                                  pipelined: bool) -> None:
-    bodies = [b"one", b"three", b"", b"x" * 100000, b"one",
-              b"GET /v1/evil HTTP/1.1\r\nHost: localhost\r\n\r\n"]
+def test_equal_heads_with_bodies_of_other_lengths(
+    client: Client, upstream: ScriptedUpstream, pipelined: bool
+) -> None:
+    bodies = [
+        b"one",
+        b"three",
+        b"",
+        b"x" * 100000,
+        b"one",
+        b"GET /v1/evil HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    ]
     head = b"POST /v1/x HTTP/1.1\r\nHost: localhost\r\nX-a: 1\r\nContent-Length: %d\r\n\r\n"
     sent = [head % len(body) + body for body in bodies]
     if pipelined:
@@ -199,16 +250,20 @@ def test_equal_heads_with_bodies_of_other_lengths(client: Client, upstream: Scri
             client.send(one)
         request = upstream.receive()
         assert (request.line, request.body) == ("POST /v1/x HTTP/1.1", body)
-        assert request.values("Content-Length") == [str(len(body))] and request.values("X-a") == ["1"]
+        assert request.values("Content-Length") == [str(len(body))] and request.values("X-a") == [
+            "1"
+        ]
         request.answer(answer(200, body))
         assert client.message().body == body
     assert upstream.quiet()
 
 
-def test_equal_heads_on_several_connections_at_once(proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
+def test_equal_heads_on_several_connections_at_once(
+    proxy: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(proxy.client()) for _ in range(10)]
-        requests: "list[Request]" = []
+        requests: list[Request] = []
         for number, client in enumerate(clients):
             client.request("POST", "/v1/x", f"Content-Length: {number + 1}")
             requests.append(upstream.receive(body=False))
@@ -232,8 +287,9 @@ def ask_twice(client: Client, upstream: ScriptedUpstream) -> str:
     return seen.pop()
 
 
-def test_token_file_counts_from_the_very_next_request(client: Client, proxy: ProxyProcess,
-                                                      upstream: ScriptedUpstream) -> None:
+def test_token_file_counts_from_the_very_next_request(
+    client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
     assert ask_twice(client, upstream) == "old"
     for number in range(10):
         proxy.sign_in(f"new-{number}")
@@ -247,19 +303,26 @@ def test_token_file_counts_from_the_very_next_request(client: Client, proxy: Pro
     assert upstream.quiet()
 
 
-def test_client_keys_count_from_the_very_next_request(tmp_path: Path, upstream: ScriptedUpstream) -> None:
+def test_client_keys_count_from_the_very_next_request(
+    tmp_path: Path, upstream: ScriptedUpstream
+) -> None:
     keys = tmp_path / "client-keys"
 
     def admit(*names: str) -> None:
-        keys.with_suffix(".new").write_text("".join(
-            f"{name} {hashlib.sha256(f'key-of-{name}'.encode()).hexdigest()}\n"
-            for name in names) or "# nobody\n")
+        keys.with_suffix(".new").write_text(
+            "".join(
+                f"{name} {hashlib.sha256(f'key-of-{name}'.encode()).hexdigest()}\n"
+                for name in names
+            )
+            or "# nobody\n"
+        )
         keys.with_suffix(".new").replace(keys)
 
     def is_admitted(client: Client, name: str) -> bool:
         client.request("GET", "/v1/x", f"Authorization: Bearer key-of-{name}")
-        if client.sock in readable([client.sock, upstream.listener,
-                                    *(one.sock for one in upstream.connections)], PATIENCE):
+        if client.sock in readable(
+            [client.sock, upstream.listener, *(one.sock for one in upstream.connections)], PATIENCE
+        ):
             assert_refusal(client.message(), 401, "client_key_required")
             return False
         upstream.receive().answer()
@@ -267,8 +330,11 @@ def test_client_keys_count_from_the_very_next_request(tmp_path: Path, upstream: 
         return True
 
     admit("ann", "bob")
-    with ProxyProcess(tmp_path, upstream=upstream.origin) as proxy, \
-            proxy.client() as first, proxy.client() as second:
+    with (
+        ProxyProcess(tmp_path, upstream=upstream.origin) as proxy,
+        proxy.client() as first,
+        proxy.client() as second,
+    ):
         proxy.sign_in()
         for admitted in (("ann", "bob"), ("bob",), ("bob", "ann"), (), ("ann",)):
             admit(*admitted)
@@ -276,8 +342,12 @@ def test_client_keys_count_from_the_very_next_request(tmp_path: Path, upstream: 
                 assert is_admitted(first, "ann") is ("ann" in admitted)
                 assert is_admitted(second, "bob") is ("bob" in admitted)
         # Gone, no file, a link to itself, and no keys.
-        for spoil in (lambda: None, keys.mkdir, lambda: keys.symlink_to(keys),
-                      lambda: keys.write_text("nonsense")):
+        for spoil in (
+            lambda: None,
+            keys.mkdir,
+            lambda: keys.symlink_to(keys),
+            lambda: keys.write_text("nonsense"),
+        ):
             admit("ann")
             assert is_admitted(first, "ann")
             keys.unlink()
@@ -291,10 +361,12 @@ def test_client_keys_count_from_the_very_next_request(tmp_path: Path, upstream: 
 
 
 @pytest.mark.parametrize("refusal", REFUSALS)
-def test_refused_request_is_sent_again_with_another_token(client: Client, proxy: ProxyProcess,
-                                                          upstream: ScriptedUpstream,
-                                                          refusal: str) -> None:
-    client.request("POST", "/v1/chat/completions?a=%2F", "X-a: 1", "Accept-Encoding: gzip", body=b"{}")
+def test_refused_request_is_sent_again_with_another_token(
+    client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream, refusal: str
+) -> None:
+    client.request(
+        "POST", "/v1/chat/completions?a=%2F", "X-a: 1", "Accept-Encoding: gzip", body=b"{}"
+    )
     first = upstream.receive()
     proxy.sign_in("new")
     first.answer(REFUSALS[refusal])
@@ -306,8 +378,9 @@ def test_refused_request_is_sent_again_with_another_token(client: Client, proxy:
 
 
 @pytest.mark.parametrize("refusal", REFUSALS)
-def test_refused_request_is_sent_again_once(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream,
-                                            refusal: str) -> None:
+def test_refused_request_is_sent_again_once(
+    client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream, refusal: str
+) -> None:
     client.request()
     first = upstream.receive()
     proxy.sign_in("new")
@@ -319,49 +392,84 @@ def test_refused_request_is_sent_again_once(client: Client, proxy: ProxyProcess,
     assert upstream.quiet()
 
 
-@pytest.mark.parametrize("name", sorted(name for name, (status, *_) in ERRORS.items()
-                                        if status not in (200, 401)
-                                        and not name.startswith("bad_credentials")))
-def test_no_other_error_of_xai_is_retried_or_altered(sandbox: Sandbox, for_sandbox: ProxyProcess,
-                                                     name: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    sorted(
+        name
+        for name, (status, *_) in ERRORS.items()
+        if status not in (200, 401) and not name.startswith("bad_credentials")
+    ),
+)
+def test_no_other_error_of_xai_is_retried_or_altered(
+    sandbox: Sandbox, for_sandbox: ProxyProcess, name: str
+) -> None:
     sandbox.set(answers=[{"path": "/v1/models", "error": name}], gzip="all")
     answers = []
     for port, token in ((sandbox.port, for_sandbox.token), (for_sandbox.port, None)):
         with Client(port) as client:
             host = f"127.0.0.1:{port}"
             fields = [f"Authorization: Bearer {token}"] if token else []
-            client.send("\r\n".join(["GET /v1/models HTTP/1.1", f"Host: {host}", "User-Agent: tests", *fields,
-                                     "Accept-Encoding: gzip", "", ""]).encode())
+            client.send(
+                "\r\n".join(
+                    [
+                        "GET /v1/models HTTP/1.1",
+                        f"Host: {host}",
+                        "User-Agent: tests",
+                        *fields,
+                        "Accept-Encoding: gzip",
+                        "",
+                        "",
+                    ]
+                ).encode()
+            )
             answers.append(client.message())
     direct, proxied = answers
     assert proxied.status == direct.status >= 400
     assert gzip.decompress(proxied.body) == gzip.decompress(direct.body)
-    volatile = {"date", "x-request-id", "connection", "keep-alive", "transfer-encoding", "content-length"}
-    assert [field for field in proxied.fields if field[0].lower() not in volatile] == \
-        [field for field in direct.fields if field[0].lower() not in volatile | {"set-cookie"}]
+    volatile = {
+        "date",
+        "x-request-id",
+        "connection",
+        "keep-alive",
+        "transfer-encoding",
+        "content-length",
+    }
+    assert [field for field in proxied.fields if field[0].lower() not in volatile] == [
+        field for field in direct.fields if field[0].lower() not in volatile | {"set-cookie"}
+    ]
     assert len(sandbox.requests("/v1/models")) == 2
 
 
 @pytest.fixture(scope="module")
-def for_sandbox(shared_sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxyProcess]:
-    with ProxyProcess(tmp_path_factory.mktemp("sandboxed"), upstream=shared_sandbox.url,
-                      issuer=shared_sandbox.url) as proxy:
+def for_sandbox(
+    shared_sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ProxyProcess]:
+    with ProxyProcess(
+        tmp_path_factory.mktemp("sandboxed"), upstream=shared_sandbox.url, issuer=shared_sandbox.url
+    ) as proxy:
         proxy.token = shared_sandbox.write_login(proxy.token_path)["access_token"]
         yield proxy
 
 
-@pytest.mark.parametrize("knobs", [{}, {"gzip": "all"}, {"old_shape": True}, {"dead_token_status": 401}])
-def test_token_that_xai_refuses(sandbox: Sandbox, tmp_path: Path, for_sandbox: ProxyProcess,
-                                knobs: "dict[str, Any]") -> None:
+@pytest.mark.parametrize(
+    "knobs", [{}, {"gzip": "all"}, {"old_shape": True}, {"dead_token_status": 401}]
+)
+def test_token_that_xai_refuses(
+    sandbox: Sandbox, tmp_path: Path, for_sandbox: ProxyProcess, knobs: dict[str, Any]
+) -> None:
     """The real thing: revoked at the issuer, refused as xAI does, renewed by somebody, and served."""
     sandbox.set(**knobs)
     sandbox.write_login(for_sandbox.token_path, obtained_at=0)
     sandbox.kill()
     for_sandbox.refresher_lives()
     with for_sandbox.client() as client:
-        client.request("POST", "/v1/chat/completions", "Content-Type: application/json",
-                       "Accept-Encoding: gzip",
-                       body=b'{"model":"grok-4.5","messages":[]}')
+        client.request(
+            "POST",
+            "/v1/chat/completions",
+            "Content-Type: application/json",
+            "Accept-Encoding: gzip",
+            body=b'{"model":"grok-4.5","messages":[]}',
+        )
         sandbox.wait(lambda counters: counters["refused_tokens"] == 1)
         sandbox.write_login(tmp_path / "tokens.json")
         os.replace(tmp_path / "tokens.json", for_sandbox.token_path)
@@ -369,8 +477,9 @@ def test_token_that_xai_refuses(sandbox: Sandbox, tmp_path: Path, for_sandbox: P
     assert sandbox.counters()["refused_tokens"] == 1
 
 
-def test_young_token_gets_a_second_chance(client: Client, proxy: ProxyProcess,
-                                          upstream: ScriptedUpstream) -> None:
+def test_young_token_gets_a_second_chance(
+    client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
     proxy.sign_in("young", age=100)
     client.request()
     start = time.monotonic()
@@ -382,8 +491,9 @@ def test_young_token_gets_a_second_chance(client: Client, proxy: ProxyProcess,
     assert upstream.quiet() and not note(proxy).exists()
 
 
-def test_refresher_is_asked_for_an_older_one(client: Client, proxy: ProxyProcess,
-                                             upstream: ScriptedUpstream) -> None:
+def test_refresher_is_asked_for_an_older_one(
+    client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
     proxy.sign_in("old", age=121)
     client.request()
     upstream.receive().answer(REFUSED)
@@ -394,14 +504,23 @@ def test_refresher_is_asked_for_an_older_one(client: Client, proxy: ProxyProcess
     assert second.token == "new"
     second.answer()
     assert client.message().body == b"ok"
-    assert sorted(path.name for path in proxy.token_path.parent.iterdir()) == \
-        ["tokens.json", "tokens.json.lock", "tokens.json.refused"]
+    assert sorted(path.name for path in proxy.token_path.parent.iterdir()) == [
+        "tokens.json",
+        "tokens.json.lock",
+        "tokens.json.refused",
+    ]
 
 
-def test_fifty_refused_requests_wait_for_one_token(proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
+def test_fifty_refused_requests_wait_for_one_token(
+    proxy: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
     with contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(proxy.client()).request("POST", f"/v1/{number}", body=b"%d" % number)
-                   for number in range(50)]
+        clients = [
+            stack.enter_context(proxy.client()).request(
+                "POST", f"/v1/{number}", body=b"%d" % number
+            )
+            for number in range(50)
+        ]
         for request in [upstream.receive() for _ in clients]:
             request.answer(REFUSED)
         wait_for_note(proxy)
@@ -417,15 +536,27 @@ def test_fifty_refused_requests_wait_for_one_token(proxy: ProxyProcess, upstream
 
 def now_failed(proxy: ProxyProcess, **error: Any) -> None:
     """The refresher records that it got nowhere."""
-    proxy.sign_in("old", refresh_error={"code": "temporarily_unavailable",
-                                        "description": "The issuer is down.",
-                                        "at": time.time(), "terminal": False, **error})
+    proxy.sign_in(
+        "old",
+        refresh_error={
+            "code": "temporarily_unavailable",
+            "description": "The issuer is down.",
+            "at": time.time(),
+            "terminal": False,
+            **error,
+        },
+    )
 
 
-@pytest.mark.parametrize("end", [now_failed, lambda proxy: proxy.refresher_lives(False)],
-                         ids=["fails", "dies"])
-def test_wait_ends_when_the_refresher_fails(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream,
-                                            end: "Callable[[ProxyProcess], None]") -> None:
+@pytest.mark.parametrize(
+    "end", [now_failed, lambda proxy: proxy.refresher_lives(False)], ids=["fails", "dies"]
+)
+def test_wait_ends_when_the_refresher_fails(
+    client: Client,
+    proxy: ProxyProcess,
+    upstream: ScriptedUpstream,
+    end: Callable[[ProxyProcess], None],
+) -> None:
     client.request()
     upstream.receive().answer(REFUSED)
     wait_for_note(proxy)
@@ -435,8 +566,9 @@ def test_wait_ends_when_the_refresher_fails(client: Client, proxy: ProxyProcess,
     assert time.monotonic() - start < 3 and upstream.quiet()
 
 
-def test_wait_ends_when_the_client_leaves(client: Client, proxy: ProxyProcess,
-                                          upstream: ScriptedUpstream) -> None:
+def test_wait_ends_when_the_client_leaves(
+    client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
     client.request("POST", "/v1/left", body=b"{}")
     request = upstream.receive().answer(b"HTTP/1.1 401 X\r\nContent-Length: 5\r\n\r\nno")
     wait_for_note(proxy)
@@ -447,8 +579,9 @@ def test_wait_ends_when_the_client_leaves(client: Client, proxy: ProxyProcess,
     assert upstream.quiet()
 
 
-def test_wait_ends_when_the_login_has_ended(client: Client, proxy: ProxyProcess,
-                                            upstream: ScriptedUpstream) -> None:
+def test_wait_ends_when_the_login_has_ended(
+    client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
     client.request()
     upstream.receive().answer(REFUSED)
     wait_for_note(proxy)
@@ -458,8 +591,9 @@ def test_wait_ends_when_the_login_has_ended(client: Client, proxy: ProxyProcess,
     assert time.monotonic() - start < 3 and upstream.quiet()
 
 
-def test_wait_ends_when_the_login_is_removed(client: Client, proxy: ProxyProcess,
-                                             upstream: ScriptedUpstream) -> None:
+def test_wait_ends_when_the_login_is_removed(
+    client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
     client.request()
     upstream.receive().answer(REFUSED)
     wait_for_note(proxy)
@@ -467,15 +601,22 @@ def test_wait_ends_when_the_login_is_removed(client: Client, proxy: ProxyProcess
     assert_refusal(client.message(), 401, "login_required", "xai-login --device")
 
 
-@pytest.mark.parametrize("arrange", [
-    lambda proxy: proxy.refresher_lives(False),
-    lambda proxy: proxy.token_path.with_name("tokens.json.lock").unlink(),
-    lambda proxy: proxy.sign_in("old", refresh_token=None),
-    lambda proxy: now_failed(proxy, retry_at=time.time() + 60)],
-    ids=["dead refresher", "never a refresher", "no refresh token", "no try for a minute"])
-def test_nothing_is_waited_for_that_cannot_come(client: Client, proxy: ProxyProcess,
-                                                upstream: ScriptedUpstream,
-                                                arrange: "Callable[[ProxyProcess], None]") -> None:
+@pytest.mark.parametrize(
+    "arrange",
+    [
+        lambda proxy: proxy.refresher_lives(False),
+        lambda proxy: proxy.token_path.with_name("tokens.json.lock").unlink(),
+        lambda proxy: proxy.sign_in("old", refresh_token=None),
+        lambda proxy: now_failed(proxy, retry_at=time.time() + 60),
+    ],
+    ids=["dead refresher", "never a refresher", "no refresh token", "no try for a minute"],
+)
+def test_nothing_is_waited_for_that_cannot_come(
+    client: Client,
+    proxy: ProxyProcess,
+    upstream: ScriptedUpstream,
+    arrange: Callable[[ProxyProcess], None],
+) -> None:
     arrange(proxy)
     client.request()
     start = time.monotonic()
@@ -483,11 +624,14 @@ def test_nothing_is_waited_for_that_cannot_come(client: Client, proxy: ProxyProc
     assert_as_it_came(client.message(), REFUSED)
     assert time.monotonic() - start < 3 and upstream.quiet()
     # A refresher that comes back still learns of it; without a refresh token there is nothing to ask.
-    assert note(proxy).exists() is (json.loads(proxy.token_path.read_text())["refresh_token"] is not None)
+    assert note(proxy).exists() is (
+        json.loads(proxy.token_path.read_text())["refresh_token"] is not None
+    )
 
 
-def test_refused_token_of_an_ended_login(client: Client, proxy: ProxyProcess,
-                                         upstream: ScriptedUpstream) -> None:
+def test_refused_token_of_an_ended_login(
+    client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
     now_failed(proxy, code="invalid_grant", terminal=True)
     client.request()  # served as long as the token is taken
     upstream.receive().answer()
@@ -517,11 +661,13 @@ def test_folder_that_cannot_be_written(tmp_path: Path, upstream: ScriptedUpstrea
 # The body, sent again
 
 
-def test_chunked_body_is_sent_again(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
+def test_chunked_body_is_sent_again(
+    client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
     body = bytes(range(256)) * 2000
     client.request("POST", "/v1/files", "Transfer-Encoding: chunked")
     for start in range(0, len(body), 100000):
-        part = body[start:start + 100000]
+        part = body[start : start + 100000]
         client.send(b"%x\r\n%b\r\n" % (len(part), part))
     client.send(b"0\r\n\r\n")
     first = upstream.receive()
@@ -535,9 +681,9 @@ def test_chunked_body_is_sent_again(client: Client, proxy: ProxyProcess, upstrea
 
 
 @pytest.mark.parametrize("ended", [False, True])
-def test_body_refused_before_it_was_whole_is_sent_again(client: Client, proxy: ProxyProcess,
-                                                        upstream: ScriptedUpstream,
-                                                        ended: bool) -> None:
+def test_body_refused_before_it_was_whole_is_sent_again(
+    client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream, ended: bool
+) -> None:
     """xAI looks at the token before it reads: what came is repeated, then comes the rest."""
     client.request("POST", "/v1/files", "Content-Length: 6").send(b"abc")
     first = upstream.receive(body=False)
@@ -555,13 +701,24 @@ def test_body_refused_before_it_was_whole_is_sent_again(client: Client, proxy: P
 
 
 @pytest.mark.parametrize("ended", [False, True])
-@pytest.mark.parametrize("start, rest", [
-    (b"3\r\nabc", b"\r\n3\r\ndef\r\n0\r\n\r\n"), (b"3\r\nabc\r", b"\n3\r\ndef\r\n0\r\n\r\n"),
-    (b"3\r\nabc\r\n", b"3\r\ndef\r\n0\r\n\r\n"), (b"3\r\nabc\r\n3", b"\r\ndef\r\n0\r\n\r\n"),
-    (b"3\r\nabc\r\n0\r\nA: ", b"b\r\n\r\n")])
-def test_refused_part_of_a_chunked_body_is_sent_again(client: Client, proxy: ProxyProcess, ended: bool,
-                                                      upstream: ScriptedUpstream, start: bytes,
-                                                      rest: bytes) -> None:
+@pytest.mark.parametrize(
+    "start, rest",
+    [
+        (b"3\r\nabc", b"\r\n3\r\ndef\r\n0\r\n\r\n"),
+        (b"3\r\nabc\r", b"\n3\r\ndef\r\n0\r\n\r\n"),
+        (b"3\r\nabc\r\n", b"3\r\ndef\r\n0\r\n\r\n"),
+        (b"3\r\nabc\r\n3", b"\r\ndef\r\n0\r\n\r\n"),
+        (b"3\r\nabc\r\n0\r\nA: ", b"b\r\n\r\n"),
+    ],
+)
+def test_refused_part_of_a_chunked_body_is_sent_again(
+    client: Client,
+    proxy: ProxyProcess,
+    ended: bool,
+    upstream: ScriptedUpstream,
+    start: bytes,
+    rest: bytes,
+) -> None:
     """The reading of the client's chunks is broken off wherever it is, and goes on from there."""
     client.request("POST", "/v1/files", "Transfer-Encoding: chunked").send(start)
     first = upstream.receive(body=False)
@@ -580,9 +737,9 @@ def test_refused_part_of_a_chunked_body_is_sent_again(client: Client, proxy: Pro
 
 @pytest.mark.parametrize("size, again", [(10, True), (11, False)])
 @pytest.mark.parametrize("by_length", [True, False])
-def test_body_beyond_the_limit_is_not_sent_again(frugal: ProxyProcess, upstream: ScriptedUpstream, size: int,
-                                                 again: bool,
-                                                 by_length: bool) -> None:
+def test_body_beyond_the_limit_is_not_sent_again(
+    frugal: ProxyProcess, upstream: ScriptedUpstream, size: int, again: bool, by_length: bool
+) -> None:
     body = b"0123456789a"[:size]
     with frugal.client() as client:
         if by_length:
@@ -602,8 +759,9 @@ def test_body_beyond_the_limit_is_not_sent_again(frugal: ProxyProcess, upstream:
             assert upstream.quiet()
 
 
-def test_refresher_is_asked_also_when_nothing_is_sent_again(frugal: ProxyProcess,
-                                                            upstream: ScriptedUpstream) -> None:
+def test_refresher_is_asked_also_when_nothing_is_sent_again(
+    frugal: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
     """Or large uploads alone would be refused until the token expires."""
     with frugal.client() as client:
         client.request("POST", "/v1/x", body=b"0123456789a")
@@ -620,14 +778,21 @@ def test_refresher_is_asked_also_when_nothing_is_sent_again(frugal: ProxyProcess
         assert not note(frugal).exists() and time.monotonic() - start < 0.95
 
 
-def test_bodies_beyond_the_memory_are_not_sent_again(frugal: ProxyProcess,
-                                                     upstream: ScriptedUpstream) -> None:
+def test_bodies_beyond_the_memory_are_not_sent_again(
+    frugal: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
     def refuse(request: Request, client: Client) -> bool:
         """Whether it then came again."""
         frugal.sign_in("new")
         request.answer(REFUSED)
-        came = client.sock not in readable([client.sock, upstream.listener, *(
-            connection.sock for connection in upstream.connections)], PATIENCE)
+        came = client.sock not in readable(
+            [
+                client.sock,
+                upstream.listener,
+                *(connection.sock for connection in upstream.connections),
+            ],
+            PATIENCE,
+        )
         if came:
             upstream.receive().answer()
         assert client.message().status == (200 if came else 403)
@@ -644,7 +809,9 @@ def test_bodies_beyond_the_memory_are_not_sent_again(frugal: ProxyProcess,
         assert refuse(upstream.receive(), two)
         one.request("POST", "/v1/x", body=b"0123456789")
         stream = upstream.receive().answer(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n")
-        assert one.head().status == 200  # that much is enough to know that the first body is not needed again
+        assert (
+            one.head().status == 200
+        )  # that much is enough to know that the first body is not needed again
         two.request("POST", "/v1/x", body=b"0123456789")
         assert refuse(upstream.receive(), two)
         stream.answer(b"ok")
@@ -661,7 +828,9 @@ def test_bodies_beyond_the_memory_are_not_sent_again(frugal: ProxyProcess,
 
 
 @both_ways
-def test_slow_403_is_passed_on(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
+def test_slow_403_is_passed_on(
+    client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
     """After two seconds of it, and with all that came by then."""
     client.request()
     start = time.monotonic()
@@ -682,9 +851,9 @@ def test_slow_403_is_passed_on(client: Client, proxy: ProxyProcess, upstream: Sc
 
 @both_ways
 @pytest.mark.parametrize("start, again", [(0, True), (60000, True), (70000, False)])
-def test_large_403_is_passed_on_whole(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream,
-                                      start: int,
-                                      again: bool) -> None:
+def test_large_403_is_passed_on_whole(
+    client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream, start: int, again: bool
+) -> None:
     """The first 64 KiB are looked at."""
     body = b"x" * start + NEW + b"y" * 200000
     client.request()
@@ -699,9 +868,9 @@ def test_large_403_is_passed_on_whole(client: Client, proxy: ProxyProcess, upstr
 
 @both_ways
 @pytest.mark.parametrize("coding", [b"gzip", b"deflate", b"br", b"gzip, gzip"])
-def test_403_that_cannot_be_decoded_is_passed_on(client: Client, proxy: ProxyProcess,
-                                                 upstream: ScriptedUpstream,
-                                                 coding: bytes) -> None:
+def test_403_that_cannot_be_decoded_is_passed_on(
+    client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream, coding: bytes
+) -> None:
     sent = answer(403, b"\x1f\x8bnonsense", b"Content-Encoding: " + coding)
     client.request()
     upstream.receive().answer(sent)
@@ -719,8 +888,9 @@ def test_403_that_breaks_off_is_broken(client: Client, upstream: ScriptedUpstrea
 
 
 @both_ways
-def test_other_statuses_are_not_looked_at(client: Client, proxy: ProxyProcess,
-                                          upstream: ScriptedUpstream) -> None:
+def test_other_statuses_are_not_looked_at(
+    client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
     for status in (200, 400, 402, 404, 429, 500, 503):
         client.request()
         request = upstream.receive()
@@ -744,10 +914,13 @@ def test_no_login(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstrea
     assert client.message().body == b"ok"
 
 
-@pytest.mark.parametrize("text, word", [("{", "not JSON"), ("", "not JSON"),
-                                        ('{"access_token": "a", "expires_at": 1}', "auth.x.ai")])
-def test_unusable_login(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream, text: str,
-                        word: str) -> None:
+@pytest.mark.parametrize(
+    "text, word",
+    [("{", "not JSON"), ("", "not JSON"), ('{"access_token": "a", "expires_at": 1}', "auth.x.ai")],
+)
+def test_unusable_login(
+    client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream, text: str, word: str
+) -> None:
     proxy.token_path.write_text(text)
     assert_refusal(client.ask(), 401, "login_required", str(proxy.token_path), word)
     assert upstream.quiet()
@@ -771,7 +944,9 @@ def token_of_next(client: Client, upstream: ScriptedUpstream) -> str:
     return token
 
 
-def test_token_file_that_cannot_be_read_when_it_is_replaced(proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
+def test_token_file_that_cannot_be_read_when_it_is_replaced(
+    proxy: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
     """The former token serves, and the new one as soon as it can be read."""
     with proxy.client() as client, proxy.client() as probe:
         assert token_of_next(client, upstream) == "old"  # its connection to upstream is pooled
@@ -786,8 +961,9 @@ def test_token_file_that_cannot_be_read_when_it_is_replaced(proxy: ProxyProcess,
         assert probe.ask("GET", "/readyz").status == 200
 
 
-def test_refused_token_while_the_file_cannot_be_read(client: Client, proxy: ProxyProcess,
-                                                     upstream: ScriptedUpstream) -> None:
+def test_refused_token_while_the_file_cannot_be_read(
+    client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
     assert token_of_next(client, upstream) == "old"
     with no_descriptor(proxy):
         proxy.sign_in("new")
@@ -818,8 +994,9 @@ def test_first_login_that_cannot_be_read(tmp_path: Path, upstream: ScriptedUpstr
         assert token_of_next(client, upstream) == "first"
 
 
-def test_expired_token_is_replaced_in_time(client: Client, proxy: ProxyProcess,
-                                           upstream: ScriptedUpstream) -> None:
+def test_expired_token_is_replaced_in_time(
+    client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
     proxy.sign_in("old", expires_in=-1)
     client.request("POST", "/v1/x", body=b"{}")
     time.sleep(0.3)
@@ -831,13 +1008,23 @@ def test_expired_token_is_replaced_in_time(client: Client, proxy: ProxyProcess,
     assert client.message().body == b"ok"
 
 
-@pytest.mark.parametrize("retry_in, retry_after",
-                         [(None, "1"), (-60, "1"), (0.5, "1"), (4.6, "5"), (300, "10")])
-def test_expired_token_that_cannot_be_renewed(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream,
-                                              retry_in: "float | None", retry_after: str) -> None:
-    error = {"code": "temporarily_unavailable", "description": "The issuer is down.", "at": time.time(),
-             "terminal": False,
-             "retry_at": retry_in and time.time() + retry_in}
+@pytest.mark.parametrize(
+    "retry_in, retry_after", [(None, "1"), (-60, "1"), (0.5, "1"), (4.6, "5"), (300, "10")]
+)
+def test_expired_token_that_cannot_be_renewed(
+    client: Client,
+    proxy: ProxyProcess,
+    upstream: ScriptedUpstream,
+    retry_in: float | None,
+    retry_after: str,
+) -> None:
+    error = {
+        "code": "temporarily_unavailable",
+        "description": "The issuer is down.",
+        "at": time.time(),
+        "terminal": False,
+        "retry_at": retry_in and time.time() + retry_in,
+    }
     proxy.sign_in("old", expires_in=-1, refresh_error=error)
     start = time.monotonic()
     message = client.ask()
@@ -847,17 +1034,29 @@ def test_expired_token_that_cannot_be_renewed(client: Client, proxy: ProxyProces
 
 
 def test_expired_token_of_an_ended_login(client: Client, proxy: ProxyProcess) -> None:
-    proxy.sign_in("old", expires_in=-1,
-                  refresh_error={"code": "invalid_grant", "description": "Refresh token has been "
-                                                       "revoked", "at": time.time(), "terminal": True})
+    proxy.sign_in(
+        "old",
+        expires_in=-1,
+        refresh_error={
+            "code": "invalid_grant",
+            "description": "Refresh token has been revoked",
+            "at": time.time(),
+            "terminal": True,
+        },
+    )
     assert_refusal(client.ask(), 401, "login_required", "invalid_grant", "xai-login --device")
 
 
-@pytest.mark.parametrize("arrange, word", [
-    (lambda proxy: proxy.refresher_lives(False), "xai-refresher"),
-    (lambda proxy: proxy.sign_in("old", expires_in=-1, refresh_token=None), "no refresh token")])
-def test_expired_token_that_nobody_renews(client: Client, proxy: ProxyProcess, word: str,
-                                          arrange: "Callable[[ProxyProcess], None]") -> None:
+@pytest.mark.parametrize(
+    "arrange, word",
+    [
+        (lambda proxy: proxy.refresher_lives(False), "xai-refresher"),
+        (lambda proxy: proxy.sign_in("old", expires_in=-1, refresh_token=None), "no refresh token"),
+    ],
+)
+def test_expired_token_that_nobody_renews(
+    client: Client, proxy: ProxyProcess, word: str, arrange: Callable[[ProxyProcess], None]
+) -> None:
     proxy.sign_in("old", expires_in=-1)
     arrange(proxy)
     start = time.monotonic()
@@ -866,7 +1065,7 @@ def test_expired_token_that_nobody_renews(client: Client, proxy: ProxyProcess, w
     assert message.value("Retry-After") == "10" and time.monotonic() - start < 3
 
 
-def test_ten_seconds_were_waited_for_a_token(waiting: "tuple[ProxyProcess, Client, Client]") -> None:
+def test_ten_seconds_were_waited_for_a_token(waiting: tuple[ProxyProcess, Client, Client]) -> None:
     proxy, refused, late = waiting
     for path in ("/v1/refused", "/v1/late"):
         assert 9_900 < proxy.wait_for_request(path, 12)["duration_ms"] < 12_000

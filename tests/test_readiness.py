@@ -11,7 +11,8 @@ from proxy_process import ProxyProcess
 from scripted_upstream import OK, ScriptedUpstream
 
 from xaiproxy import client_keys, config, errors, refresher_status, tokens
-from xaiproxy.login import command as login, conversation, doctor
+from xaiproxy.login import command as login
+from xaiproxy.login import conversation, doctor
 from xaiproxy.proxy.outage import Outage
 from xaiproxy.refresher_status import Status
 from xaiproxy.token_store import TokenStore
@@ -25,11 +26,18 @@ class Scene:
 
     def __init__(self, proxy: ProxyProcess, upstream: ScriptedUpstream):
         self.proxy, self.upstream = proxy, upstream
-        self.store = TokenStore(config.from_environ({
-            "XAI_PROXY_TOKEN_PATH": str(proxy.token_path), "XAI_PROXY_ISSUER": "http://127.0.0.1:1",
-            "XAI_PROXY_UPSTREAM": upstream.origin}, dotenv_path=os.devnull))
+        self.store = TokenStore(
+            config.from_environ(
+                {
+                    "XAI_PROXY_TOKEN_PATH": str(proxy.token_path),
+                    "XAI_PROXY_ISSUER": "http://127.0.0.1:1",
+                    "XAI_PROXY_UPSTREAM": upstream.origin,
+                },
+                dotenv_path=os.devnull,
+            )
+        )
 
-    def request(self, answer: "bytes | None" = None) -> int:
+    def request(self, answer: bytes | None = None) -> int:
         """The status of a request; `answer`: what the API says, None where it must not be asked."""
         with self.proxy.client() as client:
             client.request()
@@ -37,11 +45,11 @@ class Scene:
                 self.upstream.receive().answer(answer)
             return client.message().status
 
-    def ready(self) -> "tuple[int, str]":
+    def ready(self) -> tuple[int, str]:
         answer = self.proxy.ask("GET", "/readyz")
         return answer.status, json.loads(answer.body)["reason"]
 
-    def status(self) -> "tuple[int, dict]":
+    def status(self) -> tuple[int, dict]:
         said = io.StringIO()
         code = login.status(self.store, conversation.Conversation(True, said, said))
         return code, json.loads(said.getvalue())
@@ -54,10 +62,12 @@ class Scene:
     def doctor(self) -> doctor.Finding:
         return doctor.lifetime(self.store.load(), self.store, time.time())
 
-    def logged(self, text: str) -> "list[str]":
+    def logged(self, text: str) -> list[str]:
         """The levels of all lines that begin so, once there is one."""
         self.proxy.wait_for_log(lambda line: line["message"].startswith(text))
-        return [line["level"] for line in self.proxy.log_lines() if line["message"].startswith(text)]
+        return [
+            line["level"] for line in self.proxy.log_lines() if line["message"].startswith(text)
+        ]
 
 
 @pytest.fixture
@@ -68,13 +78,21 @@ def scene(tmp_path):
 
 
 def error(**members) -> dict:
-    return {"code": "invalid_grant", "description": "revoked", "at": time.time(), "terminal": True, "retry_at": None,
-            **members}
+    return {
+        "code": "invalid_grant",
+        "description": "revoked",
+        "at": time.time(),
+        "terminal": True,
+        "retry_at": None,
+        **members,
+    }
 
 
 def test_a_refused_token_of_an_ended_login(scene):
     scene.proxy.sign_in(refresh_error=error())
-    assert scene.ready()[0] == 200 and scene.request(OK) == 200  # its token is good until it expires
+    assert (
+        scene.ready()[0] == 200 and scene.request(OK) == 200
+    )  # its token is good until it expires
     assert scene.status()[0] == SIGN_IN and scene.doctor().exit_code == SIGN_IN
     assert scene.request(REFUSED) == 401
     status, reason = scene.ready()
@@ -83,7 +101,10 @@ def test_a_refused_token_of_an_ended_login(scene):
     code, event = scene.status()
     assert (code, event["usable"], event["verdict"]) == (SIGN_IN, False, "ended")
     text = scene.status_text()
-    assert text.startswith("The API refuses the access token, and the login has ended") and "is valid" not in text
+    assert (
+        text.startswith("The API refuses the access token, and the login has ended")
+        and "is valid" not in text
+    )
     assert scene.doctor().exit_code == SIGN_IN and "is valid" not in scene.doctor().message
     assert scene.request(REFUSED) == 401
     assert scene.logged("requests cannot be served: the login has ended") == ["error"]
@@ -92,19 +113,34 @@ def test_a_refused_token_of_an_ended_login(scene):
     assert scene.request(OK) == 200
     assert scene.logged("requests can be served again") == ["info"]
     old = time.time() - 20
-    os.utime(scene.store.refused_path, (old, old))  # a note that the refresher may not have seen stays
-    assert scene.request(OK) == 200 and scene.ready()[0] == 200 and not scene.store.refused_path.exists()
+    os.utime(
+        scene.store.refused_path, (old, old)
+    )  # a note that the refresher may not have seen stays
+    assert (
+        scene.request(OK) == 200
+        and scene.ready()[0] == 200
+        and not scene.store.refused_path.exists()
+    )
 
 
 def test_a_refused_token_that_is_renewed(scene):
-    scene.proxy.sign_in(refresh_error=error(code="issuer_unavailable", terminal=False, at=time.time() + 5))
+    scene.proxy.sign_in(
+        refresh_error=error(code="issuer_unavailable", terminal=False, at=time.time() + 5)
+    )
     assert scene.request(REFUSED) == 401
-    assert scene.ready() == (503, "the API refuses the access token and cannot be renewed (issuer_unavailable)")
+    assert scene.ready() == (
+        503,
+        "the API refuses the access token and cannot be renewed (issuer_unavailable)",
+    )
     code, event = scene.status()
     assert (code, event["usable"], event["verdict"]) == (TRY_AGAIN, False, "refused")
     assert scene.doctor().exit_code == TRY_AGAIN
     scene.proxy.sign_in("new")
-    assert scene.ready() == (200, "signed in") and scene.status()[0] == 0 and scene.doctor().result == "ok"
+    assert (
+        scene.ready() == (200, "signed in")
+        and scene.status()[0] == 0
+        and scene.doctor().result == "ok"
+    )
     assert scene.request(OK) == 200
 
 
@@ -113,7 +149,10 @@ def test_a_refused_token_without_a_refresh_token(scene):
     assert scene.ready()[0] == 200
     assert scene.request(REFUSED) == 401
     status, reason = scene.ready()
-    assert status == 503 and "the API refuses the access token, and the token file holds no refresh token" in reason
+    assert (
+        status == 503
+        and "the API refuses the access token, and the token file holds no refresh token" in reason
+    )
     assert scene.request(OK) == 200 and scene.ready()[0] == 200
 
 
@@ -128,18 +167,26 @@ def test_a_report_of_the_proxy_that_ran_before(tmp_path):
         with ProxyProcess(tmp_path, upstream=upstream.origin) as proxy:
             scene = Scene(proxy, upstream)
             assert scene.ready()[0] == 503
-            assert scene.request(OK) == 200 and scene.ready()[0] == 200 and not scene.store.refused_path.exists()
+            assert (
+                scene.request(OK) == 200
+                and scene.ready()[0] == 200
+                and not scene.store.refused_path.exists()
+            )
 
 
 def test_an_expired_token_whose_renewal_fails(scene):
-    scene.proxy.sign_in(expires_in=-5, refresh_error=error(code="issuer_unavailable", terminal=False,
-                                                           retry_at=time.time() + 9))
+    scene.proxy.sign_in(
+        expires_in=-5,
+        refresh_error=error(code="issuer_unavailable", terminal=False, retry_at=time.time() + 9),
+    )
     assert scene.request() == 503 and scene.ready()[0] == 503
     code, event = scene.status()
     assert (code, event["usable"], event["verdict"]) == (TRY_AGAIN, False, "expired")
     assert scene.doctor().exit_code == TRY_AGAIN
     assert scene.logged("requests cannot be served") == ["error"]
-    scene.proxy.sign_in("new")  # without a further request, the end of the outage is logged all the same
+    scene.proxy.sign_in(
+        "new"
+    )  # without a further request, the end of the outage is logged all the same
     assert scene.logged("requests can be served again") == ["info"]
 
 
@@ -159,7 +206,10 @@ def test_the_last_client_key_that_is_removed(scene):
     assert scene.ready() == (200, "signed in")
     keys.write_text("")
     assert scene.request() == 401
-    assert scene.ready() == (503, "there is no client key that can be used, so every request is refused; see the log")
+    assert scene.ready() == (
+        503,
+        "there is no client key that can be used, so every request is refused; see the log",
+    )
     keys.write_text(f"a {client_keys.digest('a-key')}\n")
     assert scene.ready() == (200, "signed in")
 
@@ -175,7 +225,12 @@ def test_a_young_token_that_is_refused_twice_is_not_ready(scene):
 
 
 def test_an_old_refresh_that_was_declined_turns_no_request_away(scene):
-    old = error(code="upstream_refuses", terminal=False, at=time.time() - 15000, retry_at=time.time() - 14900)
+    old = error(
+        code="upstream_refuses",
+        terminal=False,
+        at=time.time() - 15000,
+        retry_at=time.time() - 14900,
+    )
     scene.proxy.sign_in(expires_in=-1, age=20000, refresh_error=old)
     with scene.proxy.client() as client:
         client.request()
@@ -189,8 +244,17 @@ def test_no_room_is_told_though_tokens_json_cannot_take_it(scene):
     scene.proxy.sign_in()
     now = time.time()
     no_room = "No space left on device"
-    refresher_status.write(scene.store, Status(now, "storage", f"{scene.store.path}: {no_room}", now + 5, no_room,
-                                                tokens.fingerprint(scene.store.load().access_token)))
+    refresher_status.write(
+        scene.store,
+        Status(
+            now,
+            "storage",
+            f"{scene.store.path}: {no_room}",
+            now + 5,
+            no_room,
+            tokens.fingerprint(scene.store.load().access_token),
+        ),
+    )
     status, reason = scene.ready()
     assert status == 200 and reason.endswith("but no renewed login can be saved")
     code, event = scene.status()
@@ -198,7 +262,11 @@ def test_no_room_is_told_though_tokens_json_cannot_take_it(scene):
     assert "The refresher says: No space left on device." in scene.status_text()
     assert scene.doctor().result == "warning" and "No space left" in scene.doctor().message
     scene.proxy.sign_in(expires_in=-5)
-    assert scene.ready()[0] == 503 and scene.status()[0] == TRY_AGAIN and scene.doctor().exit_code == TRY_AGAIN
+    assert (
+        scene.ready()[0] == 503
+        and scene.status()[0] == TRY_AGAIN
+        and scene.doctor().exit_code == TRY_AGAIN
+    )
 
 
 def test_after_a_suspend_the_refresher_gets_a_second_for_its_heartbeat(scene):
@@ -224,6 +292,7 @@ def test_after_a_suspend_the_refresher_gets_a_second_for_its_heartbeat(scene):
 
 # the log's lines
 
+
 def test_an_outage_is_an_error_each_minute_and_its_end_a_line(caplog):
     caplog.set_level("INFO")
     now, over = [0.0], [False]
@@ -243,7 +312,8 @@ def test_an_outage_is_an_error_each_minute_and_its_end_a_line(caplog):
         ("ERROR", "requests cannot be served: why"),
         ("ERROR", "requests cannot be served for 60 s now: another why"),
         ("ERROR", "requests cannot be served for 120 s now: another why"),
-        ("INFO", "requests can be served again, after 150 s")]
+        ("INFO", "requests can be served again, after 150 s"),
+    ]
     outage.hit("a request that failed while it was over")
     outage.end()
     assert len(caplog.records) == 4 and not outage.lasts

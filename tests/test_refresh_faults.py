@@ -3,6 +3,8 @@
 Each cell is a refresher of its own, stopped at a system call of that step, with a login and an issuer of its own.
 """
 
+from __future__ import annotations
+
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -24,11 +26,21 @@ from collections.abc import Callable
 
 import pytest
 from proxy_process import ProxyProcess
-from refresher_process import Process, environment, make_store, mounted, mounts, seen_from, strace, wait_until
+from refresher_process import (
+    Process,
+    environment,
+    make_store,
+    mounted,
+    mounts,
+    seen_from,
+    strace,
+    wait_until,
+)
 from scripted_server import ScriptedServer, answer, read_request
 
 from xaiproxy import token_store, token_writer, tokens
-from xaiproxy.login import command as login, conversation
+from xaiproxy.login import command as login
+from xaiproxy.login import conversation
 from xaiproxy.proxy import app
 from xaiproxy.tokens import State
 
@@ -48,7 +60,7 @@ class Issuer(ScriptedServer):
         self.env = {"XAI_PROXY_ISSUER": self.url, "XAI_PROXY_UPSTREAM": self.url}
         self.login = [self.name()]  # its refresh tokens; only the last is good
         self.ended = False
-        self.calls: "list[float]" = []
+        self.calls: list[float] = []
         self.reuses = 0
         self.lifetime = LIFETIME  # of access tokens, in seconds
         self.faults = list(faults)
@@ -64,7 +76,9 @@ class Issuer(ScriptedServer):
         if not head:
             return  # who connected is gone
         if head.startswith(b"GET"):
-            connection.sendall(answer(200, {"issuer": self.url, "token_endpoint": f"{self.url}/token"}))
+            connection.sendall(
+                answer(200, {"issuer": self.url, "token_endpoint": f"{self.url}/token"})
+            )
             return
         form = dict(urllib.parse.parse_qsl(body.decode()))
         with self._mutex:
@@ -85,8 +99,14 @@ class Issuer(ScriptedServer):
             if self.ended:
                 return answer(400, {"error": "invalid_grant"})
             self.login.append(self.name())
-            return answer(200, {"access_token": self.name(), "expires_in": self.lifetime,
-                                "refresh_token": self.login[-1]})
+            return answer(
+                200,
+                {
+                    "access_token": self.name(),
+                    "expires_in": self.lifetime,
+                    "refresh_token": self.login[-1],
+                },
+            )
 
     def go_down(self) -> None:
         self.__exit__()
@@ -135,7 +155,11 @@ class Held:
 # Where a refresher is stopped: the file of the login that a system call is about, its name, and which such call. The
 # signal comes when the call is done. At `awaiting` the issuer holds the answer back instead.
 STEPS = {
-    "starting": (".lock", "openat", 4),  # of the lock: it exists, and is opened next; three came at the start
+    "starting": (
+        ".lock",
+        "openat",
+        4,
+    ),  # of the lock: it exists, and is opened next; three came at the start
     "locked": (".lock", "flock", 2),  # the first was that of the start
     "rehearsing": (".new", "write", 1),
     "rehearsed": (".new", "rename", 1),
@@ -169,20 +193,28 @@ clock_back         1        1      1          1         1        1         1    
 class Case:
     """A refresher, stopped at `step`, with a stale login."""
 
-    def __init__(self, folder: pathlib.Path, step: str = "", *, faults=(), grace: bool = False, mount: str = "",
-                 clock: str = ""):
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        step: str = "",
+        *,
+        faults=(),
+        grace: bool = False,
+        mount: str = "",
+        clock: str = "",
+    ):
         self.step, self.folder = step, folder
         self.path = folder / "tokens.json"
         self.held = Held()
         self.issuer = Issuer(*[self.held] if step == "awaiting" else faults, grace=grace)
-        self.processes: "list[Process]" = []
+        self.processes: list[Process] = []
         self.log = folder.with_suffix(".strace")
         self._before = mounted(mount, folder) if mount else []
         self._clock = folder.with_suffix(".clock")
         self._ahead = [0, 0]  # what tests/clock.c adds
         self.environ = {"LD_PRELOAD": clock, "CLOCK": str(self._clock)} if clock else {}
 
-    def __enter__(self) -> "Case":
+    def __enter__(self) -> Case:
         self.folder.mkdir(0o700)
         self._clock.write_bytes(bytes(16))
         self.issuer.__enter__()
@@ -200,8 +232,16 @@ class Case:
         """A login, by somebody who takes no lock."""
         now = time.time()
         written = self.folder / "written"
-        written.write_text(tokens.Tokens(access_token, now + expires_in, refresh_token, f"{self.issuer.url}/token",
-                                         now - 1000 * (expires_in < LIFETIME), self.issuer.url).to_json(None))
+        written.write_text(
+            tokens.Tokens(
+                access_token,
+                now + expires_in,
+                refresh_token,
+                f"{self.issuer.url}/token",
+                now - 1000 * (expires_in < LIFETIME),
+                self.issuer.url,
+            ).to_json(None)
+        )
         written.chmod(0o600)
         written.replace(self.path)
 
@@ -218,16 +258,33 @@ class Case:
             wait_until(lambda: state_of(process) == "T", PATIENCE)
             return process
         process = self.start(*self.traced("signal=STOP"))
-        wait_until(lambda: self.log.exists() and "stopped by SIGSTOP" in self.log.read_text(), PATIENCE,
-                   lambda: f"{self.step} was not reached: {process.lines}")
+        wait_until(
+            lambda: self.log.exists() and "stopped by SIGSTOP" in self.log.read_text(),
+            PATIENCE,
+            lambda: f"{self.step} was not reached: {process.lines}",
+        )
         return process
 
-    def traced(self, injected: str) -> "list[str]":
+    def traced(self, injected: str) -> list[str]:
         """strace, which does that at the step's system call. -D: the refresher, not strace, is our child."""
         suffix, call, nth = STEPS[self.step]
-        path = [] if suffix is None else ["-P", str(self.path) + suffix if suffix else str(self.folder)]
-        return ["strace", "-D", "-f", "-o", str(self.log), *path,
-                "-e", f"trace={call}", "-e", f"inject={call}:{injected}:when={nth}"]
+        path = (
+            []
+            if suffix is None
+            else ["-P", str(self.path) + suffix if suffix else str(self.folder)]
+        )
+        return [
+            "strace",
+            "-D",
+            "-f",
+            "-o",
+            str(self.log),
+            *path,
+            "-e",
+            f"trace={call}",
+            "-e",
+            f"inject={call}:{injected}:when={nth}",
+        ]
 
     def go_on(self) -> None:
         self.held.released.set()
@@ -242,7 +299,7 @@ class Case:
     def now(self) -> float:
         return time.time() + self._ahead[0]
 
-    def seen(self) -> "tuple[str, tuple[bool, str]]":
+    def seen(self) -> tuple[str, tuple[bool, str]]:
         """What `xai-login --status` and /readyz say of it."""
         said = io.StringIO()
         login.status(self.store, conversation.Conversation(False, said, said), self.now)
@@ -250,9 +307,14 @@ class Case:
 
     def status(self) -> str:
         """What `xai-login --status` says, as a process."""
-        done = subprocess.run([sys.executable, "-W", "error", "-m", "xaiproxy.login", "--status"], cwd="/", text=True,
-                              env=environment(self.issuer, self.path, **self.environ), stdout=subprocess.PIPE,
-                              timeout=PATIENCE)
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-m", "xaiproxy.login", "--status"],
+            cwd="/",
+            text=True,
+            env=environment(self.issuer, self.path, **self.environ),
+            stdout=subprocess.PIPE,
+            timeout=PATIENCE,
+        )
         assert done.returncode in (0, 75), done
         return done.stdout
 
@@ -268,11 +330,15 @@ class Case:
             status, (ready, reason) = self.seen()
             if expired == (self.store.load().state(self.now(), 120) is State.INVALID):
                 break
-        assert f"No refresher is running: the login {'lapsed' if expired else 'lapses'} at " in status, status
+        assert (
+            f"No refresher is running: the login {'lapsed' if expired else 'lapses'} at " in status
+        ), status
         assert ready is not expired, reason
-        assert ("has not been renewed yet" if expired else "no refresher; the login lapses at ") in reason, reason
+        assert (
+            "has not been renewed yet" if expired else "no refresher; the login lapses at "
+        ) in reason, reason
 
-    def messages(self) -> "list[str]":
+    def messages(self) -> list[str]:
         return [message for process in self.processes for message in process.messages()]
 
     def said(self, text: str) -> int:
@@ -281,8 +347,14 @@ class Case:
     def outcome(self) -> str:
         """Wait until the login is good again, or has ended; return the table's word for it."""
         self.processes[-1].wait_for("signed in", PATIENCE)  # it has begun, and seen a login
-        wait_until(lambda: self.store.load().access_token != "old" or self.said("xai-login --device` to sign in"), PATIENCE,
-                   lambda: f"{self.step}: neither kept nor lost: {self.messages()}")
+        wait_until(
+            lambda: (
+                self.store.load().access_token != "old"
+                or self.said("xai-login --device` to sign in")
+            ),
+            PATIENCE,
+            lambda: f"{self.step}: neither kept nor lost: {self.messages()}",
+        )
         if self.issuer.ended:
             wait_until(lambda: self.store.load().refresh_error, PATIENCE)
         else:
@@ -308,6 +380,7 @@ def state_of(process: Process) -> str:
 
 # the faults
 
+
 def killed(case: Case) -> None:
     process = case.stop_at_step()
     process.signal(signal.SIGKILL)
@@ -317,7 +390,8 @@ def killed(case: Case) -> None:
     successor = case.start()
     successor.wait_for("signed in", PATIENCE)
     assert successor.said("was left behind by a process that was killed; it is now") == (
-        case.step in ("rehearsing", "written"))
+        case.step in ("rehearsing", "written")
+    )
 
 
 def killed_with_grace(case: Case) -> None:
@@ -330,9 +404,13 @@ def told_to_end(case: Case) -> None:
     case.go_on()
     assert process.wait(PATIENCE) == 0 and process.messages()[-1] == "ended"
     case.shows_nobody()
-    spent = list(STEPS).index(case.step) >= list(STEPS).index("connected")  # or else it is not sent any more
+    spent = list(STEPS).index(case.step) >= list(STEPS).index(
+        "connected"
+    )  # or else it is not sent any more
     left = case.store.load()
-    assert (left.access_token != "old") is bool(case.issuer.calls) is spent and left.refresh_try is None
+    assert (left.access_token != "old") is bool(
+        case.issuer.calls
+    ) is spent and left.refresh_try is None
     case.start()
 
 
@@ -351,7 +429,9 @@ def replaced(case: Case) -> None:
     process = case.stop_at_step()
     case.put("theirs", "theirs")
     case.go_on()
-    wait_until(lambda: process.said("signed in") == 2, PATIENCE, lambda: f"{case.step}: {process.lines}")
+    wait_until(
+        lambda: process.said("signed in") == 2, PATIENCE, lambda: f"{case.step}: {process.lines}"
+    )
     assert case.store.load().access_token == "theirs", case.step
 
 
@@ -365,11 +445,20 @@ def disk_full(case: Case) -> None:
                 file.write(bytes(4096))
         file.truncate(file.tell() - 16384)  # room for a login, so that the failure can be recorded
     case.go_on()
-    if case.step in ("starting", "locked", "rehearsing", "rehearsed"):  # before there is room for the successor
+    if case.step in (
+        "starting",
+        "locked",
+        "rehearsing",
+        "rehearsed",
+    ):  # before there is room for the successor
         process.wait_for("No space left on device. Make room", PATIENCE)
         wait_until(lambda: case.store.load().refresh_error, PATIENCE)
         status, readiness = case.seen()
-        assert "No space left on device" in status and readiness[0] and readiness[1].endswith("(storage)")
+        assert (
+            "No space left on device" in status
+            and readiness[0]
+            and readiness[1].endswith("(storage)")
+        )
         assert case.store.load().access_token == "old" and not case.issuer.calls
         filling.unlink()
 
@@ -384,14 +473,30 @@ def read_only(case: Case) -> None:
     case.store = make_store(case.issuer, seen_from(process, case.path))
 
     def mount(how: str) -> None:
-        subprocess.run(["nsenter", "-m", "-t", str(process.pid), "mount", "-o", f"remount,{how},bind", case.folder],
-                       check=True)
+        subprocess.run(
+            [
+                "nsenter",
+                "-m",
+                "-t",
+                str(process.pid),
+                "mount",
+                "-o",
+                f"remount,{how},bind",
+                case.folder,
+            ],
+            check=True,
+        )
+
     case.look_a_minute_old()
     mount("ro")
     case.go_on()
     process.wait_for("Read-only file system. Mount", PATIENCE)
     status, (ready, reason) = case.seen()  # it can neither record a failure nor give a sign of life
-    assert "No refresher is running: the login lapses at " in status and ready and "no refresher; " in reason
+    assert (
+        "No refresher is running: the login lapses at " in status
+        and ready
+        and "no refresher; " in reason
+    )
     assert case.store.load().access_token == "old" and not case.issuer.calls
     mount("rw")
 
@@ -405,7 +510,9 @@ def clock_forward(case: Case) -> None:
 def clock_back(case: Case) -> None:
     case.stop_at_step()
     case.set_clocks(time_of_day=-3600)
-    case.store.ask_refresh("old")  # to this clock it is good for another hour, but upstream refuses it
+    case.store.ask_refresh(
+        "old"
+    )  # to this clock it is good for another hour, but upstream refuses it
     case.go_on()
 
 
@@ -425,17 +532,22 @@ def clock(tmp_path_factory) -> str:
         pytest.skip("gcc is not installed")
     library = str(tmp_path_factory.mktemp("clock") / "clock.so")
     source = pathlib.Path(__file__).with_name("clock.c")
-    subprocess.run(["gcc", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o", library, source], check=True)
+    subprocess.run(
+        ["gcc", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o", library, source],
+        check=True,
+    )
     return library
 
 
 def together(outcome, cases) -> dict:
     """The outcome of each, several at the same time: most of them wait most of the time."""
+
     def told(case) -> str:
         try:
             return outcome(case)
         except Exception as error:  # shown beside the others
             return f"{type(error).__name__}: {error}"
+
     with concurrent.futures.ThreadPoolExecutor(12) as pool:
         return dict(zip(cases, pool.map(told, cases)))
 
@@ -444,15 +556,20 @@ def check_table(tmp_path, chosen, **options) -> None:
     """The rows of the faults that were chosen."""
     head, *rows = [line.split() for line in TABLE.strip().splitlines()]
     assert head == list(STEPS)
-    expected = {(name, step): cell for name, *cells in rows for step, cell in zip(head, cells)
-                if cell != "-" and chosen(globals()[name])}
+    expected = {
+        (name, step): cell
+        for name, *cells in rows
+        for step, cell in zip(head, cells)
+        if cell != "-" and chosen(globals()[name])
+    }
 
-    def outcome(cell: "tuple[str, str]") -> str:
+    def outcome(cell: tuple[str, str]) -> str:
         name, step = cell
         fault = globals()[name]
         with Case(tmp_path / f"{name}-{step}", step, **HOW.get(fault, {}), **options) as case:
             fault(case)
             return case.outcome()
+
     assert together(outcome, expected) == expected
 
 
@@ -478,10 +595,22 @@ ANSWERS = {
     "cut before it spends": (cut_before, False, 0.5, "answer_lost", "2"),
     "cut when it has spent": (cut_after, False, 0.5, "answer_lost", "lost"),
     "cut when it has spent, with grace": (cut_after, True, 0.5, "answer_lost", "2"),
-    "429": (answer(429, {"error": "slow_down"}, Retry_After="2"), False, 2, "issuer_unavailable", "2"),
+    "429": (
+        answer(429, {"error": "slow_down"}, Retry_After="2"),
+        False,
+        2,
+        "issuer_unavailable",
+        "2",
+    ),
     "500": (answer(500, "oops", "text/plain"), False, 0.5, "answer_lost", "2"),
     "a gateway's 502 when it has spent, with grace": (gateway_after, True, 0.5, "answer_lost", "2"),
-    "a page": (answer(403, "<html>Just a moment...", "text/html"), False, 0.5, "issuer_unavailable", "2"),
+    "a page": (
+        answer(403, "<html>Just a moment...", "text/html"),
+        False,
+        0.5,
+        "issuer_unavailable",
+        "2",
+    ),
     "nothing": (answer(200), False, 0.5, "answer_lost", "2"),
     "byte by byte": (drip, False, 0, None, "1"),
 }
@@ -497,16 +626,23 @@ def test_an_answer_that_is_none(tmp_path):
                 assert held.spent.wait(PATIENCE)  # the second time; the answer waits
                 status, readiness = case.seen()
                 assert readiness[0] and readiness[1].endswith(f"its renewal fails ({code})")
-                assert case.said("could not be refreshed") == 1 and "The last refresh failed at " in status
+                assert (
+                    case.said("could not be refreshed") == 1
+                    and "The last refresh failed at " in status
+                )
                 held.released.set()
             shown = case.outcome()
-            gaps = [later - earlier for earlier, later in zip(case.issuer.calls, case.issuer.calls[1:])]
+            gaps = [
+                later - earlier for earlier, later in zip(case.issuer.calls, case.issuer.calls[1:])
+            ]
             assert all(gap >= wait for gap in gaps), gaps
             return shown
+
     assert together(outcome, ANSWERS) == {name: row[-1] for name, row in ANSWERS.items()}
 
 
 # others
+
 
 @strace
 def test_a_stopped_holder_of_the_lock_is_waited_for(tmp_path, clock):
@@ -520,7 +656,10 @@ def test_a_stopped_holder_of_the_lock_is_waited_for(tmp_path, clock):
         def ten_seconds_later() -> None:
             case.set_clocks(uptime=10)
             time.sleep(0.1)  # the next look at the lock
-        wait_until(lambda: (ten_seconds_later(), all(other.said(HELD) for other in others))[1], PATIENCE)
+
+        wait_until(
+            lambda: (ten_seconds_later(), all(other.said(HELD) for other in others))[1], PATIENCE
+        )
         assert not case.issuer.calls and case.store.load().access_token == "old"
         case.look_a_minute_old()
         wait_until(lambda: (ten_seconds_later(), tells_of_the_lock(case))[1], PATIENCE)
@@ -544,8 +683,13 @@ def tells_of_the_lock(case: Case) -> bool:
 
 
 HELD = "tokens.json.lock has been held by another process for 60 s; look for a refresher"
-REFUSED = answer(403, {"code": "unauthenticated:bad-credentials",
-                       "error": "The OAuth2 access token could not be validated."})
+REFUSED = answer(
+    403,
+    {
+        "code": "unauthenticated:bad-credentials",
+        "error": "The OAuth2 access token could not be validated.",
+    },
+)
 
 
 class Served:
@@ -556,11 +700,17 @@ class Served:
         self.dead = set(dead)
         self._stack = contextlib.ExitStack()
 
-    def __enter__(self) -> "Served":
+    def __enter__(self) -> Served:
         upstream = self._stack.enter_context(ScriptedServer(self._reply))
         self._stack.enter_context(self.case)
-        self.proxy = self._stack.enter_context(ProxyProcess(
-            self.case.folder, upstream=upstream.url, issuer=self.case.issuer.url, environ=self.case.environ))
+        self.proxy = self._stack.enter_context(
+            ProxyProcess(
+                self.case.folder,
+                upstream=upstream.url,
+                issuer=self.case.issuer.url,
+                environ=self.case.environ,
+            )
+        )
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -569,17 +719,19 @@ class Served:
     def _reply(self, connection: socket.socket) -> None:
         token = re.search(rb"(?im)^authorization: bearer (\S+)", read_request(connection))
         if token:
-            connection.sendall(REFUSED if self.dead & {token[1].decode(), "all"} else answer(200, {}))
+            connection.sendall(
+                REFUSED if self.dead & {token[1].decode(), "all"} else answer(200, {})
+            )
 
     def logged(self, text: str) -> int:
         return sum(text in line["message"] for line in self.proxy.log_lines())
 
-    def ready(self) -> "tuple[int, str]":
+    def ready(self) -> tuple[int, str]:
         message = self.proxy.ask("GET", "/readyz")
         return message.status, json.loads(message.body)["reason"]
 
 
-def gone(case: Case) -> "Callable[[], object]":
+def gone(case: Case) -> Callable[[], object]:
     process = case.start()
     process.wait_for("refreshed")
     process.signal(signal.SIGKILL)
@@ -587,7 +739,7 @@ def gone(case: Case) -> "Callable[[], object]":
     return case.start
 
 
-def stopped(case: Case) -> "Callable[[], object]":
+def stopped(case: Case) -> Callable[[], object]:
     process = case.start()
     process.wait_for("refreshed")
     process.signal(signal.SIGSTOP)
@@ -595,25 +747,32 @@ def stopped(case: Case) -> "Callable[[], object]":
     return lambda: process.signal(signal.SIGCONT)
 
 
-def stuck(case: Case) -> "Callable[[], object]":
+def stuck(case: Case) -> Callable[[], object]:
     """In a sync that takes a minute, or until strace is gone."""
     case.step = "reserved"
-    process = case.start(*case.traced(f"delay_enter={60 * 10 ** 6}"))
-    wait_until(lambda: case.store.new_path.exists() and case.store.new_path.stat().st_size, PATIENCE)
-    tracer = re.search(r"TracerPid:\s+(\d+)", pathlib.Path(f"/proc/{process.pid}/status").read_text())[1]
+    process = case.start(*case.traced(f"delay_enter={60 * 10**6}"))
+    wait_until(
+        lambda: case.store.new_path.exists() and case.store.new_path.stat().st_size, PATIENCE
+    )
+    tracer = re.search(
+        r"TracerPid:\s+(\d+)", pathlib.Path(f"/proc/{process.pid}/status").read_text()
+    )[1]
     return lambda: os.kill(int(tracer), signal.SIGKILL)
 
 
 @strace
 def test_a_refresher_that_is_gone_stopped_or_stuck_is_seen(tmp_path, clock):
     """A minute after its last sign of life, which is made a minute old here; and so is its return."""
+
     def outcome(fault) -> str:
         with Served(tmp_path / fault.__name__, clock=clock) as served:
             case, proxy = served.case, served.proxy
             come_back = fault(case)
             calls = len(case.issuer.calls)
             case.look_a_minute_old()
-            proxy.wait_for_log(lambda line: line["message"].startswith("no refresher; the login lapses at "))
+            proxy.wait_for_log(
+                lambda line: line["message"].startswith("no refresher; the login lapses at ")
+            )
             status, reason = served.ready()
             assert status == 200 and reason.startswith("no refresher; the login lapses at "), reason
             assert "No refresher is running: the login lapses at " in case.status()
@@ -625,6 +784,7 @@ def test_a_refresher_that_is_gone_stopped_or_stuck_is_seen(tmp_path, clock):
             assert "The refresher is running and renews it" in case.status()
             assert served.logged("no refresher") == served.logged("is back") == 1
             return case.outcome()
+
     faults = gone, stopped, stuck
     assert together(outcome, faults) == dict.fromkeys(faults, "1")
 
@@ -636,7 +796,11 @@ def test_a_clock_that_is_set_by_an_hour_costs_no_request(tmp_path, clock, hour):
         case.put("old", case.issuer.login[0], expires_in=3000)
         case.issuer.faults.append(case.held)
         case.start().wait_for("signed in")
-        assert proxy.ask().status == 200 and served.ready() == (200, "signed in") and not case.issuer.calls
+        assert (
+            proxy.ask().status == 200
+            and served.ready() == (200, "signed in")
+            and not case.issuer.calls
+        )
         case.set_clocks(time_of_day=hour)
         wait_until(lambda: case.store.refresher_alive(case.now()), 2)
         if hour < 0:  # to this clock the token is good for longer than to upstream's
@@ -670,7 +834,9 @@ def test_a_dead_login_is_presented_once_by_all_refreshers_together(tmp_path):
         case.issuer.ended = True
         holder = case.stop_at_step()
         for other in [case.start(), case.start()]:
-            other.wait_for("signed in", PATIENCE)  # it has seen that a refresh is due, and now it waits for the lock
+            other.wait_for(
+                "signed in", PATIENCE
+            )  # it has seen that a refresh is due, and now it waits for the lock
         time.sleep(0.3)
         holder.signal(signal.SIGCONT)
         holder.wait_for("xai-login --device` to sign in", PATIENCE)
@@ -694,7 +860,9 @@ def test_an_issuer_that_is_down_for_long(served):
     expires = case.store.load().expires_at
     while time.time() < expires - 0.2:
         assert proxy.ask().status == 200
-    assert case.said("could not be refreshed") == 1 and case.seen()[1][1].endswith("fails (issuer_unavailable)")
+    assert case.said("could not be refreshed") == 1 and case.seen()[1][1].endswith(
+        "fails (issuer_unavailable)"
+    )
     wait_until(lambda: time.time() > expires)
     for _ in range(5):
         began = time.monotonic()
@@ -720,7 +888,10 @@ def test_an_upstream_that_refuses_every_new_token_costs_one_refresh(served):
         end = time.monotonic() + seconds
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
             while time.monotonic() < end:
-                assert {message.status for message in pool.map(lambda _: proxy.ask(), range(8))} == {403}
+                assert {
+                    message.status for message in pool.map(lambda _: proxy.ask(), range(8))
+                } == {403}
+
     ask_for(1)
     assert len(case.issuer.calls) == 1  # a token so young is not complained about
     old = dataclasses.replace(case.store.load(), obtained_at=time.time() - 1000)
@@ -731,13 +902,20 @@ def test_an_upstream_that_refuses_every_new_token_costs_one_refresh(served):
     with token_writer.locked(case.store, 1) as writer:
         writer.save(old)
     ask_for(1)
-    assert len(case.issuer.calls) == 2 and case.said("the API refuses access tokens soon after they are made") == 1
+    assert (
+        len(case.issuer.calls) == 2
+        and case.said("the API refuses access tokens soon after they are made") == 1
+    )
     status, readiness = case.seen()
-    assert readiness == (False, "the API refuses the access token and cannot be renewed (upstream_refuses)")
+    assert readiness == (
+        False,
+        "the API refuses the access token and cannot be renewed (upstream_refuses)",
+    )
     assert "The next try is due at " in status
 
 
 # What limits the tries of one process limits those of all, and of those that come after a kill
+
 
 def lose_all(case: Case) -> None:
     """Every answer is lost after the token was spent."""
@@ -746,19 +924,32 @@ def lose_all(case: Case) -> None:
 
 def test_three_refreshers_together_send_a_token_three_times_when_answers_are_lost(tmp_path):
     with Case(tmp_path / "folder") as case:
-        case.put("old", case.issuer.login[0], expires_in=240)  # stale, and the last try is 124 s before expiry
+        case.put(
+            "old", case.issuer.login[0], expires_in=240
+        )  # stale, and the last try is 124 s before expiry
         lose_all(case)
         for _ in range(3):
             case.start()
-        wait_until(lambda: case.store.load().refresh_try.tries == 3 if case.store.load().refresh_try else False, PATIENCE)
+        wait_until(
+            lambda: (
+                case.store.load().refresh_try.tries == 3 if case.store.load().refresh_try else False
+            ),
+            PATIENCE,
+        )
         time.sleep(5)  # the next would come after at most 4
         assert len(case.issuer.calls) == 3
-        assert case.store.load().refresh_error.retry_at == pytest.approx(case.store.load().expires_at - 124, abs=1)
+        assert case.store.load().refresh_error.retry_at == pytest.approx(
+            case.store.load().expires_at - 124, abs=1
+        )
 
 
-def test_a_refresher_that_is_killed_amid_the_call_again_and_again_sends_a_token_three_times(tmp_path):
+def test_a_refresher_that_is_killed_amid_the_call_again_and_again_sends_a_token_three_times(
+    tmp_path,
+):
     with Case(tmp_path / "folder") as case:
-        case.put("old", case.issuer.login[0], expires_in=240)  # stale, and the last try is 124 s before expiry
+        case.put(
+            "old", case.issuer.login[0], expires_in=240
+        )  # stale, and the last try is 124 s before expiry
         helds = [Held() for _ in range(6)]
         case.issuer.faults.extend(helds)
         for tries, held in enumerate(helds[:3], 1):
@@ -775,7 +966,9 @@ def test_a_refresher_that_is_killed_amid_the_call_again_and_again_sends_a_token_
 
 def test_a_token_that_may_be_spent_is_sent_again_when_upstream_refuses_the_access_token(tmp_path):
     with Case(tmp_path / "folder", faults=[cut_before] * 3) as case:
-        case.put("old", case.issuer.login[0], expires_in=240)  # stale, and the last try is 124 s before expiry
+        case.put(
+            "old", case.issuer.login[0], expires_in=240
+        )  # stale, and the last try is 124 s before expiry
         process = case.start()
         wait_until(lambda: len(case.issuer.calls) == 3, PATIENCE)
         process.wait_for("the refresh token may be spent: next try at ")
@@ -783,10 +976,14 @@ def test_a_token_that_may_be_spent_is_sent_again_when_upstream_refuses_the_acces
         assert case.outcome() == "4"
 
 
-def test_a_request_whose_token_is_refused_waits_for_the_try_that_a_lost_answer_had_put_off(tmp_path):
+def test_a_request_whose_token_is_refused_waits_for_the_try_that_a_lost_answer_had_put_off(
+    tmp_path,
+):
     with Served(tmp_path / "folder", "old", faults=[cut_before] * 3) as served:
         case = served.case
-        case.put("old", case.issuer.login[0], expires_in=240)  # stale, and the last try is 124 s before expiry
+        case.put(
+            "old", case.issuer.login[0], expires_in=240
+        )  # stale, and the last try is 124 s before expiry
         case.start().wait_for("the refresh token may be spent: next try at ", PATIENCE)
         wait_until(lambda: case.store.load().refresh_try.next_at < time.time())
         assert served.proxy.ask().status == 200 and len(case.issuer.calls) == 4
@@ -802,7 +999,10 @@ def test_two_refreshers_refresh_once_for_an_upstream_that_refuses_every_token(tm
             latest = case.store.load().access_token
             case.store.ask_refresh(latest)
             wait_until(lambda: len(case.issuer.calls) == expected, PATIENCE)
-            wait_until(lambda: case.store.load().access_token != latest or case.store.load().refresh_error, PATIENCE)
+            wait_until(
+                lambda: case.store.load().access_token != latest or case.store.load().refresh_error,
+                PATIENCE,
+            )
             time.sleep(0.6)
         processes[0].signal(signal.SIGKILL)  # nor does one that has no memory
         processes[0].wait()
@@ -830,6 +1030,7 @@ def test_a_login_that_has_ended_begins_again_with_another_refresh_token_in_its_f
 
 # Signing out, stopping, and a lock file that somebody removes, in the middle of a refresh
 
+
 def test_a_folder_that_is_removed_amid_a_refresh_keeps_nobody_from_ending(tmp_path):
     held = Held()
     with Case(tmp_path / "folder", faults=[held]) as case:
@@ -850,7 +1051,9 @@ def test_a_lock_file_that_is_removed_amid_a_refresh_lets_no_second_refresher_in(
         case.store.lock_path.unlink()
         second = Process(case.issuer, case.path, "--once")
         case.processes.insert(0, second)
-        wait_until(case.store.lock_path.exists, PATIENCE)  # made anew by the second, which now waits for the folder's
+        wait_until(
+            case.store.lock_path.exists, PATIENCE
+        )  # made anew by the second, which now waits for the folder's
         time.sleep(0.5)
         assert len(case.issuer.calls) == 1 and case.store.new_path.exists()
         held.released.set()
@@ -867,12 +1070,17 @@ def test_sigterm_during_discovery_spends_nothing(tmp_path):
         asked.set()
         released.wait(PATIENCE)
         calls.append(head)
-        connection.sendall(answer(200, {"issuer": issuer.url, "token_endpoint": f"{issuer.url}/token"}))
-    calls: "list[bytes]" = []
+        connection.sendall(
+            answer(200, {"issuer": issuer.url, "token_endpoint": f"{issuer.url}/token"})
+        )
+
+    calls: list[bytes] = []
     with ScriptedServer(hold) as issuer:
         issuer.env = {"XAI_PROXY_ISSUER": issuer.url, "XAI_PROXY_UPSTREAM": issuer.url}
         store = make_store(issuer, tmp_path / "tokens.json")
-        login = tokens.Tokens("old", time.time() + 100, "refresh", None, time.time() - 1000, issuer.url)
+        login = tokens.Tokens(
+            "old", time.time() + 100, "refresh", None, time.time() - 1000, issuer.url
+        )
         with token_writer.locked(store, 0) as writer:
             writer.save(login)
         process = Process(issuer, store.path)

@@ -12,7 +12,16 @@ import sys
 import time
 
 import pytest
-from refresher_process import Process, environment, make_store, mounted, mounts, seen_from, strace, wait_until
+from refresher_process import (
+    Process,
+    environment,
+    make_store,
+    mounted,
+    mounts,
+    seen_from,
+    strace,
+    wait_until,
+)
 
 from xaiproxy import errors, token_writer
 from xaiproxy.refresher import process as refresher
@@ -25,11 +34,12 @@ TOKEN_ENDPOINT = "/oauth2/token"
 def start(sandbox):
     """start(path, ...) starts a refresher that ends with the test."""
     sandbox.set(device_interval=0)
-    started: "list[Process]" = []
+    started: list[Process] = []
 
     def start(path, *options, **keywords) -> Process:
         started.append(Process(sandbox, path, *options, **keywords))
         return started[-1]
+
     yield start
     for process in started:
         process.close()
@@ -50,13 +60,18 @@ def tries(sandbox) -> int:
 
 # a whole life
 
+
 def test_a_line_that_waits_for_room_needs_no_other_line_to_be_written(sandbox, tmp_path):
     read_end, write_end = os.pipe()
     size = fcntl.fcntl(write_end, 1031, os.sysconf("SC_PAGE_SIZE"))  # F_SETPIPE_SZ
     os.write(write_end, b"x" * size)
     store = make_store(sandbox, tmp_path / "tokens.json")
-    process = subprocess.Popen([sys.executable, "-W", "error", "-m", "xaiproxy.refresher"], cwd="/", stderr=write_end,
-                               env=environment(sandbox, store.path))
+    process = subprocess.Popen(
+        [sys.executable, "-W", "error", "-m", "xaiproxy.refresher"],
+        cwd="/",
+        stderr=write_end,
+        env=environment(sandbox, store.path),
+    )
     try:
         os.close(write_end)
         wait_until(lambda: store.refresher_alive(time.time()))  # it has begun, and has said so
@@ -82,16 +97,43 @@ def test_a_refresher_makes_its_folder_gives_signs_of_life_waits_and_ends(sandbox
     assert works(sandbox, store.load()) and store.load().access_token != old["access_token"]
     process.signal(signal.SIGTERM)
     assert process.wait() == 0
-    assert [message.split()[0] for message in process.messages()] == ["started;", "not", "signed", "refreshed;", "ended"]
+    assert [message.split()[0] for message in process.messages()] == [
+        "started;",
+        "not",
+        "signed",
+        "refreshed;",
+        "ended",
+    ]
 
 
-@pytest.mark.parametrize("options, environ, status, sentence", [
-    (["--nonsense"], {}, 64, "xai-refresher: unrecognized arguments: --nonsense; see xai-refresher --help"),
-    ([], {"XAI_PROXY_ISSUER": "ftp://x"}, 78, "xai-refresher: XAI_PROXY_ISSUER is 'ftp://x', but takes an https URL"),
-    (["--once"], {}, 77, "xai-refresher: not signed in: /proc/none/tokens.json does not exist; run `"),
-    (["--once", "--token-path", "/dev/null"], {}, 77, "xai-refresher: /dev/null is not a file"),
-], ids=["usage", "configuration", "signed out", "token path"])
-def test_a_refresher_that_cannot_do_its_work_says_so_in_one_sentence(sandbox, start, options, environ, status, sentence):
+@pytest.mark.parametrize(
+    "options, environ, status, sentence",
+    [
+        (
+            ["--nonsense"],
+            {},
+            64,
+            "xai-refresher: unrecognized arguments: --nonsense; see xai-refresher --help",
+        ),
+        (
+            [],
+            {"XAI_PROXY_ISSUER": "ftp://x"},
+            78,
+            "xai-refresher: XAI_PROXY_ISSUER is 'ftp://x', but takes an https URL",
+        ),
+        (
+            ["--once"],
+            {},
+            77,
+            "xai-refresher: not signed in: /proc/none/tokens.json does not exist; run `",
+        ),
+        (["--once", "--token-path", "/dev/null"], {}, 77, "xai-refresher: /dev/null is not a file"),
+    ],
+    ids=["usage", "configuration", "signed out", "token path"],
+)
+def test_a_refresher_that_cannot_do_its_work_says_so_in_one_sentence(
+    sandbox, start, options, environ, status, sentence
+):
     process = start("/proc/none/tokens.json", *options, XAI_PROXY_LOG_LEVEL="error", **environ)
     assert process.wait() == status
     [line] = process.lines
@@ -99,6 +141,7 @@ def test_a_refresher_that_cannot_do_its_work_says_so_in_one_sentence(sandbox, st
 
 
 # two at once
+
 
 def test_two_refreshers_of_one_login_never_spend_a_token_twice(sandbox, start, tmp_path):
     sandbox.set(access_token_lifetime=3)
@@ -108,7 +151,9 @@ def test_two_refreshers_of_one_login_never_spend_a_token_twice(sandbox, start, t
     with token_writer.locked(store, 0):
         both = [start(path), start(path)]
         for process in both:
-            process.wait_for("signed in")  # it has seen that a refresh is due, and now it waits for the lock
+            process.wait_for(
+                "signed in"
+            )  # it has seen that a refresh is due, and now it waits for the lock
         time.sleep(0.3)
     sandbox.wait(lambda seen: seen["refreshes"] == 1)
     sandbox.wait(lambda seen: seen["refreshes"] == 3, 15)  # each a race, 1.5 s after the last
@@ -126,18 +171,34 @@ def test_a_sign_in_during_a_refresh_waits_for_it_and_is_what_stays(sandbox, star
     put_stale(sandbox, path)
     process = start(path)
     process.wait_for("refreshed")
-    sandbox.set(device_interval=0.05, auto_approve=0,
-                answers=[{"path": TOKEN_ENDPOINT, "grant_type": "refresh_token", "delay": 1.5}])
+    sandbox.set(
+        device_interval=0.05,
+        auto_approve=0,
+        answers=[{"path": TOKEN_ENDPOINT, "grant_type": "refresh_token", "delay": 1.5}],
+    )
     store.ask_refresh(store.load().access_token)
     sandbox.wait(lambda seen: seen["refreshes"] == 2)  # its answer is on the way
-    subprocess.run([sys.executable, "-W", "error", "-m", "xaiproxy.login", "--device"], check=True, cwd="/",
-                   env=environment(sandbox, path), capture_output=True, timeout=20)
+    subprocess.run(
+        [sys.executable, "-W", "error", "-m", "xaiproxy.login", "--device"],
+        check=True,
+        cwd="/",
+        env=environment(sandbox, path),
+        capture_output=True,
+        timeout=20,
+    )
     wait_until(lambda: process.said("signed in") == 2)
-    assert process.said("refreshed") == 2 and not process.said("could not") and works(sandbox, store.load())
-    assert sandbox.refresh(store.load().refresh_token)[0] == 200 and sandbox.counters()["reuses"] == 0
+    assert (
+        process.said("refreshed") == 2
+        and not process.said("could not")
+        and works(sandbox, store.load())
+    )
+    assert (
+        sandbox.refresh(store.load().refresh_token)[0] == 200 and sandbox.counters()["reuses"] == 0
+    )
 
 
 # signals
+
 
 def test_signals_while_the_answer_is_on_its_way_do_not_lose_it(sandbox, start, tmp_path):
     path = tmp_path / "tokens.json"
@@ -181,14 +242,32 @@ def test_a_stopped_refresher_catches_up_when_it_goes_on(sandbox, start, tmp_path
 # killed at every system call of its save
 
 SAVING = "openat,write,fsync,ftruncate,rename,unlink"
-def traced(path, log, *inject) -> "list[str]":
+
+
+def traced(path, log, *inject) -> list[str]:
     """strace, for the system calls that touch the token files. -D: the refresher, not strace, is our child."""
-    paths = [path, *(path.with_name(path.name + suffix) for suffix in (".new", ".lock", ".refused")), path.parent]
-    return ["strace", "-D", "-f", "-o", str(log), *(f"-P{each}" for each in paths), "-e", f"trace={SAVING}", *inject]
+    paths = [
+        path,
+        *(path.with_name(path.name + suffix) for suffix in (".new", ".lock", ".refused")),
+        path.parent,
+    ]
+    return [
+        "strace",
+        "-D",
+        "-f",
+        "-o",
+        str(log),
+        *(f"-P{each}" for each in paths),
+        "-e",
+        f"trace={SAVING}",
+        *inject,
+    ]
 
 
 @strace
-def test_a_refresher_killed_at_any_system_call_of_its_save_loses_no_login_that_can_be_kept(sandbox, tmp_path):
+def test_a_refresher_killed_at_any_system_call_of_its_save_loses_no_login_that_can_be_kept(
+    sandbox, tmp_path
+):
     sandbox.set(device_interval=0)
 
     def run(name: str, *inject: str):
@@ -214,7 +293,7 @@ def test_a_refresher_killed_at_any_system_call_of_its_save_loses_no_login_that_c
     ended, log, kept = run("whole")
     assert (ended, kept) == (0, True)
     calls = re.findall(rf"^\d+ +({SAVING.replace(',', '|')})\(", log.read_text(), re.MULTILINE)
-    calls = [(name, calls[:index + 1].count(name)) for index, name in enumerate(calls)]
+    calls = [(name, calls[: index + 1].count(name)) for index, name in enumerate(calls)]
     assert len(calls) > 30 and {name for name, _ in calls} == set(SAVING.split(","))
 
     def kill(call) -> bool:
@@ -232,7 +311,9 @@ def test_a_refresher_killed_at_any_system_call_of_its_save_loses_no_login_that_c
 
 
 @strace
-def test_a_refreshed_login_that_cannot_be_saved_is_kept_in_memory_and_saved_when_it_can_be(sandbox, start, tmp_path):
+def test_a_refreshed_login_that_cannot_be_saved_is_kept_in_memory_and_saved_when_it_can_be(
+    sandbox, start, tmp_path
+):
     path = tmp_path / "tokens.json"
     put_stale(sandbox, path)
     inject = ["-e", "inject=rename:error=ENOSPC:when=2..3"]  # the first is the rehearsal's
@@ -240,7 +321,9 @@ def test_a_refreshed_login_that_cannot_be_saved_is_kept_in_memory_and_saved_when
     process.wait_for("the refreshed login is in this process's memory only: do not end it")
     process.signal(signal.SIGTERM)
     assert process.wait() == 0
-    assert process.said("memory only") == 1 and process.said("refreshed; the access token lasts") == 1
+    assert (
+        process.said("memory only") == 1 and process.said("refreshed; the access token lasts") == 1
+    )
     assert "No space left on device" in "".join(process.lines)
     login = make_store(sandbox, path).load()
     assert (tries(sandbox), sandbox.counters()["reuses"]) == (1, 0)
@@ -249,15 +332,23 @@ def test_a_refreshed_login_that_cannot_be_saved_is_kept_in_memory_and_saved_when
 
 # disks that take nothing
 
-def full(folder, login, room: int = 0) -> "list[str]":
+
+def full(folder, login, room: int = 0) -> list[str]:
     """On a disk of its own, with the login and `room` bytes free."""
-    return mounted(f"mount -t tmpfs -o size=128k,mode=700 none $1; cp -p {login} $1/tokens.json; "
-                   f"head -c 1000000 /dev/zero > $1/filling 2>/dev/null || truncate -s -{room} $1/filling", folder)
+    return mounted(
+        f"mount -t tmpfs -o size=128k,mode=700 none $1; cp -p {login} $1/tokens.json; "
+        f"head -c 1000000 /dev/zero > $1/filling 2>/dev/null || truncate -s -{room} $1/filling",
+        folder,
+    )
 
 
 @mounts
-@pytest.mark.parametrize("room, recorded", [(0, False), (32768, True)], ids=["no byte is free", "room for a login only"])
-def test_a_full_disk_leaves_the_old_login_working_and_its_refresh_token_unspent(sandbox, start, tmp_path, room, recorded):
+@pytest.mark.parametrize(
+    "room, recorded", [(0, False), (32768, True)], ids=["no byte is free", "room for a login only"]
+)
+def test_a_full_disk_leaves_the_old_login_working_and_its_refresh_token_unspent(
+    sandbox, start, tmp_path, room, recorded
+):
     folder, login = tmp_path / "folder", tmp_path / "login"
     folder.mkdir()
     old = put_stale(sandbox, login)
@@ -274,7 +365,9 @@ def test_a_full_disk_leaves_the_old_login_working_and_its_refresh_token_unspent(
     assert not store.new_path.exists() and process.said("No space left") == 1
     os.unlink(seen_from(process, folder / "filling"))
     process.wait_for("refreshed after")
-    assert works(sandbox, store.load()) and tries(sandbox) == 1 and store.load().refresh_error is None
+    assert (
+        works(sandbox, store.load()) and tries(sandbox) == 1 and store.load().refresh_error is None
+    )
 
 
 @mounts
@@ -288,19 +381,26 @@ def test_a_failure_that_cannot_be_recorded_is_no_other_failure(sandbox, start, t
     sandbox.wait(lambda seen: len(sandbox.requests("/.well-known")) == 3)
     process.signal(signal.SIGTERM)
     assert process.wait() == 0
-    assert process.said("could not be refreshed") == process.said("HTTP 502") == 1 and not process.said("No space")
+    assert process.said("could not be refreshed") == process.said(
+        "HTTP 502"
+    ) == 1 and not process.said("No space")
 
 
 UNWRITABLE = {
     "read-only": ("mount --bind $1 $1; mount -o remount,ro,bind $1", "Read-only file system", 2),
-    "a mounted file": ("touch $1/../file; cp -p $1/tokens.json $1/../file; mount --bind $1/../file $1/tokens.json",
-                       "Device or resource busy", 1),
+    "a mounted file": (
+        "touch $1/../file; cp -p $1/tokens.json $1/../file; mount --bind $1/../file $1/tokens.json",
+        "Device or resource busy",
+        1,
+    ),
 }
 
 
 @mounts
 @pytest.mark.parametrize("script, reason, sentences", UNWRITABLE.values(), ids=UNWRITABLE)
-def test_a_folder_that_cannot_be_written_is_said_and_nothing_is_spent(sandbox, start, tmp_path, script, reason, sentences):
+def test_a_folder_that_cannot_be_written_is_said_and_nothing_is_spent(
+    sandbox, start, tmp_path, script, reason, sentences
+):
     folder = tmp_path / "folder"
     old = put_stale(sandbox, folder / "tokens.json")
     process = start(folder / "tokens.json", before=mounted(script, folder))
@@ -310,7 +410,9 @@ def test_a_folder_that_cannot_be_written_is_said_and_nothing_is_spent(sandbox, s
     assert tries(sandbox) == 0
     login = make_store(sandbox, seen_from(process, folder / "tokens.json")).load()
     assert login.access_token == old["access_token"] and works(sandbox, login)
-    wait_until(lambda: not os.path.exists(seen_from(process, folder / "tokens.json.new")))  # but for a moment in each try
+    wait_until(
+        lambda: not os.path.exists(seen_from(process, folder / "tokens.json.new"))
+    )  # but for a moment in each try
     process.signal(signal.SIGTERM)
     assert process.wait() == 0
 
@@ -319,9 +421,16 @@ def test_a_folder_that_cannot_be_written_is_said_and_nothing_is_spent(sandbox, s
 def test_a_mounted_secret_is_one_sentence(sandbox, start, tmp_path):
     folder = tmp_path / "folder"
     put_stale(sandbox, folder / "tokens.json", refresh_token=None)
-    process = start(folder / "tokens.json", before=mounted("mount --bind $1 $1; mount -o remount,ro,bind $1", folder))
+    process = start(
+        folder / "tokens.json",
+        before=mounted("mount --bind $1 $1; mount -o remount,ro,bind $1", folder),
+    )
     process.wait_for("holds no refresh token")
     time.sleep(0.6)
     process.signal(signal.SIGTERM)
     assert process.wait() == 0
-    assert [message.split()[0] for message in process.messages()] == ["started;", str(folder / "tokens.json"), "ended"]
+    assert [message.split()[0] for message in process.messages()] == [
+        "started;",
+        str(folder / "tokens.json"),
+        "ended",
+    ]

@@ -16,7 +16,9 @@ from xaiproxy.token_store import TokenStore
 
 ROOT = Path(__file__).parents[1]
 NOW = 1_800_000_000.0
-STATUS = Status(NOW, "storage", "the disk is full", NOW + 60, "no room on /data", tokens.fingerprint("access"))
+STATUS = Status(
+    NOW, "storage", "the disk is full", NOW + 60, "no room on /data", tokens.fingerprint("access")
+)
 
 
 def make_store(folder: Path) -> TokenStore:
@@ -32,14 +34,18 @@ def store(tmp_path) -> TokenStore:
 LOGIN = tokens.Tokens("access", NOW)
 
 
-def read(store: TokenStore, now: float = NOW) -> "Status | None":
+def read(store: TokenStore, now: float = NOW) -> Status | None:
     return refresher_status.read(store, LOGIN, now)
 
 
 def test_what_was_written_is_read_and_the_file_keeps_its_size(store):
     assert read(store) is None
-    for change in ({}, {"at": NOW + 1, "result": "", "next_try": None}, {"at": NOW + 2, "result": OK},
-                   {"at": NOW + 3, "result": "x" * 9999, "reason": "\\\"" * 999, "no_room": "\\" * 9999}):
+    for change in (
+        {},
+        {"at": NOW + 1, "result": "", "next_try": None},
+        {"at": NOW + 2, "result": OK},
+        {"at": NOW + 3, "result": "x" * 9999, "reason": '\\"' * 999, "no_room": "\\" * 9999},
+    ):
         status = dataclasses.replace(STATUS, **change)
         assert refresher_status.write(store, status)
         found = read(store)
@@ -49,11 +55,18 @@ def test_what_was_written_is_read_and_the_file_keeps_its_size(store):
         file = store.status_path.stat()
         assert (file.st_size, file.st_mode & 0o777) == (4096, 0o600)
     assert found.failure and not Status(NOW).failure and not Status(NOW, OK).failure
-    refresher_status.write(store, dataclasses.replace(STATUS, reason="é\U0001f4be\0" * 400, no_room="\0" * 400, result="\x7f" * 400))
+    refresher_status.write(
+        store,
+        dataclasses.replace(
+            STATUS, reason="é\U0001f4be\0" * 400, no_room="\0" * 400, result="\x7f" * 400
+        ),
+    )
     assert read(store).reason == "?" * 400
 
 
-@pytest.mark.parametrize("seconds, known", [(0, True), (59, True), (60, False), (-59, True), (-60, False)])
+@pytest.mark.parametrize(
+    "seconds, known", [(0, True), (59, True), (60, False), (-59, True), (-60, False)]
+)
 def test_an_old_status_is_none(store, seconds, known):
     refresher_status.write(store, STATUS)
     assert (read(store, NOW + seconds) is not None) is known
@@ -72,15 +85,30 @@ def test_what_is_no_status_is_none(store):
     path.unlink()
     refresher_status.write(store, STATUS)
     values = json.loads(path.read_text())
-    for change in ({"at": "1"}, {"at": None}, {"result": 1}, {"no_room": []}, {"next_try": "x"}, {"more": 1}):
+    for change in (
+        {"at": "1"},
+        {"at": None},
+        {"result": 1},
+        {"no_room": []},
+        {"next_try": "x"},
+        {"more": 1},
+    ):
         path.write_text(json.dumps(values | change))
         assert read(store) is None
     path.write_text(json.dumps(values))
     assert read(store) == STATUS
 
 
-@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero"),
-                                  lambda path: path.symlink_to("precious")], ids=["folder", "fifo", "zero", "link"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        os.mkdir,
+        os.mkfifo,
+        lambda path: path.symlink_to("/dev/zero"),
+        lambda path: path.symlink_to("precious"),
+    ],
+    ids=["folder", "fifo", "zero", "link"],
+)
 def test_without_a_place_for_it_nothing_is_written_and_nothing_hangs(store, tmp_path, make):
     (tmp_path / "precious").write_text("precious")
     make(store.path.with_name("tokens.json.status"))
@@ -118,6 +146,25 @@ assert rs.write(store, status) and rs.read(store, login, 2.0) == status
 def test_a_full_disk_does_not_keep_it_from_being_told(tmp_path):
     mount = 'mount -t tmpfs -o size=64k none "$1" && shift && exec "$@"'
     done = subprocess.run(
-        ["unshare", "-rm", "sh", "-ec", mount, "sh", tmp_path, sys.executable, "-W", "error", "-c", FULL, tmp_path],
-        env={"PYTHONPATH": str(ROOT)}, cwd="/", capture_output=True, text=True, timeout=20)
+        [
+            "unshare",
+            "-rm",
+            "sh",
+            "-ec",
+            mount,
+            "sh",
+            tmp_path,
+            sys.executable,
+            "-W",
+            "error",
+            "-c",
+            FULL,
+            tmp_path,
+        ],
+        env={"PYTHONPATH": str(ROOT)},
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
     assert done.returncode == 0, done.stderr

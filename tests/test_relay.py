@@ -1,4 +1,5 @@
 """The body of an answer on its way, sent either way: where it ends, who holds it up, what is left of it."""
+
 from __future__ import annotations
 
 import contextlib
@@ -7,8 +8,8 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Callable, Iterator
 
 import gevent
 import gevent.event
@@ -20,11 +21,11 @@ from proxy_process import ISSUER, Client, ProxyProcess, both_ways
 from scripted_upstream import OK, PATTERN, Request, ScriptedUpstream, pour
 
 from xaiproxy import client_keys, config
-from xaiproxy.proxy import app, server
 from xaiproxy.http1.connection import Connection
 from xaiproxy.http1.relay import Relay
 from xaiproxy.http1.request_body import NO_BODY
 from xaiproxy.http1.upstream import Upstream
+from xaiproxy.proxy import app, server
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 SIZED = b"HTTP/1.1 200 OK\r\nContent-Length: 13\r\n\r\n"
@@ -43,25 +44,25 @@ def client(running: ProxyProcess, upstream: ScriptedUpstream) -> Iterator[Client
 # Framing
 
 
-def in_one(data: bytes) -> "list[bytes]":
+def in_one(data: bytes) -> list[bytes]:
     return [data]
 
 
-def head_first(data: bytes) -> "list[bytes]":
+def head_first(data: bytes) -> list[bytes]:
     head, _, body = data.partition(b"\r\n\r\n")
     return [head + b"\r\n\r\n", body]
 
 
-def in_bytes(data: bytes) -> "list[bytes]":
+def in_bytes(data: bytes) -> list[bytes]:
     head, body = head_first(data)
     return [head, *(bytes([byte]) for byte in body)]
 
 
-def end_apart(data: bytes) -> "list[bytes]":
+def end_apart(data: bytes) -> list[bytes]:
     return [data[:-1], data[-1:]]
 
 
-def head_and_end_apart(data: bytes) -> "list[bytes]":
+def head_and_end_apart(data: bytes) -> list[bytes]:
     head, body = head_first(data)
     return [head, body[:-1], body[-1:]]
 
@@ -71,8 +72,13 @@ SPLITS = (in_one, head_first, in_bytes, end_apart, head_and_end_apart)
 
 @both_ways
 @pytest.mark.parametrize("split", SPLITS)
-def test_framing_is_upstream_s_own_or_ours(client: Client, running: ProxyProcess, upstream: ScriptedUpstream,
-                                           way: str, split: "Callable[[bytes], list[bytes]]") -> None:
+def test_framing_is_upstream_s_own_or_ours(
+    client: Client,
+    running: ProxyProcess,
+    upstream: ScriptedUpstream,
+    way: str,
+    split: Callable[[bytes], list[bytes]],
+) -> None:
     """Relayed, extensions and trailers stay; that they do not when iterated shows that there are two ways."""
     client.request("GET", f"/v1/{split.__name__}")
     request = upstream.receive()
@@ -101,9 +107,13 @@ def test_framing_is_upstream_s_own_or_ours(client: Client, running: ProxyProcess
 @both_ways
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("whole", [SIZED + CONTENT, CHUNKED + DECORATED], ids=["length", "chunked"])
-def test_bytes_behind_the_end_are_not_the_answer_s(client: Client, running: ProxyProcess,
-                                                   upstream: ScriptedUpstream, whole: bytes,
-                                                   split: "Callable[[bytes], list[bytes]]") -> None:
+def test_bytes_behind_the_end_are_not_the_answer_s(
+    client: Client,
+    running: ProxyProcess,
+    upstream: ScriptedUpstream,
+    whole: bytes,
+    split: Callable[[bytes], list[bytes]],
+) -> None:
     path = f"/v1/behind-{split.__name__}-{len(whole)}"
     client.request("GET", path)
     request = upstream.receive()
@@ -122,8 +132,9 @@ def test_bytes_behind_the_end_are_not_the_answer_s(client: Client, running: Prox
 
 @both_ways
 @pytest.mark.parametrize("with_the_head", [True, False])
-def test_malformed_chunk_cuts_the_answer(client: Client, running: ProxyProcess, upstream: ScriptedUpstream,
-                                         with_the_head: bool) -> None:
+def test_malformed_chunk_cuts_the_answer(
+    client: Client, running: ProxyProcess, upstream: ScriptedUpstream, with_the_head: bool
+) -> None:
     """What stands before it may come or not; it does not itself, and no end either."""
     path = f"/v1/malformed-{with_the_head}"
     client.request("GET", path)
@@ -143,12 +154,19 @@ def test_malformed_chunk_cuts_the_answer(client: Client, running: ProxyProcess, 
 
 @both_ways
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
-def test_answer_that_is_not_read_waits_upstream(tmp_path: Path, certificate: tuple, way: str,
-                                                tls: bool) -> None:
-    with ScriptedUpstream(certificate[1] if tls else None) as upstream, \
-            ProxyProcess(tmp_path, way=way, upstream=upstream.origin,
-                         environ={"SSL_CERT_FILE": str(certificate[0])}) as proxy, \
-            proxy.client() as client:
+def test_answer_that_is_not_read_waits_upstream(
+    tmp_path: Path, certificate: tuple, way: str, tls: bool
+) -> None:
+    with (
+        ScriptedUpstream(certificate[1] if tls else None) as upstream,
+        ProxyProcess(
+            tmp_path,
+            way=way,
+            upstream=upstream.origin,
+            environ={"SSL_CERT_FILE": str(certificate[0])},
+        ) as proxy,
+        proxy.client() as client,
+    ):
         proxy.sign_in()
         client.request()
         upstream.receive().answer(OK)
@@ -175,7 +193,9 @@ def test_answer_that_is_not_read_waits_upstream(tmp_path: Path, certificate: tup
 
 
 @both_ways
-def test_ten_clients_that_read_nothing_of_a_gigabyte(running: ProxyProcess, upstream: ScriptedUpstream, way: str) -> None:
+def test_ten_clients_that_read_nothing_of_a_gigabyte(
+    running: ProxyProcess, upstream: ScriptedUpstream, way: str
+) -> None:
     size = 1 << 30
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(running.client()) for _ in range(10)]
@@ -192,10 +212,19 @@ def test_ten_clients_that_read_nothing_of_a_gigabyte(running: ProxyProcess, upst
 
 
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
-def test_upload_that_is_not_read_waits_at_the_client(tmp_path: Path, certificate: tuple, tls: bool) -> None:
-    with ScriptedUpstream(certificate[1] if tls else None) as upstream, \
-            ProxyProcess(tmp_path, upstream=upstream.origin, replay_limit=1,
-                         environ={"SSL_CERT_FILE": str(certificate[0])}) as proxy, proxy.client() as client:
+def test_upload_that_is_not_read_waits_at_the_client(
+    tmp_path: Path, certificate: tuple, tls: bool
+) -> None:
+    with (
+        ScriptedUpstream(certificate[1] if tls else None) as upstream,
+        ProxyProcess(
+            tmp_path,
+            upstream=upstream.origin,
+            replay_limit=1,
+            environ={"SSL_CERT_FILE": str(certificate[0])},
+        ) as proxy,
+        proxy.client() as client,
+    ):
         proxy.sign_in()
         client.request("POST", "/v1/files", body=b"{}")
         upstream.receive().answer(OK)
@@ -214,8 +243,9 @@ def test_upload_that_is_not_read_waits_at_the_client(tmp_path: Path, certificate
         assert client.message().body == b"ok"
 
 
-def test_answer_that_comes_beside_the_upload_waits_upstream(running: ProxyProcess, client: Client,
-                                                            upstream: ScriptedUpstream) -> None:
+def test_answer_that_comes_beside_the_upload_waits_upstream(
+    running: ProxyProcess, client: Client, upstream: ScriptedUpstream
+) -> None:
     """It is passed on when the request was sent; until then little of it is kept."""
     before = running.resident_kib()
     client.request("POST", "/v1/files", "Content-Length: 6").send(b"abc")
@@ -234,8 +264,9 @@ def test_answer_that_comes_beside_the_upload_waits_upstream(running: ProxyProces
 
 
 @both_ways
-def test_time_that_the_client_takes_is_no_silence_of_upstream(start_proxy: "Callable[..., ProxyProcess]",
-                                                              upstream: ScriptedUpstream, way: str) -> None:
+def test_time_that_the_client_takes_is_no_silence_of_upstream(
+    start_proxy: Callable[..., ProxyProcess], upstream: ScriptedUpstream, way: str
+) -> None:
     """The limit stands still while the client does not read, and then begins anew: also for the client, at each byte."""
     hasty = start_proxy(way=way, idle_timeout=1.5)
     with hasty.client() as client:
@@ -259,13 +290,21 @@ def test_time_that_the_client_takes_is_no_silence_of_upstream(start_proxy: "Call
 
 def test_byte_that_came_in_time_counts_though_the_limit_is_over(upstream: ScriptedUpstream) -> None:
     """In this process, whose loop is held up: it finds the byte and the end of the time in the same turn."""
-    settings = config.from_environ({"HOME": "/", "XAI_PROXY_UPSTREAM": upstream.origin,
-                                    "XAI_PROXY_IDLE_TIMEOUT": "0.5"})
-    exchange = Upstream(settings).send(b"GET /v1/x HTTP/1.1\r\n", NO_BODY, method="GET", repeatable=True)
+    settings = config.from_environ(
+        {"HOME": "/", "XAI_PROXY_UPSTREAM": upstream.origin, "XAI_PROXY_IDLE_TIMEOUT": "0.5"}
+    )
+    exchange = Upstream(settings).send(
+        b"GET /v1/x HTTP/1.1\r\n", NO_BODY, method="GET", repeatable=True
+    )
     request = upstream.receive().answer(SIZED)
     exchange.receive()
     ours, theirs = socket.socketpair()
-    with contextlib.closing(Connection(ours)) as client, theirs, contextlib.closing(exchange), gevent.Timeout(8):
+    with (
+        contextlib.closing(Connection(ours)) as client,
+        theirs,
+        contextlib.closing(exchange),
+        gevent.Timeout(8),
+    ):
         theirs.settimeout(8)
         running = gevent.spawn(Relay(exchange, client).run, b"")
         gevent.sleep(0)
@@ -281,7 +320,9 @@ def test_byte_that_came_in_time_counts_though_the_limit_is_over(upstream: Script
 
 
 @pytest.fixture
-def hasty(start_proxy: "Callable[..., ProxyProcess]", way: str, upstream: ScriptedUpstream) -> ProxyProcess:
+def hasty(
+    start_proxy: Callable[..., ProxyProcess], way: str, upstream: ScriptedUpstream
+) -> ProxyProcess:
     return start_proxy(way=way, idle_timeout=1)
 
 
@@ -294,7 +335,9 @@ def assert_given_up(proxy: ProxyProcess, request: Request, target: str) -> None:
 
 
 @both_ways
-def test_client_that_takes_nothing_is_given_up(hasty: ProxyProcess, upstream: ScriptedUpstream) -> None:
+def test_client_that_takes_nothing_is_given_up(
+    hasty: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
     """It would hold its connections for ever: its kernel answers all that asks whether it is there."""
     with hasty.client() as client:
         client.request("GET", "/v1/takes-nothing")
@@ -305,7 +348,9 @@ def test_client_that_takes_nothing_is_given_up(hasty: ProxyProcess, upstream: Sc
 
 
 @both_ways
-def test_client_that_takes_no_answer_is_given_up_before_the_next(hasty: ProxyProcess, upstream: ScriptedUpstream) -> None:
+def test_client_that_takes_no_answer_is_given_up_before_the_next(
+    hasty: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
     """The first bytes of a body leave with the head, and so do short answers as a whole."""
     body = b"x" * 20000
     with hasty.client() as client:
@@ -324,15 +369,18 @@ def test_client_that_takes_no_answer_is_given_up_before_the_next(hasty: ProxyPro
 
 @both_ways
 @pytest.mark.parametrize("how", ["fin", "reset"])
-def test_death_of_upstream_behind_unread_bytes_is_visible(client: Client, running: ProxyProcess,
-                                                          upstream: ScriptedUpstream, how: str) -> None:
+def test_death_of_upstream_behind_unread_bytes_is_visible(
+    client: Client, running: ProxyProcess, upstream: ScriptedUpstream, how: str
+) -> None:
     client.request("GET", f"/v1/dies-unread-{how}")
     request = upstream.receive().answer(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % SIZE)
     sent = pour(request.connection, 0, SIZE)
     request.connection.close() if how == "fin" else request.connection.reset()
     client.head()
     came = client.rest()
-    assert PATTERN * (SIZE // len(PATTERN)) > came == (PATTERN * (SIZE // len(PATTERN)))[:len(came)]
+    assert (
+        PATTERN * (SIZE // len(PATTERN)) > came == (PATTERN * (SIZE // len(PATTERN)))[: len(came)]
+    )
     assert len(came) == sent if how == "fin" else 0 < len(came) <= sent
     line = running.wait_for_request(f"/v1/dies-unread-{how}")
     assert (line["bytes"], line["ended_by"]) == (len(came), "upstream")
@@ -342,11 +390,15 @@ def test_death_of_upstream_behind_unread_bytes_is_visible(client: Client, runnin
 
 
 @both_ways
-def test_event_of_eight_megabytes_passes_as_it_is(client: Client, upstream: ScriptedUpstream) -> None:
+def test_event_of_eight_megabytes_passes_as_it_is(
+    client: Client, upstream: ScriptedUpstream
+) -> None:
     event = b"data: " + PATTERN.replace(b"\n", b"") * 129 + b"\n\n"
     client.request("POST", "/v1/responses", body=b"{}")
     request = upstream.receive().answer(CHUNKED)
-    sender = threading.Thread(target=request.answer, args=(b"%x\r\n%b\r\n0\r\n\r\n" % (len(event), event),))
+    sender = threading.Thread(
+        target=request.answer, args=(b"%x\r\n%b\r\n0\r\n\r\n" % (len(event), event),)
+    )
     sender.start()
     assert client.message().body == event and len(event) > 8 << 20
     sender.join()
@@ -363,21 +415,39 @@ def test_delete_with_a_body(client: Client, upstream: ScriptedUpstream, body: by
 
 
 @pytest.mark.parametrize("chunked", [False, True], ids=["length", "chunked"])
-def test_upload_takes_no_more_memory_for_being_longer(tmp_path: Path, upstream: ScriptedUpstream, chunked: bool) -> None:
+def test_upload_takes_no_more_memory_for_being_longer(
+    tmp_path: Path, upstream: ScriptedUpstream, chunked: bool
+) -> None:
     """But for the copy for a replay, which is begun of a chunked one before its length shows, and is none here."""
-    with ProxyProcess(tmp_path, upstream=upstream.origin, replay_limit=0) as proxy, proxy.client() as client:
+    with (
+        ProxyProcess(tmp_path, upstream=upstream.origin, replay_limit=0) as proxy,
+        proxy.client() as client,
+    ):
         proxy.sign_in()
 
         def upload(size: int) -> int:
-            client.request("POST", "/v1/files", "Transfer-Encoding: chunked" if chunked else f"Content-Length: {size}")
+            client.request(
+                "POST",
+                "/v1/files",
+                "Transfer-Encoding: chunked" if chunked else f"Content-Length: {size}",
+            )
             part = b"%x\r\n%b\r\n" % (len(PATTERN), PATTERN) if chunked else PATTERN
             last = b"0\r\n\r\n" if chunked else b""
-            sender = threading.Thread(target=lambda: [*map(client.send, [part] * (size // len(PATTERN))), client.send(last)])
+            sender = threading.Thread(
+                target=lambda: [
+                    *map(client.send, [part] * (size // len(PATTERN))),
+                    client.send(last),
+                ]
+            )
             sender.start()
             request, came = upstream.receive(body=False), 0
             while came < size:
-                data = request.connection.chunk() if chunked else request.connection.exactly(len(PATTERN))
-                assert data == (PATTERN * 3)[came % len(PATTERN):][:len(data)]
+                data = (
+                    request.connection.chunk()
+                    if chunked
+                    else request.connection.exactly(len(PATTERN))
+                )
+                assert data == (PATTERN * 3)[came % len(PATTERN) :][: len(data)]
                 came += len(data)
             assert not chunked or request.connection.chunk() == b""
             sender.join()
@@ -385,6 +455,7 @@ def test_upload_takes_no_more_memory_for_being_longer(tmp_path: Path, upstream: 
             request.answer()
             assert client.message().body == b"ok"
             return resident
+
         short = upload(300 * len(PATTERN))
         assert upload(6000 * len(PATTERN)) - short < 2048
 
@@ -402,13 +473,19 @@ def stream_for_ever(sock: gevent.socket.socket, address: object) -> None:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, origin: str) -> "Iterator[int]":
+def serving(folder: Path, origin: str) -> Iterator[int]:
     """A proxy in this process, so that its greenlets and objects can be counted; its port."""
-    settings = config.from_environ({
-        "HOME": str(folder), "XAI_PROXY_UPSTREAM": origin, "XAI_PROXY_ISSUER": ISSUER,
-        "XAI_PROXY_TOKEN_PATH": str(folder / "tokens.json")})
+    settings = config.from_environ(
+        {
+            "HOME": str(folder),
+            "XAI_PROXY_UPSTREAM": origin,
+            "XAI_PROXY_ISSUER": ISSUER,
+            "XAI_PROXY_TOKEN_PATH": str(folder / "tokens.json"),
+        }
+    )
     (folder / "tokens.json").write_text(
-        f'{{"access_token": "a", "expires_at": {time.time() + 3600}, "issuer": "{ISSUER}"}}')
+        f'{{"access_token": "a", "expires_at": {time.time() + 3600}, "issuer": "{ISSUER}"}}'
+    )
     upstream = Upstream(settings)
     with gevent.socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -429,7 +506,9 @@ def test_nothing_is_left_of_a_thousand_cancelled_streams(tmp_path: Path, many_fi
         clients = []
         for _ in range(count):
             clients.append(gevent.socket.create_connection(("127.0.0.1", port)))
-            clients[-1].sendall(b"POST /v1/x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{}")
+            clients[-1].sendall(
+                b"POST /v1/x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{}"
+            )
         for client in clients:
             came = b""
             while not came.endswith(b"2\r\nok\r\n"):
@@ -439,13 +518,16 @@ def test_nothing_is_left_of_a_thousand_cancelled_streams(tmp_path: Path, many_fi
             while len(os.listdir("/proc/self/fd")) > descriptors:
                 gevent.sleep(0.01)
 
-    def objects() -> "tuple[int, int]":
+    def objects() -> tuple[int, int]:
         gc.collect()
         every = gc.get_objects()
         # not isinstance, which asks the object: a client's library in this process then loads what it has put off
         return sum(issubclass(type(one), greenlet.greenlet) for one in every), len(every)
 
-    with contextlib.closing(origin), serving(tmp_path, f"http://127.0.0.1:{origin.server_port}") as port:
+    with (
+        contextlib.closing(origin),
+        serving(tmp_path, f"http://127.0.0.1:{origin.server_port}") as port,
+    ):
         descriptors = len(os.listdir("/proc/self/fd"))
         open_and_cancel(250)
         greenlets, before = objects()

@@ -2,11 +2,12 @@
 
 It is sent again after a refused token and after a pooled connection that broke.
 """
+
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import pytest
 from proxy_process import Client, ProxyProcess
@@ -21,7 +22,9 @@ kinds = pytest.mark.parametrize("chunked", [False, True], ids=["sized", "chunked
 
 
 @pytest.fixture
-def pair(either: "Callable[..., tuple[ProxyProcess, ScriptedUpstream]]") -> "tuple[ProxyProcess, ScriptedUpstream]":
+def pair(
+    either: Callable[..., tuple[ProxyProcess, ScriptedUpstream]],
+) -> tuple[ProxyProcess, ScriptedUpstream]:
     return either(replay_limit=LIMIT)
 
 
@@ -36,7 +39,12 @@ def framed(data: bytes, chunked: bool, last: bool = True) -> bytes:
 
 
 def begin(client: Client, size: int, chunked: bool, *fields: str) -> None:
-    client.request("POST", "/v1/x", *fields, "Transfer-Encoding: chunked" if chunked else f"Content-Length: {size}")
+    client.request(
+        "POST",
+        "/v1/x",
+        *fields,
+        "Transfer-Encoding: chunked" if chunked else f"Content-Length: {size}",
+    )
 
 
 def pool_a_connection(client: Client, upstream: ScriptedUpstream) -> None:
@@ -45,7 +53,9 @@ def pool_a_connection(client: Client, upstream: ScriptedUpstream) -> None:
     assert client.message().body == b"ok"
 
 
-def answered_again(client: Client, upstream: ScriptedUpstream, body: bytes, token: str = "newer") -> None:
+def answered_again(
+    client: Client, upstream: ScriptedUpstream, body: bytes, token: str = "newer"
+) -> None:
     second = upstream.receive()
     assert (second.token, second.body == body, len(second.body)) == (token, True, len(body))
     second.answer()
@@ -107,7 +117,9 @@ def read(request: Request, size: int, chunked: bool) -> bytes:
 
 
 @kinds
-def test_body_beyond_the_limit_is_not_sent_again_and_the_refusal_passes(pair: tuple, chunked: bool) -> None:
+def test_body_beyond_the_limit_is_not_sent_again_and_the_refusal_passes(
+    pair: tuple, chunked: bool
+) -> None:
     proxy, upstream = pair
     body = content(LIMIT + 1)
     with proxy.client() as client:
@@ -176,8 +188,11 @@ def test_several_at_once_keep_apart(pair: tuple) -> None:
 
 def test_second_try_that_fails_does_not_hide_the_first(tmp_path: Path) -> None:
     """Upstream has the whole request, and is gone when it is sent again."""
-    with ScriptedUpstream() as upstream, ProxyProcess(tmp_path, upstream=upstream.origin) as proxy, \
-            proxy.client() as client:
+    with (
+        ScriptedUpstream() as upstream,
+        ProxyProcess(tmp_path, upstream=upstream.origin) as proxy,
+        proxy.client() as client,
+    ):
         proxy.sign_in()
         pool_a_connection(client, upstream)
         client.request("POST", "/v1/x", "Idempotency-Key: 1", body=b"{}")

@@ -15,7 +15,13 @@ import pytest
 from xaiproxy import errors
 from xaiproxy.http1 import request_head
 from xaiproxy.http1.connection import READ, Connection
-from xaiproxy.http1.request_body import ReplayableBody, ReplayMemory, RequestBody, WholeBody, body_of
+from xaiproxy.http1.request_body import (
+    ReplayableBody,
+    ReplayMemory,
+    RequestBody,
+    WholeBody,
+    body_of,
+)
 
 BEHIND = b"GET /the-next-request HTTP/1.1\r\n"
 MANY = 1 << 30  # bytes, as a limit that is none
@@ -42,7 +48,7 @@ class Came:
         pass
 
 
-def sized(data: bytes, length: "int | None" = None) -> RequestBody:
+def sized(data: bytes, length: int | None = None) -> RequestBody:
     """A body with a Content-Length (of `data`, unless told) that comes as `data`."""
     length = len(data) if length is None else length
     return RequestBody(head(f"Content-Length: {length}"), Came(data), 5)
@@ -53,7 +59,7 @@ def chunked(*pieces: bytes) -> RequestBody:
     return RequestBody(head("Transfer-Encoding: chunked"), Came(*pieces), 5)
 
 
-def one_by_one(*chunks: bytes) -> "list[bytes]":
+def one_by_one(*chunks: bytes) -> list[bytes]:
     return [b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in (*chunks, b"")]
 
 
@@ -68,6 +74,7 @@ def whole(body: RequestBody) -> bytes:
 
 
 # where a body ends
+
 
 @pytest.mark.parametrize("size", [0, 1, 5, READ, READ + 1])
 def test_a_body_ends_where_its_content_length_says(size):
@@ -91,21 +98,31 @@ def test_a_body_that_is_cut_at_any_byte_is_a_client_that_is_gone():
         assert not body.ended
 
 
-@pytest.mark.parametrize("data, content", [
-    (b"0\r\n\r\n", b""), (in_chunks(b"hello"), b"hello"), (in_chunks(b"h", b"ello"), b"hello"),
-    (b"5;a=\"b\"\r\nhello\r\n0\r\nTrailer: x\r\n\r\n", b"hello"),
-    (in_chunks(b"x" * 70000, b"y"), b"x" * 70000 + b"y")])
+@pytest.mark.parametrize(
+    "data, content",
+    [
+        (b"0\r\n\r\n", b""),
+        (in_chunks(b"hello"), b"hello"),
+        (in_chunks(b"h", b"ello"), b"hello"),
+        (b'5;a="b"\r\nhello\r\n0\r\nTrailer: x\r\n\r\n', b"hello"),
+        (in_chunks(b"x" * 70000, b"y"), b"x" * 70000 + b"y"),
+    ],
+)
 def test_a_chunked_body_ends_with_its_last_chunk_and_trailers(data, content):
     connection = Came(data + BEHIND)
     assert whole(RequestBody(head("Transfer-Encoding: chunked"), connection, 5)) == content
     assert connection.unread == BEHIND
 
 
-@pytest.mark.parametrize("data, reason", [
-    (b"+5\r\nhello\r\n0\r\n\r\n", "chunk size that is malformed"),
-    (b"5\r\nhellox\r\n0\r\n\r\n", "chunk that is longer than it says"),
-    (b"0\r\nX : y\r\n\r\n", "trailers that are malformed"),
-    (b"5;" + b"a" * 5000 + b"\r\nhello\r\n0\r\n\r\n", "line that is too long")])
+@pytest.mark.parametrize(
+    "data, reason",
+    [
+        (b"+5\r\nhello\r\n0\r\n\r\n", "chunk size that is malformed"),
+        (b"5\r\nhellox\r\n0\r\n\r\n", "chunk that is longer than it says"),
+        (b"0\r\nX : y\r\n\r\n", "trailers that are malformed"),
+        (b"5;" + b"a" * 5000 + b"\r\nhello\r\n0\r\n\r\n", "line that is too long"),
+    ],
+)
 def test_chunks_that_two_servers_could_read_differently_are_refused(data, reason):
     for before in (b"", in_chunks(b"hello")[:-5]):
         with connection("Transfer-Encoding: chunked") as (body, client):
@@ -113,13 +130,15 @@ def test_chunks_that_two_servers_could_read_differently_are_refused(data, reason
             if before:
                 assert body.read1() == b"hello"
             client.sendall(data + BEHIND)
-            with pytest.raises(errors.BadRequest, match="the request body has .*" + reason) as caught:
+            with pytest.raises(
+                errors.BadRequest, match="the request body has .*" + reason
+            ) as caught:
                 whole(body)
             assert caught.value.close and not body.ended
 
 
 def test_a_chunked_body_that_is_cut_at_any_byte_is_a_client_that_is_gone():
-    data = b"3\r\nabc\r\n0a;x=\"y\"\r\n0123456789\r\n0\r\nTrailer: x\r\n\r\n"
+    data = b'3\r\nabc\r\n0a;x="y"\r\n0123456789\r\n0\r\nTrailer: x\r\n\r\n'
     for size in range(len(data)):
         body, came = chunked(data[:size]), b""
         with pytest.raises(errors.ClientGone):
@@ -131,14 +150,17 @@ def test_a_chunked_body_that_is_cut_at_any_byte_is_a_client_that_is_gone():
 
 # what one read gives
 
+
 def test_chunks_that_came_together_are_given_together():
     assert list(iter(chunked(in_chunks(b"a", b"b")).read1, b"")) == [b"ab"]
     assert list(iter(chunked(*one_by_one(b"a", b"b")).read1, b"")) == [b"a", b"b"]
 
 
 def test_a_read_gives_at_most_what_is_asked_for_and_never_what_is_behind():
-    for line, data in (("Content-Length: 10", b"0123456789"),
-                       ("Transfer-Encoding: chunked", in_chunks(b"01234", b"56789"))):
+    for line, data in (
+        ("Content-Length: 10", b"0123456789"),
+        ("Transfer-Encoding: chunked", in_chunks(b"01234", b"56789")),
+    ):
         connection = Came(data + BEHIND)
         body = RequestBody(head(line), connection, 5)
         assert (body.read1(0), body.read(0)) == (b"", b"") and not body.ended
@@ -185,12 +207,17 @@ def test_a_chunk_is_given_before_the_next_has_begun():
 
 def test_a_body_may_come_byte_by_byte():
     data = in_chunks(b"hello", b"x" * 20)
-    for lines, sent in (("Content-Length: 25", b"hello" + b"x" * 20), ("Transfer-Encoding: chunked", data)):
+    for lines, sent in (
+        ("Content-Length: 25", b"hello" + b"x" * 20),
+        ("Transfer-Encoding: chunked", data),
+    ):
         with connection(lines) as (body, client):
+
             def send() -> None:
                 for at in range(len(sent)):
-                    client.sendall(sent[at:at + 1])
+                    client.sendall(sent[at : at + 1])
                     gevent.sleep()
+
             sender = gevent.spawn(send)
             assert whole(body) == b"hello" + b"x" * 20
             sender.join()
@@ -217,7 +244,9 @@ def test_a_client_whose_path_is_dead_is_gone_and_not_late():
     with client, contextlib.closing(ours), gevent.Timeout(10):
         body = RequestBody(head("Content-Length: 100"), ours, 5)
         ours.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1)
-        while ours.send(bytes(1 << 20)):  # then it waits for room, as nobody reads it, and the kernel gives up
+        while ours.send(
+            bytes(1 << 20)
+        ):  # then it waits for room, as nobody reads it, and the kernel gives up
             pass
         with pytest.raises(errors.ClientGone):
             body.read1()
@@ -240,10 +269,12 @@ def test_the_time_out_is_between_two_reads():
 
 def test_bytes_that_are_no_data_do_not_lengthen_the_time_out():
     with connection("Transfer-Encoding: chunked", timeout=0.1) as (body, client):
+
         def dribble() -> None:
             while True:
                 client.sendall(b"0")
                 gevent.sleep(0.02)
+
         dribbling = gevent.spawn(dribble)
         with pytest.raises(errors.ClientTimeout):
             body.read1()
@@ -252,8 +283,11 @@ def test_bytes_that_are_no_data_do_not_lengthen_the_time_out():
 
 # Expect: 100-continue
 
-@pytest.mark.parametrize("framing, sent", [("Content-Length: 5", b"hello"),
-                                           ("Transfer-Encoding: chunked", in_chunks(b"hello"))])
+
+@pytest.mark.parametrize(
+    "framing, sent",
+    [("Content-Length: 5", b"hello"), ("Transfer-Encoding: chunked", in_chunks(b"hello"))],
+)
 def test_the_client_is_told_to_go_on_once_its_body_is_wanted_and_not_before(framing, sent):
     with connection(framing, "Expect: 100-Continue") as (body, client):
         gevent.sleep()
@@ -265,13 +299,16 @@ def test_the_client_is_told_to_go_on_once_its_body_is_wanted_and_not_before(fram
         assert select.select([client], [], [], 0)[0] == []  # once
 
 
-@pytest.mark.parametrize("lines, version", [
-    (("Content-Length: 5",), "HTTP/1.1"),
-    (("Content-Length: 5", "Expect: 100-continue"), "HTTP/1.0"),  # to which a 100 means nothing
-    (("Content-Length: 0", "Expect: 100-continue"), "HTTP/1.1"),
-    (("Expect: 100-continue",), "HTTP/1.1"),
-    (("Content-Length: 5", "Expect: something-else"), "HTTP/1.1"),
-])
+@pytest.mark.parametrize(
+    "lines, version",
+    [
+        (("Content-Length: 5",), "HTTP/1.1"),
+        (("Content-Length: 5", "Expect: 100-continue"), "HTTP/1.0"),  # to which a 100 means nothing
+        (("Content-Length: 0", "Expect: 100-continue"), "HTTP/1.1"),
+        (("Expect: 100-continue",), "HTTP/1.1"),
+        (("Content-Length: 5", "Expect: something-else"), "HTTP/1.1"),
+    ],
+)
 def test_nobody_else_is_told_to_go_on(lines, version):
     with connection(*lines, version=version) as (body, client):
         client.sendall(b"hello")
@@ -288,7 +325,8 @@ def test_a_client_that_left_instead_of_going_on_is_gone():
 
 # the copy for a replay
 
-def passed(body: "ReplayableBody | WholeBody") -> "Iterator[bytes]":
+
+def passed(body: ReplayableBody | WholeBody) -> Iterator[bytes]:
     """The parts of a new pass."""
     body.rewind()
     while not body.at_end:
@@ -305,7 +343,9 @@ def test_what_was_read_can_be_sent_again_from_the_start():
 
 
 def test_a_body_of_which_only_some_was_read_is_sent_again_whole():
-    body = ReplayableBody(chunked(*one_by_one(b"one ", b"two ", b"three")), MANY, ReplayMemory(MANY))
+    body = ReplayableBody(
+        chunked(*one_by_one(b"one ", b"two ", b"three")), MANY, ReplayMemory(MANY)
+    )
     first = passed(body)
     assert (next(first), next(first)) == (b"one ", b"two ")
     assert not body.at_end
@@ -323,9 +363,12 @@ def test_a_long_body_is_repeated_in_pieces():
 
 @pytest.mark.parametrize("limit, replayable", [(10, False), (11, True), (12, True)])
 def test_a_body_is_kept_up_to_the_limit_and_not_a_byte_beyond(limit, replayable):
-    for source in (sized(b"hello world"), chunked(*one_by_one(b"hello world")),
-                   chunked(*one_by_one(b"hello", b" world")),
-                   chunked(*one_by_one(*[b"x"] * 11))):
+    for source in (
+        sized(b"hello world"),
+        chunked(*one_by_one(b"hello world")),
+        chunked(*one_by_one(b"hello", b" world")),
+        chunked(*one_by_one(*[b"x"] * 11)),
+    ):
         memory = ReplayMemory(MANY)
         body = ReplayableBody(source, limit, memory)
         assert len(b"".join(passed(body))) == 11 and body.at_end  # it went through in any case
@@ -347,10 +390,18 @@ def test_no_body_can_always_be_sent_again():
 
 def test_all_copies_together_fit_in_the_memory():
     memory = ReplayMemory(10)
-    first, second, third, fourth = (ReplayableBody(sized(b"x" * size), MANY, memory) for size in (6, 5, 4, 1))
-    for body, replayable, used in ((first, True, 6), (second, False, 6), (third, True, 10),
-                                   (fourth, False, 10)):
-        assert len(b"".join(passed(body))) in (6, 5, 4, 1) and body.at_end  # what does not fit streams through
+    first, second, third, fourth = (
+        ReplayableBody(sized(b"x" * size), MANY, memory) for size in (6, 5, 4, 1)
+    )
+    for body, replayable, used in (
+        (first, True, 6),
+        (second, False, 6),
+        (third, True, 10),
+        (fourth, False, 10),
+    ):
+        assert (
+            len(b"".join(passed(body))) in (6, 5, 4, 1) and body.at_end
+        )  # what does not fit streams through
         assert (body.replayable, memory.used) == (replayable, used)
     first.forget()
     assert memory.used == 4
@@ -399,7 +450,8 @@ def test_a_copy_takes_no_more_memory_than_it_has_bytes():
 
 # a body that came with its head
 
-def body_that_came(data: bytes, *lines: str) -> "tuple[object, Came]":
+
+def body_that_came(data: bytes, *lines: str) -> tuple[object, Came]:
     connection = Came(data)
     return body_of(head(*lines), connection, 5), connection
 
@@ -411,8 +463,10 @@ def test_a_body_that_came_whole_needs_no_reading():
     assert (body.read1(2), body.read(), body.read1()) == (b"he", b"llo", b"")
 
 
-@pytest.mark.parametrize("lines, data", [(["Content-Length: 5"], b"hell"),
-                                         (["Transfer-Encoding: chunked"], in_chunks(b"hello"))])
+@pytest.mark.parametrize(
+    "lines, data",
+    [(["Content-Length: 5"], b"hell"), (["Transfer-Encoding: chunked"], in_chunks(b"hello"))],
+)
 def test_any_other_body_is_read(lines, data):
     body, connection = body_that_came(data, *lines)
     assert isinstance(body, RequestBody) and not body.ended and connection.unread == data
@@ -421,7 +475,12 @@ def test_any_other_body_is_read(lines, data):
 def test_no_body_is_a_whole_one():
     for lines, length in (([], None), (["Content-Length: 0"], 0)):
         body, connection = body_that_came(BEHIND, *lines)
-        assert (body.ended, body.has_come, body.content_length, connection.unread) == (True, False, length, BEHIND)
+        assert (body.ended, body.has_come, body.content_length, connection.unread) == (
+            True,
+            False,
+            length,
+            BEHIND,
+        )
         for _ in range(2):
             body.keep(0, ReplayMemory(0))
             assert list(passed(body)) == [] and body.replayable

@@ -1,4 +1,5 @@
 """Every knob of the sandbox does what it says."""
+
 from __future__ import annotations
 
 import contextlib
@@ -9,7 +10,8 @@ import pathlib
 import socket
 import time
 import zlib
-from typing import Any, Iterator
+from collections.abc import Iterator
+from typing import Any
 from urllib.parse import urlencode
 
 import pytest
@@ -27,18 +29,27 @@ def test_every_knob_is_turned_by_a_test() -> None:
     assert [name for name in ANSWER if f'"{name}": ' not in source] == []
 
 
-@pytest.mark.parametrize("knob, problem", [
-    ({"nonsense": 1}, "there is no nonsense; there are "),
-    ({"events": -1}, "events takes a whole number from 0"), ({"events": 1.5}, "events takes a whole number"),
-    ({"events": True}, "not true"), ({"gzip": "some"}, "gzip takes "),
-    ({"send_expires_in": 1}, "send_expires_in takes true or false, not 1"),
-    ({"answers": {}}, "answers takes a list"), ({"answers": [{"status": 500}]}, "each with a path"),
-    ({"answers": [{"path": "/", "x": 1}]}, "there is no x"),
-    ({"answers": [{"path": "/", "error": "x"}]}, "error takes "),
-    ({"answers": [{"path": "/", "status": 99}]}, "status takes "),
-    ({"answers": [{"path": "/", "headers": {"a": "b\r\nc: d"}}]}, "headers takes "),
-    ([], "takes a JSON object")])
-def test_a_bad_knob_is_refused_and_changes_nothing(sandbox: Sandbox, knob: Any, problem: str) -> None:
+@pytest.mark.parametrize(
+    "knob, problem",
+    [
+        ({"nonsense": 1}, "there is no nonsense; there are "),
+        ({"events": -1}, "events takes a whole number from 0"),
+        ({"events": 1.5}, "events takes a whole number"),
+        ({"events": True}, "not true"),
+        ({"gzip": "some"}, "gzip takes "),
+        ({"send_expires_in": 1}, "send_expires_in takes true or false, not 1"),
+        ({"answers": {}}, "answers takes a list"),
+        ({"answers": [{"status": 500}]}, "each with a path"),
+        ({"answers": [{"path": "/", "x": 1}]}, "there is no x"),
+        ({"answers": [{"path": "/", "error": "x"}]}, "error takes "),
+        ({"answers": [{"path": "/", "status": 99}]}, "status takes "),
+        ({"answers": [{"path": "/", "headers": {"a": "b\r\nc: d"}}]}, "headers takes "),
+        ([], "takes a JSON object"),
+    ],
+)
+def test_a_bad_knob_is_refused_and_changes_nothing(
+    sandbox: Sandbox, knob: Any, problem: str
+) -> None:
     before = sandbox.get("/_sandbox/knobs")
     sent = json.dumps({"keepalives": 9, **knob} if isinstance(knob, dict) else knob)
     refused, answer = sandbox.post("/_sandbox", sent)
@@ -48,8 +59,13 @@ def test_a_bad_knob_is_refused_and_changes_nothing(sandbox: Sandbox, knob: Any, 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
 def test_a_web_page_can_neither_watch_nor_steer(sandbox: Sandbox, method: str) -> None:
-    for field in ({"Origin": sandbox.url}, {"Origin": "null"}, {"Host": f"evil.example:{sandbox.port}"},
-                  {"Host": "evil.example"}, {"Host": None}):
+    for field in (
+        {"Origin": sandbox.url},
+        {"Origin": "null"},
+        {"Host": f"evil.example:{sandbox.port}"},
+        {"Host": "evil.example"},
+        {"Host": None},
+    ):
         assert status(sandbox.raw(sandbox.head(f"{method} /_sandbox", **field))) == 403
     for host in (f"localhost:{sandbox.port}", "[::1]", "127.0.0.9"):
         assert status(sandbox.raw(sandbox.head("GET /_sandbox", Host=host))) == 200
@@ -58,7 +74,9 @@ def test_a_web_page_can_neither_watch_nor_steer(sandbox: Sandbox, method: str) -
 def test_expires_in_can_be_absent(sandbox: Sandbox) -> None:
     sandbox.set(send_expires_in=False)
     login = sandbox.mint()
-    assert "expires_in" not in login and "expires_in" not in sandbox.refresh(login["refresh_token"])[1]
+    assert (
+        "expires_in" not in login and "expires_in" not in sandbox.refresh(login["refresh_token"])[1]
+    )
 
 
 def test_a_refresh_token_can_be_omitted_and_then_stays(sandbox: Sandbox) -> None:
@@ -87,17 +105,27 @@ def test_a_fresh_token_is_refused_at_first(sandbox: Sandbox) -> None:
 
 def test_refusals_in_another_status_and_shape(sandbox: Sandbox) -> None:
     sandbox.set(dead_token_status=401, old_shape=True)
-    assert sandbox.get("/v1/me", "x") == (401, {
-        "code": "The caller does not have permission to execute the specified operation",
-        "error": "The OAuth2 access token could not be validated. [WKE=unauthenticated:bad-credentials]"})
+    assert sandbox.get("/v1/me", "x") == (
+        401,
+        {
+            "code": "The caller does not have permission to execute the specified operation",
+            "error": "The OAuth2 access token could not be validated. [WKE=unauthenticated:bad-credentials]",
+        },
+    )
     assert sandbox.get("/v1/me")[1]["error"].endswith("[WKE=unauthenticated:no-credentials]")
 
 
 def test_what_is_compressed(sandbox: Sandbox, token: str) -> None:
-    for wanted, compressed in (("none", [False, False]), ("refusals", [True, False]), ("all", [True, True])):
+    for wanted, compressed in (
+        ("none", [False, False]),
+        ("refusals", [True, False]),
+        ("all", [True, True]),
+    ):
         sandbox.set(gzip=wanted)
-        heads = [sandbox.head("GET /v1/me", Authorization=f"Bearer {key}", Accept_Encoding="gzip")
-                 for key in ("x", token)]
+        heads = [
+            sandbox.head("GET /v1/me", Authorization=f"Bearer {key}", Accept_Encoding="gzip")
+            for key in ("x", token)
+        ]
         answers = [sandbox.raw(head) for head in heads]
         assert [b"\r\nContent-Encoding: gzip\r\n" in answer for answer in answers] == compressed
 
@@ -127,7 +155,7 @@ def events(answer: bytes) -> list[bytes]:
         parts, rest = rest, b""
         while parts:
             size, _, parts = parts.partition(b"\r\n")
-            rest, parts = rest + parts[:int(size, 16)], parts[int(size, 16) + 2:]
+            rest, parts = rest + parts[: int(size, 16)], parts[int(size, 16) + 2 :]
     return rest.split(b"\n\n")[:-1]
 
 
@@ -137,25 +165,50 @@ def test_a_chat_stream(sandbox: Sandbox, token: str) -> None:
     assert (first, second, done) == (b": keepalive", b": keepalive", b"data: [DONE]")
     said = [json.loads(chunk.removeprefix(b"data: ")) for chunk in chunks]
     assert [chunk["choices"][0]["delta"] for chunk in said[:-1]] == [
-        {"reasoning_content": "Hm.", "role": "assistant"}, {"content": "This "}, {"content": "is is"}, {}]
-    assert said[-2]["choices"][0]["finish_reason"] == "stop" and "finish_reason" not in said[0]["choices"][0]
+        {"reasoning_content": "Hm.", "role": "assistant"},
+        {"content": "This "},
+        {"content": "is is"},
+        {},
+    ]
+    assert (
+        said[-2]["choices"][0]["finish_reason"] == "stop"
+        and "finish_reason" not in said[0]["choices"][0]
+    )
     assert said[-1]["choices"] == [] and said[-1]["usage"]["completion_tokens"] == 2
 
 
 def test_a_responses_stream(sandbox: Sandbox, token: str) -> None:
-    _, answer = sandbox.post("/v1/responses", {"model": "grok-4.5", "input": "x", "stream": True}, token)
+    _, answer = sandbox.post(
+        "/v1/responses", {"model": "grok-4.5", "input": "x", "stream": True}, token
+    )
     said = [json.loads(event.removeprefix(b"data: ")) for event in answer.split(b"\n\n")[:-1]]
     assert [event["sequence_number"] for event in said] == list(range(len(said)))
-    assert list(said[0])[:2] == ["sequence_number", "type"] and said[0]["type"] == "response.created"
+    assert (
+        list(said[0])[:2] == ["sequence_number", "type"] and said[0]["type"] == "response.created"
+    )
     assert said[-1]["type"] == "response.completed" and "usage" in said[-1]["response"]
-    text = "".join(event["delta"] for event in said if event["type"] == "response.output_text.delta")
+    text = "".join(
+        event["delta"] for event in said if event["type"] == "response.output_text.delta"
+    )
     assert text == said[-1]["response"]["output"][1]["content"][0]["text"]
     kinds = [event["type"].removeprefix("response.") for event in said]
     assert [kind for kind, _ in itertools.groupby(kinds)] == [
-        "created", "in_progress", "output_item.added", "reasoning_summary_part.added", "reasoning_summary_text.delta",
-        "reasoning_summary_text.done", "reasoning_summary_part.done", "output_item.done", "output_item.added",
-        "content_part.added", "output_text.delta", "output_text.done", "content_part.done", "output_item.done",
-        "completed"]
+        "created",
+        "in_progress",
+        "output_item.added",
+        "reasoning_summary_part.added",
+        "reasoning_summary_text.delta",
+        "reasoning_summary_text.done",
+        "reasoning_summary_part.done",
+        "output_item.done",
+        "output_item.added",
+        "content_part.added",
+        "output_text.delta",
+        "output_text.done",
+        "content_part.done",
+        "output_item.done",
+        "completed",
+    ]
 
 
 def test_the_head_of_a_stream_leaves_before_its_first_event(sandbox: Sandbox, token: str) -> None:
@@ -181,7 +234,9 @@ def test_events_leave_one_by_one_at_the_pace_set(sandbox: Sandbox, token: str) -
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_a_client_that_leaves_in_silence_is_noticed(sandbox: Sandbox, token: str, half: bool) -> None:
+def test_a_client_that_leaves_in_silence_is_noticed(
+    sandbox: Sandbox, token: str, half: bool
+) -> None:
     sandbox.set(silence_after=2)
     with sandbox.streaming(sandbox.chat(token)) as (connection, answer):
         for _ in range(2):
@@ -198,7 +253,9 @@ def test_a_client_that_leaves_amid_events_is_noticed(sandbox: Sandbox, token: st
     sandbox.set(events=100000, event_size=1000)
     with sandbox.streaming(sandbox.chat(token)) as (_, answer):
         answer.read(10000)
-    sandbox.wait(lambda seen: (seen["cancelled_streams"], seen["open_streams"]) == (1, 0), seconds=1)
+    sandbox.wait(
+        lambda seen: (seen["cancelled_streams"], seen["open_streams"]) == (1, 0), seconds=1
+    )
 
 
 def test_a_client_that_leaves_before_the_head_is_noticed(sandbox: Sandbox, token: str) -> None:
@@ -210,7 +267,9 @@ def test_a_client_that_leaves_before_the_head_is_noticed(sandbox: Sandbox, token
     assert seen["streams"] == 0
 
 
-def test_a_pipelined_request_neither_ends_a_stream_nor_burns_cpu(sandbox: Sandbox, token: str) -> None:
+def test_a_pipelined_request_neither_ends_a_stream_nor_burns_cpu(
+    sandbox: Sandbox, token: str
+) -> None:
     sandbox.set(silence_after=1, silence=0.6)
     with sandbox.streaming(sandbox.chat(token, Connection="keep-alive")) as (connection, answer):
         connection.sendall(sandbox.head("GET /v1/me", Authorization=f"Bearer {token}"))
@@ -223,19 +282,32 @@ def test_a_pipelined_request_neither_ends_a_stream_nor_burns_cpu(sandbox: Sandbo
 
 
 def processor_seconds(sandbox: Sandbox) -> float:
-    fields = pathlib.Path(f"/proc/{sandbox.process.pid}/stat").read_text().rpartition(")")[2].split()
+    fields = (
+        pathlib.Path(f"/proc/{sandbox.process.pid}/stat").read_text().rpartition(")")[2].split()
+    )
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # utime, stime
 
 
-@pytest.mark.parametrize("framing, mark", [
-    ("chunked", b"Transfer-Encoding: chunked"), ("length", b"Content-Length: "),
-    ("close", b"Connection: close")])
-def test_framings_and_a_cut_in_each(sandbox: Sandbox, token: str, framing: str, mark: bytes) -> None:
+@pytest.mark.parametrize(
+    "framing, mark",
+    [
+        ("chunked", b"Transfer-Encoding: chunked"),
+        ("length", b"Content-Length: "),
+        ("close", b"Connection: close"),
+    ],
+)
+def test_framings_and_a_cut_in_each(
+    sandbox: Sandbox, token: str, framing: str, mark: bytes
+) -> None:
     sandbox.set(framing=framing, events=3)
-    whole = sandbox.raw(sandbox.chat(token, Connection="keep-alive" if framing == "close" else "close"))
+    whole = sandbox.raw(
+        sandbox.chat(token, Connection="keep-alive" if framing == "close" else "close")
+    )
     assert mark in whole.partition(b"\r\n\r\n")[0]
     assert [other in whole for other in (b"Transfer-Encoding", b"Content-Length")] == [
-        framing == "chunked", framing == "length"]
+        framing == "chunked",
+        framing == "length",
+    ]
     assert events(whole)[-1] == b"data: [DONE]"
     sandbox.set(cut_after=2)
     cut = sandbox.raw(sandbox.chat(token))
@@ -250,13 +322,25 @@ def test_a_stream_cut_by_a_reset(sandbox: Sandbox, token: str) -> None:
     sandbox.wait(lambda seen: seen["open_streams"] == 0)
 
 
-@pytest.mark.parametrize("path, sent, frame", [
-    ("/v1/chat/completions", CHAT, b'data: {"error":{"message":"The model is currently at capacity'),
-    ("/v1/responses", {"model": "grok-4.5", "input": "x", "stream": True},
-     b'event: error\ndata: {"sequence_number":0,"type":"error","code":null,"message":"The model is')])
+@pytest.mark.parametrize(
+    "path, sent, frame",
+    [
+        (
+            "/v1/chat/completions",
+            CHAT,
+            b'data: {"error":{"message":"The model is currently at capacity',
+        ),
+        (
+            "/v1/responses",
+            {"model": "grok-4.5", "input": "x", "stream": True},
+            b'event: error\ndata: {"sequence_number":0,"type":"error","code":null,"message":"The model is',
+        ),
+    ],
+)
 @pytest.mark.parametrize("after", [0, 2])
 def test_a_capacity_error_inside_a_stream(
-        sandbox: Sandbox, token: str, path: str, sent: dict[str, Any], frame: bytes, after: int) -> None:
+    sandbox: Sandbox, token: str, path: str, sent: dict[str, Any], frame: bytes, after: int
+) -> None:
     sandbox.set(capacity_error_after=after)
     accepted, answer = sandbox.post(path, sent, token)
     parts = answer.split(b"\n\n")[:-1]
@@ -267,25 +351,48 @@ def test_a_capacity_error_inside_a_stream(
 
 
 def test_answers_come_in_order_and_as_often_as_told(sandbox: Sandbox, token: str) -> None:
-    sandbox.set(answers=[
-        {"path": "/oauth2/token", "grant_type": "refresh_token", "times": 2, "status": 429,
-         "headers": {"Retry-After": "7"}, "body": {"error": "x"}},
-        {"path": "/v1/*", "method": "GET", "error": "spending_limit"}])
-    answer = sandbox.raw(sandbox.head("POST /oauth2/token", Content_Type=FORM, Content_Length="24"),
-                 b"grant_type=refresh_token")
-    assert status(answer) == 429 and b"\r\nRetry-After: 7\r\n" in answer and body(answer) == {"error": "x"}
+    sandbox.set(
+        answers=[
+            {
+                "path": "/oauth2/token",
+                "grant_type": "refresh_token",
+                "times": 2,
+                "status": 429,
+                "headers": {"Retry-After": "7"},
+                "body": {"error": "x"},
+            },
+            {"path": "/v1/*", "method": "GET", "error": "spending_limit"},
+        ]
+    )
+    answer = sandbox.raw(
+        sandbox.head("POST /oauth2/token", Content_Type=FORM, Content_Length="24"),
+        b"grant_type=refresh_token",
+    )
+    assert (
+        status(answer) == 429
+        and b"\r\nRetry-After: 7\r\n" in answer
+        and body(answer) == {"error": "x"}
+    )
     assert sandbox.token(DEVICE_CODE, device_code="x")[0] == 400
     assert [sandbox.refresh("x")[0] for _ in range(2)] == [429, 400]
     assert [sandbox.get("/v1/me", token)[0] for _ in range(3)] == [402] * 3
     assert sandbox.post("/v1/tts", {"text": "x"}, token)[0] == 200
 
 
-def test_any_endpoint_can_answer_html_or_nothing_or_bytes_of_the_tests_own(sandbox: Sandbox) -> None:
-    sandbox.set(answers=[{"path": "*", "times": 1, "error": "cloudflare_challenge"},
-                         {"path": "*", "times": 1, "status": 200},
-                         {"path": "*", "body": "\ufeffdata: x", "headers": {"Content-Type": "a/b"}}])
+def test_any_endpoint_can_answer_html_or_nothing_or_bytes_of_the_tests_own(
+    sandbox: Sandbox,
+) -> None:
+    sandbox.set(
+        answers=[
+            {"path": "*", "times": 1, "error": "cloudflare_challenge"},
+            {"path": "*", "times": 1, "status": 200},
+            {"path": "*", "body": "\ufeffdata: x", "headers": {"Content-Type": "a/b"}},
+        ]
+    )
     challenged = sandbox.raw(sandbox.head("GET /anything"))
-    assert status(challenged) == 403 and b"text/html" in challenged and b"Just a moment" in challenged
+    assert (
+        status(challenged) == 403 and b"text/html" in challenged and b"Just a moment" in challenged
+    )
     assert sandbox.get("/anything") == (200, b"")
     assert sandbox.raw(sandbox.head("GET /anything")).endswith(b"\r\n\r\n\xef\xbb\xbfdata: x")
 
@@ -293,7 +400,9 @@ def test_any_endpoint_can_answer_html_or_nothing_or_bytes_of_the_tests_own(sandb
 def test_an_answer_can_be_lost_before_or_after_the_request_is_handled(sandbox: Sandbox) -> None:
     first = sandbox.mint()["refresh_token"]
     for process, spent in ((False, 0), (True, 1)):
-        sandbox.set(answers=[{"path": "/oauth2/token", "times": 1, "cut": "close", "process": process}])
+        sandbox.set(
+            answers=[{"path": "/oauth2/token", "times": 1, "cut": "close", "process": process}]
+        )
         with pytest.raises(ConnectionError):
             sandbox.refresh(first)
         assert sandbox.counters()["refreshes"] == spent
@@ -305,13 +414,23 @@ def test_an_answer_can_be_lost_before_or_after_the_request_is_handled(sandbox: S
 
 def test_an_answer_can_be_late_with_the_token_spent_meanwhile(sandbox: Sandbox) -> None:
     login = sandbox.mint()
-    sandbox.set(answers=[{"path": "/oauth2/token", "times": 1, "delay": 60},
-                         {"path": "/oauth2/token", "delay": 0.3}])
-    form = urlencode({"grant_type": "refresh_token", "client_id": CLIENT_ID,
-                      "refresh_token": login["refresh_token"]}).encode()
+    sandbox.set(
+        answers=[
+            {"path": "/oauth2/token", "times": 1, "delay": 60},
+            {"path": "/oauth2/token", "delay": 0.3},
+        ]
+    )
+    form = urlencode(
+        {
+            "grant_type": "refresh_token",
+            "client_id": CLIENT_ID,
+            "refresh_token": login["refresh_token"],
+        }
+    ).encode()
     with socket.create_connection(("127.0.0.1", sandbox.port), timeout=10) as connection:
         connection.sendall(
-            sandbox.head("POST /oauth2/token", Content_Type=FORM, Content_Length=len(form)) + form)
+            sandbox.head("POST /oauth2/token", Content_Type=FORM, Content_Length=len(form)) + form
+        )
         sandbox.wait(lambda seen: seen["refreshes"] == 1)
     sandbox.wait(lambda seen: seen["cancelled_requests"] == 1)
     begun = time.monotonic()
@@ -322,7 +441,11 @@ def test_an_answer_can_drip(sandbox: Sandbox) -> None:
     sandbox.set(answers=[{"path": "/v1/me", "drip": 100, "body": "x" * 30}])
     begun = time.monotonic()
     answer = sandbox.raw(sandbox.head("GET /v1/me"))
-    assert answer.endswith(b"x" * 30) and b"Content-Length: 30" in answer and time.monotonic() - begun > 0.25
+    assert (
+        answer.endswith(b"x" * 30)
+        and b"Content-Length: 30" in answer
+        and time.monotonic() - begun > 0.25
+    )
 
 
 def test_an_answer_can_come_before_the_body(sandbox: Sandbox) -> None:

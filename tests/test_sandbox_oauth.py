@@ -1,4 +1,5 @@
 """The sandbox's authorization server: three grants, each as strict as its RFC."""
+
 from __future__ import annotations
 
 import base64
@@ -20,7 +21,9 @@ CALLBACK = "http://127.0.0.1:56121/callback"
 
 
 def challenge_of(verifier: str) -> str:
-    return base64.urlsafe_b64encode(hashlib.sha256(verifier.encode()).digest()).rstrip(b"=").decode()
+    return (
+        base64.urlsafe_b64encode(hashlib.sha256(verifier.encode()).digest()).rstrip(b"=").decode()
+    )
 
 
 VERIFIER = "v" * 43
@@ -31,8 +34,9 @@ CHALLENGE = challenge_of(VERIFIER)
 
 @pytest.mark.parametrize("path", ["/oauth2/device/code", "/oauth2/token", "/oauth2/revoke"])
 def test_the_authorization_server_takes_forms_only(sandbox: Sandbox, path: str) -> None:
-    assert sandbox.post(path, json.dumps({"client_id": CLIENT_ID}), Content_Type="application/json") == (
-        415, b"Form requests must have `Content-Type: application/x-www-form-urlencoded`")
+    assert sandbox.post(
+        path, json.dumps({"client_id": CLIENT_ID}), Content_Type="application/json"
+    ) == (415, b"Form requests must have `Content-Type: application/x-www-form-urlencoded`")
     refused, answer = sandbox.post(path, "a=b", Content_Type=FORM)
     assert refused == 422 and answer.startswith(b"Failed to deserialize form body: missing field `")
     field = answer.split(b"`")[1].decode()
@@ -40,32 +44,62 @@ def test_the_authorization_server_takes_forms_only(sandbox: Sandbox, path: str) 
     assert refused == 422 and b"duplicate field" in answer
 
 
-@pytest.mark.parametrize("path, form", [
-    ("/oauth2/device/code", {}), ("/oauth2/revoke", {"token": "x"}),
-    ("/oauth2/token", {"grant_type": "refresh_token", "refresh_token": "x"})])
+@pytest.mark.parametrize(
+    "path, form",
+    [
+        ("/oauth2/device/code", {}),
+        ("/oauth2/revoke", {"token": "x"}),
+        ("/oauth2/token", {"grant_type": "refresh_token", "refresh_token": "x"}),
+    ],
+)
 def test_another_client_is_refused(sandbox: Sandbox, path: str, form: dict[str, str]) -> None:
     refused, answer = sandbox.post(path, {**form, "client_id": "another"})
-    assert (refused, answer) == (401, {"error": "invalid_client", "error_description": "Unknown client"})
+    assert (refused, answer) == (
+        401,
+        {"error": "invalid_client", "error_description": "Unknown client"},
+    )
 
 
-@pytest.mark.parametrize("form, error, description", [
-    ({"scope": "openid nonsense"}, "invalid_scope", "Unknown scope: nonsense"),
-    ({"scope": "openid team:read"}, "invalid_scope", "not valid for User principals"),
-    ({"code_challenge": CHALLENGE, "code_challenge_method": "plain"}, "invalid_request", "S256")])
+@pytest.mark.parametrize(
+    "form, error, description",
+    [
+        ({"scope": "openid nonsense"}, "invalid_scope", "Unknown scope: nonsense"),
+        ({"scope": "openid team:read"}, "invalid_scope", "not valid for User principals"),
+        (
+            {"code_challenge": CHALLENGE, "code_challenge_method": "plain"},
+            "invalid_request",
+            "S256",
+        ),
+    ],
+)
 def test_the_device_endpoint_refuses(
-        sandbox: Sandbox, form: dict[str, str], error: str, description: str) -> None:
+    sandbox: Sandbox, form: dict[str, str], error: str, description: str
+) -> None:
     refused, answer = sandbox.post("/oauth2/device/code", {"client_id": CLIENT_ID, **form})
-    assert refused == 400 and answer["error"] == error and description in answer["error_description"]
+    assert (
+        refused == 400 and answer["error"] == error and description in answer["error_description"]
+    )
 
 
-@pytest.mark.parametrize("grant_type, fields, error", [
-    ("password", {}, "unsupported_grant_type"), ("refresh_token", {}, "invalid_request"),
-    ("refresh_token", {"refresh_token": "x"}, "invalid_grant"),
-    (DEVICE_CODE, {"device_code": "x"}, "invalid_grant"), (DEVICE_CODE, {}, "invalid_request"),
-    ("authorization_code", {"code": "x", "redirect_uri": CALLBACK, "code_verifier": "x"}, "invalid_grant"),
-    ("authorization_code", {"code": "x", "redirect_uri": CALLBACK}, "invalid_request")])
+@pytest.mark.parametrize(
+    "grant_type, fields, error",
+    [
+        ("password", {}, "unsupported_grant_type"),
+        ("refresh_token", {}, "invalid_request"),
+        ("refresh_token", {"refresh_token": "x"}, "invalid_grant"),
+        (DEVICE_CODE, {"device_code": "x"}, "invalid_grant"),
+        (DEVICE_CODE, {}, "invalid_request"),
+        (
+            "authorization_code",
+            {"code": "x", "redirect_uri": CALLBACK, "code_verifier": "x"},
+            "invalid_grant",
+        ),
+        ("authorization_code", {"code": "x", "redirect_uri": CALLBACK}, "invalid_request"),
+    ],
+)
 def test_the_token_endpoint_refuses(
-        sandbox: Sandbox, grant_type: str, fields: dict[str, str], error: str) -> None:
+    sandbox: Sandbox, grant_type: str, fields: dict[str, str], error: str
+) -> None:
     refused, answer = sandbox.token(grant_type, **fields)
     assert (refused, answer["error"]) == (400, error)
 
@@ -74,33 +108,54 @@ def test_the_token_endpoint_refuses(
 
 
 def authorization_url(sandbox: Sandbox, **changed: str | None) -> str:
-    query = {"response_type": "code", "client_id": CLIENT_ID, "redirect_uri": CALLBACK, "state": "s t&",
-             "scope": "openid offline_access", "code_challenge": CHALLENGE, "code_challenge_method": "S256",
-             "nonce": "n", **changed}
+    query = {
+        "response_type": "code",
+        "client_id": CLIENT_ID,
+        "redirect_uri": CALLBACK,
+        "state": "s t&",
+        "scope": "openid offline_access",
+        "code_challenge": CHALLENGE,
+        "code_challenge_method": "S256",
+        "nonce": "n",
+        **changed,
+    }
     given = {name: value for name, value in query.items() if value is not None}
     return f"{sandbox.url}/oauth2/authorize?{urlencode(given)}"
 
 
 def consented(sandbox: Sandbox, **changed: str | None) -> str:
     """A fresh authorization code."""
-    return parse_qs(urlsplit(sandbox.consent(authorization_url(sandbox, **changed))).query)["code"][0]
+    return parse_qs(urlsplit(sandbox.consent(authorization_url(sandbox, **changed))).query)["code"][
+        0
+    ]
 
 
 def exchange(sandbox: Sandbox, code: str, **changed: str) -> tuple[int, Any]:
-    return sandbox.token("authorization_code",
-                         **{"code": code, "redirect_uri": CALLBACK, "code_verifier": VERIFIER, **changed})
+    return sandbox.token(
+        "authorization_code",
+        **{"code": code, "redirect_uri": CALLBACK, "code_verifier": VERIFIER, **changed},
+    )
 
 
-@pytest.mark.parametrize("name, value, problem", [
-    ("client_id", "another", b"Unknown client"), ("response_type", "token", b"Unknown response_type"),
-    ("redirect_uri", "http://localhost:56121/callback", b"Unknown redirect_uri"),
-    ("redirect_uri", "http://127.0.0.1:56121/callback/", b"Unknown redirect_uri"),
-    ("redirect_uri", "http://127.0.0.1/callback", b"Unknown redirect_uri"),
-    ("redirect_uri", None, b"Unknown redirect_uri"), ("scope", "openid <b>", b"Unknown scope: &lt;b&gt;"),
-    ("code_challenge", None, b"PKCE"), ("code_challenge", "short", b"PKCE"),
-    ("code_challenge_method", "plain", b"PKCE"), ("code_challenge_method", None, b"PKCE")])
+@pytest.mark.parametrize(
+    "name, value, problem",
+    [
+        ("client_id", "another", b"Unknown client"),
+        ("response_type", "token", b"Unknown response_type"),
+        ("redirect_uri", "http://localhost:56121/callback", b"Unknown redirect_uri"),
+        ("redirect_uri", "http://127.0.0.1:56121/callback/", b"Unknown redirect_uri"),
+        ("redirect_uri", "http://127.0.0.1/callback", b"Unknown redirect_uri"),
+        ("redirect_uri", None, b"Unknown redirect_uri"),
+        ("scope", "openid <b>", b"Unknown scope: &lt;b&gt;"),
+        ("code_challenge", None, b"PKCE"),
+        ("code_challenge", "short", b"PKCE"),
+        ("code_challenge_method", "plain", b"PKCE"),
+        ("code_challenge_method", None, b"PKCE"),
+    ],
+)
 def test_a_bad_authorization_request_is_refused(
-        sandbox: Sandbox, name: str, value: str, problem: bytes) -> None:
+    sandbox: Sandbox, name: str, value: str, problem: bytes
+) -> None:
     refused, page = sandbox.get(authorization_url(sandbox, **{name: value}))
     assert refused == 400 and problem in page and b"button" not in page
 
@@ -112,28 +167,43 @@ def test_a_repeated_parameter_is_refused(sandbox: Sandbox) -> None:
 
 def test_a_code_becomes_a_login_once_and_the_second_time_ends_it(sandbox: Sandbox) -> None:
     url = sandbox.consent(authorization_url(sandbox))
-    assert url.startswith(CALLBACK + "?code=") and parse_qs(urlsplit(url).query)["state"] == ["s t&"]
+    assert url.startswith(CALLBACK + "?code=") and parse_qs(urlsplit(url).query)["state"] == [
+        "s t&"
+    ]
     code = parse_qs(urlsplit(url).query)["code"][0]
     accepted, login = exchange(sandbox, code)
-    assert accepted == 200 and claims(login["id_token"])["nonce"] == "n" and len(login["refresh_token"]) == 86
+    assert (
+        accepted == 200
+        and claims(login["id_token"])["nonce"] == "n"
+        and len(login["refresh_token"]) == 86
+    )
     assert sandbox.get("/v1/models", login["access_token"])[0] == 200
     assert exchange(sandbox, code) == (400, {"error": "invalid_grant"})
     assert sandbox.get("/v1/models", login["access_token"])[0] == 403
     assert sandbox.refresh(login["refresh_token"])[0] == 400
 
 
-@pytest.mark.parametrize("changed", [
-    {"code_verifier": "w" * 43}, {"code_verifier": CHALLENGE}, {"code_verifier": ""},
-    {"redirect_uri": "http://127.0.0.1:56122/callback"}])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"code_verifier": "w" * 43},
+        {"code_verifier": CHALLENGE},
+        {"code_verifier": ""},
+        {"redirect_uri": "http://127.0.0.1:56122/callback"},
+    ],
+)
 def test_a_code_is_bound_to_verifier_and_redirect_uri_and_one_try(
-        sandbox: Sandbox, changed: dict[str, str]) -> None:
+    sandbox: Sandbox, changed: dict[str, str]
+) -> None:
     code = consented(sandbox)
     assert exchange(sandbox, code, **changed) == (400, {"error": "invalid_grant"})
     assert exchange(sandbox, code) == (400, {"error": "invalid_grant"})
 
 
 @pytest.mark.parametrize("verifier", ["v" * 42, "v" * 129, "v" * 42 + "+"])
-def test_a_verifier_that_rfc_7636_does_not_allow_is_refused(sandbox: Sandbox, verifier: str) -> None:
+def test_a_verifier_that_rfc_7636_does_not_allow_is_refused(
+    sandbox: Sandbox, verifier: str
+) -> None:
     code = consented(sandbox, code_challenge=challenge_of(verifier))
     assert exchange(sandbox, code, code_verifier=verifier) == (400, {"error": "invalid_grant"})
 
@@ -202,29 +272,50 @@ def test_the_callback_is_fetched_after_a_preflight(sandbox: Sandbox) -> None:
 
 
 @pytest.mark.parametrize("changed", [{"Origin": "*"}, {"Headers": ""}, {"Private-Network": ""}])
-def test_a_listener_that_forbids_the_page_is_not_fetched(sandbox: Sandbox, changed: dict[str, str]) -> None:
+def test_a_listener_that_forbids_the_page_is_not_fetched(
+    sandbox: Sandbox, changed: dict[str, str]
+) -> None:
     with Listener(allowing(sandbox, **changed)) as listener:
         assert not sandbox.visit(authorization_url(sandbox, redirect_uri=listener.redirect_uri))
     assert [method for method, *_ in listener.seen] == ["OPTIONS"]
-    assert not sandbox.visit(authorization_url(sandbox, redirect_uri=listener.redirect_uri))  # nobody listens
+    assert not sandbox.visit(
+        authorization_url(sandbox, redirect_uri=listener.redirect_uri)
+    )  # nobody listens
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed")
-@pytest.mark.parametrize("origin, shown", [
-    (None, "Done. You can close this window."),
-    ("http://another.example", "Enter this code to finish signing in")])
+@pytest.mark.parametrize(
+    "origin, shown",
+    [
+        (None, "Done. You can close this window."),
+        ("http://another.example", "Enter this code to finish signing in"),
+    ],
+)
 def test_the_page_in_a_real_browser(
-        sandbox: Sandbox, tmp_path: pathlib.Path, origin: str | None, shown: str) -> None:
+    sandbox: Sandbox, tmp_path: pathlib.Path, origin: str | None, shown: str
+) -> None:
     """auto_approve presses "allow"; what comes of it is read from the page."""
     sandbox.set(auto_approve=0)
     with Listener(allowing(sandbox, Origin=origin or sandbox.url)) as listener:
         page = subprocess.run(
-            ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}",
-             "--virtual-time-budget=10000", "--dump-dom",
-             authorization_url(sandbox, redirect_uri=listener.redirect_uri)],
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=60, check=True, text=True).stdout
+            [
+                "chromium",
+                "--headless=new",
+                "--no-sandbox",
+                "--disable-gpu",
+                f"--user-data-dir={tmp_path}",
+                "--virtual-time-budget=10000",
+                "--dump-dom",
+                authorization_url(sandbox, redirect_uri=listener.redirect_uri),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=60,
+            check=True,
+            text=True,
+        ).stdout
     assert f'<p id="outcome">{shown}</p>' in page
-    assert [method for method, *_ in listener.seen] == ["OPTIONS", "GET"][:1 if origin else 2]
+    assert [method for method, *_ in listener.seen] == ["OPTIONS", "GET"][: 1 if origin else 2]
     assert ('<pre id="code"></pre>' in page) == (origin is None)
 
 
@@ -245,10 +336,18 @@ def test_a_device_code_waits_for_its_user_and_is_used_once(sandbox: Sandbox) -> 
     code = device(sandbox)
     assert set(code["user_code"][:4] + code["user_code"][5:]) <= set("BCDFGHJKLMNPQRSTVWXZ23456789")
     assert len(code["user_code"]) == 9 and code["user_code"][4] == "-" and code["expires_in"] == 900
-    assert code["verification_uri_complete"] == f"{code['verification_uri']}?user_code={code['user_code']}"
-    assert sandbox.token(DEVICE_CODE, device_code=code["device_code"]) == (400, {
-        "error": "authorization_pending", "error_description": "User has not yet authorized"})
-    assert code["user_code"].encode() in sandbox.get(f"/oauth2/device?user_code={code['user_code']}")[1]
+    assert (
+        code["verification_uri_complete"]
+        == f"{code['verification_uri']}?user_code={code['user_code']}"
+    )
+    assert sandbox.token(DEVICE_CODE, device_code=code["device_code"]) == (
+        400,
+        {"error": "authorization_pending", "error_description": "User has not yet authorized"},
+    )
+    assert (
+        code["user_code"].encode()
+        in sandbox.get(f"/oauth2/device?user_code={code['user_code']}")[1]
+    )
     sandbox.approve(code["user_code"])
     assert [poll(sandbox, code), poll(sandbox, code)] == ["", "invalid_grant"]
 
@@ -256,7 +355,9 @@ def test_a_device_code_waits_for_its_user_and_is_used_once(sandbox: Sandbox) -> 
 def test_a_poll_too_soon_is_told_to_slow_down_for_good(sandbox: Sandbox) -> None:
     code = device(sandbox)
     assert code["interval"] == 5
-    assert [poll(sandbox, code), poll(sandbox, code)] == ["slow_down"] * 2  # the first one, too, has to wait
+    assert [poll(sandbox, code), poll(sandbox, code)] == [
+        "slow_down"
+    ] * 2  # the first one, too, has to wait
     sandbox.set(device_interval=0, slow_downs=1)
     code = device(sandbox)
     assert [poll(sandbox, code), poll(sandbox, code)] == ["slow_down"] * 2  # now it is 5 s again
@@ -269,14 +370,18 @@ def test_a_poll_too_soon_is_told_to_slow_down_for_good(sandbox: Sandbox) -> None
 def test_a_denied_device_code(sandbox: Sandbox) -> None:
     code = device(sandbox)
     sandbox.approve(code["user_code"], "deny")
-    assert sandbox.token(DEVICE_CODE, device_code=code["device_code"]) == (400, {
-        "error": "access_denied", "error_description": "The user rejected the request"})
+    assert sandbox.token(DEVICE_CODE, device_code=code["device_code"]) == (
+        400,
+        {"error": "access_denied", "error_description": "The user rejected the request"},
+    )
 
 
 def test_an_expired_device_code(sandbox: Sandbox) -> None:
     sandbox.set(device_lifetime=1, device_interval=0)
     code = device(sandbox)
-    assert until(lambda: poll(sandbox, code).replace("authorization_pending", "")) == "expired_token"
+    assert (
+        until(lambda: poll(sandbox, code).replace("authorization_pending", "")) == "expired_token"
+    )
     assert sandbox.post("/oauth2/device", {"user_code": code["user_code"]})[0] == 404
 
 
@@ -290,8 +395,11 @@ def test_a_device_code_is_approved_by_itself(sandbox: Sandbox) -> None:
 
 
 def test_a_device_code_with_pkce_needs_its_verifier(sandbox: Sandbox) -> None:
-    for verifier, told in (({}, "invalid_grant"), ({"code_verifier": "x"}, "invalid_grant"),
-                           ({"code_verifier": VERIFIER}, "")):
+    for verifier, told in (
+        ({}, "invalid_grant"),
+        ({"code_verifier": "x"}, "invalid_grant"),
+        ({"code_verifier": VERIFIER}, ""),
+    ):
         code = device(sandbox, code_challenge=CHALLENGE, code_challenge_method="S256")
         sandbox.approve(code["user_code"])
         assert poll(sandbox, code, **verifier) == told
@@ -313,7 +421,14 @@ def claims(jwt: str) -> dict[str, Any]:
 
 def test_an_access_token_has_the_claims_of_a_real_one(sandbox: Sandbox) -> None:
     login = sandbox.mint()
-    assert list(login) == ["access_token", "token_type", "expires_in", "refresh_token", "id_token", "scope"]
+    assert list(login) == [
+        "access_token",
+        "token_type",
+        "expires_in",
+        "refresh_token",
+        "id_token",
+        "scope",
+    ]
     said = claims(login["access_token"])
     assert (said["iss"], said["client_id"]) == (sandbox.url, CLIENT_ID)
     assert said["exp"] - said["iat"] == login["expires_in"] == 21600
@@ -324,10 +439,17 @@ def test_an_access_token_has_the_claims_of_a_real_one(sandbox: Sandbox) -> None:
 def test_a_refresh_token_is_rotated_and_a_former_one_ends_the_login(sandbox: Sandbox) -> None:
     first = sandbox.mint()
     accepted, second = sandbox.refresh(first["refresh_token"])
-    assert accepted == 200 and second["refresh_token"] != first["refresh_token"] and "id_token" not in second
+    assert (
+        accepted == 200
+        and second["refresh_token"] != first["refresh_token"]
+        and "id_token" not in second
+    )
     for login in (first, second):
         assert sandbox.get("/v1/models", login["access_token"])[0] == 200
-    revoked = (400, {"error": "invalid_grant", "error_description": "Refresh token has been revoked"})
+    revoked = (
+        400,
+        {"error": "invalid_grant", "error_description": "Refresh token has been revoked"},
+    )
     assert sandbox.refresh(first["refresh_token"]) == revoked
     assert sandbox.refresh(second["refresh_token"]) == revoked
     for login in (first, second):
@@ -344,8 +466,10 @@ def test_logins_are_independent(sandbox: Sandbox) -> None:
 
 
 def test_an_unknown_refresh_token(sandbox: Sandbox) -> None:
-    assert sandbox.refresh("never-issued") == (400, {
-        "error": "invalid_grant", "error_description": "Invalid or unknown refresh token"})
+    assert sandbox.refresh("never-issued") == (
+        400,
+        {"error": "invalid_grant", "error_description": "Invalid or unknown refresh token"},
+    )
 
 
 def test_revocation(sandbox: Sandbox) -> None:

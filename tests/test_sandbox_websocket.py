@@ -1,4 +1,5 @@
 """The sandbox's WebSockets: the handshake, what is said over them, and how they end."""
+
 from __future__ import annotations
 
 import asyncio
@@ -8,7 +9,8 @@ import pathlib
 import re
 import socket
 import time
-from typing import Any, Callable, Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import websockets.asyncio.client
@@ -25,10 +27,19 @@ MODEL = {"type": "response.create", "model": "grok-4.5"}
 def connect(sandbox: Sandbox, token: str) -> Iterator[Callable[..., Connection]]:
     """Gives a connection to a path of the sandbox; all are closed in the end."""
     with contextlib.ExitStack() as stack:
-        def connect(path: str, token: "str | None" = token, **options: Any) -> Connection:
+
+        def connect(path: str, token: str | None = token, **options: Any) -> Connection:
             headers = {"Authorization": f"Bearer {token}"} if token else {}
-            return stack.enter_context(websockets.sync.client.connect(
-                websocket_url(sandbox, path), additional_headers=headers, proxy=None, close_timeout=2, **options))
+            return stack.enter_context(
+                websockets.sync.client.connect(
+                    websocket_url(sandbox, path),
+                    additional_headers=headers,
+                    proxy=None,
+                    close_timeout=2,
+                    **options,
+                )
+            )
+
         yield connect
 
 
@@ -44,12 +55,24 @@ def websocket_url(sandbox: Sandbox, path: str) -> str:
     return sandbox.url.replace("http:", "ws:") + path
 
 
-def handshake(sandbox: Sandbox, token: str, path: str = "/v1/realtime", **fields: Any) -> tuple[Wire, Message]:
+def handshake(
+    sandbox: Sandbox, token: str, path: str = "/v1/realtime", **fields: Any
+) -> tuple[Wire, Message]:
     """A raw connection on which the sandbox has answered this."""
     wire = Wire(socket.create_connection((sandbox.host, sandbox.port)))
-    wire.send(sandbox.head(f"GET {path}", **{
-        "Authorization": f"Bearer {token}", "Connection": "keep-alive, Upgrade", "Upgrade": "websocket",
-        "Sec_WebSocket_Version": "13", "Sec_WebSocket_Key": "dGhlIHNhbXBsZSBub25jZQ==", **fields}))
+    wire.send(
+        sandbox.head(
+            f"GET {path}",
+            **{
+                "Authorization": f"Bearer {token}",
+                "Connection": "keep-alive, Upgrade",
+                "Upgrade": "websocket",
+                "Sec_WebSocket_Version": "13",
+                "Sec_WebSocket_Key": "dGhlIHNhbXBsZSBub25jZQ==",
+                **fields,
+            },
+        )
+    )
     answer = wire.head()
     if answer.status != 101:
         answer.body = wire.exactly(int(answer.value("Content-Length")))
@@ -71,7 +94,9 @@ def answers(connection: Connection, last: str, event: dict[str, Any]) -> list[di
 
 
 def text(events: list[dict[str, Any]]) -> str:
-    return "".join(event["delta"] for event in events if event["type"] == "response.output_text.delta")
+    return "".join(
+        event["delta"] for event in events if event["type"] == "response.output_text.delta"
+    )
 
 
 # The handshake
@@ -79,10 +104,15 @@ def text(events: list[dict[str, Any]]) -> str:
 
 @pytest.mark.parametrize("path", ["/v1/realtime", "/v1/responses", "/v1/stt", "/v1/tts"])
 def test_the_token_is_checked_before_the_upgrade(sandbox: Sandbox, path: str) -> None:
-    for authorization, status, code in (("Bearer dead", 403, "bad-credentials"), (None, 401, "no-credentials")):
+    for authorization, status, code in (
+        ("Bearer dead", 403, "bad-credentials"),
+        (None, 401, "no-credentials"),
+    ):
         wire, answer = handshake(sandbox, "", path, Authorization=authorization)
         wire.close()
-        assert answer.status == status and json.loads(answer.body)["code"] == f"unauthenticated:{code}"
+        assert (
+            answer.status == status and json.loads(answer.body)["code"] == f"unauthenticated:{code}"
+        )
     assert sandbox.counters()["websockets"] == 0
 
 
@@ -91,12 +121,18 @@ def test_the_token_is_checked_at_no_other_time(sandbox: Sandbox, conversation: C
     assert answers(conversation, "pong", {"type": "ping", "timestamp": 7})[0]["timestamp"] == 7
 
 
-@pytest.mark.parametrize("fields, status, sentence", [
-    ({"Upgrade": None}, 400, b"Upgrade: websocket"), ({"Connection": "keep-alive"}, 400, b"Connection: Upgrade"),
-    ({"Sec_WebSocket_Key": None}, 400, b"Sec-WebSocket-Key"),
-    ({"Sec_WebSocket_Version": "12"}, 426, b"Sec-WebSocket-Version: 13")])
+@pytest.mark.parametrize(
+    "fields, status, sentence",
+    [
+        ({"Upgrade": None}, 400, b"Upgrade: websocket"),
+        ({"Connection": "keep-alive"}, 400, b"Connection: Upgrade"),
+        ({"Sec_WebSocket_Key": None}, 400, b"Sec-WebSocket-Key"),
+        ({"Sec_WebSocket_Version": "12"}, 426, b"Sec-WebSocket-Version: 13"),
+    ],
+)
 def test_what_is_no_handshake_is_refused(
-        sandbox: Sandbox, token: str, fields: dict[str, Any], status: int, sentence: bytes) -> None:
+    sandbox: Sandbox, token: str, fields: dict[str, Any], status: int, sentence: bytes
+) -> None:
     wire, answer = handshake(sandbox, token, **fields)
     wire.close()
     assert answer.status == status and sentence.lower() in (answer.head + answer.body).lower()
@@ -107,29 +143,47 @@ def test_the_answer_to_a_handshake(sandbox: Sandbox, token: str) -> None:
     sandbox.set(gzip="all")
     wire, answer = handshake(sandbox, token, Accept_Encoding="gzip")
     wire.close()
-    assert (answer.status, answer.value("Upgrade").lower(), answer.value("Connection")) == (101, "websocket", "Upgrade")
+    assert (answer.status, answer.value("Upgrade").lower(), answer.value("Connection")) == (
+        101,
+        "websocket",
+        "Upgrade",
+    )
     assert answer.value("Sec-WebSocket-Accept") == "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="  # RFC 6455 1.3
     assert (answer.value("Server"), answer.value("X-Sandbox")) == ("cloudflare", "not xAI")
     assert not re.search(rb"\r\n(Content-|Transfer-|Sec-WebSocket-(Ext|Prot))", answer.head)
 
 
-@pytest.mark.parametrize("offered, chosen", [
-    (["realtime"], "realtime"), (["a", "realtime", "xai-client-secret.x"], "realtime"),
-    (["xai-client-secret.x"], "xai-client-secret.x"), (["a"], None), (None, None)])
+@pytest.mark.parametrize(
+    "offered, chosen",
+    [
+        (["realtime"], "realtime"),
+        (["a", "realtime", "xai-client-secret.x"], "realtime"),
+        (["xai-client-secret.x"], "xai-client-secret.x"),
+        (["a"], None),
+        (None, None),
+    ],
+)
 def test_the_first_subprotocol_that_is_known_is_chosen(
-        connect: Callable[..., Connection], offered: Any, chosen: "str | None") -> None:
+    connect: Callable[..., Connection], offered: Any, chosen: str | None
+) -> None:
     assert connect("/v1/realtime", subprotocols=offered).subprotocol == chosen
 
 
-def test_a_client_secret_opens_one_websocket(sandbox: Sandbox, connect: Callable[..., Connection], token: str) -> None:
-    secret = sandbox.post("/v1/realtime/client_secrets", {"expires_after": {"seconds": 60}}, token)[1]
+def test_a_client_secret_opens_one_websocket(
+    sandbox: Sandbox, connect: Callable[..., Connection], token: str
+) -> None:
+    secret = sandbox.post("/v1/realtime/client_secrets", {"expires_after": {"seconds": 60}}, token)[
+        1
+    ]
     assert 50 < secret["expires_at"] - time.time() <= 60
     offered = ["realtime", f"xai-client-secret.{secret['value']}"]
     assert said(connect("/v1/realtime", None, subprotocols=offered), 1) == ["session.created"]
     with pytest.raises(InvalidStatus, match="HTTP 401"):
         connect("/v1/realtime", None, subprotocols=offered)
     assert secret["value"] not in json.dumps(sandbox.requests())
-    expired = sandbox.post("/v1/realtime/client_secrets", {"expires_after": {"seconds": 0}}, token)[1]["value"]
+    expired = sandbox.post("/v1/realtime/client_secrets", {"expires_after": {"seconds": 0}}, token)[
+        1
+    ]["value"]
     with pytest.raises(InvalidStatus, match="HTTP 401"):
         connect("/v1/realtime", None, subprotocols=[f"xai-client-secret.{expired}"])
 
@@ -139,37 +193,68 @@ def test_a_client_secret_opens_one_websocket(sandbox: Sandbox, connect: Callable
 
 def test_a_conversation(sandbox: Sandbox, conversation: Connection) -> None:
     sandbox.set(events=3)
-    assert answers(conversation, "session.updated", {"type": "session.update", "session": {"voice": "rex"}})[0][
-        "session"]["voice"] == "rex"
+    assert (
+        answers(
+            conversation, "session.updated", {"type": "session.update", "session": {"voice": "rex"}}
+        )[0]["session"]["voice"]
+        == "rex"
+    )
     item = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "x"}]}
-    added = answers(conversation, "conversation.item.added", {"type": "conversation.item.create", "item": item})[0]
+    added = answers(
+        conversation, "conversation.item.added", {"type": "conversation.item.create", "item": item}
+    )[0]
     assert added["item"]["content"] == item["content"] and added["event_id"]
     events = answers(conversation, "response.done", {"type": "response.create"})
     assert [event["type"] for event in events] == [
-        "response.created", "response.output_item.added", "conversation.item.added", "response.content_part.added",
-        *["response.output_text.delta"] * 3, "response.output_text.done", "response.content_part.done",
-        "response.output_item.done", "response.done"]
-    assert text(events) == events[-1]["response"]["output"][0]["content"][0]["text"] == "This is the "
+        "response.created",
+        "response.output_item.added",
+        "conversation.item.added",
+        "response.content_part.added",
+        *["response.output_text.delta"] * 3,
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        "response.done",
+    ]
+    assert (
+        text(events) == events[-1]["response"]["output"][0]["content"][0]["text"] == "This is the "
+    )
     conversation.send(json.dumps({"type": "input_audio_buffer.append", "audio": "AAAA"}))
     answers(conversation, "input_audio_buffer.committed", {"type": "input_audio_buffer.commit"})
-    assert answers(conversation, "error", {"type": "nonsense"})[0]["error"]["code"] == "invalid_event"
+    assert (
+        answers(conversation, "error", {"type": "nonsense"})[0]["error"]["code"] == "invalid_event"
+    )
 
 
-def test_responses_one_after_the_other(sandbox: Sandbox, connect: Callable[..., Connection], token: str) -> None:
+def test_responses_one_after_the_other(
+    sandbox: Sandbox, connect: Callable[..., Connection], token: str
+) -> None:
     sandbox.set(events=2)
     connection = connect("/v1/responses")
     first = answers(connection, "response.completed", {**MODEL, "input": "x"})
     assert text(first) == "This is " and first[0]["sequence_number"] == 0
     name = first[-1]["response"]["id"]
-    second = answers(connection, "response.completed", {**MODEL, "input": [], "previous_response_id": name})
+    second = answers(
+        connection, "response.completed", {**MODEL, "input": [], "previous_response_id": name}
+    )
     assert second[-1]["response"]["previous_response_id"] == name
     warmed = answers(connection, "response.completed", {**MODEL, "generate": False})
-    assert [event["type"] for event in warmed] == ["response.created", "response.in_progress", "response.completed"]
-    for wrong, code in (({"previous_response_id": "no"}, "previous_response_not_found"), ({"model": "x"}, "not-found"),
-                        ({"type": "x"}, "invalid_event")):
+    assert [event["type"] for event in warmed] == [
+        "response.created",
+        "response.in_progress",
+        "response.completed",
+    ]
+    for wrong, code in (
+        ({"previous_response_id": "no"}, "previous_response_not_found"),
+        ({"model": "x"}, "not-found"),
+        ({"type": "x"}, "invalid_event"),
+    ):
         problem = answers(connection, "error", {**MODEL, **wrong})[0]
         assert problem["error"]["code"] == code and problem["status"] >= 400
-    assert sandbox.get(f"/v1/responses/{name}", token)[1]["output"][1]["content"][0]["text"] == "This is "
+    assert (
+        sandbox.get(f"/v1/responses/{name}", token)[1]["output"][1]["content"][0]["text"]
+        == "This is "
+    )
 
 
 def test_speech_both_ways(connect: Callable[..., Connection]) -> None:
@@ -191,9 +276,14 @@ def test_speech_both_ways(connect: Callable[..., Connection]) -> None:
 
 
 @pytest.mark.parametrize("compression", [None, "deflate"])
-@pytest.mark.parametrize("message", ["", b"", "é" * 70_000, bytes(range(256)) * 5000],
-                         ids=["no text", "nothing", "text", "bytes"])
-def test_an_echo(connect: Callable[..., Connection], compression: "str | None", message: "str | bytes") -> None:
+@pytest.mark.parametrize(
+    "message",
+    ["", b"", "é" * 70_000, bytes(range(256)) * 5000],
+    ids=["no text", "nothing", "text", "bytes"],
+)
+def test_an_echo(
+    connect: Callable[..., Connection], compression: str | None, message: str | bytes
+) -> None:
     connection = connect("/v1/realtime?model=echo", compression=compression, max_size=None)
     assert bool(connection.protocol.extensions) == bool(compression)
     for _ in range(2):
@@ -207,8 +297,12 @@ def test_an_echo_of_any_size_needs_little_memory(sandbox: Sandbox, token: str) -
     async def echo() -> None:
         # The synchronous client cannot read while it writes.
         async with websockets.asyncio.client.connect(
-                websocket_url(sandbox, "/v1/realtime?model=echo"), max_size=None, compression=None, proxy=None,
-                additional_headers={"Authorization": f"Bearer {token}"}) as connection:
+            websocket_url(sandbox, "/v1/realtime?model=echo"),
+            max_size=None,
+            compression=None,
+            proxy=None,
+            additional_headers={"Authorization": f"Bearer {token}"},
+        ) as connection:
             message = bytes(size)
             sending = asyncio.create_task(connection.send(message))
             assert await connection.recv() == message
@@ -227,7 +321,9 @@ def resident_kib(sandbox: Sandbox) -> int:
 def test_who_does_not_read_is_not_read_from(sandbox: Sandbox, token: str) -> None:
     wire, _ = handshake(sandbox, token, "/v1/realtime?model=echo")
     wire.sock.settimeout(0.3)
-    wire.send(b"\x82\xff" + (1 << 30).to_bytes(8, "big") + bytes(4))  # a gigabyte follows, masked with zeros
+    wire.send(
+        b"\x82\xff" + (1 << 30).to_bytes(8, "big") + bytes(4)
+    )  # a gigabyte follows, masked with zeros
     sent = 0
     with pytest.raises(TimeoutError):
         while sent < 100_000_000:
@@ -255,10 +351,14 @@ def counted(sandbox: Sandbox) -> tuple[int, int, int]:
     return seen["websockets"], seen["open_websockets"], seen["cancelled_websockets"]
 
 
-@pytest.mark.parametrize("message, code", [
-    ("{", 1007), ("[]", 1007), (b"{}", 1003), ('"' + "x" * (16 << 20) + '"', 1009)],
-    ids=["no JSON", "no object", "binary", "too large"])
-def test_what_is_not_understood_ends_it(conversation: Connection, message: "str | bytes", code: int) -> None:
+@pytest.mark.parametrize(
+    "message, code",
+    [("{", 1007), ("[]", 1007), (b"{}", 1003), ('"' + "x" * (16 << 20) + '"', 1009)],
+    ids=["no JSON", "no object", "binary", "too large"],
+)
+def test_what_is_not_understood_ends_it(
+    conversation: Connection, message: str | bytes, code: int
+) -> None:
     conversation.send(message)
     with pytest.raises(ConnectionClosedError) as closed:
         conversation.recv(5)
@@ -272,7 +372,9 @@ def test_what_is_no_frame_ends_it(conversation: Connection) -> None:
     assert closed.value.rcvd.code == 1002
 
 
-def test_it_is_closed_with_the_code_told(sandbox: Sandbox, connect: Callable[..., Connection]) -> None:
+def test_it_is_closed_with_the_code_told(
+    sandbox: Sandbox, connect: Callable[..., Connection]
+) -> None:
     sandbox.set(close_code=4001)
     connection = connect("/v1/realtime")
     said(connection, 3)
@@ -284,7 +386,9 @@ def test_it_is_closed_with_the_code_told(sandbox: Sandbox, connect: Callable[...
 
 
 @pytest.mark.parametrize("cut", ["close", "reset"])
-def test_it_is_cut_amid_an_event(sandbox: Sandbox, connect: Callable[..., Connection], cut: str) -> None:
+def test_it_is_cut_amid_an_event(
+    sandbox: Sandbox, connect: Callable[..., Connection], cut: str
+) -> None:
     sandbox.set(cut_after=2, cut=cut)
     connection = connect("/v1/realtime")
     said(connection, 2)
@@ -296,7 +400,8 @@ def test_it_is_cut_amid_an_event(sandbox: Sandbox, connect: Callable[..., Connec
 
 
 def test_in_silence_pings_are_answered_and_a_leaving_is_noticed(
-        sandbox: Sandbox, connect: Callable[..., Connection]) -> None:
+    sandbox: Sandbox, connect: Callable[..., Connection]
+) -> None:
     sandbox.set(silence_after=1)
     connection = connect("/v1/realtime")
     said(connection, 1)
@@ -312,7 +417,9 @@ def test_events_come_at_the_pace_set(sandbox: Sandbox, conversation: Connection)
     assert time.monotonic() - begun > 11 / 50
 
 
-def test_a_message_sent_amid_a_response_is_answered_after_it(sandbox: Sandbox, conversation: Connection) -> None:
+def test_a_message_sent_amid_a_response_is_answered_after_it(
+    sandbox: Sandbox, conversation: Connection
+) -> None:
     sandbox.set(events_per_second=50, events=4)
     conversation.send(json.dumps({"type": "response.create"}))
     events = answers(conversation, "pong", {"type": "ping", "timestamp": 1})
@@ -320,7 +427,9 @@ def test_a_message_sent_amid_a_response_is_answered_after_it(sandbox: Sandbox, c
 
 
 @pytest.mark.parametrize("path", ["/v1/realtime", "/v1/responses"])
-def test_a_capacity_error_amid_a_response(sandbox: Sandbox, connect: Callable[..., Connection], path: str) -> None:
+def test_a_capacity_error_amid_a_response(
+    sandbox: Sandbox, connect: Callable[..., Connection], path: str
+) -> None:
     sandbox.set(capacity_error_after=1)
     connection = connect(path)
     events = answers(connection, "error", {**MODEL, "input": "x"})

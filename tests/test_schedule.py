@@ -9,7 +9,9 @@ from xaiproxy import errors, tokens
 from xaiproxy.refresher.schedule import Decision, Schedule
 
 NOTHING, REFRESH, DECLINE = Decision.NOTHING, Decision.REFRESH, Decision.DECLINE
-LOGIN = tokens.Tokens("access", expires_at=22600, refresh_token="refresh", obtained_at=1000)  # six hours, stale at 18280
+LOGIN = tokens.Tokens(
+    "access", expires_at=22600, refresh_token="refresh", obtained_at=1000
+)  # six hours, stale at 18280
 UNAVAILABLE = errors.IssuerUnavailable("down")
 LAST_TRY_AT = 22000  # of a token that may be spent
 LOST = errors.IssuerUnavailable("lost", sent=True)
@@ -23,7 +25,13 @@ def code_of(error: errors.Error) -> str:
     if isinstance(error, errors.OAuthError):
         return error.error
     if isinstance(error, errors.IssuerUnavailable):
-        return tokens.ANSWER_LOST if error.sent else "refused_for_now" if error.refused else "issuer_unavailable"
+        return (
+            tokens.ANSWER_LOST
+            if error.sent
+            else "refused_for_now"
+            if error.refused
+            else "issuer_unavailable"
+        )
     return "storage"
 
 
@@ -43,7 +51,9 @@ class Desk:
         self.schedule.watch(self.login, self.now, self.uptime)
         return self.schedule.decide(self.login, asked, self.now, self.uptime)
 
-    def fail(self, error: errors.Error, took: float = 0.0, asked: bool = False, killed: bool = False) -> "float | None":
+    def fail(
+        self, error: errors.Error, took: float = 0.0, asked: bool = False, killed: bool = False
+    ) -> float | None:
         """One try that fails, as the refresher makes it; the seconds to the next. `killed`: amid the call, by -9."""
         self.schedule.watch(self.login, self.now, self.uptime)
         before, begun = self.login, self.schedule.begun(self.login, asked, self.now, self.uptime)
@@ -52,7 +62,9 @@ class Desk:
         if killed:
             self.restart()
             return None
-        self.login = reread(self.schedule.failed(error, code_of(error), before, begun, self.now, self.uptime))
+        self.login = reread(
+            self.schedule.failed(error, code_of(error), before, begun, self.now, self.uptime)
+        )
         record = self.login.refresh_error
         return None if record.retry_at is None else record.retry_at - self.now
 
@@ -60,16 +72,22 @@ class Desk:
         """Another process, which knows what the file says."""
         self.schedule = Schedule(120, lambda: self.jitter)
 
-    def succeed(self, asked: bool = False, lifetime: float = 21600) -> "float | None":
+    def succeed(self, asked: bool = False, lifetime: float = 21600) -> float | None:
         number = int(self.login.access_token.removeprefix("access") or 0) + 1
         self.schedule.watch(self.login, self.now, self.uptime)
         begun = self.schedule.begun(self.login, asked, self.now, self.uptime)
-        successor = tokens.Tokens(f"access{number}", refresh_token=f"refresh{number}", obtained_at=self.now,
-                                  expires_at=self.now + lifetime)
+        successor = tokens.Tokens(
+            f"access{number}",
+            refresh_token=f"refresh{number}",
+            obtained_at=self.now,
+            expires_at=self.now + lifetime,
+        )
         self.login = reread(self.schedule.succeeded(successor, begun, asked, self.now, self.uptime))
         return self.login.refresh_error and self.login.refresh_error.retry_at - self.now
 
-    def wait_until_due(self, limit: float = 100000, asked: bool = False, step: float = 0.25) -> float:
+    def wait_until_due(
+        self, limit: float = 100000, asked: bool = False, step: float = 0.25
+    ) -> float:
         begin = self.uptime
         while self.decide(asked) is not REFRESH:
             self.pass_(step)
@@ -90,6 +108,7 @@ def stale():
 
 
 # due
+
 
 def test_a_refresh_is_due_when_the_token_is_stale_and_not_before(desk):
     desk.now = 18280
@@ -120,6 +139,7 @@ def test_a_refresh_that_is_asked_for_is_due_whatever_the_clock_says(desk):
 
 
 # failing: nothing was spent
+
 
 def test_backoff_doubles_from_one_second_to_sixty(stale):
     waits = []
@@ -160,11 +180,15 @@ def test_backoff_is_measured_on_the_clock_that_never_jumps(stale):
 def test_backoff_is_jittered_down_to_a_half(jitter):
     desk = Desk(jitter=jitter)
     desk.now = 20000
-    assert [desk.fail(UNAVAILABLE) for _ in range(3)] == pytest.approx([wait * (1 - jitter / 2) for wait in (1, 2, 4)])
+    assert [desk.fail(UNAVAILABLE) for _ in range(3)] == pytest.approx(
+        [wait * (1 - jitter / 2) for wait in (1, 2, 4)]
+    )
     assert 0.5 <= Desk(jitter=jitter).fail(UNAVAILABLE) <= 1
 
 
-@pytest.mark.parametrize("retry_after, wait", [(0.0, 1), (0.5, 1), (17.0, 17), (300.0, 300), (301.0, 300), (1e9, 300)])
+@pytest.mark.parametrize(
+    "retry_after, wait", [(0.0, 1), (0.5, 1), (17.0, 17), (300.0, 300), (301.0, 300), (1e9, 300)]
+)
 def test_retry_after_is_honoured_up_to_five_minutes(stale, retry_after, wait):
     assert stale.fail(errors.IssuerUnavailable("busy", retry_after=retry_after)) == wait
 
@@ -173,7 +197,9 @@ def test_a_full_disk_backs_off_too(stale):
     assert [stale.fail(errors.StorageError("full")) for _ in range(3)] == [1, 2, 4]
 
 
-@pytest.mark.parametrize("error", [errors.ClientRejected("invalid_client"), errors.NotEntitled("access_denied")])
+@pytest.mark.parametrize(
+    "error", [errors.ClientRejected("invalid_client"), errors.NotEntitled("access_denied")]
+)
 def test_a_refusal_of_client_or_plan_is_tried_every_five_minutes(stale, error):
     for _ in range(3):
         assert stale.fail(error) == 300
@@ -204,6 +230,7 @@ def test_a_token_that_is_stale_at_once_backs_off_like_a_failure(stale):
 
 
 # failing: sent, but no whole answer
+
 
 def test_a_lost_answer_is_tried_three_times_and_then_ten_minutes_before_expiry(stale):
     assert stale.fail(LOST) == 1
@@ -273,7 +300,9 @@ def test_three_refreshers_of_one_login_send_a_token_three_times_together(stale):
 def test_a_clock_that_is_set_between_two_tries_allows_no_fourth(stale, step, restarted):
     stale.fail(LOST)
     stale.now += step
-    stale.login = dataclasses.replace(stale.login, obtained_at=stale.now - 8000, expires_at=stale.now + 1900)
+    stale.login = dataclasses.replace(
+        stale.login, obtained_at=stale.now - 8000, expires_at=stale.now + 1900
+    )
     if restarted:
         stale.restart()
     tries = 1
@@ -310,7 +339,10 @@ def test_a_lost_answer_is_tried_again_when_upstream_refuses_the_token(stale):
     for _ in range(3):
         stale.fail(LOST)
     stale.pass_(1)
-    assert (stale.decide(), stale.decide(asked=True)) == (NOTHING, NOTHING)  # still within the backoff
+    assert (stale.decide(), stale.decide(asked=True)) == (
+        NOTHING,
+        NOTHING,
+    )  # still within the backoff
     stale.pass_(3)
     assert (stale.decide(), stale.decide(asked=True)) == (NOTHING, REFRESH)
     stale.fail(LOST)
@@ -333,6 +365,7 @@ def test_an_answer_lost_by_an_earlier_process_is_known_from_the_file(ago, decisi
 
 # refused
 
+
 def test_a_refused_grant_is_never_tried_again(stale):
     assert stale.fail(errors.GrantRefused("invalid_grant")) is None
     stale.schedule.hurry()
@@ -342,11 +375,15 @@ def test_a_refused_grant_is_never_tried_again(stale):
 
 
 def test_a_refusal_recorded_by_an_earlier_process_holds(stale):
-    stale.login = dataclasses.replace(LOGIN, refresh_error=tokens.RefreshError("invalid_grant", "", 5, terminal=True))
+    stale.login = dataclasses.replace(
+        LOGIN, refresh_error=tokens.RefreshError("invalid_grant", "", 5, terminal=True)
+    )
     assert stale.decide() is stale.decide(asked=True) is NOTHING
 
 
-@pytest.mark.parametrize("error", [errors.GrantRefused("invalid_grant"), UNAVAILABLE, LOST, errors.NotEntitled("denied")])
+@pytest.mark.parametrize(
+    "error", [errors.GrantRefused("invalid_grant"), UNAVAILABLE, LOST, errors.NotEntitled("denied")]
+)
 @pytest.mark.parametrize("new", [{"refresh_token": "another"}, {"access_token": "another"}])
 def test_a_new_login_forgets_the_failures_of_the_old_one(stale, error, new):
     for _ in range(3):
@@ -374,8 +411,14 @@ def test_a_refusal_that_is_not_the_rfcs_ends_the_login_at_the_third_in_a_row(sta
 
 
 def test_such_refusals_are_counted_by_all_refreshers_together_and_only_in_a_row(stale):
-    for error in (doubted("token_expired"), UNAVAILABLE, doubted("token_expired"), doubted("token_revoked"),
-                  doubted("token_expired"), doubted("token_expired")):
+    for error in (
+        doubted("token_expired"),
+        UNAVAILABLE,
+        doubted("token_expired"),
+        doubted("token_revoked"),
+        doubted("token_expired"),
+        doubted("token_expired"),
+    ):
         assert stale.fail(error) is not None
         stale.restart()
     assert stale.fail(doubted("token_expired")) is None
@@ -395,12 +438,19 @@ def test_a_refusal_that_stays_the_same_after_expiry_says_to_sign_in_and_goes_on(
 def test_a_refusal_is_about_its_refresh_token_and_not_about_another_in_the_file(stale):
     stale.fail(errors.GrantRefused("invalid_grant"))
     assert stale.decide() is NOTHING
-    stale.login = reread(dataclasses.replace(stale.login, refresh_token="another"))  # by hand: all else stays
+    stale.login = reread(
+        dataclasses.replace(stale.login, refresh_token="another")
+    )  # by hand: all else stays
     assert stale.decide() is REFRESH
 
 
 def test_a_failure_that_another_refresher_recorded_is_waited_for_too(stale):
-    for error, wait in ((UNAVAILABLE, 1), (UNAVAILABLE, 2), (errors.NotEntitled("denied"), 300), (UNAVAILABLE, 8)):
+    for error, wait in (
+        (UNAVAILABLE, 1),
+        (UNAVAILABLE, 2),
+        (errors.NotEntitled("denied"), 300),
+        (UNAVAILABLE, 8),
+    ):
         stale.fail(error)
         stale.restart()
         assert stale.wait_until_due() == wait
@@ -423,14 +473,18 @@ def test_a_wait_of_the_file_is_bounded_by_its_own_limit(desk):
     lost = tokens.RefreshTry(tokens.fingerprint("refresh"), desk.now, 1, far)
     desk.login = dataclasses.replace(desk.login, refresh_error=None, refresh_try=lost)
     assert desk.wait_until_due() == 60
-    desk.login = dataclasses.replace(LOGIN, obtained_at=desk.now, expires_at=desk.now + 99999, asked=tokens.Asked(far, 240))
+    desk.login = dataclasses.replace(
+        LOGIN, obtained_at=desk.now, expires_at=desk.now + 99999, asked=tokens.Asked(far, 240)
+    )
     assert desk.wait_until_due(asked=True) == 240
     desk.login = dataclasses.replace(desk.login, asked=tokens.Asked(far, 1e6))
     assert desk.wait_until_due(asked=True) == 3600
 
 
 def test_a_failure_from_before_the_clock_was_set_back_is_not_waited_for(stale):
-    failed = tokens.RefreshError("issuer_unavailable", "", stale.now + 3600, retry_at=stale.now + 3660)
+    failed = tokens.RefreshError(
+        "issuer_unavailable", "", stale.now + 3600, retry_at=stale.now + 3660
+    )
     stale.login = dataclasses.replace(stale.login, refresh_error=failed)
     assert stale.decide() is REFRESH
 
@@ -444,6 +498,7 @@ def test_a_failure_that_could_not_be_recorded_is_remembered(stale):
 
 
 # asked
+
 
 def test_asked_refreshes_come_at_most_once_in_two_minutes_doubling_to_an_hour(desk):
     waits = []
@@ -459,7 +514,12 @@ def test_an_asked_refresh_that_comes_too_early_is_declined_once(desk):
     assert desk.decide() is NOTHING
     assert desk.decide(asked=True) is DECLINE
     assert desk.schedule.asked_wait(desk.uptime) == 100
-    assert desk.schedule.declined(desk.login, "too early", desk.now, desk.uptime).refresh_error.retry_at == desk.now + 100
+    assert (
+        desk.schedule.declined(
+            desk.login, "too early", desk.now, desk.uptime
+        ).refresh_error.retry_at
+        == desk.now + 100
+    )
     assert desk.decide(asked=True) is NOTHING
     desk.pass_(99.9)
     assert desk.decide(asked=True) is NOTHING

@@ -1,4 +1,5 @@
 """The proxy as a process: how it starts and refuses to, its limits, its end, and a log that nobody reads."""
+
 from __future__ import annotations
 
 import contextlib
@@ -13,8 +14,9 @@ import subprocess
 import sys
 import termios
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any
 
 import gevent.event
 import pytest
@@ -53,15 +55,23 @@ def lonely(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxyProcess]:
 
 
 @contextlib.contextmanager
-def waiting_proxy(folder: Path) -> "Iterator[tuple[subprocess.Popen[str], socket.socket]]":
+def waiting_proxy(folder: Path) -> Iterator[tuple[subprocess.Popen[str], socket.socket]]:
     """A proxy without a controlling terminal that waits for its port, and the socket that has the port."""
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        with subprocess.Popen(COMMAND, cwd=folder, text=True, env=environment(folder, port=port, max_connections=10),
-                              stderr=subprocess.PIPE, start_new_session=True) as process:
+        with subprocess.Popen(
+            COMMAND,
+            cwd=folder,
+            text=True,
+            env=environment(folder, port=port, max_connections=10),
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        ) as process:
             try:
-                assert f"cannot listen on 127.0.0.1 port {port} yet: Address already in use; trying for 10 s" in \
-                    process.stderr.readline()
+                assert (
+                    f"cannot listen on 127.0.0.1 port {port} yet: Address already in use; trying for 10 s"
+                    in process.stderr.readline()
+                )
                 yield process, other
             finally:
                 process.kill()
@@ -87,8 +97,10 @@ def test_sigterm_ends_the_wait_for_a_port(tmp_path: Path) -> None:
 
 
 def listening_fails(**values: str) -> str:
-    settings = config.from_environ({f"XAI_PROXY_{name.upper()}": value for name, value in values.items()} |
-                                   {"HOME": "/"}, dotenv_path="/dev/null")
+    settings = config.from_environ(
+        {f"XAI_PROXY_{name.upper()}": value for name, value in values.items()} | {"HOME": "/"},
+        dotenv_path="/dev/null",
+    )
     with pytest.raises(errors.ConfigurationError) as caught:
         server.listen(settings, gevent.event.Event(), patience=2 * server.LISTEN_INTERVAL)
     return str(caught.value)
@@ -98,46 +110,72 @@ def test_port_that_stays_taken() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         began = time.monotonic()
-        assert re.fullmatch(rf"cannot listen on 127\.0\.0\.1 port {port}: Address already in use; .*XAI_PROXY_PORT",
-                            listening_fails(port=str(port)))
+        assert re.fullmatch(
+            rf"cannot listen on 127\.0\.0\.1 port {port}: Address already in use; .*XAI_PROXY_PORT",
+            listening_fails(port=str(port)),
+        )
     assert time.monotonic() - began > 2 * server.LISTEN_INTERVAL
 
 
 def test_address_that_is_not_ours() -> None:
     text = listening_fails(bind="192.0.2.1")
-    assert "192.0.2.1" in text and text.endswith("set XAI_PROXY_BIND and XAI_PROXY_PORT to what this machine allows")
+    assert "192.0.2.1" in text and text.endswith(
+        "set XAI_PROXY_BIND and XAI_PROXY_PORT to what this machine allows"
+    )
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0", "::"])
 def test_everybody_is_not_served_by_accident(tmp_path: Path, address: str) -> None:
     code, text = refuse_to_start(tmp_path, bind=address)
-    assert code == 78 and "xai-client-key add NAME" in text and "XAI_PROXY_ALLOW_ANONYMOUS=1" in text
+    assert (
+        code == 78 and "xai-client-key add NAME" in text and "XAI_PROXY_ALLOW_ANONYMOUS=1" in text
+    )
     assert text.count("\n") == 1
 
 
 @pytest.mark.parametrize("way", ["keys", "missing keys", "anonymous"])
 def test_ways_out_of_that(tmp_path: Path, way: str) -> None:
-    settings = {"keys": {}, "missing keys": {"client_keys_file": tmp_path / "missing"},
-                "anonymous": {"allow_anonymous": 1}}
+    settings = {
+        "keys": {},
+        "missing keys": {"client_keys_file": tmp_path / "missing"},
+        "anonymous": {"allow_anonymous": 1},
+    }
     if way == "keys":
         write_keys(tmp_path / "client-keys")
     with ProxyProcess(tmp_path, bind="0.0.0.0", **settings[way]) as proxy:
         assert proxy.ask("GET", "/healthz").status == 200
         refused = proxy.ask().value("X-XAI-Proxy-Error")
         assert refused == ("login_required" if way == "anonymous" else "client_key_required")
-        assert proxy.ask("GET", "/v1/models", f"X-Api-Key: {KEY}").value("X-XAI-Proxy-Error") == \
-            ("client_key_required" if way == "missing keys" else "login_required")
+        assert proxy.ask("GET", "/v1/models", f"X-Api-Key: {KEY}").value("X-XAI-Proxy-Error") == (
+            "client_key_required" if way == "missing keys" else "login_required"
+        )
 
 
-@pytest.mark.parametrize("bind, host", [
-    ("127.0.0.1", "127.0.0.1"), ("127.0.0.1", "localhost"), ("127.0.0.1", "LOCALHOST."), ("::1", "[::1]"),
-    ("0.0.0.0", "127.0.0.1"), ("0.0.0.0", "127.3.2.1"), ("::", "127.0.0.1"), ("::", "localhost")])
+@pytest.mark.parametrize(
+    "bind, host",
+    [
+        ("127.0.0.1", "127.0.0.1"),
+        ("127.0.0.1", "localhost"),
+        ("127.0.0.1", "LOCALHOST."),
+        ("::1", "[::1]"),
+        ("0.0.0.0", "127.0.0.1"),
+        ("0.0.0.0", "127.3.2.1"),
+        ("::", "127.0.0.1"),
+        ("::", "localhost"),
+    ],
+)
 def test_proxy_is_not_its_own_upstream(tmp_path: Path, bind: str, host: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as found:
         port = found.getsockname()[1]
-    code, text = refuse_to_start(tmp_path, bind=bind, port=port, allow_anonymous=1, upstream=f"http://{host}:{port}")
+    code, text = refuse_to_start(
+        tmp_path, bind=bind, port=port, allow_anonymous=1, upstream=f"http://{host}:{port}"
+    )
     assert code == 78 and text.count("\n") == 1
-    assert "XAI_PROXY_UPSTREAM" in text and f"listens on port {port}" in text and "XAI_PROXY_PORT" in text
+    assert (
+        "XAI_PROXY_UPSTREAM" in text
+        and f"listens on port {port}" in text
+        and "XAI_PROXY_PORT" in text
+    )
 
 
 def test_unknown_setting(tmp_path: Path) -> None:
@@ -146,13 +184,24 @@ def test_unknown_setting(tmp_path: Path) -> None:
     assert "XAI_PROXY_IDLE_TIMEOOT" in text and "XAI_PROXY_IDLE_TIMEOUT" in text
 
 
-@pytest.mark.parametrize("arguments, code, text", [
-    (["--version"], 0, f"{__version__}\n"), (["--nonsense"], 64, "see xai-proxy --help\n"),
-    (["--port", "x"], 78, "XAI_PROXY_PORT")])
-def test_command_line(tmp_path: Path, arguments: "list[str]", code: int, text: str) -> None:
-    done = subprocess.run([*COMMAND, *arguments], cwd=tmp_path, env=environment(tmp_path), text=True,
-                          timeout=20,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+@pytest.mark.parametrize(
+    "arguments, code, text",
+    [
+        (["--version"], 0, f"{__version__}\n"),
+        (["--nonsense"], 64, "see xai-proxy --help\n"),
+        (["--port", "x"], 78, "XAI_PROXY_PORT"),
+    ],
+)
+def test_command_line(tmp_path: Path, arguments: list[str], code: int, text: str) -> None:
+    done = subprocess.run(
+        [*COMMAND, *arguments],
+        cwd=tmp_path,
+        env=environment(tmp_path),
+        text=True,
+        timeout=20,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     assert done.returncode == code and text in done.stdout and "Traceback" not in done.stdout
 
 
@@ -167,7 +216,9 @@ def test_ipv6(tmp_path: Path) -> None:
 
 
 def test_low_limit_of_file_descriptors(tmp_path: Path, upstream: ScriptedUpstream) -> None:
-    with ProxyProcess(tmp_path, upstream=upstream.origin, prefix=("prlimit", "--nofile=180:180")) as proxy:
+    with ProxyProcess(
+        tmp_path, upstream=upstream.origin, prefix=("prlimit", "--nofile=180:180")
+    ) as proxy:
         line = proxy.wait_for_log(lambda line: "file descriptor" in line["message"])
         assert line["level"] == "warning" and "50 client connections, not 10000" in line["message"]
         proxy.sign_in()
@@ -179,13 +230,22 @@ def test_low_limit_of_file_descriptors(tmp_path: Path, upstream: ScriptedUpstrea
         assert not [line for line in proxy.log_lines() if "open files" in line["message"]]
 
 
-def test_no_descriptor_left_is_said_once_and_passes(tmp_path: Path, upstream: ScriptedUpstream) -> None:
-    with ProxyProcess(tmp_path, upstream=upstream.origin) as proxy, contextlib.ExitStack() as waiting:
+def test_no_descriptor_left_is_said_once_and_passes(
+    tmp_path: Path, upstream: ScriptedUpstream
+) -> None:
+    with (
+        ProxyProcess(tmp_path, upstream=upstream.origin) as proxy,
+        contextlib.ExitStack() as waiting,
+    ):
         proxy.sign_in()
         limits = resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE)
         resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE, (3, limits[1]))
-        clients = [waiting.enter_context(proxy.client()).request("GET", "/healthz") for _ in range(20)]
-        proxy.wait_for_log(lambda line: line["message"].startswith("Too many open files, with 0 connections"))
+        clients = [
+            waiting.enter_context(proxy.client()).request("GET", "/healthz") for _ in range(20)
+        ]
+        proxy.wait_for_log(
+            lambda line: line["message"].startswith("Too many open files, with 0 connections")
+        )
         before = proxy.cpu_seconds()
         assert not readable([client.sock for client in clients], 1)
         assert proxy.cpu_seconds() - before < 0.3
@@ -197,14 +257,17 @@ def test_no_descriptor_left_is_said_once_and_passes(tmp_path: Path, upstream: Sc
 
 
 def test_soft_limit_of_file_descriptors_is_raised(tmp_path: Path) -> None:
-    with ProxyProcess(tmp_path, prefix=("prlimit", "--nofile=100:5000"), max_connections=100) as proxy:
+    with ProxyProcess(
+        tmp_path, prefix=("prlimit", "--nofile=100:5000"), max_connections=100
+    ) as proxy:
         limits = Path(f"/proc/{proxy.process.pid}/limits").read_text()
         assert re.search(r"Max open files +280 +5000 ", limits)
         assert not [line for line in proxy.log_lines() if "file descriptor" in line["message"]]
 
 
-def full_of_streams(proxy: ProxyProcess, upstream: ScriptedUpstream, stack: contextlib.ExitStack,
-                    count: int) -> "list[tuple[Client, Request]]":
+def full_of_streams(
+    proxy: ProxyProcess, upstream: ScriptedUpstream, stack: contextlib.ExitStack, count: int
+) -> list[tuple[Client, Request]]:
     streams = []
     for _ in range(count):
         client = stack.enter_context(proxy.client()).request()
@@ -214,12 +277,20 @@ def full_of_streams(proxy: ProxyProcess, upstream: ScriptedUpstream, stack: cont
 
 
 def refused_in_the_reserve(answer: Message) -> bool:
-    fields = [answer.value(name) for name in ("X-XAI-Proxy-Error", "Retry-After", "x-should-retry", "Connection")]
+    fields = [
+        answer.value(name)
+        for name in ("X-XAI-Proxy-Error", "Retry-After", "x-should-retry", "Connection")
+    ]
     return [answer.status, *fields] == [503, "too_many_connections", "5", "true", "close"]
 
 
-def test_longest_idle_connection_is_closed_for_a_new_one(tmp_path: Path, upstream: ScriptedUpstream) -> None:
-    with ProxyProcess(tmp_path, upstream=upstream.origin, max_connections=5) as proxy, contextlib.ExitStack() as stack:
+def test_longest_idle_connection_is_closed_for_a_new_one(
+    tmp_path: Path, upstream: ScriptedUpstream
+) -> None:
+    with (
+        ProxyProcess(tmp_path, upstream=upstream.origin, max_connections=5) as proxy,
+        contextlib.ExitStack() as stack,
+    ):
         proxy.sign_in()
         full_of_streams(proxy, upstream, stack, 2)
         idle = [stack.enter_context(proxy.client()) for _ in range(3)]
@@ -232,16 +303,22 @@ def test_longest_idle_connection_is_closed_for_a_new_one(tmp_path: Path, upstrea
             assert newcomer.head().status == 200 and time.monotonic() - began < server.PATIENCE
             assert longest.closed_within()
             still = idle[1:] + idle[:1]
-            assert all(client.silent() for client in still[still.index(longest) + 1:])
+            assert all(client.silent() for client in still[still.index(longest) + 1 :])
 
 
-@pytest.mark.parametrize("start", [b"", b"GET /v1/models HTTP/1.1\r\nHost:"], ids=["nothing", "half a head"])
-def test_connections_without_a_request_do_not_keep_others_out(tmp_path: Path, upstream: ScriptedUpstream,
-                                                              start: bytes) -> None:
+@pytest.mark.parametrize(
+    "start", [b"", b"GET /v1/models HTTP/1.1\r\nHost:"], ids=["nothing", "half a head"]
+)
+def test_connections_without_a_request_do_not_keep_others_out(
+    tmp_path: Path, upstream: ScriptedUpstream, start: bytes
+) -> None:
     """Those that have not asked for a second are closed; those with a request keep their place."""
-    with ProxyProcess(tmp_path, upstream=upstream.origin, max_connections=5) as proxy, contextlib.ExitStack() as stack:
+    with (
+        ProxyProcess(tmp_path, upstream=upstream.origin, max_connections=5) as proxy,
+        contextlib.ExitStack() as stack,
+    ):
         proxy.sign_in()
-        (busy, stream), = full_of_streams(proxy, upstream, stack, 1)
+        ((busy, stream),) = full_of_streams(proxy, upstream, stack, 1)
         silent = [stack.enter_context(proxy.client()) for _ in range(4)]
         began = time.monotonic()
         for client in silent:
@@ -256,7 +333,11 @@ def test_connections_without_a_request_do_not_keep_others_out(tmp_path: Path, up
 
 
 def test_connection_in_use_outlives_a_flood_of_silent_ones(tmp_path: Path) -> None:
-    with ProxyProcess(tmp_path, max_connections=10) as proxy, proxy.client() as used, contextlib.ExitStack() as stack:
+    with (
+        ProxyProcess(tmp_path, max_connections=10) as proxy,
+        proxy.client() as used,
+        contextlib.ExitStack() as stack,
+    ):
         for number in range(100):
             stack.enter_context(proxy.client())
             if not number % 5:
@@ -278,15 +359,21 @@ def endless_body(client: Client) -> None:
 
 
 @pytest.mark.parametrize("act", [silent, half_a_head, endless_body])
-def test_reserve_answers_health_checks_when_all_have_a_request(tmp_path: Path, upstream: ScriptedUpstream,
-                                                              act: "Callable[[Client], None]") -> None:
+def test_reserve_answers_health_checks_when_all_have_a_request(
+    tmp_path: Path, upstream: ScriptedUpstream, act: Callable[[Client], None]
+) -> None:
     """Also when strangers have taken all of it, again and again."""
-    with ProxyProcess(tmp_path, upstream=upstream.origin, max_connections=3) as proxy, contextlib.ExitStack() as stack:
+    with (
+        ProxyProcess(tmp_path, upstream=upstream.origin, max_connections=3) as proxy,
+        contextlib.ExitStack() as stack,
+    ):
         proxy.sign_in()
         streams = full_of_streams(proxy, upstream, stack, 3)
         took = []
         for round_ in range(3):
-            strangers = [stack.enter_context(proxy.client()) for _ in range(config.RESERVE + round_)]
+            strangers = [
+                stack.enter_context(proxy.client()) for _ in range(config.RESERVE + round_)
+            ]
             for client in strangers:
                 act(client)
             began = time.monotonic()
@@ -304,7 +391,9 @@ def test_reserve_answers_health_checks_when_all_have_a_request(tmp_path: Path, u
             upstream.receive().answer()
             assert client.message().body == b"ok"
         proxy.wait_for_log(lambda line: "XAI_PROXY_MAX_CONNECTIONS" in line["message"])
-        said = [line for line in proxy.log_lines() if "XAI_PROXY_MAX_CONNECTIONS" in line["message"]]
+        said = [
+            line for line in proxy.log_lines() if "XAI_PROXY_MAX_CONNECTIONS" in line["message"]
+        ]
         assert [line["level"] for line in said] == ["warning"]
 
 
@@ -313,7 +402,9 @@ def test_clients_that_do_not_read_do_not_fill_the_reserve(tmp_path: Path) -> Non
     with ProxyProcess(tmp_path, max_connections=2) as proxy, contextlib.ExitStack() as stack:
         for _ in range(2 + config.RESERVE):
             sock = stack.enter_context(socket.socket())
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 500)  # so that the kernel takes few answers
+            sock.setsockopt(
+                socket.IPPROTO_TCP, socket.TCP_MAXSEG, 500
+            )  # so that the kernel takes few answers
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
             sock.connect(("127.0.0.1", proxy.port))
             sock.sendall(b"GET /nowhere HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1500)
@@ -325,9 +416,14 @@ def test_clients_that_do_not_read_do_not_fill_the_reserve(tmp_path: Path) -> Non
             assert proxy.ask("GET", "/healthz").status == 200
 
 
-def test_request_that_begins_after_a_pause_has_its_time_in_a_crowd(tmp_path: Path, upstream: ScriptedUpstream) -> None:
-    with ProxyProcess(tmp_path, upstream=upstream.origin, max_connections=2) as proxy, proxy.client() as client, \
-            contextlib.ExitStack() as stack:
+def test_request_that_begins_after_a_pause_has_its_time_in_a_crowd(
+    tmp_path: Path, upstream: ScriptedUpstream
+) -> None:
+    with (
+        ProxyProcess(tmp_path, upstream=upstream.origin, max_connections=2) as proxy,
+        proxy.client() as client,
+        contextlib.ExitStack() as stack,
+    ):
         assert client.ask("GET", "/healthz").status == 200
         time.sleep(2 * server.PATIENCE)  # idle
         client.send(b"GET /healthz HTTP/1.1\r\n")
@@ -338,18 +434,27 @@ def test_request_that_begins_after_a_pause_has_its_time_in_a_crowd(tmp_path: Pat
         assert client.message().status == 200
 
 
-def test_cut_answers_that_are_read_slowly_do_not_fill_the_reserve(tmp_path: Path, upstream: ScriptedUpstream) -> None:
+def test_cut_answers_that_are_read_slowly_do_not_fill_the_reserve(
+    tmp_path: Path, upstream: ScriptedUpstream
+) -> None:
     """In HTTP/1.0, where the cut is a reset, which waits until the client has what came before it."""
     size = 300_000
-    with ProxyProcess(tmp_path, upstream=upstream.origin, max_connections=2) as proxy, contextlib.ExitStack() as stack:
+    with (
+        ProxyProcess(tmp_path, upstream=upstream.origin, max_connections=2) as proxy,
+        contextlib.ExitStack() as stack,
+    ):
         proxy.sign_in()
         for _ in range(2 + config.RESERVE):
             sock = stack.enter_context(socket.socket())
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
             sock.connect(("127.0.0.1", proxy.port))
             sock.sendall(b"GET /v1/x HTTP/1.0\r\nHost: localhost\r\n\r\n")
-            request = upstream.receive().answer(b"HTTP/1.1 200 OK\r\nContent-Type: a/b\r\n\r\n" + bytes(size))
-            while int.from_bytes(fcntl.ioctl(request.connection.sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder):
+            request = upstream.receive().answer(
+                b"HTTP/1.1 200 OK\r\nContent-Type: a/b\r\n\r\n" + bytes(size)
+            )
+            while int.from_bytes(
+                fcntl.ioctl(request.connection.sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder
+            ):
                 time.sleep(0.01)
             request.connection.reset()
         began = time.monotonic()
@@ -358,9 +463,14 @@ def test_cut_answers_that_are_read_slowly_do_not_fill_the_reserve(tmp_path: Path
         assert time.monotonic() - began < 3
 
 
-def test_request_that_the_reserve_refuses_reads_its_answer(tmp_path: Path, upstream: ScriptedUpstream) -> None:
+def test_request_that_the_reserve_refuses_reads_its_answer(
+    tmp_path: Path, upstream: ScriptedUpstream
+) -> None:
     """After a body that nobody reads, and with another request after it, which gets none."""
-    with ProxyProcess(tmp_path, upstream=upstream.origin, max_connections=1) as proxy, contextlib.ExitStack() as stack:
+    with (
+        ProxyProcess(tmp_path, upstream=upstream.origin, max_connections=1) as proxy,
+        contextlib.ExitStack() as stack,
+    ):
         proxy.sign_in()
         full_of_streams(proxy, upstream, stack, 1)
         for _ in range(2 * config.RESERVE):
@@ -374,7 +484,10 @@ def test_request_that_the_reserve_refuses_reads_its_answer(tmp_path: Path, upstr
 
 def test_access_rules_hold_in_the_reserve(tmp_path: Path, upstream: ScriptedUpstream) -> None:
     write_keys(tmp_path / "client-keys")
-    with ProxyProcess(tmp_path, upstream=upstream.origin, max_connections=1) as proxy, proxy.client() as streaming:
+    with (
+        ProxyProcess(tmp_path, upstream=upstream.origin, max_connections=1) as proxy,
+        proxy.client() as streaming,
+    ):
         proxy.sign_in()
         streaming.request("GET", "/v1/models", f"X-Api-Key: {KEY}")
         upstream.receive().answer(CHUNKED)
@@ -396,11 +509,15 @@ def test_idle_connections_are_closed_when_no_descriptor_is_left(tmp_path: Path) 
         for longest in idle[:5]:
             newcomer = stack.enter_context(proxy.client())
             assert newcomer.ask("GET", "/healthz").status == 200 and longest.closed_within()
-        assert time.monotonic() - began < server.PATIENCE and all(client.silent() for client in idle[5:])
+        assert time.monotonic() - began < server.PATIENCE and all(
+            client.silent() for client in idle[5:]
+        )
         resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE, limits)
 
 
-def test_dead_peers_are_looked_for_on_both_sides(tmp_path: Path, upstream: ScriptedUpstream) -> None:
+def test_dead_peers_are_looked_for_on_both_sides(
+    tmp_path: Path, upstream: ScriptedUpstream
+) -> None:
     """SO_KEEPALIVE, first after 60 s: proc(5) shows the kernel's timer for it."""
     with ProxyProcess(tmp_path, upstream=upstream.origin) as proxy, proxy.client() as client:
         proxy.sign_in()
@@ -408,19 +525,27 @@ def test_dead_peers_are_looked_for_on_both_sides(tmp_path: Path, upstream: Scrip
         request = upstream.receive().answer()
         client.message()
         rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-        timers = {(int(local[-4:], 16), int(remote[-4:], 16)): timer for _, local, remote, _, _, timer,
-                  *_ in rows}
-        for ports in ((proxy.port, client.sock.getsockname()[1]),
-                      (request.connection.sock.getpeername()[1], upstream.port)):
+        timers = {
+            (int(local[-4:], 16), int(remote[-4:], 16)): timer
+            for _, local, remote, _, _, timer, *_ in rows
+        }
+        for ports in (
+            (proxy.port, client.sock.getsockname()[1]),
+            (request.connection.sock.getpeername()[1], upstream.port),
+        ):
             kind, left = timers[ports].split(":")
             assert kind == "02" and 50 * 100 < int(left, 16) <= 60 * 100
 
 
-def test_a_terminal_that_is_closed_after_sigterm_does_not_cut_the_drain(tmp_path: Path,
-                                                                        upstream: ScriptedUpstream) -> None:
+def test_a_terminal_that_is_closed_after_sigterm_does_not_cut_the_drain(
+    tmp_path: Path, upstream: ScriptedUpstream
+) -> None:
     master, slave = os.openpty()
     terminal = ("sh", "-c", f'exec setsid --ctty "$@" <{os.ttyname(slave)}', "sh")
-    with ProxyProcess(tmp_path, prefix=terminal, upstream=upstream.origin) as proxy, proxy.client() as client:
+    with (
+        ProxyProcess(tmp_path, prefix=terminal, upstream=upstream.origin) as proxy,
+        proxy.client() as client,
+    ):
         proxy.sign_in()
         client.request()
         request = upstream.receive().answer(CHUNKED + b"2\r\nok\r\n")
@@ -438,11 +563,15 @@ def test_a_terminal_that_is_closed_after_sigterm_does_not_cut_the_drain(tmp_path
 def test_hangup_has_the_log_level_read_anew(tmp_path: Path) -> None:
     """Without a controlling terminal. What is wrong in the settings by then changes nothing."""
     with ProxyProcess(tmp_path, prefix=("setsid",)) as proxy:
-        def hang_up(line: str) -> "dict[str, Any]":
+
+        def hang_up(line: str) -> dict[str, Any]:
             start = len(proxy.log_lines())
             (tmp_path / ".env").write_text(line)
             proxy.process.send_signal(signal.SIGHUP)
-            return proxy.wait_for_log(lambda line: line["message"].startswith("SIGHUP: "), start=start)
+            return proxy.wait_for_log(
+                lambda line: line["message"].startswith("SIGHUP: "), start=start
+            )
+
         assert proxy.ask("GET", "/healthz").status == 200
         assert hang_up("XAI_PROXY_LOG_LEVEL=debug\n")["message"] == "SIGHUP: the log level is debug"
         assert proxy.ask("GET", "/healthz").status == 200
@@ -468,7 +597,9 @@ def test_idle_connections_are_closed_at_once(tmp_path: Path, number: int) -> Non
             proxy.client()
 
 
-def test_requests_from_before_the_signal_are_answered(tmp_path: Path, upstream: ScriptedUpstream) -> None:
+def test_requests_from_before_the_signal_are_answered(
+    tmp_path: Path, upstream: ScriptedUpstream
+) -> None:
     """On connections old and new, though the proxy has read nothing of them; it is held still meanwhile."""
     with ProxyProcess(tmp_path, upstream=upstream.origin) as proxy, proxy.client() as idle:
         proxy.sign_in()
@@ -476,7 +607,10 @@ def test_requests_from_before_the_signal_are_answered(tmp_path: Path, upstream: 
         for client in (idle, *old):
             assert client.ask("GET", "/healthz").status == 200
         proxy.process.send_signal(signal.SIGSTOP)
-        new, silent = [proxy.client() for _ in range(120)], proxy.client()  # more than are accepted at once
+        new, silent = (
+            [proxy.client() for _ in range(120)],
+            proxy.client(),
+        )  # more than are accepted at once
         for client in (*old, *new):
             client.request("POST", "/v1/x", body=b"{}")
         proxy.terminate()
@@ -495,8 +629,13 @@ def test_requests_from_before_the_signal_are_answered(tmp_path: Path, upstream: 
 
 @both_ways
 def test_open_answers_are_finished(tmp_path: Path, upstream: ScriptedUpstream, way: str) -> None:
-    with ProxyProcess(tmp_path, way=way, upstream=upstream.origin) as proxy, proxy.client() as streaming, \
-            proxy.client() as waiting, proxy.client() as uploading, proxy.client() as beginning:
+    with (
+        ProxyProcess(tmp_path, way=way, upstream=upstream.origin) as proxy,
+        proxy.client() as streaming,
+        proxy.client() as waiting,
+        proxy.client() as uploading,
+        proxy.client() as beginning,
+    ):
         proxy.sign_in()
         streaming.request("GET", "/v1/stream")
         stream = upstream.receive().answer(CHUNKED + b"3\r\none\r\n")
@@ -516,16 +655,25 @@ def test_open_answers_are_finished(tmp_path: Path, upstream: ScriptedUpstream, w
 
         wait.answer()
         answer = waiting.message()
-        assert (answer.body, answer.value("Connection")) == (b"ok", "close") and waiting.closed_within()
+        assert (answer.body, answer.value("Connection")) == (
+            b"ok",
+            "close",
+        ) and waiting.closed_within()
         uploading.send(b"cd")
         assert upload.connection.exactly(4) == b"abcd"
         upload.answer()
         answer = uploading.message()
-        assert (answer.body, answer.value("Connection")) == (b"ok", "close") and uploading.closed_within()
+        assert (answer.body, answer.value("Connection")) == (
+            b"ok",
+            "close",
+        ) and uploading.closed_within()
         beginning.send(b"st: localhost\r\n\r\n")
         upstream.receive().answer()
         answer = beginning.message()
-        assert (answer.body, answer.value("Connection")) == (b"ok", "close") and beginning.closed_within()
+        assert (answer.body, answer.value("Connection")) == (
+            b"ok",
+            "close",
+        ) and beginning.closed_within()
         assert proxy.process.poll() is None
         stream.answer(b"3\r\ntwo\r\n0\r\n\r\n")
         assert (streaming.chunk(), streaming.chunk()) == (b"two", b"") and streaming.closed_within()
@@ -535,19 +683,29 @@ def test_open_answers_are_finished(tmp_path: Path, upstream: ScriptedUpstream, w
 
 @both_ways
 @pytest.mark.parametrize("again", [False, True])
-def test_answers_that_outlive_the_drain_are_cut_so_that_it_shows(tmp_path: Path, upstream: ScriptedUpstream,
-                                                                way: str, again: bool) -> None:
+def test_answers_that_outlive_the_drain_are_cut_so_that_it_shows(
+    tmp_path: Path, upstream: ScriptedUpstream, way: str, again: bool
+) -> None:
     """When DRAIN_TIMEOUT is over, or at the second signal."""
-    with ProxyProcess(tmp_path, way=way, upstream=upstream.origin,
-                      drain_timeout=30 if again else 0.3) as proxy, \
-            proxy.client() as chunked, proxy.client() as old, proxy.client() as sized, \
-            proxy.client() as unread, \
-            proxy.client() as waiting, proxy.client() as beginning, proxy.client() as refused:
+    with (
+        ProxyProcess(
+            tmp_path, way=way, upstream=upstream.origin, drain_timeout=30 if again else 0.3
+        ) as proxy,
+        proxy.client() as chunked,
+        proxy.client() as old,
+        proxy.client() as sized,
+        proxy.client() as unread,
+        proxy.client() as waiting,
+        proxy.client() as beginning,
+        proxy.client() as refused,
+    ):
         proxy.sign_in()
         streams = []
-        for client, version, head in ((chunked, "1.1", CHUNKED + b"2\r\nok\r\n"),
-                                      (old, "1.0", CHUNKED + b"2\r\nok\r\n"),
-                                      (sized, "1.1", b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nok")):
+        for client, version, head in (
+            (chunked, "1.1", CHUNKED + b"2\r\nok\r\n"),
+            (old, "1.0", CHUNKED + b"2\r\nok\r\n"),
+            (sized, "1.1", b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nok"),
+        ):
             client.request("GET", "/v1/cut", version=f"HTTP/{version}")
             streams.append(upstream.receive().answer(head))
             client.head()
@@ -558,7 +716,9 @@ def test_answers_that_outlive_the_drain_are_cut_so_that_it_shows(tmp_path: Path,
         waiting.request("GET", "/v1/cut")
         streams.append(upstream.receive())
         beginning.send(b"GET /v1/begin HTTP/1.1\r\nHo")
-        refused.request("POST", "/nowhere", "Content-Length: 9")  # what it still sends would be taken in
+        refused.request(
+            "POST", "/nowhere", "Content-Length: 9"
+        )  # what it still sends would be taken in
         assert refused.message().status == 404
         start = time.monotonic()
         proxy.terminate()
@@ -579,7 +739,9 @@ def test_answers_that_outlive_the_drain_are_cut_so_that_it_shows(tmp_path: Path,
         assert proxy.wait_for_request("/v1/unread")["ended_by"] == "proxy"
 
 
-def test_client_that_does_not_close_after_its_last_answer_does_not_hold_up_a_drain(tmp_path: Path) -> None:
+def test_client_that_does_not_close_after_its_last_answer_does_not_hold_up_a_drain(
+    tmp_path: Path,
+) -> None:
     with ProxyProcess(tmp_path) as proxy, proxy.client() as client:
         assert client.ask("GET", "/healthz", "Connection: close").status == 200
         began = time.monotonic()
@@ -589,7 +751,10 @@ def test_client_that_does_not_close_after_its_last_answer_does_not_hold_up_a_dra
 
 def test_drain_with_the_reserve_in_use(tmp_path: Path, upstream: ScriptedUpstream) -> None:
     """What had come before it is answered, and what is silent holds nothing up; the proxy is held still meanwhile."""
-    with ProxyProcess(tmp_path, upstream=upstream.origin, max_connections=2) as proxy, contextlib.ExitStack() as stack:
+    with (
+        ProxyProcess(tmp_path, upstream=upstream.origin, max_connections=2) as proxy,
+        contextlib.ExitStack() as stack,
+    ):
         proxy.sign_in()
         streams = full_of_streams(proxy, upstream, stack, 2)
         silent = [stack.enter_context(proxy.client()) for _ in range(config.RESERVE)]
@@ -625,8 +790,10 @@ def test_requests_that_wait_for_a_token_are_cut_too(tmp_path: Path) -> None:
 def test_unread_log_stops_nothing(tmp_path: Path, upstream: ScriptedUpstream) -> None:
     """5,000 requests and a stream, with a pipe behind stderr that holds some hundred lines."""
     rounds, requests = 50, 100
-    with ProxyProcess(tmp_path, upstream=upstream.origin,
-                      read_log=False) as proxy, proxy.client() as streaming:
+    with (
+        ProxyProcess(tmp_path, upstream=upstream.origin, read_log=False) as proxy,
+        proxy.client() as streaming,
+    ):
         proxy.refresher_lives()  # or a line would be dropped that says that there is none
         proxy.sign_in()
         streaming.request("GET", "/v1/stream")
@@ -643,21 +810,35 @@ def test_unread_log_stops_nothing(tmp_path: Path, upstream: ScriptedUpstream) ->
         assert streaming.chunk() == b""
 
         proxy.read_log()
-        proxy.wait_for_log(lambda line: "log lines were dropped" in line["message"])  # which needs no further request
+        proxy.wait_for_log(
+            lambda line: "log lines were dropped" in line["message"]
+        )  # which needs no further request
     lines = proxy.log_lines()
-    dropped = [int(line["message"].split()[0]) for line in lines
-               if "log lines were dropped" in line["message"]]
+    dropped = [
+        int(line["message"].split()[0])
+        for line in lines
+        if "log lines were dropped" in line["message"]
+    ]
     asked = rounds * requests + 1
-    assert sum(dropped) > 3000 and sum(dropped) + sum(line["message"] == "request" for line in lines) == asked
+    assert (
+        sum(dropped) > 3000
+        and sum(dropped) + sum(line["message"] == "request" for line in lines) == asked
+    )
 
 
-def test_log_lines_of_a_connection_that_leaves_the_loop_no_turn_wait_for_their_reader(tmp_path: Path) -> None:
+def test_log_lines_of_a_connection_that_leaves_the_loop_no_turn_wait_for_their_reader(
+    tmp_path: Path,
+) -> None:
     """2,500 pipelined requests: more lines than stderr takes at once, and fewer than it takes and may wait."""
     requests = 2500
     with ProxyProcess(tmp_path, read_log=False) as proxy, proxy.client() as client:
         fcntl.fcntl(proxy.process.stderr.fileno(), 1031, 1 << 19)  # F_SETPIPE_SZ
-        client.send(b"".join(b"GET /v1/v1/%04d HTTP/1.1\r\nHost: localhost\r\n\r\n" % number
-                             for number in range(requests)))
+        client.send(
+            b"".join(
+                b"GET /v1/v1/%04d HTTP/1.1\r\nHost: localhost\r\n\r\n" % number
+                for number in range(requests)
+            )
+        )
         assert [client.message().status for _ in range(requests)] == [404] * requests
         with proxy.client() as other:
             assert other.ask("GET", "/other").status == 404
@@ -665,7 +846,9 @@ def test_log_lines_of_a_connection_that_leaves_the_loop_no_turn_wait_for_their_r
         proxy.wait_for_request("/other")
     lines = proxy.log_lines()
     assert [line["path"] for line in lines if line["message"] == "request"] == [
-        *(f"/v1/v1/{number:04}" for number in range(requests)), "/other"]
+        *(f"/v1/v1/{number:04}" for number in range(requests)),
+        "/other",
+    ]
     assert not any("dropped" in line["message"] for line in lines)
 
 
@@ -693,6 +876,7 @@ def test_log_on_a_full_disk_or_a_closed_pipe_stops_nothing(tmp_path: Path) -> No
 def test_missing_refresher_was_said_once(lonely: ProxyProcess) -> None:
     def said(text: str) -> int:
         return sum(text in line["message"] for line in lonely.log_lines())
+
     lonely.wait_for_log(lambda line: "no refresher; the login lapses at" in line["message"])
     lonely.refresher_lives()
     lonely.wait_for_log(lambda line: "the refresher is back" in line["message"])

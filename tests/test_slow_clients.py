@@ -1,11 +1,12 @@
 """Clients that take their time, thousands of them, beside one that does not and must not notice."""
+
 from __future__ import annotations
 
 import contextlib
 import socket
 import threading
 import time
-from typing import Callable, Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from proxy_process import Client, ProxyProcess
@@ -27,9 +28,15 @@ def upstream() -> Iterator[RecordingUpstream]:
 
 
 @pytest.fixture(scope="module")
-def proxy(tmp_path_factory: pytest.TempPathFactory, upstream: RecordingUpstream) -> Iterator[ProxyProcess]:
-    with ProxyProcess(tmp_path_factory.mktemp("proxy"), upstream=upstream.origin, client_timeout=LIMIT,
-                      keepalive_timeout=LIMIT) as running:
+def proxy(
+    tmp_path_factory: pytest.TempPathFactory, upstream: RecordingUpstream
+) -> Iterator[ProxyProcess]:
+    with ProxyProcess(
+        tmp_path_factory.mktemp("proxy"),
+        upstream=upstream.origin,
+        client_timeout=LIMIT,
+        keepalive_timeout=LIMIT,
+    ) as running:
         running.sign_in()
         yield running
 
@@ -44,7 +51,7 @@ class GoodClient:
         self.answers = 0
         self.slowest = 0.0
 
-    def __enter__(self) -> "GoodClient":
+    def __enter__(self) -> GoodClient:
         self._thread.start()
         return self
 
@@ -89,25 +96,34 @@ def one_request(client: Client) -> None:
 
 STAYS = "stays"
 KINDS = [  # how each begins, what it goes on to send now and then, and the status that it gets in the end
-    (nothing, b"", None), (one_request, b"", None), (half_a_head, b"", 408), (half_a_head, b"x", 408),
-    (half_a_body, b"", 408), (half_a_chunk, b"", 408),
+    (nothing, b"", None),
+    (one_request, b"", None),
+    (half_a_head, b"", 408),
+    (half_a_head, b"x", 408),
+    (half_a_body, b"", 408),
+    (half_a_chunk, b"", 408),
     (chunk_size_without_end, b"x", 408),  # bytes that are no content buy no time
-    (half_a_body, b"x", STAYS),  # an upload, however slow; the last, so that it is not too slow to begin with
+    (
+        half_a_body,
+        b"x",
+        STAYS,
+    ),  # an upload, however slow; the last, so that it is not too slow to begin with
 ]
 
 
-def wait_for(condition: "Callable[[], bool]", seconds: float) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
 
 
-def test_good_client_notices_nothing_of_thousands_of_slow_ones(proxy: ProxyProcess, upstream: RecordingUpstream,
-                                                               many_files: None) -> None:
+def test_good_client_notices_nothing_of_thousands_of_slow_ones(
+    proxy: ProxyProcess, upstream: RecordingUpstream, many_files: None
+) -> None:
     before = proxy.open_files()
     with contextlib.ExitStack() as stack, GoodClient(proxy) as good:
-        slow: "dict[socket.socket, tuple[Client, bytes, int | str | None]]" = {}
+        slow: dict[socket.socket, tuple[Client, bytes, int | str | None]] = {}
         for begin, drip, status in (kind for kind in KINDS for _ in range(COUNT)):
             client = stack.enter_context(proxy.client())
             begin(client)
@@ -119,7 +135,9 @@ def test_good_client_notices_nothing_of_thousands_of_slow_ones(proxy: ProxyProce
             assert time.monotonic() < end, f"{len(slow)} are still there"
             for sock in readable(slow, LIMIT / 4):
                 client, drip, status = slow.pop(sock)
-                with contextlib.suppress(*[ConnectionError] if drip else []):  # it drips on what is closed
+                with contextlib.suppress(
+                    *[ConnectionError] if drip else []
+                ):  # it drips on what is closed
                     came = client.rest()
                     assert came.startswith(b"HTTP/1.1 %d " % status) if status else came == b""
                 client.close()
@@ -129,12 +147,16 @@ def test_good_client_notices_nothing_of_thousands_of_slow_ones(proxy: ProxyProce
         assert len(slow) == COUNT
     assert good.answers > 20 and good.slowest < PROMPT
     assert {request.target for request in upstream.taken()} == {"/v1/chat/completions"}
-    wait_for(lambda: proxy.open_files() < before + 20, LIMIT)  # some connections to upstream are pooled
+    wait_for(
+        lambda: proxy.open_files() < before + 20, LIMIT
+    )  # some connections to upstream are pooled
 
 
-ENDLESS = [("Content-Length: 999999999999999999", b"x" * 65536),
-           ("Transfer-Encoding: chunked", b"ffff\r\n" + b"x" * 65535 + b"\r\n"),
-           ("Transfer-Encoding: chunked", b"1;" + b"x" * 4000 + b"\r\nx\r\n")]
+ENDLESS = [
+    ("Content-Length: 999999999999999999", b"x" * 65536),
+    ("Transfer-Encoding: chunked", b"ffff\r\n" + b"x" * 65535 + b"\r\n"),
+    ("Transfer-Encoding: chunked", b"1;" + b"x" * 4000 + b"\r\nx\r\n"),
+]
 
 
 def test_bodies_without_end_that_nobody_reads_are_cut(proxy: ProxyProcess) -> None:
@@ -146,6 +168,7 @@ def test_bodies_without_end_that_nobody_reads_are_cut(proxy: ProxyProcess) -> No
             while time.monotonic() - began < LINGER_WHOLE + 5:
                 client.send(part)
                 time.sleep(0.01)  # so that the others on this machine have a processor, too
+
     with GoodClient(proxy) as good:
         pouring = [threading.Thread(target=pour, args=how) for how in ENDLESS]
         for thread in pouring:

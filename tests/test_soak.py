@@ -18,14 +18,19 @@ COMMAND = [sys.executable, "-W", "error", "-m", "tests.soak"]
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("options", [[], ["--login", "0"], ["--login", "x"], ["--load", "0"], ["--nonsense"]],
-                         ids=" ".join)
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--login", "0"], ["--login", "x"], ["--load", "0"], ["--nonsense"]],
+    ids=" ".join,
+)
 def test_what_cannot_be_run_is_said_in_one_line(options):
     done = subprocess.run([*COMMAND, *options], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 64 and done.stderr.startswith("soak: ") and done.stderr.count("\n") == 1
+    assert (
+        done.returncode == 64 and done.stderr.startswith("soak: ") and done.stderr.count("\n") == 1
+    )
 
 
-def of_folder(folder: pathlib.Path) -> "list[str]":
+def of_folder(folder: pathlib.Path) -> list[str]:
     """The processes that work in it."""
     found = []
     for process in pathlib.Path("/proc").glob("[0-9]*"):
@@ -37,15 +42,25 @@ def of_folder(folder: pathlib.Path) -> "list[str]":
 
 
 def test_ctrl_c_ends_all_that_was_started(tmp_path):
-    process = subprocess.Popen([*COMMAND, "--login", "1"], cwd=ROOT, env={**os.environ, "TMPDIR": str(tmp_path)},
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*COMMAND, "--login", "1"],
+        cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     wait_until(lambda: len(of_folder(tmp_path)) > 4, 20)
     process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=60) == ("", "soak: interrupted\n") and process.returncode == 130
+    assert (
+        process.communicate(timeout=60) == ("", "soak: interrupted\n") and process.returncode == 130
+    )
     assert of_folder(tmp_path) == [] and list(tmp_path.iterdir()) == []
 
 
-SMALL = Counts(streams=30, idle_streams=60, crowd=200, descriptors=140, restarted=10, churn=1, wait=3)
+SMALL = Counts(
+    streams=30, idle_streams=60, crowd=200, descriptors=140, restarted=10, churn=1, wait=3
+)
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +70,18 @@ def load(tmp_path_factory):
 
 
 @pytest.mark.skipif(not shutil.which("gcc"), reason="the load client is compiled with gcc")
-@pytest.mark.parametrize("phase", [lambda load: held.streams(load, 3), held.idle_streams, crowds.churn,
-                                   shortage.few_descriptors, shortage.none_left, crowds.crowd],
-                         ids=["streams", "idle streams", "churn", "few descriptors", "no descriptors", "crowd"])
+@pytest.mark.parametrize(
+    "phase",
+    [
+        lambda load: held.streams(load, 3),
+        held.idle_streams,
+        crowds.churn,
+        shortage.few_descriptors,
+        shortage.none_left,
+        crowds.crowd,
+    ],
+    ids=["streams", "idle streams", "churn", "few descriptors", "no descriptors", "crowd"],
+)
 def test_little_load_loses_nothing(load, phase):
     assert [row.lost for row in phase(load)] == [[]]
 
@@ -67,5 +91,9 @@ def test_streams_that_break_are_told_from_whole_ones(load):
     proxy = load.start("killed", "-m", "xaiproxy")
     streams = load.streams(5, 30, proxy.port())
     proxy.kill()
-    assert restarts.unseen(5, streams.result()) == [] and streams.lost() and restarts.unseen(6, streams.result())
+    assert (
+        restarts.unseen(5, streams.result()) == []
+        and streams.lost()
+        and restarts.unseen(6, streams.result())
+    )
     assert load.sandbox.counters()["reuses"] == 0

@@ -1,4 +1,5 @@
 """Who may write in the token folder, and what a person is told to do when it cannot be written."""
+
 from __future__ import annotations
 
 import contextlib
@@ -9,8 +10,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator
 
 import pytest
 from sandbox import Sandbox
@@ -20,11 +21,18 @@ from xaiproxy import errors, storage, token_store, token_writer
 OWNER = 10001
 COMMAND = [sys.executable, "-W", "error", "-m"]
 # The capability: that user may have no access to the folder of this Python and checkout.
-AS_OWNER = ["setpriv", f"--reuid={OWNER}", f"--regid={OWNER}", "--clear-groups", "--inh-caps=+dac_read_search",
-            "--ambient-caps=+dac_read_search"]
+AS_OWNER = [
+    "setpriv",
+    f"--reuid={OWNER}",
+    f"--regid={OWNER}",
+    "--clear-groups",
+    "--inh-caps=+dac_read_search",
+    "--ambient-caps=+dac_read_search",
+]
 
 
 # root, and the folder of another user
+
 
 class Service:
     """The folder of a service that runs as user 10001, and the commands as root or as that user."""
@@ -34,32 +42,52 @@ class Service:
         self.folder.mkdir()
         os.chown(self.folder, OWNER, OWNER)
         self.path = self.folder / "tokens.json"
-        self.environ = {"PATH": os.environ["PATH"], "HOME": str(folder), "XAI_PROXY_ISSUER": sandbox.url,
-                        "XAI_PROXY_UPSTREAM": sandbox.url, "XAI_PROXY_TOKEN_PATH": str(self.path), "XAI_PROXY_PORT": "0"}
+        self.environ = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(folder),
+            "XAI_PROXY_ISSUER": sandbox.url,
+            "XAI_PROXY_UPSTREAM": sandbox.url,
+            "XAI_PROXY_TOKEN_PATH": str(self.path),
+            "XAI_PROXY_PORT": "0",
+        }
 
-    def run(self, module: str, *arguments: str, user: int = 0, **environ: str) -> "tuple[int, str]":
+    def run(self, module: str, *arguments: str, user: int = 0, **environ: str) -> tuple[int, str]:
         command = [*(AS_OWNER if user else []), *COMMAND, f"xaiproxy.{module}", *arguments]
-        done = subprocess.run(command, cwd="/", env=self.environ | environ, text=True, timeout=30,
-                              stdin=subprocess.DEVNULL, capture_output=True)
+        done = subprocess.run(
+            command,
+            cwd="/",
+            env=self.environ | environ,
+            text=True,
+            timeout=30,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+        )
         return done.returncode, done.stderr
 
     @contextlib.contextmanager
     def running(self, module: str, told: str) -> Iterator[None]:
         """A process of root, from when it has logged `told` until it is ended."""
         with open(self.folder.parent / module, "w+") as log:
-            process = subprocess.Popen([*COMMAND, f"xaiproxy.{module}"], cwd="/", env=self.environ, stderr=log)
+            process = subprocess.Popen(
+                [*COMMAND, f"xaiproxy.{module}"], cwd="/", env=self.environ, stderr=log
+            )
             try:
                 end = time.monotonic() + 20
                 while told not in Path(log.name).read_text():
-                    assert time.monotonic() < end and process.poll() is None, Path(log.name).read_text()
+                    assert time.monotonic() < end and process.poll() is None, Path(
+                        log.name
+                    ).read_text()
                     time.sleep(0.02)
                 yield
             finally:
                 process.terminate()
                 process.wait(10)
 
-    def owners(self) -> "dict[str, int]":
-        return {str(path.relative_to(self.folder)): path.stat().st_uid for path in self.folder.rglob("*")}
+    def owners(self) -> dict[str, int]:
+        return {
+            str(path.relative_to(self.folder)): path.stat().st_uid
+            for path in self.folder.rglob("*")
+        }
 
 
 @pytest.fixture
@@ -77,8 +105,10 @@ COMMANDS = [("login", "--device"), ("client_key_command", "add", "laptop")]
 
 
 def test_root_makes_nothing_in_another_users_folder(service: Service, sandbox: Sandbox):
-    told = f"{service.folder} belongs to user {OWNER}, and this is user 0 (root), whose files would be closed to that user; " \
+    told = (
+        f"{service.folder} belongs to user {OWNER}, and this is user 0 (root), whose files would be closed to that user; "
         f"nothing was changed. Run the same as user {OWNER}, as with `docker exec -u {OWNER}` or `sudo -u '#{OWNER}'`\n"
+    )
     sandbox.set(auto_approve=0, device_interval=0)
     for arguments in COMMANDS:
         for environ in ({}, {"XAI_PROXY_TOKEN_PATH": f"{service.folder}/deeper/still/tokens.json"}):
@@ -94,12 +124,17 @@ def test_root_keeps_away_from_another_users_login(service: Service, sandbox: San
     before, content = service.owners(), service.path.read_bytes()
     for arguments in [*COMMANDS, ("login", "--logout"), ("refresher", "--once")]:
         code, stderr = service.run(*arguments)
-        assert re.search(rf"{service.path.parent}/(tokens.json|client-keys) belongs to user {OWNER}, and this", stderr)
+        assert re.search(
+            rf"{service.path.parent}/(tokens.json|client-keys) belongs to user {OWNER}, and this",
+            stderr,
+        )
         assert code in (75, 77)
     assert service.owners() == before and service.path.read_bytes() == content
 
 
-def test_a_refresher_and_a_proxy_of_root_leave_the_folder_to_its_owner(service: Service, sandbox: Sandbox):
+def test_a_refresher_and_a_proxy_of_root_leave_the_folder_to_its_owner(
+    service: Service, sandbox: Sandbox
+):
     sandbox.set(auto_approve=0, device_interval=0)
     with service.running("refresher", "belongs to user"), service.running("__main__", "listening"):
         assert service.run("login", "--device", user=OWNER)[0] == 0
@@ -110,54 +145,105 @@ def test_where_root_serves_root_may_sign_in(service: Service, sandbox: Sandbox):
     """As in a container that runs as root with a mounted folder of another user."""
     sandbox.set(auto_approve=0, device_interval=0)
     sandbox.write_login(service.path)
-    assert service.run("login", "--device")[0] == service.run("client_key_command", "add", "laptop")[0] == 0
+    assert (
+        service.run("login", "--device")[0]
+        == service.run("client_key_command", "add", "laptop")[0]
+        == 0
+    )
 
 
 def test_a_lock_that_is_closed_to_us_is_named_with_its_owner(service: Service):
     for name in ("tokens.json.lock", "client-keys.lock"):
         (service.folder / name).touch(0o600)
-    for arguments, name in ((("login", "--device"), "tokens.json.lock"),
-                            (("client_key_command", "add", "laptop"), "client-keys.lock")):
+    for arguments, name in (
+        (("login", "--device"), "tokens.json.lock"),
+        (("client_key_command", "add", "laptop"), "client-keys.lock"),
+    ):
         code, stderr = service.run(*arguments, user=OWNER)
         lock = service.folder / name
-        assert code == 75 and f"{lock} cannot be written: Permission denied" in stderr and f". {lock} belongs to user 0, " \
-            f"and this is user {OWNER}: run as user 0, or chown it to user {OWNER}\n" in stderr
+        assert (
+            code == 75
+            and f"{lock} cannot be written: Permission denied" in stderr
+            and f". {lock} belongs to user 0, "
+            f"and this is user {OWNER}: run as user 0, or chown it to user {OWNER}\n"
+            in stderr
+        )
 
 
 def test_a_home_folder_that_is_the_root_folder(service: Service):
     """As many images have it for a user whom they do not know."""
-    for arguments, setting in ((("login", "--device"), "XAI_PROXY_TOKEN_PATH"),
-                               (("client_key_command", "add", "laptop"), "XAI_PROXY_CLIENT_KEYS_FILE")):
+    for arguments, setting in (
+        (("login", "--device"), "XAI_PROXY_TOKEN_PATH"),
+        (("client_key_command", "add", "laptop"), "XAI_PROXY_CLIENT_KEYS_FILE"),
+    ):
         code, stderr = service.run(*arguments, user=OWNER, HOME="/", XAI_PROXY_TOKEN_PATH="")
         assert code == 75 and "/.xai-proxy cannot be written: Permission denied" in stderr
-        assert f"User {OWNER} cannot write in /: set {setting} to a file in a folder where that user can\n" in stderr
+        assert (
+            f"User {OWNER} cannot write in /: set {setting} to a file in a folder where that user can\n"
+            in stderr
+        )
 
 
 # what to do
 
-@pytest.mark.parametrize("number, told", [
-    (errno.ENOSPC, "Make room on the disk that {folder} is on"), (errno.EDQUOT, "Make room on the disk"),
-    (errno.EROFS, "Mount {folder} writable, or set A_SETTING to a file elsewhere"), (errno.EBUSY, "Mount {folder} itself"),
-    (errno.ENOLCK, "The file system of {folder} has no locks"), (errno.EOPNOTSUPP, "The file system of {folder} has no locks"),
-    (errno.ENAMETOOLONG, "set A_SETTING"), (errno.EMFILE, "limit of open files"), (errno.ENFILE, "limit of open files"),
-    (errno.ESTALE, "Mount the file system of {folder} anew"), (errno.EIO, "Check {folder} and the disk that it is on")])
+
+@pytest.mark.parametrize(
+    "number, told",
+    [
+        (errno.ENOSPC, "Make room on the disk that {folder} is on"),
+        (errno.EDQUOT, "Make room on the disk"),
+        (errno.EROFS, "Mount {folder} writable, or set A_SETTING to a file elsewhere"),
+        (errno.EBUSY, "Mount {folder} itself"),
+        (errno.ENOLCK, "The file system of {folder} has no locks"),
+        (errno.EOPNOTSUPP, "The file system of {folder} has no locks"),
+        (errno.ENAMETOOLONG, "set A_SETTING"),
+        (errno.EMFILE, "limit of open files"),
+        (errno.ENFILE, "limit of open files"),
+        (errno.ESTALE, "Mount the file system of {folder} anew"),
+        (errno.EIO, "Check {folder} and the disk that it is on"),
+    ],
+)
 def test_the_advice_fits_the_error(tmp_path: Path, number: int, told: str):
-    advice = storage.advice(tmp_path / "tokens.json", OSError(number, os.strerror(number)), "A_SETTING")
+    advice = storage.advice(
+        tmp_path / "tokens.json", OSError(number, os.strerror(number)), "A_SETTING"
+    )
     assert told.format(folder=tmp_path) in advice and "Let user" not in advice
 
 
-@pytest.mark.parametrize("prepare, told", [
-    (lambda folder: folder.touch(), "Something else is there: move {folder} away"),
-    (lambda folder: folder.symlink_to("nowhere"), "Something else is there: move {folder} away"),
-    (lambda folder: (folder / "tokens.json.lock").mkdir(parents=True), "move {folder}/tokens.json.lock away"),
-    (lambda folder: (folder / "tokens.json.new").mkdir(parents=True), "move {folder}/tokens.json.new away"),
-    (lambda folder: folder.mkdir() or (folder / "tokens.json.lock").symlink_to("x"), "{folder}/tokens.json.lock"),
-    (lambda folder: folder.mkdir() or (folder / "tokens.json.new").symlink_to("x"), "{folder}/tokens.json.new")])
+@pytest.mark.parametrize(
+    "prepare, told",
+    [
+        (lambda folder: folder.touch(), "Something else is there: move {folder} away"),
+        (
+            lambda folder: folder.symlink_to("nowhere"),
+            "Something else is there: move {folder} away",
+        ),
+        (
+            lambda folder: (folder / "tokens.json.lock").mkdir(parents=True),
+            "move {folder}/tokens.json.lock away",
+        ),
+        (
+            lambda folder: (folder / "tokens.json.new").mkdir(parents=True),
+            "move {folder}/tokens.json.new away",
+        ),
+        (
+            lambda folder: folder.mkdir() or (folder / "tokens.json.lock").symlink_to("x"),
+            "{folder}/tokens.json.lock",
+        ),
+        (
+            lambda folder: folder.mkdir() or (folder / "tokens.json.new").symlink_to("x"),
+            "{folder}/tokens.json.new",
+        ),
+    ],
+)
 def test_what_is_in_the_way_is_named(tmp_path: Path, prepare, told: str):
     from xaiproxy import config
+
     folder = tmp_path / "login"
     prepare(folder)
-    store = token_store.TokenStore(config.from_environ({"XAI_PROXY_TOKEN_PATH": f"{folder}/tokens.json"}))
+    store = token_store.TokenStore(
+        config.from_environ({"XAI_PROXY_TOKEN_PATH": f"{folder}/tokens.json"})
+    )
     with pytest.raises(errors.StorageError) as caught:
         token_writer.prepare_folder(store)
         with token_writer.locked(store, 0):
@@ -169,7 +255,9 @@ def test_root_makes_no_key_file_in_another_users_folder_elsewhere(service: Servi
     keys = tmp_path / "keys"
     keys.mkdir()
     os.chown(keys, OWNER, OWNER)
-    code, stderr = service.run("client_key_command", "add", "laptop", XAI_PROXY_CLIENT_KEYS_FILE=str(keys / "client-keys"))
+    code, stderr = service.run(
+        "client_key_command", "add", "laptop", XAI_PROXY_CLIENT_KEYS_FILE=str(keys / "client-keys")
+    )
     assert code == 75 and f"{keys} belongs to user {OWNER}" in stderr and not list(keys.iterdir())
 
 

@@ -36,12 +36,24 @@ class Supervised:
     """
 
     def __init__(self, folder, sandbox, *, prefix=(), pipe=os.pipe, conf=CONF, **settings):
-        environ = {"PATH": os.defpath, "HOME": str(folder), "XAI_PROXY_PORT": "0",
-                   **sandbox.env, "XAI_PROXY_TOKEN_PATH": str(folder / "login" / "tokens.json"), **settings}
+        environ = {
+            "PATH": os.defpath,
+            "HOME": str(folder),
+            "XAI_PROXY_PORT": "0",
+            **sandbox.env,
+            "XAI_PROXY_TOKEN_PATH": str(folder / "login" / "tokens.json"),
+            **settings,
+        }
         sandbox.write_login(environ["XAI_PROXY_TOKEN_PATH"])
         self._output, stdout = pipe()
-        self.process = subprocess.Popen([*prefix, BIN / "supervisord", "-c", conf], cwd=folder, env=environ,
-                                        stdout=stdout, stderr=subprocess.STDOUT, start_new_session=True)
+        self.process = subprocess.Popen(
+            [*prefix, BIN / "supervisord", "-c", conf],
+            cwd=folder,
+            env=environ,
+            stdout=stdout,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         os.close(stdout)
         self.lines = []
         self._changed = threading.Condition()
@@ -61,7 +73,10 @@ class Supervised:
         self._reader.join()
 
     def _read(self):
-        with open(self._output) as output, contextlib.suppress(OSError):  # EIO: the end of a terminal's
+        with (
+            open(self._output) as output,
+            contextlib.suppress(OSError),
+        ):  # EIO: the end of a terminal's
             for line in output:
                 with self._changed:
                     self.lines.append(line)
@@ -80,10 +95,15 @@ class Supervised:
 
     def says(self, pattern, times=1, seconds=30):
         """Wait until `pattern` was said so often; the last match, or None when that takes too long."""
+
         def matches():
             return [match for match in map(re.compile(pattern).search, self.lines) if match]
+
         with self._changed:
-            return self._changed.wait_for(lambda: len(matches()) >= times, seconds) and matches()[times - 1] or None
+            return (
+                self._changed.wait_for(lambda: len(matches()) >= times, seconds)
+                and matches()[times - 1]
+            ) or None
 
     def said(self, pattern, times=1):
         match = self.says(pattern, times)
@@ -105,7 +125,10 @@ class Supervised:
 
     def pids(self):
         """Of the programs that were started, by name."""
-        return {name: int(self.said(rf"spawned: '{name}' with pid (\d+)")[1]) for name in ("refresher", "proxy")}
+        return {
+            name: int(self.said(rf"spawned: '{name}' with pid (\d+)")[1])
+            for name in ("refresher", "proxy")
+        }
 
     def complaints(self):
         """supervisord's own lines above INFO."""
@@ -162,10 +185,16 @@ def test_sigterm_drains_the_proxy_before_the_refresher_stops_and_ends_with_0(tmp
         assert rest_of_stream(client).endswith(b"data: [DONE]\n\n")
         assert supervised.ended() == 0
     log = "".join(supervised.lines)
-    assert 0 < log.index("stopped: proxy (exit status 0)") < log.index("stopped: refresher (exit status 0)")
+    assert (
+        0
+        < log.index("stopped: proxy (exit status 0)")
+        < log.index("stopped: refresher (exit status 0)")
+    )
     as_root = [line for line in supervised.complaints() if "running as root" in line]
     assert len(as_root) == (os.getuid() == 0)
-    assert set(supervised.complaints()) - set(as_root) == {supervised.said(".*received SIGTERM.*\n")[0]}
+    assert set(supervised.complaints()) - set(as_root) == {
+        supervised.said(".*received SIGTERM.*\n")[0]
+    }
     assert not (tmp_path / "supervisord.pid").exists()
 
 
@@ -179,14 +208,17 @@ def test_a_proxy_that_was_killed_comes_back(tmp_path, sandbox):
 
 
 @pytest.mark.parametrize("startsecs", [5, 0])
-def test_a_program_that_ends_with_78_is_not_started_again_and_ends_all_with_70(tmp_path, sandbox, startsecs):
+def test_a_program_that_ends_with_78_is_not_started_again_and_ends_all_with_70(
+    tmp_path, sandbox, startsecs
+):
     """While it counts as starting (5), and when it has started (0). The other one drains."""
     sandbox.set(events=10, events_per_second=10)
     conf = stand_ins(
-        tmp_path, edited_conf(tmp_path, startsecs=startsecs),
-        refresher="until [ -e wrong ]; do sleep 0.05; done; echo a wrong setting >&2; exit 78")
-    with Supervised(tmp_path, sandbox, conf=conf) as supervised, \
-            supervised.client() as client:
+        tmp_path,
+        edited_conf(tmp_path, startsecs=startsecs),
+        refresher="until [ -e wrong ]; do sleep 0.05; done; echo a wrong setting >&2; exit 78",
+    )
+    with Supervised(tmp_path, sandbox, conf=conf) as supervised, supervised.client() as client:
         open_stream(client)
         (tmp_path / "wrong").touch()
         rest = rest_of_stream(client)
@@ -194,7 +226,10 @@ def test_a_program_that_ends_with_78_is_not_started_again_and_ends_all_with_70(t
         assert supervised.ended() == 70
     log = "".join(supervised.lines)
     assert log.count("a wrong setting") == log.count("spawned: 'refresher'") == 1
-    assert len(supervised.said(r".*CRIT refresher .*exit status 78.* ending with status 70.*\n")[0]) < 300
+    assert (
+        len(supervised.said(r".*CRIT refresher .*exit status 78.* ending with status 70.*\n")[0])
+        < 300
+    )
     assert log.index("CRIT refresher") < log.index("stopped: proxy (exit status 0)")
 
 
@@ -207,7 +242,9 @@ def test_a_wrong_setting_is_told_once_by_each_program(tmp_path, sandbox):
 
 
 def test_a_program_that_cannot_be_kept_running_ends_all_with_70(tmp_path, sandbox):
-    conf = stand_ins(tmp_path, edited_conf(tmp_path, startretries=0), refresher=FAILING, proxy=QUICK_TO_STOP)
+    conf = stand_ins(
+        tmp_path, edited_conf(tmp_path, startretries=0), refresher=FAILING, proxy=QUICK_TO_STOP
+    )
     with Supervised(tmp_path, sandbox, conf=conf) as supervised:
         assert supervised.ended() == 70
     supervised.said(r"CRIT refresher cannot be kept running .* ending with status 70")
@@ -216,14 +253,18 @@ def test_a_program_that_cannot_be_kept_running_ends_all_with_70(tmp_path, sandbo
 
 def test_sigterm_while_a_program_waits_for_its_next_start_ends_with_0(tmp_path, sandbox):
     # supervisord makes the one FATAL then, and goes on to stop the other.
-    with Supervised(tmp_path, sandbox, conf=stand_ins(tmp_path, proxy=FAILING, refresher=SLOW_TO_STOP)) as supervised:
+    with Supervised(
+        tmp_path, sandbox, conf=stand_ins(tmp_path, proxy=FAILING, refresher=SLOW_TO_STOP)
+    ) as supervised:
         supervised.said("exited: proxy", times=2)  # the next start is two seconds off
         supervised.signal(signal.SIGTERM)
         assert supervised.ended() == 0
 
 
 def test_the_programs_end_when_supervisord_is_killed(tmp_path, sandbox):
-    conf = stand_ins(tmp_path, refresher="echo up\n" + QUICK_TO_STOP, proxy="echo up\n" + QUICK_TO_STOP)
+    conf = stand_ins(
+        tmp_path, refresher="echo up\n" + QUICK_TO_STOP, proxy="echo up\n" + QUICK_TO_STOP
+    )
     with Supervised(tmp_path, sandbox, conf=conf) as supervised:
         supervised.said("^up", times=2)
         ends = [os.pidfd_open(pid) for pid in supervised.pids().values()]
@@ -245,8 +286,13 @@ def test_sigterm_right_after_the_fork_is_not_lost():
             os._exit(0)
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
     """
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, timeout=20,
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        cwd=ROOT,
+        timeout=20,
+        capture_output=True,
+        text=True,
+    )
     assert (done.stdout, done.stderr) == (f"{-signal.SIGTERM}\n", "")
 
 
@@ -258,10 +304,13 @@ def readable(fd, seconds):
 def test_a_closed_terminal_ends_all_unless_nohup_says_otherwise(tmp_path, sandbox, nohup):
     conf = stand_ins(tmp_path, refresher=QUICK_TO_STOP, proxy=QUICK_TO_STOP)
     environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
-    with Terminal([*nohup, str(BIN / "supervisord"), "-c", str(conf)], cwd=tmp_path, env=environ) as terminal:
+    with Terminal(
+        [*nohup, str(BIN / "supervisord"), "-c", str(conf)], cwd=tmp_path, env=environ
+    ) as terminal:
         log = tmp_path / "nohup.out"
-        wait_until(lambda: log.exists() and "spawned: 'proxy'" in log.read_text()) if nohup else \
-            terminal.expect("spawned: 'proxy'")
+        wait_until(
+            lambda: log.exists() and "spawned: 'proxy'" in log.read_text()
+        ) if nohup else terminal.expect("spawned: 'proxy'")
         terminal.close()
         if nohup:
             with pytest.raises(subprocess.TimeoutExpired):
@@ -277,9 +326,11 @@ def test_a_closed_terminal_ends_all_unless_nohup_says_otherwise(tmp_path, sandbo
 def test_lines_of_two_programs_are_not_mixed(tmp_path, sandbox):
     """Not even those that are written in pieces, as a traceback is, or end without a line end."""
     conf = stand_ins(
-        tmp_path, proxy="sleep 0.3; echo a whole line; touch go\n" + QUICK_TO_STOP,
+        tmp_path,
+        proxy="sleep 0.3; echo a whole line; touch go\n" + QUICK_TO_STOP,
         refresher="printf 'the first half '; until [ -e go ]; do sleep 0.05; done; echo and the second\n"
-                  "trap 'printf last; exit 0' TERM; while :; do sleep 0.05; done")
+        "trap 'printf last; exit 0' TERM; while :; do sleep 0.05; done",
+    )
     with Supervised(tmp_path, sandbox, conf=conf) as supervised:
         supervised.said("^the first half and the second\n")
         supervised.signal(signal.SIGTERM)
@@ -292,10 +343,17 @@ def test_a_read_only_file_system_without_a_temporary_folder(tmp_path, sandbox):
     """With the image's environment; what the container runtimes mount as /dev/shm remains."""
     image = dict(re.findall(r"(?m)^ENV (\w+)=(\S+)$", (ROOT / "Dockerfile").read_text()))
     conf = stand_ins(tmp_path, refresher=QUICK_TO_STOP, proxy=QUICK_TO_STOP)
-    script = ('for folder in /tmp /var/tmp; do mount --bind $folder $folder; mount -o remount,bind,ro $folder; done; '
-              'mount -o remount,bind,ro /; cd "$PWD"; if touch here 2>/dev/null; then exit 1; fi; exec "$@"')
-    with Supervised(tmp_path, sandbox, conf=conf, prefix=("unshare", "-rm", "sh", "-ec", script, "sh"),
-                    TMPDIR=image.get("TMPDIR", "")) as supervised:
+    script = (
+        "for folder in /tmp /var/tmp; do mount --bind $folder $folder; mount -o remount,bind,ro $folder; done; "
+        'mount -o remount,bind,ro /; cd "$PWD"; if touch here 2>/dev/null; then exit 1; fi; exec "$@"'
+    )
+    with Supervised(
+        tmp_path,
+        sandbox,
+        conf=conf,
+        prefix=("unshare", "-rm", "sh", "-ec", script, "sh"),
+        TMPDIR=image.get("TMPDIR", ""),
+    ) as supervised:
         supervised.said("spawned: 'proxy'")
         supervised.signal(signal.SIGTERM)
         assert supervised.ended() == 0
@@ -305,16 +363,24 @@ def test_a_read_only_file_system_without_a_temporary_folder(tmp_path, sandbox):
 def test_without_standard_streams(tmp_path, sandbox):
     """The files that are opened next must not become them."""
     port = free_port()
-    with Supervised(tmp_path, sandbox, XAI_PROXY_PORT=str(port),
-                    prefix=("sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh")) as supervised:
+    with Supervised(
+        tmp_path,
+        sandbox,
+        XAI_PROXY_PORT=str(port),
+        prefix=("sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"),
+    ) as supervised:
         wait_for_models(port)
-        assert {os.readlink(f"/proc/{supervised.process.pid}/fd/{fd}") for fd in range(3)} == {os.devnull}
+        assert {os.readlink(f"/proc/{supervised.process.pid}/fd/{fd}") for fd in range(3)} == {
+            os.devnull
+        }
         supervised.signal(signal.SIGTERM)
         assert supervised.ended() == 0
     assert (tmp_path / "login" / "tokens.json.lock").read_bytes() == b"" and supervised.lines == []
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="the other tests show it, since they were not run by root")
+@pytest.mark.skipif(
+    os.getuid() != 0, reason="the other tests show it, since they were not run by root"
+)
 def test_it_runs_as_a_user_without_rights(tmp_path, sandbox):
     # A user namespace without a mapping: nobody's number and no capability, but files are still reached.
     if subprocess.run(["unshare", "--user", "true"], capture_output=True).returncode:
@@ -330,6 +396,7 @@ def test_it_runs_as_a_user_without_rights(tmp_path, sandbox):
 def test_a_stdout_that_cannot_be_opened_anew_gets_every_line(tmp_path, sandbox):
     def journal():
         return [end.detach() for end in socket.socketpair()]
+
     with Supervised(tmp_path, sandbox, pipe=journal) as supervised:
         supervised.client().close()
         supervised.signal(signal.SIGTERM)
@@ -340,28 +407,42 @@ def test_a_stdout_that_cannot_be_opened_anew_gets_every_line(tmp_path, sandbox):
 
 def test_documented_stop_timeouts_are_long_enough():
     """The proxy drains, and then a refresh that has begun is finished and saved."""
-    needed = float(config.SETTINGS["XAI_PROXY_DRAIN_TIMEOUT"].metadata["default"]) + refresher.DEADLINE + 10
-    pattern = re.compile(r"(--stop-timeout|stop_grace_period:|terminationGracePeriodSeconds:|TimeoutStopSec=) ?(\d+)")
+    needed = (
+        float(config.SETTINGS["XAI_PROXY_DRAIN_TIMEOUT"].metadata["default"])
+        + refresher.DEADLINE
+        + 10
+    )
+    pattern = re.compile(
+        r"(--stop-timeout|stop_grace_period:|terminationGracePeriodSeconds:|TimeoutStopSec=) ?(\d+)"
+    )
     found = {}
-    for path in subprocess.check_output(["git", "ls-files", "*.md", "*.yaml", "*.yml", "conf", "Dockerfile"], cwd=ROOT,
-                                        text=True).splitlines():
+    for path in subprocess.check_output(
+        ["git", "ls-files", "*.md", "*.yaml", "*.yml", "conf", "Dockerfile"], cwd=ROOT, text=True
+    ).splitlines():
         found[path] = [float(match[2]) for match in pattern.finditer((ROOT / path).read_text())]
     assert found["README.md"] and found["Dockerfile"]
     assert min(sum(found.values(), [])) >= needed, (needed, found)
     conf = configparser.RawConfigParser()
     conf.read(CONF)
     assert conf.getfloat("program:refresher", "stopwaitsecs") >= refresher.DEADLINE + 10
-    assert conf.getfloat("program:proxy", "stopwaitsecs") >= 3500 + 10  # the most that XAI_PROXY_DRAIN_TIMEOUT takes
+    assert (
+        conf.getfloat("program:proxy", "stopwaitsecs") >= 3500 + 10
+    )  # the most that XAI_PROXY_DRAIN_TIMEOUT takes
 
 
 def test_the_conf_leaves_the_settings_to_the_environment():
     settings = [line for line in CONF.read_text().splitlines() if not line.startswith(";")]
-    assert not [line for line in settings if "XAI_PROXY_" in line or "%(" in line or "environment" in line]
+    assert not [
+        line for line in settings if "XAI_PROXY_" in line or "%(" in line or "environment" in line
+    ]
 
 
 def test_a_stdout_that_nobody_reads_stops_no_request(tmp_path, sandbox):
     sandbox.set(events=1_000_000, events_per_second=20)
-    with Supervised(tmp_path, sandbox, XAI_PROXY_DRAIN_TIMEOUT="0") as supervised, supervised.client() as streaming:
+    with (
+        Supervised(tmp_path, sandbox, XAI_PROXY_DRAIN_TIMEOUT="0") as supervised,
+        supervised.client() as streaming,
+    ):
         supervised.stop_reading()
         open_stream(streaming)
 
@@ -370,6 +451,7 @@ def test_a_stdout_that_nobody_reads_stops_no_request(tmp_path, sandbox):
                 for _ in range(times):
                     ask_for_nothing(client)
                     assert client.ask("GET", "/v1/models").status == 200
+
         with futures.ThreadPoolExecutor(4) as pool:
             list(pool.map(ask, [7] * 4))
         while not streaming.silent():  # events from before
@@ -408,7 +490,9 @@ def test_without_a_reader_programs_are_restarted_and_signals_obeyed(tmp_path, sa
     """When stdout takes no more, and when its reader is gone: EPIPE, and EIO of a terminal."""
     port = free_port()
     conf = edited_conf(tmp_path, startsecs=0)
-    with Supervised(tmp_path, sandbox, pipe=pipe, conf=conf, XAI_PROXY_PORT=str(port)) as supervised:
+    with Supervised(
+        tmp_path, sandbox, pipe=pipe, conf=conf, XAI_PROXY_PORT=str(port)
+    ) as supervised:
         wait_for_models(port)
         supervised.stop_reading()
         with Client(port) as client:
@@ -420,7 +504,11 @@ def test_without_a_reader_programs_are_restarted_and_signals_obeyed(tmp_path, sa
         supervised.read_on()
         with Client(port) as client:
             ask_for_nothing(client)
-        children = Path(f"/proc/{supervised.process.pid}/task/{supervised.process.pid}/children").read_text().split()
+        children = (
+            Path(f"/proc/{supervised.process.pid}/task/{supervised.process.pid}/children")
+            .read_text()
+            .split()
+        )
         os.kill(int(children[-1]), signal.SIGKILL)
         wait_for_models(port)
         supervised.signal(signal.SIGTERM)
@@ -435,6 +523,7 @@ def test_a_stdout_that_is_a_file_gets_every_line(tmp_path, sandbox):
         end, writer = os.pipe()
         os.close(writer)
         return end, os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+
     port = free_port()
     with Supervised(tmp_path, sandbox, pipe=file, XAI_PROXY_PORT=str(port)) as supervised:
         wait_for_models(port)
@@ -442,5 +531,11 @@ def test_a_stdout_that_is_a_file_gets_every_line(tmp_path, sandbox):
         assert supervised.process.wait(30) == 0
     lines = log.read_text().splitlines()
     assert all(line.startswith(("{", "20")) for line in lines)
-    for said in ("spawned: 'proxy'", '"path": "/v1/models"', "waiting for", "stopped: proxy", "stopped: refresher"):
+    for said in (
+        "spawned: 'proxy'",
+        '"path": "/v1/models"',
+        "waiting for",
+        "stopped: proxy",
+        "stopped: refresher",
+    ):
         assert any(said in line for line in lines), lines

@@ -17,12 +17,16 @@ from xaiproxy.token_store import TokenStore
 
 LOGIN = {"access_token": "access", "refresh_token": "refresh", "expires_at": 2000}
 CLIENT = config.DEFAULT_CLIENT_ID
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
+needs_root = pytest.mark.skipif(
+    os.geteuid() != 0, reason="only root can give a file to another user"
+)
 
 
 def make_store(folder, **settings) -> TokenStore:
-    environ = {"XAI_PROXY_TOKEN_PATH": str(folder / "tokens.json"),
-               **{f"XAI_PROXY_{name.upper()}": value for name, value in settings.items()}}
+    environ = {
+        "XAI_PROXY_TOKEN_PATH": str(folder / "tokens.json"),
+        **{f"XAI_PROXY_{name.upper()}": value for name, value in settings.items()},
+    }
     return TokenStore(config.from_environ(environ, dotenv_path=os.devnull))
 
 
@@ -48,6 +52,7 @@ def state(store) -> str:
 
 # reading
 
+
 def test_a_login_is_loaded(store):
     put(store)
     assert store.load() == store.current() == tokens.from_json(json.dumps(LOGIN))
@@ -57,8 +62,13 @@ def test_current_reads_again_only_when_the_file_is_another(store):
     put(store)
     first = store.current()
     assert store.current() is first
-    (store.path.parent / "next").write_text(json.dumps({**LOGIN, "access_token": "newone"}))  # the same size
-    os.utime(store.path.parent / "next", ns=(store.path.stat().st_atime_ns, store.path.stat().st_mtime_ns))
+    (store.path.parent / "next").write_text(
+        json.dumps({**LOGIN, "access_token": "newone"})
+    )  # the same size
+    os.utime(
+        store.path.parent / "next",
+        ns=(store.path.stat().st_atime_ns, store.path.stat().st_mtime_ns),
+    )
     os.replace(store.path.parent / "next", store.path)
     assert store.current().access_token == "newone"
 
@@ -110,8 +120,12 @@ print(reads, len(seen))
 
 def test_ten_thousand_reads_against_five_hundred_renames_see_no_torn_file(store):
     put(store, access_token="access0", refresh_token="refresh0", filling="0" * 6000)
-    readers = [subprocess.Popen([sys.executable, "-c", READER, store.path], stdout=subprocess.PIPE, text=True)
-               for _ in range(2)]
+    readers = [
+        subprocess.Popen(
+            [sys.executable, "-c", READER, store.path], stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
     subprocess.run([sys.executable, "-c", WRITER, store.path], check=True, timeout=60)
     for reader in readers:
         reads, seen = map(int, reader.communicate(timeout=60)[0].split())
@@ -121,6 +135,7 @@ def test_ten_thousand_reads_against_five_hundred_renames_see_no_torn_file(store)
 
 # what upstream refused
 
+
 def test_a_refusal_that_was_reported_counts_until_it_is_withdrawn(store):
     put(store)
     login = store.load()
@@ -128,14 +143,20 @@ def test_a_refusal_that_was_reported_counts_until_it_is_withdrawn(store):
     store.ask_refresh("another")
     assert not store.is_refused(login, time.time())
     store.ask_refresh("access")
-    assert store.is_refused(login, time.time()) and make_store(store.path.parent).is_refused(login, time.time())
+    assert store.is_refused(login, time.time()) and make_store(store.path.parent).is_refused(
+        login, time.time()
+    )
     for step in (-3600, 3600):  # a note of another hour, or one that nobody repeats
         assert not make_store(store.path.parent).is_refused(login, time.time() + step)
     now = store.refused_path.stat().st_mtime
     store.withdraw(now + token_store.NOTE_TIME - 1)  # the refresher may not have seen it
     assert store.is_refused(login, time.time())
     store.withdraw(now + token_store.NOTE_TIME)
-    assert not store.is_refused(login, time.time()) and store.refused is None and not store.refused_path.exists()
+    assert (
+        not store.is_refused(login, time.time())
+        and store.refused is None
+        and not store.refused_path.exists()
+    )
 
 
 def test_a_report_about_another_token_is_left_alone(store):
@@ -149,12 +170,15 @@ def test_a_report_about_another_token_is_left_alone(store):
 def test_a_refusal_that_could_not_be_reported_counts_for_a_minute(store):
     put(store)
     store.remember_refusal("access")
-    assert store.is_refused(store.load(), time.time()) and not make_store(store.path.parent).is_refused(store.load(), time.time())
+    assert store.is_refused(store.load(), time.time()) and not make_store(
+        store.path.parent
+    ).is_refused(store.load(), time.time())
     store._refused_at -= token_store.REFUSAL_TIME
     assert not store.is_refused(store.load(), time.time())
 
 
 # states
+
 
 def test_what_cannot_be_opened_is_unreadable(store):
     os.mkdir(store.path)
@@ -184,13 +208,19 @@ def test_a_file_without_permission_is_unreadable():
         os.chmod(folder, 0o711)
         path = os.path.join(folder, "tokens.json")
         os.close(os.open(path, os.O_CREAT, 0o000))
-        said = subprocess.run([sys.executable, "-c", NOBODY, path], capture_output=True, text=True).stdout
+        said = subprocess.run(
+            [sys.executable, "-c", NOBODY, path], capture_output=True, text=True
+        ).stdout
     state, user, sentence = said.split(" ", 2)
     assert state == "unreadable"
-    assert sentence == f"{path} cannot be read (Permission denied); make it readable for user {user}\n"
+    assert (
+        sentence == f"{path} cannot be read (Permission denied); make it readable for user {user}\n"
+    )
 
 
-@pytest.mark.parametrize("content", ["", "{", "secret", '{"access_token": "secret secret"}', " " * (1 << 20) + "{}"])
+@pytest.mark.parametrize(
+    "content", ["", "{", "secret", '{"access_token": "secret secret"}', " " * (1 << 20) + "{}"]
+)
 def test_what_does_not_parse_is_corrupt(store, content):
     store.path.write_text(content)
     assert state(store) == "corrupt"
@@ -225,7 +255,9 @@ def test_a_mounted_secret_is_followed_when_the_kubelet_swaps_it(store):
     folder = store.path.parent
     for name in ("1", "2"):
         (folder / name).mkdir()
-        (folder / name / "tokens.json").write_text(json.dumps({**LOGIN, "refresh_token": None, "access_token": name}))
+        (folder / name / "tokens.json").write_text(
+            json.dumps({**LOGIN, "refresh_token": None, "access_token": name})
+        )
     (folder / "..data").symlink_to("1")
     store.path.symlink_to("..data/tokens.json")
     assert store.current().access_token == "1"
@@ -255,21 +287,51 @@ def test_xais_login_goes_to_xai_only(tmp_path):
     assert state(store) == "foreign"
 
 
-@pytest.mark.parametrize("url, good", [
-    ("https://x.ai", True), ("https://api.x.ai/v1", True), ("https://API.X.AI", True), ("https://api.x.ai:443", True),
-    ("http://api.x.ai", False), ("https://evilx.ai", False), ("https://x.ai.evil.example", False),
-    ("https://api.x.ai@evil.example", False), ("https://user@api.x.ai", False), ("https://api.x.ai:444", False),
-    ("https://", False), ("api.x.ai", False), ("https://x.ai.", False), ("https://api.x.ai.:443", False),
-    ("https://api.x.ai:443@evil.example", False), ("https://evil.example/.x.ai", False), ("https://evil.example?.x.ai", False),
-    ("https://evil.example#.x.ai", False), ("https://xn--x-7fa.ai", False), ("https://api.x\uff0eai", False),
-    ("https://api-x.ai", False), ("//api.x.ai", False), ("wss://api.x.ai", False), ("https://[::1].x.ai", False)])
+@pytest.mark.parametrize(
+    "url, good",
+    [
+        ("https://x.ai", True),
+        ("https://api.x.ai/v1", True),
+        ("https://API.X.AI", True),
+        ("https://api.x.ai:443", True),
+        ("http://api.x.ai", False),
+        ("https://evilx.ai", False),
+        ("https://x.ai.evil.example", False),
+        ("https://api.x.ai@evil.example", False),
+        ("https://user@api.x.ai", False),
+        ("https://api.x.ai:444", False),
+        ("https://", False),
+        ("api.x.ai", False),
+        ("https://x.ai.", False),
+        ("https://api.x.ai.:443", False),
+        ("https://api.x.ai:443@evil.example", False),
+        ("https://evil.example/.x.ai", False),
+        ("https://evil.example?.x.ai", False),
+        ("https://evil.example#.x.ai", False),
+        ("https://xn--x-7fa.ai", False),
+        ("https://api.x\uff0eai", False),
+        ("https://api-x.ai", False),
+        ("//api.x.ai", False),
+        ("wss://api.x.ai", False),
+        ("https://[::1].x.ai", False),
+    ],
+)
 def test_is_xai(url, good):
     assert token_store.is_xai(url) is good
 
 
-@pytest.mark.parametrize("owner, mode, said", [
-    (0, 0o700, ""), (0, 0o755, ""), (0, 0o1777, ""), (0, 0o770, "chmod go-w"), (0, 0o702, "chmod go-w"),
-    (12345, 0o700, "belongs to user 12345"), (12345, 0o1777, "belongs to user 12345")])
+@pytest.mark.parametrize(
+    "owner, mode, said",
+    [
+        (0, 0o700, ""),
+        (0, 0o755, ""),
+        (0, 0o1777, ""),
+        (0, 0o770, "chmod go-w"),
+        (0, 0o702, "chmod go-w"),
+        (12345, 0o700, "belongs to user 12345"),
+        (12345, 0o1777, "belongs to user 12345"),
+    ],
+)
 @needs_root
 def test_who_else_could_replace_what_is_in_a_folder(tmp_path, owner, mode, said):
     os.chown(tmp_path, owner, 0)
@@ -279,6 +341,7 @@ def test_who_else_could_replace_what_is_in_a_folder(tmp_path, owner, mode, said)
 
 
 # the proxy's request and the refresher's sign of life
+
 
 def test_the_note_names_the_refused_token_without_telling_it(store):
     assert store.asked_for() is None
@@ -298,8 +361,13 @@ def test_a_note_that_cannot_be_written_is_told_and_leaves_nothing(store):
 def test_the_refresher_is_alive_while_the_locks_time_is_recent(store):
     assert (store.refresher_age(100), store.refresher_alive(100)) == (None, False)
     store.lock_path.touch()
-    for touched, now, age, alive in [(1000, 1059.9, 59.9, True), (1000, 1060, 60, False), (1000, 940.1, -59.9, True),
-                                     (1000, 900, -100, False), (0, 10, None, False)]:
+    for touched, now, age, alive in [
+        (1000, 1059.9, 59.9, True),
+        (1000, 1060, 60, False),
+        (1000, 940.1, -59.9, True),
+        (1000, 900, -100, False),
+        (0, 10, None, False),
+    ]:
         os.utime(store.lock_path, (touched, touched))
         assert store.refresher_age(now) == (age if age is None else pytest.approx(age))
         assert store.refresher_alive(now) is alive
@@ -308,6 +376,7 @@ def test_the_refresher_is_alive_while_the_locks_time_is_recent(store):
 
 
 # a read that fails
+
 
 @contextlib.contextmanager
 def no_descriptor():
@@ -351,11 +420,19 @@ def test_the_last_login_is_known_while_the_file_cannot_be_read(store):
             with pytest.raises(errors.LoginUnread):
                 store.load()
             assert store.last_known() is store.last_known() is before
-        assert store.last_known() == store.current() and store.current().access_token == f"access-{number}"
+        assert (
+            store.last_known() == store.current()
+            and store.current().access_token == f"access-{number}"
+        )
 
 
-@pytest.mark.parametrize("arrange, state", [
-    (lambda store: store.path.unlink(), "missing"), (lambda store: store.path.write_text("{"), "corrupt")])
+@pytest.mark.parametrize(
+    "arrange, state",
+    [
+        (lambda store: store.path.unlink(), "missing"),
+        (lambda store: store.path.write_text("{"), "corrupt"),
+    ],
+)
 def test_a_login_that_was_removed_is_not_known_any_more(store, arrange, state):
     put(store)
     store.last_known()

@@ -26,7 +26,11 @@ NEW = tokens.Tokens("new", 3000, "new-refresh", extra={"theirs": 1})
 
 
 def make_store(folder) -> TokenStore:
-    return TokenStore(config.from_environ({"XAI_PROXY_TOKEN_PATH": str(folder / "tokens.json")}, dotenv_path=os.devnull))
+    return TokenStore(
+        config.from_environ(
+            {"XAI_PROXY_TOKEN_PATH": str(folder / "tokens.json")}, dotenv_path=os.devnull
+        )
+    )
 
 
 @pytest.fixture
@@ -39,7 +43,7 @@ def save(store, login):
         writer.save(login)
 
 
-def files(store) -> "list[str]":
+def files(store) -> list[str]:
     return sorted(os.listdir(store.path.parent))
 
 
@@ -48,6 +52,7 @@ def leave_behind(store, text):
 
 
 # saving
+
 
 def test_a_save_is_0600_whatever_the_umask_and_leaves_nothing_beside_it(store):
     umask = os.umask(0)
@@ -69,7 +74,9 @@ def test_a_save_names_the_refresh_token_that_it_succeeds(store):
 
 
 def test_unknown_keys_survive_a_rewrite(store):
-    store.path.write_text(json.dumps({"access_token": "a", "expires_at": 1, "theirs": {"deep": [None, "é"]}}))
+    store.path.write_text(
+        json.dumps({"access_token": "a", "expires_at": 1, "theirs": {"deep": [None, "é"]}})
+    )
     save(store, store.load())
     assert json.loads(store.path.read_text())["theirs"] == {"deep": [None, "é"]}
 
@@ -93,7 +100,9 @@ def test_remove_leaves_only_the_lock(store):
     save(store, OLD)
     store.ask_refresh("old")
     (store.path.parent / "tokens.json.corrupt-5").touch()
-    (store.path.parent / "tokens.json.refused.0123").touch()  # of a proxy that was killed while it asked
+    (
+        store.path.parent / "tokens.json.refused.0123"
+    ).touch()  # of a proxy that was killed while it asked
     (store.path.parent / "client-keys").touch()
     (store.path.parent / "tokens.json.txt").touch()
     with token_writer.locked(store, 0) as writer:
@@ -113,13 +122,16 @@ def test_a_folder_in_the_files_place_is_told(store):
 
 # the folder
 
+
 def test_the_folder_is_made_for_us_alone(tmp_path):
     store = make_store(tmp_path / "a" / "b")
     token_writer.prepare_folder(store)
     assert stat.S_IMODE((tmp_path / "a" / "b").stat().st_mode) == 0o700
 
 
-@pytest.mark.parametrize("mode, warned", [(0o700, 0), (0o755, 0), (0o770, 1), (0o707, 1), (0o1777, 0)])
+@pytest.mark.parametrize(
+    "mode, warned", [(0o700, 0), (0o755, 0), (0o770, 1), (0o707, 1), (0o1777, 0)]
+)
 def test_a_folder_that_exists_is_never_changed_only_warned_about(store, mode, warned, caplog):
     store.path.parent.chmod(mode)
     token_writer.prepare_folder(store)
@@ -134,8 +146,15 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path):
             use(make_store(tmp_path / "file" / "sub"))
 
 
-@pytest.mark.parametrize("mode, said", [(0o600, ""), (0o400, ""), (0o640, "(mode 0640); its mode is now 0600"),
-                                        (0o604, "(mode 0604); its mode is now 0600")])
+@pytest.mark.parametrize(
+    "mode, said",
+    [
+        (0o600, ""),
+        (0o400, ""),
+        (0o640, "(mode 0640); its mode is now 0600"),
+        (0o604, "(mode 0604); its mode is now 0600"),
+    ],
+)
 def test_a_mode_that_lets_others_in_is_put_right(store, mode, said):
     save(store, OLD)
     store.path.chmod(mode)
@@ -158,8 +177,12 @@ sys.stdin.read()
 @pytest.fixture
 def holder(store):
     """Another process that holds the lock until its stdin ends, or it is killed."""
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, store.lock_path], text=True,
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, store.lock_path],
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
     assert process.stdout.readline() == "held\n"
     yield process
     process.kill()
@@ -171,8 +194,12 @@ def holder(store):
 def test_a_lock_held_elsewhere_is_busy_after_the_wait(store, holder):
     pauses = []
     begin = time.monotonic()
-    with pytest.raises(errors.LockBusy, match=r"tokens.json.lock has been held .* for 0.3 s") as caught:
-        with token_writer.locked(store, 0.3, lambda seconds: (pauses.append(seconds), time.sleep(seconds))):
+    with pytest.raises(
+        errors.LockBusy, match=r"tokens.json.lock has been held .* for 0.3 s"
+    ) as caught:
+        with token_writer.locked(
+            store, 0.3, lambda seconds: (pauses.append(seconds), time.sleep(seconds))
+        ):
             pytest.fail("two held it")
     assert caught.value.exit_code == 75
     assert 0.3 <= time.monotonic() - begin < 2 and 2 <= len(pauses) <= 4 and max(pauses) <= 0.1
@@ -188,6 +215,7 @@ def test_a_lock_is_had_as_soon_as_its_holder_ends(store, holder, end):
 def test_what_pause_raises_ends_the_wait(store, holder):
     def pause(seconds):
         raise InterruptedError
+
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(InterruptedError):
         with token_writer.locked(store, 10, pause):
@@ -227,15 +255,25 @@ def test_a_link_in_the_locks_place_is_told_and_not_followed(store, tmp_path):
 
 # left-overs
 
-@pytest.mark.parametrize("text, adopted", [
-    (NEW.to_json(fingerprint("old-refresh")), True),
-    (NEW.to_json(fingerprint("old-refresh")) + " " * token_writer.RESERVE, True),  # killed before it was cut off
-    (NEW.to_json(fingerprint("another")), False),  # of a login that has been replaced since
-    (NEW.to_json(None), False),
-    (NEW.to_json(fingerprint("old-refresh"))[:-3], False),
-    (" " * token_writer.RESERVE, False),
-    ("", False)])
-def test_a_leftover_is_adopted_only_if_it_is_whole_and_succeeds_what_is_there(store, text, adopted, caplog):
+
+@pytest.mark.parametrize(
+    "text, adopted",
+    [
+        (NEW.to_json(fingerprint("old-refresh")), True),
+        (
+            NEW.to_json(fingerprint("old-refresh")) + " " * token_writer.RESERVE,
+            True,
+        ),  # killed before it was cut off
+        (NEW.to_json(fingerprint("another")), False),  # of a login that has been replaced since
+        (NEW.to_json(None), False),
+        (NEW.to_json(fingerprint("old-refresh"))[:-3], False),
+        (" " * token_writer.RESERVE, False),
+        ("", False),
+    ],
+)
+def test_a_leftover_is_adopted_only_if_it_is_whole_and_succeeds_what_is_there(
+    store, text, adopted, caplog
+):
     save(store, OLD)
     leave_behind(store, text)
     with token_writer.locked(store, 0):
@@ -245,7 +283,9 @@ def test_a_leftover_is_adopted_only_if_it_is_whole_and_succeeds_what_is_there(st
 
 
 @pytest.mark.parametrize("mark, adopted", [(None, True), (fingerprint("old-refresh"), False)])
-def test_a_leftover_first_login_is_adopted_but_no_refreshed_one_comes_back_after_signing_out(store, mark, adopted):
+def test_a_leftover_first_login_is_adopted_but_no_refreshed_one_comes_back_after_signing_out(
+    store, mark, adopted
+):
     leave_behind(store, NEW.to_json(mark))
     with token_writer.locked(store, 0):
         assert store.path.exists() is adopted
@@ -259,7 +299,9 @@ def test_another_users_leftover_is_left_alone(store):
     os.chown(store.new_path, 12345, 12345)
     with pytest.raises(errors.StorageError, match="user 12345"), token_writer.locked(store, 0):
         pass
-    assert store.load() == OLD and store.new_path.exists()  # it may be the only copy of that user's login
+    assert (
+        store.load() == OLD and store.new_path.exists()
+    )  # it may be the only copy of that user's login
 
 
 def test_a_leftover_is_not_put_in_the_place_of_a_link(store):
@@ -281,6 +323,7 @@ def test_what_is_no_file_in_the_leftovers_place_is_told(store, make):
 
 
 # the rehearsed save
+
 
 def test_a_rehearsal_leaves_the_login_and_room_for_its_successor(store):
     save(store, OLD)
@@ -328,15 +371,23 @@ def test_a_login_put_there_without_the_lock_meanwhile_is_kept(store):
         theirs.rename(store.path)
         with pytest.raises(errors.LoginUnusable, match="replaced or"):
             reserved.commit(NEW)
-    assert store.load().access_token == "theirs" and files(store) == ["tokens.json", "tokens.json.lock"]
+    assert store.load().access_token == "theirs" and files(store) == [
+        "tokens.json",
+        "tokens.json.lock",
+    ]
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-@pytest.mark.parametrize("write", [lambda writer: writer.rehearse(OLD), lambda writer: writer.save(OLD, over=OLD)])
+@pytest.mark.parametrize(
+    "write", [lambda writer: writer.rehearse(OLD), lambda writer: writer.save(OLD, over=OLD)]
+)
 def test_a_login_put_there_before_the_rehearsal_is_kept(store, write):
     save(store, NEW)
     before = len(os.listdir("/proc/self/fd"))
-    with token_writer.locked(store, 0) as writer, pytest.raises(errors.LoginUnusable, match="replaced or"):
+    with (
+        token_writer.locked(store, 0) as writer,
+        pytest.raises(errors.LoginUnusable, match="replaced or"),
+    ):
         write(writer)
     assert store.load() == NEW and files(store) == ["tokens.json", "tokens.json.lock"]
     assert len(os.listdir("/proc/self/fd")) == before
@@ -361,7 +412,9 @@ def replaced_by_a_link(store):
     store.new_path.symlink_to(store.path.parent.parent / "theirs")
 
 
-@pytest.mark.parametrize("change", [tidied_away, moved, replaced_by_a_strangers, replaced_by_a_link])
+@pytest.mark.parametrize(
+    "change", [tidied_away, moved, replaced_by_a_strangers, replaced_by_a_link]
+)
 def test_a_reserve_that_is_not_at_its_path_any_more_is_made_anew(store, change):
     save(store, OLD)
     with token_writer.locked(store, 0) as writer:
@@ -419,6 +472,7 @@ def test_a_removed_folder_is_a_sign_out(store):
 
 # the lock, and somebody who removes its file
 
+
 def test_a_lock_file_that_is_removed_lets_nobody_else_in(store):
     save(store, OLD)
     with token_writer.locked(store, 0):
@@ -438,18 +492,23 @@ def test_a_lock_file_that_is_replaced_while_it_is_waited_for_is_locked_anew(stor
         def pause(_):
             store.lock_path.unlink(missing_ok=True)
             stack.close()
+
         with token_writer.locked(store, 10, pause) as writer:
             assert writer._lock.is_real()
             with pytest.raises(errors.LockBusy), token_writer.locked(store, 0):
                 pass
 
 
-@pytest.mark.parametrize("change", [lambda path: path.unlink(), lambda path: (path.unlink(), path.touch())])
+@pytest.mark.parametrize(
+    "change", [lambda path: path.unlink(), lambda path: (path.unlink(), path.touch())]
+)
 def test_a_rehearsal_fails_when_the_lock_file_is_gone(store, change):
     save(store, OLD)
     with token_writer.locked(store, 0) as writer:
         change(store.lock_path)
-        with pytest.raises(errors.StorageError, match="was removed or replaced while it was locked"):
+        with pytest.raises(
+            errors.StorageError, match="was removed or replaced while it was locked"
+        ):
             writer.rehearse(OLD)
     assert store.load() == OLD and "tokens.json.new" not in files(store)
 
@@ -462,6 +521,7 @@ def test_a_file_that_somebody_makes_where_we_are_about_to_is_not_written_to(stor
         while not done.is_set():
             with contextlib.suppress(FileExistsError):
                 os.close(os.open(store.new_path, os.O_CREAT | os.O_EXCL, 0o644))
+
     intruder = threading.Thread(target=intrude)
     with token_writer.locked(store, 0):
         intruder.start()
@@ -497,18 +557,27 @@ with token_writer.locked(store, 0) as writer:
 """
 SAVING = "openat,write,fsync,ftruncate,rename,unlink"
 strace = pytest.mark.skipif(
-    shutil.which("strace") is None or subprocess.run(["strace", "-o", os.devnull, "true"], capture_output=True).returncode,
-    reason="strace is not installed, or not permitted here")
+    shutil.which("strace") is None
+    or subprocess.run(["strace", "-o", os.devnull, "true"], capture_output=True).returncode,
+    reason="strace is not installed, or not permitted here",
+)
 
 
 @strace
 def test_a_beat_sets_our_own_time(store, tmp_path):
     """A file server that sets its own time, two minutes ahead, would have the refresher look dead for ever."""
-    code = "import os, sys; from xaiproxy import config, token_store, token_writer; token_writer.beat(" \
+    code = (
+        "import os, sys; from xaiproxy import config, token_store, token_writer; token_writer.beat("
         "token_store.TokenStore(config.from_environ(os.environ)))"
+    )
     trace = tmp_path / "trace"
-    subprocess.run(["strace", "-e", "utimensat", "-o", trace, sys.executable, "-W", "error", "-c", code], check=True,
-                   timeout=20, env={"XAI_PROXY_TOKEN_PATH": str(store.path), "PYTHONPATH": os.getcwd()}, cwd="/")
+    subprocess.run(
+        ["strace", "-e", "utimensat", "-o", trace, sys.executable, "-W", "error", "-c", code],
+        check=True,
+        timeout=20,
+        env={"XAI_PROXY_TOKEN_PATH": str(store.path), "PYTHONPATH": os.getcwd()},
+        cwd="/",
+    )
     beat = [line for line in trace.read_text().splitlines() if line.startswith("utimensat")][-1]
     times = [int(seconds) for seconds in re.findall(r"tv_sec=(\d+)", beat)]
     assert len(times) == 2 and all(abs(time.time() - seconds) < 60 for seconds in times)
@@ -520,8 +589,24 @@ def run_child(store, *inject, leftover=""):
     if leftover:
         leave_behind(store, leftover)
     log = store.path.parent.parent / f"{store.path.parent.name}.strace"
-    done = subprocess.run(["strace", "-o", log, *(f"-P{path}" for path in paths), "-e", f"trace={SAVING}", *inject,
-                           sys.executable, "-c", CHILD, store.path], capture_output=True, text=True, timeout=30)
+    done = subprocess.run(
+        [
+            "strace",
+            "-o",
+            log,
+            *(f"-P{path}" for path in paths),
+            "-e",
+            f"trace={SAVING}",
+            *inject,
+            sys.executable,
+            "-c",
+            CHILD,
+            store.path,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
     return done, re.findall(rf"^({SAVING.replace(',', '|')})\(", log.read_text(), re.MULTILINE)
 
 
@@ -529,7 +614,7 @@ def every_call(tmp_path):
     """(name, n) of each system call by which a login is saved, in order."""
     done, calls = run_child(make_store(tmp_path / "whole"))
     assert done.returncode == 0, done.stderr
-    return [(name, calls[:index + 1].count(name)) for index, name in enumerate(calls)]
+    return [(name, calls[: index + 1].count(name)) for index, name in enumerate(calls)]
 
 
 @strace
@@ -546,17 +631,29 @@ def test_a_leftover_is_synced_before_it_is_adopted(tmp_path):
     store = make_store(tmp_path / "left")
     done, calls = run_child(store, leftover=NEW.to_json(fingerprint("old-refresh")))
     assert done.returncode == 0, done.stderr
-    assert [name for name in calls if name not in ("openat", "unlink")][:3] == ["fsync", "rename", "fsync"]
+    assert [name for name in calls if name not in ("openat", "unlink")][:3] == [
+        "fsync",
+        "rename",
+        "fsync",
+    ]
 
 
 @strace
 def test_where_a_folder_cannot_be_locked_the_file_is(tmp_path):
     (tmp_path / "folder").mkdir()
-    done, _ = run_child(make_store(tmp_path / "folder"), "-e", "trace=flock", "-e", "inject=flock:error=EOPNOTSUPP:when=2")
+    done, _ = run_child(
+        make_store(tmp_path / "folder"),
+        "-e",
+        "trace=flock",
+        "-e",
+        "inject=flock:error=EOPNOTSUPP:when=2",
+    )
     assert done.returncode == 0, done.stderr
     assert "EOPNOTSUPP" in (tmp_path / "folder.strace").read_text()
     (tmp_path / "neither").mkdir()
-    done, _ = run_child(make_store(tmp_path / "neither"), "-e", "trace=flock", "-e", "inject=flock:error=EOPNOTSUPP")
+    done, _ = run_child(
+        make_store(tmp_path / "neither"), "-e", "trace=flock", "-e", "inject=flock:error=EOPNOTSUPP"
+    )
     assert "tokens.json.lock cannot be written: Operation not supported" in done.stderr
 
 
@@ -566,7 +663,9 @@ def test_a_folder_that_cannot_be_synced_after_the_rename_is_told_as_that(tmp_pat
     (tmp_path / "whole").mkdir()
     last = [name for name, _ in every_call(tmp_path)].count("fsync")
     (tmp_path / "folder").mkdir()
-    done, _ = run_child(make_store(tmp_path / "folder"), "-e", f"inject=fsync:error=EIO:when={last}")
+    done, _ = run_child(
+        make_store(tmp_path / "folder"), "-e", f"inject=fsync:error=EIO:when={last}"
+    )
     assert done.returncode == 0 and "is made, but a power cut could undo it" in done.stdout
 
 
@@ -584,11 +683,16 @@ def test_an_error_of_any_system_call_loses_nothing(tmp_path):
         spent = (store.path.parent / "spent").exists()
         # Either nothing was spent and one sentence says why, or it was saved, by the second attempt at the latest.
         if done.returncode:
-            assert re.search(r"^xaiproxy\.errors\.\w+: .*Input/output error", done.stderr, re.MULTILINE), done.stderr
+            assert re.search(
+                r"^xaiproxy\.errors\.\w+: .*Input/output error", done.stderr, re.MULTILINE
+            ), done.stderr
         assert spent is (done.returncode == 0) and done.stdout.count("again:") <= 1
         for _ in range(2):
             assert store.load() == (NEW if spent else OLD), call
-            assert {name for name in files(store) if name != "spent"} == {"tokens.json", "tokens.json.lock"}
+            assert {name for name in files(store) if name != "spent"} == {
+                "tokens.json",
+                "tokens.json.lock",
+            }
             with token_writer.locked(store, 0):
                 pass
         return "saved again" if done.stdout else "saved" if spent else "not spent"

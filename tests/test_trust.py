@@ -13,14 +13,17 @@ from pathlib import Path
 import pytest
 
 from xaiproxy import config, errors, trust
-from xaiproxy.oauth.session import Session
 from xaiproxy.http1.upstream import Upstream
+from xaiproxy.oauth.session import Session
 
 ROOT = Path(__file__).parents[1]
 KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
 CA = ("basicConstraints=critical,CA:TRUE", "keyUsage=critical,keyCertSign")
 NAMED = ("subjectAltName=IP:127.0.0.1",)
-NO_IDS = ("authorityKeyIdentifier=none", "subjectKeyIdentifier=none")  # which openssl adds by itself otherwise
+NO_IDS = (
+    "authorityKeyIdentifier=none",
+    "subjectKeyIdentifier=none",
+)  # which openssl adds by itself otherwise
 
 
 class Authority:
@@ -28,18 +31,47 @@ class Authority:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.openssl("req", "-x509", *KEY, "-keyout", "ca.key", "-out", "ca.pem", "-days", "2", "-subj", "/CN=the CA",
-                     *(word for line in CA for word in ("-addext", line)))
+        self.openssl(
+            "req",
+            "-x509",
+            *KEY,
+            "-keyout",
+            "ca.key",
+            "-out",
+            "ca.pem",
+            "-days",
+            "2",
+            "-subj",
+            "/CN=the CA",
+            *(word for line in CA for word in ("-addext", line)),
+        )
 
     def openssl(self, *arguments: str) -> None:
         subprocess.run(["openssl", *arguments], cwd=self.folder, check=True, capture_output=True)
 
-    def sign(self, name: str, extensions: "tuple[str, ...]", by: str = "ca", days: int = 2) -> None:
+    def sign(self, name: str, extensions: tuple[str, ...], by: str = "ca", days: int = 2) -> None:
         """Make `name`.key and `name`.pem, signed with `by`.key."""
         (self.folder / f"{name}.ext").write_text("".join(f"{line}\n" for line in extensions))
-        self.openssl("req", *KEY, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
-        self.openssl("x509", "-req", "-in", f"{name}.csr", "-CA", f"{by}.pem", "-CAkey", f"{by}.key", "-CAcreateserial",
-                     "-out", f"{name}.pem", "-days", str(days), "-extfile", f"{name}.ext")
+        self.openssl(
+            "req", *KEY, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}"
+        )
+        self.openssl(
+            "x509",
+            "-req",
+            "-in",
+            f"{name}.csr",
+            "-CA",
+            f"{by}.pem",
+            "-CAkey",
+            f"{by}.key",
+            "-CAcreateserial",
+            "-out",
+            f"{name}.pem",
+            "-days",
+            str(days),
+            "-extfile",
+            f"{name}.ext",
+        )
 
     def path(self, *names: str) -> Path:
         """A file that holds all these."""
@@ -60,8 +92,21 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
     made.sign("no-ca", NAMED)
     made.sign("below-no-ca", NAMED, by="no-ca")
     made.sign("named", ("subjectAltName=IP:127.0.0.1,DNS:issuer.test", *NO_IDS))
-    made.openssl("req", "-x509", *KEY, "-keyout", "stranger.key", "-out", "stranger.pem", "-days", "2", "-subj",
-                 "/CN=stranger", "-addext", NAMED[0])
+    made.openssl(
+        "req",
+        "-x509",
+        *KEY,
+        "-keyout",
+        "stranger.key",
+        "-out",
+        "stranger.pem",
+        "-days",
+        "2",
+        "-subj",
+        "/CN=stranger",
+        "-addext",
+        NAMED[0],
+    )
     return made
 
 
@@ -79,7 +124,10 @@ def serving(authority: Authority, name: str, *chain: str):
             except OSError:
                 return
             connection.settimeout(10)
-            with contextlib.suppress(OSError), context.wrap_socket(connection, server_side=True) as tls:
+            with (
+                contextlib.suppress(OSError),
+                context.wrap_socket(connection, server_side=True) as tls,
+            ):
                 while tls.recv(65536)[-4:] not in (b"\r\n\r\n", b""):
                     pass
                 tls.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}")
@@ -95,9 +143,15 @@ def serving(authority: Authority, name: str, *chain: str):
         thread.join()
 
 
-def settings(port: int, ca: "Path | None", **environ: str) -> config.Config:
-    return config.from_environ({"XAI_PROXY_UPSTREAM": f"https://127.0.0.1:{port}", **environ,
-                                **({"SSL_CERT_FILE": str(ca)} if ca else {})}, dotenv_path=os.devnull)
+def settings(port: int, ca: Path | None, **environ: str) -> config.Config:
+    return config.from_environ(
+        {
+            "XAI_PROXY_UPSTREAM": f"https://127.0.0.1:{port}",
+            **environ,
+            **({"SSL_CERT_FILE": str(ca)} if ca else {}),
+        },
+        dotenv_path=os.devnull,
+    )
 
 
 def of_issuer(settings: config.Config) -> str:
@@ -118,8 +172,12 @@ def of_upstream(settings: config.Config) -> str:
 
 
 def of_curl(settings: config.Config) -> str:
-    done = subprocess.run(["curl", "-sS", "--noproxy", "*", "--cacert", settings.egress.ca_file, settings.upstream],
-                          capture_output=True, text=True, timeout=20)
+    done = subprocess.run(
+        ["curl", "-sS", "--noproxy", "*", "--cacert", settings.egress.ca_file, settings.upstream],
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
     assert done.returncode in (0, 60), done.stderr
     return done.stderr
 
@@ -133,9 +191,21 @@ CASES = {
     "a careless intermediate CA alone is named": (["below-careless"], ["careless-ca"], ""),
     "the certificate itself is named": (["no-aki"], ["no-aki"], ""),
     "a self-signed one is named": (["stranger"], ["stranger"], ""),
-    "another CA": (["usual"], ["stranger"], "the CA certificate that it needs is not in {ca} (SSL_CERT_FILE)"),
-    "a self-signed one": (["stranger"], ["ca"], "the CA certificate that it needs is not in {ca} (SSL_CERT_FILE)"),
-    "another address": (["other-address"], ["ca"], "another server, or a proxy of your network, answers in its place"),
+    "another CA": (
+        ["usual"],
+        ["stranger"],
+        "the CA certificate that it needs is not in {ca} (SSL_CERT_FILE)",
+    ),
+    "a self-signed one": (
+        ["stranger"],
+        ["ca"],
+        "the CA certificate that it needs is not in {ca} (SSL_CERT_FILE)",
+    ),
+    "another address": (
+        ["other-address"],
+        ["ca"],
+        "another server, or a proxy of your network, answers in its place",
+    ),
     "expired": (["expired"], ["ca"], "(certificate has expired); check this machine's clock"),
     "signed by what is no CA": (["below-no-ca", "no-ca"], ["ca"], "needs another certificate"),
 }
@@ -158,8 +228,10 @@ def test_both_halves_trust_what_curl_does(authority: Authority, case: str) -> No
 def test_without_a_file_of_their_own_both_say_what_to_set(authority: Authority) -> None:
     with serving(authority, "usual") as port:
         for answer in (of_issuer(settings(port, None)), of_upstream(settings(port, None))):
-            assert "(unable to get local issuer certificate); if a proxy of your network answers in its place, set " \
+            assert (
+                "(unable to get local issuer certificate); if a proxy of your network answers in its place, set "
                 "SSL_CERT_FILE" in answer
+            )
 
 
 def test_strict_verification_would_refuse_what_is_trusted_here(authority: Authority) -> None:
@@ -172,8 +244,13 @@ def test_strict_verification_would_refuse_what_is_trusted_here(authority: Author
         for flags, refused in ((ssl.VERIFY_X509_STRICT, True), (0, False)):
             context = trust.context(about.egress)
             context.verify_flags |= flags
-            outcome = contextlib.nullcontext() if not refused else pytest.raises(
-                ssl.SSLCertVerificationError, match="(?i)missing authority key identifier")
+            outcome = (
+                contextlib.nullcontext()
+                if not refused
+                else pytest.raises(
+                    ssl.SSLCertVerificationError, match="(?i)missing authority key identifier"
+                )
+            )
             with socket.create_connection(("127.0.0.1", port)) as sock, outcome:
                 context.wrap_socket(sock, server_hostname="127.0.0.1").close()
 
@@ -188,21 +265,31 @@ print(Session(config.from_environ(os.environ)).get(sys.argv[1]).status)
 
 
 @pytest.mark.parametrize("through", ["", "http", "https"])
-def test_the_version_of_python_changes_nothing(authority: Authority, through: str, tmp_path: Path) -> None:
+def test_the_version_of_python_changes_nothing(
+    authority: Authority, through: str, tmp_path: Path
+) -> None:
     with contextlib.ExitStack() as stack:
         port, environ = stack.enter_context(serving(authority, "named")), {}
         url = f"https://127.0.0.1:{port}"
         if through:  # of which loopback has no need
             proxy = stack.enter_context(tunnelling(authority if through == "https" else None))
-            environ["HTTPS_PROXY"], url = f"{through}://127.0.0.1:{proxy}", f"https://issuer.test:{port}"
-        done = subprocess.run([sys.executable, "-W", "error", "-c", AS_ON_3_13, url], cwd=tmp_path, text=True,
-                              capture_output=True, timeout=20, env={
-                                  "PYTHONPATH": str(ROOT), "SSL_CERT_FILE": str(authority.path("ca")), **environ})
+            environ["HTTPS_PROXY"], url = (
+                f"{through}://127.0.0.1:{proxy}",
+                f"https://issuer.test:{port}",
+            )
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", AS_ON_3_13, url],
+            cwd=tmp_path,
+            text=True,
+            capture_output=True,
+            timeout=20,
+            env={"PYTHONPATH": str(ROOT), "SSL_CERT_FILE": str(authority.path("ca")), **environ},
+        )
     assert done.stdout == "200\n", done.stderr
 
 
 @contextlib.contextmanager
-def tunnelling(authority: "Authority | None"):
+def tunnelling(authority: Authority | None):
     """A CONNECT proxy to 127.0.0.1, over TLS with a certificate without key identifiers; yields its port."""
     listener = socket.create_server(("127.0.0.1", 0))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -244,14 +331,20 @@ def tunnelling(authority: "Authority | None"):
         thread.join()
 
 
-def test_a_file_of_ca_certificates_that_is_gone_is_named(authority: Authority, tmp_path: Path) -> None:
+def test_a_file_of_ca_certificates_that_is_gone_is_named(
+    authority: Authority, tmp_path: Path
+) -> None:
     path = tmp_path / "ca.pem"
     with serving(authority, "usual") as port:
         path.write_bytes(authority.path("stranger").read_bytes())
         about = settings(port, path)
         assert "the CA certificate that it needs" in of_issuer(about)
         path.unlink()
-        assert of_issuer(about) == (f"the CA certificates of {path} cannot be read (No such file or directory); put "
-                                    "that file right, or set SSL_CERT_FILE")
-        path.write_bytes(authority.path("ca").read_bytes())  # as when a CA is changed while the refresher runs
+        assert of_issuer(about) == (
+            f"the CA certificates of {path} cannot be read (No such file or directory); put "
+            "that file right, or set SSL_CERT_FILE"
+        )
+        path.write_bytes(
+            authority.path("ca").read_bytes()
+        )  # as when a CA is changed while the refresher runs
         assert of_issuer(about) == ""

@@ -1,12 +1,13 @@
 """WebSockets: the handshake passed through with the token, then bytes both ways until either side ends."""
+
 from __future__ import annotations
 
 import contextlib
 import socket
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Callable, Iterator
 
 import gevent
 import pytest
@@ -18,18 +19,29 @@ from websockets.exceptions import ConnectionClosed, ConnectionClosedError
 from wire import KEPT, PATIENCE, Wire
 
 from xaiproxy import config
-from xaiproxy.http1.connection import Connection
 from xaiproxy.errors import UpstreamBroken
+from xaiproxy.http1.connection import Connection
 from xaiproxy.http1.request_body import NO_BODY
 from xaiproxy.http1.tunnel import Tunnel
 from xaiproxy.http1.upstream import Exchange, Upstream
 
-HANDSHAKE = ("Connection: keep-alive, Upgrade", "upgrade: WebSocket", "Sec-WebSocket-Version: 13",
-             "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Protocol: realtime, other",
-             "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits")
-LINES = (b"Upgrade: websocket", b"Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=", b"Sec-WebSocket-Protocol: realtime",
-         b"Sec-WebSocket-Extensions: permessage-deflate")
-ACCEPTED = b"\r\n".join([b"HTTP/1.1 101 Switching Protocols", b"Connection: upgrade", *LINES, b"", b""])
+HANDSHAKE = (
+    "Connection: keep-alive, Upgrade",
+    "upgrade: WebSocket",
+    "Sec-WebSocket-Version: 13",
+    "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+    "Sec-WebSocket-Protocol: realtime, other",
+    "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits",
+)
+LINES = (
+    b"Upgrade: websocket",
+    b"Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=",
+    b"Sec-WebSocket-Protocol: realtime",
+    b"Sec-WebSocket-Extensions: permessage-deflate",
+)
+ACCEPTED = b"\r\n".join(
+    [b"HTTP/1.1 101 Switching Protocols", b"Connection: upgrade", *LINES, b"", b""]
+)
 SIZE = 100 << 20  # bytes each way
 FULL = 48 << 20  # bytes; more than the sockets on the way hold
 STEP = 8 << 20  # bytes that have to be read before the socket on the other side takes any again
@@ -43,8 +55,9 @@ def client(running: ProxyProcess, upstream: ScriptedUpstream) -> Iterator[Client
         yield connection
 
 
-def handshake(client: Client, upstream: ScriptedUpstream, target: str = "/v1/realtime",
-              behind: bytes = b"") -> Request:
+def handshake(
+    client: Client, upstream: ScriptedUpstream, target: str = "/v1/realtime", behind: bytes = b""
+) -> Request:
     client.request("GET", target, *HANDSHAKE)
     request = upstream.receive().answer(ACCEPTED + behind)
     assert client.head().status == 101
@@ -54,8 +67,12 @@ def handshake(client: Client, upstream: ScriptedUpstream, target: str = "/v1/rea
 # The handshake
 
 
-@pytest.mark.parametrize("target", ["/v1/realtime?model=grok-voice", "/v1/responses", "/v1/stt", "/v1/tts", "/v2/any"])
-def test_handshake_passes_with_the_token_added(client: Client, upstream: ScriptedUpstream, target: str) -> None:
+@pytest.mark.parametrize(
+    "target", ["/v1/realtime?model=grok-voice", "/v1/responses", "/v1/stt", "/v1/tts", "/v2/any"]
+)
+def test_handshake_passes_with_the_token_added(
+    client: Client, upstream: ScriptedUpstream, target: str
+) -> None:
     client.request("GET", target, *HANDSHAKE, "Authorization: Bearer none", "X-One: 1")
     request = upstream.receive()
     assert (request.target, request.token) == (target, "the-token")
@@ -75,14 +92,21 @@ def test_handshake_passes_with_the_token_added(client: Client, upstream: Scripte
 def test_handshake_tells_no_length(client: Client, upstream: ScriptedUpstream) -> None:
     """RFC 9110 section 8.6 forbids one, and clients wait for that body, or take the 101 for the whole answer."""
     client.request("GET", "/v1/realtime", *HANDSHAKE)
-    request = upstream.receive().answer(ACCEPTED.replace(b"Upgrade: websocket", b"Content-Length: 0\r\nUpgrade: websocket"))
+    request = upstream.receive().answer(
+        ACCEPTED.replace(b"Upgrade: websocket", b"Content-Length: 0\r\nUpgrade: websocket")
+    )
     head = client.head()
-    assert head.status == 101 and head.value("Content-Length") is head.value("Transfer-Encoding") is None
+    assert (
+        head.status == 101
+        and head.value("Content-Length") is head.value("Transfer-Encoding") is None
+    )
     request.connection.send(b"frames")
     assert client.exactly(6) == b"frames"
 
 
-def test_what_came_with_the_handshake_is_not_lost(client: Client, upstream: ScriptedUpstream) -> None:
+def test_what_came_with_the_handshake_is_not_lost(
+    client: Client, upstream: ScriptedUpstream
+) -> None:
     lines = "\r\n".join(["GET /v1/realtime HTTP/1.1", "Host: localhost", *HANDSHAKE, "", ""])
     client.send(lines.encode() + b"too early")
     request = upstream.receive().answer(ACCEPTED + b"at once")
@@ -90,17 +114,28 @@ def test_what_came_with_the_handshake_is_not_lost(client: Client, upstream: Scri
     assert request.connection.exactly(9) == b"too early"
 
 
-@pytest.mark.parametrize("fields", [
-    ("Connection: Upgrade", "Upgrade: h2c"), ("Upgrade: websocket",), ("Connection: Upgrade",),
-    ("Connection: Upgrade", "Upgrade: websocket, h2c"), ("Connection: Upgrade", "Upgrade: websocket", "Upgrade: h2c")])
-def test_no_other_upgrade_is_asked_for(client: Client, upstream: ScriptedUpstream, fields: "tuple[str, ...]") -> None:
+@pytest.mark.parametrize(
+    "fields",
+    [
+        ("Connection: Upgrade", "Upgrade: h2c"),
+        ("Upgrade: websocket",),
+        ("Connection: Upgrade",),
+        ("Connection: Upgrade", "Upgrade: websocket, h2c"),
+        ("Connection: Upgrade", "Upgrade: websocket", "Upgrade: h2c"),
+    ],
+)
+def test_no_other_upgrade_is_asked_for(
+    client: Client, upstream: ScriptedUpstream, fields: tuple[str, ...]
+) -> None:
     client.request("GET", "/v1/x", *fields)
     request = upstream.receive().answer()
     assert request.value("Upgrade") is None and request.value("Connection") is None
     assert client.message().body == b"ok"
 
 
-def test_handshakes_that_differ_in_their_length_alone_are_told_apart(client: Client, upstream: ScriptedUpstream) -> None:
+def test_handshakes_that_differ_in_their_length_alone_are_told_apart(
+    client: Client, upstream: ScriptedUpstream
+) -> None:
     for body, upgrade in ((b"", "websocket"), (b"{}", None), (b"", "websocket")):
         client.request("GET", "/v1/lengths", *HANDSHAKE, f"Content-Length: {len(body)}").send(body)
         request = upstream.receive().answer()
@@ -108,25 +143,39 @@ def test_handshakes_that_differ_in_their_length_alone_are_told_apart(client: Cli
         assert client.message().body == b"ok"
 
 
-def test_nor_by_a_request_with_a_body_or_another_method(client: Client, upstream: ScriptedUpstream) -> None:
+def test_nor_by_a_request_with_a_body_or_another_method(
+    client: Client, upstream: ScriptedUpstream
+) -> None:
     for method, body in (("POST", b""), ("GET", b"{}")):
         client.request(method, "/v1/x", *HANDSHAKE, body=body)
         assert upstream.receive().answer().value("Upgrade") is None
         assert client.message().body == b"ok"
 
 
-@pytest.mark.parametrize("answer", [ACCEPTED.replace(b"Upgrade: websocket", b"Upgrade: h2c"),
-                                    ACCEPTED.replace(b"Upgrade: websocket\r\n", b"")])
-def test_another_protocol_than_the_one_asked_for_is_none(client: Client, upstream: ScriptedUpstream,
-                                                         answer: bytes) -> None:
+@pytest.mark.parametrize(
+    "answer",
+    [
+        ACCEPTED.replace(b"Upgrade: websocket", b"Upgrade: h2c"),
+        ACCEPTED.replace(b"Upgrade: websocket\r\n", b""),
+    ],
+)
+def test_another_protocol_than_the_one_asked_for_is_none(
+    client: Client, upstream: ScriptedUpstream, answer: bytes
+) -> None:
     client.request("GET", "/v1/realtime", *HANDSHAKE)
     request = upstream.receive().answer(answer)
     assert client.message().status == 502 and request.connection.closed_within()
 
 
-def test_refused_handshake_is_passed_on_as_it_came(client: Client, upstream: ScriptedUpstream) -> None:
+def test_refused_handshake_is_passed_on_as_it_came(
+    client: Client, upstream: ScriptedUpstream
+) -> None:
     body = b'{"code":"permission-denied","error":"Team is not authorized"}'
-    refusal = b"HTTP/1.1 403 Forbidden\r\nDate: then\r\nX-One: 1\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    refusal = (
+        b"HTTP/1.1 403 Forbidden\r\nDate: then\r\nX-One: 1\r\nContent-Length: %d\r\n\r\n"
+        % len(body)
+        + body
+    )
     client.request("GET", "/v1/realtime", *HANDSHAKE)
     upstream.receive().answer(refusal)
     answer = client.message()
@@ -134,8 +183,9 @@ def test_refused_handshake_is_passed_on_as_it_came(client: Client, upstream: Scr
     handshake(client, upstream)  # the connection is as good as before
 
 
-def test_token_that_is_refused_at_the_handshake_is_replaced(client: Client, running: ProxyProcess,
-                                                            upstream: ScriptedUpstream) -> None:
+def test_token_that_is_refused_at_the_handshake_is_replaced(
+    client: Client, running: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
     client.request("GET", "/v1/realtime", *HANDSHAKE)
     first = upstream.receive()
     running.sign_in("newer")
@@ -147,7 +197,9 @@ def test_token_that_is_refused_at_the_handshake_is_replaced(client: Client, runn
     running.sign_in()
 
 
-def test_web_page_of_another_site_gets_no_tunnel(client: Client, upstream: ScriptedUpstream) -> None:
+def test_web_page_of_another_site_gets_no_tunnel(
+    client: Client, upstream: ScriptedUpstream
+) -> None:
     client.request("GET", "/v1/realtime", *HANDSHAKE, "Origin: http://evil.example")
     assert client.message().status == 403 and upstream.quiet()
 
@@ -155,8 +207,9 @@ def test_web_page_of_another_site_gets_no_tunnel(client: Client, upstream: Scrip
 # The tunnel
 
 
-def test_bytes_pass_both_ways_at_once_and_unread(client: Client, running: ProxyProcess,
-                                                 upstream: ScriptedUpstream) -> None:
+def test_bytes_pass_both_ways_at_once_and_unread(
+    client: Client, running: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
     request = handshake(client, upstream, "/v1/bytes")
     for size in (1, 2, 3, 1000, 65536, 200_000):
         data = (PATTERN * 4)[:size]
@@ -173,15 +226,22 @@ def test_bytes_pass_both_ways_at_once_and_unread(client: Client, running: ProxyP
 
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
 def test_whoever_is_not_read_from_waits(tmp_path: Path, certificate: tuple, tls: bool) -> None:
-    with ScriptedUpstream(certificate[1] if tls else None) as upstream, \
-            ProxyProcess(tmp_path, upstream=upstream.origin,
-                         environ={"SSL_CERT_FILE": str(certificate[0])}) as proxy, proxy.client() as client:
+    with (
+        ScriptedUpstream(certificate[1] if tls else None) as upstream,
+        ProxyProcess(
+            tmp_path, upstream=upstream.origin, environ={"SSL_CERT_FILE": str(certificate[0])}
+        ) as proxy,
+        proxy.client() as client,
+    ):
         proxy.sign_in()
         request = handshake(client, upstream)
         before = proxy.resident_kib()
         down, up = pour(request.connection, 0, FULL), pour(client, 0, FULL)
         assert down < FULL * 3 / 4 and up < FULL * 3 / 4 and proxy.resident_kib() - before < 4096
-        for source, sink, sent in ((request.connection, client, down), (client, request.connection, up)):
+        for source, sink, sent in (
+            (request.connection, client, down),
+            (client, request.connection, up),
+        ):
             rest = threading.Thread(target=pour, args=(source, sent, FULL, 5))
             rest.start()
             assert sink.exactly(FULL) == PATTERN * (FULL // len(PATTERN))
@@ -191,14 +251,17 @@ def test_whoever_is_not_read_from_waits(tmp_path: Path, certificate: tuple, tls:
 
 
 @pytest.mark.parametrize("end", [Client.close, Client.reset])
-def test_upstream_is_closed_when_the_client_leaves(client: Client, upstream: ScriptedUpstream,
-                                                   end: "Callable[[Client], None]") -> None:
+def test_upstream_is_closed_when_the_client_leaves(
+    client: Client, upstream: ScriptedUpstream, end: Callable[[Client], None]
+) -> None:
     request = handshake(client, upstream)
     end(client)
     assert request.connection.closed_within(1)
 
 
-def test_so_it_is_when_it_takes_none_of_the_client_s_bytes(running: ProxyProcess, upstream: ScriptedUpstream) -> None:
+def test_so_it_is_when_it_takes_none_of_the_client_s_bytes(
+    running: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
     """A reset, that is: a FIN waits in the client's kernel, behind what nobody takes."""
     files = running.open_files()
     with running.client() as client:
@@ -210,8 +273,9 @@ def test_so_it_is_when_it_takes_none_of_the_client_s_bytes(running: ProxyProcess
         request.connection.close()
 
 
-def test_time_that_the_client_takes_is_no_silence(start_proxy: "Callable[..., ProxyProcess]",
-                                                  upstream: ScriptedUpstream) -> None:
+def test_time_that_the_client_takes_is_no_silence(
+    start_proxy: Callable[..., ProxyProcess], upstream: ScriptedUpstream
+) -> None:
     hasty = start_proxy(idle_timeout=1.5)
     with hasty.client() as client:
         request = handshake(client, upstream, "/v1/slow")
@@ -228,8 +292,9 @@ def test_time_that_the_client_takes_is_no_silence(start_proxy: "Callable[..., Pr
         assert client.closed_within(3) and time.monotonic() - start > 0.2  # not at once
 
 
-def test_client_that_takes_nothing_is_given_up(start_proxy: "Callable[..., ProxyProcess]",
-                                               upstream: ScriptedUpstream) -> None:
+def test_client_that_takes_nothing_is_given_up(
+    start_proxy: Callable[..., ProxyProcess], upstream: ScriptedUpstream
+) -> None:
     hasty = start_proxy(idle_timeout=1)
     with hasty.client() as client:
         request = handshake(client, upstream, "/v1/takes-nothing")
@@ -251,8 +316,9 @@ class NarrowClient(Client):
         Wire.__init__(self, sock)
 
 
-def test_client_that_takes_no_handshake_is_given_up(start_proxy: "Callable[..., ProxyProcess]",
-                                                    upstream: ScriptedUpstream) -> None:
+def test_client_that_takes_no_handshake_is_given_up(
+    start_proxy: Callable[..., ProxyProcess], upstream: ScriptedUpstream
+) -> None:
     """An answer before it has filled all that is on the way, but for less than the handshake's head."""
     hasty = start_proxy(idle_timeout=1)
     with NarrowClient(hasty.port) as client:
@@ -264,15 +330,21 @@ def test_client_that_takes_no_handshake_is_given_up(start_proxy: "Callable[..., 
     with NarrowClient(hasty.port) as client:
         client.request("GET", "/v1/fills")
         body = bytes(room - 30000)
-        upstream.receive().answer(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        upstream.receive().answer(
+            b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+        )
         hasty.wait_for_request("/v1/fills")
         client.request("GET", "/v1/realtime", *HANDSHAKE)
-        request = upstream.receive().answer(ACCEPTED[:-2] + 60 * (b"X: " + 1000 * b"x" + b"\r\n") + b"\r\n")
+        request = upstream.receive().answer(
+            ACCEPTED[:-2] + 60 * (b"X: " + 1000 * b"x" + b"\r\n") + b"\r\n"
+        )
         assert not request.connection.closed_within(0.1) and request.connection.closed_within(4)
         assert hasty.wait_for_request("/v1/realtime")["ended_by"] == "client"
 
 
-def test_last_words_of_a_client_that_leaves_arrive(running: ProxyProcess, upstream: ScriptedUpstream) -> None:
+def test_last_words_of_a_client_that_leaves_arrive(
+    running: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
     """Though upstream sends all the while, which nobody reads any more."""
     with running.client() as client:
         request = handshake(client, upstream)
@@ -293,8 +365,9 @@ def test_last_words_of_upstream_arrive(running: ProxyProcess, upstream: Scripted
         assert client.rest() == b"last words"
 
 
-def test_client_sees_that_upstream_broke_off(client: Client, running: ProxyProcess,
-                                             upstream: ScriptedUpstream) -> None:
+def test_client_sees_that_upstream_broke_off(
+    client: Client, running: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
     request = handshake(client, upstream, "/v1/breaks-off")
     request.answer(b"half a fra")
     assert client.exactly(10) == b"half a fra"
@@ -303,8 +376,9 @@ def test_client_sees_that_upstream_broke_off(client: Client, running: ProxyProce
     assert running.wait_for_request("/v1/breaks-off")["ended_by"] == "upstream"
 
 
-def test_silence_of_upstream_has_the_limit_of_a_stream(start_proxy: "Callable[..., ProxyProcess]",
-                                                       upstream: ScriptedUpstream) -> None:
+def test_silence_of_upstream_has_the_limit_of_a_stream(
+    start_proxy: Callable[..., ProxyProcess], upstream: ScriptedUpstream
+) -> None:
     hasty = start_proxy(idle_timeout=0.5)
     with hasty.client() as client:
         request = handshake(client, upstream, "/v1/silent")
@@ -319,17 +393,26 @@ def test_silence_of_upstream_has_the_limit_of_a_stream(start_proxy: "Callable[..
 
 
 @contextlib.contextmanager
-def tunnel(upstream: ScriptedUpstream, limit: float) -> "Iterator[tuple[gevent.Greenlet, Request, Exchange]]":
+def tunnel(
+    upstream: ScriptedUpstream, limit: float
+) -> Iterator[tuple[gevent.Greenlet, Request, Exchange]]:
     """One in this process, whose loop a test can hold up."""
-    settings = config.from_environ({"HOME": "/", "XAI_PROXY_UPSTREAM": upstream.origin,
-                                    "XAI_PROXY_IDLE_TIMEOUT": str(limit)})
+    settings = config.from_environ(
+        {"HOME": "/", "XAI_PROXY_UPSTREAM": upstream.origin, "XAI_PROXY_IDLE_TIMEOUT": str(limit)}
+    )
     lines = "\r\n".join(["GET /v1/realtime HTTP/1.1", *HANDSHAKE, ""])
-    exchange = Upstream(settings).send(lines.encode(), NO_BODY, method="GET", repeatable=True, upgrade=True)
+    exchange = Upstream(settings).send(
+        lines.encode(), NO_BODY, method="GET", repeatable=True, upgrade=True
+    )
     request = upstream.receive().answer(ACCEPTED)
     exchange.receive()
     ours, theirs = socket.socketpair()
-    with contextlib.closing(Connection(ours)) as client, theirs, contextlib.closing(exchange), \
-            gevent.Timeout(PATIENCE):
+    with (
+        contextlib.closing(Connection(ours)) as client,
+        theirs,
+        contextlib.closing(exchange),
+        gevent.Timeout(PATIENCE),
+    ):
         theirs.settimeout(PATIENCE)
         running = gevent.spawn(Tunnel(exchange, client).run, b"")
         gevent.sleep(0)
@@ -345,7 +428,9 @@ def hold_up(seconds: float) -> None:
         sum(range(1000))
 
 
-def test_work_before_a_byte_takes_nothing_from_the_limit_after_it(upstream: ScriptedUpstream) -> None:
+def test_work_before_a_byte_takes_nothing_from_the_limit_after_it(
+    upstream: ScriptedUpstream,
+) -> None:
     """Within a turn the loop's clock stands still."""
     with tunnel(upstream, 1.5) as (running, request, exchange):
         busy = gevent.get_hub().loop.io(exchange.connection.socket.fileno(), 1)
@@ -356,6 +441,7 @@ def test_work_before_a_byte_takes_nothing_from_the_limit_after_it(upstream: Scri
             busy.stop()
             hold_up(1)
             worked_until.append(time.monotonic())
+
         busy.start(work)
         request.answer(b"x")
         with pytest.raises(UpstreamBroken):
@@ -372,13 +458,21 @@ def test_byte_that_came_in_time_counts_though_the_limit_is_over(upstream: Script
         assert not running.ready()
 
 
-def test_tunnels_get_the_time_of_streams_at_the_end(tmp_path: Path, upstream: ScriptedUpstream) -> None:
-    with ProxyProcess(tmp_path, upstream=upstream.origin, drain_timeout=0.5) as proxy, proxy.client() as short, \
-            proxy.client() as long:
+def test_tunnels_get_the_time_of_streams_at_the_end(
+    tmp_path: Path, upstream: ScriptedUpstream
+) -> None:
+    with (
+        ProxyProcess(tmp_path, upstream=upstream.origin, drain_timeout=0.5) as proxy,
+        proxy.client() as short,
+        proxy.client() as long,
+    ):
         proxy.sign_in()
         one, other = handshake(short, upstream, "/v1/short"), handshake(long, upstream, "/v1/long")
         proxy.terminate()
-        assert "2 open answers" in proxy.wait_for_log(lambda line: line["message"].startswith("stopping"))["message"]
+        assert (
+            "2 open answers"
+            in proxy.wait_for_log(lambda line: line["message"].startswith("stopping"))["message"]
+        )
         one.answer(b"bye")
         one.connection.close()
         assert short.rest() == b"bye"
@@ -389,8 +483,9 @@ def test_tunnels_get_the_time_of_streams_at_the_end(tmp_path: Path, upstream: Sc
         assert ended == {"/v1/short": "done", "/v1/long": "proxy"}
 
 
-def test_five_hundred_at_once_leave_nothing_behind(running: ProxyProcess, upstream: ScriptedUpstream,
-                                                   many_files: None) -> None:
+def test_five_hundred_at_once_leave_nothing_behind(
+    running: ProxyProcess, upstream: ScriptedUpstream, many_files: None
+) -> None:
     files = running.open_files()
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(running.client()) for _ in range(500)]
@@ -421,37 +516,43 @@ def serve(connection: websockets.sync.server.ServerConnection) -> None:
                 connection.close(4321, "as you like")
                 return
             if message == "cut":
-                connection.socket.shutdown(socket.SHUT_RDWR)  # to close it would wait for the thread that reads
+                connection.socket.shutdown(
+                    socket.SHUT_RDWR
+                )  # to close it would wait for the thread that reads
                 return
             connection.send(message)
     closes.append((connection.close_code, connection.close_reason))
 
 
-closes: "list[tuple[int | None, str | None]]" = []
+closes: list[tuple[int | None, str | None]] = []
 
 
 @pytest.fixture(scope="module", params=["plain", "tls"])
-def address(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory,
-            certificate: tuple) -> "Iterator[tuple[ProxyProcess, str]]":
+def address(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, certificate: tuple
+) -> Iterator[tuple[ProxyProcess, str]]:
     """A proxy in front of an echo server, and the address of that through it."""
     context = certificate[1] if request.param == "tls" else None
     with websockets.sync.server.serve(serve, "127.0.0.1", 0, ssl=context, max_size=None) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         origin = f"http{'s' if context else ''}://127.0.0.1:{server.socket.getsockname()[1]}"
-        with ProxyProcess(tmp_path_factory.mktemp("proxy"), upstream=origin,
-                          environ={"SSL_CERT_FILE": str(certificate[0])}) as proxy:
+        with ProxyProcess(
+            tmp_path_factory.mktemp("proxy"),
+            upstream=origin,
+            environ={"SSL_CERT_FILE": str(certificate[0])},
+        ) as proxy:
             proxy.sign_in()
             yield proxy, f"ws://127.0.0.1:{proxy.port}/v1/realtime"
         server.shutdown()
         thread.join()
 
 
-def connect(address: "tuple[ProxyProcess, str]") -> websockets.sync.client.ClientConnection:
+def connect(address: tuple[ProxyProcess, str]) -> websockets.sync.client.ClientConnection:
     return websockets.sync.client.connect(address[1], max_size=None, proxy=None, compression=None)
 
 
-def test_a_hundred_megabytes_each_way(address: "tuple[ProxyProcess, str]") -> None:
+def test_a_hundred_megabytes_each_way(address: tuple[ProxyProcess, str]) -> None:
     proxy, _ = address
     count = SIZE // len(PATTERN)
     ahead = threading.Semaphore(16)  # a side of this library that waits to send reads nothing
@@ -460,6 +561,7 @@ def test_a_hundred_megabytes_each_way(address: "tuple[ProxyProcess, str]") -> No
         for _ in range(count):
             ahead.acquire()
             connection.send(PATTERN)
+
     with connect(address) as connection:
         before = proxy.resident_kib()
         sender = threading.Thread(target=send)
@@ -471,7 +573,7 @@ def test_a_hundred_megabytes_each_way(address: "tuple[ProxyProcess, str]") -> No
         assert proxy.resident_kib() - before < 8192
 
 
-def test_close_codes_stay_as_they_are(address: "tuple[ProxyProcess, str]") -> None:
+def test_close_codes_stay_as_they_are(address: tuple[ProxyProcess, str]) -> None:
     with connect(address) as connection:
         connection.send("close")
         with pytest.raises(ConnectionClosedError):
@@ -488,7 +590,7 @@ def test_close_codes_stay_as_they_are(address: "tuple[ProxyProcess, str]") -> No
     assert closes == [(4000, "enough")]
 
 
-def test_cut_is_an_abnormal_end(address: "tuple[ProxyProcess, str]") -> None:
+def test_cut_is_an_abnormal_end(address: tuple[ProxyProcess, str]) -> None:
     with connect(address) as connection:
         connection.send("cut")
         with pytest.raises(ConnectionClosedError):

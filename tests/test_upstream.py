@@ -1,4 +1,5 @@
 """What upstream sees of a request and what becomes of its answer, byte by byte; and its connections."""
+
 from __future__ import annotations
 
 import contextlib
@@ -9,8 +10,8 @@ import socket
 import subprocess
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Callable, Iterator
 
 import gevent
 import pytest
@@ -27,8 +28,11 @@ from xaiproxy.http1.upstream import Exchange, Upstream
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 SIZED = b"HTTP/1.1 200 OK\r\nContent-Length: 30\r\n\r\n"
 CLOSED = b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n"
-FRAMINGS = {"chunked": (CHUNKED, lambda data: b"%x\r\n%b\r\n" % (len(data), data), b"0\r\n\r\n"),
-            "length": (SIZED, lambda data: data, b""), "close": (CLOSED, lambda data: data, b"")}
+FRAMINGS = {
+    "chunked": (CHUNKED, lambda data: b"%x\r\n%b\r\n" % (len(data), data), b"0\r\n\r\n"),
+    "length": (SIZED, lambda data: data, b""),
+    "close": (CLOSED, lambda data: data, b""),
+}
 
 
 @pytest.fixture
@@ -38,7 +42,9 @@ def client(running: ProxyProcess, upstream: ScriptedUpstream) -> Iterator[Client
 
 
 @pytest.fixture
-def hasty(start_proxy: "Callable[..., ProxyProcess]", way: str, upstream: ScriptedUpstream) -> ProxyProcess:
+def hasty(
+    start_proxy: Callable[..., ProxyProcess], way: str, upstream: ScriptedUpstream
+) -> ProxyProcess:
     """One that gives upstream half a second."""
     return start_proxy(way=way, idle_timeout=0.5)
 
@@ -46,16 +52,27 @@ def hasty(start_proxy: "Callable[..., ProxyProcess]", way: str, upstream: Script
 # What upstream sees
 
 
-@pytest.mark.parametrize("target", [
-    "/v1/files:initialize?x=%2F%2f&a=b%20c", "/v1/a%2Fb//c;d?", "/v2/x", "/v1/?", "/v1/a?b=/../c",
-    "/v1/~a!$&'()*+,=@|^`{}\"<>"])
-def test_target_passes_byte_for_byte(client: Client, upstream: ScriptedUpstream, target: str) -> None:
+@pytest.mark.parametrize(
+    "target",
+    [
+        "/v1/files:initialize?x=%2F%2f&a=b%20c",
+        "/v1/a%2Fb//c;d?",
+        "/v2/x",
+        "/v1/?",
+        "/v1/a?b=/../c",
+        "/v1/~a!$&'()*+,=@|^`{}\"<>",
+    ],
+)
+def test_target_passes_byte_for_byte(
+    client: Client, upstream: ScriptedUpstream, target: str
+) -> None:
     client.request("GET", target)
     assert upstream.receive().line == f"GET {target} HTTP/1.1"
 
 
-@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "PROPFIND",
-                                    "M-SEARCH", "get"])
+@pytest.mark.parametrize(
+    "method", ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "PROPFIND", "M-SEARCH", "get"]
+)
 def test_any_method_passes(client: Client, upstream: ScriptedUpstream, method: str) -> None:
     client.request(method, "/v1/x", body=b"{}")
     request = upstream.receive()
@@ -65,35 +82,78 @@ def test_any_method_passes(client: Client, upstream: ScriptedUpstream, method: s
 
 
 def test_fields_pass_in_order_case_and_number(client: Client, upstream: ScriptedUpstream) -> None:
-    client.request("GET", "/v1/models", "X-b: 2", "x-B: 1", "Accept: a", "accept: b",
-                   "X-Grok-Conv-Id: \xe9 \t!",
-                   "X-Empty:", "Content-Type: application/json")
+    client.request(
+        "GET",
+        "/v1/models",
+        "X-b: 2",
+        "x-B: 1",
+        "Accept: a",
+        "accept: b",
+        "X-Grok-Conv-Id: \xe9 \t!",
+        "X-Empty:",
+        "Content-Type: application/json",
+    )
     request = upstream.receive()
     via = request.value("Via")
     assert request.head == (
         f"GET /v1/models HTTP/1.1\r\nHost: {upstream.authority}\r\nUser-Agent: xaiproxy/{__version__}\r\n"
         "Authorization: Bearer the-token\r\nX-b: 2\r\nx-B: 1\r\nAccept: a\r\naccept: b\r\n"
-        f"X-Grok-Conv-Id: \xe9 \t!\r\nX-Empty: \r\nContent-Type: application/json\r\nVia: {via}\r\n\r\n").encode("latin-1")
+        f"X-Grok-Conv-Id: \xe9 \t!\r\nX-Empty: \r\nContent-Type: application/json\r\nVia: {via}\r\n\r\n"
+    ).encode("latin-1")
 
 
-def test_what_is_ours_or_the_hop_s_does_not_pass(client: Client, upstream: ScriptedUpstream) -> None:
-    client.request("POST", "/v1/x", "User-Agent: curl", "Authorization: Bearer nobody", "X-Api-Key: nobody",
-                   "Cookie: a=b", "Proxy-Authorization: x", "Proxy-Any: x", "Forwarded: for=x",
-                   "X-Forwarded-For: x", "CF-Connecting-IP: x", "CF-Ray: x", "CDN-Loop: cloudflare", "Via: 1.1 x", "Api-Key: x",
-                   "Cf-Access-Jwt-Assertion: x", "X-Amzn-Oidc-Data: x", "Remote-User: x",
-                   "Connection: keep-alive, X-Hop", "X-Hop: 1", "TE: trailers", "Upgrade: x", "Keep-Alive: 5",
-                   "X-Stays: 1", "Accept-Encoding: br;q=1, gzip;q=0.5, zstd, deflate, *", body=b"x")
+def test_what_is_ours_or_the_hop_s_does_not_pass(
+    client: Client, upstream: ScriptedUpstream
+) -> None:
+    client.request(
+        "POST",
+        "/v1/x",
+        "User-Agent: curl",
+        "Authorization: Bearer nobody",
+        "X-Api-Key: nobody",
+        "Cookie: a=b",
+        "Proxy-Authorization: x",
+        "Proxy-Any: x",
+        "Forwarded: for=x",
+        "X-Forwarded-For: x",
+        "CF-Connecting-IP: x",
+        "CF-Ray: x",
+        "CDN-Loop: cloudflare",
+        "Via: 1.1 x",
+        "Api-Key: x",
+        "Cf-Access-Jwt-Assertion: x",
+        "X-Amzn-Oidc-Data: x",
+        "Remote-User: x",
+        "Connection: keep-alive, X-Hop",
+        "X-Hop: 1",
+        "TE: trailers",
+        "Upgrade: x",
+        "Keep-Alive: 5",
+        "X-Stays: 1",
+        "Accept-Encoding: br;q=1, gzip;q=0.5, zstd, deflate, *",
+        body=b"x",
+    )
     request = upstream.receive()
     assert request.fields == [
-        ("Host", upstream.authority), ("User-Agent", f"xaiproxy/{__version__}"),
+        ("Host", upstream.authority),
+        ("User-Agent", f"xaiproxy/{__version__}"),
         ("Authorization", "Bearer the-token"),
-        ("Accept-Encoding", "gzip;q=0.5, deflate"), ("X-Stays", "1"), ("Via", request.value("Via")),
-        ("Content-Length", "1")]
+        ("Accept-Encoding", "gzip;q=0.5, deflate"),
+        ("X-Stays", "1"),
+        ("Via", request.value("Via")),
+        ("Content-Length", "1"),
+    ]
 
 
 def test_multipart_passes_untouched(client: Client, upstream: ScriptedUpstream) -> None:
-    body = b"--x\r\nContent-Disposition: form-data\r\n\r\n" + bytes(range(256)) * 300 + b"\r\n--x--\r\n"
-    client.request("POST", "/v1/files", 'Content-Type: multipart/form-data; boundary="x"', body=body)
+    body = (
+        b"--x\r\nContent-Disposition: form-data\r\n\r\n"
+        + bytes(range(256)) * 300
+        + b"\r\n--x--\r\n"
+    )
+    client.request(
+        "POST", "/v1/files", 'Content-Type: multipart/form-data; boundary="x"', body=body
+    )
     request = upstream.receive()
     assert request.body == body and request.values("Content-Length") == [str(len(body))]
     assert request.values("Content-Type") == ['multipart/form-data; boundary="x"']
@@ -103,7 +163,10 @@ def test_multipart_passes_untouched(client: Client, upstream: ScriptedUpstream) 
 def test_chunked_body_passes_as_it_arrives(client: Client, upstream: ScriptedUpstream) -> None:
     client.request("POST", "/v1/files", "Transfer-Encoding: chunked")
     request = upstream.receive(body=False)
-    assert request.values("Transfer-Encoding") == ["chunked"] and request.values("Content-Length") == []
+    assert (
+        request.values("Transfer-Encoding") == ["chunked"]
+        and request.values("Content-Length") == []
+    )
     client.send(b"3;ext=1\r\nabc\r\n")
     assert request.connection.chunk() == b"abc"
     client.send(b"A")
@@ -130,8 +193,9 @@ def test_sized_body_passes_as_it_arrives(client: Client, upstream: ScriptedUpstr
     assert client.message().body == b"ok"
 
 
-def test_large_upload_is_not_gathered(running: ProxyProcess, client: Client,
-                                      upstream: ScriptedUpstream) -> None:
+def test_large_upload_is_not_gathered(
+    running: ProxyProcess, client: Client, upstream: ScriptedUpstream
+) -> None:
     """Beyond XAI_PROXY_REPLAY_LIMIT nothing is kept: 64 MiB pass through little memory."""
     part, count = bytes(1 << 20), 64
     before = running.resident_kib()
@@ -145,7 +209,9 @@ def test_large_upload_is_not_gathered(running: ProxyProcess, client: Client,
     assert running.resident_kib() - before < 24 * 1024
 
 
-def test_answer_that_comes_before_the_body_was_sent(client: Client, upstream: ScriptedUpstream) -> None:
+def test_answer_that_comes_before_the_body_was_sent(
+    client: Client, upstream: ScriptedUpstream
+) -> None:
     """Upstream has seen enough, and closes; the client hears why."""
     size = 64 << 20
     client.request("POST", "/v1/files", f"Content-Length: {size}")
@@ -159,7 +225,9 @@ def test_answer_that_comes_before_the_body_was_sent(client: Client, upstream: Sc
     assert client.closed_within()
 
 
-def test_answer_that_ends_the_connection_amid_the_body(client: Client, upstream: ScriptedUpstream) -> None:
+def test_answer_that_ends_the_connection_amid_the_body(
+    client: Client, upstream: ScriptedUpstream
+) -> None:
     """The rest of the body goes out on it all the same, and not on a new one."""
     client.request("POST", "/v1/files", "Content-Length: 6").send(b"abc")
     request = upstream.receive(body=False)
@@ -181,11 +249,13 @@ def test_answer_passes_as_it_came(client: Client, upstream: ScriptedUpstream) ->
     upstream.receive().answer(
         b"HTTP/1.1 299 Fine \xe9\r\nDate: then\r\nX-b: 1\r\nx-A: 2\r\nX-b: 3\r\nContent-Type: text/x; y\r\n"
         b"Set-Cookie: a=b\r\nKeep-Alive: 3\r\nConnection: X-Hop\r\nX-Hop: 1\r\nServer: cloudflare\r\n"
-        b"Content-Encoding: gzip\r\nContent-Length: 5\r\n\r\n\x1f\x8b\x00\xff\n")
+        b"Content-Encoding: gzip\r\nContent-Length: 5\r\n\r\n\x1f\x8b\x00\xff\n"
+    )
     answer = client.message()
     assert answer.head.replace(KEPT, b"") == (
         b"HTTP/1.1 299 Fine \xe9\r\nDate: then\r\nX-b: 1\r\nx-A: 2\r\nX-b: 3\r\nContent-Type: text/x; y\r\n"
-        b"Server: cloudflare\r\nContent-Encoding: gzip\r\nContent-Length: 5\r\n\r\n")
+        b"Server: cloudflare\r\nContent-Encoding: gzip\r\nContent-Length: 5\r\n\r\n"
+    )
     assert answer.body == b"\x1f\x8b\x00\xff\n"
 
 
@@ -196,7 +266,9 @@ def test_gzip_passes_untouched(client: Client, upstream: ScriptedUpstream, frami
     packed = gzip.compress(b"{}").ljust(30, b"\0")
     client.request("GET", "/v1/models", "Accept-Encoding: gzip")
     request = upstream.receive()
-    request.answer(head.replace(b"\r\n\r\n", b"\r\nContent-Encoding: gzip\r\n\r\n") + frame(packed) + end)
+    request.answer(
+        head.replace(b"\r\n\r\n", b"\r\nContent-Encoding: gzip\r\n\r\n") + frame(packed) + end
+    )
     if framing == "close":
         request.connection.close()
     answer = client.message()
@@ -208,8 +280,12 @@ def test_gzip_passes_untouched(client: Client, upstream: ScriptedUpstream, frami
 def test_answer_without_a_body(client: Client, upstream: ScriptedUpstream, status: int) -> None:
     client.request()
     length = b"" if status in (204, 304) else b"Content-Length: 0\r\n"
-    upstream.receive().answer(b"HTTP/1.1 %d X\r\nDate: then\r\nETag: a\r\n%b\r\n" % (status, length))
-    assert client.message().head.replace(KEPT, b"") == b"HTTP/1.1 %d X\r\nDate: then\r\nETag: a\r\n%b\r\n" % (status, length)
+    upstream.receive().answer(
+        b"HTTP/1.1 %d X\r\nDate: then\r\nETag: a\r\n%b\r\n" % (status, length)
+    )
+    assert client.message().head.replace(
+        KEPT, b""
+    ) == b"HTTP/1.1 %d X\r\nDate: then\r\nETag: a\r\n%b\r\n" % (status, length)
     assert client.silent()
     client.request()  # on both connections another request can follow
     request = upstream.receive()
@@ -219,13 +295,23 @@ def test_answer_without_a_body(client: Client, upstream: ScriptedUpstream, statu
 
 
 @both_ways
-@pytest.mark.parametrize("head", [b"304 Not Modified\r\nContent-Length: 30",
-                                  b"204 No Content\r\nContent-Length: 0",
-                                  b"304 Not Modified\r\nTransfer-Encoding: chunked"])
-def test_framing_of_a_body_that_never_comes(client: Client, upstream: ScriptedUpstream, head: bytes) -> None:
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"304 Not Modified\r\nContent-Length: 30",
+        b"204 No Content\r\nContent-Length: 0",
+        b"304 Not Modified\r\nTransfer-Encoding: chunked",
+    ],
+)
+def test_framing_of_a_body_that_never_comes(
+    client: Client, upstream: ScriptedUpstream, head: bytes
+) -> None:
     client.request()
     upstream.receive().answer(b"HTTP/1.1 " + head + b"\r\nDate: then\r\n\r\n")
-    assert client.message().head.replace(KEPT, b"") == b"HTTP/1.1 " + head.split(b"\r")[0] + b"\r\nDate: then\r\n\r\n"
+    assert (
+        client.message().head.replace(KEPT, b"")
+        == b"HTTP/1.1 " + head.split(b"\r")[0] + b"\r\nDate: then\r\n\r\n"
+    )
     client.request()
     upstream.receive().answer()
     assert client.message().body == b"ok"
@@ -246,15 +332,24 @@ def test_answer_to_head(client: Client, upstream: ScriptedUpstream, head: bytes)
     assert client.message().body == b"ok"
 
 
-INTERIM = [b"103 Early Hints\r\nLink: </a>\r\nSet-Cookie: a\r\n", b"102 Processing\r\nX: y\r\nContent-Length: 5\r\n",
-           b"100 Continue\r\n", b"199 \r\n"]
+INTERIM = [
+    b"103 Early Hints\r\nLink: </a>\r\nSet-Cookie: a\r\n",
+    b"102 Processing\r\nX: y\r\nContent-Length: 5\r\n",
+    b"100 Continue\r\n",
+    b"199 \r\n",
+]
 
 
-def test_interim_answers_are_passed_on_as_they_come(client: Client, upstream: ScriptedUpstream) -> None:
+def test_interim_answers_are_passed_on_as_they_come(
+    client: Client, upstream: ScriptedUpstream
+) -> None:
     """But for 100, which we say ourselves to those who ask."""
     client.request()
     request = upstream.receive()
-    for interim, passed in zip(INTERIM, ((b"103 Early Hints\r\nLink: </a>\r\n"), b"102 Processing\r\nX: y\r\n", b"", b"199 \r\n")):
+    for interim, passed in zip(
+        INTERIM,
+        ((b"103 Early Hints\r\nLink: </a>\r\n"), b"102 Processing\r\nX: y\r\n", b"", b"199 \r\n"),
+    ):
         request.answer(b"HTTP/1.1 " + interim + b"\r\n")
         if passed:
             assert client.head().head == b"HTTP/1.1 " + passed + b"\r\n"
@@ -272,9 +367,13 @@ def test_http_1_0_gets_no_interim_answers(client: Client, upstream: ScriptedUpst
     assert client.message().line == "HTTP/1.1 200 OK"
 
 
-def test_upgrade_that_nobody_asked_for_is_an_error(client: Client, upstream: ScriptedUpstream) -> None:
+def test_upgrade_that_nobody_asked_for_is_an_error(
+    client: Client, upstream: ScriptedUpstream
+) -> None:
     client.request()
-    upstream.receive().answer(b"HTTP/1.1 101 Switching\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n")
+    upstream.receive().answer(
+        b"HTTP/1.1 101 Switching\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n"
+    )
     answer = client.message()
     assert (answer.status, answer.value("X-XAI-Proxy-Error")) == (502, "upstream_unreachable")
 
@@ -307,7 +406,7 @@ def test_chunk_split_anywhere_arrives(client: Client, upstream: ScriptedUpstream
     """Upstream's framing in pieces of one byte, extensions and trailers among it."""
     client.request()
     request = upstream.receive().answer(CHUNKED)
-    for byte in b"00a;x=\"y\"\r\n0123456789\r\n1\r\n\r\r\n0;z\r\nTrailer: x\r\n\r\n":
+    for byte in b'00a;x="y"\r\n0123456789\r\n1\r\n\r\r\n0;z\r\nTrailer: x\r\n\r\n':
         request.answer(bytes([byte]))
     answer = client.message()
     assert answer.body == b"0123456789\r"
@@ -320,20 +419,30 @@ def test_chunk_split_anywhere_arrives(client: Client, upstream: ScriptedUpstream
 
 
 @pytest.mark.parametrize("how", ["fin", "reset"])
-@pytest.mark.parametrize("sent", [b"", b"HTTP/1.1 200 OK\r\nContent-Le",
-                                  b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n",
-                                  b"SSH-2.0-dropbear\r\n",
-                                  b"HTTP/1.1 200 OK\r\nnonsense\r\nContent-Length: 5\r\n\r\nx",
-                                  b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nx",
-                                  b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 201 + b"\r\n"])
-def test_death_before_or_in_the_head_is_502(client: Client, upstream: ScriptedUpstream, sent: bytes,
-                                            how: str) -> None:
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"HTTP/1.1 200 OK\r\nContent-Le",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n",
+        b"SSH-2.0-dropbear\r\n",
+        b"HTTP/1.1 200 OK\r\nnonsense\r\nContent-Length: 5\r\n\r\nx",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nx",
+        b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 201 + b"\r\n",
+    ],
+)
+def test_death_before_or_in_the_head_is_502(
+    client: Client, upstream: ScriptedUpstream, sent: bytes, how: str
+) -> None:
     client.request("GET", "/v1/dies")
     request = upstream.receive().answer(sent)
     request.connection.close() if how == "fin" else request.connection.reset()
     answer = client.message()
     assert (answer.status, answer.value("X-XAI-Proxy-Error")) == (502, "upstream_unreachable")
-    happened, reasons = b"broke off before it answered", [b"it closed the connection", b"reset by peer"]
+    happened, reasons = (
+        b"broke off before it answered",
+        [b"it closed the connection", b"reset by peer"],
+    )
     if b"\r\n\r\n" in sent:
         happened, reasons = b"sent no valid answer", [b"is not HTTP"]
     assert upstream.origin.encode() + b" " + happened in answer.body
@@ -343,12 +452,19 @@ def test_death_before_or_in_the_head_is_502(client: Client, upstream: ScriptedUp
 
 
 @both_ways
-@pytest.mark.parametrize("framing, how", [("chunked", "fin"), ("chunked", "reset"), ("length", "fin"),
-                                          ("length", "reset"),
-                                          ("close", "reset")])  # a FIN ends the last as it should
-def test_death_in_the_body_is_visible(client: Client, upstream: ScriptedUpstream, running: ProxyProcess,
-                                      framing: str,
-                                      how: str) -> None:
+@pytest.mark.parametrize(
+    "framing, how",
+    [
+        ("chunked", "fin"),
+        ("chunked", "reset"),
+        ("length", "fin"),
+        ("length", "reset"),
+        ("close", "reset"),
+    ],
+)  # a FIN ends the last as it should
+def test_death_in_the_body_is_visible(
+    client: Client, upstream: ScriptedUpstream, running: ProxyProcess, framing: str, how: str
+) -> None:
     head, frame, _ = FRAMINGS[framing]
     client.request("GET", f"/v1/{framing}-{how}")
     request = upstream.receive().answer(head + frame(b"0123456789"))
@@ -361,8 +477,9 @@ def test_death_in_the_body_is_visible(client: Client, upstream: ScriptedUpstream
 
 
 @pytest.mark.parametrize("framing", ["chunked", "close"])
-def test_death_in_the_body_resets_a_client_of_http_1_0(client: Client, upstream: ScriptedUpstream,
-                                                       framing: str) -> None:
+def test_death_in_the_body_resets_a_client_of_http_1_0(
+    client: Client, upstream: ScriptedUpstream, framing: str
+) -> None:
     """For it a FIN would be the end of a whole answer."""
     head, frame, _ = FRAMINGS[framing]
     client.request(version="HTTP/1.0")
@@ -374,10 +491,16 @@ def test_death_in_the_body_resets_a_client_of_http_1_0(client: Client, upstream:
         client.rest()
 
 
-def test_so_it_does_when_the_client_is_still_sending(client: Client, upstream: ScriptedUpstream) -> None:
+def test_so_it_does_when_the_client_is_still_sending(
+    client: Client, upstream: ScriptedUpstream
+) -> None:
     """No FIN comes first, as to those who are to read a refusal."""
-    client.send(b"POST /v1/files HTTP/1.0\r\nHost: localhost\r\nContent-Length: 20\r\n\r\n0123456789")
-    request = upstream.receive(body=False).answer(b"HTTP/1.1 413 No\r\nContent-Type: text/plain\r\n\r\n0123456789")
+    client.send(
+        b"POST /v1/files HTTP/1.0\r\nHost: localhost\r\nContent-Length: 20\r\n\r\n0123456789"
+    )
+    request = upstream.receive(body=False).answer(
+        b"HTTP/1.1 413 No\r\nContent-Type: text/plain\r\n\r\n0123456789"
+    )
     assert client.head().status == 413 and client.exactly(10) == b"0123456789"
     request.connection.reset()
     with pytest.raises(ConnectionResetError):
@@ -390,7 +513,9 @@ def test_silence_before_the_head_is_504(hasty: ProxyProcess, upstream: ScriptedU
         request = upstream.receive()
         answer = client.message()
         assert (answer.status, answer.value("X-XAI-Proxy-Error")) == (504, "upstream_timeout")
-        assert answer.value("x-should-retry") == "false" and b"XAI_PROXY_IDLE_TIMEOUT" in answer.body
+        assert (
+            answer.value("x-should-retry") == "false" and b"XAI_PROXY_IDLE_TIMEOUT" in answer.body
+        )
         assert b"the-token" not in answer.body
         assert request.connection.closed_within()
         assert upstream.quiet()
@@ -398,8 +523,9 @@ def test_silence_before_the_head_is_504(hasty: ProxyProcess, upstream: ScriptedU
 
 @both_ways
 @pytest.mark.parametrize("framing", FRAMINGS)
-def test_silence_in_the_body_cuts_the_answer(hasty: ProxyProcess, upstream: ScriptedUpstream,
-                                             framing: str) -> None:
+def test_silence_in_the_body_cuts_the_answer(
+    hasty: ProxyProcess, upstream: ScriptedUpstream, framing: str
+) -> None:
     head, frame, _ = FRAMINGS[framing]
     with hasty.client() as client:
         client.request("GET", f"/v1/silent-{framing}")
@@ -412,7 +538,9 @@ def test_silence_in_the_body_cuts_the_answer(hasty: ProxyProcess, upstream: Scri
 
 
 @both_ways
-def test_bytes_in_time_keep_a_slow_answer_alive(hasty: ProxyProcess, upstream: ScriptedUpstream) -> None:
+def test_bytes_in_time_keep_a_slow_answer_alive(
+    hasty: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
     """The limit is between two bytes, not for the whole answer."""
     with hasty.client() as client:
         client.request()
@@ -435,7 +563,9 @@ def long_upload(client: Client, upstream: ScriptedUpstream) -> Request:
     return request
 
 
-def test_long_upload_is_no_silence_of_upstream(hasty: ProxyProcess, upstream: ScriptedUpstream) -> None:
+def test_long_upload_is_no_silence_of_upstream(
+    hasty: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
     """The limit begins when upstream has all of the request."""
     with hasty.client() as client:
         request = long_upload(client, upstream)
@@ -451,7 +581,9 @@ def test_long_upload_is_no_silence_of_upstream(hasty: ProxyProcess, upstream: Sc
 
 
 @pytest.mark.parametrize("answered", [False, True])
-def test_silence_after_a_long_upload(hasty: ProxyProcess, upstream: ScriptedUpstream, answered: bool) -> None:
+def test_silence_after_a_long_upload(
+    hasty: ProxyProcess, upstream: ScriptedUpstream, answered: bool
+) -> None:
     with hasty.client() as client:
         request = long_upload(client, upstream)
         start = time.monotonic()
@@ -462,10 +594,14 @@ def test_silence_after_a_long_upload(hasty: ProxyProcess, upstream: ScriptedUpst
         assert 0.4 < time.monotonic() - start < 3
 
 
-def test_upstream_that_stops_reading_is_504(hasty: ProxyProcess, upstream: ScriptedUpstream) -> None:
+def test_upstream_that_stops_reading_is_504(
+    hasty: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
     with hasty.client() as client:
         client.request("POST", "/v1/files", "Content-Length: 30000000")
-        sender = threading.Thread(target=client.send, args=(bytes(30_000_000),))  # more than all buffers take
+        sender = threading.Thread(
+            target=client.send, args=(bytes(30_000_000),)
+        )  # more than all buffers take
         sender.start()
         request = upstream.receive(body=False)
         start = time.monotonic()
@@ -481,33 +617,53 @@ def test_upstream_that_stops_reading_is_504(hasty: ProxyProcess, upstream: Scrip
 
 
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
-def test_error_before_the_body_is_read_reaches_the_client(tmp_path: Path, certificate: tuple,
-                                                          tls: bool) -> None:
+def test_error_before_the_body_is_read_reaches_the_client(
+    tmp_path: Path, certificate: tuple, tls: bool
+) -> None:
     """And at once: neither the rest of the body, nor upstream's taking it, is waited for."""
     authority, context = certificate
     answer = b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 3\r\n\r\nbig"
-    with ScriptedUpstream(context if tls else None) as upstream, \
-            ProxyProcess(tmp_path, upstream=upstream.origin,
-                         environ={"SSL_CERT_FILE": str(authority)}) as proxy:
+    with (
+        ScriptedUpstream(context if tls else None) as upstream,
+        ProxyProcess(
+            tmp_path, upstream=upstream.origin, environ={"SSL_CERT_FILE": str(authority)}
+        ) as proxy,
+    ):
         proxy.sign_in()
-        for sent in (b"", b"x" * 1000, b"x" * 30_000_000):  # the last does not fit into any socket's buffers
+        for sent in (
+            b"",
+            b"x" * 1000,
+            b"x" * 30_000_000,
+        ):  # the last does not fit into any socket's buffers
             with proxy.client() as client:
-                client.send(b"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Length: 40000000\r\n\r\n")
+                client.send(
+                    b"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Length: 40000000\r\n\r\n"
+                )
                 sender = threading.Thread(target=client.sock.sendall, args=(sent,))
                 sender.start()
                 request = upstream.receive(body=False).answer(answer)
                 start = time.monotonic()
                 message = client.message()
-                assert (message.status, message.body) == (413, b"big") and time.monotonic() - start < 1
+                assert (message.status, message.body) == (
+                    413,
+                    b"big",
+                ) and time.monotonic() - start < 1
                 sender.join()
             upstream.connections.remove(request.connection)  # kept open, but not listened to
-            with request.connection, proxy.client() as client:  # on another connection, without the rest
+            with (
+                request.connection,
+                proxy.client() as client,
+            ):  # on another connection, without the rest
                 client.request()
                 upstream.receive().answer()
                 assert client.message().body == b"ok"
             upstream.hang_up()
-        with proxy.client() as client:  # what is no error may come early too: all of the body goes through
-            client.send(b"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Length: 8\r\n\r\n1234")
+        with (
+            proxy.client() as client
+        ):  # what is no error may come early too: all of the body goes through
+            client.send(
+                b"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Length: 8\r\n\r\n1234"
+            )
             request = upstream.receive(body=False).answer()
             assert request.connection.exactly(4) == b"1234"
             client.send(b"5678")
@@ -516,9 +672,12 @@ def test_error_before_the_body_is_read_reaches_the_client(tmp_path: Path, certif
 
 def test_tls(tmp_path: Path, certificate: tuple) -> None:
     authority, context = certificate
-    with ScriptedUpstream(context) as upstream, \
-            ProxyProcess(tmp_path, upstream=upstream.origin,
-                         environ={"SSL_CERT_FILE": str(authority)}) as proxy:
+    with (
+        ScriptedUpstream(context) as upstream,
+        ProxyProcess(
+            tmp_path, upstream=upstream.origin, environ={"SSL_CERT_FILE": str(authority)}
+        ) as proxy,
+    ):
         proxy.sign_in()
         with proxy.client() as client:
             for framing in ("chunked", "length"):
@@ -547,12 +706,20 @@ def test_tls(tmp_path: Path, certificate: tuple) -> None:
 
 def make_upstream(scripted: ScriptedUpstream, **keywords: float) -> Upstream:
     """One in this process: nothing it does here waits for what is not there already."""
-    return Upstream(config.from_environ({"HOME": "/", "XAI_PROXY_UPSTREAM": scripted.origin}), **keywords)
+    return Upstream(
+        config.from_environ({"HOME": "/", "XAI_PROXY_UPSTREAM": scripted.origin}), **keywords
+    )
 
 
 def a_request(upstream: Upstream, method: str = "GET", body: bytes = b"") -> Exchange:
     content = WholeBody(body, len(body) or None)
-    return Exchange(upstream, f"{method} /v1/x HTTP/1.1\r\nHost: x\r\n".encode(), content, method, repeatable=False)
+    return Exchange(
+        upstream,
+        f"{method} /v1/x HTTP/1.1\r\nHost: x\r\n".encode(),
+        content,
+        method,
+        repeatable=False,
+    )
 
 
 def exchange(upstream: Upstream, scripted: ScriptedUpstream) -> Request:
@@ -617,8 +784,9 @@ def test_a_minute_is_too_long() -> None:
 
 
 @both_ways
-def test_a_thousand_streams_at_once(running: ProxyProcess, upstream: ScriptedUpstream,
-                                    many_files: None) -> None:
+def test_a_thousand_streams_at_once(
+    running: ProxyProcess, upstream: ScriptedUpstream, many_files: None
+) -> None:
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(running.client()) for _ in range(1000)]
         for number, client in enumerate(clients):
@@ -654,8 +822,10 @@ def test_connection_is_kept_and_used_again(client: Client, upstream: ScriptedUps
 
 @both_ways
 def test_answers_that_end_the_connection(client: Client, upstream: ScriptedUpstream) -> None:
-    for head in (b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\nok",
-                 b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok"):
+    for head in (
+        b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\nok",
+        b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok",
+    ):
         client.request()
         request = upstream.receive().answer(head)
         assert client.message().body == b"ok"
@@ -663,7 +833,9 @@ def test_answers_that_end_the_connection(client: Client, upstream: ScriptedUpstr
 
 
 @both_ways
-def test_bytes_after_an_answer_end_the_connection(client: Client, upstream: ScriptedUpstream) -> None:
+def test_bytes_after_an_answer_end_the_connection(
+    client: Client, upstream: ScriptedUpstream
+) -> None:
     client.request()
     first = upstream.receive().answer(OK)
     assert client.message().body == b"ok"
@@ -676,8 +848,9 @@ def test_bytes_after_an_answer_end_the_connection(client: Client, upstream: Scri
 
 
 @pytest.mark.parametrize("how", ["fin", "reset"])
-def test_connection_closed_while_idle_is_not_used(client: Client, upstream: ScriptedUpstream,
-                                                  how: str) -> None:
+def test_connection_closed_while_idle_is_not_used(
+    client: Client, upstream: ScriptedUpstream, how: str
+) -> None:
     """A POST that fails is not sent again, so each of these shows that the close was seen before the use."""
     for _ in range(20):
         client.request("POST", "/v1/x", body=b"{}")
@@ -688,7 +861,7 @@ def test_connection_closed_while_idle_is_not_used(client: Client, upstream: Scri
 
 
 @contextlib.contextmanager
-def stopped(proxy: ProxyProcess) -> "Iterator[None]":
+def stopped(proxy: ProxyProcess) -> Iterator[None]:
     """What happens meanwhile comes to the proxy in one turn of its loop."""
     proxy.process.send_signal(signal.SIGSTOP)
     try:
@@ -698,8 +871,9 @@ def stopped(proxy: ProxyProcess) -> "Iterator[None]":
 
 
 @pytest.mark.parametrize("first", ["close", "request"])
-def test_close_that_comes_with_a_request_is_seen_before_it(client: Client, running: ProxyProcess,
-                                                           upstream: ScriptedUpstream, first: str) -> None:
+def test_close_that_comes_with_a_request_is_seen_before_it(
+    client: Client, running: ProxyProcess, upstream: ScriptedUpstream, first: str
+) -> None:
     for _ in range(5):
         client.request("POST", "/v1/x", body=b"{}")
         request = upstream.receive().answer()
@@ -715,8 +889,9 @@ def test_close_that_comes_with_a_request_is_seen_before_it(client: Client, runni
         assert client.message().body == b"ok"
 
 
-def test_closes_that_come_with_many_requests_are_seen_before_them(running: ProxyProcess, upstream: ScriptedUpstream,
-                                                                  many_files: None) -> None:
+def test_closes_that_come_with_many_requests_are_seen_before_them(
+    running: ProxyProcess, upstream: ScriptedUpstream, many_files: None
+) -> None:
     """More at a time than libev has epoll report, so that its watchers hear of most closes too late."""
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(running.client()) for _ in range(200)]
@@ -731,6 +906,7 @@ def test_closes_that_come_with_many_requests_are_seen_before_them(running: Proxy
             for request in requests:
                 request.answer()
             assert {client.message().body for client in clients} == {b"ok"}
+
         ask_all()
         answer_all()
         with stopped(running):
@@ -739,8 +915,9 @@ def test_closes_that_come_with_many_requests_are_seen_before_them(running: Proxy
         answer_all()
 
 
-def test_close_that_comes_with_an_answer_is_seen_before_the_next_request(client: Client, running: ProxyProcess,
-                                                                         upstream: ScriptedUpstream) -> None:
+def test_close_that_comes_with_an_answer_is_seen_before_the_next_request(
+    client: Client, running: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
     for _ in range(5):
         client.request("POST", "/v1/x", body=b"{}").request("POST", "/v1/x", body=b"{}")
         request = upstream.receive()
@@ -752,8 +929,9 @@ def test_close_that_comes_with_an_answer_is_seen_before_the_next_request(client:
 
 
 @pytest.mark.parametrize("how", ["end", "bytes"])
-def test_idle_connection_that_is_of_no_more_use_is_closed_at_once(client: Client, upstream: ScriptedUpstream,
-                                                                  how: str) -> None:
+def test_idle_connection_that_is_of_no_more_use_is_closed_at_once(
+    client: Client, upstream: ScriptedUpstream, how: str
+) -> None:
     client.request()
     request = upstream.receive().answer(OK)
     assert client.message().body == b"ok"
@@ -762,12 +940,28 @@ def test_idle_connection_that_is_of_no_more_use_is_closed_at_once(client: Client
 
 
 @contextlib.contextmanager
-def interactive_server(folder: Path) -> "Iterator[subprocess.Popen]":
+def interactive_server(folder: Path) -> Iterator[subprocess.Popen]:
     """openssl's, which sends what it is told, and a key update when told `k`; on `port`."""
     port = refused_port()
-    with subprocess.Popen(["openssl", "s_server", "-accept", f"127.0.0.1:{port}", "-tls1_3", "-crlf", "-naccept", "1",
-                           "-cert", folder / "server.pem", "-key", folder / "server.key"],
-                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as server:
+    with subprocess.Popen(
+        [
+            "openssl",
+            "s_server",
+            "-accept",
+            f"127.0.0.1:{port}",
+            "-tls1_3",
+            "-crlf",
+            "-naccept",
+            "1",
+            "-cert",
+            folder / "server.pem",
+            "-key",
+            folder / "server.key",
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        bufsize=0,
+    ) as server:
         server.port = port
         try:
             assert b"ACCEPT\n" in iter(server.stdout.readline, b"")
@@ -781,8 +975,15 @@ def test_record_without_content_on_an_idle_connection_is_no_end(tmp_path: Path, 
     """A session ticket or a key update (RFC 8446 section 4.6); but an end may follow it."""
     authority, _ = make_certificate(tmp_path, "127.0.0.1")
     with interactive_server(tmp_path) as server:
-        upstream = Upstream(config.from_environ({"HOME": "/", "SSL_CERT_FILE": str(authority),
-                                                 "XAI_PROXY_UPSTREAM": f"https://127.0.0.1:{server.port}"}))
+        upstream = Upstream(
+            config.from_environ(
+                {
+                    "HOME": "/",
+                    "SSL_CERT_FILE": str(authority),
+                    "XAI_PROXY_UPSTREAM": f"https://127.0.0.1:{server.port}",
+                }
+            )
+        )
         sent = a_request(upstream)
         sent.send(upstream.connect(), pooled=False)
         connection = sent.connection
@@ -804,8 +1005,11 @@ def test_record_without_content_on_an_idle_connection_is_no_end(tmp_path: Path, 
 
 def test_upstream_that_restarts(tmp_path: Path) -> None:
     """With ten pooled connections: none of the POSTs behind it goes out on one of them, or is lost."""
-    with ScriptedUpstream() as before, ProxyProcess(tmp_path, upstream=before.origin) as proxy, \
-            contextlib.ExitStack() as stack:
+    with (
+        ScriptedUpstream() as before,
+        ProxyProcess(tmp_path, upstream=before.origin) as proxy,
+        contextlib.ExitStack() as stack,
+    ):
         proxy.sign_in()
         clients = [stack.enter_context(proxy.client()) for _ in range(10)]
 
@@ -817,6 +1021,7 @@ def test_upstream_that_restarts(tmp_path: Path) -> None:
             for request in requests:
                 request.answer()
             assert [client.message().body for client in clients] == [b"ok"] * len(clients)
+
         ask_all(before)
         before.close()
         for client in clients:
@@ -827,8 +1032,9 @@ def test_upstream_that_restarts(tmp_path: Path) -> None:
             ask_all(after)
 
 
-def break_a_pooled_connection(client: Client, upstream: ScriptedUpstream, *request: str,
-                              body: bytes = b"") -> None:
+def break_a_pooled_connection(
+    client: Client, upstream: ScriptedUpstream, *request: str, body: bytes = b""
+) -> None:
     """Have a pooled connection end in the middle of `request`, when nothing of an answer came."""
     client.request()
     first = upstream.receive().answer()
@@ -839,15 +1045,27 @@ def break_a_pooled_connection(client: Client, upstream: ScriptedUpstream, *reque
     second.connection.reset()
 
 
-@pytest.mark.parametrize("request_", [
-    ("GET", "/v1/a"), ("HEAD", "/v1/a"), ("OPTIONS", "/v1/a"), ("POST", "/v1/a", "Idempotency-Key: 1"),
-    ("POST", "/v1/a", "x-idempotency-key: 1")])
-def test_broken_pooled_connection_is_replaced_for_some(client: Client, upstream: ScriptedUpstream,
-                                                           request_: tuple) -> None:
+@pytest.mark.parametrize(
+    "request_",
+    [
+        ("GET", "/v1/a"),
+        ("HEAD", "/v1/a"),
+        ("OPTIONS", "/v1/a"),
+        ("POST", "/v1/a", "Idempotency-Key: 1"),
+        ("POST", "/v1/a", "x-idempotency-key: 1"),
+    ],
+)
+def test_broken_pooled_connection_is_replaced_for_some(
+    client: Client, upstream: ScriptedUpstream, request_: tuple
+) -> None:
     body = b"{}" if request_[0] == "POST" else b""
     break_a_pooled_connection(client, upstream, *request_, body=body)
     again = upstream.receive()
-    assert (again.method, again.target, again.body, again.connection.requests) == (*request_[:2], body, 1)
+    assert (again.method, again.target, again.body, again.connection.requests) == (
+        *request_[:2],
+        body,
+        1,
+    )
     again.connection.reset()  # once more only
     assert client.message(body=request_[0] != "HEAD").status == 502
     assert upstream.quiet()
@@ -855,9 +1073,9 @@ def test_broken_pooled_connection_is_replaced_for_some(client: Client, upstream:
 
 @pytest.mark.parametrize("method", ["POST", "DELETE", "PUT"])
 @pytest.mark.parametrize("body", [b"{}", b""])
-def test_broken_pooled_connection_is_not_replaced_for_others(client: Client, upstream: ScriptedUpstream,
-                                                             method: str,
-                                                             body: bytes) -> None:
+def test_broken_pooled_connection_is_not_replaced_for_others(
+    client: Client, upstream: ScriptedUpstream, method: str, body: bytes
+) -> None:
     """It may already have made a paid image."""
     break_a_pooled_connection(client, upstream, method, "/v1/images/generations", body=body)
     answer = client.message()
@@ -867,8 +1085,9 @@ def test_broken_pooled_connection_is_not_replaced_for_others(client: Client, ups
 
 
 @pytest.mark.parametrize("field, again", [("X-a: 1", False), ("Idempotency-Key: 1", True)])
-def test_pooled_connection_that_breaks_amid_the_body(client: Client, upstream: ScriptedUpstream, field: str,
-                                                     again: bool) -> None:
+def test_pooled_connection_that_breaks_amid_the_body(
+    client: Client, upstream: ScriptedUpstream, field: str, again: bool
+) -> None:
     client.request()
     first = upstream.receive().answer()
     assert client.message().body == b"ok"

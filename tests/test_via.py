@@ -1,10 +1,11 @@
 """Via (RFC 9110 section 7.6.3): proxies that send to each other answer at once; xAI's servers get none."""
+
 from __future__ import annotations
 
 import pathlib
 import re
 import socket
-from typing import Iterator
+from collections.abc import Iterator
 
 import pytest
 from proxy_process import ProxyProcess
@@ -21,13 +22,22 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module", params=[2, 3])
-def ring(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> "Iterator[list[ProxyProcess]]":
+def ring(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[list[ProxyProcess]]:
     """Proxies that each have the next one for upstream, and the last one the first."""
     ports = [free_port() for _ in range(request.param)]
     proxies = []
     for number, port in enumerate(ports):
         upstream = f"http://127.0.0.1:{ports[(number + 1) % len(ports)]}"
-        proxies.append(ProxyProcess(tmp_path_factory.mktemp("proxy"), port=port, upstream=upstream, max_connections=SLOTS))
+        proxies.append(
+            ProxyProcess(
+                tmp_path_factory.mktemp("proxy"),
+                port=port,
+                upstream=upstream,
+                max_connections=SLOTS,
+            )
+        )
         proxies[-1].sign_in()
     yield proxies
     for proxy in proxies:
@@ -36,19 +46,28 @@ def ring(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         proxy.close()
 
 
-@pytest.mark.parametrize("method, fields", [
-    ("GET", ()), ("POST", ("Via: 1.0 fred, 1.1 nginx",)), ("GET", ("Connection: via, close",)),
-    ("GET", ("Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13"))],
-    ids=["GET", "POST", "Connection names Via", "WebSocket"])
-def test_loop_is_answered_at_once_and_takes_no_slot(ring: "list[ProxyProcess]", method: str,
-                                                    fields: "tuple[str, ...]") -> None:
+@pytest.mark.parametrize(
+    "method, fields",
+    [
+        ("GET", ()),
+        ("POST", ("Via: 1.0 fred, 1.1 nginx",)),
+        ("GET", ("Connection: via, close",)),
+        ("GET", ("Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13")),
+    ],
+    ids=["GET", "POST", "Connection names Via", "WebSocket"],
+)
+def test_loop_is_answered_at_once_and_takes_no_slot(
+    ring: list[ProxyProcess], method: str, fields: tuple[str, ...]
+) -> None:
     start = len(ring[0].log_lines())
     for _ in range(2 * SLOTS):  # a slot that one of them kept would be missing by the last
         looped = ring[0].ask(method, "/v1/loop", *fields, body=b"{}" if method == "POST" else b"")
         assert looped.status == 508 and b'"loop_detected"' in looped.body
         assert looped.value("x-should-retry") == "false"
     ring[0].wait_for_log(lambda line: line.get("path") == "/v1/loop", start=start)
-    assert {line["status"] for line in ring[0].log_lines()[start:] if line.get("path") == "/v1/loop"} == {508}
+    assert {
+        line["status"] for line in ring[0].log_lines()[start:] if line.get("path") == "/v1/loop"
+    } == {508}
 
 
 def test_chain_of_two_is_no_loop(tmp_path: pathlib.Path) -> None:
@@ -69,7 +88,10 @@ def test_name_in_via_is_another_in_each_process(tmp_path: pathlib.Path) -> None:
     names = set()
     with ScriptedUpstream() as upstream:
         for _ in range(3):
-            with ProxyProcess(tmp_path, upstream=upstream.origin) as proxy, proxy.client() as client:
+            with (
+                ProxyProcess(tmp_path, upstream=upstream.origin) as proxy,
+                proxy.client() as client,
+            ):
                 proxy.sign_in()
                 client.request()
                 names.add(upstream.receive().answer().value("Via"))
@@ -77,11 +99,19 @@ def test_name_in_via_is_another_in_each_process(tmp_path: pathlib.Path) -> None:
     assert len(names) == 3
 
 
-@pytest.mark.parametrize("host, told", [("api.x.ai", False), ("x.ai", False), ("API.X.AI", False), ("api-x.ai", True),
-                                        ("x.ai.example", True)])
+@pytest.mark.parametrize(
+    "host, told",
+    [
+        ("api.x.ai", False),
+        ("x.ai", False),
+        ("API.X.AI", False),
+        ("api-x.ai", True),
+        ("x.ai.example", True),
+    ],
+)
 def test_xai_gets_no_via(tmp_path: pathlib.Path, host: str, told: bool) -> None:
     authority, context = make_certificate(tmp_path, host.lower())
-    came: "list[bytes]" = []
+    came: list[bytes] = []
 
     def egress(connection: socket.socket) -> None:
         read_request(connection)  # CONNECT
@@ -89,9 +119,13 @@ def test_xai_gets_no_via(tmp_path: pathlib.Path, host: str, told: bool) -> None:
         with context.wrap_socket(connection, server_side=True) as tls:
             came.append(read_request(tls))
             tls.sendall(answer(200, {}))
+
     with ScriptedServer(egress) as server:
         environ = {"HTTPS_PROXY": server.url, "SSL_CERT_FILE": str(authority)}
         with ProxyProcess(tmp_path, upstream=f"https://{host}", environ=environ) as proxy:
             proxy.sign_in()
-            assert proxy.ask("GET", "/v1/x", "Via: 1.1 xaiproxy-0123456789abcdef", "CF-Ray: 1").status == 200
+            assert (
+                proxy.ask("GET", "/v1/x", "Via: 1.1 xaiproxy-0123456789abcdef", "CF-Ray: 1").status
+                == 200
+            )
     assert (b"\r\nVia: " in came[0]) is told and b"CF-Ray" not in came[0]

@@ -1,4 +1,5 @@
 """One end of a raw HTTP/1.1 connection: bytes in, bytes out, and every wait ends after a few seconds."""
+
 from __future__ import annotations
 
 import contextlib
@@ -15,7 +16,7 @@ PATIENCE = 8.0  # seconds that a test waits for what must come
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER that turns close into a reset
 
 
-def readable(sockets: "Iterable[socket.socket]", seconds: float = 0) -> "list[socket.socket]":
+def readable(sockets: Iterable[socket.socket], seconds: float = 0) -> list[socket.socket]:
     """Those that have bytes or an end to be read, waited for."""
     by_number = {sock.fileno(): sock for sock in sockets}
     poll = select.poll()  # select has an end at descriptor 1024
@@ -30,21 +31,21 @@ class Message:
 
     head: bytes
     body: bytes = b""
-    chunks: "list[bytes]" = dataclasses.field(default_factory=list)
+    chunks: list[bytes] = dataclasses.field(default_factory=list)
 
     @property
     def line(self) -> str:
         return self.head.decode("latin-1").partition("\r\n")[0]
 
     @property
-    def fields(self) -> "list[tuple[str, str]]":
+    def fields(self) -> list[tuple[str, str]]:
         lines = self.head.decode("latin-1").split("\r\n")[1:-2]
         return [(name, value) for name, _, value in (line.partition(": ") for line in lines)]
 
-    def values(self, name: str) -> "list[str]":
+    def values(self, name: str) -> list[str]:
         return [value for field, value in self.fields if field.lower() == name.lower()]
 
-    def value(self, name: str) -> "str | None":
+    def value(self, name: str) -> str | None:
         """The one value of a field; None when it is not there."""
         values = self.values(name)
         assert len(values) < 2, f"{name} is there {len(values)} times"
@@ -87,7 +88,7 @@ class Wire:
         self.sock.sendall(data)
 
     @contextlib.contextmanager
-    def sending(self, data: bytes) -> "Iterator[None]":
+    def sending(self, data: bytes) -> Iterator[None]:
         """Meanwhile another thread sends it."""
         thread = threading.Thread(target=self.send, args=(data,))
         thread.start()

@@ -4,9 +4,9 @@ from gevent import monkey
 
 monkey.patch_all()  # before anything imports socket, ssl or requests
 
-import sys  # noqa: E402
+import sys
 
-from xaiproxy.proxy.server import main  # noqa: E402
+from xaiproxy.proxy.server import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -19,13 +19,14 @@ ATTEMPT_DELAY = 0.25  # seconds from one attempt to the next, as RFC 8305 sectio
 Address = tuple[int, int, int, str, Any]  # as getaddrinfo returns it
 
 
-def look_up(host: str, port: int,
-            getaddrinfo: Callable[..., Any] = socket.getaddrinfo) -> "list[Address]":
+def look_up(
+    host: str, port: int, getaddrinfo: Callable[..., Any] = socket.getaddrinfo
+) -> list[Address]:
     """Return the addresses in getaddrinfo's order, with families alternating (RFC 8305 section 4).
 
     Raises socket.gaierror.
     """
-    families: "dict[int, list[Address]]" = {}
+    families: dict[int, list[Address]] = {}
     # Bytes, since text would be taken through IDNA, which has its own errors.
     for address in dict.fromkeys(getaddrinfo(host.encode(), port, type=socket.SOCK_STREAM)):
         families.setdefault(address[0], []).append(address)
@@ -33,10 +34,12 @@ def look_up(host: str, port: int,
     return [address for turn in turns for address in turn if address]
 
 
-def connect(addresses: "Iterable[Address]", timeout: "float | None" = None,
-            options: "Iterable[tuple[int, int, int]]" = (),
-            failed: "Callable[[Address], object]" = lambda address: None
-            ) -> "tuple[socket.socket, Address]":
+def connect(
+    addresses: Iterable[Address],
+    timeout: float | None = None,
+    options: Iterable[tuple[int, int, int]] = (),
+    failed: Callable[[Address], object] = lambda address: None,
+) -> tuple[socket.socket, Address]:
     """Connect to the first address that answers (RFC 8305 section 5); return the socket and it.
 
     An attempt starts ATTEMPT_DELAY after the one before it, or as soon as that one has failed.
@@ -46,7 +49,7 @@ def connect(addresses: "Iterable[Address]", timeout: "float | None" = None,
     """
     deadline = math.inf if timeout is None else time.monotonic() + timeout
     waiting = deque(addresses)
-    attempts: "dict[int, tuple[socket.socket, Address]]" = {}
+    attempts: dict[int, tuple[socket.socket, Address]] = {}
     poll = select.poll()
     due = 0.0
     last = OSError("its name has no address")
@@ -93,7 +96,9 @@ def connect(addresses: "Iterable[Address]", timeout: "float | None" = None,
             sock.close()
 
 
-def _attempt(address: Address, options: "Iterable[tuple[int, int, int]]", wait: float) -> "tuple[socket.socket, bool]":
+def _attempt(
+    address: Address, options: Iterable[tuple[int, int, int]], wait: float
+) -> tuple[socket.socket, bool]:
     """A socket, and whether it has connected within `wait` seconds; if not, it goes on. Raises OSError."""
     family, kind, protocol, _, target = address
     sock = socket.socket(family, kind, protocol)

@@ -17,16 +17,22 @@ EXAMPLES = """\
 """
 
 
-def main(argv: "list[str] | None" = None) -> int:
-    parser = command.ArgumentParser(prog="xai-client-key", usage="xai-client-key {add NAME, list, remove NAME}",
-                                    description="Keys that clients show to the proxy.", epilog=EXAMPLES)
-    actions = parser.add_subparsers(prog=parser.prog, dest="action", required=True, metavar="add | list | remove")
+def main(argv: list[str] | None = None) -> int:
+    parser = command.ArgumentParser(
+        prog="xai-client-key",
+        usage="xai-client-key {add NAME, list, remove NAME}",
+        description="Keys that clients show to the proxy.",
+        epilog=EXAMPLES,
+    )
+    actions = parser.add_subparsers(
+        prog=parser.prog, dest="action", required=True, metavar="add | list | remove"
+    )
     for action in ("add", "remove"):
         actions.add_parser(action).add_argument("name", metavar="NAME")
     actions.add_parser("list")
     arguments = parser.parse_args(argv)
 
-    def body() -> "int | None":
+    def body() -> int | None:
         settings = config.from_environ(os.environ)
         path = settings.client_keys_file
         if arguments.action != "list":
@@ -40,13 +46,20 @@ def main(argv: "list[str] | None" = None) -> int:
                 command.say(f"There is no client key in {path}.")
         elif arguments.action == "add":
             key = "xaip_" + secrets.token_urlsafe(32)
-            _change(path, lambda keys: _added(keys, arguments.name, key), lambda: _show(arguments.name, key))
+            _change(
+                path,
+                lambda keys: _added(keys, arguments.name, key),
+                lambda: _show(arguments.name, key),
+            )
         else:
             _change(path, lambda keys: _removed(keys, arguments.name))
             command.say(f"The key of {arguments.name} is refused from now on.")
             if not _read(path):
-                command.say(f"It was the last one: nobody is admitted now. To serve without keys again, remove {path} and "
-                            "restart the proxy.")
+                command.say(
+                    f"It was the last one: nobody is admitted now. To serve without keys again, remove {path} and "
+                    "restart the proxy."
+                )
+
     return command.run(parser.prog, body)
 
 
@@ -56,32 +69,43 @@ def _show(name: str, key: str) -> None:
     command.flush_results("nothing was changed, since")
 
 
-def _added(keys: "dict[str, str]", name: str, key: str) -> "dict[str, str]":
+def _added(keys: dict[str, str], name: str, key: str) -> dict[str, str]:
     if not client_keys.NAME.fullmatch(name):
-        raise errors.UsageError(f"{name!r} cannot be a name: 1 to 64 letters, digits, dots, dashes and underscores")
+        raise errors.UsageError(
+            f"{name!r} cannot be a name: 1 to 64 letters, digits, dots, dashes and underscores"
+        )
     if name in keys:
-        raise errors.UsageError(f"{name} has a key already; remove it first, or choose another name")
+        raise errors.UsageError(
+            f"{name} has a key already; remove it first, or choose another name"
+        )
     return keys | {name: client_keys.digest(key)}
 
 
-def _removed(keys: "dict[str, str]", name: str) -> "dict[str, str]":
+def _removed(keys: dict[str, str], name: str) -> dict[str, str]:
     if name not in keys:
-        raise errors.UsageError(f"{name} has no key; {errors.typed('xai-client-key list')} shows who has")
+        raise errors.UsageError(
+            f"{name} has no key; {errors.typed('xai-client-key list')} shows who has"
+        )
     return {other: digest for other, digest in keys.items() if other != name}
 
 
-def _read(path: Path) -> "dict[str, str]":
+def _read(path: Path) -> dict[str, str]:
     try:
         return client_keys.load(path)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise errors.ConfigurationError(f"{path} cannot be used: {reason}; put it right or remove it") from error
+        raise errors.ConfigurationError(
+            f"{path} cannot be used: {reason}; put it right or remove it"
+        ) from error
 
 
-def _change(path: Path, edit: "Callable[[dict[str, str]], dict[str, str]]",
-            show: "Callable[[], None]" = lambda: None) -> None:
+def _change(
+    path: Path,
+    edit: Callable[[dict[str, str]], dict[str, str]],
+    show: Callable[[], None] = lambda: None,
+) -> None:
     """Replace the file by an atomic rename, so that the proxy never reads half of it; one command at a time.
 
     `show`: prints what can be shown only once, when the rename alone is left to do. If it fails, nothing is changed.
@@ -91,15 +115,20 @@ def _change(path: Path, edit: "Callable[[dict[str, str]], dict[str, str]]",
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _locked(path.with_name(path.name + ".lock")):
-            if path.is_symlink():  # a mounted Secret, or a file that is kept elsewhere: the rename would cut it off
+            if (
+                path.is_symlink()
+            ):  # a mounted Secret, or a file that is kept elsewhere: the rename would cut it off
                 raise errors.ConfigurationError(
                     f"{path} is a symbolic link to {os.readlink(path)!r} and is left alone; name that file with "
-                    "XAI_PROXY_CLIENT_KEYS_FILE, or remove the link")
+                    "XAI_PROXY_CLIENT_KEYS_FILE, or remove the link"
+                )
             keys = edit(_read(path))
             new.unlink(missing_ok=True)
             with open(folder_file.opened(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "w") as file:
                 _keep_access(path, file.fileno())
-                file.write("# client keys: a name and the SHA-256 of a key a line; made by xai-client-key\n")
+                file.write(
+                    "# client keys: a name and the SHA-256 of a key a line; made by xai-client-key\n"
+                )
                 file.writelines(f"{name} {digest}\n" for name, digest in keys.items())
                 file.flush()
                 os.fsync(file.fileno())
@@ -108,8 +137,10 @@ def _change(path: Path, edit: "Callable[[dict[str, str]], dict[str, str]]",
             outcome = "it was changed, but a power cut may undo that"
             _sync_folder(path.parent)
     except OSError as error:
-        raise errors.StorageError(f"{error.filename or path} cannot be written: {error.strerror}; {outcome}. "
-                                  f"{storage.advice(path, error, 'XAI_PROXY_CLIENT_KEYS_FILE')}") from error
+        raise errors.StorageError(
+            f"{error.filename or path} cannot be written: {error.strerror}; {outcome}. "
+            f"{storage.advice(path, error, 'XAI_PROXY_CLIENT_KEYS_FILE')}"
+        ) from error
 
 
 def _keep_access(path: Path, fd: int) -> None:
@@ -122,7 +153,7 @@ def _keep_access(path: Path, fd: int) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> "Iterator[None]":
+def _locked(path: Path) -> Iterator[None]:
     fd = folder_file.opened(path, os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)

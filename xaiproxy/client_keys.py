@@ -20,9 +20,9 @@ def digest(key: str) -> str:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def parse(text: str) -> "dict[str, str]":
+def parse(text: str) -> dict[str, str]:
     """Name to digest. Raises ValueError naming the line, never its content."""
-    keys: "dict[str, str]" = {}
+    keys: dict[str, str] = {}
     for number, line in enumerate(text.splitlines(), 1):
         line = line.strip()
         if not line or line.startswith("#"):
@@ -36,13 +36,13 @@ def parse(text: str) -> "dict[str, str]":
     return keys
 
 
-def load(path: Path) -> "dict[str, str]":
+def load(path: Path) -> dict[str, str]:
     """Name to digest. Raises FileNotFoundError if nothing is there, else OSError or ValueError if it is unusable."""
     _identity_at(path)
     return _parsed(_read(path)[0])
 
 
-def _identity_at(path: Path) -> "tuple[int, ...]":
+def _identity_at(path: Path) -> tuple[int, ...]:
     """Of the file that is there now. Needs no descriptor, and so finds nothing there even if none is free."""
     try:
         return _identity(os.stat(path))
@@ -52,7 +52,7 @@ def _identity_at(path: Path) -> "tuple[int, ...]":
         raise ValueError("it is a link to nothing") from None
 
 
-def _read(path: Path) -> "tuple[bytes, os.stat_result]":
+def _read(path: Path) -> tuple[bytes, os.stat_result]:
     return folder_file.read(path, SIZE_LIMIT + 1, follow=True)
 
 
@@ -64,13 +64,13 @@ def _is_absent(path: Path) -> bool:
     return True
 
 
-def _parsed(content: bytes) -> "dict[str, str]":
+def _parsed(content: bytes) -> dict[str, str]:
     if len(content) > SIZE_LIMIT:
         raise ValueError(f"it is longer than {SIZE_LIMIT} bytes")
     return parse(content.decode("utf-8"))
 
 
-def _identity(status: os.stat_result) -> "tuple[int, ...]":
+def _identity(status: os.stat_result) -> tuple[int, ...]:
     return status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size
 
 
@@ -86,9 +86,11 @@ class ClientKeys:
         """`required`: require a key even while the file does not exist."""
         self.path = path
         self.required = required
-        self.unread = False  # whether the last read failed; the next may succeed without a change of the file
-        self._seen: "tuple[int, ...] | None" = None
-        self._keys: "dict[str, str]" = {}
+        self.unread = (
+            False  # whether the last read failed; the next may succeed without a change of the file
+        )
+        self._seen: tuple[int, ...] | None = None
+        self._keys: dict[str, str] = {}
         self._complaint = ""
         self.version = 0  # another with each change
         self.refresh()
@@ -99,7 +101,7 @@ class ClientKeys:
 
     def refresh(self) -> None:
         """Look at the file; a stat when it has not changed."""
-        keys: "dict[str, str]" = {}
+        keys: dict[str, str] = {}
         required, seen, complaint = True, None, ""
         try:
             if _identity_at(self.path) == self._seen:
@@ -122,11 +124,14 @@ class ClientKeys:
 
     def _complain(self, complaint: str) -> None:
         if complaint and complaint != self._complaint:
-            logger.error("%s; nobody is admitted until it is put right: %s", complaint,
-                         errors.typed("xai-client-key add NAME"))
+            logger.error(
+                "%s; nobody is admitted until it is put right: %s",
+                complaint,
+                errors.typed("xai-client-key add NAME"),
+            )
         self._complaint = complaint
 
-    def name_of(self, key: str) -> "str | None":
+    def name_of(self, key: str) -> str | None:
         """Whose key this is; None for nobody's. Takes as long for every key."""
         presented, found = digest(key), None
         for name, known in self._keys.items():

@@ -20,7 +20,9 @@ class ArgumentParser(argparse.ArgumentParser):
     """argparse with --version, exit code 64 for a wrong command line, and worked examples kept as they are written."""
 
     def __init__(self, **arguments):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **arguments)
+        super().__init__(
+            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **arguments
+        )
         self.add_argument("--version", action="version", version=__version__)
 
     def parse_args(self, *arguments, **keywords) -> argparse.Namespace:
@@ -28,7 +30,7 @@ class ArgumentParser(argparse.ArgumentParser):
         open_standard_streams()
         return super().parse_args(*arguments, **keywords)
 
-    def exit(self, status: int = 0, message: "str | None" = None) -> NoReturn:
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         try:
             flush_results()
         except errors.Error as error:
@@ -53,7 +55,9 @@ def open_standard_streams() -> None:
         try:
             os.fstat(fd)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, flags), True)  # the lowest free descriptor: this one
+            os.set_inheritable(
+                os.open(os.devnull, flags), True
+            )  # the lowest free descriptor: this one
     sys.stdin = sys.stdin or open(0, closefd=False)
     if sys.stdout is sys.__stdout__:
         encoding = sys.stdout and sys.stdout.encoding
@@ -80,10 +84,12 @@ def _has_terminal() -> bool:
     return True
 
 
-def run(name: str, body: "Callable[[], int | None]") -> int:
+def run(name: str, body: Callable[[], int | None]) -> int:
     """Return body's exit code, or the one of the Error it raised, whose sentence is then printed."""
     _forbid_core_dumps()
-    os.umask(os.umask(0o077) | 0o022)  # nothing that is made can be written by others, also where the umask is 0
+    os.umask(
+        os.umask(0o077) | 0o022
+    )  # nothing that is made can be written by others, also where the umask is 0
     try:
         status = body() or 0
         flush_results()
@@ -120,7 +126,7 @@ def flush_results(outcome: str = "it is done, but") -> None:
         raise errors.Error(f"{outcome} the result cannot be printed: {error.strerror}") from error
 
 
-def _flush(stream: TextIO) -> "OSError | None":
+def _flush(stream: TextIO) -> OSError | None:
     """The failure, if there is one; what it leaves in the buffer cannot fail once more at the end of the process."""
     try:
         stream.flush()

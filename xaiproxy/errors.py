@@ -22,8 +22,12 @@ EXIT_SIGN_IN = 77
 EXIT_CONFIGURATION = 78
 EXIT_INTERRUPTED = 130
 
-NO_RETRY = (("x-should-retry", "false"),)  # SDKs and Claude Code go by it, and would retry most of these for minutes
-CHALLENGE = (("WWW-Authenticate", 'Bearer realm="xaiproxy"'),)  # every 401 has one (RFC 9110 section 15.5.2)
+NO_RETRY = (
+    ("x-should-retry", "false"),
+)  # SDKs and Claude Code go by it, and would retry most of these for minutes
+CHALLENGE = (
+    ("WWW-Authenticate", 'Bearer realm="xaiproxy"'),
+)  # every 401 has one (RFC 9110 section 15.5.2)
 
 CHECKOUT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -40,6 +44,7 @@ def typed(line: str) -> str:
     if os.path.exists(script):
         return f"`{_from_here('bin/' + name)}{space}{arguments}`"
     import shutil  # slow to import, and not needed in a checkout
+
     script = os.path.join(os.path.dirname(sys.argv[0]), name)
     on_path = shutil.which(name) and "VIRTUAL_ENV" not in os.environ
     return f"`{name if on_path or not os.path.exists(script) else shlex.quote(script)}{space}{arguments}`"
@@ -47,7 +52,9 @@ def typed(line: str) -> str:
 
 def _from_here(path: str) -> str:
     """A path below the checkout, as it can be typed where the messages of this program are read."""
-    with contextlib.suppress(AttributeError, ValueError, OSError):  # no stderr, or no working directory any more
+    with contextlib.suppress(
+        AttributeError, ValueError, OSError
+    ):  # no stderr, or no working directory any more
         if sys.stderr.isatty() and os.path.samefile(".", CHECKOUT):
             return path
     return shlex.quote(f"{CHECKOUT}/{path}")
@@ -56,13 +63,20 @@ def _from_here(path: str) -> str:
 def _activate() -> str:
     """What to source so that the supervisord of this program's environment is found."""
     folder = os.path.dirname(sys.executable)
-    return _from_here(".venv/bin/activate") if folder == f"{CHECKOUT}/.venv/bin" else shlex.quote(f"{folder}/activate")
+    return (
+        _from_here(".venv/bin/activate")
+        if folder == f"{CHECKOUT}/.venv/bin"
+        else shlex.quote(f"{folder}/activate")
+    )
 
 
 SIGN_IN = f"run {typed('xai-login --device')} to sign in"
 # What keeps a login alive and serves it.
-SERVE = f"`. {_activate()} && supervisord -c {_from_here('conf/supervisord.conf')}`" \
-    if os.path.exists(f"{CHECKOUT}/conf/supervisord.conf") else f"{typed('xai-proxy')} and {typed('xai-refresher')}"
+SERVE = (
+    f"`. {_activate()} && supervisord -c {_from_here('conf/supervisord.conf')}`"
+    if os.path.exists(f"{CHECKOUT}/conf/supervisord.conf")
+    else f"{typed('xai-proxy')} and {typed('xai-refresher')}"
+)
 
 
 class Error(Exception):
@@ -83,7 +97,7 @@ class ConfigurationError(Error):
 
     exit_code = EXIT_CONFIGURATION
 
-    def __init__(self, message: str, setting: "str | None" = None):
+    def __init__(self, message: str, setting: str | None = None):
         super().__init__(message)
         self.setting = setting
 
@@ -133,8 +147,15 @@ class IssuerUnavailable(Error):
 
     exit_code = EXIT_UNAVAILABLE
 
-    def __init__(self, message: str, *, sent: bool = False, retry_after: "float | None" = None,
-                 refused: bool = False, page: bool = False):
+    def __init__(
+        self,
+        message: str,
+        *,
+        sent: bool = False,
+        retry_after: float | None = None,
+        refused: bool = False,
+        page: bool = False,
+    ):
         super().__init__(message)
         self.sent = sent
         self.retry_after = retry_after
@@ -210,18 +231,30 @@ class Refusal(Error):
     status = 500
     code = "internal_error"
     type = "api_error"
-    headers: "tuple[tuple[str, str], ...]" = ()
+    headers: tuple[tuple[str, str], ...] = ()
 
-    def __init__(self, message: str, *, headers: "tuple[tuple[str, str], ...]" = (), close: bool = False):
+    def __init__(
+        self, message: str, *, headers: tuple[tuple[str, str], ...] = (), close: bool = False
+    ):
         super().__init__(message)
         self.headers = type(self).headers + tuple(headers)
         self.close = close
 
-    def rendered(self) -> "tuple[str, list[tuple[str, str]], bytes]":
+    def rendered(self) -> tuple[str, list[tuple[str, str]], bytes]:
         """The WSGI status, the header fields and the body."""
-        body = json.dumps({"error": {"message": str(self), "type": self.type, "code": self.code}}).encode() + b"\n"
-        fields = [("Content-Type", "application/json"), ("Content-Length", str(len(body))),
-                  ("X-XAI-Proxy-Error", self.code), *(NO_RETRY if self.status < 500 else ()), *self.headers]
+        body = (
+            json.dumps(
+                {"error": {"message": str(self), "type": self.type, "code": self.code}}
+            ).encode()
+            + b"\n"
+        )
+        fields = [
+            ("Content-Type", "application/json"),
+            ("Content-Length", str(len(body))),
+            ("X-XAI-Proxy-Error", self.code),
+            *(NO_RETRY if self.status < 500 else ()),
+            *self.headers,
+        ]
         return f"{self.status} {http.HTTPStatus(self.status).phrase}", fields, body
 
 
@@ -278,7 +311,9 @@ class TokenUnavailable(Refusal):
     status, code = 503, "token_unavailable"
 
     def __init__(self, message: str, retry_after: int):
-        super().__init__(message, headers=(("Retry-After", str(retry_after)), ("x-should-retry", "true")))
+        super().__init__(
+            message, headers=(("Retry-After", str(retry_after)), ("x-should-retry", "true"))
+        )
 
 
 class TooManyConnections(Refusal):

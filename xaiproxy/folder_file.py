@@ -26,7 +26,11 @@ def opened(path: Path, flags: int, *, follow: bool = False) -> int:
         if not flags & os.O_CREAT:
             raise
     # O_NONBLOCK: what is there may have been replaced by a FIFO since.
-    fd = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY | (0 if follow else os.O_NOFOLLOW), 0o600)
+    fd = os.open(
+        path,
+        flags | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY | (0 if follow else os.O_NOFOLLOW),
+        0o600,
+    )
     try:
         _check(path, os.fstat(fd))
     except OSError:
@@ -35,7 +39,7 @@ def opened(path: Path, flags: int, *, follow: bool = False) -> int:
     return fd
 
 
-def read(path: Path, limit: int, *, follow: bool = False) -> "tuple[bytes, os.stat_result]":
+def read(path: Path, limit: int, *, follow: bool = False) -> tuple[bytes, os.stat_result]:
     """Return the first `limit` bytes and the status of the file that they are from. Raises as `opened` does."""
     with open(opened(path, os.O_RDONLY, follow=follow), "rb", buffering=0) as file:
         content = b""

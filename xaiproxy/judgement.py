@@ -46,8 +46,13 @@ class Judgement:
         return f"{self.reason[0].upper()}{self.reason[1:]}."
 
 
-def judge(login: "tokens.Tokens | errors.LoginUnusable", now: float, refresher_age: "float | None", refused: bool,
-          status: "refresher_status.Status | None") -> Judgement:
+def judge(
+    login: tokens.Tokens | errors.LoginUnusable,
+    now: float,
+    refresher_age: float | None,
+    refused: bool,
+    status: refresher_status.Status | None,
+) -> Judgement:
     """`refused`: whether the API refused the access token; `status`: the refresher's own, if there is a recent one."""
     if isinstance(login, errors.LoginUnusable):
         return _of_unusable(login)
@@ -70,24 +75,36 @@ def judge(login: "tokens.Tokens | errors.LoginUnusable", now: float, refresher_a
         return Judgement(Verdict.ENDED, valid, errors.EXIT_SIGN_IN, ended)
     if valid:
         if login.refresh_token is None:
-            return _usable(Verdict.NO_REFRESH_TOKEN,
-                           f"the token file holds no refresh token; the login lapses at {expiry}")
+            return _usable(
+                Verdict.NO_REFRESH_TOKEN,
+                f"the token file holds no refresh token; the login lapses at {expiry}",
+            )
         if not alive:
             return _usable(Verdict.NO_REFRESHER, f"no refresher; the login lapses at {expiry}")
         if status is not None and status.no_room:
-            return _usable(Verdict.NO_ROOM, f"the token is good until {expiry}, but no renewed login can be saved")
+            return _usable(
+                Verdict.NO_ROOM,
+                f"the token is good until {expiry}, but no renewed login can be saved",
+            )
         if code:
-            return _usable(Verdict.FAILING, f"the token is good until {expiry}, but its renewal fails ({code})")
+            return _usable(
+                Verdict.FAILING, f"the token is good until {expiry}, but its renewal fails ({code})"
+            )
         return _usable(Verdict.GOOD, "signed in")
 
-    fault = "the API refuses the access token" if refused else f"the access token expired at {expiry}"
+    fault = (
+        "the API refuses the access token" if refused else f"the access token expired at {expiry}"
+    )
     if login.refresh_token is None:
         verdict, exit_code = Verdict.NO_REFRESH_TOKEN, errors.EXIT_SIGN_IN
         fault += f", and the token file holds no refresh token; {SIGN_IN}, or replace the file"
     else:
         verdict, exit_code = Verdict.REFUSED if refused else Verdict.EXPIRED, errors.EXIT_TRY_AGAIN
         if not alive:
-            verdict, fault = Verdict.NO_REFRESHER, f"{fault} and has not been renewed yet: no refresher runs"
+            verdict, fault = (
+                Verdict.NO_REFRESHER,
+                f"{fault} and has not been renewed yet: no refresher runs",
+            )
         elif status is not None and status.no_room:
             verdict, fault = Verdict.NO_ROOM, f"{fault} and no renewed login can be saved"
         else:
@@ -97,30 +114,48 @@ def judge(login: "tokens.Tokens | errors.LoginUnusable", now: float, refresher_a
 
 def _of_unusable(error: errors.LoginUnusable) -> Judgement:
     if isinstance(error, errors.LoginUnread):
-        return Judgement(Verdict.UNREAD, False, error.exit_code,
-                         "the token file cannot be read at the moment; see the log")
+        return Judgement(
+            Verdict.UNREAD,
+            False,
+            error.exit_code,
+            "the token file cannot be read at the moment; see the log",
+        )
     verdict = Verdict.NO_LOGIN if error.state == "missing" else Verdict.UNUSABLE
-    return Judgement(verdict, False, error.exit_code,
-                     f"no login that can be used ({error.state}); {SIGN_IN}, or see the log")
+    return Judgement(
+        verdict,
+        False,
+        error.exit_code,
+        f"no login that can be used ({error.state}); {SIGN_IN}, or see the log",
+    )
 
 
 def _usable(verdict: Verdict, reason: str) -> Judgement:
     return Judgement(verdict, True, 0, reason)
 
 
-def reported_failure(store: TokenStore, login: tokens.Tokens, now: float) -> "list[str]":
+def reported_failure(store: TokenStore, login: tokens.Tokens, now: float) -> list[str]:
     """The last failure in the refresher's own status, in sentences; for when tokens.json could not take it."""
     status = refresher_status.read(store, login, now)
     if status is None:
         return []
     texts = status.no_room, status.reason if status.failure else ""
-    return [f"The refresher says: {log.CONTROLS.sub(' ', text)}." for text in dict.fromkeys(texts) if text]
+    return [
+        f"The refresher says: {log.CONTROLS.sub(' ', text)}."
+        for text in dict.fromkeys(texts)
+        if text
+    ]
 
 
-def of(store: TokenStore, now: float, read: "Callable[[], tokens.Tokens] | None" = None) -> Judgement:
+def of(store: TokenStore, now: float, read: Callable[[], tokens.Tokens] | None = None) -> Judgement:
     """Judge what the files say now. `read`: how the login is read, if not as the proxy does."""
     try:
         login = (read or store.last_known)()
     except errors.LoginUnusable as error:
         return _of_unusable(error)
-    return judge(login, now, store.refresher_age(now), store.is_refused(login, now), refresher_status.read(store, login, now))
+    return judge(
+        login,
+        now,
+        store.refresher_age(now),
+        store.is_refused(login, now),
+        refresher_status.read(store, login, now),
+    )

@@ -24,14 +24,16 @@ CLOSE_TIME = 1.0  # seconds that a reader gets at the end to take what waits
 
 
 class LineWriter:
-    def __init__(self, fd: int, notice: "Callable[[int], bytes]", poll: "Callable[[], Any]" = select.poll):
+    def __init__(
+        self, fd: int, notice: Callable[[int], bytes], poll: Callable[[], Any] = select.poll
+    ):
         """`notice`: the line that tells of so many dropped lines. `poll`: select.poll, unpatched by gevent."""
         self.dropped = 0  # lines that no notice has told of yet
         self._given = fd
         self._notice = notice
         self._make_poll = poll
         # Each with the number of lines that are lost with it: a notice stands for all that it tells of.
-        self._waiting: "deque[tuple[bytes, int]]" = deque()
+        self._waiting: deque[tuple[bytes, int]] = deque()
         self._size = 0  # bytes in them
         self._open()
 
@@ -40,7 +42,9 @@ class LineWriter:
         if os.isatty(self.fd):
             # A terminal stopped with Ctrl-S may have room for half a line, for which only O_NONBLOCK helps.
             with contextlib.suppress(OSError):
-                self.fd = os.open(os.ttyname(self.fd), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+                self.fd = os.open(
+                    os.ttyname(self.fd), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+                )
         self._poll = self._make_poll()
         self._poll.register(self.fd, select.POLLOUT)
 
@@ -48,7 +52,7 @@ class LineWriter:
     def waiting(self) -> bool:
         return bool(self._waiting)
 
-    def write(self, lines: "Iterable[bytes]") -> None:
+    def write(self, lines: Iterable[bytes]) -> None:
         """Write what waits and then `lines`, as far as it fits. Each has its line end, within LINE_LIMIT bytes."""
         for line in lines:
             size = len(line)
@@ -89,7 +93,9 @@ class LineWriter:
             data, count = self._take()
             try:
                 written = os.write(self.fd, data)
-            except BlockingIOError:  # somebody else made it O_NONBLOCK, and has filled it since the poll
+            except (
+                BlockingIOError
+            ):  # somebody else made it O_NONBLOCK, and has filled it since the poll
                 written = 0
             except OSError:
                 self.dropped += count + sum(count for _, count in self._waiting)
@@ -103,7 +109,7 @@ class LineWriter:
         if self.dropped and not self._waiting:  # no room for the notice: it waits, too
             self._append_notice()
 
-    def _take(self) -> "tuple[bytes, int]":
+    def _take(self) -> tuple[bytes, int]:
         """The next lines, as many as one write may have, and their number."""
         waiting = self._waiting
         line, count = waiting.popleft()

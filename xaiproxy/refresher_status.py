@@ -31,7 +31,7 @@ class Status:
     at: float
     result: str = ""
     reason: str = ""
-    next_try: "float | None" = None
+    next_try: float | None = None
     no_room: str = ""
     login: str = ""
 
@@ -51,20 +51,26 @@ def write(store: TokenStore, status: Status) -> bool:
         storage.check_owner(store.path)  # a file of root's would be closed to the user who serves
         fd = folder_file.opened(store.status_path, os.O_WRONLY | os.O_CREAT)
         try:
-            return os.pwrite(fd, content, 0) == SIZE  # in one call: a reader sees the old or the new bytes
+            return (
+                os.pwrite(fd, content, 0) == SIZE
+            )  # in one call: a reader sees the old or the new bytes
         finally:
             os.close(fd)
     except (OSError, errors.StorageError):
         return False
 
 
-def read(store: TokenStore, login: Tokens, now: float) -> "Status | None":
+def read(store: TokenStore, login: Tokens, now: float) -> Status | None:
     """The latest status, if it is about this login and not older than ALIVE seconds."""
     try:
         status = Status(**json.loads(folder_file.read(store.status_path, SIZE)[0]))
         if abs(now - status.at) >= ALIVE or status.login != fingerprint(login.access_token):
             return None
-        texts = isinstance(status.result, str) and isinstance(status.reason, str) and isinstance(status.no_room, str)
+        texts = (
+            isinstance(status.result, str)
+            and isinstance(status.reason, str)
+            and isinstance(status.no_room, str)
+        )
         return status if texts and isinstance(status.next_try, (int, float, type(None))) else None
     except (OSError, ValueError, TypeError, RecursionError):
         return None  # there is none, it is half-written, or it is another program's file

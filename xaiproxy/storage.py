@@ -43,21 +43,25 @@ def check_owner(file: Path) -> None:
     if owner != 0:
         raise errors.StorageError(
             f"{place} belongs to user {owner}, and this is user 0 (root), whose files would be closed to that user; nothing "
-            f"was changed. Run the same as user {owner}, as with `docker exec -u {owner}` or `sudo -u '#{owner}'`")
+            f"was changed. Run the same as user {owner}, as with `docker exec -u {owner}` or `sudo -u '#{owner}'`"
+        )
 
 
-def advice(path: "os.PathLike[str]", error: OSError, setting: str = "XAI_PROXY_TOKEN_PATH") -> str:
+def advice(path: os.PathLike[str], error: OSError, setting: str = "XAI_PROXY_TOKEN_PATH") -> str:
     """What to do about an error that came when `path` was written: a sentence without its full stop.
 
     `setting`: the one that names the file.
     """
-    named = [name for name in (error.filename2, error.filename) if isinstance(name, (str, os.PathLike))]
+    named = [
+        name for name in (error.filename2, error.filename) if isinstance(name, (str, os.PathLike))
+    ]
     place, folder, user = Path(named[0] if named else path), Path(path).parent, os.geteuid()
     elsewhere = f"set {setting} to a file elsewhere"
     if error.errno in (errno.EACCES, errno.EPERM):
         return _permit(place, user, setting)
     return ADVICE.get(error.errno, "Check {folder} and the disk that it is on").format(
-        place=place, folder=folder, elsewhere=elsewhere)
+        place=place, folder=folder, elsewhere=elsewhere
+    )
 
 
 def _permit(place: Path, user: int, setting: str) -> str:

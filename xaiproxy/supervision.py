@@ -58,7 +58,8 @@ def end(program: Any, reason: str) -> None:
         return
     server.logger.critical(
         f"{program.config.name} cannot be kept running ({reason}): stopping the rest, then ending with "
-        f"status {EXIT_FATAL}; put right what the last lines of {program.config.name} say and start again")
+        f"status {EXIT_FATAL}; put right what the last lines of {program.config.name} say and start again"
+    )
     server.mood = SupervisorStates.SHUTDOWN
     # supervisord's main() always returns 0. This runs after it: everything is stopped, flushed and tidied by then.
     atexit.register(os._exit, EXIT_FATAL)
@@ -101,7 +102,7 @@ def fork(self: Any) -> int:
 _get_path = options.ServerOptions.get_path
 
 
-def get_path(self: Any) -> "list[str]":
+def get_path(self: Any) -> list[str]:
     """ServerOptions.get_path, the folders to find programs in: first the one of this Python's own, then PATH's."""
     return [sysconfig.get_path("scripts"), *_get_path(self)]
 
@@ -117,7 +118,9 @@ def setsignals(self: Any) -> None:
     if _inherited is signal.SIG_IGN:  # nohup(1)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     elif _hangup == signal.SIGTERM:
-        signal.signal(signal.SIGHUP, lambda _, frame: self.signal_receiver.receive(signal.SIGTERM, frame))
+        signal.signal(
+            signal.SIGHUP, lambda _, frame: self.signal_receiver.receive(signal.SIGTERM, frame)
+        )
 
 
 class Output:
@@ -126,10 +129,12 @@ class Output:
     def __init__(self) -> None:
         self._writer = LineWriter(1, notice)
 
-    def write(self, data: "bytes | str") -> None:
+    def write(self, data: bytes | str) -> None:
         """`data`: lines, or a part of one that is longer than LINE_LIMIT."""
         lines = (data if isinstance(data, bytes) else data.encode()).splitlines(keepends=True)
-        self._writer.write(line[at:at + LINE_LIMIT] for line in lines for at in range(0, len(line), LINE_LIMIT))
+        self._writer.write(
+            line[at : at + LINE_LIMIT] for line in lines for at in range(0, len(line), LINE_LIMIT)
+        )
 
     def flush(self) -> None:
         self._writer.write(())
@@ -182,6 +187,7 @@ def write_programs_lines_to(output: Output) -> None:
             logger.addHandler(handler)
         else:
             handle_file(logger, filename, fmt, **rotation)
+
     loggers.handle_file = handle
 
 

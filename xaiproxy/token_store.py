@@ -26,8 +26,18 @@ FINGERPRINT_LENGTH = 64  # characters
 REFUSAL_TIME = 60  # seconds
 NOTE_TIME = 10  # seconds in which the refresher has surely seen what the proxy reported
 # Errors of a read that come from the machine, not from the file or its permissions.
-PASSING = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT,
-                     errno.ENOTCONN, errno.EAGAIN))
+PASSING = frozenset(
+    (
+        errno.EMFILE,
+        errno.ENFILE,
+        errno.ENOMEM,
+        errno.EIO,
+        errno.ESTALE,
+        errno.ETIMEDOUT,
+        errno.ENOTCONN,
+        errno.EAGAIN,
+    )
+)
 ALIVE = 60  # seconds without a heartbeat after which the refresher counts as gone
 # Seconds for which the heartbeat has to be found overdue: after a suspend it is, until the refresher's next tick.
 OVERDUE = 1.0
@@ -41,22 +51,32 @@ class TokenStore:
         self.lock_path = self.path.with_name(self.path.name + ".lock")
         self.status_path = self.path.with_name(self.path.name + ".status")
         self.refused_path = self.path.with_name(self.path.name + ".refused")
-        self._seen: "tuple | None" = None
-        self._latest: "tokens.Tokens | errors.LoginUnusable | None" = None
-        self.refused: "str | None" = None  # fingerprint of the access token that upstream refused to this process last
+        self._seen: tuple | None = None
+        self._latest: tokens.Tokens | errors.LoginUnusable | None = None
+        self.refused: str | None = (
+            None  # fingerprint of the access token that upstream refused to this process last
+        )
         self._refused_at = 0.0
 
     def load(self) -> tokens.Tokens:
         """Read the file, whatever was read before. Raises LoginUnusable."""
         text, status = self.read()
         login = parse(text, self.path)
-        if login.refresh_token is not None:  # without one it may be a mounted Secret: linked, and another user's
+        if (
+            login.refresh_token is not None
+        ):  # without one it may be a mounted Secret: linked, and another user's
             if os.path.islink(self.path):
-                raise errors.LoginUnusable("symlink", f"{self.path} is a symbolic link and holds a refresh token, which "
-                                           "cannot be kept up to date through a link; put the file itself there")
+                raise errors.LoginUnusable(
+                    "symlink",
+                    f"{self.path} is a symbolic link and holds a refresh token, which "
+                    "cannot be kept up to date through a link; put the file itself there",
+                )
             if status.st_uid != os.geteuid():
-                raise errors.LoginUnusable("not_ours", f"{self.path} belongs to user {status.st_uid}, and this process "
-                                           f"runs as user {os.geteuid()}; run as that user{_or_chown('the file')}")
+                raise errors.LoginUnusable(
+                    "not_ours",
+                    f"{self.path} belongs to user {status.st_uid}, and this process "
+                    f"runs as user {os.geteuid()}; run as that user{_or_chown('the file')}",
+                )
         self._check_fits(login)
         return login
 
@@ -96,35 +116,49 @@ class TokenStore:
                 return self._latest
             raise
 
-    def read(self) -> "tuple[bytes, os.stat_result]":
+    def read(self) -> tuple[bytes, os.stat_result]:
         """The file's bytes and status. Raises LoginUnusable (missing, unreadable), LoginUnread."""
         try:
             return folder_file.read(self.path, SIZE_LIMIT + 1, follow=True)
         except FileNotFoundError:
-            raise errors.LoginUnusable("missing", f"not signed in: {self.path} does not exist; {errors.SIGN_IN}") from None
+            raise errors.LoginUnusable(
+                "missing", f"not signed in: {self.path} does not exist; {errors.SIGN_IN}"
+            ) from None
         except folder_file.NotAFile as error:
             raise errors.LoginUnusable(
-                "unreadable", f"{self.path} is not a file; move it away and {errors.SIGN_IN}") from error
+                "unreadable", f"{self.path} is not a file; move it away and {errors.SIGN_IN}"
+            ) from error
         except OSError as error:  # also a network file system's ESTALE, a broken disk
             raise self._unreadable(error) from error
 
     def _unreadable(self, error: OSError) -> errors.LoginUnusable:
         if error.errno in PASSING:
-            return errors.LoginUnread(f"{self.path} cannot be read at the moment ({error.strerror}); if that lasts, "
-                                      "check its file system and the limit of open files")
-        return errors.LoginUnusable("unreadable", f"{self.path} cannot be read ({error.strerror}); make it readable "
-                                    f"for user {os.geteuid()}")
+            return errors.LoginUnread(
+                f"{self.path} cannot be read at the moment ({error.strerror}); if that lasts, "
+                "check its file system and the limit of open files"
+            )
+        return errors.LoginUnusable(
+            "unreadable",
+            f"{self.path} cannot be read ({error.strerror}); make it readable "
+            f"for user {os.geteuid()}",
+        )
 
     def _check_fits(self, login: tokens.Tokens) -> None:
         settings = self.settings
         if (login.issuer, login.client_id) != (settings.issuer, settings.client_id):
-            raise errors.LoginUnusable("foreign", f"{self.path} holds a login of {login.issuer} for client "
-                                       f"{login.client_id}, but the settings say {settings.issuer} and "
-                                       f"{settings.client_id}; set XAI_PROXY_ISSUER and XAI_PROXY_CLIENT_ID to match it, "
-                                       "or XAI_PROXY_TOKEN_PATH to another file")
+            raise errors.LoginUnusable(
+                "foreign",
+                f"{self.path} holds a login of {login.issuer} for client "
+                f"{login.client_id}, but the settings say {settings.issuer} and "
+                f"{settings.client_id}; set XAI_PROXY_ISSUER and XAI_PROXY_CLIENT_ID to match it, "
+                "or XAI_PROXY_TOKEN_PATH to another file",
+            )
         if login.issuer == config.DEFAULT_ISSUER and not is_xai(settings.upstream):
-            raise errors.LoginUnusable("foreign", f"{self.path} holds a login of {login.issuer}, whose tokens go to https on "
-                                       f"*.x.ai only, but XAI_PROXY_UPSTREAM is {settings.upstream}; correct one of them")
+            raise errors.LoginUnusable(
+                "foreign",
+                f"{self.path} holds a login of {login.issuer}, whose tokens go to https on "
+                f"*.x.ai only, but XAI_PROXY_UPSTREAM is {settings.upstream}; correct one of them",
+            )
 
     def ask_refresh(self, access_token: str) -> None:
         """Tell the refresher that upstream refused this token. Raises OSError when the folder cannot be written."""
@@ -139,10 +173,12 @@ class TokenStore:
             os.unlink(temporary)  # a full disk, which must not fill up with these
             raise
 
-    def asked_for(self) -> "str | None":
+    def asked_for(self) -> str | None:
         """Fingerprint of the access token that the proxy last reported as refused, if any."""
         try:
-            return folder_file.read(self.refused_path, FINGERPRINT_LENGTH + 1)[0].decode("ascii", "replace")
+            return folder_file.read(self.refused_path, FINGERPRINT_LENGTH + 1)[0].decode(
+                "ascii", "replace"
+            )
         except OSError:
             return None
 
@@ -180,7 +216,7 @@ class TokenStore:
             pass  # it is gone, or the folder is read-only
         self.refused = None
 
-    def refresher_age(self, now: float) -> "float | None":
+    def refresher_age(self, now: float) -> float | None:
         """Seconds since the refresher's last sign of life; None when there was never one."""
         try:
             touched = os.stat(self.lock_path).st_mtime
@@ -190,7 +226,9 @@ class TokenStore:
 
     def refresher_alive(self, now: float) -> bool:
         age = self.refresher_age(now)
-        return age is not None and abs(age) < ALIVE  # a time far ahead is from before the clock was set back
+        return (
+            age is not None and abs(age) < ALIVE
+        )  # a time far ahead is from before the clock was set back
 
 
 def parse(text: bytes, path: Path) -> tokens.Tokens:
@@ -200,7 +238,9 @@ def parse(text: bytes, path: Path) -> tokens.Tokens:
             raise ValueError(f"is longer than {SIZE_LIMIT} bytes")
         return tokens.from_json(text)
     except ValueError as error:
-        raise errors.LoginUnusable("corrupt", f"{path} {error}; {errors.SIGN_IN} (the file is then kept aside)") from None
+        raise errors.LoginUnusable(
+            "corrupt", f"{path} {error}; {errors.SIGN_IN} (the file is then kept aside)"
+        ) from None
 
 
 def risk_of(folder: os.stat_result) -> str:
@@ -221,5 +261,9 @@ def is_xai(url: str) -> bool:
     """Whether `url` is https on x.ai or a name below it, on the standard port, with no user part."""
     parts = urllib.parse.urlsplit(url)
     host = parts.hostname or ""
-    return parts.scheme == "https" and "@" not in parts.netloc and parts.port in (None, 443) \
+    return (
+        parts.scheme == "https"
+        and "@" not in parts.netloc
+        and parts.port in (None, 443)
         and (host == "x.ai" or host.endswith(".x.ai"))
+    )

@@ -15,6 +15,8 @@ The rules that a change must keep:
    or a bind-mounted file is found out while the old token is still good.
 """
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import fcntl
@@ -52,7 +54,9 @@ def beat(store: token_store.TokenStore) -> None:
         fd = _open_lock(store)
         try:
             now = time.time()
-            os.utime(fd, (now, now))  # our own time: a file server's clock may differ from that of the proxy's machine
+            os.utime(
+                fd, (now, now)
+            )  # our own time: a file server's clock may differ from that of the proxy's machine
         finally:
             os.close(fd)
     except OSError as error:
@@ -74,12 +78,17 @@ def tighten(store: token_store.TokenStore) -> str:
     except OSError:
         return f"{store.path} may be open to other users: its mode cannot be changed"
     return f"{store.path} was open to other users (mode {mode:04o}); " + (
-        "its mode is now 0600" if kept else "the file system does not keep another mode")
+        "its mode is now 0600" if kept else "the file system does not keep another mode"
+    )
 
 
 @contextlib.contextmanager
-def locked(store: token_store.TokenStore, wait: float, pause: "Callable[[float], object]" = time.sleep,
-           clock: "Callable[[], float]" = time.monotonic) -> "Iterator[TokenWriter]":
+def locked(
+    store: token_store.TokenStore,
+    wait: float,
+    pause: Callable[[float], object] = time.sleep,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[TokenWriter]:
     """Hold the lock. Raises LockBusy after `wait` seconds and StorageError when there can be no lock.
 
     `pause` is called with the seconds until the next look; what it raises ends the wait.
@@ -91,7 +100,8 @@ def locked(store: token_store.TokenStore, wait: float, pause: "Callable[[float],
             if clock() >= end:
                 raise errors.LockBusy(
                     f"{store.lock_path} has been held by another process for {wait:g} s; look for a refresher "
-                    "or xai-login that hangs (fuser shows it)")
+                    "or xai-login that hangs (fuser shows it)"
+                )
             pause(POLL)
         writer = TokenWriter(store, lock)
         writer.adopt_leftover()
@@ -165,8 +175,10 @@ class TokenWriter:
                 text = file.read(token_store.SIZE_LIMIT + 1)
             owner = os.fstat(fd).st_uid
             if owner != os.geteuid():  # it may be the only copy of that user's login
-                raise errors.StorageError(f"{store.new_path} belongs to user {owner}, and this process runs as user "
-                                          f"{os.geteuid()}; run as that user, or remove it")
+                raise errors.StorageError(
+                    f"{store.new_path} belongs to user {owner}, and this process runs as user "
+                    f"{os.geteuid()}; run as that user, or remove it"
+                )
             try:
                 token_store.parse(text, store.new_path)
                 fits = tokens.replaces(text) == self.successor_mark()
@@ -178,8 +190,11 @@ class TokenWriter:
                 self._keep_corrupt()
                 os.rename(store.new_path, store.path)
                 self.sync_folder()
-                logger.warning("%s was left behind by a process that was killed; it is now %s",
-                               store.new_path, store.path)
+                logger.warning(
+                    "%s was left behind by a process that was killed; it is now %s",
+                    store.new_path,
+                    store.path,
+                )
             else:
                 store.new_path.unlink()
         except OSError as error:
@@ -187,7 +202,7 @@ class TokenWriter:
         finally:
             os.close(fd)
 
-    def save(self, login: tokens.Tokens, over: "tokens.Tokens | None" = None) -> None:
+    def save(self, login: tokens.Tokens, over: tokens.Tokens | None = None) -> None:
         """Make `login` the file's content, durably. Raises StorageError.
 
         A file that does not parse is kept aside as tokens.json.corrupt-<unix time>. `over`: the login that it is to
@@ -206,21 +221,23 @@ class TokenWriter:
                 new.remove()
             self.sync_folder()
 
-    def rehearse(self, login: tokens.Tokens) -> "Reserved":
+    def rehearse(self, login: tokens.Tokens) -> Reserved:
         """Do the whole save with the login in hand, and reserve room for its successor. Raises as `save` does."""
         self.save(login, over=login)
         reserved = self.reserve()
         try:
             self._check_holds(_mark_of(login))
             if not self._lock.is_real():
-                raise errors.StorageError(f"{self.store.lock_path} was removed or replaced while it was locked; do not "
-                                          "remove it while a program of ours runs")
+                raise errors.StorageError(
+                    f"{self.store.lock_path} was removed or replaced while it was locked; do not "
+                    "remove it while a program of ours runs"
+                )
         except BaseException:
             reserved.discard()
             raise
         return reserved
 
-    def reserve(self) -> "Reserved":
+    def reserve(self) -> Reserved:
         """Make tokens.json.new, with room for a login. Raises StorageError."""
         with self.writing():
             mark = self.successor_mark()
@@ -240,13 +257,15 @@ class TokenWriter:
             # The left-over goes first: should we be killed in between, it must not come back as a login.
             self.store.new_path.unlink(missing_ok=True)
             for path in self.store.path.parent.iterdir():
-                if path.name.startswith((self.store.refused_path.name, self.store.path.name + ".corrupt-")):
+                if path.name.startswith(
+                    (self.store.refused_path.name, self.store.path.name + ".corrupt-")
+                ):
                     path.unlink(missing_ok=True)
             self.store.path.unlink(missing_ok=True)
             self.store.status_path.unlink(missing_ok=True)
             self.sync_folder()
 
-    def successor_mark(self) -> "str | None":
+    def successor_mark(self) -> str | None:
         """Fingerprint of the refresh token that tokens.json holds; None when there is none to succeed."""
         try:
             login = token_store.parse(self.store.read()[0], self.store.path)
@@ -256,19 +275,26 @@ class TokenWriter:
             return None
         return _mark_of(login)
 
-    def _check_holds(self, mark: "str | None") -> None:
+    def _check_holds(self, mark: str | None) -> None:
         if self.successor_mark() != mark:
-            raise errors.LoginUnusable("replaced", f"{self.store.path} was replaced or removed while its login was "
-                                       "refreshed, and is left as it is")
+            raise errors.LoginUnusable(
+                "replaced",
+                f"{self.store.path} was replaced or removed while its login was "
+                "refreshed, and is left as it is",
+            )
 
     def _keep_corrupt(self) -> None:
         try:
             token_store.parse(self.store.read()[0], self.store.path)
         except errors.LoginUnusable as error:
             if error.state == "corrupt":
-                aside = self.store.path.with_name(f"{self.store.path.name}.corrupt-{int(time.time())}")
+                aside = self.store.path.with_name(
+                    f"{self.store.path.name}.corrupt-{int(time.time())}"
+                )
                 os.rename(self.store.path, aside)
-                logger.warning("%s could not be read as a login and is kept as %s", self.store.path, aside)
+                logger.warning(
+                    "%s could not be read as a login and is kept as %s", self.store.path, aside
+                )
 
     def sync_folder(self) -> None:
         """Make a rename in it durable. Raises StorageError."""
@@ -280,12 +306,16 @@ class TokenWriter:
             finally:
                 os.close(fd)
         except OSError as error:
-            if error.errno != errno.EINVAL:  # some network file systems cannot sync a folder, and need not
-                raise errors.StorageError(f"{folder} cannot be synced: {error.strerror}; the change of {self.store.path} "
-                                          "is made, but a power cut could undo it. Check the disk") from error
+            if (
+                error.errno != errno.EINVAL
+            ):  # some network file systems cannot sync a folder, and need not
+                raise errors.StorageError(
+                    f"{folder} cannot be synced: {error.strerror}; the change of {self.store.path} "
+                    "is made, but a power cut could undo it. Check the disk"
+                ) from error
 
     @contextlib.contextmanager
-    def writing(self) -> "Iterator[None]":
+    def writing(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -309,14 +339,16 @@ class NewFile:
         os.lseek(self._fd, 0, os.SEEK_SET)
         view = memoryview(content)
         while view:
-            view = view[os.write(self._fd, view):]
+            view = view[os.write(self._fd, view) :]
         os.ftruncate(self._fd, len(content))
         os.fsync(self._fd)
 
     def rename(self, path: Path) -> None:
         """Raises OSError."""
         if not self.is_in_place():
-            raise FileNotFoundError(errno.ENOENT, "it was removed or replaced by another process", os.fspath(self._path))
+            raise FileNotFoundError(
+                errno.ENOENT, "it was removed or replaced by another process", os.fspath(self._path)
+            )
         os.rename(self._path, path)
         self.close()
 
@@ -336,7 +368,7 @@ class NewFile:
 class Reserved:
     """tokens.json.new, open and with room: where the successor of a refresh token that is being spent goes."""
 
-    def __init__(self, writer: TokenWriter, new: NewFile, mark: "str | None"):
+    def __init__(self, writer: TokenWriter, new: NewFile, mark: str | None):
         self._writer = writer
         self._new = new
         self._mark = mark
@@ -368,7 +400,10 @@ class Reserved:
             self._check_holds(login)
             raise
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # then the room that it has must not be given up
+            if error.errno not in (
+                errno.ENOSPC,
+                errno.EDQUOT,
+            ):  # then the room that it has must not be given up
                 self._new.close()
             raise
 
@@ -383,15 +418,18 @@ class Reserved:
             self._new.remove()
         elif mark != self._mark:
             self.discard()
-            raise errors.LoginUnusable("replaced", f"{self._writer.store.path} was replaced or removed while its login was "
-                                       "refreshed, so the new tokens of that login are dropped")
+            raise errors.LoginUnusable(
+                "replaced",
+                f"{self._writer.store.path} was replaced or removed while its login was "
+                "refreshed, so the new tokens of that login are dropped",
+            )
 
     def discard(self) -> None:
         """Free the room: nothing was spent, or nothing is to be saved."""
         self._new.remove()
 
 
-def _mark_of(login: tokens.Tokens) -> "str | None":
+def _mark_of(login: tokens.Tokens) -> str | None:
     return tokens.fingerprint(login.refresh_token) if login.refresh_token else None
 
 
@@ -422,7 +460,9 @@ def _open_lock(store: token_store.TokenStore) -> int:
         return folder_file.opened(store.lock_path, os.O_RDWR)
 
 
-def _storage_error(path: "os.PathLike[str]", error: OSError) -> errors.StorageError:
+def _storage_error(path: os.PathLike[str], error: OSError) -> errors.StorageError:
     if isinstance(error, folder_file.NotAFile):
         path = error.filename
-    return errors.StorageError(f"{path} cannot be written: {error.strerror}. {storage.advice(path, error)}")
+    return errors.StorageError(
+        f"{path} cannot be written: {error.strerror}. {storage.advice(path, error)}"
+    )

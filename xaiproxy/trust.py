@@ -36,7 +36,11 @@ def _advice(code: int, egress: config.Egress) -> str:
     if code not in UNKNOWN_CA:
         return "the server, or a proxy of your network that answers in its place, needs another certificate"
     if egress.ca_from:
-        return (f"the CA certificate that it needs is not in {egress.ca_file} ({egress.ca_from}): if a proxy of your "
-                "network answers in its place, add that proxy's CA certificate there")
-    return ("if a proxy of your network answers in its place, set SSL_CERT_FILE to a file with that proxy's CA "
-            "certificate")
+        return (
+            f"the CA certificate that it needs is not in {egress.ca_file} ({egress.ca_from}): if a proxy of your "
+            "network answers in its place, add that proxy's CA certificate there"
+        )
+    return (
+        "if a proxy of your network answers in its place, set SSL_CERT_FILE to a file with that proxy's CA "
+        "certificate"
+    )

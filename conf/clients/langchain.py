@@ -1,11 +1,15 @@
 """LangChain: pip install langchain-openai. Its ChatXAI takes the same address as xai_api_base."""
+
 import os
 
 from langchain_openai import ChatOpenAI
 
 model = ChatOpenAI(
-    model="grok-4.5", base_url="http://127.0.0.1:9090/v1", api_key=os.environ.get("XAIPROXY_KEY", "none"),
-    timeout=3600)  # seconds; a reasoning model may be silent for long
+    model="grok-4.5",
+    base_url="http://127.0.0.1:9090/v1",
+    api_key=os.environ.get("XAIPROXY_KEY", "none"),
+    timeout=3600,
+)  # seconds; a reasoning model may be silent for long
 
 for chunk in model.stream("Say hello."):
     print(chunk.text, end="", flush=True)

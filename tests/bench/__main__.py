@@ -3,6 +3,7 @@
 Everything runs on loopback, the proxy that is measured on core 0, load client and upstream on core 1; proxies
 whose turn it is not are stopped. What is needed is installed (Debian, as root) or named. Ctrl-C ends it all.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -33,42 +34,78 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    options = Parser(prog="bin/bench", allow_abbrev=False, description=__doc__,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--quick", action="store_true",
-                         help="what matters for judging a change, in two minutes: TLS upstream only")
-    options.add_argument("--rounds", type=int, default=3, metavar="N",
-                         help="how often each is measured (default: 3)")
-    options.add_argument("--only", nargs="+", default=[], metavar="NAME",
-                         help=f"only these runs (wildcards): {', '.join(run.name for run in all_runs())}")
-    options.add_argument("--against", type=pathlib.Path, metavar="FOLDER",
-                         help="measure this checkout of xaiproxy, too")
-    options.add_argument("--litellm", action="store_true",
-                         help="LiteLLM with --quick, too (its installation takes a while)")
+    options = Parser(
+        prog="bin/bench",
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    options.add_argument(
+        "--quick",
+        action="store_true",
+        help="what matters for judging a change, in two minutes: TLS upstream only",
+    )
+    options.add_argument(
+        "--rounds", type=int, default=3, metavar="N", help="how often each is measured (default: 3)"
+    )
+    options.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help=f"only these runs (wildcards): {', '.join(run.name for run in all_runs())}",
+    )
+    options.add_argument(
+        "--against",
+        type=pathlib.Path,
+        metavar="FOLDER",
+        help="measure this checkout of xaiproxy, too",
+    )
+    options.add_argument(
+        "--litellm",
+        action="store_true",
+        help="LiteLLM with --quick, too (its installation takes a while)",
+    )
     options.add_argument("--plain", action="store_true", help="only with the upstream in the clear")
-    options.add_argument("--age", type=int, default=0, metavar="SECONDS",
-                         help="also: memory and CPU over this time at load")
-    options.add_argument("--out", type=pathlib.Path, default=RESULTS, metavar="FOLDER",
-                         help="where bench.json and bench.svg go (default: .bench/results)")
-    options.add_argument("--check", action="store_true",
-                         help="instead: show that the load client is not the bottleneck")
-    options.add_argument("--table", action="store_true",
-                         help="instead: print the table of the bench.json in --out")
+    options.add_argument(
+        "--age",
+        type=int,
+        default=0,
+        metavar="SECONDS",
+        help="also: memory and CPU over this time at load",
+    )
+    options.add_argument(
+        "--out",
+        type=pathlib.Path,
+        default=RESULTS,
+        metavar="FOLDER",
+        help="where bench.json and bench.svg go (default: .bench/results)",
+    )
+    options.add_argument(
+        "--check",
+        action="store_true",
+        help="instead: show that the load client is not the bottleneck",
+    )
+    options.add_argument(
+        "--table", action="store_true", help="instead: print the table of the bench.json in --out"
+    )
     return options
 
 
-def all_runs() -> "list[Run]":
+def all_runs() -> list[Run]:
     return [*measurements.RUNS, *measurements.HELD, *measurements.FLATNESS, *measurements.LITELLM]
 
 
-def runs_of_round(options: argparse.Namespace, round: int, main: bool) -> "list[Run]":
+def runs_of_round(options: argparse.Namespace, round: int, main: bool) -> list[Run]:
     """`main`: whether this is the kind of upstream that users have, the only one for what takes long."""
     runs = [*measurements.RUNS]
     runs += measurements.HELD if round == 1 else []
     runs += measurements.FLATNESS if round == 1 and main else []
     if options.only:
         runs += measurements.LITELLM
-        return [run for run in runs if any(fnmatch.fnmatch(run.name, name) for name in options.only)]
+        return [
+            run for run in runs if any(fnmatch.fnmatch(run.name, name) for name in options.only)
+        ]
     if options.quick:
         runs = [run for run in runs if run.quick]
     return runs + (list(measurements.LITELLM) if options.litellm or not options.quick else [])
@@ -80,10 +117,11 @@ class Bench:
     def __init__(self, folder: pathlib.Path, options: argparse.Namespace):
         self.folder, self.options = folder, options
         self.upstream = Upstream(folder)
-        self.running: "dict[tuple[str, bool], Target]" = {}
-        self.records: "list[dict[str, Any]]" = []
-        self.classes: "dict[str, type[Target]]" = {
-            kind.name: kind for kind in (Direct, Nginx, Xaiproxy, Rotating, LiteLLM)}
+        self.running: dict[tuple[str, bool], Target] = {}
+        self.records: list[dict[str, Any]] = []
+        self.classes: dict[str, type[Target]] = {
+            kind.name: kind for kind in (Direct, Nginx, Xaiproxy, Rotating, LiteLLM)
+        }
         if options.against:
             Other.checkout = options.against.resolve()
             self.classes["other"] = Other
@@ -99,7 +137,9 @@ class Bench:
     def turn(self, name: str, tls: bool, fresh: bool) -> Iterator[Target]:
         """The target, awake. All others rest."""
         if fresh:
-            while self.running:  # shared pages would be divided among more processes than in service
+            while (
+                self.running
+            ):  # shared pages would be divided among more processes than in service
                 self.running.popitem()[1].close()
             target = self.new(name, tls).start()
             try:
@@ -116,31 +156,49 @@ class Bench:
         finally:
             target.rest()
 
-    def plan(self) -> "list[tuple[int, bool, Run, str]]":
+    def plan(self) -> list[tuple[int, bool, Run, str]]:
         plan = []
         kinds = (False,) if self.options.plain else (True,) if self.options.quick else (True, False)
         for round in range(1, self.options.rounds + 1):
             for tls in kinds:
                 for run in runs_of_round(self.options, round, tls == kinds[0]):
-                    plan += [(round, tls, run, name) for name in run.targets
-                             if name in self.classes and not (name == "direct" and tls)]
+                    plan += [
+                        (round, tls, run, name)
+                        for name in run.targets
+                        if name in self.classes and not (name == "direct" and tls)
+                    ]
         return plan
 
     def measure(self) -> None:
         plan = self.plan()
         began, planned, done = time.monotonic(), sum(step[2].seconds for step in plan), 0.0
         for count, (round, tls, run, name) in enumerate(plan, 1):
-            record: "dict[str, Any]" = {"round": round, "tls": tls, "run": run.name, "target": name,
-                                        "figures": {}}
+            record: dict[str, Any] = {
+                "round": round,
+                "tls": tls,
+                "run": run.name,
+                "target": name,
+                "figures": {},
+            }
             try:
                 with self.turn(name, tls, run.fresh) as target:
                     result = measurements.measure(run, target, 1 if self.options.quick else 2)
-                found = {figure.name: figure.value(result) for figure in run.figures
-                         if name != "direct" or "cpu" not in figure.name}
-                record |= {"busy": result["busy"], "disturbed": result["disturbed"], "result": result,
-                           "figures": found}
-                shown = ", ".join(f"{figure.title} {report.number(found[figure.name])}"
-                                  for figure in run.figures[:2] if figure.name in found)
+                found = {
+                    figure.name: figure.value(result)
+                    for figure in run.figures
+                    if name != "direct" or "cpu" not in figure.name
+                }
+                record |= {
+                    "busy": result["busy"],
+                    "disturbed": result["disturbed"],
+                    "result": result,
+                    "figures": found,
+                }
+                shown = ", ".join(
+                    f"{figure.title} {report.number(found[figure.name])}"
+                    for figure in run.figures[:2]
+                    if figure.name in found
+                )
             except (measurements.Wrong, machine.Unavailable) as wrong:
                 record["wrong"] = shown = str(wrong)
             self.records.append(record)
@@ -149,33 +207,46 @@ class Bench:
             clock = f"{int(left) // 60}:{int(left) % 60:02}"
             machine.say(f"[{count}/{len(plan)}, {clock} left] {report.where(record)}: {shown}")
 
-    def age(self, seconds: int) -> "list[dict[str, float]]":
+    def age(self, seconds: int) -> list[dict[str, float]]:
         """Memory and CPU of one process under load, in slots of 10 s: short requests and streams in turn."""
         slots = []
         with self.turn("xaiproxy", not self.options.plain, fresh=True) as target:
             began = time.monotonic()
             while (now := time.monotonic() - began) < seconds:
-                requests = measurements.load(target.port, "requests",
-                                             {"connections": 16, "seconds": 5}, target.pids())
-                streams = measurements.load(target.port, "streams",
-                                            {**measurements.EACH_50, "events": 50, "seconds": 4},
-                                            target.pids())
-                slots.append({"age": now, **machine.memory(target.pids()),
-                              "cpu_request": 1e6 * requests["cpu"] / requests["answers"],
-                              "cpu_event": 1e6 * streams["cpu"] / streams["events"]})
-                machine.say(f"age {now:.0f} of {seconds} s: {slots[-1]['pss']:.0f} KiB, "
-                            f"{slots[-1]['cpu_request']:.1f} µs a request")
+                requests = measurements.load(
+                    target.port, "requests", {"connections": 16, "seconds": 5}, target.pids()
+                )
+                streams = measurements.load(
+                    target.port,
+                    "streams",
+                    {**measurements.EACH_50, "events": 50, "seconds": 4},
+                    target.pids(),
+                )
+                slots.append(
+                    {
+                        "age": now,
+                        **machine.memory(target.pids()),
+                        "cpu_request": 1e6 * requests["cpu"] / requests["answers"],
+                        "cpu_event": 1e6 * streams["cpu"] / streams["events"],
+                    }
+                )
+                machine.say(
+                    f"age {now:.0f} of {seconds} s: {slots[-1]['pss']:.0f} KiB, "
+                    f"{slots[-1]['cpu_request']:.1f} µs a request"
+                )
         return slots
 
 
 def bench(options: argparse.Namespace) -> int:
-    with tempfile.TemporaryDirectory(prefix="xaiproxy-bench-") as name, \
-            contextlib.closing(Bench(pathlib.Path(name), options)) as running:
+    with (
+        tempfile.TemporaryDirectory(prefix="xaiproxy-bench-") as name,
+        contextlib.closing(Bench(pathlib.Path(name), options)) as running,
+    ):
         if options.check:
             print(check.report(running))
             return 0
         running.measure()
-        found: "dict[str, Any]" = {"machine": machine.description(), "records": running.records}
+        found: dict[str, Any] = {"machine": machine.description(), "records": running.records}
         if options.against:
             found["machine"]["other"] = machine.commit(options.against)
         if not options.only:
@@ -189,17 +260,22 @@ def bench(options: argparse.Namespace) -> int:
     return FAILED if any("wrong" in record for record in running.records) else 0
 
 
-def write(found: "dict[str, Any]", folder: pathlib.Path) -> None:
+def write(found: dict[str, Any], folder: pathlib.Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "bench.json").write_text(json.dumps(found, indent=1) + "\n")
     python = machine.venv("plot", "matplotlib") / "bin/python"
-    subprocess.run([python, "-m", "tests.bench.plot", folder.resolve() / "bench.json", folder.resolve()],
-                   check=True, cwd=machine.ROOT)
+    subprocess.run(
+        [python, "-m", "tests.bench.plot", folder.resolve() / "bench.json", folder.resolve()],
+        check=True,
+        cwd=machine.ROOT,
+    )
     machine.say(f"wrote {folder / 'bench.json'}, bench.svg and bench.png")
 
 
 def interrupt(*_: Any) -> None:
-    for number in SIGNALS:  # a second one must not keep the first from ending everything that was started
+    for (
+        number
+    ) in SIGNALS:  # a second one must not keep the first from ending everything that was started
         signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 

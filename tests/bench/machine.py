@@ -1,4 +1,5 @@
 """This machine: what the benchmark needs installed, its two cores, and what processes cost."""
+
 from __future__ import annotations
 
 import contextlib
@@ -15,15 +16,26 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[2]
-FOLDER = ROOT / ".bench"  # what is compiled and installed for the benchmark; may be removed at any time
+FOLDER = (
+    ROOT / ".bench"
+)  # what is compiled and installed for the benchmark; may be removed at any time
 SOURCES = pathlib.Path(__file__).parent
 TARGET_CORE, OTHER_CORE = 0, 1  # the proxy that is measured; load client and upstream
 UNAVAILABLE = 69  # sysexits.h
 
 # What must be there, and the Debian package that has it.
-DEBIAN = {"nginx": "nginx", "gcc": "gcc", "openssl": "openssl", "taskset": "util-linux", "wrk": "wrk",
-          "/usr/include/openssl/ssl.h": "libssl-dev"}
-PROGRAMS = {"load": [], "upstream": ["-lssl", "-lcrypto"]}  # C sources and the libraries that they want
+DEBIAN = {
+    "nginx": "nginx",
+    "gcc": "gcc",
+    "openssl": "openssl",
+    "taskset": "util-linux",
+    "wrk": "wrk",
+    "/usr/include/openssl/ssl.h": "libssl-dev",
+}
+PROGRAMS = {
+    "load": [],
+    "upstream": ["-lssl", "-lcrypto"],
+}  # C sources and the libraries that they want
 
 
 class Unavailable(Exception):
@@ -37,13 +49,22 @@ def say(text: str) -> None:
 def prepare() -> None:
     """Install and compile what is missing, or raise Unavailable."""
     if len(os.sched_getaffinity(0)) < 2:
-        raise Unavailable("two cores are needed: one for the proxy that is measured, one for the rest")
-    missing = sorted({package for thing, package in DEBIAN.items()
-                      if not (os.path.exists(thing) or shutil.which(thing))})
+        raise Unavailable(
+            "two cores are needed: one for the proxy that is measured, one for the rest"
+        )
+    missing = sorted(
+        {
+            package
+            for thing, package in DEBIAN.items()
+            if not (os.path.exists(thing) or shutil.which(thing))
+        }
+    )
     if missing:
         command = ["apt-get", "install", "--yes", "--no-install-recommends", *missing]
         if os.geteuid() != 0 or not shutil.which("apt-get"):
-            raise Unavailable(f"{', '.join(missing)} must be installed first: sudo {' '.join(command)}")
+            raise Unavailable(
+                f"{', '.join(missing)} must be installed first: sudo {' '.join(command)}"
+            )
         say(f"installing {', '.join(missing)}")
         environ = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
         with _no_services():
@@ -69,11 +90,13 @@ def _no_services() -> Iterator[None]:
         policy.unlink()
 
 
-def compile_program(name: str, libraries: "list[str]", folder: pathlib.Path = FOLDER) -> pathlib.Path:
+def compile_program(name: str, libraries: list[str], folder: pathlib.Path = FOLDER) -> pathlib.Path:
     """Compile NAME.c unless that has been done since it was changed."""
     source, program = SOURCES / f"{name}.c", folder / name
     if not program.exists() or program.stat().st_mtime < source.stat().st_mtime:
-        subprocess.run(["gcc", "-O2", "-Wall", "-o", f"{program}.new", source, *libraries], check=True)
+        subprocess.run(
+            ["gcc", "-O2", "-Wall", "-o", f"{program}.new", source, *libraries], check=True
+        )
         os.replace(f"{program}.new", program)
     return program
 
@@ -85,30 +108,58 @@ def venv(name: str, *requirements: str) -> pathlib.Path:
     if not done.exists() or done.read_text() != " ".join(requirements):
         say(f"installing {' '.join(requirements)} into {folder}")
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-        subprocess.run([folder / "bin/python", "-m", "pip", "install", "-qq", "--disable-pip-version-check",
-                        *requirements], check=True, stdout=sys.stderr)
+        subprocess.run(
+            [
+                folder / "bin/python",
+                "-m",
+                "pip",
+                "install",
+                "-qq",
+                "--disable-pip-version-check",
+                *requirements,
+            ],
+            check=True,
+            stdout=sys.stderr,
+        )
         done.write_text(" ".join(requirements))
     return folder
 
 
-def pinned(core: int, *command: "str | os.PathLike[str]") -> "list[str]":
+def pinned(core: int, *command: str | os.PathLike[str]) -> list[str]:
     return ["taskset", "--cpu-list", str(core), *map(str, command)]
 
 
 class Process:
     """A process, with its children, that ends when this object is closed. Its output goes to `log`."""
 
-    def __init__(self, core: int, *command: "str | os.PathLike[str]", log: pathlib.Path, cwd: pathlib.Path,
-                 environ: "dict[str, str] | None" = None, stdout: "int | None" = None):
+    def __init__(
+        self,
+        core: int,
+        *command: str | os.PathLike[str],
+        log: pathlib.Path,
+        cwd: pathlib.Path,
+        environ: dict[str, str] | None = None,
+        stdout: int | None = None,
+    ):
         with open(log, "ab") as file:
             self.popen = subprocess.Popen(
-                pinned(core, *command), stdin=subprocess.DEVNULL, stdout=file if stdout is None else stdout,
-                stderr=file, cwd=cwd, start_new_session=True,
-                env={"PATH": os.environ["PATH"], "HOME": str(cwd), "TMPDIR": str(cwd), "LANG": "C.UTF-8",
-                     **(environ or {})})
+                pinned(core, *command),
+                stdin=subprocess.DEVNULL,
+                stdout=file if stdout is None else stdout,
+                stderr=file,
+                cwd=cwd,
+                start_new_session=True,
+                env={
+                    "PATH": os.environ["PATH"],
+                    "HOME": str(cwd),
+                    "TMPDIR": str(cwd),
+                    "LANG": "C.UTF-8",
+                    **(environ or {}),
+                },
+            )
         self.log = log
 
-    def family(self) -> "list[int]":
+    def family(self) -> list[int]:
         """The process and its descendants."""
         pids = [self.popen.pid]
         for pid in pids:
@@ -145,13 +196,13 @@ class Process:
             self.popen.stdout.close()
 
 
-def cpu_seconds(pids: "list[int]") -> float:
+def cpu_seconds(pids: list[int]) -> float:
     """CPU time of processes, threads that have ended included."""
     # The clocks of clock_getcpuclockid(3), which Python has for threads only.
     return sum(time.clock_gettime(~pid << 3 | 2) for pid in pids)
 
 
-def memory(pids: "list[int]") -> "dict[str, float]":
+def memory(pids: list[int]) -> dict[str, float]:
     """KiB of `pss` (shared pages divided among those who share them) and `rss`."""
     sizes = {"pss": 0.0, "rss": 0.0}
     for pid in pids:
@@ -162,31 +213,37 @@ def memory(pids: "list[int]") -> "dict[str, float]":
     return sizes
 
 
-def busy_seconds() -> "dict[int, float]":
+def busy_seconds() -> dict[int, float]:
     """Seconds that each core has been busy, with whatever, or was withheld by the hypervisor."""
     seconds = {}
     for line in pathlib.Path("/proc/stat").read_text().splitlines():
         name, *ticks = line.split()
         if name[:3] == "cpu" and name != "cpu":
             user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, ticks[:8])
-            seconds[int(name[3:])] = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+            seconds[int(name[3:])] = (user + nice + system + irq + softirq + steal) / os.sysconf(
+                "SC_CLK_TCK"
+            )
     return seconds
 
 
-def _first_line(*command: "str | os.PathLike[str]") -> str:
+def _first_line(*command: str | os.PathLike[str]) -> str:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return (done.stdout.strip().splitlines() or [""])[0]
 
 
-def description() -> "dict[str, str]":
+def description() -> dict[str, str]:
     """What the figures hold for."""
     cpuinfo = pathlib.Path("/proc/cpuinfo").read_text()
     models = re.findall(r"model name\s*: (.*)", cpuinfo)
-    return {"cpu": models[0] if models else platform.machine(), "cores": str(os.cpu_count()),
-            "kernel": platform.release(), "python": platform.python_version(),
-            "nginx": _first_line("nginx", "-v").rpartition("/")[2],
-            "openssl": _first_line("openssl", "version").split()[1],
-            "xaiproxy": commit(ROOT)}
+    return {
+        "cpu": models[0] if models else platform.machine(),
+        "cores": str(os.cpu_count()),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "nginx": _first_line("nginx", "-v").rpartition("/")[2],
+        "openssl": _first_line("openssl", "version").split()[1],
+        "xaiproxy": commit(ROOT),
+    }
 
 
 def commit(checkout: pathlib.Path) -> str:

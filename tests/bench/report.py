@@ -1,4 +1,5 @@
 """From records to a table: medians, and ratios of the same round with their spread."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -9,7 +10,9 @@ from typing import Any
 from .measurements import FLATNESS, HELD, LITELLM, RUNS, Figure
 
 ORDER = ("direct", "nginx", "xaiproxy", "other", "rotating", "litellm")
-UNDISTURBED = 0.1  # of the time; what other processes may take of both cores before a run is called disturbed
+UNDISTURBED = (
+    0.1  # of the time; what other processes may take of both cores before a run is called disturbed
+)
 SATURATED = 0.85  # of core 0's time, from which on its proxy was the limit
 
 
@@ -22,7 +25,7 @@ class Spread:
     high: float
 
     @classmethod
-    def of(cls, values: Iterable[float]) -> "Spread":
+    def of(cls, values: Iterable[float]) -> Spread:
         values = sorted(values)
         return cls(statistics.median(values), values[0], values[-1])
 
@@ -31,52 +34,72 @@ class Records:
     """What was measured: a dict a run, with `tls`, `run`, `round`, `target`, `figures` and either `busy` and
     `disturbed` or `wrong`."""
 
-    def __init__(self, records: "list[dict[str, Any]]"):
+    def __init__(self, records: list[dict[str, Any]]):
         self.records = records
 
-    def values(self, figure: str, target: str, tls: bool) -> "dict[int, float]":
+    def values(self, figure: str, target: str, tls: bool) -> dict[int, float]:
         """Round to value."""
-        return {record["round"]: record["figures"][figure] for record in self.records
-                if record["target"] == target and record["tls"] == tls and figure in record["figures"]}
+        return {
+            record["round"]: record["figures"][figure]
+            for record in self.records
+            if record["target"] == target and record["tls"] == tls and figure in record["figures"]
+        }
 
-    def spread(self, figure: str, target: str, tls: bool) -> "Spread | None":
+    def spread(self, figure: str, target: str, tls: bool) -> Spread | None:
         values = self.values(figure, target, tls)
         return Spread.of(values.values()) if values else None
 
-    def ratio(self, figure: str, target: str, against: str, tls: bool) -> "Spread | None":
+    def ratio(self, figure: str, target: str, against: str, tls: bool) -> Spread | None:
         """Of the rounds that both have."""
         ours, theirs = self.values(figure, target, tls), self.values(figure, against, tls)
         ratios = [ours[round] / theirs[round] for round in ours if theirs.get(round)]
         return Spread.of(ratios) if ratios else None
 
-    def busy(self, figure: str, target: str, tls: bool) -> "float | None":
+    def busy(self, figure: str, target: str, tls: bool) -> float | None:
         """The share of core 0 that the target used, while the figure was measured."""
-        shares = [record["busy"] for record in self.records
-                  if record["target"] == target and record["tls"] == tls and figure in record["figures"]]
+        shares = [
+            record["busy"]
+            for record in self.records
+            if record["target"] == target and record["tls"] == tls and figure in record["figures"]
+        ]
         return statistics.median(shares) if shares else None
 
-    def targets(self, tls: bool) -> "list[str]":
-        here = {record["target"] for record in self.records if record["tls"] == tls and record["figures"]}
+    def targets(self, tls: bool) -> list[str]:
+        here = {
+            record["target"]
+            for record in self.records
+            if record["tls"] == tls and record["figures"]
+        }
         return [name for name in ORDER if name in here]
 
-    def faults(self) -> "list[str]":
+    def faults(self) -> list[str]:
         """What went wrong or was disturbed, a line each."""
-        lines = [f"{where(record)}: {record['wrong']}" for record in self.records if record.get("wrong")]
-        disturbed = [where(record) for record in self.records if record.get("disturbed", 0) > UNDISTURBED]
+        lines = [
+            f"{where(record)}: {record['wrong']}" for record in self.records if record.get("wrong")
+        ]
+        disturbed = [
+            where(record) for record in self.records if record.get("disturbed", 0) > UNDISTURBED
+        ]
         if disturbed:
             some = ", ".join(disturbed[:4]) + (", …" if disturbed[4:] else "")
-            lines.append(f"other processes took more than {UNDISTURBED:.0%} of a core during "
-                         f"{len(disturbed)} of {len(self.records)} runs: {some}")
+            lines.append(
+                f"other processes took more than {UNDISTURBED:.0%} of a core during "
+                f"{len(disturbed)} of {len(self.records)} runs: {some}"
+            )
         for run in filter(lambda run: run.saturates, RUNS):
-            for tls, target in sorted({(record["tls"], record["target"]) for record in self.records}):
+            for tls, target in sorted(
+                {(record["tls"], record["target"]) for record in self.records}
+            ):
                 busy = self.busy(run.figures[0].name, target, tls)
                 if target != "direct" and busy is not None and busy < SATURATED:
-                    lines.append(f"{'TLS' if tls else 'plain'} {run.name}: {target} used only {busy:.0%} of "
-                                 "core 0, so something else was the limit")
+                    lines.append(
+                        f"{'TLS' if tls else 'plain'} {run.name}: {target} used only {busy:.0%} of "
+                        "core 0, so something else was the limit"
+                    )
         return lines
 
 
-def where(record: "dict[str, Any]") -> str:
+def where(record: dict[str, Any]) -> str:
     return f"{'TLS' if record['tls'] else 'plain'} {record['run']} {record['target']} round {record['round']}"
 
 
@@ -85,13 +108,13 @@ def figures() -> Iterator[Figure]:
         yield from run.figures
 
 
-def number(value: "float | None") -> str:
+def number(value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def table(records: Records, tls: bool) -> "list[str]":
+def table(records: Records, tls: bool) -> list[str]:
     """Markdown: a line a figure. The last column says how busy core 0 was with nginx and with xaiproxy."""
     targets = records.targets(tls)
     beside = [name for name in ("nginx", "other") if name in targets and "xaiproxy" in targets]
@@ -112,36 +135,49 @@ def table(records: Records, tls: bool) -> "list[str]":
     return lines
 
 
-def judged(records: Records, figure: Figure, tls: bool) -> "list[str]":
+def judged(records: Records, figure: Figure, tls: bool) -> list[str]:
     """The goal, and whether xaiproxy meets it: by the median."""
     goal = figure.goal
     if goal is None:
         return ["", ""]
     subject = "rotating" if figure.name.startswith("rotation") else "xaiproxy"
-    found = (records.ratio(figure.name, subject, goal.against, tls) if goal.against
-             else records.spread(figure.name, subject, tls))
+    found = (
+        records.ratio(figure.name, subject, goal.against, tls)
+        if goal.against
+        else records.spread(figure.name, subject, tls)
+    )
     if found is None:
         return [str(goal), "not measured"]
     shown = f" ({found.median:.3g})" if goal.against not in ("", "nginx") else ""
     return [str(goal), ("met" if goal.met(found.median) else "**missed**") + shown]
 
 
-def markdown(bench: "dict[str, Any]") -> str:
+def markdown(bench: dict[str, Any]) -> str:
     """The whole report of a bench.json."""
     records = Records(bench["records"])
     machine = bench["machine"]
     lines = [", ".join(f"{name} {value}" for name, value in machine.items())]
     for tls in (True, False):
         if records.targets(tls):
-            lines += ["", f"Upstream {'over TLS' if tls else 'in the clear'}:", "", *table(records, tls)]
+            lines += [
+                "",
+                f"Upstream {'over TLS' if tls else 'in the clear'}:",
+                "",
+                *table(records, tls),
+            ]
     if "help_cpu" in bench:
         seconds = bench["help_cpu"]
         verdict = "met" if seconds <= 0.2 else "**missed**"
         lines += ["", f"`xai-login --help`: {seconds:.2f} s of CPU (goal ≤ 0.2: {verdict})"]
     if bench.get("age"):
-        lines += ["", "Age at load: " + "; ".join(
-            f"{slot['age']:.0f} s: {number(slot['pss'])} KiB, {slot['cpu_request']:.1f} µs a request"
-            for slot in (bench["age"][0], bench["age"][-1]))]
+        lines += [
+            "",
+            "Age at load: "
+            + "; ".join(
+                f"{slot['age']:.0f} s: {number(slot['pss'])} KiB, {slot['cpu_request']:.1f} µs a request"
+                for slot in (bench["age"][0], bench["age"][-1])
+            ),
+        ]
     if records.faults():
         lines += ["", *(f"- {fault}" for fault in records.faults())]
     return "\n".join(lines) + "\n"

@@ -1,4 +1,5 @@
 """What is measured: the proxies, each in front of the same upstream, and the upstream itself."""
+
 from __future__ import annotations
 
 import json
@@ -24,12 +25,39 @@ class Upstream:
 
     def __init__(self, folder: pathlib.Path):
         self.certificate, key = folder / "certificate.pem", folder / "key.pem"
-        subprocess.run(["openssl", "req", "-x509", "-newkey", "ec",
-                        "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj", "/CN=localhost",
-                        "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1",
-                        "-out", self.certificate, "-keyout", key], check=True, capture_output=True)
-        self.process = machine.Process(machine.OTHER_CORE, machine.FOLDER / "upstream", self.certificate, key,
-                                       log=folder / "upstream.log", cwd=folder, stdout=subprocess.PIPE)
+        subprocess.run(
+            [
+                "openssl",
+                "req",
+                "-x509",
+                "-newkey",
+                "ec",
+                "-pkeyopt",
+                "ec_paramgen_curve:prime256v1",
+                "-nodes",
+                "-days",
+                "2",
+                "-subj",
+                "/CN=localhost",
+                "-addext",
+                "subjectAltName=DNS:localhost,IP:127.0.0.1",
+                "-out",
+                self.certificate,
+                "-keyout",
+                key,
+            ],
+            check=True,
+            capture_output=True,
+        )
+        self.process = machine.Process(
+            machine.OTHER_CORE,
+            machine.FOLDER / "upstream",
+            self.certificate,
+            key,
+            log=folder / "upstream.log",
+            cwd=folder,
+            stdout=subprocess.PIPE,
+        )
         assert self.process.popen.stdout is not None
         self.port, self.tls_port = map(int, self.process.popen.stdout.readline().split())
 
@@ -48,11 +76,11 @@ class Target:
     def __init__(self, upstream: Upstream, tls: bool, folder: pathlib.Path):
         self.upstream, self.tls, self.folder = upstream, tls, folder
         self.port, self.startup_cpu = 0, 0.0
-        self.processes: "list[machine.Process]" = []
-        self.measured: "machine.Process | None" = None
+        self.processes: list[machine.Process] = []
+        self.measured: machine.Process | None = None
         folder.mkdir(parents=True)
 
-    def start(self) -> "Target":
+    def start(self) -> Target:
         try:
             self._start()
         except BaseException:
@@ -64,14 +92,19 @@ class Target:
     def _start(self) -> None:
         raise NotImplementedError
 
-    def _run(self, *command: "str | os.PathLike[str]", core: int = machine.TARGET_CORE,
-             environ: "dict[str, str] | None" = None, name: "str | None" = None) -> machine.Process:
+    def _run(
+        self,
+        *command: str | os.PathLike[str],
+        core: int = machine.TARGET_CORE,
+        environ: dict[str, str] | None = None,
+        name: str | None = None,
+    ) -> machine.Process:
         log = self.folder / f"{name or self.name}.log"
         process = machine.Process(core, *command, log=log, cwd=self.folder, environ=environ)
         self.processes.append(process)
         return process
 
-    def pids(self) -> "list[int]":
+    def pids(self) -> list[int]:
         return self.measured.family() if self.measured else []
 
     def wake(self) -> None:
@@ -121,11 +154,20 @@ http {{
 """
 
     def _start(self) -> None:
-        scheme, _, address = self.upstream.origin(self.tls).replace("localhost", "127.0.0.1").partition("://")
+        scheme, _, address = (
+            self.upstream.origin(self.tls).replace("localhost", "127.0.0.1").partition("://")
+        )
         self.port = free_port()
-        (self.folder / "nginx.conf").write_text(self.CONFIGURATION.format(
-            port=self.port, scheme=scheme, address=address, token=TOKEN,
-            certificate=self.upstream.certificate, files=os.sysconf("SC_OPEN_MAX")))
+        (self.folder / "nginx.conf").write_text(
+            self.CONFIGURATION.format(
+                port=self.port,
+                scheme=scheme,
+                address=address,
+                token=TOKEN,
+                certificate=self.upstream.certificate,
+                files=os.sysconf("SC_OPEN_MAX"),
+            )
+        )
         self.measured = self._run("nginx", "-p", self.folder, "-c", "nginx.conf", "-e", "stderr")
         self.measured.wait_for("nginx", lambda: answers(self.port))
 
@@ -136,18 +178,33 @@ class Xaiproxy(Target):
     name = "xaiproxy"
     checkout = machine.ROOT
 
-    def _settings(self) -> "dict[str, str]":
-        settings = {"UPSTREAM": self.upstream.origin(self.tls), "ISSUER": ISSUER, "PORT": "0",
-                    "CLIENT_ID": CLIENT_ID,
-                    "TOKEN_PATH": str(self.folder / "tokens.json")}
+    def _settings(self) -> dict[str, str]:
+        settings = {
+            "UPSTREAM": self.upstream.origin(self.tls),
+            "ISSUER": ISSUER,
+            "PORT": "0",
+            "CLIENT_ID": CLIENT_ID,
+            "TOKEN_PATH": str(self.folder / "tokens.json"),
+        }
         return {f"XAI_PROXY_{name}": value for name, value in settings.items()} | {
-            "SSL_CERT_FILE": str(self.upstream.certificate)}
+            "SSL_CERT_FILE": str(self.upstream.certificate)
+        }
 
     def _sign_in(self) -> None:
         path, now = self.folder / "tokens.json", int(time.time())
         path.touch(mode=0o600)
-        path.write_text(json.dumps({"access_token": TOKEN, "refresh_token": "bench", "issuer": ISSUER,
-                                    "client_id": CLIENT_ID, "obtained_at": now, "expires_at": now + 86400}))
+        path.write_text(
+            json.dumps(
+                {
+                    "access_token": TOKEN,
+                    "refresh_token": "bench",
+                    "issuer": ISSUER,
+                    "client_id": CLIENT_ID,
+                    "obtained_at": now,
+                    "expires_at": now + 86400,
+                }
+            )
+        )
 
     def command(self, name: str) -> pathlib.Path:
         return self.checkout / ".venv/bin" / name
@@ -155,8 +212,10 @@ class Xaiproxy(Target):
     def _start(self) -> None:
         self._sign_in()
         self.measured = proxy = self._run(self.command("xai-proxy"), environ=self._settings())
-        found = proxy.wait_for("'listening on' in the log", lambda: re.search(
-            r"listening on http://127\.0\.0\.1:(\d+)", proxy.log.read_text()))
+        found = proxy.wait_for(
+            "'listening on' in the log",
+            lambda: re.search(r"listening on http://127\.0\.0\.1:(\d+)", proxy.log.read_text()),
+        )
         self.port = int(found[1])
 
 
@@ -172,27 +231,47 @@ class Rotating(Xaiproxy):
     name = "rotating"
 
     def _start(self) -> None:
-        sandbox = self._run(self.command("xai-sandbox"), "--port", "0", "--auto-approve", "0",
-                            "--device-interval", "1", "--access-token-lifetime", "3",
-                            core=machine.OTHER_CORE, name="sandbox")
-        found = sandbox.wait_for("the sandbox's settings",
-                                 lambda: re.search(r"ISSUER=(\S+)", sandbox.log.read_text()))
+        sandbox = self._run(
+            self.command("xai-sandbox"),
+            "--port",
+            "0",
+            "--auto-approve",
+            "0",
+            "--device-interval",
+            "1",
+            "--access-token-lifetime",
+            "3",
+            core=machine.OTHER_CORE,
+            name="sandbox",
+        )
+        found = sandbox.wait_for(
+            "the sandbox's settings", lambda: re.search(r"ISSUER=(\S+)", sandbox.log.read_text())
+        )
         self.issuer = found[1]
         super()._start()
-        self.refresher = self._run(self.command("xai-refresher"), environ=self._settings(), name="refresher")
+        self.refresher = self._run(
+            self.command("xai-refresher"), environ=self._settings(), name="refresher"
+        )
         self._until_fresh()
 
-    def _settings(self) -> "dict[str, str]":
+    def _settings(self) -> dict[str, str]:
         return super()._settings() | {"XAI_PROXY_ISSUER": self.issuer}
 
     def _sign_in(self) -> None:
-        subprocess.run([self.command("xai-login"), "--device"], check=True, capture_output=True,
-                       cwd=self.folder, env={"PATH": os.environ["PATH"], **self._settings()})
+        subprocess.run(
+            [self.command("xai-login"), "--device"],
+            check=True,
+            capture_output=True,
+            cwd=self.folder,
+            env={"PATH": os.environ["PATH"], **self._settings()},
+        )
 
     def _until_fresh(self) -> None:
         path = self.folder / "tokens.json"
-        self.refresher.wait_for("a token that lasts",
-                                lambda: json.loads(path.read_text())["expires_at"] > time.time() + 1)
+        self.refresher.wait_for(
+            "a token that lasts",
+            lambda: json.loads(path.read_text())["expires_at"] > time.time() + 1,
+        )
 
     def refreshes(self) -> int:
         with urllib.request.urlopen(f"{self.issuer}/_sandbox") as answer:
@@ -210,18 +289,32 @@ class LiteLLM(Target):
 
     def _start(self) -> None:
         folder = machine.venv("litellm", "litellm[proxy]")
-        environ = {"SSL_CERT_FILE": str(self.upstream.certificate), "LITELLM_LOG": "ERROR",
-                   "LITELLM_LOCAL_MODEL_COST_MAP": "True", "PATH": f"{folder}/bin:{os.environ['PATH']}",
-                   # without a key, as xaiproxy on loopback: the least work for both
-                   "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true"}
+        environ = {
+            "SSL_CERT_FILE": str(self.upstream.certificate),
+            "LITELLM_LOG": "ERROR",
+            "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+            "PATH": f"{folder}/bin:{os.environ['PATH']}",
+            # without a key, as xaiproxy on loopback: the least work for both
+            "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",
+        }
         self.port = free_port()
         (self.folder / "config.yaml").write_text(
             "model_list:\n- model_name: grok-4.5\n  litellm_params:\n    model: openai/grok-4.5\n"
             f"    api_base: {self.upstream.origin(self.tls)}/v1\n    api_key: {TOKEN}\n"
-            "litellm_settings:\n  telemetry: false\n  num_retries: 0\n")
-        self.measured = self._run(folder / "bin/litellm", "--config", self.folder / "config.yaml",
-                                  "--host", "127.0.0.1", "--port", str(self.port), "--num_workers", "1",
-                                  environ=environ)
+            "litellm_settings:\n  telemetry: false\n  num_retries: 0\n"
+        )
+        self.measured = self._run(
+            folder / "bin/litellm",
+            "--config",
+            self.folder / "config.yaml",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            "--num_workers",
+            "1",
+            environ=environ,
+        )
         self.measured.wait_for("LiteLLM", lambda: answers(self.port, "/health/liveliness"), 180)
 
 

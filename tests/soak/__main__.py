@@ -3,6 +3,7 @@
 Everything runs on loopback, in a temporary folder, without your settings and logins. Exit status: 0 nothing was lost;
 1 something was; 130 interrupted. Ctrl-C ends everything that was started.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -32,16 +33,26 @@ def minutes(text: str) -> float:
 
 
 def parser() -> argparse.ArgumentParser:
-    options = Parser(prog="bin/soak", allow_abbrev=False, description=__doc__,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = Parser(
+        prog="bin/soak",
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     what = options.add_mutually_exclusive_group(required=True)
-    what.add_argument("--login", nargs="?", type=minutes, const=10.0, metavar="MINUTES", help=login.HELP)
-    what.add_argument("--load", nargs="?", type=minutes, const=5.0, metavar="MINUTES", help=load.HELP)
+    what.add_argument(
+        "--login", nargs="?", type=minutes, const=10.0, metavar="MINUTES", help=login.HELP
+    )
+    what.add_argument(
+        "--load", nargs="?", type=minutes, const=5.0, metavar="MINUTES", help=load.HELP
+    )
     return options
 
 
 def interrupt(*_: Any) -> None:
-    for number in SIGNALS:  # a second one must not keep the first from ending everything that was started
+    for (
+        number
+    ) in SIGNALS:  # a second one must not keep the first from ending everything that was started
         signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
@@ -51,8 +62,13 @@ def main() -> int:
     for number in SIGNALS:
         signal.signal(number, interrupt)
     try:
-        with tempfile.TemporaryDirectory(prefix="xaiproxy-soak-") as folder, contextlib.ExitStack() as running:
-            soak, length = (login.soak, options.login) if options.login else (load.soak, options.load)
+        with (
+            tempfile.TemporaryDirectory(prefix="xaiproxy-soak-") as folder,
+            contextlib.ExitStack() as running,
+        ):
+            soak, length = (
+                (login.soak, options.login) if options.login else (load.soak, options.load)
+            )
             return soak(pathlib.Path(folder), running, 60 * length)
     except KeyboardInterrupt:
         print("soak: interrupted", file=sys.stderr)

@@ -1,4 +1,5 @@
 """More connections than there is use for: thousands a second that come and go, and thousands that stay."""
+
 from __future__ import annotations
 
 import contextlib
@@ -11,15 +12,23 @@ import threading
 import time
 from collections.abc import Iterator
 
-from .login import get
 from .loaded import Load, Memory, Row, latency
+from .login import get
 from .processes import await_, open_files
 
 ABORT = struct.pack("ii", 1, 0)  # SO_LINGER that turns close into a reset
 NO_PORT = 24  # IP_BIND_ADDRESS_NO_PORT: the port is chosen with the destination in mind
 MODELS = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
-SENT = [b"", b"GE", MODELS[:-2], MODELS, MODELS + MODELS, b"POST /v1/files HTTP/1.1\r\nHost: localhost\r\n"
-        b"Content-Length: 100\r\n\r\nx", b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n", b"\0\r\n\r\n"]
+SENT = [
+    b"",
+    b"GE",
+    MODELS[:-2],
+    MODELS,
+    MODELS + MODELS,
+    b"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\nx",
+    b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"\0\r\n\r\n",
+]
 PATIENCE = 4  # XAI_PROXY_CLIENT_TIMEOUTs that a client waits for its turn
 SERVED = 1.0  # seconds that the slowest request over an open connection may take beside a crowd
 
@@ -34,7 +43,7 @@ def connect(port: int, host: int, timeout: float = 30) -> socket.socket:
     return sock
 
 
-def churn(run: Load) -> "Iterator[Row]":
+def churn(run: Load) -> Iterator[Row]:
     files, memory, count = open_files(run.proxy.pid), Memory(), 0
     end = time.monotonic() + run.counts.churn
     with run.requests() as requests:
@@ -50,11 +59,18 @@ def churn(run: Load) -> "Iterator[Row]":
                     break
     lost = requests.lost() + memory.lost()
     try:
-        await_(lambda: open_files(run.proxy.pid) < files + 50, 2 * run.counts.wait)  # some to upstream are pooled
+        await_(
+            lambda: open_files(run.proxy.pid) < files + 50, 2 * run.counts.wait
+        )  # some to upstream are pooled
     except TimeoutError:
         lost.append(f"{open_files(run.proxy.pid) - files} descriptors")
-    yield Row("churn", f"{count / run.counts.churn:.0f} connections a second, half of them reset, in {len(SENT)} states",
-              lost, memory.text(), requests.latency())
+    yield Row(
+        "churn",
+        f"{count / run.counts.churn:.0f} connections a second, half of them reset, in {len(SENT)} states",
+        lost,
+        memory.text(),
+        requests.latency(),
+    )
 
 
 def hold(port: int, count: int) -> None:
@@ -81,9 +97,20 @@ class Crowd:
     """Connections that ask for nothing, held by processes that have descriptors of their own."""
 
     def __init__(self, run: Load, port: int, count: int):
-        self._holders = [subprocess.Popen(
-            [sys.executable, "-c", f"from tests.soak.crowds import hold; hold({port}, {count // 2})"], env=run.environ,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True) for _ in range(2)]
+        self._holders = [
+            subprocess.Popen(
+                [
+                    sys.executable,
+                    "-c",
+                    f"from tests.soak.crowds import hold; hold({port}, {count // 2})",
+                ],
+                env=run.environ,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                start_new_session=True,
+            )
+            for _ in range(2)
+        ]
         run.running.callback(self.close)
         for holder in self._holders:
             holder.stdout.readline()
@@ -94,15 +121,17 @@ class Crowd:
             holder.communicate()
 
 
-def crowd(run: Load) -> "Iterator[Row]":
+def crowd(run: Load) -> Iterator[Row]:
     """A client that asks all the time, and one that comes after the crowd."""
     files = open_files(run.proxy.pid)
-    times: "list[float]" = []
+    times: list[float] = []
     left = threading.Event()
     good = threading.Thread(target=lambda: times.extend(ask_until(left, run.port)), daemon=True)
     good.start()
     crowd = Crowd(run, run.port, run.counts.crowd)
-    run.say(f"{run.counts.crowd} clients, for which the proxy has {open_files(run.proxy.pid) - files} descriptors")
+    run.say(
+        f"{run.counts.crowd} clients, for which the proxy has {open_files(run.proxy.pid) - files} descriptors"
+    )
     most, lost, waited = run.resident(), [], -1.0
     try:
         waited = come(run.port, PATIENCE * run.counts.wait)
@@ -112,17 +141,26 @@ def crowd(run: Load) -> "Iterator[Row]":
     good.join()
     crowd.close()
     lost += [] if times else ["the open connection was closed"]
-    lost += [f"a request over an open connection took {max(times):.1f} s"] if times and max(times) > SERVED else []
+    lost += (
+        [f"a request over an open connection took {max(times):.1f} s"]
+        if times and max(times) > SERVED
+        else []
+    )
     with contextlib.suppress(TimeoutError):
         await_(lambda: open_files(run.proxy.pid) < files + 50, 2 * run.counts.wait)
     kept, status = open_files(run.proxy.pid) - files, get(run.port, "/v1/models")[0]
     lost += [f"{kept} descriptors"] if kept >= 50 else []
     lost += [f"afterwards a request failed: {status}"] if status != "200" else []
-    yield Row("crowd", f"{run.counts.crowd} clients that ask nothing or slowly; who comes later waits {waited:.1f} s",
-              lost, f"{most / 1024:.0f} MiB", latency(times))
+    yield Row(
+        "crowd",
+        f"{run.counts.crowd} clients that ask nothing or slowly; who comes later waits {waited:.1f} s",
+        lost,
+        f"{most / 1024:.0f} MiB",
+        latency(times),
+    )
 
 
-def ask_until(left: threading.Event, port: int) -> "list[float]":
+def ask_until(left: threading.Event, port: int) -> list[float]:
     """What each request took over one connection; none when it was closed."""
     times = []
     with connect(port, 0) as sock, contextlib.suppress(OSError, EOFError):

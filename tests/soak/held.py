@@ -1,4 +1,5 @@
 """Streams that stay: many with events beside short requests, and more that say nothing."""
+
 from __future__ import annotations
 
 import time
@@ -11,7 +12,7 @@ PROGRESS = 10  # seconds between two lines of progress
 SAMPLES = 20  # of memory, at least
 
 
-def streams(run: Load, seconds: float) -> "Iterator[Row]":
+def streams(run: Load, seconds: float) -> Iterator[Row]:
     refreshes, count = run.sandbox.counters()["refreshes"], run.counts.streams
     held, memory = run.streams(count, seconds), Memory()
     began = told = time.monotonic()
@@ -20,24 +21,37 @@ def streams(run: Load, seconds: float) -> "Iterator[Row]":
             memory.sample(run.resident())
             if time.monotonic() > told + PROGRESS:
                 told += PROGRESS
-                run.say(f"{count} streams, {requests.count()} requests, of which {requests.failed().total()} failed; "
-                        + memory.text())
+                run.say(
+                    f"{count} streams, {requests.count()} requests, of which {requests.failed().total()} failed; "
+                    + memory.text()
+                )
             time.sleep(min(1, seconds / SAMPLES))
         rate = requests.count() / (time.monotonic() - began)
         lost = held.lost()
     renewed = run.sandbox.counters()["refreshes"] - refreshes
-    yield Row("streams", f"{count} for {seconds:.0f} s beside {rate:.0f} requests a second, {renewed} new tokens",
-              lost + requests.lost() + memory.lost() + (["no token rotated"] if not renewed else []),
-              memory.text(), requests.latency())
+    yield Row(
+        "streams",
+        f"{count} for {seconds:.0f} s beside {rate:.0f} requests a second, {renewed} new tokens",
+        lost + requests.lost() + memory.lost() + (["no token rotated"] if not renewed else []),
+        memory.text(),
+        requests.latency(),
+    )
 
 
-def idle_streams(run: Load) -> "Iterator[Row]":
+def idle_streams(run: Load) -> Iterator[Row]:
     count, quiet = run.counts.idle_streams, 5 + run.counts.idle_streams / 250
     before, files = run.resident(), open_files(run.proxy.pid)
     held = run.streams(count, quiet, events=3, events_per_second=0, first_event_delay=quiet)
     most = run.resident()
     with run.requests() as requests:
         lost = held.lost()
-    await_(lambda: open_files(run.proxy.pid) < files + count + 50, 20)  # those to upstream are pooled
-    yield Row("idle streams", f"{count}, silent for {quiet:.0f} s", lost + requests.lost(),
-              f"{most / 1024:.0f} MiB, {(most - before) / count:.0f} KiB each", requests.latency())
+    await_(
+        lambda: open_files(run.proxy.pid) < files + count + 50, 20
+    )  # those to upstream are pooled
+    yield Row(
+        "idle streams",
+        f"{count}, silent for {quiet:.0f} s",
+        lost + requests.lost(),
+        f"{most / 1024:.0f} MiB, {(most - before) / count:.0f} KiB each",
+        requests.latency(),
+    )

@@ -3,6 +3,7 @@
 Only one may: while the successor of the refresh token is in the killed process, on its way to it, or not yet asked for
 (docs/login-safety.md, property 3). The folder shows the point; a process is stopped while it is looked at.
 """
+
 from __future__ import annotations
 
 import collections
@@ -23,19 +24,28 @@ LIFETIME = 1  # second of an access token: two refreshes in each
 SPREAD = 0.03  # seconds within which a refresh is over, mostly
 PROGRESS = 10  # seconds between two lines of progress
 PATIENCE = 20  # seconds for the next refresh after a kill
-WAITING, PREPARING, SPENDING, WRITTEN = "no lock", "lock, nothing sent", "sent, or about to be", "successor written"
+WAITING, PREPARING, SPENDING, WRITTEN = (
+    "no lock",
+    "lock, nothing sent",
+    "sent, or about to be",
+    "successor written",
+)
 
 
 class Kills:
     def __init__(self, folder: pathlib.Path, running: contextlib.ExitStack, seconds: float):
         self.folder, self.running, self.seconds = folder, running, seconds
-        self.sandbox = running.enter_context(Sandbox(access_token_lifetime=LIFETIME, device_interval=0))
+        self.sandbox = running.enter_context(
+            Sandbox(access_token_lifetime=LIFETIME, device_interval=0)
+        )
         self.path = folder / "killed" / "tokens.json"
         self.sandbox.write_login(self.path)
-        self.environ = environment(folder, {**self.sandbox.env, "XAI_PROXY_TOKEN_PATH": str(self.path)})
+        self.environ = environment(
+            folder, {**self.sandbox.env, "XAI_PROXY_TOKEN_PATH": str(self.path)}
+        )
         self.refreshers = [self.start(number) for number in range(REFRESHERS)]
-        self.kills: "collections.Counter[str]" = collections.Counter()  # by point
-        self.lost: "collections.Counter[str]" = collections.Counter()  # by point of the kill before
+        self.kills: collections.Counter[str] = collections.Counter()  # by point
+        self.lost: collections.Counter[str] = collections.Counter()  # by point of the kill before
         self.killed_at = "before any kill"
         self.reuses_seen = 0
         self.stuck = 0
@@ -49,8 +59,11 @@ class Kills:
             self.kill_one()
             if now >= told + PROGRESS:
                 told = now
-                print(f"[{now - began:.0f} of {self.seconds:.0f} s] kills {self.kills.total()}, "
-                      f"logins lost {self.lost.total()}", flush=True)
+                print(
+                    f"[{now - began:.0f} of {self.seconds:.0f} s] kills {self.kills.total()}, "
+                    f"logins lost {self.lost.total()}",
+                    flush=True,
+                )
 
     def kill_one(self) -> None:
         """The next one that has the lock, most of the time, and see what becomes of the login."""
@@ -100,7 +113,9 @@ class Kills:
             return PREPARING
         except ValueError:
             return SPENDING if text[:1] == b" " or not text else PREPARING
-        return PREPARING if left["replaces"] == tokens.fingerprint(left["refresh_token"]) else WRITTEN
+        return (
+            PREPARING if left["replaces"] == tokens.fingerprint(left["refresh_token"]) else WRITTEN
+        )
 
     def report(self) -> int:
         print(f"\n{'killed at':<24} {'kills':>8} {'logins lost':>12}")

@@ -1,4 +1,5 @@
 """One proxy and its refresher under all the load that is to be borne, phase by phase, and a table of what was lost."""
+
 from __future__ import annotations
 
 import contextlib
@@ -10,34 +11,53 @@ from .loaded import Counts, Load, Row
 from .processes import warnings
 
 UNAVAILABLE = 69  # sysexits.h
-HELP = ("a proxy under load, with tokens that rotate: 1,000 streams for so long (default: 5 minutes) beside 100 "
-        "requests a second, 5,000 idle streams, connection churn, no descriptors left, 20,000 clients, and restarts "
-        "under supervisord, which take another three minutes; compiles its client with gcc")
+HELP = (
+    "a proxy under load, with tokens that rotate: 1,000 streams for so long (default: 5 minutes) beside 100 "
+    "requests a second, 5,000 idle streams, connection churn, no descriptors left, 20,000 clients, and restarts "
+    "under supervisord, which take another three minutes; compiles its client with gcc"
+)
 
 
-def table(rows: "list[Row]") -> str:
+def table(rows: list[Row]) -> str:
     lines = [("phase", "what was done", "lost", "proxy's memory", "latency of short requests")]
-    lines += [(row.phase, row.done, str(len(row.lost) or "nothing"), row.memory, row.latency) for row in rows]
+    lines += [
+        (row.phase, row.done, str(len(row.lost) or "nothing"), row.memory, row.latency)
+        for row in rows
+    ]
     widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines
+    )
 
 
-def soak(folder: pathlib.Path, running: contextlib.ExitStack, seconds: float, counts: Counts = Counts()) -> int:
+def soak(
+    folder: pathlib.Path, running: contextlib.ExitStack, seconds: float, counts: Counts = Counts()
+) -> int:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < counts.files():
-        print(f"soak: the file descriptor limit of {hard} is too low; raise it with ulimit -Hn {counts.files()}")
+        print(
+            f"soak: the file descriptor limit of {hard} is too low; raise it with ulimit -Hn {counts.files()}"
+        )
         return UNAVAILABLE
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    rows: "list[Row]" = []
+    rows: list[Row] = []
     run = Load(folder, running, counts)
-    for phase in (lambda: held.streams(run, seconds), lambda: held.idle_streams(run), lambda: crowds.churn(run),
-                  lambda: shortage.few_descriptors(run), lambda: shortage.none_left(run), lambda: crowds.crowd(run),
-                  lambda: restarts.restarts(run)):
+    for phase in (
+        lambda: held.streams(run, seconds),
+        lambda: held.idle_streams(run),
+        lambda: crowds.churn(run),
+        lambda: shortage.few_descriptors(run),
+        lambda: shortage.none_left(run),
+        lambda: crowds.crowd(run),
+        lambda: restarts.restarts(run),
+    ):
         for row in phase():
             rows.append(row)
             run.say(f"{row.phase}: {row.done}; lost: {'; '.join(row.lost) or 'nothing'}")
     if reuses := run.sandbox.counters()["reuses"]:
-        rows.append(Row("login", "tokens rotated", [f"{reuses} former refresh tokens presented again"]))
+        rows.append(
+            Row("login", "tokens rotated", [f"{reuses} former refresh tokens presented again"])
+        )
     print("\n" + table(rows))
     for row in rows:
         for text in row.lost:

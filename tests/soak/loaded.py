@@ -1,4 +1,5 @@
 """A proxy and its refresher under load, what puts it there, and what is measured of them."""
+
 from __future__ import annotations
 
 import collections
@@ -43,7 +44,7 @@ class Counts(NamedTuple):
 class Row(NamedTuple):
     phase: str
     done: str
-    lost: "list[str]"
+    lost: list[str]
     memory: str = ""
     latency: str = ""
 
@@ -51,14 +52,26 @@ class Row(NamedTuple):
 class Streams:
     """Streams through a proxy, each read to its end and checked by the benchmark's load client."""
 
-    def __init__(self, run: "Load", port: int, count: int, events: int, seconds: float):
+    def __init__(self, run: Load, port: int, count: int, events: int, seconds: float):
         program = machine.compile_program("load", [], run.folder)
         self._process = subprocess.Popen(
-            [program, "streams", str(port), f"connections={count}", f"events={events}", "repeat=1", "stamps=0",
-             f"ramp={RAMP}", f"limit={seconds + count / RAMP + 60}"],
-            stdout=subprocess.PIPE, text=True, start_new_session=True)
+            [
+                program,
+                "streams",
+                str(port),
+                f"connections={count}",
+                f"events={events}",
+                "repeat=1",
+                "stamps=0",
+                f"ramp={RAMP}",
+                f"limit={seconds + count / RAMP + 60}",
+            ],
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
         self.count = count
-        self._result: "dict[str, Any] | None" = None
+        self._result: dict[str, Any] | None = None
         run.running.callback(self.kill)
 
     def kill(self) -> None:
@@ -70,16 +83,20 @@ class Streams:
     def over(self) -> bool:
         return self._process.poll() is not None
 
-    def result(self) -> "dict[str, Any]":
+    def result(self) -> dict[str, Any]:
         """answers: streams that came whole; errors, and the first of them: those that visibly did not."""
         if self._result is None:
             self._result = json.loads(self._process.communicate()[0].splitlines()[-1])
         return self._result
 
-    def lost(self) -> "list[str]":
+    def lost(self) -> list[str]:
         found = self.result()
         missing = self.count - found["answers"]
-        return [f"{missing} of {self.count} streams: {found['error']}"] if missing or found["errors"] else []
+        return (
+            [f"{missing} of {self.count} streams: {found['error']}"]
+            if missing or found["errors"]
+            else []
+        )
 
 
 class Load:
@@ -87,11 +104,19 @@ class Load:
 
     def __init__(self, folder: pathlib.Path, running: contextlib.ExitStack, counts: Counts):
         self.folder, self.running, self.counts = folder, running, counts
-        self.sandbox = running.enter_context(Sandbox(access_token_lifetime=LIFETIME, device_interval=0))
+        self.sandbox = running.enter_context(
+            Sandbox(access_token_lifetime=LIFETIME, device_interval=0)
+        )
         self.path = folder / "login" / "tokens.json"
         self.sandbox.write_login(self.path)
-        self.environ = environment(folder, {**self.sandbox.env, "XAI_PROXY_TOKEN_PATH": str(self.path),
-                                            "XAI_PROXY_CLIENT_TIMEOUT": str(counts.wait)})
+        self.environ = environment(
+            folder,
+            {
+                **self.sandbox.env,
+                "XAI_PROXY_TOKEN_PATH": str(self.path),
+                "XAI_PROXY_CLIENT_TIMEOUT": str(counts.wait),
+            },
+        )
         self.refresher = self.start("refresher", *REFRESHER)
         self.proxy = self.start("proxy", *PROXY)
         self.port = self.proxy.port()
@@ -99,7 +124,9 @@ class Load:
         self._began = time.monotonic()
 
     def start(self, name: str, *command: str, **settings: str) -> Process:
-        return Process(self.running, self.folder / f"{name}.log", {**self.environ, **settings}, *command)
+        return Process(
+            self.running, self.folder / f"{name}.log", {**self.environ, **settings}, *command
+        )
 
     def say(self, text: str) -> None:
         print(f"[{time.monotonic() - self._began:.0f} s] {text}", flush=True)
@@ -111,11 +138,14 @@ class Load:
         self.sandbox.set(**knobs)
         before = self.sandbox.counters()["streams"]
         streams = Streams(self, port or self.port, count, knobs["events"], seconds)
-        await_(lambda: self.sandbox.counters()["streams"] - before >= count or streams.over(), 30 + 2 * count / RAMP)
+        await_(
+            lambda: self.sandbox.counters()["streams"] - before >= count or streams.over(),
+            30 + 2 * count / RAMP,
+        )
         return streams
 
     @contextlib.contextmanager
-    def requests(self, port: int = 0, count: int = CLIENTS) -> "Iterator[Requests]":
+    def requests(self, port: int = 0, count: int = CLIENTS) -> Iterator[Requests]:
         requests = Requests(port or self.port, count)
         with contextlib.closing(requests):
             yield requests
@@ -142,35 +172,39 @@ class Requests:
     def count(self) -> int:
         return sum(client.requests for client in self._clients)
 
-    def failed(self) -> "collections.Counter[str]":
+    def failed(self) -> collections.Counter[str]:
         return sum((client.failed for client in self._clients), collections.Counter())
 
-    def lost(self) -> "list[str]":
-        return [f"{count} of {self.count()} requests: {text}" for text, count in self.failed().items()]
+    def lost(self) -> list[str]:
+        return [
+            f"{count} of {self.count()} requests: {text}" for text, count in self.failed().items()
+        ]
 
     def latency(self) -> str:
         return latency([second for client in self._clients for second in client.seconds])
 
 
-def latency(seconds: "list[float]") -> str:
+def latency(seconds: list[float]) -> str:
     if not seconds:
         return "none"
     cuts = statistics.quantiles(seconds, n=100) if len(seconds) > 1 else seconds * 99
-    return f"p50 {1000 * cuts[49]:.0f}, p99 {1000 * cuts[98]:.0f}, most {1000 * max(seconds):.0f} ms"
+    return (
+        f"p50 {1000 * cuts[49]:.0f}, p99 {1000 * cuts[98]:.0f}, most {1000 * max(seconds):.0f} ms"
+    )
 
 
 class Memory:
     """Samples of a process's memory."""
 
     def __init__(self) -> None:
-        self._samples: "list[tuple[float, int]]" = []
+        self._samples: list[tuple[float, int]] = []
 
     def sample(self, kib: int) -> None:
         self._samples.append((time.monotonic(), kib))
 
-    def growth(self) -> "tuple[float, float]":
+    def growth(self) -> tuple[float, float]:
         """KiB a minute over the last half of the samples, and over that half's own time."""
-        half = self._samples[len(self._samples) // 2:]
+        half = self._samples[len(self._samples) // 2 :]
         if len(half) < 2:
             return 0.0, 0.0
         slope = statistics.linear_regression(*zip(*half)).slope
@@ -179,6 +213,6 @@ class Memory:
     def text(self) -> str:
         return f"{self._samples[-1][1] / 1024:.0f} MiB, {self.growth()[0] / 1024:+.2f} MiB/min"
 
-    def lost(self) -> "list[str]":
+    def lost(self) -> list[str]:
         grown = self.growth()[1]
         return [f"memory grew by {grown:.0f} KiB in the last half"] if grown > FLAT else []

@@ -1,4 +1,5 @@
 """One login, many refreshers and proxies, tokens of seconds, and refreshers that are killed."""
+
 from __future__ import annotations
 
 import array
@@ -24,10 +25,12 @@ PACE = 0.1  # seconds between two requests through each proxy
 KILLS = (2.0, 8.0)  # seconds from one kill to the next, at random
 PROGRESS = 10  # seconds between two lines of progress
 SEEN_WITHIN = 61  # seconds from the stop of the refreshers until everybody says so: token_store.ALIVE and a look
-HELP = (f"{REFRESHERS} refreshers and {PROXIES} proxies on one token file, with tokens of {LIFETIME} s at an issuer "
-        "that ends the login when a former refresh token comes again; a refresher is killed every few seconds; then "
-        "all are stopped until it shows, which takes another minute; then, for as long again, refreshers alone are "
-        "killed at every point of a refresh, and each login lost by that is counted (default: 10 minutes)")
+HELP = (
+    f"{REFRESHERS} refreshers and {PROXIES} proxies on one token file, with tokens of {LIFETIME} s at an issuer "
+    "that ends the login when a former refresh token comes again; a refresher is killed every few seconds; then "
+    "all are stopped until it shows, which takes another minute; then, for as long again, refreshers alone are "
+    "killed at every point of a refresh, and each login lost by that is counted (default: 10 minutes)"
+)
 
 
 class Client(threading.Thread):
@@ -38,7 +41,7 @@ class Client(threading.Thread):
         self.port, self._enough = port, enough
         self.requests = 0
         self.seconds = array.array("d")  # that each took
-        self.failed: "collections.Counter[str]" = collections.Counter()
+        self.failed: collections.Counter[str] = collections.Counter()
 
     def run(self) -> None:
         due = time.monotonic()
@@ -52,7 +55,7 @@ class Client(threading.Thread):
                 self.failed[f"{status} {body[:200]}"] += 1
 
 
-def get(port: int, path: str) -> "tuple[str, str]":
+def get(port: int, path: str) -> tuple[str, str]:
     """The status, or the exception, and the body."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     try:
@@ -68,14 +71,20 @@ def get(port: int, path: str) -> "tuple[str, str]":
 class Soak:
     def __init__(self, folder: pathlib.Path, running: contextlib.ExitStack, seconds: float):
         self.folder, self.running, self.seconds = folder, running, seconds
-        self.sandbox = running.enter_context(Sandbox(access_token_lifetime=LIFETIME, device_interval=0))
+        self.sandbox = running.enter_context(
+            Sandbox(access_token_lifetime=LIFETIME, device_interval=0)
+        )
         self.path = folder / "login" / "tokens.json"
         self.sandbox.write_login(self.path)
-        self.environ = environment(folder, {**self.sandbox.env, "XAI_PROXY_TOKEN_PATH": str(self.path)})
+        self.environ = environment(
+            folder, {**self.sandbox.env, "XAI_PROXY_TOKEN_PATH": str(self.path)}
+        )
         self.restarts = self.amid = self.spared = 0
-        self.seen_after: "float | None" = None
+        self.seen_after: float | None = None
         self.refreshers = [self.start(f"refresher-{n}", *REFRESHER) for n in range(REFRESHERS)]
-        ports = [proxy.port() for proxy in [self.start(f"proxy-{n}", *PROXY) for n in range(PROXIES)]]
+        ports = [
+            proxy.port() for proxy in [self.start(f"proxy-{n}", *PROXY) for n in range(PROXIES)]
+        ]
         enough = threading.Event()
         running.callback(enough.set)
         self.clients = [Client(port, enough) for port in ports]
@@ -95,8 +104,11 @@ class Soak:
                 next_kill = time.monotonic() + random.uniform(*KILLS)
             if now >= told + PROGRESS:
                 told += PROGRESS
-                print(f"[{now - began:.0f} of {self.seconds:.0f} s] "
-                      + ", ".join(f"{name} {value}" for name, value in self.figures().items()), flush=True)
+                print(
+                    f"[{now - began:.0f} of {self.seconds:.0f} s] "
+                    + ", ".join(f"{name} {value}" for name, value in self.figures().items()),
+                    flush=True,
+                )
             time.sleep(0.05)
 
     def kill_one(self) -> None:
@@ -129,7 +141,10 @@ class Soak:
         """Whether a new login may be in this process's memory alone: nobody could keep it if that were killed."""
         try:
             with open(self.path.with_name("tokens.json.new"), "rb") as file:
-                return one is lock_holder(self.path, self.refreshers) and file.read(1) in (b"", b" ")
+                return one is lock_holder(self.path, self.refreshers) and file.read(1) in (
+                    b"",
+                    b" ",
+                )
         except FileNotFoundError:
             return False
 
@@ -154,21 +169,37 @@ class Soak:
             await_(lambda: "signed in" in get(ready, "/readyz")[1])
 
     def status(self) -> str:
-        return subprocess.run([sys.executable, *STATUS], env=self.environ, cwd=self.folder, capture_output=True,
-                              text=True).stdout
+        return subprocess.run(
+            [sys.executable, *STATUS],
+            env=self.environ,
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+        ).stdout
 
-    def figures(self) -> "dict[str, int]":
+    def figures(self) -> dict[str, int]:
         counters = self.sandbox.counters()
-        return {"requests": sum(client.requests for client in self.clients),
-                "failed": sum(client.failed.total() for client in self.clients),
-                "refreshes": counters["refreshes"], "reuses": counters["reuses"], "restarts": self.restarts}
+        return {
+            "requests": sum(client.requests for client in self.clients),
+            "failed": sum(client.failed.total() for client in self.clients),
+            "refreshes": counters["refreshes"],
+            "reuses": counters["reuses"],
+            "restarts": self.restarts,
+        }
 
     def report(self) -> int:
         figures = self.figures()
-        rows = {**figures, "of the restarts, amid a refresh": self.amid,
-                "not killed, as it had the only copy": self.spared,
-                "slowest request, ms": round(1000 * max(max(client.seconds) for client in self.clients)),
-                "stopped refreshers seen after, s": "never" if self.seen_after is None else round(self.seen_after)}
+        rows = {
+            **figures,
+            "of the restarts, amid a refresh": self.amid,
+            "not killed, as it had the only copy": self.spared,
+            "slowest request, ms": round(
+                1000 * max(max(client.seconds) for client in self.clients)
+            ),
+            "stopped refreshers seen after, s": "never"
+            if self.seen_after is None
+            else round(self.seen_after),
+        }
         print("\n" + "\n".join(f"{name:<36} {value:>8}" for name, value in rows.items()))
         failed = sum((client.failed for client in self.clients), collections.Counter())
         for text, count in failed.most_common(5):

@@ -1,4 +1,5 @@
 """Refreshers and proxies, their logs in files, all ended when the run ends."""
+
 from __future__ import annotations
 
 import contextlib
@@ -20,16 +21,31 @@ STATUS = ("-m", "xaiproxy.login", "--status")
 
 
 class Process:
-    def __init__(self, running: contextlib.ExitStack, log: pathlib.Path, environ: "dict[str, str]", *command: str):
+    def __init__(
+        self,
+        running: contextlib.ExitStack,
+        log: pathlib.Path,
+        environ: dict[str, str],
+        *command: str,
+    ):
         self.log = log
         # An interrupt between the start and the callback would leave the process behind; one that came waits till then.
         # The child must not inherit the mask: a handler does the waiting.
-        came: "list[int]" = []
-        before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in SIGNALS}
+        came: list[int] = []
+        before = {
+            number: signal.signal(number, lambda number, _: came.append(number))
+            for number in SIGNALS
+        }
         try:
             with open(log, "ab") as file:
-                self._process = subprocess.Popen([sys.executable, *command], env=environ, cwd=log.parent, stdout=file,
-                                                 stderr=file, start_new_session=True)  # Ctrl-C is for us alone
+                self._process = subprocess.Popen(
+                    [sys.executable, *command],
+                    env=environ,
+                    cwd=log.parent,
+                    stdout=file,
+                    stderr=file,
+                    start_new_session=True,
+                )  # Ctrl-C is for us alone
             self.pid = self._process.pid
             running.callback(self.kill)
         finally:
@@ -52,10 +68,14 @@ class Process:
 
     def port(self) -> int:
         """Where a proxy listens."""
-        return int(await_(lambda: re.search(r"listening on http://[^ ]*?:([0-9]+)/", self.log.read_text()))[1])
+        return int(
+            await_(
+                lambda: re.search(r"listening on http://[^ ]*?:([0-9]+)/", self.log.read_text())
+            )[1]
+        )
 
 
-def lock_holder(token_path: pathlib.Path, refreshers: "list[Process]") -> "Process | None":
+def lock_holder(token_path: pathlib.Path, refreshers: list[Process]) -> Process | None:
     """Which of them has the lock of the token file (proc_locks(5))."""
     try:
         inode = token_path.with_name("tokens.json.lock").stat().st_ino
@@ -72,13 +92,18 @@ def open_files(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))
 
 
-def environment(folder: pathlib.Path, settings: "dict[str, str]") -> "dict[str, str]":
+def environment(folder: pathlib.Path, settings: dict[str, str]) -> dict[str, str]:
     """Nothing of what the person who runs this has set."""
-    return {"PATH": os.environ["PATH"], "HOME": str(folder), "PYTHONPATH": str(pathlib.Path(__file__).parents[2]),
-            "XAI_PROXY_PORT": "0", **settings}
+    return {
+        "PATH": os.environ["PATH"],
+        "HOME": str(folder),
+        "PYTHONPATH": str(pathlib.Path(__file__).parents[2]),
+        "XAI_PROXY_PORT": "0",
+        **settings,
+    }
 
 
-def warnings(folder: pathlib.Path) -> "list[str]":
+def warnings(folder: pathlib.Path) -> list[str]:
     """What the logs say above info, each once."""
     lines = [line for log in sorted(folder.glob("*.log")) for line in log.read_text().splitlines()]
     return sorted({message(line) for line in lines if '"level": "info"' not in line})

@@ -1,4 +1,5 @@
 """supervisord restarts either program under load, and only what docs and design allow is lost."""
+
 from __future__ import annotations
 
 import contextlib
@@ -12,8 +13,8 @@ import sys
 import time
 from collections.abc import Iterator
 
-from .login import get
 from .loaded import Load, Row
+from .login import get
 from .processes import await_
 
 CONF = pathlib.Path(__file__).parents[2] / "conf/supervisord.conf"
@@ -29,8 +30,15 @@ class Supervised:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             self.port = listener.getsockname()[1]
         self._process = run.start(
-            "supervisord", "-m", "supervisor.supervisord", "-c", str(CONF), XAI_PROXY_PORT=str(self.port),
-            XAI_PROXY_DRAIN_TIMEOUT=str(DRAIN), PATH=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
+            "supervisord",
+            "-m",
+            "supervisor.supervisord",
+            "-c",
+            str(CONF),
+            XAI_PROXY_PORT=str(self.port),
+            XAI_PROXY_DRAIN_TIMEOUT=str(DRAIN),
+            PATH=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}",
+        )
         run.running.callback(self.stop)
         await_(self.serves)
 
@@ -43,9 +51,14 @@ class Supervised:
     def serves(self) -> bool:
         return get(self.port, "/v1/models")[0] == "200"
 
-    def pids(self, program: str) -> "list[int]":
+    def pids(self, program: str) -> list[int]:
         """Of all that were started, the latest last."""
-        return [int(pid) for pid in re.findall(rf"spawned: '{program}' with pid (\d+)", self._process.log.read_text())]
+        return [
+            int(pid)
+            for pid in re.findall(
+                rf"spawned: '{program}' with pid (\d+)", self._process.log.read_text()
+            )
+        ]
 
     def end(self, program: str, number: int) -> float:
         """Seconds until another runs in its place and the proxy serves."""
@@ -56,7 +69,7 @@ class Supervised:
         return time.monotonic() - began
 
 
-def restarts(run: Load) -> "Iterator[Row]":
+def restarts(run: Load) -> Iterator[Row]:
     run.refresher.kill()  # from here on the supervised ones are the only ones
     run.proxy.kill()
     supervised = Supervised(run)
@@ -73,9 +86,19 @@ def kill_proxy(run: Load, supervised: Supervised) -> Row:
         away = supervised.end("proxy", signal.SIGKILL)
         found = streams.result()
     lost = unseen(streams.count, found) + unexpected(
-        requests.failed(), "RemoteDisconnected", "ConnectionResetError", "ConnectionRefusedError", "IncompleteRead")
-    return Row("proxy, SIGKILL", f"all {streams.count} streams broke, as they must; away for {away:.1f} s", lost, "",
-               requests.latency())
+        requests.failed(),
+        "RemoteDisconnected",
+        "ConnectionResetError",
+        "ConnectionRefusedError",
+        "IncompleteRead",
+    )
+    return Row(
+        "proxy, SIGKILL",
+        f"all {streams.count} streams broke, as they must; away for {away:.1f} s",
+        lost,
+        "",
+        requests.latency(),
+    )
 
 
 def terminate_proxy(run: Load, supervised: Supervised) -> Row:
@@ -84,9 +107,14 @@ def terminate_proxy(run: Load, supervised: Supervised) -> Row:
     with run.requests(supervised.port) as requests:
         away = supervised.end("proxy", signal.SIGTERM)
         found, lost = long.result(), short.lost()
-    return Row("proxy, SIGTERM", f"{short.count} streams ended within the drain of {DRAIN} s, {long.count} were cut; "
-               f"away for {away:.1f} s", lost + unseen(long.count, found)
-               + unexpected(requests.failed(), "ConnectionRefusedError"), "", requests.latency())
+    return Row(
+        "proxy, SIGTERM",
+        f"{short.count} streams ended within the drain of {DRAIN} s, {long.count} were cut; "
+        f"away for {away:.1f} s",
+        lost + unseen(long.count, found) + unexpected(requests.failed(), "ConnectionRefusedError"),
+        "",
+        requests.latency(),
+    )
 
 
 def kill_refresher(run: Load, supervised: Supervised) -> Row:
@@ -102,15 +130,22 @@ def refresher(run: Load, supervised: Supervised, number: signal.Signals) -> Row:
     refreshes = run.sandbox.counters()["refreshes"]
     with run.requests(supervised.port) as requests:
         saved = run.path.stat().st_mtime_ns
-        await_(lambda: run.path.stat().st_mtime_ns != saved)  # a new login in memory alone would be lost: see login.py
+        await_(
+            lambda: run.path.stat().st_mtime_ns != saved
+        )  # a new login in memory alone would be lost: see login.py
         away = supervised.end("refresher", number)
         run.sandbox.wait(lambda seen: seen["refreshes"] > refreshes + 1)
         lost = streams.lost()
-    return Row(f"refresher, {number.name}", f"under {streams.count} streams and short requests; away for {away:.1f} s",
-               lost + requests.lost(), "", requests.latency())
+    return Row(
+        f"refresher, {number.name}",
+        f"under {streams.count} streams and short requests; away for {away:.1f} s",
+        lost + requests.lost(),
+        "",
+        requests.latency(),
+    )
 
 
-def unseen(count: int, found: "dict[str, int]") -> "list[str]":
+def unseen(count: int, found: dict[str, int]) -> list[str]:
     """Streams that did not break where the proxy did, or that looked whole."""
     broken = found["errors"]
     if (broken, found["answers"]) == (count, 0):
@@ -118,5 +153,9 @@ def unseen(count: int, found: "dict[str, int]") -> "list[str]":
     return [f"{count - broken} of {count} streams did not break visibly"]
 
 
-def unexpected(failed: "dict[str, int]", *expected: str) -> "list[str]":
-    return [f"{count} requests: {text}" for text, count in failed.items() if text.strip() not in expected]
+def unexpected(failed: dict[str, int], *expected: str) -> list[str]:
+    return [
+        f"{count} requests: {text}"
+        for text, count in failed.items()
+        if text.strip() not in expected
+    ]

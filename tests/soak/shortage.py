@@ -1,4 +1,5 @@
 """A proxy without file descriptors: too few for its settings from the start, or none left while it runs."""
+
 from __future__ import annotations
 
 import contextlib
@@ -9,23 +10,30 @@ from collections.abc import Iterator
 from tests.bench import machine
 
 from .crowds import MODELS, connect
-from .login import get
 from .loaded import Load, Row
+from .login import get
 from .processes import Process, await_, open_files
 
-LIMITED = ("-c", "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv.pop()),) * 2); "
-           "runpy.run_module('xaiproxy', run_name='__main__', alter_sys=True)")
+LIMITED = (
+    "-c",
+    "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv.pop()),) * 2); "
+    "runpy.run_module('xaiproxy', run_name='__main__', alter_sys=True)",
+)
 LOOK = 2.0  # seconds for which the CPU time is taken
 SPINS = 0.3  # of a core, in a proxy that has nothing to do
 LINES = 10  # that it may log meanwhile
 
 
-def few_descriptors(run: Load) -> "Iterator[Row]":
+def few_descriptors(run: Load) -> Iterator[Row]:
     """More clients than the limit has room for: those that ask for nothing make room for one that does."""
     limit = run.counts.descriptors
     proxy = run.start("limited", *LIMITED, str(limit))
     port = proxy.port()
-    lost = [] if f"limit of {limit} has room for" in proxy.log.read_text() else ["no word of the limit in the log"]
+    lost = (
+        []
+        if f"limit of {limit} has room for" in proxy.log.read_text()
+        else ["no word of the limit in the log"]
+    )
     with contextlib.ExitStack() as held:
         for number in range(limit):  # at most half of it has room
             held.enter_context(connect(port, number))
@@ -35,13 +43,19 @@ def few_descriptors(run: Load) -> "Iterator[Row]":
         answered = late.recv(12) == b"HTTP/1.1 200"
         waited = time.monotonic() - began
         busy, lines = idle_cost(proxy)
-    lost += after(proxy, port, busy, lines) + ([] if answered else ["one that asked was not answered"])
-    yield Row("few descriptors", f"{limit} clients where {limit} descriptors are; {busy:.0%} CPU while they stay; one that "
-              f"asks waits {waited:.1f} s", lost)
+    lost += after(proxy, port, busy, lines) + (
+        [] if answered else ["one that asked was not answered"]
+    )
+    yield Row(
+        "few descriptors",
+        f"{limit} clients where {limit} descriptors are; {busy:.0%} CPU while they stay; one that "
+        f"asks waits {waited:.1f} s",
+        lost,
+    )
     proxy.kill()
 
 
-def none_left(run: Load) -> "Iterator[Row]":
+def none_left(run: Load) -> Iterator[Row]:
     """The limit is lowered under a running proxy: not one connection more can be accepted or made."""
     proxy = run.start("exhausted", "-m", "xaiproxy")
     port = proxy.port()
@@ -63,22 +77,32 @@ def none_left(run: Load) -> "Iterator[Row]":
     lost += [] if "Too many open files, with" in text else ["no word of descriptors in the log"]
     lost += ["a traceback in the log"] if "Traceback" in text else []
     lost += after(proxy, port, busy, lines)
-    yield Row("no descriptors", f"none left under a running proxy; {busy:.0%} CPU and {lines} lines meanwhile", lost)
+    yield Row(
+        "no descriptors",
+        f"none left under a running proxy; {busy:.0%} CPU and {lines} lines meanwhile",
+        lost,
+    )
     proxy.kill()
 
 
-def idle_cost(proxy: Process) -> "tuple[float, int]":
+def idle_cost(proxy: Process) -> tuple[float, int]:
     """The share of a core that it takes, and the lines that it logs beside those of requests, in the time of a look."""
+
     def lines() -> int:
-        return sum('"message": "request"' not in line for line in proxy.log.read_text().splitlines())
+        return sum(
+            '"message": "request"' not in line for line in proxy.log.read_text().splitlines()
+        )
+
     time.sleep(0.5)
     before, count = machine.cpu_seconds([proxy.pid]), lines()
     time.sleep(LOOK)
     return (machine.cpu_seconds([proxy.pid]) - before) / LOOK, lines() - count
 
 
-def after(proxy: Process, port: int, busy: float, lines: int) -> "list[str]":
+def after(proxy: Process, port: int, busy: float, lines: int) -> list[str]:
     status = get(port, "/v1/models")[0]
-    return ([f"it spins: {busy:.0%} CPU"] if busy > SPINS else []) + \
-        ([f"{lines} lines in {LOOK:g} s"] if lines > LINES else []) + \
-        ([f"afterwards a request failed: {status}"] if status != "200" else [])
+    return (
+        ([f"it spins: {busy:.0%} CPU"] if busy > SPINS else [])
+        + ([f"{lines} lines in {LOOK:g} s"] if lines > LINES else [])
+        + ([f"afterwards a request failed: {status}"] if status != "200" else [])
+    )

@@ -4,6 +4,8 @@ gevent's own sockets try before they wait and make new waiters and time-outs eac
 mostly nothing is there yet, on one watcher that stays.
 """
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import select
@@ -19,7 +21,9 @@ from gevent import monkey
 from xaiproxy.http1 import message_head
 
 RECORD = 16384  # bytes of content that a TLS record holds at most
-READ = 7 * RECORD  # bytes: a call of the kernel for many, but above 128 KiB malloc would map and unmap memory each time
+READ = (
+    7 * RECORD
+)  # bytes: a call of the kernel for many, but above 128 KiB malloc would map and unmap memory each time
 BURST = 8  # full reads in a row, then others have their turn
 FLUSH_POLL = 0.02  # seconds: no event tells that bytes were acknowledged
 TCP_ESTABLISHED, TCP_CLOSE = 1, 7  # the first byte of Linux's struct tcp_info
@@ -32,7 +36,7 @@ _poll = monkey.get_original("select", "poll")
 _socket = monkey.get_original("socket", "socket")
 
 
-OPEN: "set[Connection]" = set()  # the TCP connections of this process, for dead_paths.sweep
+OPEN: set[Connection] = set()  # the TCP connections of this process, for dead_paths.sweep
 
 
 class DeadPath(ConnectionError):
@@ -49,7 +53,18 @@ class Connection:
     reads then meet an end that looks like a clean one.
     """
 
-    __slots__ = ("socket", "unread", "readable", "fault", "_writable", "_eager", "_timer", "_limit", "_poll", "_hub")
+    __slots__ = (
+        "socket",
+        "unread",
+        "readable",
+        "fault",
+        "_writable",
+        "_eager",
+        "_timer",
+        "_limit",
+        "_poll",
+        "_hub",
+    )
 
     holds_back = False  # bytes that `send` has taken, but the kernel has not
 
@@ -57,14 +72,14 @@ class Connection:
         self.socket = _socket(sock.family, sock.type, sock.proto, sock.detach())
         self.socket.setblocking(False)
         self.unread = b""
-        self.fault: "OSError | None" = None
+        self.fault: OSError | None = None
         self._hub = gevent.get_hub()
         self.readable = self._hub.loop.io(self.socket.fileno(), _READABLE)
         self._writable: Any = None
         self._eager = 0  # reads that may be tried without waiting, since the last one was full
         self._poll: Any = None
         self._timer: Any = None
-        self._limit: "float | None" = None  # seconds of that timer
+        self._limit: float | None = None  # seconds of that timer
         if sock.family != socket.AF_UNIX:
             OPEN.add(self)
 
@@ -95,7 +110,9 @@ class Connection:
         except BlockingIOError:
             return 0
         except BrokenPipeError:
-            if self.fault is None:  # the peer has closed, and what it sent before is still to be read
+            if (
+                self.fault is None
+            ):  # the peer has closed, and what it sent before is still to be read
                 raise
             raise self.fault from None
         except OSError as error:
@@ -103,7 +120,9 @@ class Connection:
 
     def _fault_of(self, error: OSError) -> OSError:
         if self.fault is None:
-            self.fault = DeadPath(f"TCP gave up: {error.strerror}") if error.errno in GIVEN_UP else error
+            self.fault = (
+                DeadPath(f"TCP gave up: {error.strerror}") if error.errno in GIVEN_UP else error
+            )
         return self.fault
 
     def abort(self, reason: str) -> None:
@@ -134,11 +153,15 @@ class Connection:
 
     def unacknowledged(self) -> int:
         """0 once the peer's kernel has acknowledged all that ours has taken: unsent bytes and unacknowledged segments."""
-        return sum(UNACKNOWLEDGED.unpack(self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, UNACKNOWLEDGED.size)))
+        return sum(
+            UNACKNOWLEDGED.unpack(
+                self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, UNACKNOWLEDGED.size)
+            )
+        )
 
     # In a greenlet
 
-    def wait(self, watcher: Any, limit: "float | None") -> None:
+    def wait(self, watcher: Any, limit: float | None) -> None:
         """Let others run until `watcher` fires. `limit`: seconds. Raises TimeoutError, and what is thrown in."""
         greenlet = gevent.getcurrent()
         watcher.start(greenlet.switch)
@@ -169,7 +192,7 @@ class Connection:
         # The lowest priority: after a long turn, bytes that came in time and the end of the time are found together.
         return self._hub.loop.timer(limit, limit, priority=self._hub.loop.MINPRI)
 
-    def recv(self, limit: "float | None") -> bytes:
+    def recv(self, limit: float | None) -> bytes:
         """Return what is unread, or else what comes next; b"" at the end. Raises OSError, TimeoutError."""
         if self.unread:
             data, self.unread = self.unread, b""
@@ -218,7 +241,7 @@ class Connection:
             self.unread = data[end:]
         return data[:end]
 
-    def send_all(self, data: Any, limit: "float | None" = None) -> None:
+    def send_all(self, data: Any, limit: float | None = None) -> None:
         """`limit`: seconds in which the peer takes no byte. Raises OSError, TimeoutError."""
         sent = self.send(data)
         while sent < len(data) or self.holds_back:
@@ -287,7 +310,13 @@ class TLSConnection(Connection):
 
     __slots__ = ("_inner", "_tls", "_in", "_out", "_unsent")
 
-    def __init__(self, inner: Connection, context: ssl.SSLContext, host: str, session: "ssl.SSLSession | None" = None):
+    def __init__(
+        self,
+        inner: Connection,
+        context: ssl.SSLContext,
+        host: str,
+        session: ssl.SSLSession | None = None,
+    ):
         self._inner = inner
         self.socket, self.readable, self._hub = inner.socket, inner.readable, inner._hub
         self.unread = b""
@@ -308,11 +337,11 @@ class TLSConnection(Connection):
         return bool(self._tls.session_reused)
 
     @property
-    def session(self) -> "ssl.SSLSession | None":
+    def session(self) -> ssl.SSLSession | None:
         """To resume on another connection. In TLS 1.3 it comes behind the handshake, with the first answer."""
         return self._tls.session
 
-    def shake_hands(self, limit: "float | None" = None) -> None:
+    def shake_hands(self, limit: float | None = None) -> None:
         """`limit`: seconds in which the peer sends no byte. Raises OSError, among them ssl.SSLError; and EOFError."""
         while True:
             try:
@@ -356,7 +385,9 @@ class TLSConnection(Connection):
         parts = []
         try:
             content = self._tls.read(RECORD)
-            while self._in.pending:  # until all that came is read: no poll would report what is left in here
+            while (
+                self._in.pending
+            ):  # until all that came is read: no poll would report what is left in here
                 parts.append(content)
                 content = self._tls.read(RECORD)
                 if not content:  # close_notify: OpenSSL leaves what follows it
@@ -369,13 +400,15 @@ class TLSConnection(Connection):
             self.fault = error
             if not parts:
                 raise
-            self.socket.shutdown(socket.SHUT_RD)  # so that the next read comes at once, and meets the fault
+            self.socket.shutdown(
+                socket.SHUT_RD
+            )  # so that the next read comes at once, and meets the fault
             content = b""
         return b"".join([*parts, content]) if parts else content
 
     def send(self, data: Any) -> int:
         if self._unsent:
-            self._unsent = self._unsent[self._inner.send(self._unsent):]
+            self._unsent = self._unsent[self._inner.send(self._unsent) :]
         if self._unsent or not data:
             return 0
         taken = self._tls.write(data if len(data) <= READ else memoryview(data)[:READ])

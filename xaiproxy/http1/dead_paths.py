@@ -27,7 +27,7 @@ def sweep(interval: float = INTERVAL, silence: float = SILENCE) -> None:
         connections = list(OPEN)
         for start in range(0, len(connections), BATCH):
             gevent.sleep(0)
-            for connection in connections[start:start + BATCH]:
+            for connection in connections[start : start + BATCH]:
                 if connection in OPEN and is_dead(connection, silence):
                     connection.abort(f"no acknowledgement for {silence:g} s")
 

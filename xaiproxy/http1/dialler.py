@@ -12,8 +12,12 @@ from xaiproxy.http1.message_head import Malformed
 from xaiproxy.http1.resolver import Resolver
 
 # Dead peers behind a silent network are noticed within two minutes.
-KEEPALIVE = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
-             (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15), (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)]
+KEEPALIVE = [
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
+]
 SOCKET_OPTIONS = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), *KEEPALIVE]
 PORTS = {"http": 80, "https": 443, "socks5": 1080, "socks5h": 1080, "socks4": 1080, "socks4a": 1080}
 BROKEN = (OSError, EOFError, Malformed)
@@ -32,11 +36,17 @@ class Dialler:
         self._upstream = urllib.parse.urlsplit(settings.upstream)
         proxy = settings.egress.proxy_for(settings.upstream)
         self._proxy = urllib.parse.urlsplit(proxy) if proxy else None
-        self._context = trust.context(settings.egress)  # one for all: it holds the parsed CA certificates
-        self._session: "ssl.SSLSession | None" = None
-        self._patience = settings.connect_timeout / 2  # seconds for what may hang; a second try has the other half
+        self._context = trust.context(
+            settings.egress
+        )  # one for all: it holds the parsed CA certificates
+        self._session: ssl.SSLSession | None = None
+        self._patience = (
+            settings.connect_timeout / 2
+        )  # seconds for what may hang; a second try has the other half
         self._target = Resolver(*_address(self._proxy or self._upstream), self._patience)
-        self._destination = Resolver(*_address(self._upstream), self._patience)  # for a SOCKS proxy that takes no names
+        self._destination = Resolver(
+            *_address(self._upstream), self._patience
+        )  # for a SOCKS proxy that takes no names
 
     def connect(self) -> Connection:
         """Raises OSError, EOFError, Malformed, and what is thrown in. Without a time limit of its own.
@@ -44,8 +54,8 @@ class Dialler:
         An address that cannot be used is followed by the next one, and all of them by what a new look-up finds.
         """
         session = self._session
-        tried: "list[addresses.Address]" = []
-        last: "Exception | None" = None
+        tried: list[addresses.Address] = []
+        last: Exception | None = None
         while True:
             left = [address for address in self._target.addresses() if address not in tried]
             if not left and last is not None:
@@ -65,7 +75,9 @@ class Dialler:
             try:
                 connection = self._secured(sock, session, limit)
             except _NotResumed as error:
-                session = None  # the same address once more, unless it was silent and there are others
+                session = (
+                    None  # the same address once more, unless it was silent and there are others
+                )
                 if limit and isinstance(error.__cause__, TimeoutError):
                     tried.append(address)
                     self._target.failed(address)
@@ -82,10 +94,14 @@ class Dialler:
 
     def answered(self, connection: Connection) -> None:
         """To be called when a new connection has brought its first answer: the next one need not shake hands in full."""
-        if isinstance(connection, TLSConnection) and not connection.session_reused:  # to ask for it costs a lot
+        if (
+            isinstance(connection, TLSConnection) and not connection.session_reused
+        ):  # to ask for it costs a lot
             self._session = connection.session
 
-    def _secured(self, sock: socket.socket, session: "ssl.SSLSession | None", limit: "float | None") -> Connection:
+    def _secured(
+        self, sock: socket.socket, session: ssl.SSLSession | None, limit: float | None
+    ) -> Connection:
         """The connection to upstream by way of `sock`, which is closed if that fails."""
         proxy = self._proxy
         if proxy is not None and proxy.scheme.startswith("socks"):
@@ -98,14 +114,18 @@ class Dialler:
                     connection.shake_hands(limit)
                 self._tunnel(connection, limit)
             if self._upstream.scheme == "https":
-                connection = TLSConnection(connection, self._context, self._upstream.hostname, session)
+                connection = TLSConnection(
+                    connection, self._context, self._upstream.hostname, session
+                )
                 self._shake_hands(connection, session, limit)
             return connection
         except BaseException:
             connection.close()
             raise
 
-    def _shake_hands(self, connection: TLSConnection, session: "ssl.SSLSession | None", limit: "float | None") -> None:
+    def _shake_hands(
+        self, connection: TLSConnection, session: ssl.SSLSession | None, limit: float | None
+    ) -> None:
         if session is None:
             connection.shake_hands(limit)
             return
@@ -127,20 +147,32 @@ class Dialler:
         try:
             if not remote:
                 known = self._destination.addresses()
-                address = next((one for one in known if kind == socks_proxy.SOCKS5 or one[0] == socket.AF_INET), None)
+                address = next(
+                    (
+                        one
+                        for one in known
+                        if kind == socks_proxy.SOCKS5 or one[0] == socket.AF_INET
+                    ),
+                    None,
+                )
                 if address is None:
                     raise OSError("its name has no IPv4 address, which SOCKS 4 needs")
             return socks_proxy.negotiate(
-                sock, host if remote else address[4][0], port, kind=kind, rdns=remote,
+                sock,
+                host if remote else address[4][0],
+                port,
+                kind=kind,
+                rdns=remote,
                 username=proxy.username and urllib.parse.unquote(proxy.username),
-                password=proxy.password and urllib.parse.unquote(proxy.password))
+                password=proxy.password and urllib.parse.unquote(proxy.password),
+            )
         except BaseException:
             sock.close()
             if address is not None:
                 self._destination.failed(address)
             raise
 
-    def _tunnel(self, connection: Connection, limit: "float | None") -> None:
+    def _tunnel(self, connection: Connection, limit: float | None) -> None:
         """RFC 9110 section 9.3.6."""
         host, port = _address(self._upstream)
         authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -160,5 +192,5 @@ class Dialler:
             raise OSError(f"the proxy on the way answered {answer.status} {answer.reason}")
 
 
-def _address(url: urllib.parse.SplitResult) -> "tuple[str, int]":
+def _address(url: urllib.parse.SplitResult) -> tuple[str, int]:
     return url.hostname, url.port or PORTS[url.scheme]

@@ -71,7 +71,17 @@ class UntilClose:
 class Chunked:
     """The chunked transfer coding. What follows it on the connection would be read as another message, so: in doubt, Malformed."""
 
-    __slots__ = ("ended", "used", "passes", "trailers", "_left", "_line", "_expect", "_trailers", "_kept")
+    __slots__ = (
+        "ended",
+        "used",
+        "passes",
+        "trailers",
+        "_left",
+        "_line",
+        "_expect",
+        "_trailers",
+        "_kept",
+    )
 
     def __init__(self) -> None:
         self.used = self.passes = 0
@@ -79,7 +89,9 @@ class Chunked:
         self.ended = False
         self._left = 0  # bytes of this chunk's content
         self._line = b""  # the beginning of a line
-        self._expect = Chunked._size  # what to take the next line for; unbound, so that a copy has its own
+        self._expect = (
+            Chunked._size
+        )  # what to take the next line for; unbound, so that a copy has its own
         self._trailers = 0
         self._kept = b""  # lines of trailers that pass
 
@@ -87,8 +99,14 @@ class Chunked:
         """As Sized.feed; raises Malformed."""
         size = len(data)
         if self._expect is Chunked._size and not self._left and not self._line:
-            whole = CHUNK_LINE.match(data)  # an event mostly comes as one chunk, and nothing with it
-            if whole and size == whole.end() + int(whole[1], 16) + 2 > whole.end() + 2 and data.endswith(b"\r\n"):
+            whole = CHUNK_LINE.match(
+                data
+            )  # an event mostly comes as one chunk, and nothing with it
+            if (
+                whole
+                and size == whole.end() + int(whole[1], 16) + 2 > whole.end() + 2
+                and data.endswith(b"\r\n")
+            ):
                 self.used = self.passes = size
                 return [(whole.end(), size - 2)]
         spans = []
@@ -104,7 +122,9 @@ class Chunked:
                     self._expect = Chunked._size
                     at += 2
                 continue
-            if self._expect is Chunked._size and not self._line:  # most often what follows is there already
+            if (
+                self._expect is Chunked._size and not self._line
+            ):  # most often what follows is there already
                 if data.startswith(LAST, at):
                     self.ended, at = True, at + len(LAST)
                     break
@@ -151,7 +171,7 @@ class Chunked:
             raise Malformed("has a chunk size that is malformed")
         self._begin_chunk(match)
 
-    def _begin_chunk(self, line: "re.Match[bytes]") -> None:
+    def _begin_chunk(self, line: re.Match[bytes]) -> None:
         self._left = int(line[1], 16)
         self._expect = Chunked._end_of_chunk if self._left else Chunked._trailer
 
@@ -168,16 +188,21 @@ class Chunked:
         self._trailers += 1
         name, colon, _ = line.decode("latin-1").partition(":")
         lower = lower_of(name) if len(name) <= NAME_LIMIT else ""
-        if (self._trailers > TRAILER_LIMIT or not colon or lower in NOT_IN_TRAILERS
-                or not line.endswith(b"\r\n") or line.translate(None, ALLOWED) != b"\r\n"):
+        if (
+            self._trailers > TRAILER_LIMIT
+            or not colon
+            or lower in NOT_IN_TRAILERS
+            or not line.endswith(b"\r\n")
+            or line.translate(None, ALLOWED) != b"\r\n"
+        ):
             raise Malformed("has trailers that are malformed")
         if lower not in headers.NOT_PASSED:
             self._kept += line
 
 
-def content_of(body: "Sized | UntilClose | Chunked", data: bytes) -> "Iterator[bytes]":
+def content_of(body: Sized | UntilClose | Chunked, data: bytes) -> Iterator[bytes]:
     """Feed `data` to `body` and give its content. Raises Malformed, after the content that comes before it."""
     for start, end in body.feed(data):
         yield data[start:end]
     if body.used < len(data) and not body.ended:
-        body.feed(data[body.used:])
+        body.feed(data[body.used :])

@@ -102,10 +102,10 @@ class Handler:
         self.server = server
         self.connection = Connection(sock)
         self.watch = ClientWatch(self.connection)
-        self.key_name: "str | None" = None
+        self.key_name: str | None = None
         self.ended_by = ""  # client, upstream, proxy; empty: nobody cut it short
         self._address = address
-        self._head: "request_head.Head | None" = None
+        self._head: request_head.Head | None = None
         self._body: Any = None
         self._answered_before = False
 
@@ -121,7 +121,9 @@ class Handler:
 
     def _handle_one(self) -> bool:
         """Read and answer one request; whether another may follow."""
-        self._head = self._body = self.key_name = None  # nothing of a request stays while the connection is idle
+        self._head = self._body = self.key_name = (
+            None  # nothing of a request stays while the connection is idle
+        )
         self.ended_by = ""
         self._code, self._content_bytes, self._time_head = 0, 0, 0.0
         self._ends_with_connection = False
@@ -156,7 +158,9 @@ class Handler:
 
     def _linger(self) -> None:
         """End the connection so that all that was sent arrives before the end."""
-        idle, whole = (DRAIN_LINGER, DRAIN_LINGER) if self.server.draining else (LINGER_IDLE, LINGER_WHOLE)
+        idle, whole = (
+            (DRAIN_LINGER, DRAIN_LINGER) if self.server.draining else (LINGER_IDLE, LINGER_WHOLE)
+        )
         is_reset = self._cut_short and self._headers_sent and self._ends_with_connection
         if not self._client_gone:
             with self._waiting_for_client():
@@ -165,7 +169,7 @@ class Handler:
             self.connection.reset_at_close()
 
     @contextlib.contextmanager
-    def _waiting_for_client(self) -> "Iterator[None]":
+    def _waiting_for_client(self) -> Iterator[None]:
         """Meanwhile the server may close the connection for another one."""
         sock = self.connection.socket
         self.server.answered[sock] = None
@@ -188,21 +192,30 @@ class Handler:
         try:
             if not self._begins():
                 return b""
-            return connection.recv_head(request_head.SIZE_LIMIT, DRAIN_LINGER if in_drain else server.settings.client_timeout)
+            return connection.recv_head(
+                request_head.SIZE_LIMIT,
+                DRAIN_LINGER if in_drain else server.settings.client_timeout,
+            )
         except message_head.Malformed as error:
             raise request_head.refusal(error) from None
         except TimeoutError:
             if in_drain:
                 return b""
-            raise errors.ClientTimeout(f"the request head was not complete within {server.settings.client_timeout:g} s",
-                                       close=True) from None
+            raise errors.ClientTimeout(
+                f"the request head was not complete within {server.settings.client_timeout:g} s",
+                close=True,
+            ) from None
         finally:
             del server.waiting[connection.socket]
 
     def _begins(self) -> bool:
         """Whether a request line begins in time; an empty line before it is ignored (RFC 9112 section 2.2)."""
         server, connection = self.server, self.connection
-        limit = server.settings.keepalive_timeout if self._answered_before else server.settings.client_timeout
+        limit = (
+            server.settings.keepalive_timeout
+            if self._answered_before
+            else server.settings.client_timeout
+        )
         if self._answered_before:
             server.idle[connection.socket] = None
         try:
@@ -225,8 +238,14 @@ class Handler:
     def _refuse_head(self, refusal: errors.Refusal, came: bytes) -> None:
         """`came`: as much of the head as has come."""
         status, fields, body = refusal.rendered()
-        lines = [f"HTTP/1.1 {status}", *(f"{name}: {value}" for name, value in fields), f"Date: {_date()}", "Connection: close",
-                 "", ""]
+        lines = [
+            f"HTTP/1.1 {status}",
+            *(f"{name}: {value}" for name, value in fields),
+            f"Date: {_date()}",
+            "Connection: close",
+            "",
+            "",
+        ]
         if came.removeprefix(EMPTY_LINE).startswith(b"HEAD "):
             body = b""
         self._time_start = self._time_head = time.time()
@@ -241,8 +260,10 @@ class Handler:
     def check_room(self) -> None:
         """Raises TooManyConnections for a request in the reserve."""
         if self._in_reserve:
-            raise errors.TooManyConnections(f"all {self.server.connections} connections are in use "
-                                            "(XAI_PROXY_MAX_CONNECTIONS); try again")
+            raise errors.TooManyConnections(
+                f"all {self.server.connections} connections are in use "
+                "(XAI_PROXY_MAX_CONNECTIONS); try again"
+            )
 
     def _respond(self) -> None:
         result: Any = None
@@ -250,14 +271,18 @@ class Handler:
             result = self.server.application(self._environ(), self.start_response)
             self._send(result)
         except (errors.ClientGone, errors.UpstreamBroken, Cut, gevent.GreenletExit) as error:
-            self.ended_by = {errors.ClientGone: "client", errors.UpstreamBroken: "upstream"}.get(type(error), "proxy")
+            self.ended_by = {errors.ClientGone: "client", errors.UpstreamBroken: "upstream"}.get(
+                type(error), "proxy"
+            )
             self._client_gone = isinstance(error, errors.ClientGone)
             self._cut_short = self._close = True
         except BaseException:
             logger.error("an unexpected error; please report it", exc_info=True)
             self.ended_by = "proxy"
             if not self._headers_sent:
-                status, fields, body = errors.Refusal("the proxy failed; its log has the details").rendered()
+                status, fields, body = errors.Refusal(
+                    "the proxy failed; its log has the details"
+                ).rendered()
                 self._close = True
                 with contextlib.suppress(errors.ClientGone):
                     self.start_response(status, fields)(body)
@@ -268,7 +293,7 @@ class Handler:
                 close()
             self._log()
 
-    def _environ(self) -> "dict[str, Any]":
+    def _environ(self) -> dict[str, Any]:
         head = self._head
         known = head.derived.get("environ")
         if known is None:
@@ -282,12 +307,16 @@ class Handler:
             environ["CONTENT_LENGTH"] = str(head.content_length)
         return environ
 
-    def _environ_of(self, head: request_head.Head) -> "dict[str, Any]":
+    def _environ_of(self, head: request_head.Head) -> dict[str, Any]:
         environ = self.server.get_environ()
         environ["REQUEST_METHOD"] = head.method
         environ["SCRIPT_NAME"] = ""
-        environ["PATH_INFO"] = urllib.parse.unquote_to_bytes(head.path).decode("latin-1") if "%" in head.path else head.path
-        environ["QUERY_STRING"] = head.target[len(head.path) + 1:]
+        environ["PATH_INFO"] = (
+            urllib.parse.unquote_to_bytes(head.path).decode("latin-1")
+            if "%" in head.path
+            else head.path
+        )
+        environ["QUERY_STRING"] = head.target[len(head.path) + 1 :]
         environ["SERVER_PROTOCOL"] = head.version
         environ["wsgi.input_terminated"] = True
         for name, values in head.by_name.items():
@@ -296,7 +325,9 @@ class Handler:
                 environ[key] = ",".join(values)
         return environ
 
-    def start_response(self, status: str, headers: "list[tuple[str, str]]", exc_info: Any = None) -> "Callable[[bytes], None]":
+    def start_response(
+        self, status: str, headers: list[tuple[str, str]], exc_info: Any = None
+    ) -> Callable[[bytes], None]:
         """PEP 3333's. Raises ValueError at a line end in what would become a header line."""
         if exc_info and self._headers_sent:
             raise exc_info[1]
@@ -307,7 +338,9 @@ class Handler:
         self.start(int(status[:3]), text, "content-length" in names, "date" in names)
         return self.write
 
-    def start(self, code: int, text: str, has_length: bool, has_date: bool, uploads: bool = False) -> None:
+    def start(
+        self, code: int, text: str, has_length: bool, has_date: bool, uploads: bool = False
+    ) -> None:
         """Take the answer's head, to go out with the first bytes of its body.
 
         `text`: its lines, each but the first preceded by a CRLF, without those that are up to this connection.
@@ -345,7 +378,7 @@ class Handler:
         self._time_head = time.time()
         return self._head_bytes
 
-    def _send(self, result: "Iterable[bytes]") -> None:
+    def _send(self, result: Iterable[bytes]) -> None:
         is_stream = hasattr(result, "relay")
         if is_stream:
             self._send_limit = self.server.settings.idle_timeout
@@ -371,7 +404,10 @@ class Handler:
 
     def _can_relay(self, result: Any) -> bool:
         """Whether the client is to have the body in the framing that upstream has put it in."""
-        return result.framing not in (None, framing.UntilClose) and (result.framing is framing.Chunked) == self._chunks
+        return (
+            result.framing not in (None, framing.UntilClose)
+            and (result.framing is framing.Chunked) == self._chunks
+        )
 
     def write(self, data: bytes) -> None:
         """PEP 3333's."""
@@ -391,12 +427,18 @@ class Handler:
     def _log(self) -> None:
         head = self._head
         now = time.time()
-        fields: "dict[str, Any]" = {
-            "method": head.method if head else "-", "path": head.path if head else "-", "status": abs(self._code or 0),
+        fields: dict[str, Any] = {
+            "method": head.method if head else "-",
+            "path": head.path if head else "-",
+            "status": abs(self._code or 0),
             "bytes": self._content_bytes,
-            "first_byte_ms": int((self._time_head - self._time_start) * 10000) / 10 if self._time_head else None,
+            "first_byte_ms": int((self._time_head - self._time_start) * 10000) / 10
+            if self._time_head
+            else None,
             "duration_ms": int((now - self._time_start) * 10000) / 10,
-            "ended_by": self.ended_by or "done", "key": self.key_name}
+            "ended_by": self.ended_by or "done",
+            "key": self.key_name,
+        }
         quiet = fields["path"] in ("/healthz", "/readyz") and fields["status"] == 200
         log.event(logger, logging.DEBUG if quiet else logging.INFO, "request", fields)
 

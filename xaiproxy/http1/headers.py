@@ -7,34 +7,93 @@ from xaiproxy.http1.message_head import MEMO_LIMIT, connection_options, lower_of
 
 Fields = "list[tuple[str, str]]"
 
-HOP_BY_HOP = frozenset(("connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade"))
+HOP_BY_HOP = frozenset(
+    (
+        "connection",
+        "keep-alive",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    )
+)
 # The first row is set by the proxy, the second holds credentials, the rest describes the way to the proxy, not the request.
 # Cloudflare, in front of api.x.ai, refuses requests that seem to come from another Cloudflare zone.
 # Expect is answered by the proxy: the body is sent on without waiting for upstream's 100.
-NOT_SENT = HOP_BY_HOP | frozenset((
-    "authorization", "host", "user-agent", "content-length", "accept-encoding", "expect", "via",
-    "api-key", "cookie", "x-api-key", "x-goog-api-key",
-    "cdn-loop", "fastly-client-ip", "fly-client-ip", "forwarded", "referer", "true-client-ip", "x-amzn-trace-id",
-    "x-azure-clientip", "x-client-ip", "x-cluster-client-ip", "x-real-ip"))
+NOT_SENT = HOP_BY_HOP | frozenset(
+    (
+        "authorization",
+        "host",
+        "user-agent",
+        "content-length",
+        "accept-encoding",
+        "expect",
+        "via",
+        "api-key",
+        "cookie",
+        "x-api-key",
+        "x-goog-api-key",
+        "cdn-loop",
+        "fastly-client-ip",
+        "fly-client-ip",
+        "forwarded",
+        "referer",
+        "true-client-ip",
+        "x-amzn-trace-id",
+        "x-azure-clientip",
+        "x-client-ip",
+        "x-cluster-client-ip",
+        "x-real-ip",
+    )
+)
 PREFIXES_NOT_SENT = (
-    "cf-", "proxy-", "remote-", "tailscale-user-", "x-amzn-oidc-", "x-auth-request-", "x-envoy-", "x-forwarded-",
-    "x-goog-iap-", "x-ms-client-principal", "x-original-", "x-remote-")
+    "cf-",
+    "proxy-",
+    "remote-",
+    "tailscale-user-",
+    "x-amzn-oidc-",
+    "x-auth-request-",
+    "x-envoy-",
+    "x-forwarded-",
+    "x-goog-iap-",
+    "x-ms-client-principal",
+    "x-original-",
+    "x-remote-",
+)
 # Of answers, trailers among them: what a client would take as said of this proxy's own origin, and our own X-XAI-Proxy-Error.
-NOT_PASSED = HOP_BY_HOP | frozenset((
-    "set-cookie", "alt-svc", "clear-site-data", "nel", "report-to", "reporting-endpoints", "strict-transport-security",
-    "x-xai-proxy-error"))
+NOT_PASSED = HOP_BY_HOP | frozenset(
+    (
+        "set-cookie",
+        "alt-svc",
+        "clear-site-data",
+        "nel",
+        "report-to",
+        "reporting-endpoints",
+        "strict-transport-security",
+        "x-xai-proxy-error",
+    )
+)
 # An absolute or network-path reference (RFC 3986 section 4.2) to what this proxy serves, if the authority is upstream's.
-LOCATION = re.compile(r"(\r\n(?:content-)?location:[ \t]*)(?:(https?):)?//([^/?#\r]*)(?=/v[12]/)", re.IGNORECASE)
-CODINGS = re.compile(r"(?<![^,])[ \t]*((?:gzip|deflate|identity)[ \t]*(?:;[^,]*)?)(?![^,])", re.IGNORECASE)
+LOCATION = re.compile(
+    r"(\r\n(?:content-)?location:[ \t]*)(?:(https?):)?//([^/?#\r]*)(?=/v[12]/)", re.IGNORECASE
+)
+CODINGS = re.compile(
+    r"(?<![^,])[ \t]*((?:gzip|deflate|identity)[ \t]*(?:;[^,]*)?)(?![^,])", re.IGNORECASE
+)
 VIA_MEMBER = re.compile(r"(?<![^, \t])1\.1 xaiproxy-[0-9a-f]{16}(?=[ \t]*(?:,|\Z))")
 
 
-def to_upstream(fields: Fields, *, host: str, user_agent: str, access_token: str, pseudonym: str = "") -> Fields:
+def to_upstream(
+    fields: Fields, *, host: str, user_agent: str, access_token: str, pseudonym: str = ""
+) -> Fields:
     """The fields of the request to upstream, except the framing of its body.
 
     `pseudonym`: the name of this proxy in Via, xaiproxy- and 16 hex digits; "" to send no Via.
     """
-    options = connection_options(",".join([value for name, value in fields if lower_of(name) == "connection"]))
+    options = connection_options(
+        ",".join([value for name, value in fields if lower_of(name) == "connection"])
+    )
     sent = [("Host", host), ("User-Agent", user_agent), ("Authorization", "Bearer " + access_token)]
     accepted, passed_by = [], []
     for field in fields:
@@ -74,37 +133,47 @@ def _reduced(accept_encoding: str) -> str:
     return ", ".join(kept) or "identity"
 
 
-def to_client(lines: str, values: "dict[str, list[str]]", *, length: "int | None", origin: str) -> str:
+def to_client(lines: str, values: dict[str, list[str]], *, length: int | None, origin: str) -> str:
     """The header lines of the answer to the client, each preceded by its CRLF.
 
     `lines`: those of upstream's except NOT_PASSED; `values`: at least those of response_head.READ; `length`: of the body
     as we read it, or None if unknown. A length is sent if there was one, and once. `origin`: upstream's.
     """
-    dropped: "set[str] | frozenset[str]" = frozenset()
+    dropped: set[str] | frozenset[str] = frozenset()
     if "connection" in values:
-        dropped = connection_options(",".join(values["connection"])) - NOT_PASSED - {"content-length", "close"}
+        dropped = (
+            connection_options(",".join(values["connection"]))
+            - NOT_PASSED
+            - {"content-length", "close"}
+        )
     lengths = values.get("content-length")
     end = ""
     if lengths is not None and lengths != [str(length)]:
         dropped |= {"content-length"}
         end = "" if length is None else f"\r\nContent-Length: {length}"
     if dropped:
-        lines = "\r\n".join([line for line in lines.split("\r\n") if line.partition(":")[0].lower() not in dropped])
+        lines = "\r\n".join(
+            [line for line in lines.split("\r\n") if line.partition(":")[0].lower() not in dropped]
+        )
     if "location" in values or "content-location" in values:
-        lines = LOCATION.sub(lambda match: match[1] if _is_at(origin, match[2], match[3]) else match[0], lines)
+        lines = LOCATION.sub(
+            lambda match: match[1] if _is_at(origin, match[2], match[3]) else match[0], lines
+        )
     if "x-accel-buffering" not in values and media_type(values) == "text/event-stream":
         end += "\r\nX-Accel-Buffering: no"  # or nginx, if it stands before us, holds events back until 4 KB have come
     return lines + end
 
 
-def media_type(values: "dict[str, list[str]]") -> str:
+def media_type(values: dict[str, list[str]]) -> str:
     """Of Content-Type, in lower case; "" if there is none."""
     types = values.get("content-type")
     return types[0].partition(";")[0].strip().lower() if types else ""
 
 
-def _is_at(origin: str, scheme: "str | None", authority: str) -> bool:
+def _is_at(origin: str, scheme: str | None, authority: str) -> bool:
     """Whether a reference is to `origin`. `scheme`: None if the reference has none."""
     own_scheme, _, own_authority = origin.partition("://")
     scheme = (scheme or own_scheme).lower()
-    return scheme == own_scheme and normal_authority(scheme, authority) == normal_authority(scheme, own_authority)
+    return scheme == own_scheme and normal_authority(scheme, authority) == normal_authority(
+        scheme, own_authority
+    )

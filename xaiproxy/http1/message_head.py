@@ -33,7 +33,7 @@ def end(data: bytes, searched: int, limit: int) -> int:
     return size if found >= 0 else 0
 
 
-def lines(head: bytes) -> "list[str]":
+def lines(head: bytes) -> list[str]:
     """The lines of a whole head, without its empty one, as Latin-1. Raises Malformed at any control character."""
     split = head.decode("latin-1").split("\r\n")
     if head.translate(None, ALLOWED) != b"\r\n" * (len(split) - 1):
@@ -41,12 +41,12 @@ def lines(head: bytes) -> "list[str]":
     return split[:-2]
 
 
-def fields(lines: "list[str]") -> "tuple[list[tuple[str, str]], dict[str, list[str]]]":
+def fields(lines: list[str]) -> tuple[list[tuple[str, str]], dict[str, list[str]]]:
     """The fields in order, as sent; and the values of each name in lower case. Raises Malformed, TooLong."""
     if len(lines) > FIELD_LIMIT:
         raise TooLong(f"has more than {FIELD_LIMIT} header lines")
-    in_order: "list[tuple[str, str]]" = []
-    values: "dict[str, list[str]]" = {}
+    in_order: list[tuple[str, str]] = []
+    values: dict[str, list[str]] = {}
     for line in lines:
         field, lower = _field(line) if len(line) < MEMO_LIMIT else _field.__wrapped__(line)
         in_order.append(field)
@@ -57,17 +57,19 @@ def fields(lines: "list[str]") -> "tuple[list[tuple[str, str]], dict[str, list[s
     return in_order, values
 
 
-def connection_options(connection: str) -> "frozenset[str]":
+def connection_options(connection: str) -> frozenset[str]:
     """The names in a value of Connection, in lower case (RFC 9110 section 7.6.1)."""
-    return _options(connection) if len(connection) < MEMO_LIMIT else _options.__wrapped__(connection)
+    return (
+        _options(connection) if len(connection) < MEMO_LIMIT else _options.__wrapped__(connection)
+    )
 
 
 @functools.lru_cache(maxsize=64)
-def _options(connection: str) -> "frozenset[str]":
+def _options(connection: str) -> frozenset[str]:
     return frozenset([option.strip(" \t") for option in {*connection.lower().split(",")}]) - {""}
 
 
-def keep_alive(values: "dict[str, list[str]]", is_1_0: bool) -> bool:
+def keep_alive(values: dict[str, list[str]], is_1_0: bool) -> bool:
     """Whether the connection stays (section 9.3)."""
     if "connection" not in values:
         return not is_1_0
@@ -76,7 +78,7 @@ def keep_alive(values: "dict[str, list[str]]", is_1_0: bool) -> bool:
 
 
 @functools.lru_cache(maxsize=2048)  # most lines are those of the message before
-def _field(line: str) -> "tuple[tuple[str, str], str]":
+def _field(line: str) -> tuple[tuple[str, str], str]:
     name, colon, value = line.partition(":")
     return (name, value.strip(" \t")), check_name(name, colon)
 
@@ -100,4 +102,6 @@ def lower_of(name: str) -> str:
 def normal_authority(scheme: str, authority: str) -> str:
     """The same authority as always the same text: in lower case, without the scheme's own port (RFC 9110 section 4.2.3)."""
     host, colon, port = authority.lower().rpartition(":")
-    return host if colon and port in ("", "443" if scheme == "https" else "80") else authority.lower()
+    return (
+        host if colon and port in ("", "443" if scheme == "https" else "80") else authority.lower()
+    )

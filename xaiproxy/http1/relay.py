@@ -15,8 +15,17 @@ from xaiproxy.http1.upstream import BROKEN, Exchange
 
 
 class Relay:
-    __slots__ = ("content", "_exchange", "_upstream", "_body", "_client", "_unsent", "_greenlet", "_timer",
-                 "_heard")
+    __slots__ = (
+        "content",
+        "_exchange",
+        "_upstream",
+        "_body",
+        "_client",
+        "_unsent",
+        "_greenlet",
+        "_timer",
+        "_heard",
+    )
 
     def __init__(self, exchange: Exchange, client: Connection):
         self.content = 0  # bytes that were passed on, without their framing
@@ -32,8 +41,8 @@ class Relay:
         if came:
             try:
                 self._look_at(came)
-                upstream.unread = came[body.used:]
-                head += came[:body.passes] + body.trailers
+                upstream.unread = came[body.used :]
+                head += came[: body.passes] + body.trailers
                 self._check_unread()
             except BROKEN as error:
                 fault = error
@@ -68,7 +77,9 @@ class Relay:
 
     def _watch_silence(self, seconds: float) -> None:
         loop = gevent.get_hub().loop
-        self._timer = loop.timer(seconds, priority=loop.MINPRI)  # after bytes that came in time: see Connection
+        self._timer = loop.timer(
+            seconds, priority=loop.MINPRI
+        )  # after bytes that came in time: see Connection
         self._timer.start(self._on_silence)
 
     # In the hub, whose callbacks must not raise
@@ -93,8 +104,8 @@ class Relay:
             return
         body = self._body
         if body.passes < len(data):  # at the end, or in the trailers before it
-            self._upstream.unread = data[body.used:]
-            data = data[:body.passes] + body.trailers
+            self._upstream.unread = data[body.used :]
+            data = data[: body.passes] + body.trailers
         try:
             sent = self._client.send(data)
         except OSError:
@@ -127,7 +138,7 @@ class Relay:
 
     def _send_on(self) -> None:
         try:
-            self._unsent = self._unsent[self._client.send(self._unsent):]
+            self._unsent = self._unsent[self._client.send(self._unsent) :]
         except OSError:
             self._greenlet.throw(ClientGone)
             return

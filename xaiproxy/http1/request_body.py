@@ -21,12 +21,17 @@ class RequestBody:
     def __init__(self, head: Head, connection: Connection, timeout: float):
         self.chunked = head.chunked
         self.content_length = head.content_length
-        self._framing = framing.Chunked() if head.chunked else framing.Sized(head.content_length or 0)
+        self._framing = (
+            framing.Chunked() if head.chunked else framing.Sized(head.content_length or 0)
+        )
         self._connection = connection
         self._timeout = timeout
         self._unread = b""  # content that came with what was asked for
-        self._continue_due = not self.ended and head.version == "HTTP/1.1" and \
-            [value.lower() for value in head.values("expect")] == ["100-continue"]
+        self._continue_due = (
+            not self.ended
+            and head.version == "HTTP/1.1"
+            and [value.lower() for value in head.values("expect")] == ["100-continue"]
+        )
 
     @property
     def ended(self) -> bool:
@@ -72,7 +77,9 @@ class RequestBody:
                     raise errors.ClientGone
                 content = self._content(data)
         except TimeoutError:
-            raise errors.ClientTimeout(f"no byte of the request body came for {self._timeout:g} s", close=True) from None
+            raise errors.ClientTimeout(
+                f"no byte of the request body came for {self._timeout:g} s", close=True
+            ) from None
         except OSError:
             raise errors.ClientGone from None
         return content
@@ -94,10 +101,14 @@ class RequestBody:
             spans = self._framing.feed(data)
         except framing.Malformed as error:
             raise errors.BadRequest(f"the request body {error}", close=True) from None
-        self._connection.unread = data[self._framing.used:]
+        self._connection.unread = data[self._framing.used :]
         if self.chunked:
             self._connection.wait_before_reading()  # chunks of a byte each take long: others have their turn
-        return b"".join([data[start:end] for start, end in spans]) if spans != [(0, len(data))] else data
+        return (
+            b"".join([data[start:end] for start, end in spans])
+            if spans != [(0, len(data))]
+            else data
+        )
 
 
 class ReplayMemory:
@@ -123,12 +134,12 @@ class WholeBody:
     chunked = False
     ended = True
 
-    def __init__(self, content: bytes, content_length: "int | None"):
+    def __init__(self, content: bytes, content_length: int | None):
         self.content_length = content_length
         self.replayable = True
         self._content = content
         self._at = 0
-        self._memory: "ReplayMemory | None" = None
+        self._memory: ReplayMemory | None = None
 
     def rewind(self) -> None:
         self._at = 0
@@ -142,7 +153,7 @@ class WholeBody:
         return self._at == len(self._content)
 
     def read1(self, size: int = -1) -> bytes:
-        data = self._content[self._at:] if size < 0 else self._content[self._at:self._at + size]
+        data = self._content[self._at :] if size < 0 else self._content[self._at : self._at + size]
         self._at += len(data)
         return data
 
@@ -169,15 +180,15 @@ class WholeBody:
 NO_BODY = WholeBody(b"", None)
 
 
-def body_of(head: Head, connection: Connection, timeout: float) -> "RequestBody | WholeBody":
+def body_of(head: Head, connection: Connection, timeout: float) -> RequestBody | WholeBody:
     """The body that follows this head on the connection."""
     if head.content_length is None:
         return RequestBody(head, connection, timeout) if head.chunked else NO_BODY
     unread = connection.unread
     if len(unread) < head.content_length:
         return RequestBody(head, connection, timeout)
-    connection.unread = unread[head.content_length:]
-    return WholeBody(unread[:head.content_length], head.content_length)
+    connection.unread = unread[head.content_length :]
+    return WholeBody(unread[: head.content_length], head.content_length)
 
 
 class ReplayableBody:
@@ -189,7 +200,9 @@ class ReplayableBody:
         self._body = body
         self._limit = limit
         self._memory = memory
-        self._kept = bytearray()  # a list of chunks of a byte or two each would take thirty times the memory
+        self._kept = (
+            bytearray()
+        )  # a list of chunks of a byte or two each would take thirty times the memory
         self._at = 0  # of those, how many this pass has given
         self.replayable = (body.content_length or 0) <= limit
 
@@ -215,7 +228,7 @@ class ReplayableBody:
             data = self._body.read1()
             self._keep(data)
             return data
-        data = bytes(memoryview(self._kept)[self._at:self._at + READ])
+        data = bytes(memoryview(self._kept)[self._at : self._at + READ])
         self._at += len(data)
         if not self.replayable:
             self.forget()

@@ -6,6 +6,8 @@ at most one Content-Length, no Transfer-Encoding but `chunked`, never both, and 
 one which steers somebody.
 """
 
+from __future__ import annotations
+
 import functools
 import re
 from typing import Any
@@ -14,9 +16,13 @@ from xaiproxy import errors
 from xaiproxy.http1 import headers, message_head
 
 SIZE_LIMIT = 65536  # bytes of the whole head
-MEMO_LIMIT = 2048  # bytes of a head that is remembered; what is made of one takes up to twenty times as much
+MEMO_LIMIT = (
+    2048  # bytes of a head that is remembered; what is made of one takes up to twenty times as much
+)
 LENGTH_LINE = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: ([0-9]{1,18})\r\n")
-ABSOLUTE_FORM = re.compile(r"(https?)://((?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?)([/?][^#]*)?", re.IGNORECASE)
+ABSOLUTE_FORM = re.compile(
+    r"(https?)://((?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?)([/?][^#]*)?", re.IGNORECASE
+)
 REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) (HTTP/1\.[01])")
 # Names that steer somebody on the way: content_length reads as content-length behind CGI's rules.
 RESERVED = headers.NOT_SENT | {"content-type", "origin", "sec-fetch-site"}
@@ -30,29 +36,55 @@ class Head:
     names; shared by equal heads, which are one.
     """
 
-    __slots__ = ("method", "target", "path", "version", "fields", "by_name", "content_length", "chunked", "keep_alive",
-                 "derived")
+    __slots__ = (
+        "method",
+        "target",
+        "path",
+        "version",
+        "fields",
+        "by_name",
+        "content_length",
+        "chunked",
+        "keep_alive",
+        "derived",
+    )
 
-    def __init__(self, method: str, target: str, path: str, version: str, fields: "list[tuple[str, str]]",
-                 values: "dict[str, list[str]]", derived: "dict[str, Any]"):
+    def __init__(
+        self,
+        method: str,
+        target: str,
+        path: str,
+        version: str,
+        fields: list[tuple[str, str]],
+        values: dict[str, list[str]],
+        derived: dict[str, Any],
+    ):
         self.method = method
         self.target = target
         self.path = path
         self.version = version
         self.fields = fields
         self.by_name = values
-        self.content_length: "int | None" = None
+        self.content_length: int | None = None
         self.chunked = False
         self.keep_alive = False
         self.derived = derived
 
-    def with_length(self, content_length: int) -> "Head":
+    def with_length(self, content_length: int) -> Head:
         """The same with another `content_length`."""
-        other = Head(self.method, self.target, self.path, self.version, self.fields, self.by_name, self.derived)
+        other = Head(
+            self.method,
+            self.target,
+            self.path,
+            self.version,
+            self.fields,
+            self.by_name,
+            self.derived,
+        )
         other.content_length, other.keep_alive = content_length, self.keep_alive
         return other
 
-    def values(self, name: str) -> "list[str]":
+    def values(self, name: str) -> list[str]:
         """All values of a field; `name` in lower case."""
         return self.by_name.get(name, [])
 
@@ -66,11 +98,15 @@ def parse(data: bytes) -> Head:
     length = LENGTH_LINE.search(data)
     if length is None:
         return parse_new(data)
-    return parse_new(data[:length.start(1)] + b"0" + data[length.end(1):]).with_length(int(length[1]))
+    return parse_new(data[: length.start(1)] + b"0" + data[length.end(1) :]).with_length(
+        int(length[1])
+    )
 
 
 def _parse(data: bytes) -> Head:
-    if data.startswith(b"\r\n"):  # RFC 9112 section 2.2: one empty line before a request is to be forgiven
+    if data.startswith(
+        b"\r\n"
+    ):  # RFC 9112 section 2.2: one empty line before a request is to be forgiven
         data = data[2:]
     try:
         lines = message_head.lines(data)
@@ -94,14 +130,16 @@ def refusal(error: message_head.Malformed) -> errors.BadRequest:
     return kind(f"the request head {error}", close=True)
 
 
-def _request_line(line: str) -> "tuple[str, str, str]":
+def _request_line(line: str) -> tuple[str, str, str]:
     match = REQUEST_LINE.fullmatch(line)
     if match is None:
-        raise errors.BadRequest("the request line is malformed: expected METHOD /target HTTP/1.1", close=True)
+        raise errors.BadRequest(
+            "the request line is malformed: expected METHOD /target HTTP/1.1", close=True
+        )
     return match.groups()
 
 
-def _origin_form(target: str, version: str, values: "dict[str, list[str]]") -> str:
+def _origin_form(target: str, version: str, values: dict[str, list[str]]) -> str:
     """An absolute target without its scheme and authority (RFC 9112 section 3.2.2).
 
     That authority would override Host, so the two must be the same: all servers on the way then agree on it.
@@ -114,30 +152,38 @@ def _origin_form(target: str, version: str, values: "dict[str, list[str]]") -> s
         values.setdefault("host", [authority])
     hosts = [message_head.normal_authority(scheme.lower(), host) for host in values.get("host", ())]
     if hosts != [message_head.normal_authority(scheme.lower(), authority)]:
-        raise errors.BadRequest("an absolute request target must name the same host as one Host header", close=True)
+        raise errors.BadRequest(
+            "an absolute request target must name the same host as one Host header", close=True
+        )
     return rest if rest.startswith("/") else "/" + rest
 
 
-def _check_names(names: "dict[str, list[str]]") -> None:
+def _check_names(names: dict[str, list[str]]) -> None:
     """Only names that steer a server matter: clients send session_id and session-id together."""
     for name in names:
         if "_" in name:
             twin = name.replace("_", "-")
             if twin in RESERVED or twin.startswith(headers.PREFIXES_NOT_SENT):
-                raise errors.BadRequest(f"a header with _ in its name could be taken for {twin}", close=True)
+                raise errors.BadRequest(
+                    f"a header with _ in its name could be taken for {twin}", close=True
+                )
 
 
-def _frame(head: Head, values: "dict[str, list[str]]") -> None:
+def _frame(head: Head, values: dict[str, list[str]]) -> None:
     """RFC 9112 section 6.3, for requests."""
     hosts = values.get("host", ())
     if len(hosts) > 1 or (not hosts and head.version == "HTTP/1.1"):
         raise errors.BadRequest("a request needs exactly one Host header", close=True)
     lengths, codings = values.get("content-length", ()), values.get("transfer-encoding", ())
     if len(lengths) + len(codings) > 1:
-        raise errors.BadRequest("a request may have one Content-Length or one Transfer-Encoding", close=True)
+        raise errors.BadRequest(
+            "a request may have one Content-Length or one Transfer-Encoding", close=True
+        )
     if codings:
         if codings[0].lower() != "chunked" or head.version == "HTTP/1.0":
-            raise errors.BadRequest("the only Transfer-Encoding taken is chunked, in HTTP/1.1", close=True)
+            raise errors.BadRequest(
+                "the only Transfer-Encoding taken is chunked, in HTTP/1.1", close=True
+            )
         head.chunked = True
     if lengths:
         if not re.fullmatch("[0-9]{1,18}", lengths[0]):

@@ -30,16 +30,16 @@ class Resolver:
 
     def __init__(self, host: str, port: int, patience: float):
         self._host, self._port, self._patience = host, port, patience
-        self._known: "list[Address]" = []
+        self._known: list[Address] = []
         self._known_at = -math.inf  # when the look-up that found them began
         self._began_at = -math.inf  # when the latest look-up began
         self._threads = 0
         # For all greenlets that wait, whichever look-up ends first.
-        self._pending: "gevent.event.AsyncResult | None" = None
-        self._rank: "dict[Address, int]" = {}  # lowest first; 0 for those that were not tried
+        self._pending: gevent.event.AsyncResult | None = None
+        self._rank: dict[Address, int] = {}  # lowest first; 0 for those that were not tried
         self._count = itertools.count(1)
 
-    def addresses(self) -> "list[Address]":
+    def addresses(self) -> list[Address]:
         """Raises OSError when the look-up fails and no address is known. No time limit then."""
         now = time.monotonic()
         if now - self._known_at > REMEMBERED:
@@ -59,7 +59,7 @@ class Resolver:
         self._rank[address] = next(self._count)
         self._known_at = -math.inf
 
-    def _look_up(self, now: float) -> "gevent.event.AsyncResult":
+    def _look_up(self, now: float) -> gevent.event.AsyncResult:
         """Start a look-up, unless one is running."""
         if self._pending is None:
             self._pending = gevent.event.AsyncResult()
@@ -70,7 +70,7 @@ class Resolver:
             return pending
         self._began_at = now
         self._threads += 1
-        outcome: "list[Any]" = []
+        outcome: list[Any] = []
         done = gevent.get_hub().loop.async_()
 
         def work() -> None:
@@ -94,12 +94,12 @@ class Resolver:
             finish()
         return pending
 
-    def _finish(self, began_at: float, outcome: "list[Address] | Exception") -> None:
+    def _finish(self, began_at: float, outcome: list[Address] | Exception) -> None:
         failed = isinstance(outcome, Exception)
         if not failed and began_at > self._known_at:
             self._known, self._known_at = outcome, began_at
             self._rank = {one: self._rank[one] for one in outcome if one in self._rank}
-        if self._pending is None or failed and began_at < self._began_at:
+        if self._pending is None or (failed and began_at < self._began_at):
             return  # a later look-up may still succeed
         pending, self._pending = self._pending, None
         if failed:

@@ -14,8 +14,15 @@ from xaiproxy.http1.message_head import Malformed
 SIZE_LIMIT = 65536  # bytes of the whole head
 STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: (.*))?")
 READ = headers.NOT_PASSED | {
-    "content-length", "content-type", "content-encoding", "content-location", "date", "location", "access-control-allow-origin",
-    "x-accel-buffering"}
+    "content-length",
+    "content-type",
+    "content-encoding",
+    "content-location",
+    "date",
+    "location",
+    "access-control-allow-origin",
+    "x-accel-buffering",
+}
 KNOWN_LIMIT = 1024  # names that are remembered
 FOLD = re.compile(rb"\r\n[ \t]+")
 LENGTH = re.compile("[0-9]{1,18}")
@@ -29,13 +36,13 @@ class Head:
 
     __slots__ = ("status", "reason", "lines", "values", "length", "body", "keep_alive")
 
-    def __init__(self, status: int, reason: str, lines: str, values: "dict[str, list[str]]"):
+    def __init__(self, status: int, reason: str, lines: str, values: dict[str, list[str]]):
         self.status = status
         self.reason = reason
         self.lines = lines
         self.values = values
-        self.length: "int | None" = None
-        self.body: "framing.Sized | framing.Chunked | framing.UntilClose" = framing.Sized(0)
+        self.length: int | None = None
+        self.body: framing.Sized | framing.Chunked | framing.UntilClose = framing.Sized(0)
         self.keep_alive = False
 
 
@@ -43,7 +50,9 @@ def parse(data: bytes, method: str) -> Head:
     """`data`: up to and with the empty line; `method`: the request's. Raises Malformed."""
     if b"\r\n " in data or b"\r\n\t" in data:
         status_line, _, rest = data.partition(b"\r\n")
-        data = status_line + b"\r\n" + FOLD.sub(b" ", rest)  # section 5.2: a folded line becomes a space
+        data = (
+            status_line + b"\r\n" + FOLD.sub(b" ", rest)
+        )  # section 5.2: a folded line becomes a space
     status_line, *lines = message_head.lines(data)
     read = _status_line if len(status_line) < message_head.MEMO_LIMIT else _status_line.__wrapped__
     is_1_0, status, reason = read(status_line)
@@ -66,7 +75,7 @@ def parse(data: bytes, method: str) -> Head:
     return head
 
 
-_known: "dict[str, str]" = {}  # names as they come, to those in READ; all others to ""
+_known: dict[str, str] = {}  # names as they come, to those in READ; all others to ""
 
 
 def _look_at(name: str, colon: str) -> str:
@@ -78,7 +87,7 @@ def _look_at(name: str, colon: str) -> str:
 
 
 @functools.lru_cache(maxsize=256)
-def _status_line(line: str) -> "tuple[bool, int, str]":
+def _status_line(line: str) -> tuple[bool, int, str]:
     match = STATUS_LINE.fullmatch(line)
     if match is None:
         raise Malformed("has no status line of HTTP/1")
@@ -87,7 +96,10 @@ def _status_line(line: str) -> "tuple[bool, int, str]":
 
 def _frame(head: Head, method: str, is_1_0: bool) -> None:
     """Section 6.3, for answers."""
-    codings, lengths = head.values.get("transfer-encoding", ()), head.values.get("content-length", ())
+    codings, lengths = (
+        head.values.get("transfer-encoding", ()),
+        head.values.get("content-length", ()),
+    )
     if codings and ([coding.lower() for coding in codings] != ["chunked"] or is_1_0):
         raise Malformed("has a Transfer-Encoding other than chunked")
     if lengths:
@@ -96,8 +108,9 @@ def _frame(head: Head, method: str, is_1_0: bool) -> None:
         if not codings:
             head.length = int(lengths[0])
     # Where a coding has no place there may be chunks all the same.
-    head.keep_alive = (message_head.keep_alive(head.values, is_1_0)
-                       and not (codings and (lengths or head.status in (204, 304))))
+    head.keep_alive = message_head.keep_alive(head.values, is_1_0) and not (
+        codings and (lengths or head.status in (204, 304))
+    )
     if method == "HEAD" or head.status < 200 or head.status in (204, 304):
         return
     if codings:

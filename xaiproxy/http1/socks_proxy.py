@@ -5,8 +5,16 @@ import socket
 SOCKS4, SOCKS5 = 1, 2  # PySocks' numbers, which urllib3 uses as well
 
 
-def negotiate(sock: socket.socket, host: str, port: int, *, kind: int, rdns: bool,
-              username: "str | None", password: "str | None") -> socket.socket:
+def negotiate(
+    sock: socket.socket,
+    host: str,
+    port: int,
+    *,
+    kind: int,
+    rdns: bool,
+    username: str | None,
+    password: str | None,
+) -> socket.socket:
     """Return a socket in place of `sock`, which is closed if that fails.
 
     `kind`: SOCKS4 or SOCKS5; `rdns`: whether the proxy looks `host` up. Raises OSError.

@@ -5,6 +5,8 @@ follows its last bytes. From the first end on, what still moves has no time limi
 both connections are reset. A side that resets its connection ends the tunnel at once.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import gevent
@@ -53,7 +55,9 @@ class Tunnel:
 
     def _new_silence(self, limit: float) -> None:
         loop = gevent.get_hub().loop
-        self._silence = loop.timer(limit, limit, priority=loop.MINPRI)  # see Connection.wait, also for `update`
+        self._silence = loop.timer(
+            limit, limit, priority=loop.MINPRI
+        )  # see Connection.wait, also for `update`
         self.heard()
 
     def heard(self) -> None:
@@ -65,7 +69,7 @@ class Tunnel:
         if not self._poll.active:
             self._poll.again(self._look)
 
-    def refused(self, pipe: "_Pipe", error: Exception) -> None:
+    def refused(self, pipe: _Pipe, error: Exception) -> None:
         """The sink of `pipe` takes nothing any more. A client that has closed may have bytes on their way upstream."""
         if pipe is self._down and not isinstance(error, BrokenPipeError):
             self.failed(self._client, error)
@@ -84,15 +88,24 @@ class Tunnel:
             self._new_silence(self._exchange.client_timeout)
             self.blocked()
         down, up = self._down, self._up
-        if down.over and up.over and not (down.refused and up.sink.unacknowledged()
-                                          or up.refused and down.sink.unacknowledged()):
+        if (
+            down.over
+            and up.over
+            and not (
+                (down.refused and up.sink.unacknowledged())
+                or (up.refused and down.sink.unacknowledged())
+            )
+        ):
             self._greenlet.switch()
 
     def _look(self) -> None:
         if self._up.blocked and not self._down.refused and self._client.is_reset():
             self.failed(self._client, ConnectionResetError())
         elif self._closing or self._up.hides_end or self._down.hides_end:
-            unacknowledged = self._client.unacknowledged(), self._exchange.connection.unacknowledged()
+            unacknowledged = (
+                self._client.unacknowledged(),
+                self._exchange.connection.unacknowledged(),
+            )
             if unacknowledged != self._unacknowledged:
                 self._unacknowledged = unacknowledged
                 self.heard()
@@ -104,7 +117,9 @@ class Tunnel:
         if self._closing:
             self._client.reset_at_close()
             self._exchange.connection.reset_at_close()
-        to_blame = self._client if self._down.blocked or self._up.ended else self._exchange.connection
+        to_blame = (
+            self._client if self._down.blocked or self._up.ended else self._exchange.connection
+        )
         self.failed(to_blame, TimeoutError())
 
 
@@ -115,7 +130,17 @@ class _Pipe:
     discarded, since unread bytes would turn the close of the source into a reset.
     """
 
-    __slots__ = ("sink", "ended", "refused", "blocked", "_tunnel", "_source", "_at_end", "_unsent", "_stopped")
+    __slots__ = (
+        "sink",
+        "ended",
+        "refused",
+        "blocked",
+        "_tunnel",
+        "_source",
+        "_at_end",
+        "_unsent",
+        "_stopped",
+    )
 
     def __init__(self, tunnel: Tunnel, source: Connection, sink: Connection):
         self.sink = sink
@@ -171,7 +196,11 @@ class _Pipe:
     def _send_on(self) -> None:
         try:
             sent = self.sink.send(self._unsent)
-            waits = sent < len(self._unsent) or self.sink.holds_back or self._at_end and not self.sink.end()
+            waits = (
+                sent < len(self._unsent)
+                or self.sink.holds_back
+                or (self._at_end and not self.sink.end())
+            )
         except Exception as error:
             self._unsent = b""
             self.refused, self.blocked = True, False

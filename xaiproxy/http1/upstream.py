@@ -4,6 +4,8 @@ urllib3 and http.client would do that too, but re-quote the target, hide whether
 framing to themselves, and take ten times as long.
 """
 
+from __future__ import annotations
+
 import contextlib
 import copy
 import ssl
@@ -43,12 +45,22 @@ class Upstream:
         self.client_timeout = settings.client_timeout
         self._settings = settings
         self._idle_limit = idle_limit
-        self._idle: "deque[tuple[float, Connection]]" = deque()  # with the time since when; the last is the latest
-        self._sweeper: "gevent.Greenlet | None" = None
+        self._idle: deque[tuple[float, Connection]] = (
+            deque()
+        )  # with the time since when; the last is the latest
+        self._sweeper: gevent.Greenlet | None = None
         self.dialler = Dialler(settings)
 
-    def send(self, request: bytes, body: "ReplayableBody | WholeBody", *, method: str, repeatable: bool,
-             upgrade: bool = False, on_sent: "Callable[[], object]" = lambda: None) -> "Exchange":
+    def send(
+        self,
+        request: bytes,
+        body: ReplayableBody | WholeBody,
+        *,
+        method: str,
+        repeatable: bool,
+        upgrade: bool = False,
+        on_sent: Callable[[], object] = lambda: None,
+    ) -> Exchange:
         """Send a request, on a pooled connection if there is a live one.
 
         `request`: its head, but for the framing of the body and the empty line; `repeatable`: whether to send it again
@@ -60,7 +72,7 @@ class Upstream:
         exchange.send(connection or self.connect(), pooled=connection is not None)
         return exchange
 
-    def _take(self) -> "Connection | None":
+    def _take(self) -> Connection | None:
         while self._idle:
             _, connection = self._idle.pop()
             connection.readable.stop()
@@ -78,7 +90,7 @@ class Upstream:
         if not self._sweeper:
             self._sweeper = gevent.spawn(self._sweep)
 
-    def _look(self, kept: "tuple[float, Connection]") -> None:
+    def _look(self, kept: tuple[float, Connection]) -> None:
         """Drop a pooled connection that was closed, or that brings bytes which answer nothing."""
         if not kept[1].is_quiet():
             self._idle.remove(kept)
@@ -105,14 +117,21 @@ class Upstream:
             with gevent.Timeout(limit, TooLate):
                 return self.dialler.connect()
         except TooLate as error:
-            raise errors.UpstreamUnreachable(f"no connection to {self.origin} within {limit:g} s; check the network, or "
-                                             "raise XAI_PROXY_CONNECT_TIMEOUT", may_retry=True) from error
+            raise errors.UpstreamUnreachable(
+                f"no connection to {self.origin} within {limit:g} s; check the network, or "
+                "raise XAI_PROXY_CONNECT_TIMEOUT",
+                may_retry=True,
+            ) from error
         except ssl.SSLCertVerificationError as error:
             raise errors.UpstreamUnreachable(
                 f"no connection to {self.origin}: its certificate is not trusted "
-                f"{trust.refusal(error, self._settings.egress)}", may_retry=True) from error
+                f"{trust.refusal(error, self._settings.egress)}",
+                may_retry=True,
+            ) from error
         except BROKEN as error:
-            raise errors.UpstreamUnreachable(f"no connection to {self.origin}: {_reason(error)}", may_retry=True) from error
+            raise errors.UpstreamUnreachable(
+                f"no connection to {self.origin}: {_reason(error)}", may_retry=True
+            ) from error
 
 
 class Exchange:
@@ -124,11 +143,36 @@ class Exchange:
     into the request's greenlet. `body`, one of framing's, says where on `connection` the answer ends.
     """
 
-    __slots__ = ("connection", "head", "body", "length", "sent_at", "_upstream", "_method", "_request", "_repeatable",
-                 "_upgrade", "_request_body", "_on_sent", "_pooled", "_whole", "_greenlet", "_upload", "_failure")
+    __slots__ = (
+        "connection",
+        "head",
+        "body",
+        "length",
+        "sent_at",
+        "_upstream",
+        "_method",
+        "_request",
+        "_repeatable",
+        "_upgrade",
+        "_request_body",
+        "_on_sent",
+        "_pooled",
+        "_whole",
+        "_greenlet",
+        "_upload",
+        "_failure",
+    )
 
-    def __init__(self, upstream: Upstream, request: bytes, body: "ReplayableBody | WholeBody", method: str,
-                 repeatable: bool, upgrade: bool = False, on_sent: "Callable[[], object]" = lambda: None):
+    def __init__(
+        self,
+        upstream: Upstream,
+        request: bytes,
+        body: ReplayableBody | WholeBody,
+        method: str,
+        repeatable: bool,
+        upgrade: bool = False,
+        on_sent: Callable[[], object] = lambda: None,
+    ):
         if body.chunked:
             request += b"Transfer-Encoding: chunked\r\n"
         elif body.content_length is not None:
@@ -143,13 +187,15 @@ class Exchange:
         self._pooled = False
         self._whole = True  # whether all of the request was written
         self._greenlet: Any = None
-        self._upload: "gevent.Greenlet | None" = None
+        self._upload: gevent.Greenlet | None = None
         self._failure: Any = None  # the callback that will throw what ended the upload
-        self.sent_at = 0.0  # when upstream last took bytes of an upload, in time.monotonic's seconds
-        self.connection: "Connection | None" = None
-        self.head: "response_head.Head | None" = None
+        self.sent_at = (
+            0.0  # when upstream last took bytes of an upload, in time.monotonic's seconds
+        )
+        self.connection: Connection | None = None
+        self.head: response_head.Head | None = None
         self.body: Any = None
-        self.length: "int | None" = None  # of the body that the client is to be told
+        self.length: int | None = None  # of the body that the client is to be told
 
     def send(self, connection: Connection, pooled: bool) -> None:
         """Write the head, and what is there of the body; the rest is uploaded while the answer is waited for.
@@ -180,8 +226,10 @@ class Exchange:
             body.invite()
         except OSError as error:
             self.close()
-            raise errors.UpstreamUnreachable(f"{self._upstream.origin} closed the connection at once: {_reason(error)}",
-                                             may_retry=True) from error
+            raise errors.UpstreamUnreachable(
+                f"{self._upstream.origin} closed the connection at once: {_reason(error)}",
+                may_retry=True,
+            ) from error
         except BaseException:
             self.close()
             raise
@@ -196,7 +244,9 @@ class Exchange:
         body = self._request_body
         if not body.chunked:
             return part
-        return (b"%x\r\n%b\r\n" % (len(part), part) if part else b"") + (LAST if body.at_end else b"")
+        return (b"%x\r\n%b\r\n" % (len(part), part) if part else b"") + (
+            LAST if body.at_end else b""
+        )
 
     # The upload, in its own greenlet
 
@@ -207,7 +257,9 @@ class Exchange:
             while not body.at_end:
                 connection.send_all(self._framed(self._next_part()), limit)
                 self.sent_at = time.monotonic()
-            if self._upload is gevent.getcurrent():  # else it has been stopped, and what follows may be another request
+            if (
+                self._upload is gevent.getcurrent()
+            ):  # else it has been stopped, and what follows may be another request
                 self._whole = True
                 self._on_sent()
         except OSError as error:
@@ -231,12 +283,18 @@ class Exchange:
                     raise
 
     def _fail(self, error: Exception) -> None:
-        if self._upload is gevent.getcurrent():  # else it has been stopped, and nobody waits for its outcome
+        if (
+            self._upload is gevent.getcurrent()
+        ):  # else it has been stopped, and nobody waits for its outcome
             self._failure = gevent.get_hub().loop.run_callback(self._throw, error)
 
     def _throw(self, error: Exception) -> None:
         if self.head is not None:  # too late for an answer of ours
-            error = errors.UpstreamBroken(str(error)) if isinstance(error, errors.UpstreamTimeout) else errors.ClientGone()
+            error = (
+                errors.UpstreamBroken(str(error))
+                if isinstance(error, errors.UpstreamTimeout)
+                else errors.ClientGone()
+            )
         self._greenlet.throw(error)
 
     def _stop_upload(self) -> None:
@@ -263,7 +321,7 @@ class Exchange:
 
     # The answer
 
-    def receive(self, on_interim: "Callable[[response_head.Head], None]" = lambda head: None) -> None:
+    def receive(self, on_interim: Callable[[response_head.Head], None] = lambda head: None) -> None:
         """Wait for the answer's head; `on_interim` gets those before it. Raises UpstreamTimeout, UpstreamUnreachable."""
         try:
             head = self._receive_head(on_interim)
@@ -272,7 +330,11 @@ class Exchange:
             raise self._timed_out() from error
         except BROKEN as error:
             self.close()
-            if (self._pooled or isinstance(error, DeadPath)) and self._repeatable and self._request_body.replayable:
+            if (
+                (self._pooled or isinstance(error, DeadPath))
+                and self._repeatable
+                and self._request_body.replayable
+            ):
                 self._repeatable = False  # once
                 try:
                     self.send(self._upstream.connect(), pooled=False)
@@ -290,7 +352,7 @@ class Exchange:
         if head.status >= 400:
             self._stop_upload()
 
-    def _receive_head(self, on_interim: "Callable[[response_head.Head], None]") -> response_head.Head:
+    def _receive_head(self, on_interim: Callable[[response_head.Head], None]) -> response_head.Head:
         for number in range(INTERIM_LIMIT + 1):
             data = self._head_bytes()
             if not data:
@@ -299,7 +361,9 @@ class Exchange:
             if head.status >= 200:
                 return head
             if head.status == 101:
-                if self._upgrade and [value.lower() for value in head.values.get("upgrade", ())] == ["websocket"]:
+                if self._upgrade and [
+                    value.lower() for value in head.values.get("upgrade", ())
+                ] == ["websocket"]:
                     return head
                 raise Malformed("switches to another protocol, which nobody asked for")
             if number < INTERIM_LIMIT:
@@ -328,7 +392,7 @@ class Exchange:
         """Seconds until IDLE_TIMEOUT without progress in either direction; `heard`: when the last byte came."""
         return max(heard, self.sent_at) + self.idle_timeout - time.monotonic()
 
-    def parts(self, pause: "float | None" = None) -> Iterator[bytes]:
+    def parts(self, pause: float | None = None) -> Iterator[bytes]:
         """The body as it comes; b"" whenever nothing has come for `pause` seconds. Raises UpstreamBroken."""
         heard, limit = time.monotonic(), pause or self.idle_timeout
         while not self.body.ended:
@@ -347,7 +411,7 @@ class Exchange:
                     yield b""
                 limit = min(pause or left, left)
                 continue
-            self.connection.unread = data[self.body.used:]
+            self.connection.unread = data[self.body.used :]
 
     def __iter__(self) -> Iterator[bytes]:
         yield from self.parts()
@@ -383,6 +447,7 @@ class Exchange:
                     return
             readable.stop()
             upload.kill(block=False)
+
         readable.start(look)
         try:
             upload.join()
@@ -418,16 +483,27 @@ class Exchange:
         self._stop_upload()  # last, since it lets others run, which may throw into this greenlet
 
     def _timed_out(self) -> errors.UpstreamTimeout:
-        return errors.UpstreamTimeout(f"{self._upstream.origin} sent no byte for {self._upstream.idle_timeout:g} s "
-                                      "(XAI_PROXY_IDLE_TIMEOUT); the request may have been processed")
+        return errors.UpstreamTimeout(
+            f"{self._upstream.origin} sent no byte for {self._upstream.idle_timeout:g} s "
+            "(XAI_PROXY_IDLE_TIMEOUT); the request may have been processed"
+        )
 
-    def _broke_off(self, error: Exception) -> "errors.UpstreamTimeout | errors.UpstreamUnreachable":
+    def _broke_off(self, error: Exception) -> errors.UpstreamTimeout | errors.UpstreamUnreachable:
         if isinstance(error, DeadPath):
-            return errors.UpstreamTimeout(f"the network path to {self._upstream.origin} is dead ({error}); the request may "
-                                          "have been processed")
-        happened = "sent no valid answer" if isinstance(error, Malformed) else "broke off before it answered"
-        return errors.UpstreamUnreachable(f"{self._upstream.origin} {happened}: {_reason(error)}; the request may have "
-                                          "been processed", may_retry=self._method in SAFE)
+            return errors.UpstreamTimeout(
+                f"the network path to {self._upstream.origin} is dead ({error}); the request may "
+                "have been processed"
+            )
+        happened = (
+            "sent no valid answer"
+            if isinstance(error, Malformed)
+            else "broke off before it answered"
+        )
+        return errors.UpstreamUnreachable(
+            f"{self._upstream.origin} {happened}: {_reason(error)}; the request may have "
+            "been processed",
+            may_retry=self._method in SAFE,
+        )
 
 
 def _reason(error: Exception) -> str:

@@ -3,6 +3,8 @@
 Importing this module is cheap on purpose: what only one way of calling it needs is imported there.
 """
 
+from __future__ import annotations
+
 import argparse
 import os
 import time
@@ -30,9 +32,10 @@ not answer, 75 also for what passes by itself, 77 also for an account whose plan
 """
 
 
-def main(argv: "list[str] | None" = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     from xaiproxy.login import conversation
+
     talk = conversation.Conversation(arguments.json)
     return command.run("xai-login", lambda: _run(arguments, talk))
 
@@ -40,27 +43,58 @@ def main(argv: "list[str] | None" = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = command.ArgumentParser(prog="xai-login", description=EXAMPLES)
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--device", action="store_const", dest="what", const="device",
-                      help="approve the login on any device")
-    what.add_argument("--browser", action="store_const", dest="what", const="browser",
-                      help="approve it in a browser on this machine, or paste the code that the page shows")
-    what.add_argument("--status", action="store_const", dest="what", const="status",
-                      help="look only: nothing is refreshed or changed")
-    what.add_argument("--doctor", action="store_const", dest="what", const="doctor",
-                      help="look at settings, login, network, account and proxy; changes nothing")
-    what.add_argument("--logout", action="store_const", dest="what", const="logout",
-                      help="revoke the login at the issuer and remove its files")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a line, for programs")
-    parser.add_argument("--token-path", metavar="FILE", help="the token file (default: XAI_PROXY_TOKEN_PATH)")
+    what.add_argument(
+        "--device",
+        action="store_const",
+        dest="what",
+        const="device",
+        help="approve the login on any device",
+    )
+    what.add_argument(
+        "--browser",
+        action="store_const",
+        dest="what",
+        const="browser",
+        help="approve it in a browser on this machine, or paste the code that the page shows",
+    )
+    what.add_argument(
+        "--status",
+        action="store_const",
+        dest="what",
+        const="status",
+        help="look only: nothing is refreshed or changed",
+    )
+    what.add_argument(
+        "--doctor",
+        action="store_const",
+        dest="what",
+        const="doctor",
+        help="look at settings, login, network, account and proxy; changes nothing",
+    )
+    what.add_argument(
+        "--logout",
+        action="store_const",
+        dest="what",
+        const="logout",
+        help="revoke the login at the issuer and remove its files",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object a line, for programs"
+    )
+    parser.add_argument(
+        "--token-path", metavar="FILE", help="the token file (default: XAI_PROXY_TOKEN_PATH)"
+    )
     return parser
 
 
-def _run(arguments: argparse.Namespace, talk: "Conversation") -> int:
+def _run(arguments: argparse.Namespace, talk: Conversation) -> int:
     from xaiproxy import config, token_store
+
     options = {"XAI_PROXY_TOKEN_PATH": arguments.token_path}
     try:
         if arguments.what == "doctor":
             from xaiproxy.login import doctor
+
             return doctor.examine(os.environ, options, talk)
         settings = config.from_environ(os.environ, options)
         for warning in settings.warnings:
@@ -71,7 +105,10 @@ def _run(arguments: argparse.Namespace, talk: "Conversation") -> int:
         if arguments.what == "logout":
             return log_out(store, talk)
         from xaiproxy.login import sign_in
-        sign_in.sign_in(store, talk, arguments.what or ("browser" if browser_here(os.environ) else "device"))
+
+        sign_in.sign_in(
+            store, talk, arguments.what or ("browser" if browser_here(os.environ) else "device")
+        )
         return 0
     except errors.Error as error:
         talk.event("error", message=str(error), exit_code=error.exit_code)
@@ -81,13 +118,16 @@ def _run(arguments: argparse.Namespace, talk: "Conversation") -> int:
         raise
 
 
-def browser_here(environ: "Mapping[str, str]") -> bool:
+def browser_here(environ: Mapping[str, str]) -> bool:
     """Whether a browser opened by us would show on the screen that the person looks at."""
     if environ.get("SSH_CONNECTION") or environ.get("SSH_TTY"):
         return False
     if not (environ.get("DISPLAY") or environ.get("WAYLAND_DISPLAY") or environ.get("BROWSER")):
-        return False  # what webbrowser finds then is a text browser, in which xAI's page does not work
+        return (
+            False  # what webbrowser finds then is a text browser, in which xAI's page does not work
+        )
     import webbrowser
+
     try:
         webbrowser.get()
     except webbrowser.Error:
@@ -95,43 +135,74 @@ def browser_here(environ: "Mapping[str, str]") -> bool:
     return True
 
 
-def status(store: "TokenStore", talk: "Conversation", now: "Callable[[], float]" = time.time) -> int:
+def status(store: TokenStore, talk: Conversation, now: Callable[[], float] = time.time) -> int:
     """What the files say; nothing is refreshed, written or locked."""
     import dataclasses
 
     from xaiproxy import judgement
     from xaiproxy.login.conversation import last_failure, outlook, validity, who
+
     at = now()
     try:
         login = store.load()
     except errors.LoginUnusable as error:
         verdict = judgement.of(store, at, store.load)
-        talk.event("status", str(error), usable=False, verdict=verdict.verdict.value, reason=verdict.reason, state=error.state,
-                   message=str(error), token_path=str(store.path))
+        talk.event(
+            "status",
+            str(error),
+            usable=False,
+            verdict=verdict.verdict.value,
+            reason=verdict.reason,
+            state=error.state,
+            message=str(error),
+            token_path=str(store.path),
+        )
         return error.exit_code
-    failure, alive, verdict = login.refresh_error, store.refresher_alive(at), judgement.of(store, at, lambda: login)
+    failure, alive, verdict = (
+        login.refresh_error,
+        store.refresher_alive(at),
+        judgement.of(store, at, lambda: login),
+    )
     whose = f"{who(login)} at {login.issuer}; the login is in {store.path}."
-    lines = [f"Signed in as {whose}", validity(login, at)] if verdict.exit_code == 0 else \
-        [verdict.sentence, f"Account: {whose}"]
+    lines = (
+        [f"Signed in as {whose}", validity(login, at)]
+        if verdict.exit_code == 0
+        else [verdict.sentence, f"Account: {whose}"]
+    )
     if not (failure and failure.terminal):
         lines.append(outlook(login, alive, at))
     lines += last_failure(login) or judgement.reported_failure(store, login, at)
-    talk.event("status", "\n".join(lines), usable=verdict.exit_code == 0, verdict=verdict.verdict.value,
-               reason=verdict.reason, state=login.state(at, store.settings.refresh_skew).value, account=login.account,
-               issuer=login.issuer, expires_at=login.expires_at, token_path=str(store.path),
-               refresher_alive=alive, refresh_error=dataclasses.asdict(failure) if failure else None)
+    talk.event(
+        "status",
+        "\n".join(lines),
+        usable=verdict.exit_code == 0,
+        verdict=verdict.verdict.value,
+        reason=verdict.reason,
+        state=login.state(at, store.settings.refresh_skew).value,
+        account=login.account,
+        issuer=login.issuer,
+        expires_at=login.expires_at,
+        token_path=str(store.path),
+        refresher_alive=alive,
+        refresh_error=dataclasses.asdict(failure) if failure else None,
+    )
     return verdict.exit_code
 
 
-def log_out(store: "TokenStore", talk: "Conversation") -> int:
+def log_out(store: TokenStore, talk: Conversation) -> int:
     """Revoke at the issuer, then remove every file of the login, whatever the issuer said."""
     from xaiproxy import token_writer
     from xaiproxy.login import sign_in
     from xaiproxy.login.conversation import who
     from xaiproxy.oauth import discovery, revocation, session
+
     if not os.path.lexists(store.path) and not os.path.lexists(store.new_path):
-        talk.event("signed_out", f"Nothing to sign out of: {store.path} does not exist.", revoked=False,
-                   account=None)
+        talk.event(
+            "signed_out",
+            f"Nothing to sign out of: {store.path} does not exist.",
+            revoked=False,
+            account=None,
+        )
         return 0
     failure = None
     with token_writer.locked(store, sign_in.LOCK_WAIT) as writer:
@@ -143,10 +214,16 @@ def log_out(store: "TokenStore", talk: "Conversation") -> int:
             except (errors.IssuerUnavailable, errors.OAuthError) as error:
                 failure = error
         writer.remove()
-    text = f"Signed out: the login of {who(login)} is gone from {store.path}." if login else \
-        f"Removed {store.path}, which could not be read as a login and so could not be revoked."
-    talk.event("signed_out", text, revoked=bool(login and not failure), account=login and login.account)
+    text = (
+        f"Signed out: the login of {who(login)} is gone from {store.path}."
+        if login
+        else f"Removed {store.path}, which could not be read as a login and so could not be revoked."
+    )
+    talk.event(
+        "signed_out", text, revoked=bool(login and not failure), account=login and login.account
+    )
     if failure:
         raise errors.IssuerUnavailable(
-            f"the login was removed here but not revoked, because {failure}") from failure
+            f"the login was removed here but not revoked, because {failure}"
+        ) from failure
     return 0

@@ -18,15 +18,19 @@ REMINDER = 60  # seconds between two lines about the time that is left, where no
 
 
 class Conversation:
-    def __init__(self, as_json: bool, stdout: "TextIO | None" = None, stderr: "TextIO | None" = None):
+    def __init__(self, as_json: bool, stdout: TextIO | None = None, stderr: TextIO | None = None):
         self.as_json = as_json
         self._stdout = stdout or sys.stdout
         self._stderr = stderr or sys.stderr
         # A dumb terminal (Emacs' shell) shows escape sequences as they are.
-        self.on_terminal = not as_json and self._stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self.on_terminal = (
+            not as_json and self._stderr.isatty() and os.environ.get("TERM") != "dumb"
+        )
         self._line_open = False
         if isinstance(self._stdout, io.TextIOWrapper):
-            self._stdout.reconfigure(errors="backslashreplace")  # a path may hold what this terminal cannot show
+            self._stdout.reconfigure(
+                errors="backslashreplace"
+            )  # a path may hold what this terminal cannot show
 
     def say(self, text: str) -> None:
         """A sentence for a person."""
@@ -38,7 +42,7 @@ class Conversation:
         """What is being done now: on a terminal, a line that the next one takes the place of."""
         if self.on_terminal:
             # A line that wraps would leave a row behind each time: only the last one is cleared.
-            _write(self._stderr, f"\r\x1b[K{text[:self._columns() - 1]}")
+            _write(self._stderr, f"\r\x1b[K{text[: self._columns() - 1]}")
             self._line_open = True
 
     def event(self, name: str, text: str = "", **fields: Any) -> None:
@@ -54,6 +58,7 @@ class Conversation:
         if not self.on_terminal or "utf" not in (self._stderr.encoding or "").lower():
             return False
         import segno  # 20 ms that nothing else needs
+
         text = io.StringIO()
         try:
             code = segno.make(url, micro=False, error="l", boost_error=False)
@@ -66,8 +71,9 @@ class Conversation:
         self.say("\n".join(f"{COLOURS}{line}\x1b[0m" for line in lines))
         return True
 
-    def countdown(self, what: str, seconds: float,
-                  clock: Callable[[], float] = time.monotonic) -> Callable[[float], None]:
+    def countdown(
+        self, what: str, seconds: float, clock: Callable[[], float] = time.monotonic
+    ) -> Callable[[float], None]:
         """A sleep that meanwhile shows how much is left of `seconds`, and `what` it is left for."""
         end = clock() + seconds
         said = clock()
@@ -82,6 +88,7 @@ class Conversation:
                     said = clock()
                     self.say(f"{left // 60} min left {what}")
                 time.sleep(min(rest, 1))
+
         return sleep
 
     def clear_line(self) -> None:
@@ -90,7 +97,9 @@ class Conversation:
             self._line_open = False
 
     def _columns(self) -> int:
-        return os.get_terminal_size(self._stderr.fileno()).columns or 80  # 0: nobody told the terminal its size
+        return (
+            os.get_terminal_size(self._stderr.fileno()).columns or 80
+        )  # 0: nobody told the terminal its size
 
 
 def _write(stream: TextIO, text: str) -> None:
@@ -114,7 +123,7 @@ def validity(login: tokens.Tokens, now: float) -> str:
     return f"The access token expired at {end}, {duration(-left)} ago."
 
 
-def last_failure(login: tokens.Tokens) -> "list[str]":
+def last_failure(login: tokens.Tokens) -> list[str]:
     """What became of the last refresh if it failed, in sentences."""
     failure = login.refresh_error
     if failure is None:

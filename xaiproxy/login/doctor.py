@@ -30,9 +30,13 @@ from xaiproxy.login.conversation import (
 from xaiproxy.oauth import discovery
 from xaiproxy.oauth.session import Answer, Session, causes_of, parse_date
 
-DEADLINE = 10.0  # seconds for each request to the issuer and upstream, of which there are four at most
+DEADLINE = (
+    10.0  # seconds for each request to the issuer and upstream, of which there are four at most
+)
 LOCAL_DEADLINE = 3.0  # seconds for each of the two to the proxy
-CLOCK_BOUND = 60  # seconds: half of XAI_PROXY_REFRESH_SKEW, so that a token is still renewed in time
+CLOCK_BOUND = (
+    60  # seconds: half of XAI_PROXY_REFRESH_SKEW, so that a token is still renewed in time
+)
 ROOM = 65536  # bytes of token_writer.RESERVE, which are written before a refresh token is spent
 SUPERVISOR_DESCRIPTORS = 1024  # supervisord's minfds, below which it does not start
 START = f"start {errors.SERVE}, or {{}} alone"
@@ -66,28 +70,49 @@ def skipped(message: str) -> Finding:
     return Finding("skipped", message)
 
 
-def examine(environ: "Mapping[str, str]", options: "Mapping[str, str | None]", talk: Conversation,
-            now: "Callable[[], float]" = time.time, pause: "Callable[[float], object]" = time.sleep) -> int:
+def examine(
+    environ: Mapping[str, str],
+    options: Mapping[str, str | None],
+    talk: Conversation,
+    now: Callable[[], float] = time.time,
+    pause: Callable[[float], object] = time.sleep,
+) -> int:
     """Return the exit code of the first failure, or 0."""
-    seen: "list[Finding]" = []
+    seen: list[Finding] = []
     for check, finding in findings(environ, options, talk, now, pause):
         seen.append(finding)
         code = {"exit_code": finding.exit_code} if finding.exit_code else {}
-        talk.event("check", f"{LABELS[finding.result]:8} {check}: {finding.message}", check=check,
-                   result=finding.result, message=finding.message, **code)
+        talk.event(
+            "check",
+            f"{LABELS[finding.result]:8} {check}: {finding.message}",
+            check=check,
+            result=finding.result,
+            message=finding.message,
+            **code,
+        )
     failed = [finding.exit_code for finding in seen if finding.result == "failure"]
     warned = sum(finding.result == "warning" for finding in seen)
-    text = f"{len(failed)} failed, {warned} warned; begin with the first that failed." if failed else \
-        f"Nothing failed, {warned} warned." if warned else "All is well."
+    text = (
+        f"{len(failed)} failed, {warned} warned; begin with the first that failed."
+        if failed
+        else f"Nothing failed, {warned} warned."
+        if warned
+        else "All is well."
+    )
     code = failed[0] if failed else 0
     talk.event("doctor", text, failures=len(failed), warnings=warned, exit_code=code)
     return code
 
 
-def findings(environ: "Mapping[str, str]", options: "Mapping[str, str | None]", talk: Conversation,
-             now: "Callable[[], float]", pause: "Callable[[float], object]") -> "Iterator[tuple[str, Finding]]":
+def findings(
+    environ: Mapping[str, str],
+    options: Mapping[str, str | None],
+    talk: Conversation,
+    now: Callable[[], float],
+    pause: Callable[[float], object],
+) -> Iterator[tuple[str, Finding]]:
     """Each with the name of its check, as soon as it is made."""
-    wrong: "list[errors.ConfigurationError]" = []
+    wrong: list[errors.ConfigurationError] = []
     settings = None
     try:
         settings = config.from_environ(environ, options, complain=wrong.append)
@@ -96,15 +121,20 @@ def findings(environ: "Mapping[str, str]", options: "Mapping[str, str | None]", 
     for finding in [failure(error.exit_code, str(error)) for error in wrong] or in_force(settings):
         yield "settings", finding
     for check, needs, look in checks(settings, now, pause) if settings else ():
-        doubtful = [error.setting or "the settings" for error in wrong if needs and error.setting in needs | {None}]
+        doubtful = [
+            error.setting or "the settings"
+            for error in wrong
+            if needs and error.setting in needs | {None}
+        ]
         talk.passing(f"{'...':8} {check}")
         for finding in [skipped(f"it depends on {doubtful[0]}, see above")] if doubtful else look():
             yield check, finding
             talk.passing(f"{'...':8} {check}")
 
 
-def checks(settings: config.Config, now: "Callable[[], float]", pause: "Callable[[float], object]"
-           ) -> "Iterator[tuple[str, set[str], Callable[[], Iterable[Finding]]]]":
+def checks(
+    settings: config.Config, now: Callable[[], float], pause: Callable[[float], object]
+) -> Iterator[tuple[str, set[str], Callable[[], Iterable[Finding]]]]:
     """Each check's name, the settings without which it would mislead, and itself."""
     store = token_store.TokenStore(settings)
     issuer_web = WatchedSession(settings, now)
@@ -114,51 +144,91 @@ def checks(settings: config.Config, now: "Callable[[], float]", pause: "Callable
         login, mode = store.load(), stat.S_IMODE(store.read()[1].st_mode)
     except errors.LoginUnusable as error:
         unusable = error
-    yield "network", EGRESS | {"XAI_PROXY_ISSUER", "XAI_PROXY_UPSTREAM"}, lambda: [network(settings)]
-    yield "login", LOGIN, lambda: [unusable_login(unusable)] if unusable else login_of(store, login, mode, now())
+    yield (
+        "network",
+        EGRESS | {"XAI_PROXY_ISSUER", "XAI_PROXY_UPSTREAM"},
+        lambda: [network(settings)],
+    )
+    yield (
+        "login",
+        LOGIN,
+        lambda: [unusable_login(unusable)] if unusable else login_of(store, login, mode, now()),
+    )
     yield "token folder", {"XAI_PROXY_TOKEN_PATH"}, lambda: token_folder(store, login)
     yield "refresher", {"XAI_PROXY_TOKEN_PATH"}, lambda: refresher(store, login, now())
     yield "issuer", EGRESS | {"XAI_PROXY_ISSUER"}, lambda: [issuer(issuer_web, settings.issuer)]
     yield "upstream", EGRESS | LOGIN, lambda: upstream(upstream_web, store, login, now, pause)
     yield "clock", set(), lambda: [clock(issuer_web.ahead | upstream_web.ahead, now())]
-    yield "file descriptors", {"XAI_PROXY_MAX_CONNECTIONS"}, lambda: [descriptors(
-        settings.max_connections, resource.getrlimit(resource.RLIMIT_NOFILE)[1])]
-    yield "client keys", {"XAI_PROXY_CLIENT_KEYS_FILE", "XAI_PROXY_TOKEN_PATH", "XAI_PROXY_BIND",
-                          "XAI_PROXY_ALLOW_ANONYMOUS"}, lambda: [keys(settings)]
-    yield "proxy", {"XAI_PROXY_BIND", "XAI_PROXY_PORT"}, lambda: [
-        proxy(settings, login is not None and login.expires_at > now())]
+    yield (
+        "file descriptors",
+        {"XAI_PROXY_MAX_CONNECTIONS"},
+        lambda: [
+            descriptors(settings.max_connections, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+        ],
+    )
+    yield (
+        "client keys",
+        {
+            "XAI_PROXY_CLIENT_KEYS_FILE",
+            "XAI_PROXY_TOKEN_PATH",
+            "XAI_PROXY_BIND",
+            "XAI_PROXY_ALLOW_ANONYMOUS",
+        },
+        lambda: [keys(settings)],
+    )
+    yield (
+        "proxy",
+        {"XAI_PROXY_BIND", "XAI_PROXY_PORT"},
+        lambda: [proxy(settings, login is not None and login.expires_at > now())],
+    )
 
 
 # The files
 
-def in_force(settings: config.Config) -> "Iterator[Finding]":
+
+def in_force(settings: config.Config) -> Iterator[Finding]:
     yield ok(f"the login of {settings.issuer} in {settings.token_path}, for {settings.upstream}")
     for text in settings.warnings:
         yield warning(text)
 
 
 def unusable_login(error: errors.LoginUnusable) -> Finding:
-    codes = {"foreign": errors.EXIT_CONFIGURATION, "not_ours": errors.EXIT_TRY_AGAIN,
-             "unreadable": errors.EXIT_TRY_AGAIN}  # as signing in ends for the same reasons
+    codes = {
+        "foreign": errors.EXIT_CONFIGURATION,
+        "not_ours": errors.EXIT_TRY_AGAIN,
+        "unreadable": errors.EXIT_TRY_AGAIN,
+    }  # as signing in ends for the same reasons
     return failure(codes.get(error.state, error.exit_code), str(error))
 
 
-def login_of(store: token_store.TokenStore, login: tokens.Tokens, mode: int, now: float) -> "Iterator[Finding]":
+def login_of(
+    store: token_store.TokenStore, login: tokens.Tokens, mode: int, now: float
+) -> Iterator[Finding]:
     yield lifetime(login, store, now)
     if login.refresh_token is not None and mode & 0o077:
-        yield warning(f"{store.path} is open to other users (mode {mode:04o}); chmod 600 it, as the refresher does")
+        yield warning(
+            f"{store.path} is open to other users (mode {mode:04o}); chmod 600 it, as the refresher does"
+        )
 
 
 def lifetime(login: tokens.Tokens, store: token_store.TokenStore, now: float) -> Finding:
     verdict = judgement.of(store, now, lambda: login)
     # A token that the API refuses is not called valid.
-    standing = validity(login, now) if verdict.ready or login.expires_at <= now else verdict.sentence
-    said = " ".join([f"that of {who(login)} in {store.path}. {standing}",
-                     *(last_failure(login) or judgement.reported_failure(store, login, now))])
+    standing = (
+        validity(login, now) if verdict.ready or login.expires_at <= now else verdict.sentence
+    )
+    said = " ".join(
+        [
+            f"that of {who(login)} in {store.path}. {standing}",
+            *(last_failure(login) or judgement.reported_failure(store, login, now)),
+        ]
+    )
     if login.refresh_token is None:
         said += " " + outlook(login, False, now)
     if verdict.verdict is Verdict.NO_REFRESHER:  # which the next check tells
-        return ok(said) if verdict.ready else warning(f"{said} It is renewed once the refresher runs.")
+        return (
+            ok(said) if verdict.ready else warning(f"{said} It is renewed once the refresher runs.")
+        )
     if verdict.verdict is Verdict.GOOD:
         return ok(said)
     if verdict.exit_code == 0:
@@ -170,7 +240,7 @@ def lifetime(login: tokens.Tokens, store: token_store.TokenStore, now: float) ->
     return failure(verdict.exit_code, said)
 
 
-def token_folder(store: token_store.TokenStore, login: "tokens.Tokens | None") -> "Iterator[Finding]":
+def token_folder(store: token_store.TokenStore, login: tokens.Tokens | None) -> Iterator[Finding]:
     folder, user = store.path.parent, os.geteuid()
     try:
         risk, disk = token_store.risk_of(os.stat(folder)), os.statvfs(folder)
@@ -178,7 +248,10 @@ def token_folder(store: token_store.TokenStore, login: "tokens.Tokens | None") -
         yield skipped(f"{folder} does not exist; signing in makes it")
         return
     except OSError as error:
-        yield failure(errors.EXIT_TRY_AGAIN, f"{folder} cannot be looked at ({error.strerror}); give user {user} leave")
+        yield failure(
+            errors.EXIT_TRY_AGAIN,
+            f"{folder} cannot be looked at ({error.strerror}); give user {user} leave",
+        )
         return
     try:
         storage.check_owner(store.path)
@@ -196,25 +269,41 @@ def token_folder(store: token_store.TokenStore, login: "tokens.Tokens | None") -
         why = f"{store.path} is a mount of its own and cannot be replaced; mount {folder} instead"
     elif disk.f_blocks and disk.f_bavail * disk.f_frsize < ROOM:
         why = f"the disk of {folder} is full; make room on it"
-    yield failure(errors.EXIT_TRY_AGAIN, f"no renewed login can be saved: {why}") if why else \
-        ok(f"{folder} can be written, and there is room")
+    yield (
+        failure(errors.EXIT_TRY_AGAIN, f"no renewed login can be saved: {why}")
+        if why
+        else ok(f"{folder} can be written, and there is room")
+    )
 
 
-def refresher(store: token_store.TokenStore, login: "tokens.Tokens | None", now: float) -> "Iterator[Finding]":
+def refresher(
+    store: token_store.TokenStore, login: tokens.Tokens | None, now: float
+) -> Iterator[Finding]:
     lock, age, user = store.lock_path, store.refresher_age(now), os.geteuid()
     if os.path.lexists(lock):  # else it is made when it is needed
         if os.path.islink(lock) or not os.path.isfile(lock):
-            yield failure(errors.EXIT_TRY_AGAIN, f"{lock} is not a file that could be locked; remove it")
+            yield failure(
+                errors.EXIT_TRY_AGAIN, f"{lock} is not a file that could be locked; remove it"
+            )
         elif not os.access(lock, os.R_OK | os.W_OK, effective_ids=True):
-            yield failure(errors.EXIT_TRY_AGAIN, f"{lock} is closed to user {user}, who can so neither sign in nor "
-                          "refresh; chown it to that user, or run as its owner")
+            yield failure(
+                errors.EXIT_TRY_AGAIN,
+                f"{lock} is closed to user {user}, who can so neither sign in nor "
+                "refresh; chown it to that user, or run as its owner",
+            )
     if login is not None and login.refresh_token is None:
         yield skipped("the login has no refresh token, and so nothing to renew it with")
     elif store.refresher_alive(now):
         yield ok(f"it runs: its last sign of life was {abs(age):.0f} s ago")
     else:
-        last = "there was never a sign of life" if age is None else f"the last sign of life was {local_time(now - age)}"
-        yield warning(f"it does not run ({last}), and nobody else renews the login; {START.format(errors.typed('xai-refresher'))}")
+        last = (
+            "there was never a sign of life"
+            if age is None
+            else f"the last sign of life was {local_time(now - age)}"
+        )
+        yield warning(
+            f"it does not run ({last}), and nobody else renews the login; {START.format(errors.typed('xai-refresher'))}"
+        )
 
 
 def keys(settings: config.Config) -> Finding:
@@ -225,21 +314,34 @@ def keys(settings: config.Config) -> Finding:
         known = None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        return failure(errors.EXIT_CONFIGURATION, f"{path} cannot be used ({reason}), so that nobody is admitted; "
-                       "put it right or remove it")
+        return failure(
+            errors.EXIT_CONFIGURATION,
+            f"{path} cannot be used ({reason}), so that nobody is admitted; "
+            "put it right or remove it",
+        )
     if known is not None:
         if not known:
-            return failure(errors.EXIT_CONFIGURATION, f"{path} holds no key, so that nobody is admitted; {make}, or remove "
-                           "it and restart the proxy, which then asks for none")
+            return failure(
+                errors.EXIT_CONFIGURATION,
+                f"{path} holds no key, so that nobody is admitted; {make}, or remove "
+                "it and restart the proxy, which then asks for none",
+            )
         return ok(f"each call needs one; {path} holds {len(known)}")
     if path != settings.token_path.parent / "client-keys":
-        return failure(errors.EXIT_CONFIGURATION, f"{path} does not exist, so that nobody is admitted; {make}")
+        return failure(
+            errors.EXIT_CONFIGURATION, f"{path} does not exist, so that nobody is admitted; {make}"
+        )
     if config.is_loopback(settings.bind):
         return ok("none is asked for: every program on this machine may call")
     if settings.allow_anonymous:
-        return warning(f"none is asked for: everybody who reaches {settings.bind} spends your quota; {make}")
-    return failure(errors.EXIT_CONFIGURATION, f"there is none, and without one the proxy does not start on "
-                   f"{settings.bind}; {make}, or set XAI_PROXY_ALLOW_ANONYMOUS=1")
+        return warning(
+            f"none is asked for: everybody who reaches {settings.bind} spends your quota; {make}"
+        )
+    return failure(
+        errors.EXIT_CONFIGURATION,
+        f"there is none, and without one the proxy does not start on "
+        f"{settings.bind}; {make}, or set XAI_PROXY_ALLOW_ANONYMOUS=1",
+    )
 
 
 def descriptors(connections: int, limit: int) -> Finding:
@@ -247,21 +349,29 @@ def descriptors(connections: int, limit: int) -> Finding:
     if limit == resource.RLIM_INFINITY or limit >= config.descriptors_for(connections):
         return ok(f"enough for {connections} client connections")
     more = f"; supervisord needs {SUPERVISOR_DESCRIPTORS}" if limit < SUPERVISOR_DESCRIPTORS else ""
-    return warning(f"the limit of {limit} has room for {config.connections_within(limit)} client connections, not "
-                   f"{connections}{more}; raise it (ulimit -Hn, or LimitNOFILE= of a systemd unit), or lower "
-                   "XAI_PROXY_MAX_CONNECTIONS")
+    return warning(
+        f"the limit of {limit} has room for {config.connections_within(limit)} client connections, not "
+        f"{connections}{more}; raise it (ulimit -Hn, or LimitNOFILE= of a systemd unit), or lower "
+        "XAI_PROXY_MAX_CONNECTIONS"
+    )
 
 
 # The network
 
+
 class WatchedSession(Session):
     """Notes by how many seconds our clock is ahead of those of the hosts that answer (RFC 9110 section 6.6.1)."""
 
-    def __init__(self, settings: config.Config, now: "Callable[[], float]", address_from: str = "XAI_PROXY_ISSUER"):
+    def __init__(
+        self,
+        settings: config.Config,
+        now: Callable[[], float],
+        address_from: str = "XAI_PROXY_ISSUER",
+    ):
         super().__init__(settings, now, address_from)
-        self.ahead: "dict[str, float]" = {}
+        self.ahead: dict[str, float] = {}
 
-    def get(self, url: str, deadline: float = DEADLINE, headers: "Mapping[str, str]" = {}) -> Answer:
+    def get(self, url: str, deadline: float = DEADLINE, headers: Mapping[str, str] = {}) -> Answer:
         answer = super().get(url, deadline, headers)
         date, age = parse_date(answer.headers.get("Date", "")), answer.headers.get("Age", "")
         if date is not None:  # what a cache kept is dated when it was made
@@ -276,13 +386,21 @@ def network(settings: config.Config) -> Finding:
     def way(url: str) -> str:
         host, through = urllib.parse.urlsplit(url), egress.proxy_for(url)
         if through is None:
-            why = " (loopback)" if config.is_loopback(host.hostname) else " (NO_PROXY)" if egress.proxy else ""
+            why = (
+                " (loopback)"
+                if config.is_loopback(host.hostname)
+                else " (NO_PROXY)"
+                if egress.proxy
+                else ""
+            )
             return f"{host.netloc} directly{why}"
         parts = urllib.parse.urlsplit(through)  # without its user part
         return f"{host.netloc} through {parts.scheme}://{parts.netloc.rpartition('@')[2]} ({egress.proxy_from})"
 
     ways = " and ".join(dict.fromkeys(map(way, (settings.issuer, settings.upstream))))
-    return ok(f"{ways}; CA certificates of {egress.ca_file} ({egress.ca_from or 'certifi, the default'})")
+    return ok(
+        f"{ways}; CA certificates of {egress.ca_file} ({egress.ca_from or 'certifi, the default'})"
+    )
 
 
 def issuer(web: Session, url: str) -> Finding:
@@ -293,8 +411,13 @@ def issuer(web: Session, url: str) -> Finding:
     return ok(f"{url} answers and describes itself rightly")
 
 
-def upstream(web: Session, store: token_store.TokenStore, login: "tokens.Tokens | None", now: "Callable[[], float]",
-             pause: "Callable[[float], object]") -> "Iterator[Finding]":
+def upstream(
+    web: Session,
+    store: token_store.TokenStore,
+    login: tokens.Tokens | None,
+    now: Callable[[], float],
+    pause: Callable[[float], object],
+) -> Iterator[Finding]:
     url = store.settings.upstream
     usable = login is not None and login.expires_at > now()
     try:
@@ -309,12 +432,14 @@ def upstream(web: Session, store: token_store.TokenStore, login: "tokens.Tokens 
             return
         yield of_account(f"{url}/v1/me", answer)
         if not is_refused(answer):
-            yield of_models(f"{url}/v1/models", web.get(url + "/v1/models", DEADLINE, bearer(login)))
+            yield of_models(
+                f"{url}/v1/models", web.get(url + "/v1/models", DEADLINE, bearer(login))
+            )
     except errors.IssuerUnavailable as error:
         yield failure(error.exit_code, str(error))
 
 
-def bearer(login: tokens.Tokens) -> "dict[str, str]":
+def bearer(login: tokens.Tokens) -> dict[str, str]:
     return {"Authorization": f"Bearer {login.access_token}"}
 
 
@@ -326,7 +451,7 @@ def reloaded(store: token_store.TokenStore, login: tokens.Tokens) -> tokens.Toke
 
 
 def is_refused(answer: Answer) -> bool:
-    return answer.status == 401 or answer.status == 403 and tokens.is_refusal(answer.body)
+    return answer.status == 401 or (answer.status == 403 and tokens.is_refusal(answer.body))
 
 
 def without_token(url: str, answer: Answer) -> Finding:
@@ -340,8 +465,11 @@ def of_account(url: str, answer: Answer) -> Finding:
     if about is None:
         return trouble(url, answer)
     if about.get("team_blocked") is True:
-        return failure(errors.EXIT_SIGN_IN, f"{url} takes the token, but says that the account is blocked; look at "
-                       "https://console.x.ai, since signing in again does not help")
+        return failure(
+            errors.EXIT_SIGN_IN,
+            f"{url} takes the token, but says that the account is blocked; look at "
+            "https://console.x.ai, since signing in again does not help",
+        )
     return ok(f"{url} takes the token")
 
 
@@ -350,8 +478,10 @@ def of_models(url: str, answer: Answer) -> Finding:
     if not isinstance(models, list):
         return trouble(url, answer)
     if not models:
-        return warning(f"{url} lists no model, as for some accounts that can use them all the same; name the model in "
-                       "the client yourself")
+        return warning(
+            f"{url} lists no model, as for some accounts that can use them all the same; name the model in "
+            "the client yourself"
+        )
     return ok(f"{url} lists {len(models)} model{'s' * (len(models) != 1)}")
 
 
@@ -362,31 +492,49 @@ def trouble(url: str, answer: Answer) -> Finding:
     said = f"{url} answered HTTP {answer.status}{code}"
     if answer.status == 429:
         when = "later" if answer.retry_after is None else f"in {duration(answer.retry_after)}"
-        return failure(errors.EXIT_TRY_AGAIN, f"{said}: too many requests, or the account's quota is used up; try "
-                       f"again {when}")
+        return failure(
+            errors.EXIT_TRY_AGAIN,
+            f"{said}: too many requests, or the account's quota is used up; try again {when}",
+        )
     if answer.status >= 500:
-        return failure(errors.EXIT_UNAVAILABLE, f"{said}: the API is in trouble; try again later (https://status.x.ai)")
+        return failure(
+            errors.EXIT_UNAVAILABLE,
+            f"{said}: the API is in trouble; try again later (https://status.x.ai)",
+        )
     if answer.is_html or b"error code:" in answer.body[:200]:
-        return failure(errors.EXIT_UNAVAILABLE, f"{said}, and a page: Cloudflare, or a proxy of your network, does not "
-                       "let this machine through; try another network, or set HTTPS_PROXY")
+        return failure(
+            errors.EXIT_UNAVAILABLE,
+            f"{said}, and a page: Cloudflare, or a proxy of your network, does not "
+            "let this machine through; try another network, or set HTTPS_PROXY",
+        )
     if is_refused(answer):
-        return failure(errors.EXIT_SIGN_IN, f"{said}: it refuses the access token, though that has not expired; unless "
-                       f"a request through the proxy has it renewed, {errors.SIGN_IN}")
+        return failure(
+            errors.EXIT_SIGN_IN,
+            f"{said}: it refuses the access token, though that has not expired; unless "
+            f"a request through the proxy has it renewed, {errors.SIGN_IN}",
+        )
     if answer.status in (402, 403):
-        return failure(errors.EXIT_SIGN_IN, f"{said}: the login is good, but the account's plan or credit does not "
-                       "allow it; look at https://grok.com, since signing in again does not help")
-    return failure(errors.EXIT_UNAVAILABLE, f"{said}, which is no answer of the API; check XAI_PROXY_UPSTREAM")
+        return failure(
+            errors.EXIT_SIGN_IN,
+            f"{said}: the login is good, but the account's plan or credit does not "
+            "allow it; look at https://grok.com, since signing in again does not help",
+        )
+    return failure(
+        errors.EXIT_UNAVAILABLE, f"{said}, which is no answer of the API; check XAI_PROXY_UPSTREAM"
+    )
 
 
-def clock(ahead: "dict[str, float]", now: float) -> Finding:
+def clock(ahead: dict[str, float], now: float) -> Finding:
     """`ahead`: by how many seconds ours is ahead of each host's. One that agrees is enough."""
     if not ahead:
         return skipped(f"nobody answered to compare it with; here it is {local_time(now)}")
     host, seconds = min(ahead.items(), key=lambda item: abs(item[1]))
     if abs(seconds) <= CLOCK_BOUND:
         return ok(f"it agrees with that of {host}")
-    return warning(f"it is {duration(abs(seconds))} {'ahead of' if seconds > 0 else 'behind'} that of {host}, so that "
-                   "tokens are taken for valid or expired wrongly; set it (timedatectl set-ntp true)")
+    return warning(
+        f"it is {duration(abs(seconds))} {'ahead of' if seconds > 0 else 'behind'} that of {host}, so that "
+        "tokens are taken for valid or expired wrongly; set it (timedatectl set-ntp true)"
+    )
 
 
 def proxy(settings: config.Config, signed_in: bool) -> Finding:
@@ -400,17 +548,26 @@ def proxy(settings: config.Config, signed_in: bool) -> Finding:
     url = f"http://{f'[{address}]' if address.version == 6 else address}:{settings.port}"
     try:
         if web.get(url + "/healthz", LOCAL_DEADLINE).json() != {"status": "ok"}:
-            return failure(errors.EXIT_CONFIGURATION, f"what listens on {url} is another program; stop that, or set "
-                           "XAI_PROXY_PORT")
+            return failure(
+                errors.EXIT_CONFIGURATION,
+                f"what listens on {url} is another program; stop that, or set XAI_PROXY_PORT",
+            )
         ready = web.get(url + "/readyz", LOCAL_DEADLINE)
     except errors.IssuerUnavailable as error:
         if any(isinstance(cause, ConnectionRefusedError) for cause in causes_of(error)):
-            return warning(f"it does not run: nobody listens on {url}; {START.format(errors.typed('xai-proxy'))}")
-        return failure(error.exit_code, f"{url} does not answer as the proxy does ({error}); look into its log, or set "
-                       "XAI_PROXY_PORT if it is another program")
+            return warning(
+                f"it does not run: nobody listens on {url}; {START.format(errors.typed('xai-proxy'))}"
+            )
+        return failure(
+            error.exit_code,
+            f"{url} does not answer as the proxy does ({error}); look into its log, or set "
+            "XAI_PROXY_PORT if it is another program",
+        )
     reason = printable(str((ready.json() or {}).get("reason")))
     if ready.status == 200:
         return ok(f"{url}/v1 is served, and ready: {reason}")
     about_keys = "client key" in reason
-    other = "; it seems to run with other settings than these" if signed_in and not about_keys else ""
+    other = (
+        "; it seems to run with other settings than these" if signed_in and not about_keys else ""
+    )
     return failure(errors.EXIT_TRY_AGAIN, f"{url}/v1 is served, but not ready: {reason}{other}")

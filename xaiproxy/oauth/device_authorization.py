@@ -1,8 +1,8 @@
 """RFC 8628, the device authorization grant: a person approves on any device, and we ask until they have.
 
-    device = request(session, metadata, settings)
-    show device.verification_uri and device.user_code
-    login = poll(session, metadata, settings, device)       blocks
+device = request(session, metadata, settings)
+show device.verification_uri and device.user_code
+login = poll(session, metadata, settings, device)       blocks
 """
 
 import dataclasses
@@ -29,9 +29,12 @@ DEFAULT_LIFETIME = 600.0  # seconds, when the answer has no expires_in, which se
 SLOWER = 5.0  # seconds that slow_down adds for good, section 3.5
 POLL_DEADLINE = 15.0  # seconds; the countdown stands still meanwhile
 KINDS = {  # section 3.5; authorization_denied is what some servers say instead
-    "authorization_pending": errors.AuthorizationPending, "slow_down": errors.SlowDown,
-    "access_denied": errors.AccessDenied, "authorization_denied": errors.AccessDenied,
-    "expired_token": errors.ExpiredToken}
+    "authorization_pending": errors.AuthorizationPending,
+    "slow_down": errors.SlowDown,
+    "access_denied": errors.AccessDenied,
+    "authorization_denied": errors.AccessDenied,
+    "expired_token": errors.ExpiredToken,
+}
 CODE_LIMIT = ADDRESS_LIMIT = 4096  # characters
 
 
@@ -42,7 +45,7 @@ class Device:
     device_code: str = dataclasses.field(repr=False)
     user_code: str
     verification_uri: str
-    verification_uri_complete: "str | None"
+    verification_uri_complete: str | None
     expires_in: float
     interval: float
 
@@ -51,8 +54,9 @@ def request(session: Session, metadata: discovery.Metadata, settings: config.Con
     """Ask for a device code and a user code (sections 3.1, 3.2). Raises what token_endpoint.refusal makes."""
     endpoint = metadata.device_authorization_endpoint
     if endpoint is None:
-        raise errors.IssuerUnavailable(f"{metadata.issuer} offers no device login; use "
-                                       + errors.typed("xai-login --browser"))
+        raise errors.IssuerUnavailable(
+            f"{metadata.issuer} offers no device login; use " + errors.typed("xai-login --browser")
+        )
     form = {"client_id": settings.client_id, "scope": settings.scope}
     answer = session.post(endpoint, form)
     host = urllib.parse.urlsplit(endpoint).netloc
@@ -60,26 +64,48 @@ def request(session: Session, metadata: discovery.Metadata, settings: config.Con
     if answer.status != 200 or body is None:
         raise token_endpoint.refusal(answer, host, form, {"invalid_scope": _InvalidScope})
     device_code, user_code = body.get("device_code"), body.get("user_code")
-    if not (isinstance(device_code, str) and re.fullmatch(rf"[!-~]{{1,{CODE_LIMIT}}}", device_code)
-            and isinstance(user_code, str) and re.fullmatch(r"[A-Za-z0-9-]{1,64}", user_code)):
-        raise errors.IssuerUnavailable(f"{host} answered {answer.summary}, but without a device_code and a "
-                                       "user_code that can be shown; try again later")
+    if not (
+        isinstance(device_code, str)
+        and re.fullmatch(rf"[!-~]{{1,{CODE_LIMIT}}}", device_code)
+        and isinstance(user_code, str)
+        and re.fullmatch(r"[A-Za-z0-9-]{1,64}", user_code)
+    ):
+        raise errors.IssuerUnavailable(
+            f"{host} answered {answer.summary}, but without a device_code and a "
+            "user_code that can be shown; try again later"
+        )
     page = body.get("verification_uri", body.get("verification_url"))
     discovery.check_endpoint(metadata.issuer, page)
     if len(page) > ADDRESS_LIMIT:
-        raise errors.IssuerUnavailable(f"{host} named a verification_uri of {len(page)} characters, which nobody can type; "
-                                       "try again later")
+        raise errors.IssuerUnavailable(
+            f"{host} named a verification_uri of {len(page)} characters, which nobody can type; "
+            "try again later"
+        )
     expires_in = _seconds(body.get("expires_in")) or DEFAULT_LIFETIME
     interval = max(SHORTEST, _seconds(body.get("interval"), DEFAULT_INTERVAL))
     if interval >= expires_in:  # nonsense, since it leaves no time for a poll
         interval = min(DEFAULT_INTERVAL, expires_in / 2)
-    return Device(device_code, user_code, page, _complete(metadata.issuer, body, device_code), expires_in, interval)
+    return Device(
+        device_code,
+        user_code,
+        page,
+        _complete(metadata.issuer, body, device_code),
+        expires_in,
+        interval,
+    )
 
 
-def poll(session: Session, metadata: discovery.Metadata, settings: config.Config, device: Device, *,
-         sleep: Callable[[float], Any] = time.sleep, clock: Callable[[], float] = time.monotonic,
-         trouble: Callable[[errors.IssuerUnavailable], Any] = lambda error: None,
-         deadline: float = POLL_DEADLINE) -> tokens.Tokens:
+def poll(
+    session: Session,
+    metadata: discovery.Metadata,
+    settings: config.Config,
+    device: Device,
+    *,
+    sleep: Callable[[float], Any] = time.sleep,
+    clock: Callable[[], float] = time.monotonic,
+    trouble: Callable[[errors.IssuerUnavailable], Any] = lambda error: None,
+    deadline: float = POLL_DEADLINE,
+) -> tokens.Tokens:
     """Wait for the approval (sections 3.4, 3.5). Raises AccessDenied, ExpiredToken, and others of `refusal`.
 
     An answer that is none (no network, 5xx, a page) counts as pending; `trouble` is told of it. A timeout doubles the
@@ -87,7 +113,11 @@ def poll(session: Session, metadata: discovery.Metadata, settings: config.Config
     """
     end = clock() + device.expires_in
     interval = wait = device.interval
-    form = {"grant_type": GRANT_TYPE, "device_code": device.device_code, "client_id": settings.client_id}
+    form = {
+        "grant_type": GRANT_TYPE,
+        "device_code": device.device_code,
+        "client_id": settings.client_id,
+    }
     while True:
         # Before the first poll, too: the issuer counts from its answer.
         left = max(0.0, end - clock())
@@ -95,15 +125,25 @@ def poll(session: Session, metadata: discovery.Metadata, settings: config.Config
         try:
             if clock() >= end:
                 raise errors.ExpiredToken("expired_token")
-            return token_endpoint.request(session, metadata.token_endpoint, form, issuer=metadata.issuer,
-                                          scope=settings.scope, kinds=KINDS, deadline=deadline)
+            return token_endpoint.request(
+                session,
+                metadata.token_endpoint,
+                form,
+                issuer=metadata.issuer,
+                scope=settings.scope,
+                kinds=KINDS,
+                deadline=deadline,
+            )
         except errors.SlowDown as error:
             interval = wait = max(interval + SLOWER, min(_seconds(error.interval), LONGEST))
         except errors.AuthorizationPending:
             wait = interval
         except errors.ExpiredToken as error:
-            raise errors.ExpiredToken(error.error, error.description, "the code expired before it was "
-                                      "approved; start again for a new one") from None
+            raise errors.ExpiredToken(
+                error.error,
+                error.description,
+                "the code expired before it was approved; start again for a new one",
+            ) from None
         except errors.IssuerUnavailable as error:
             trouble(error)
             wait = max(interval, min(2 * wait, SLOWEST)) if _timed_out(error) else interval
@@ -114,11 +154,14 @@ class _InvalidScope(errors.OAuthError):
     exit_code = errors.EXIT_CONFIGURATION
 
     def __init__(self, error: str, description: str, message: str):
-        super().__init__(error, description, f"the issuer refuses the scope ({description or error}); "
-                         "correct XAI_PROXY_SCOPE")
+        super().__init__(
+            error,
+            description,
+            f"the issuer refuses the scope ({description or error}); correct XAI_PROXY_SCOPE",
+        )
 
 
-def _complete(issuer: str, body: "dict[str, Any]", device_code: str) -> "str | None":
+def _complete(issuer: str, body: dict[str, Any], device_code: str) -> str | None:
     url = body.get("verification_uri_complete")
     try:
         discovery.check_endpoint(issuer, url)

@@ -12,9 +12,9 @@ from xaiproxy.oauth.session import Session
 class Metadata:
     issuer: str
     token_endpoint: str
-    authorization_endpoint: "str | None" = None
-    device_authorization_endpoint: "str | None" = None
-    revocation_endpoint: "str | None" = None
+    authorization_endpoint: str | None = None
+    device_authorization_endpoint: str | None = None
+    revocation_endpoint: str | None = None
 
 
 def discover(session: Session, issuer: str, *, deadline: float = 30.0) -> Metadata:
@@ -26,11 +26,13 @@ def discover(session: Session, issuer: str, *, deadline: float = 30.0) -> Metada
         raise errors.IssuerUnavailable(
             f"{url} gave no description of an issuer ({answer.summary}); check XAI_PROXY_ISSUER, or try "
             "again later",
-            retry_after=answer.retry_after)
+            retry_after=answer.retry_after,
+        )
     named = document.get("issuer")
     if not isinstance(named, str) or named.rstrip("/") != issuer:
-        raise errors.IssuerUnavailable(f"{url} does not describe {issuer} but {_shown(named)}; correct "
-                                       "XAI_PROXY_ISSUER")
+        raise errors.IssuerUnavailable(
+            f"{url} does not describe {issuer} but {_shown(named)}; correct XAI_PROXY_ISSUER"
+        )
     endpoints = {}
     for field in dataclasses.fields(Metadata)[1:]:
         endpoint = document.get(field.name)
@@ -51,19 +53,28 @@ def check_endpoint(issuer: str, url: object) -> None:
     try:
         parts = urllib.parse.urlsplit(url if isinstance(url, str) else "")
         host, _ = parts.hostname or "", parts.port
-        good = re.fullmatch(r"[!-~]+", url) and config.is_authority(parts.netloc) and "\\" not in url and "#" not in url
+        good = (
+            re.fullmatch(r"[!-~]+", url)
+            and config.is_authority(parts.netloc)
+            and "\\" not in url
+            and "#" not in url
+        )
     except (TypeError, ValueError):
         good = False
     if good and issuer == config.DEFAULT_ISSUER:
         good = token_store.is_xai(url)
     elif good and parts.scheme == "http":
-        good = config.is_loopback(host) and config.is_loopback(urllib.parse.urlsplit(issuer).hostname)
+        good = config.is_loopback(host) and config.is_loopback(
+            urllib.parse.urlsplit(issuer).hostname
+        )
     elif good:
         good = parts.scheme == "https"
     if not good:
         wanted = "https on *.x.ai" if issuer == config.DEFAULT_ISSUER else "https"
-        raise errors.IssuerUnavailable(f"{issuer} names the address {_shown(url)}, which is not {wanted} and "
-                                       "is not used; check XAI_PROXY_ISSUER and the network")
+        raise errors.IssuerUnavailable(
+            f"{issuer} names the address {_shown(url)}, which is not {wanted} and "
+            "is not used; check XAI_PROXY_ISSUER and the network"
+        )
 
 
 def _shown(value: object) -> str:

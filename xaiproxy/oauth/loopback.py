@@ -6,6 +6,8 @@ browser's idle spare connection, its request for a favicon, a port scanner. One 
 the terminal at which the answer may be pasted instead; each connection gets one answer, within bounds.
 """
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import html
@@ -25,13 +27,24 @@ from xaiproxy.oauth import authorization_code
 
 PATH = "/callback"
 XAI_ORIGINS = frozenset(("https://accounts.x.ai", "https://auth.x.ai"))
-HEAD_LIMIT = 65536  # bytes of a request; browsers send the cookies of all other programs on 127.0.0.1 along
+HEAD_LIMIT = (
+    65536  # bytes of a request; browsers send the cookies of all other programs on 127.0.0.1 along
+)
 READ_SIZE = 16384  # bytes
 CONNECTION_LIMIT = 64  # at once; the oldest is closed for a new one
 PATIENCE = 10.0  # seconds that a connection has for its request
-REASONS = {200: "OK", 204: "No Content", 400: "Bad Request", 403: "Forbidden", 404: "Not Found",
-           405: "Method Not Allowed", 431: "Request Header Fields Too Large"}
-PASTE_MARK = re.compile("\x1b\\[20[01]~")  # bracketed paste: some terminals put these around what is pasted
+REASONS = {
+    200: "OK",
+    204: "No Content",
+    400: "Bad Request",
+    403: "Forbidden",
+    404: "Not Found",
+    405: "Method Not Allowed",
+    431: "Request Header Fields Too Large",
+}
+PASTE_MARK = re.compile(
+    "\x1b\\[20[01]~"
+)  # bracketed paste: some terminals put these around what is pasted
 REQUEST = re.compile(rb"([A-Z]+) (\S+) HTTP/1\.[01]\r?\n((?:.*\n)*?)\r?\n")
 ORIGIN = re.compile(rb"^origin:[ \t]*(\S+)[ \t]*\r?$", re.IGNORECASE | re.MULTILINE)
 
@@ -47,31 +60,43 @@ class Listener:
         self._socket.setblocking(False)
         self.redirect_uri = f"http://127.0.0.1:{self._socket.getsockname()[1]}{PATH}"
         parts = urllib.parse.urlsplit(issuer)
-        own = {f"{parts.scheme}://{parts.netloc.lower()}"} if config.is_loopback(parts.hostname) else set()
+        own = (
+            {f"{parts.scheme}://{parts.netloc.lower()}"}
+            if config.is_loopback(parts.hostname)
+            else set()
+        )
         self._origins = XAI_ORIGINS | own
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._socket, selectors.EVENT_READ)
-        self._connections: "dict[socket.socket, _Connection]" = {}  # oldest first
+        self._connections: dict[socket.socket, _Connection] = {}  # oldest first
         self._patience = patience
         self._typed = b""
         self._incomplete = ""  # the beginning of a pasted URL
-        self._paste_from: "int | None" = None
+        self._paste_from: int | None = None
 
-    def __enter__(self) -> "Listener":
+    def __enter__(self) -> Listener:
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self._paste_from is not None:  # the rest of a paste is not for the shell
             with contextlib.suppress(OSError, termios.error):
-                if os.tcgetpgrp(self._paste_from) == os.getpgrp():  # or SIGTTOU would stop this process
+                if (
+                    os.tcgetpgrp(self._paste_from) == os.getpgrp()
+                ):  # or SIGTTOU would stop this process
                     termios.tcflush(self._paste_from, termios.TCIFLUSH)
         for connection in list(self._connections):
             self._drop(connection)
         self._selector.close()
         self._socket.close()
 
-    def wait(self, state: str, *, seconds: float, paste_from: "int | None" = None,
-             say: Callable[[str], Any] = lambda text: None) -> str:
+    def wait(
+        self,
+        state: str,
+        *,
+        seconds: float,
+        paste_from: int | None = None,
+        say: Callable[[str], Any] = lambda text: None,
+    ) -> str:
         """The code, from the page or from a line on the file descriptor `paste_from`.
 
         Raises AccessDenied or another OAuthError when that is the answer, ExpiredToken after `seconds`. `say`
@@ -92,7 +117,9 @@ class Listener:
                     code = self._serve(key.fileobj, state, say)
                 if code:
                     return code
-        raise errors.ExpiredToken("expired_token", "", "nobody approved the login in time; start again")
+        raise errors.ExpiredToken(
+            "expired_token", "", "nobody approved the login in time; start again"
+        )
 
     def _close_overdue(self, now: float) -> float:
         """Returns when the next connection is due, on the monotonic clock."""
@@ -102,7 +129,7 @@ class Listener:
             self._drop(connection.socket)
         return math.inf
 
-    def _pasted(self, paste_from: int, state: str, say: Callable[[str], Any]) -> "str | None":
+    def _pasted(self, paste_from: int, state: str, say: Callable[[str], Any]) -> str | None:
         try:
             received = os.read(paste_from, 4096)
         except OSError:  # EIO: the terminal is gone
@@ -111,11 +138,13 @@ class Listener:
             self._selector.unregister(paste_from)
         *lines, self._typed = (self._typed + received).split(b"\n")
         for line in lines:
-            if code := self._code_in_line(PASTE_MARK.sub("", line.decode("utf-8", "replace")).strip(), state, say):
+            if code := self._code_in_line(
+                PASTE_MARK.sub("", line.decode("utf-8", "replace")).strip(), state, say
+            ):
                 return code
         return None
 
-    def _code_in_line(self, line: str, state: str, say: Callable[[str], Any]) -> "str | None":
+    def _code_in_line(self, line: str, state: str, say: Callable[[str], Any]) -> str | None:
         """The code, if it is in this line or in a URL that begins on former lines and ends here."""
         begun = self._incomplete if line and "://" not in line else ""
         self._incomplete = ""
@@ -123,9 +152,13 @@ class Listener:
             return authorization_code.code_from_paste(begun + line, state)
         except authorization_code.Incomplete as error:
             self._incomplete = begun + line
-            say(f"That is not the whole address: {error}. Paste the rest of it; an empty line begins again.")
+            say(
+                f"That is not the whole address: {error}. Paste the rest of it; an empty line begins again."
+            )
         except authorization_code.NotTheAnswer as error:
-            say(f"That does not help: {error}. Paste the whole address, or the code that the page shows.")
+            say(
+                f"That does not help: {error}. Paste the whole address, or the code that the page shows."
+            )
         return None
 
     def _accept(self) -> None:
@@ -134,7 +167,9 @@ class Listener:
             connection.setblocking(False)
             if len(self._connections) >= CONNECTION_LIMIT:
                 self._drop(next(iter(self._connections)))
-            self._connections[connection] = _Connection(connection, time.monotonic() + self._patience)
+            self._connections[connection] = _Connection(
+                connection, time.monotonic() + self._patience
+            )
             self._selector.register(connection, selectors.EVENT_READ)
 
     def _drop(self, connection: socket.socket) -> None:
@@ -142,7 +177,9 @@ class Listener:
         del self._connections[connection]
         connection.close()
 
-    def _serve(self, connection: socket.socket, state: str, say: Callable[[str], Any]) -> "str | None":
+    def _serve(
+        self, connection: socket.socket, state: str, say: Callable[[str], Any]
+    ) -> str | None:
         """Read on, and answer a request that is whole. Returns the code if that was in it."""
         about = self._connections[connection]
         try:
@@ -151,7 +188,9 @@ class Listener:
             received = b""
         if not received:
             self._drop(connection)
-        elif about.refused:  # to be read, or closing the connection would reset it before the answer is read
+        elif (
+            about.refused
+        ):  # to be read, or closing the connection would reset it before the answer is read
             pass
         elif about.add(received):
             try:
@@ -161,14 +200,25 @@ class Listener:
                 self._drop(connection)
         elif len(about.head) >= HEAD_LIMIT:
             about.refused = True
-            _send(connection, 431, f"The request has more than {HEAD_LIMIT} bytes, most probably cookies. Copy this page's "
-                  "address and paste it into the terminal.")
-            say(f"{self.redirect_uri} was called with more than {HEAD_LIMIT} bytes, most probably cookies, which were not "
-                "read. Paste the address of the page that your browser shows now, or the code on it.")
+            _send(
+                connection,
+                431,
+                f"The request has more than {HEAD_LIMIT} bytes, most probably cookies. Copy this page's "
+                "address and paste it into the terminal.",
+            )
+            say(
+                f"{self.redirect_uri} was called with more than {HEAD_LIMIT} bytes, most probably cookies, which were not "
+                "read. Paste the address of the page that your browser shows now, or the code on it."
+            )
         return None
 
-    def _answer(self, connection: socket.socket, request: "re.Match[bytes]", state: str,
-                say: Callable[[str], Any]) -> "str | None":
+    def _answer(
+        self,
+        connection: socket.socket,
+        request: re.Match[bytes],
+        state: str,
+        say: Callable[[str], Any],
+    ) -> str | None:
         method, target, fields = request.groups()
         path, _, query = target.decode("latin-1").partition("?")
         origin = next((found[1].decode("latin-1") for found in ORIGIN.finditer(fields)), None)
@@ -184,13 +234,20 @@ class Listener:
                 code = authorization_code.code_from_query(query, state)
             except authorization_code.NotTheAnswer as error:
                 _send(connection, 400, f"This does not help to sign in: {error}.", origin)
-                say(f"{self.redirect_uri} was called, but that does not help: {error}. Still waiting.")
+                say(
+                    f"{self.redirect_uri} was called, but that does not help: {error}. Still waiting."
+                )
             except errors.OAuthError:
                 _send(connection, 200, "The login was denied. You can close this window.", origin)
                 raise
             else:
-                _send(connection, 200, "The approval has arrived. You can close this window and go back to "
-                      "the terminal.", origin)
+                _send(
+                    connection,
+                    200,
+                    "The approval has arrived. You can close this window and go back to "
+                    "the terminal.",
+                    origin,
+                )
                 return code
         return None
 
@@ -209,18 +266,32 @@ class _Connection:
         return self.head.find(b"\n\r\n", begin) >= 0 or self.head.find(b"\n\n", begin) >= 0
 
 
-def _send(connection: socket.socket, status: int, text: str, origin: "str | None" = None) -> None:
-    body = "" if status == 204 else (
-        '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>xaiproxy</title>'
-        '<body style="font-family: sans-serif; margin: 4em"><h1>xaiproxy</h1>'
-        f"<p>{html.escape(text)}</p></body></html>\n")
-    lines = [f"HTTP/1.1 {status} {REASONS[status]}", "Connection: close", "Cache-Control: no-store",
-             "Vary: Origin", "Referrer-Policy: no-referrer"]
+def _send(connection: socket.socket, status: int, text: str, origin: str | None = None) -> None:
+    body = (
+        ""
+        if status == 204
+        else (
+            '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>xaiproxy</title>'
+            '<body style="font-family: sans-serif; margin: 4em"><h1>xaiproxy</h1>'
+            f"<p>{html.escape(text)}</p></body></html>\n"
+        )
+    )
+    lines = [
+        f"HTTP/1.1 {status} {REASONS[status]}",
+        "Connection: close",
+        "Cache-Control: no-store",
+        "Vary: Origin",
+        "Referrer-Policy: no-referrer",
+    ]
     if body:
         lines += ["Content-Type: text/html; charset=utf-8", f"Content-Length: {len(body.encode())}"]
     if origin:
-        lines += [f"Access-Control-Allow-Origin: {origin}", "Access-Control-Allow-Methods: GET, OPTIONS",
-                  "Access-Control-Allow-Headers: Content-Type", "Access-Control-Allow-Private-Network: true"]
+        lines += [
+            f"Access-Control-Allow-Origin: {origin}",
+            "Access-Control-Allow-Methods: GET, OPTIONS",
+            "Access-Control-Allow-Headers: Content-Type",
+            "Access-Control-Allow-Private-Network: true",
+        ]
     with contextlib.suppress(OSError):  # whoever asked has gone; what was asked counts all the same
         connection.send("\r\n".join([*lines, "", body]).encode())  # fits any socket's buffer
         connection.shutdown(socket.SHUT_WR)

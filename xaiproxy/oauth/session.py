@@ -5,6 +5,8 @@ own, and given up at the deadline. A connection is never used twice: on one that
 refresh token would vanish.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import datetime
 import email.utils
@@ -40,11 +42,11 @@ class Answer:
     """retry_after: seconds that the issuer asks us to wait (RFC 9110 section 10.2.3), or None."""
 
     status: int
-    headers: "Mapping[str, str]"
+    headers: Mapping[str, str]
     body: bytes = dataclasses.field(repr=False)
-    retry_after: "float | None" = None
+    retry_after: float | None = None
 
-    def json(self) -> "dict[str, Any] | None":
+    def json(self) -> dict[str, Any] | None:
         """The body, if it is a JSON object."""
         try:
             value = json.loads(self.body)
@@ -65,7 +67,9 @@ class Answer:
     def is_html(self) -> bool:
         """Whether it is a page, whatever else its label says. A JSON object that is labelled as a page is none."""
         return self.json() is None and (
-            self.media_type == "text/html" or self.body.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"))
+            self.media_type == "text/html"
+            or self.body.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<")
+        )
 
     @property
     def summary(self) -> str:
@@ -79,23 +83,30 @@ class Session:
     `address_from`: the setting that an error names when an address does not answer.
     """
 
-    def __init__(self, settings: config.Config, now: Callable[[], float] = time.time,
-                 address_from: str = "XAI_PROXY_ISSUER"):
+    def __init__(
+        self,
+        settings: config.Config,
+        now: Callable[[], float] = time.time,
+        address_from: str = "XAI_PROXY_ISSUER",
+    ):
         self.egress = settings.egress
         self.address_from = address_from
         self._now = now
 
-    def get(self, url: str, deadline: float = 30.0, headers: "Mapping[str, str]" = {}) -> Answer:
+    def get(self, url: str, deadline: float = 30.0, headers: Mapping[str, str] = {}) -> Answer:
         return self._call("GET", url, dict(headers), None, deadline)
 
-    def post(self, url: str, form: "Mapping[str, str]", deadline: float = 30.0) -> Answer:
+    def post(self, url: str, form: Mapping[str, str], deadline: float = 30.0) -> Answer:
         headers = {"Content-Type": "application/x-www-form-urlencoded"}
-        return self._call("POST", url, headers, _Body(urllib.parse.urlencode(form).encode()), deadline)
+        return self._call(
+            "POST", url, headers, _Body(urllib.parse.urlencode(form).encode()), deadline
+        )
 
-    def _call(self, method: str, url: str, headers: "dict[str, str]", body: "_Body | None",
-              deadline: float) -> Answer:
+    def _call(
+        self, method: str, url: str, headers: dict[str, str], body: _Body | None, deadline: float
+    ) -> Answer:
         end = time.monotonic() + deadline
-        outcome: "queue.SimpleQueue[Answer | BaseException]" = queue.SimpleQueue()
+        outcome: queue.SimpleQueue[Answer | BaseException] = queue.SimpleQueue()
         given_up = threading.Event()
 
         def work() -> None:
@@ -122,24 +133,42 @@ class Session:
             sent = body.abandon() if body else False
         if isinstance(result, Answer):
             return result
-        if isinstance(result, (OSError, urllib3.exceptions.HTTPError)):  # all of requests' are OSErrors
+        if isinstance(
+            result, (OSError, urllib3.exceptions.HTTPError)
+        ):  # all of requests' are OSErrors
             message = _explain(result, url, self.egress, deadline, self.address_from)
             raise errors.IssuerUnavailable(message, sent=sent) from result
         raise result
 
-    def _send(self, method: str, url: str, headers: "dict[str, str]", body: "_Body | None",
-              end: float, given_up: threading.Event) -> Answer:
+    def _send(
+        self,
+        method: str,
+        url: str,
+        headers: dict[str, str],
+        body: _Body | None,
+        end: float,
+        given_up: threading.Event,
+    ) -> Answer:
         proxy = self.egress.proxy_for(url)
-        timeout = max(end - time.monotonic(), 0.001)  # seconds for each step, so that the thread ends, too
+        timeout = max(
+            end - time.monotonic(), 0.001
+        )  # seconds for each step, so that the thread ends, too
         context = self._context() if url.startswith("https:") else None
         with requests.Session() as web:
             web.trust_env = False
             for scheme in ("https://", "http://"):
                 web.mount(scheme, Adapter(context))
             web.headers = requests.structures.CaseInsensitiveDict(HEADERS | headers)
-            with web.request(method, url, data=body, stream=True, timeout=timeout, allow_redirects=False,
-                             verify=self.egress.ca_file,
-                             proxies={"https": proxy} if proxy else {}) as response:
+            with web.request(
+                method,
+                url,
+                data=body,
+                stream=True,
+                timeout=timeout,
+                allow_redirects=False,
+                verify=self.egress.ca_file,
+                proxies={"https": proxy} if proxy else {},
+            ) as response:
                 content = b""
                 while chunk := response.raw.read1(65536, decode_content=True):
                     content += chunk
@@ -147,7 +176,9 @@ class Session:
                         raise urllib3.exceptions.ResponseError("too long")
                     if given_up.is_set():
                         raise TimeoutError
-                retry_after = parse_retry_after(response.headers.get("Retry-After", ""), self._now())
+                retry_after = parse_retry_after(
+                    response.headers.get("Retry-After", ""), self._now()
+                )
                 return Answer(response.status_code, response.headers, content, retry_after)
 
     def _context(self) -> ssl.SSLContext:
@@ -155,8 +186,10 @@ class Session:
         try:
             return trust.context(self.egress)
         except OSError as error:
-            raise errors.IssuerUnavailable(f"the CA certificates of {self.egress.ca_file} cannot be read "
-                                           f"({error.strerror}); put that file right, or set SSL_CERT_FILE") from error
+            raise errors.IssuerUnavailable(
+                f"the CA certificates of {self.egress.ca_file} cannot be read "
+                f"({error.strerror}); put that file right, or set SSL_CERT_FILE"
+            ) from error
 
 
 class _Body(io.BytesIO):
@@ -168,7 +201,7 @@ class _Body(io.BytesIO):
         self._sent = False
         self._abandoned = False
 
-    def read(self, size: "int | None" = -1) -> bytes:
+    def read(self, size: int | None = -1) -> bytes:
         with self._mutex:
             if self._abandoned:
                 raise TimeoutError
@@ -182,7 +215,7 @@ class _Body(io.BytesIO):
             return self._sent
 
 
-def parse_retry_after(text: str, now: float) -> "float | None":
+def parse_retry_after(text: str, now: float) -> float | None:
     """Seconds from `now`, of either form of RFC 9110 section 10.2.3; None when it is neither."""
     if re.fullmatch(r"[0-9]{1,9}", text):
         return float(text)
@@ -190,7 +223,7 @@ def parse_retry_after(text: str, now: float) -> "float | None":
     return None if date is None else max(0.0, date - now)
 
 
-def parse_date(text: str) -> "float | None":
+def parse_date(text: str) -> float | None:
     """Unix seconds of an HTTP date (RFC 9110 section 5.6.7); None when it is none."""
     try:
         date = email.utils.parsedate_to_datetime(text)
@@ -201,14 +234,16 @@ def parse_date(text: str) -> "float | None":
     return date.timestamp()
 
 
-def _explain(error: Exception, url: str, egress: config.Egress, deadline: float, address_from: str) -> str:
+def _explain(
+    error: Exception, url: str, egress: config.Egress, deadline: float, address_from: str
+) -> str:
     """One sentence. The exceptions' own texts are not used: they may hold the proxy's password."""
     host = urllib.parse.urlsplit(url).netloc
     causes = list(causes_of(error))
     through = urllib.parse.urlsplit(egress.proxy_for(url) or "")
     through = f"{through.hostname}:{through.port}" if through.port else through.hostname
 
-    def find(*kinds: type) -> "Any":
+    def find(*kinds: type) -> Any:
         return next((cause for cause in causes if isinstance(cause, kinds)), None)
 
     if certificate := find(ssl.SSLCertVerificationError):
@@ -220,21 +255,25 @@ def _explain(error: Exception, url: str, egress: config.Egress, deadline: float,
     if through:
         host += f" (through the proxy {through})"
     if find(socket.gaierror):
-        return f"the name {host} cannot be resolved; check the network, or set HTTPS_PROXY if need be"
+        return (
+            f"the name {host} cannot be resolved; check the network, or set HTTPS_PROXY if need be"
+        )
     if find(urllib3.exceptions.ResponseError):
         return f"{host} answered with more than {BODY_LIMIT} bytes, which cannot be right"
     if find(ConnectionResetError, BrokenPipeError, http.client.HTTPException):
         return f"{host} broke the connection off before its answer was whole; try again"
     if tls := find(ssl.SSLError):
         return f"{host} gave no TLS connection ({tls.reason}); check the network"
-    if system := next((cause for cause in causes if isinstance(cause, OSError) and cause.strerror), None):
+    if system := next(
+        (cause for cause in causes if isinstance(cause, OSError) and cause.strerror), None
+    ):
         return f"{host} cannot be reached ({system.strerror}); check the network, or {address_from}"
     if find(TimeoutError, urllib3.exceptions.TimeoutError):
         return f"{host} gave no whole answer within {deadline:g} s; check the network and try again"
     return f"{host} gave no answer that can be read ({type(error).__name__}); try again"
 
 
-def causes_of(error: "BaseException | None") -> "Any":
+def causes_of(error: BaseException | None) -> Any:
     """The exception and those inside it: urllib3 and requests keep them in args, reason, cause or context."""
     pending, seen = [error], set()
     while pending:
@@ -242,4 +281,9 @@ def causes_of(error: "BaseException | None") -> "Any":
         if isinstance(error, BaseException) and id(error) not in seen:
             seen.add(id(error))
             yield error
-            pending += [getattr(error, "reason", None), *error.args, error.__cause__, error.__context__]
+            pending += [
+                getattr(error, "reason", None),
+                *error.args,
+                error.__cause__,
+                error.__context__,
+            ]

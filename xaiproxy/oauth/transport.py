@@ -17,8 +17,9 @@ from xaiproxy.http1 import socks_proxy
 class _Connects:
     """`_socks_options`: as urllib3's SOCKSProxyManager passes them."""
 
-    def __init__(self, *arguments: Any, _socks_options: "dict[str, Any] | None" = None,
-                 **keywords: Any):
+    def __init__(
+        self, *arguments: Any, _socks_options: dict[str, Any] | None = None, **keywords: Any
+    ):
         super().__init__(*arguments, **keywords)
         self._socks = _socks_options
 
@@ -27,9 +28,15 @@ class _Connects:
             return self._connect(self._dns_host, self.port)
         proxy = self._socks
         sock = self._connect(proxy["proxy_host"], proxy["proxy_port"] or 1080)
-        return socks_proxy.negotiate(sock, self.host, self.port, kind=proxy["socks_version"],
-                                     rdns=proxy["rdns"], username=proxy["username"],
-                                     password=proxy["password"])
+        return socks_proxy.negotiate(
+            sock,
+            self.host,
+            self.port,
+            kind=proxy["socks_version"],
+            rdns=proxy["rdns"],
+            username=proxy["username"],
+            password=proxy["password"],
+        )
 
     def _connect(self, host: str, port: int) -> socket.socket:
         found = addresses.look_up(host.strip("[]"), port)
@@ -60,7 +67,7 @@ POOLS = {"http": _HTTPConnectionPool, "https": _HTTPSConnectionPool}
 class Adapter(requests.adapters.HTTPAdapter):
     """`context`: for TLS to the server and to an https proxy; None where there is no TLS."""
 
-    def __init__(self, context: "ssl.SSLContext | None"):
+    def __init__(self, context: ssl.SSLContext | None):
         self._context = context
         super().__init__()
 

@@ -14,21 +14,27 @@ from xaiproxy.http1.request_head import Head
 
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_][A-Za-z0-9._-]*)(:[0-9]{0,5})?")
 # Where browsers send Sec-Fetch-Site also over plain HTTP: "potentially trustworthy" (Secure Contexts, section 3.1).
-TRUSTWORTHY = re.compile(r"(([a-z0-9_-]+\.)*localhost|127\.[0-9.]+|\[::1\])(:[0-9]*)?", re.IGNORECASE)
+TRUSTWORTHY = re.compile(
+    r"(([a-z0-9_-]+\.)*localhost|127\.[0-9.]+|\[::1\])(:[0-9]*)?", re.IGNORECASE
+)
 CONTAINER_HOSTS = frozenset(("host.docker.internal", "host.containers.internal"))
 PREFLIGHT_AGE = 600  # seconds that a browser may remember a preflight
 
 
 class Access:
-    def __init__(self, settings: config.Config, keys: client_keys.ClientKeys,
-                 keys_due: "Callable[[], bool]" = lambda: True):
+    def __init__(
+        self,
+        settings: config.Config,
+        keys: client_keys.ClientKeys,
+        keys_due: Callable[[], bool] = lambda: True,
+    ):
         """`keys_due`: whether the key file may have changed since it was last asked."""
         self._hosts = settings.allowed_hosts
         self._origins = settings.allowed_origins
         self.keys = keys
         self._keys_due = keys_due
 
-    def check(self, head: Head, *, key_needed: bool) -> "str | None":
+    def check(self, head: Head, *, key_needed: bool) -> str | None:
         """Return the name of the client key that was shown, if any.
 
         `key_needed`: whether a key is asked for when there are any (the API), or the rule for pages is enough.
@@ -37,7 +43,11 @@ class Access:
         self._look()
         verdict = head.derived.get("access")
         if verdict is None or verdict[:2] != (self.keys.version, key_needed):
-            verdict = head.derived["access"] = self.keys.version, key_needed, self._name(head, key_needed)
+            verdict = head.derived["access"] = (
+                self.keys.version,
+                key_needed,
+                self._name(head, key_needed),
+            )
         return verdict[2]
 
     def admits_nobody(self) -> bool:
@@ -49,22 +59,28 @@ class Access:
         if self._keys_due() or self.keys.unread:
             self.keys.refresh()
 
-    def _name(self, head: Head, key_needed: bool) -> "str | None":
+    def _name(self, head: Head, key_needed: bool) -> str | None:
         name = self._key_name(head)
         if name is None:
             self._check_host(head)
             self._check_origin(head)
             if key_needed and self.keys.required:
                 # Claude Code shows "Not logged in" instead of any message that names the other header, x-api-key.
-                raise errors.ClientKeyRequired("this proxy needs a client key: send `Authorization: Bearer KEY`; "
-                                               "`xai-client-key add NAME` makes one")
+                raise errors.ClientKeyRequired(
+                    "this proxy needs a client key: send `Authorization: Bearer KEY`; "
+                    "`xai-client-key add NAME` makes one"
+                )
         return name
 
-    def _key_name(self, head: Head) -> "str | None":
+    def _key_name(self, head: Head) -> str | None:
         for field in ("authorization", "x-api-key"):
             values = head.values(field)
             if len(values) == 1:  # two would leave it open which one counts
-                scheme, _, key = values[0].rpartition(" ") if field == "authorization" else ("bearer", "", values[0])
+                scheme, _, key = (
+                    values[0].rpartition(" ")
+                    if field == "authorization"
+                    else ("bearer", "", values[0])
+                )
                 if scheme.strip().lower() == "bearer" and key:
                     name = self.keys.name_of(key)
                     if name is not None:
@@ -75,44 +91,61 @@ class Access:
         host = "".join(head.values("host"))
         match = HOST.fullmatch(host)
         if match is None:
-            raise errors.HostNotAllowed(f"the Host {host[:100]!r} is no name or address; address the proxy as localhost, or "
-                                        "send a client key")
+            raise errors.HostNotAllowed(
+                f"the Host {host[:100]!r} is no name or address; address the proxy as localhost, or "
+                "send a client key"
+            )
         name = match[1].lower().removesuffix(".")
         if not self._is_ours(name):
-            raise errors.HostNotAllowed(f"the Host {host[:100]!r} is not known to be ours; if it is, add {name[:100]} to "
-                                        "XAI_PROXY_ALLOWED_HOSTS, or send a client key")
+            raise errors.HostNotAllowed(
+                f"the Host {host[:100]!r} is not known to be ours; if it is, add {name[:100]} to "
+                "XAI_PROXY_ALLOWED_HOSTS, or send a client key"
+            )
 
     def _is_ours(self, name: str) -> bool:
         if name in self._hosts:
             return True
         if name.startswith("["):
             return _is_address(name[1:-1])
-        return (name == "localhost" or name.endswith(".localhost") or "." not in name or _is_address(name)
-                or name in CONTAINER_HOSTS)
+        return (
+            name == "localhost"
+            or name.endswith(".localhost")
+            or "." not in name
+            or _is_address(name)
+            or name in CONTAINER_HOSTS
+        )
 
     def _check_origin(self, head: Head) -> None:
         origins = [value.lower() for value in head.values("origin")]
         if origins and origins[0] in self._origins and len(origins) == 1:
             return
         sites = {value.lower() for value in head.values("sec-fetch-site")}
-        own = {f"{scheme}://{host.lower().removesuffix(':')}" for scheme in ("http", "https") for host in head.values("host")}
+        own = {
+            f"{scheme}://{host.lower().removesuffix(':')}"
+            for scheme in ("http", "https")
+            for host in head.values("host")
+        }
         if len(origins) > 1 or not set(origins) <= own or not sites <= {"same-origin", "none"}:
             # A sandboxed page's origin is null: nobody's, or everybody's.
             origin = origins[0][:200] if origins and origins[0] != "null" else "the page's origin"
-            raise errors.OriginNotAllowed("web pages of other sites may not call this proxy; to allow this one, add "
-                                          f"{origin} to XAI_PROXY_ALLOWED_ORIGINS")
+            raise errors.OriginNotAllowed(
+                "web pages of other sites may not call this proxy; to allow this one, add "
+                f"{origin} to XAI_PROXY_ALLOWED_ORIGINS"
+            )
         if not (origins or sites) and _may_be_of_any_page(head):
-            raise errors.OriginNotAllowed("a browser does not tell under this Host which page its GET is for; address the "
-                                          "proxy as localhost, or send a client key")
+            raise errors.OriginNotAllowed(
+                "a browser does not tell under this Host which page its GET is for; address the "
+                "proxy as localhost, or send a client key"
+            )
 
-    def leave(self, head: Head) -> "list[tuple[str, str]]":
+    def leave(self, head: Head) -> list[tuple[str, str]]:
         """The header fields by which a browser lets a page of a listed origin read an answer (CORS); none for others."""
         origins = head.values("origin")
         if len(origins) != 1 or origins[0].lower() not in self._origins:
             return []
         return [("Access-Control-Allow-Origin", origins[0]), ("Vary", "Origin")]
 
-    def preflight(self, head: Head) -> "list[tuple[str, str]] | None":
+    def preflight(self, head: Head) -> list[tuple[str, str]] | None:
         """The header fields of the answer to a CORS preflight; None when it is no preflight. Raises OriginNotAllowed.
 
         It comes without a key even from a page that has one, so only a listed origin gets leave.
@@ -124,9 +157,14 @@ class Access:
             return None
         fields = self.leave(head)
         if not fields:
-            raise errors.OriginNotAllowed(f"web pages of {origins[0][:200]} may not call this proxy; to allow them, add it "
-                                          "to XAI_PROXY_ALLOWED_ORIGINS")
-        fields += [("Access-Control-Allow-Methods", methods[0]), ("Access-Control-Max-Age", str(PREFLIGHT_AGE))]
+            raise errors.OriginNotAllowed(
+                f"web pages of {origins[0][:200]} may not call this proxy; to allow them, add it "
+                "to XAI_PROXY_ALLOWED_ORIGINS"
+            )
+        fields += [
+            ("Access-Control-Allow-Methods", methods[0]),
+            ("Access-Control-Max-Age", str(PREFLIGHT_AGE)),
+        ]
         wanted = head.values("access-control-request-headers")
         if wanted:
             fields.append(("Access-Control-Allow-Headers", wanted[0]))
@@ -140,8 +178,11 @@ def _may_be_of_any_page(head: Head) -> bool:
 
     With a GET it sends no Origin, and Sec-Fetch-Site only over TLS or to what it knows as loopback.
     """
-    return (head.method in ("GET", "HEAD") and any(value.startswith("Mozilla/") for value in head.values("user-agent"))
-            and TRUSTWORTHY.fullmatch("".join(head.values("host"))) is None)
+    return (
+        head.method in ("GET", "HEAD")
+        and any(value.startswith("Mozilla/") for value in head.values("user-agent"))
+        and TRUSTWORTHY.fullmatch("".join(head.values("host"))) is None
+    )
 
 
 def _is_address(name: str) -> bool:

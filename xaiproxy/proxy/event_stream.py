@@ -5,18 +5,24 @@ from collections.abc import Iterable, Iterator
 
 from xaiproxy.http1 import response_head
 
-BLANK_LINE = re.compile(rb"(?:\r\n|\n|\r(?!\n))(?:\r\n|\n|\r)\Z")  # ends an event; a lone CR is a line end, too
+BLANK_LINE = re.compile(
+    rb"(?:\r\n|\n|\r(?!\n))(?:\r\n|\n|\r)\Z"
+)  # ends an event; a lone CR is a line end, too
 BOM = b"\xef\xbb\xbf"
 
 
 def is_event_stream(head: response_head.Head) -> bool:
     """Whether something can be put into this answer: its length is open, and its bytes are text as it is."""
     types = head.values.get("content-type", [""])
-    return (types[0].partition(";")[0].strip().lower() == "text/event-stream" and head.length is None
-            and set(head.values.get("content-encoding", ())) <= {"identity"} and not head.body.ended)
+    return (
+        types[0].partition(";")[0].strip().lower() == "text/event-stream"
+        and head.length is None
+        and set(head.values.get("content-encoding", ())) <= {"identity"}
+        and not head.body.ended
+    )
 
 
-def kept_alive(parts: "Iterable[bytes]") -> "Iterator[bytes]":
+def kept_alive(parts: Iterable[bytes]) -> Iterator[bytes]:
     """The stream with a comment for each empty part, unless that comes in the middle of a line."""
     end, said, begun, mark = b"", False, b"", BOM
     for part in parts:

@@ -45,8 +45,12 @@ class FileWatch:
         if self._told and not self._changed and now - self._looked_at < RELOOK:
             return False
         # Before the look, so that no change is missed. Files that were replaced take their watches with them.
-        self._told = (self._fd >= 0 and _libc.inotify_add_watch(self._fd, self._folder, _OF_FOLDER) >= 0)
+        self._told = (
+            self._fd >= 0 and _libc.inotify_add_watch(self._fd, self._folder, _OF_FOLDER) >= 0
+        )
         if self._told:
-            _libc.inotify_add_watch(self._fd, self._path, _OF_FILE)  # which may be a link's target in another folder
+            _libc.inotify_add_watch(
+                self._fd, self._path, _OF_FILE
+            )  # which may be a link's target in another folder
         self._changed, self._looked_at = False, now
         return True

@@ -8,6 +8,8 @@ This is a WSGI layer around Flask's `app.wsgi_app`: a proxied request needs the 
 request context has lost, and nothing of what that context would cost.
 """
 
+from __future__ import annotations
+
 import logging
 import math
 import re
@@ -51,7 +53,7 @@ class RefresherWatch:
 
     def __init__(self, store: token_store.TokenStore):
         self._store = store
-        self._overdue_since: "float | None" = None
+        self._overdue_since: float | None = None
 
     def is_gone(self) -> bool:
         if self._store.refresher_alive(time.time()):
@@ -66,8 +68,15 @@ class RefresherWatch:
 class Proxy:
     """The WSGI layer: answers what is under PREFIXES and hands on everything else."""
 
-    def __init__(self, otherwise: "Callable[..., Iterable[bytes]]", settings: config.Config,
-                 store: token_store.TokenStore, gate: access.Access, upstream: Upstream, login_due: "Callable[[], bool]"):
+    def __init__(
+        self,
+        otherwise: Callable[..., Iterable[bytes]],
+        settings: config.Config,
+        store: token_store.TokenStore,
+        gate: access.Access,
+        upstream: Upstream,
+        login_due: Callable[[], bool],
+    ):
         """`login_due`: whether the token file may have changed since it was last asked."""
         self._otherwise = otherwise
         self._settings = settings
@@ -78,12 +87,16 @@ class Proxy:
         self._login_due = login_due
         # In Via, so that a request which comes back is known. Upstreams of xAI get no Via: Cloudflare refuses some.
         hostname = urllib.parse.urlsplit(settings.upstream).hostname or ""
-        self._pseudonym = "" if f".{hostname}".endswith(".x.ai") else "xaiproxy-" + secrets.token_hex(8)
-        self._latest: "tokens.Tokens | None" = None  # what the last look found
+        self._pseudonym = (
+            "" if f".{hostname}".endswith(".x.ai") else "xaiproxy-" + secrets.token_hex(8)
+        )
+        self._latest: tokens.Tokens | None = None  # what the last look found
         self._outage = Outage(lambda: judgement.of(store, time.time()).ready)
         store.refused = store.asked_for()  # by the proxy that ran before this one
 
-    def __call__(self, environ: "dict[str, Any]", start_response: "Callable[..., Any]") -> "Iterable[bytes]":
+    def __call__(
+        self, environ: dict[str, Any], start_response: Callable[..., Any]
+    ) -> Iterable[bytes]:
         head: Head = environ["xaiproxy.head"]
         if not head.path.startswith(PREFIXES):
             return self._otherwise(environ, start_response)
@@ -113,10 +126,12 @@ class Proxy:
     def _check_loop(self, head: Head) -> None:
         """Raises LoopDetected when upstream sends to this proxy what came from it (RFC 9110 section 7.6.3)."""
         if self._pseudonym and any(self._pseudonym in value for value in head.values("via")):
-            raise errors.LoopDetected(f"{self._upstream.origin} sends the request back to this proxy; set XAI_PROXY_UPSTREAM "
-                                      "to the API")
+            raise errors.LoopDetected(
+                f"{self._upstream.origin} sends the request back to this proxy; set XAI_PROXY_UPSTREAM "
+                "to the API"
+            )
 
-    def _forward(self, head: Head, environ: "dict[str, Any]") -> "Stream":
+    def _forward(self, head: Head, environ: dict[str, Any]) -> Stream:
         body = environ["wsgi.input"]
         if isinstance(body, RequestBody):
             body = ReplayableBody(body, self._settings.replay_limit, self._memory)
@@ -140,9 +155,13 @@ class Proxy:
                 self._store.withdraw(time.time())
                 self._outage.end()
             body.forget()
-            handler.start(exchange.head.status, self._head_text(exchange.head, exchange.length, head),
-                          has_length=exchange.length is not None, has_date="date" in exchange.head.values,
-                          uploads=exchange.uploads and exchange.head.keep_alive)
+            handler.start(
+                exchange.head.status,
+                self._head_text(exchange.head, exchange.length, head),
+                has_length=exchange.length is not None,
+                has_date="date" in exchange.head.values,
+                uploads=exchange.uploads and exchange.head.keep_alive,
+            )
             exchange.discard_upload()
             pause = self._settings.sse_keepalive
             pause = pause if pause and event_stream.is_event_stream(exchange.head) else 0
@@ -154,12 +173,22 @@ class Proxy:
                 exchange.close()
             raise
 
-    def _send(self, head: Head, body: "ReplayableBody | WholeBody", login: tokens.Tokens, handler: Any) -> Exchange:
-        key = login.access_token, bool(head.content_length)  # equal heads may differ in that: see asks_for_websocket
+    def _send(
+        self, head: Head, body: ReplayableBody | WholeBody, login: tokens.Tokens, handler: Any
+    ) -> Exchange:
+        key = (
+            login.access_token,
+            bool(head.content_length),
+        )  # equal heads may differ in that: see asks_for_websocket
         known, request, repeatable, upgrade = head.derived.get("request", (None, b"", False, False))
         if known != key:
-            fields = headers.to_upstream(head.fields, host=self._upstream.host, user_agent=USER_AGENT,
-                                         access_token=login.access_token, pseudonym=self._pseudonym)
+            fields = headers.to_upstream(
+                head.fields,
+                host=self._upstream.host,
+                user_agent=USER_AGENT,
+                access_token=login.access_token,
+                pseudonym=self._pseudonym,
+            )
             if self._settings.sse_keepalive:  # a comment can be put into plain text only
                 fields = [field for field in fields if field[0].lower() != "accept-encoding"]
                 fields.append(("Accept-Encoding", "identity"))
@@ -170,13 +199,25 @@ class Proxy:
             request = f"{head.method} {head.target} HTTP/1.1\r\n{lines}".encode("latin-1")
             repeatable = head.method in SAFE or not IDEMPOTENCY_KEYS.isdisjoint(head.by_name)
             head.derived["request"] = key, request, repeatable, upgrade
-        exchange = self._upstream.send(request, body, method=head.method, repeatable=repeatable, upgrade=upgrade,
-                                       on_sent=handler.watch.start)  # again, since nothing else reads the socket then
-        exchange.receive(lambda interim: handler.send_interim(interim.status, self._head_text(interim, None, head)))
+        exchange = self._upstream.send(
+            request,
+            body,
+            method=head.method,
+            repeatable=repeatable,
+            upgrade=upgrade,
+            on_sent=handler.watch.start,
+        )  # again, since nothing else reads the socket then
+        exchange.receive(
+            lambda interim: handler.send_interim(
+                interim.status, self._head_text(interim, None, head)
+            )
+        )
         return exchange
 
-    def _head_text(self, answer: response_head.Head, length: "int | None", head: Head) -> str:
-        lines = headers.to_client(answer.lines, answer.values, length=length, origin=self._upstream.origin)
+    def _head_text(self, answer: response_head.Head, length: int | None, head: Head) -> str:
+        lines = headers.to_client(
+            answer.lines, answer.values, length=length, origin=self._upstream.origin
+        )
         if answer.status == 426 and "upgrade" in answer.values:
             lines += "\r\nConnection: Upgrade"  # beside every Upgrade (RFC 9110 section 7.8)
         leave = self._gate.leave(head)
@@ -197,7 +238,9 @@ class Proxy:
             refresher = refresher or RefresherWatch(self._store)
             self._check_hope(login, now, refresher)
             if time.monotonic() >= deadline:
-                raise errors.TokenUnavailable(f"the access token has expired and {WAIT:g} s brought no new one; try again", 1)
+                raise errors.TokenUnavailable(
+                    f"the access token has expired and {WAIT:g} s brought no new one; try again", 1
+                )
             gevent.sleep(LOOK)
 
     def _known_login(self) -> tokens.Tokens:
@@ -217,16 +260,25 @@ class Proxy:
             raise errors.LoginRequired(f"the login has ended ({error.code}); {errors.SIGN_IN}")
         if error is not None and error.code != tokens.UPSTREAM_REFUSES:
             wait = min(10, max(1, math.ceil((error.retry_at or now) - now)))
-            raise errors.TokenUnavailable(f"the access token has expired and cannot be renewed at the moment: "
-                                          f"{error.description or error.code}", wait)
+            raise errors.TokenUnavailable(
+                f"the access token has expired and cannot be renewed at the moment: "
+                f"{error.description or error.code}",
+                wait,
+            )
         if login.refresh_token is None:
-            raise errors.TokenUnavailable(f"the access token has expired and {self._store.path} holds no refresh token; "
-                                          "whoever puts the file there has to replace it", 10)
+            raise errors.TokenUnavailable(
+                f"the access token has expired and {self._store.path} holds no refresh token; "
+                "whoever puts the file there has to replace it",
+                10,
+            )
         if refresher.is_gone():
-            raise errors.TokenUnavailable("the access token has expired and no refresher runs; start "
-                                          + errors.typed("xai-refresher"), 10)
+            raise errors.TokenUnavailable(
+                "the access token has expired and no refresher runs; start "
+                + errors.typed("xai-refresher"),
+                10,
+            )
 
-    def _other_login(self, refused: tokens.Tokens, patience: float) -> "tokens.Tokens | None":
+    def _other_login(self, refused: tokens.Tokens, patience: float) -> tokens.Tokens | None:
         """A login to send a refused request again with, or None when the refusal is to go through.
 
         `patience`: seconds; with none the refresher is asked all the same, for those who come later. Raises
@@ -239,14 +291,19 @@ class Proxy:
             gevent.sleep(min(YOUNG_PAUSE, patience))
             return _login_by(self._store.load)
         if login.refresh_token is None:
-            self._store.remember_refusal(refused.access_token)  # for /readyz; there is no refresher to ask
+            self._store.remember_refusal(
+                refused.access_token
+            )  # for /readyz; there is no refresher to ask
             return None
         asked_at = time.time()
         try:
             self._store.ask_refresh(refused.access_token)
         except OSError as error:
-            logger.warning("%s cannot be written (%s): the refresher cannot be told that a token was refused",
-                           self._store.refused_path, error.strerror)
+            logger.warning(
+                "%s cannot be written (%s): the refresher cannot be told that a token was refused",
+                self._store.refused_path,
+                error.strerror,
+            )
             return None
         deadline, refresher = time.monotonic() + patience, RefresherWatch(self._store)
         while self._may_come(login, asked_at, refresher) and time.monotonic() < deadline:
@@ -262,7 +319,11 @@ class Proxy:
         if error is not None and error.terminal:
             raise errors.LoginRequired(f"the login has ended ({error.code}); {errors.SIGN_IN}")
         # After a lost answer the refresher tries again as soon as it is asked.
-        waits = error is not None and error.code != tokens.ANSWER_LOST and (error.retry_at or 0) > time.time() + WAIT
+        waits = (
+            error is not None
+            and error.code != tokens.ANSWER_LOST
+            and (error.retry_at or 0) > time.time() + WAIT
+        )
         if error is not None and (error.at >= asked_at or waits):
             return False
         return not refresher.is_gone()
@@ -274,7 +335,9 @@ class Stream:
     A handler that finds `relay` in it can have it sent faster, in the framing of upstream.
     """
 
-    def __init__(self, exchange: Exchange, body: "ReplayableBody | WholeBody", watch: ClientWatch, pause: float):
+    def __init__(
+        self, exchange: Exchange, body: ReplayableBody | WholeBody, watch: ClientWatch, pause: float
+    ):
         """`pause`: seconds of silence after which an event stream gets a comment; 0 in all others."""
         self._exchange = exchange
         self._request_body = body
@@ -287,7 +350,7 @@ class Stream:
         return self._exchange.parts()
 
     @property
-    def framing(self) -> "type | None":
+    def framing(self) -> type | None:
         """One of framing's; None when it cannot be upstream's, since something may come between."""
         return None if self._pause else type(self._exchange.body)
 
@@ -296,7 +359,7 @@ class Stream:
         """Whether an answer that was relayed so far would pass for a whole one."""
         return self._exchange.body.seems_ended
 
-    def relay(self, client: Connection) -> "Relay | Tunnel":
+    def relay(self, client: Connection) -> Relay | Tunnel:
         if self._exchange.head.status == 101:
             self._watch.stop()  # the tunnel reads on that socket
             return Tunnel(self._exchange, client)
@@ -312,7 +375,7 @@ class Stream:
         self._request_body.close()
 
 
-def _login_by(read: "Callable[[], tokens.Tokens]") -> tokens.Tokens:
+def _login_by(read: Callable[[], tokens.Tokens]) -> tokens.Tokens:
     """Raises TokenUnavailable if the next read may succeed, else LoginRequired."""
     try:
         return read()
@@ -330,9 +393,14 @@ def check_method(method: str) -> None:
 
 def asks_for_websocket(head: Head) -> bool:
     """RFC 6455 section 4.1."""
-    return (head.method == "GET" and head.version == "HTTP/1.1" and not head.chunked and not head.content_length
-            and [value.lower() for value in head.values("upgrade")] == ["websocket"]
-            and "upgrade" in message_head.connection_options(",".join(head.values("connection"))))
+    return (
+        head.method == "GET"
+        and head.version == "HTTP/1.1"
+        and not head.chunked
+        and not head.content_length
+        and [value.lower() for value in head.values("upgrade")] == ["websocket"]
+        and "upgrade" in message_head.connection_options(",".join(head.values("connection")))
+    )
 
 
 def check_path(path: str) -> None:
@@ -340,5 +408,6 @@ def check_path(path: str) -> None:
     if DOT_SEGMENT.search(path):
         raise errors.BadRequest("the path has a dot segment; send the path that is meant")
     if (path + "/")[3:7] in PREFIXES:
-        raise errors.NotFound(f"there is no {path[:200]}; {path[3:200]} is meant: the base URL ends with one /v1")
-
+        raise errors.NotFound(
+            f"there is no {path[:200]}; {path[3:200]} is meant: the base URL ends with one /v1"
+        )

@@ -15,8 +15,12 @@ LOOK = 1.0  # seconds between two looks at whether it is over
 class Outage:
     """`lasts`: whether one was logged and its end was not."""
 
-    def __init__(self, is_over: "Callable[[], bool]", clock: "Callable[[], float]" = time.monotonic,
-                 sleep: "Callable[[float], object]" = gevent.sleep):
+    def __init__(
+        self,
+        is_over: Callable[[], bool],
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], object] = gevent.sleep,
+    ):
         self.lasts = False
         self._is_over = is_over
         self._clock = clock
@@ -42,9 +46,11 @@ class Outage:
         while True:
             self._sleep(LOOK)
             if not self.lasts or self._began != began:
-                return
+                return None
             if self._is_over():
                 return self.end()
             if self._clock() - said >= REPEAT:
                 said = self._clock()
-                logger.error("requests cannot be served for %.0f s now: %s", said - began, self._reason)
+                logger.error(
+                    "requests cannot be served for %.0f s now: %s", said - began, self._reason
+                )

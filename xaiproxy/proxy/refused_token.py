@@ -16,11 +16,14 @@ def is_refused_token(exchange: Exchange) -> bool:
     return tokens.is_refusal(_decoded(exchange.peek(), codings))
 
 
-def _decoded(data: bytes, codings: "list[str]") -> bytes:
+def _decoded(data: bytes, codings: list[str]) -> bytes:
     """As much as can be decoded of what may be only the beginning of a body."""
     if not codings or codings == ["identity"]:
         return data
-    for window in (47, -15):  # gzip or zlib, told by their headers; raw deflate, which some servers send
+    for window in (
+        47,
+        -15,
+    ):  # gzip or zlib, told by their headers; raw deflate, which some servers send
         try:
             return zlib.decompressobj(window).decompress(data, PEEK_LIMIT)
         except zlib.error:

@@ -27,14 +27,24 @@ from xaiproxy.proxy import app
 
 logger = logging.getLogger(__name__)
 
-_select = gevent.monkey.get_original("select", "select")  # the patched one lets others run, also with a time-out of 0
+_select = gevent.monkey.get_original(
+    "select", "select"
+)  # the patched one lets others run, also with a time-out of 0
 BACKLOG = 1024  # connections that wait in the kernel until they are accepted
 TURN = 0.001  # seconds in which the event loop polls all sockets
 RECHECK = 1.0  # seconds between two polls of a log that takes no line
-LOG_DELAY = 0.005  # seconds that a log line waits at most, for others or until nothing else is to be done
-PATIENCE = 1.0  # seconds for a request to come, where there are too many connections or the end is near
-KEEPALIVE_MARGIN = 5  # seconds by which a client is told less than KEEPALIVE_TIMEOUT, so that it closes first
-WARNING_INTERVAL = 60.0  # seconds between two lines about one shortage: at a limit connections come and go
+LOG_DELAY = (
+    0.005  # seconds that a log line waits at most, for others or until nothing else is to be done
+)
+PATIENCE = (
+    1.0  # seconds for a request to come, where there are too many connections or the end is near
+)
+KEEPALIVE_MARGIN = (
+    5  # seconds by which a client is told less than KEEPALIVE_TIMEOUT, so that it closes first
+)
+WARNING_INTERVAL = (
+    60.0  # seconds between two lines about one shortage: at a limit connections come and go
+)
 LISTEN_TIME = 10.0  # seconds in which an address that is in use, or not there yet, is tried again
 LISTEN_INTERVAL = 0.2  # seconds between two of these tries
 REFRESHER_LOOK = 2.0  # seconds between two looks for a living refresher, of which the first leaves it time to start
@@ -57,22 +67,37 @@ class Server(pywsgi.WSGIServer):
 
     handler_class = Handler
 
-    def __init__(self, listener: socket.socket, application, settings: config.Config, connections: int):
+    def __init__(
+        self, listener: socket.socket, application, settings: config.Config, connections: int
+    ):
         # A pool, since without one WSGIServer.stop would cut every stream at once; full, it stops accepting.
-        super().__init__(listener, application, spawn=gevent.pool.Pool(connections + config.RESERVE), log=None,
-                         error_log=logger, environ={"SERVER_NAME": "xaiproxy"})  # else pywsgi asks the DNS for its name
+        super().__init__(
+            listener,
+            application,
+            spawn=gevent.pool.Pool(connections + config.RESERVE),
+            log=None,
+            error_log=logger,
+            environ={"SERVER_NAME": "xaiproxy"},
+        )  # else pywsgi asks the DNS for its name
         self.connections = connections
         self.busy = 0
         self.settings = settings
         self.keep_alive = keep_alive_lines(settings.keepalive_timeout)
         self.draining = False
         # Sockets that may be closed for others, longest first:
-        self.idle: "dict[Any, None]" = {}  # between two requests
-        self.waiting: "dict[Any, float]" = {}  # that owe us a whole head, the idle ones among them: since when
-        self.answered: "dict[Any, None]" = {}  # whose client has yet to read an answer, or to close after its last one
+        self.idle: dict[Any, None] = {}  # between two requests
+        self.waiting: dict[
+            Any, float
+        ] = {}  # that owe us a whole head, the idle ones among them: since when
+        self.answered: dict[
+            Any, None
+        ] = {}  # whose client has yet to read an answer, or to close after its last one
         self._crowded = False
         self._short = False
-        self._next_warning = {"descriptors": 0.0, "connections": 0.0}  # no line about them before this time
+        self._next_warning = {
+            "descriptors": 0.0,
+            "connections": 0.0,
+        }  # no line about them before this time
 
     def do_read(self) -> Any:
         try:
@@ -85,8 +110,12 @@ class Server(pywsgi.WSGIServer):
             any(_end_if_quiet(sock) for sock in self.idle)
             if self._is_warning_due("descriptors"):
                 self._short = True
-                logger.error("%s, with %d connections: new ones wait until others end; raise the limit with ulimit -n, "
-                             "or lower XAI_PROXY_MAX_CONNECTIONS", error.strerror, len(self.pool))
+                logger.error(
+                    "%s, with %d connections: new ones wait until others end; raise the limit with ulimit -n, "
+                    "or lower XAI_PROXY_MAX_CONNECTIONS",
+                    error.strerror,
+                    len(self.pool),
+                )
             raise NoDescriptor(*error.args) from error  # gevent looks at them
         if self._short and accepted:
             self._short = False
@@ -137,8 +166,10 @@ class Server(pywsgi.WSGIServer):
         if self.busy < self.connections:
             return False
         if self._is_warning_due("connections"):
-            logger.warning("all %d connections have a request: further ones get 503; raise XAI_PROXY_MAX_CONNECTIONS",
-                           self.connections)
+            logger.warning(
+                "all %d connections have a request: further ones get 503; raise XAI_PROXY_MAX_CONNECTIONS",
+                self.connections,
+            )
         return True
 
     def _end_waiting(self, patience: float) -> None:
@@ -171,7 +202,11 @@ class Server(pywsgi.WSGIServer):
         gevent.spawn_later(PATIENCE, self._end_waiting, 0)  # new ones' requests may be on their way
         gevent.spawn_later(PATIENCE, self._end_answered)
         if len(self.pool):
-            logger.info("stopping; %d open answers get %g s to finish", len(self.pool), self.settings.drain_timeout)
+            logger.info(
+                "stopping; %d open answers get %g s to finish",
+                len(self.pool),
+                self.settings.drain_timeout,
+            )
         finished = gevent.spawn(self.pool.join)
         gevent.wait([finished, cut], timeout=self.settings.drain_timeout, count=1)
         if len(self.pool):
@@ -199,17 +234,24 @@ def _end(sock: socket.socket, how: int) -> None:
 def keep_alive_lines(timeout: float) -> str:
     """The header lines, each after its CRLF, of an answer whose connection stays open for `timeout` seconds."""
     announced = max(1, int(timeout) - KEEPALIVE_MARGIN)
-    return "\r\nConnection: keep-alive" + (f"\r\nKeep-Alive: timeout={announced}" if announced + 1 <= timeout else "")
+    return "\r\nConnection: keep-alive" + (
+        f"\r\nKeep-Alive: timeout={announced}" if announced + 1 <= timeout else ""
+    )
 
 
-def main(argv: "list[str] | None" = None) -> int:
-    parser = command.ArgumentParser(prog="xai-proxy", description="Serve an OpenAI-compatible endpoint.", epilog=EXAMPLES)
+def main(argv: list[str] | None = None) -> int:
+    parser = command.ArgumentParser(
+        prog="xai-proxy", description="Serve an OpenAI-compatible endpoint.", epilog=EXAMPLES
+    )
     parser.add_argument("--bind", metavar="ADDRESS", help="IP address to listen on")
     parser.add_argument("-p", "--port", help="TCP port to listen on")
     parser.add_argument("--token-path", metavar="FILE", help="the token file")
     arguments = parser.parse_args(argv)
-    options = {"XAI_PROXY_BIND": arguments.bind, "XAI_PROXY_PORT": arguments.port,
-               "XAI_PROXY_TOKEN_PATH": arguments.token_path}
+    options = {
+        "XAI_PROXY_BIND": arguments.bind,
+        "XAI_PROXY_PORT": arguments.port,
+        "XAI_PROXY_TOKEN_PATH": arguments.token_path,
+    }
     return command.run(parser.prog, lambda: serve(options))
 
 
@@ -220,16 +262,16 @@ class Leisure:
         loop = gevent.get_hub().loop
         self._idle, self._timer = loop.idle(), loop.timer(limit, limit)
 
-    def __call__(self, callback: "Callable[[], None]") -> None:
+    def __call__(self, callback: Callable[[], None]) -> None:
         self._idle.start(self._call, callback)
         if not self._timer.active:  # to start it anew each time would cost more than what is called
             self._timer.again(self._tick, callback)
 
-    def _call(self, callback: "Callable[[], None]") -> None:
+    def _call(self, callback: Callable[[], None]) -> None:
         self._idle.stop()
         callback()
 
-    def _tick(self, callback: "Callable[[], None]") -> None:
+    def _tick(self, callback: Callable[[], None]) -> None:
         if self._idle.active:
             self._call(callback)
         else:
@@ -246,25 +288,31 @@ class WhenWritable:
         self._watcher: Any = None
         self._timer = gevent.get_hub().loop.timer(RECHECK)
 
-    def __call__(self, fd: int, callback: "Callable[[], None]") -> None:
+    def __call__(self, fd: int, callback: Callable[[], None]) -> None:
         if self._watcher is None:
             self._watcher = gevent.get_hub().loop.io(fd, 2)
         self._watcher.start(self._call, callback)
         self._timer.stop()
         self._timer.start(self._call, callback, update=True)
 
-    def _call(self, callback: "Callable[[], None]") -> None:
+    def _call(self, callback: Callable[[], None]) -> None:
         self._watcher.stop()
         self._timer.stop()
         callback()
 
 
-def serve(options: "Mapping[str, str | None]", sweep: "Callable[[], None]" = dead_paths.sweep) -> int:
+def serve(options: Mapping[str, str | None], sweep: Callable[[], None] = dead_paths.sweep) -> int:
     """`options`: settings of the command line."""
     settings = config.from_environ(os.environ, options)
     # The original poll: the patched one would switch greenlets in the middle of a log line.
-    log.setup("proxy", settings.log_level, settings.log_format, poll=gevent.monkey.get_original("select", "poll"),
-              defer=Leisure(LOG_DELAY), when_writable=WhenWritable())
+    log.setup(
+        "proxy",
+        settings.log_level,
+        settings.log_format,
+        poll=gevent.monkey.get_original("select", "poll"),
+        defer=Leisure(LOG_DELAY),
+        when_writable=WhenWritable(),
+    )
     hub = gevent.get_hub()
     hub.exception_stream = _LogStream()
     hub.NOT_ERROR += (NoDescriptor,)  # the server has said it already
@@ -282,7 +330,7 @@ def serve(options: "Mapping[str, str | None]", sweep: "Callable[[], None]" = dea
     return 0
 
 
-def handle_signals(reload: "Callable[[], None]") -> "tuple[gevent.event.Event, gevent.event.Event]":
+def handle_signals(reload: Callable[[], None]) -> tuple[gevent.event.Event, gevent.event.Event]:
     """Two events: the first is set by SIGTERM or SIGINT, the second by another one of them after that.
 
     SIGHUP sets the first too if it means a closed terminal, and calls `reload` if not.
@@ -292,6 +340,7 @@ def handle_signals(reload: "Callable[[], None]") -> "tuple[gevent.event.Event, g
 
     def on_signal() -> None:
         (cut if stop.is_set() else stop).set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
         gevent.signal_handler(number, on_signal)
     # Not on_signal: the terminal of a session that systemd ends is closed right after a SIGTERM.
@@ -299,16 +348,30 @@ def handle_signals(reload: "Callable[[], None]") -> "tuple[gevent.event.Event, g
     return stop, cut
 
 
-def run(listener: socket.socket, settings: config.Config, keys: client_keys.ClientKeys, sweep: "Callable[[], None]",
-        stop: gevent.event.Event, cut: gevent.event.Event) -> None:
+def run(
+    listener: socket.socket,
+    settings: config.Config,
+    keys: client_keys.ClientKeys,
+    sweep: Callable[[], None],
+    stop: gevent.event.Event,
+    cut: gevent.event.Event,
+) -> None:
     """Serve until `stop` is set, then drain until `cut` is."""
     upstream = Upstream(settings)
-    server = Server(listener, app.create_app(settings, keys, upstream), settings,
-                    connection_limit(settings.max_connections))
+    server = Server(
+        listener,
+        app.create_app(settings, keys, upstream),
+        settings,
+        connection_limit(settings.max_connections),
+    )
     server.start()
     host = f"[{settings.bind}]" if ":" in settings.bind else settings.bind
-    logger.info("listening on http://%s:%d/v1%s", host, listener.getsockname()[1],
-                "" if keys.required else "; no client key is asked for")
+    logger.info(
+        "listening on http://%s:%d/v1%s",
+        host,
+        listener.getsockname()[1],
+        "" if keys.required else "; no client key is asked for",
+    )
     watcher = gevent.spawn(watch_refresher, token_store.TokenStore(settings))
     sweeper = gevent.spawn(sweep)
     stop.wait()
@@ -318,7 +381,7 @@ def run(listener: socket.socket, settings: config.Config, keys: client_keys.Clie
     upstream.close()
 
 
-def set_log_level(options: "Mapping[str, str | None]") -> None:
+def set_log_level(options: Mapping[str, str | None]) -> None:
     """Take XAI_PROXY_LOG_LEVEL from the settings as they are now."""
     try:
         level = config.from_environ(os.environ, options).log_level
@@ -345,10 +408,15 @@ def watch_refresher(store: token_store.TokenStore) -> None:
             if alive:
                 logger.info("the refresher is back")
             else:
-                logger.warning("%s; look why xai-refresher does not run", app.readiness_of(store, time.time())[1])
+                logger.warning(
+                    "%s; look why xai-refresher does not run",
+                    app.readiness_of(store, time.time())[1],
+                )
 
 
-def listen(settings: config.Config, stop: gevent.event.Event, patience: float = LISTEN_TIME) -> "socket.socket | None":
+def listen(
+    settings: config.Config, stop: gevent.event.Event, patience: float = LISTEN_TIME
+) -> socket.socket | None:
     """A listening socket, or None once `stop` is set.
 
     Raises ConfigurationError when the address cannot be had within `patience` seconds.
@@ -361,14 +429,23 @@ def listen(settings: config.Config, stop: gevent.event.Event, patience: float = 
         except OSError as error:
             passing = error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL)
             if not passing or time.monotonic() > deadline:
-                advice = "stop what listens there, or set XAI_PROXY_PORT" if error.errno == errno.EADDRINUSE else \
-                    "set XAI_PROXY_BIND and XAI_PROXY_PORT to what this machine allows"
+                advice = (
+                    "stop what listens there, or set XAI_PROXY_PORT"
+                    if error.errno == errno.EADDRINUSE
+                    else "set XAI_PROXY_BIND and XAI_PROXY_PORT to what this machine allows"
+                )
                 raise errors.ConfigurationError(
-                    f"cannot listen on {settings.bind} port {settings.port}: {error.strerror}; {advice}") from error
+                    f"cannot listen on {settings.bind} port {settings.port}: {error.strerror}; {advice}"
+                ) from error
             if not waiting:
                 waiting = True
-                logger.warning("cannot listen on %s port %d yet: %s; trying for %g s", settings.bind, settings.port,
-                               error.strerror, patience)
+                logger.warning(
+                    "cannot listen on %s port %d yet: %s; trying for %g s",
+                    settings.bind,
+                    settings.port,
+                    error.strerror,
+                    patience,
+                )
         stop.wait(LISTEN_INTERVAL)
     return None
 
@@ -388,13 +465,16 @@ def _listener(settings: config.Config) -> socket.socket:
     return listener
 
 
-def check_exposure(listener: socket.socket, settings: config.Config, keys: client_keys.ClientKeys) -> None:
+def check_exposure(
+    listener: socket.socket, settings: config.Config, keys: client_keys.ClientKeys
+) -> None:
     """Refuse to serve everybody by accident. Raises ConfigurationError."""
     address = listener.getsockname()[0]  # what the socket says, not what the settings say
     if not (config.is_loopback(address) or keys.required or settings.allow_anonymous):
         raise errors.ConfigurationError(
             f"{address} can be reached from other machines, and there is no client key; make one with "
-            f"{errors.typed('xai-client-key add NAME')} ({settings.client_keys_file}), or set XAI_PROXY_ALLOW_ANONYMOUS=1")
+            f"{errors.typed('xai-client-key add NAME')} ({settings.client_keys_file}), or set XAI_PROXY_ALLOW_ANONYMOUS=1"
+        )
 
 
 def check_upstream(listener: socket.socket, settings: config.Config) -> None:
@@ -404,7 +484,8 @@ def check_upstream(listener: socket.socket, settings: config.Config) -> None:
     if config.is_loopback(upstream.hostname) and (upstream.port or PORTS[upstream.scheme]) == port:
         raise errors.ConfigurationError(
             f"XAI_PROXY_UPSTREAM is {settings.upstream!r}, but the proxy itself listens on port {port}; set "
-            "XAI_PROXY_UPSTREAM to the API, or XAI_PROXY_PORT to another port")
+            "XAI_PROXY_UPSTREAM to the API, or XAI_PROXY_PORT to another port"
+        )
 
 
 def _names_a_key_file(settings: config.Config) -> bool:
@@ -422,8 +503,12 @@ def connection_limit(wanted: int) -> int:
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return wanted
     fitting = config.connections_within(soft)
-    logger.warning("the file descriptor limit of %d has room for %d client connections, not %d; raise it with ulimit -n",
-                   soft, fitting, wanted)
+    logger.warning(
+        "the file descriptor limit of %d has room for %d client connections, not %d; raise it with ulimit -n",
+        soft,
+        fitting,
+        wanted,
+    )
     return fitting
 
 

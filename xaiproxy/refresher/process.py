@@ -22,7 +22,17 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from xaiproxy import command, config, errors, judgement, log, refresher_status, token_store, token_writer, tokens
+from xaiproxy import (
+    command,
+    config,
+    errors,
+    judgement,
+    log,
+    refresher_status,
+    token_store,
+    token_writer,
+    tokens,
+)
 from xaiproxy.oauth import discovery, session, token_endpoint
 from xaiproxy.refresher.schedule import BACKOFF_LIMIT, REFUSED_FOR_NOW, Decision, Schedule
 
@@ -55,8 +65,14 @@ class Ending(Exception):
 
 
 class Refresher:
-    def __init__(self, settings: config.Config, *, clock: Callable[[], float] = time.time,
-                 uptime: Callable[[], float] = uptime, sleep: Callable[[float], object] = time.sleep):
+    def __init__(
+        self,
+        settings: config.Config,
+        *,
+        clock: Callable[[], float] = time.time,
+        uptime: Callable[[], float] = uptime,
+        sleep: Callable[[float], object] = time.sleep,
+    ):
         self.settings = settings
         self.store = token_store.TokenStore(settings)
         self._web = session.Session(settings)
@@ -66,12 +82,12 @@ class Refresher:
         self._sleep = sleep
         self._ending = False
         self._once = False
-        self._failure: "errors.Error | None" = None  # of the latest try
-        self._seen: "tokens.Tokens | None" = None
+        self._failure: errors.Error | None = None  # of the latest try
+        self._seen: tokens.Tokens | None = None
         self._endpoint_in_doubt = False
         self._next_beat = -math.inf
         self._clock_offset = math.inf  # of the time of day to the uptime, at the last sign of life
-        self._said: "dict[str, str]" = {}
+        self._said: dict[str, str] = {}
         self._next_error = -math.inf  # uptime
         self._status = refresher_status.Status(clock())
 
@@ -100,10 +116,13 @@ class Refresher:
             raise errors.GrantRefused(error.code, message=error.description)
         if login.state(now, self.settings.refresh_skew) is tokens.State.INVALID:
             if error is not None and error.code != tokens.UPSTREAM_REFUSES:
-                raise errors.IssuerUnavailable(f"the access token in {self.store.path} has expired, and was not renewed: "
-                                               f"{error.description}; {_next_try(error, now)}")
+                raise errors.IssuerUnavailable(
+                    f"the access token in {self.store.path} has expired, and was not renewed: "
+                    f"{error.description}; {_next_try(error, now)}"
+                )
             raise errors.LoginUnusable(
-                "expired", f"the access token in {self.store.path} has expired; {errors.SIGN_IN}")
+                "expired", f"the access token in {self.store.path} has expired; {errors.SIGN_IN}"
+            )
         return 0
 
     def on_signal(self, number: int, _frame: Any = None) -> None:
@@ -140,8 +159,11 @@ class Refresher:
             self._say("login", str(error))
             return
         if login.refresh_token is None:
-            self._say("login", f"{self.store.path} holds no refresh token, so its login is not renewed, but used "
-                      "as it is until it expires; whoever puts the file there has to replace it")
+            self._say(
+                "login",
+                f"{self.store.path} holds no refresh token, so its login is not renewed, but used "
+                "as it is until it expires; whoever puts the file there has to replace it",
+            )
             return
         self._say("login", "")
         if login is not self._seen:
@@ -156,14 +178,23 @@ class Refresher:
 
     def _decide(self, login: tokens.Tokens) -> Decision:
         if self._schedule.watch(login, self._clock(), self._uptime()):
-            self._publish(login=tokens.fingerprint(login.access_token), result="", reason="", next_try=None, no_room="")
+            self._publish(
+                login=tokens.fingerprint(login.access_token),
+                result="",
+                reason="",
+                next_try=None,
+                no_room="",
+            )
             self._say("failure", "")
             error = login.refresh_error
             if error is not None and error.terminal:
                 self._say("login", error.description)
             else:
-                logger.info("signed in%s; the access token lasts until %s",
-                            f" as {login.account}" if login.account else "", _date(login.expires_at))
+                logger.info(
+                    "signed in%s; the access token lasts until %s",
+                    f" as {login.account}" if login.account else "",
+                    _date(login.expires_at),
+                )
         return self._schedule.decide(login, self._asked(login), self._clock(), self._uptime())
 
     def _asked(self, login: tokens.Tokens) -> bool:
@@ -173,7 +204,9 @@ class Refresher:
 
     def _act(self, login: tokens.Tokens) -> None:
         try:
-            with token_writer.locked(self.store, LOCK_WAIT, self._pause_for_lock, self._uptime) as writer:
+            with token_writer.locked(
+                self.store, LOCK_WAIT, self._pause_for_lock, self._uptime
+            ) as writer:
                 self._say("lock", "")
                 login = self.store.load()  # another process may have done it meanwhile
                 decision = self._decide(login)
@@ -205,8 +238,9 @@ class Refresher:
             begun = self._schedule.begun(located, asked, self._clock(), self._uptime())
             reserved = writer.rehearse(begun)
             self._check_ending()
-            successor = token_endpoint.refresh(self._web, begun.token_endpoint, begun, deadline=DEADLINE,
-                                               now=self._clock)
+            successor = token_endpoint.refresh(
+                self._web, begun.token_endpoint, begun, deadline=DEADLINE, now=self._clock
+            )
         except Ending:
             if reserved is not None:
                 reserved.discard()
@@ -215,8 +249,10 @@ class Refresher:
         except (errors.OAuthError, errors.IssuerUnavailable, errors.StorageError) as error:
             if reserved is not None:
                 reserved.discard()
-            if isinstance(error, errors.GrantRefused) \
-                    and self.store.load().refresh_token != login.refresh_token:
+            if (
+                isinstance(error, errors.GrantRefused)
+                and self.store.load().refresh_token != login.refresh_token
+            ):
                 return  # a program that takes no lock has put another one there, which the next poll finds
             self._failed(error, login, begun, writer)
         else:
@@ -236,15 +272,22 @@ class Refresher:
         if remembered is not None and not self._endpoint_in_doubt:
             return login
         try:
-            endpoint = discovery.discover(self._web, login.issuer, deadline=DISCOVERY_DEADLINE).token_endpoint
+            endpoint = discovery.discover(
+                self._web, login.issuer, deadline=DISCOVERY_DEADLINE
+            ).token_endpoint
         except errors.IssuerUnavailable:
             if remembered is None:
                 raise
             return login
         return dataclasses.replace(login, token_endpoint=endpoint)
 
-    def _save(self, reserved: token_writer.Reserved, begun: tokens.Tokens, successor: tokens.Tokens,
-              asked: bool) -> None:
+    def _save(
+        self,
+        reserved: token_writer.Reserved,
+        begun: tokens.Tokens,
+        successor: tokens.Tokens,
+        asked: bool,
+    ) -> None:
         # Until commit has written it the new login is in this process only: nothing that could fail comes first.
         self._endpoint_in_doubt = False
         failures = self._schedule.failures
@@ -255,29 +298,52 @@ class Refresher:
                 break
             except errors.StorageError as error:
                 self._publish(no_room="" if reserved.renamed else str(error))
-                self._say("unsaved", str(error) if reserved.renamed else
-                          f"the refreshed login is in this process's memory only: do not end it. {error}")
+                self._say(
+                    "unsaved",
+                    str(error)
+                    if reserved.renamed
+                    else f"the refreshed login is in this process's memory only: do not end it. {error}",
+                )
             self._beat()
             self._pause(SAVE_AGAIN)
         self._say("unsaved", "")
-        self._publish(login=tokens.fingerprint(successor.access_token), result=refresher_status.OK, reason="", next_try=None,
-                      no_room="")
-        logger.info("refreshed%s; the access token lasts until %s",
-                    f" after {failures} failures" if failures else "", _date(successor.expires_at))
-        self._say("failure", successor.refresh_error.description if successor.refresh_error else "", "stale")
+        self._publish(
+            login=tokens.fingerprint(successor.access_token),
+            result=refresher_status.OK,
+            reason="",
+            next_try=None,
+            no_room="",
+        )
+        logger.info(
+            "refreshed%s; the access token lasts until %s",
+            f" after {failures} failures" if failures else "",
+            _date(successor.expires_at),
+        )
+        self._say(
+            "failure",
+            successor.refresh_error.description if successor.refresh_error else "",
+            "stale",
+        )
         if self._asked(begun):
             with contextlib.suppress(OSError):
                 self.store.refused_path.unlink()
 
     def _decline(self, writer: token_writer.TokenWriter, login: tokens.Tokens) -> None:
         now, uptime = self._clock(), self._uptime()
-        text = "the API refuses access tokens soon after they are made; the next is asked for at " + \
-            _date(now + self._schedule.asked_wait(uptime))
+        text = (
+            "the API refuses access tokens soon after they are made; the next is asked for at "
+            + _date(now + self._schedule.asked_wait(uptime))
+        )
         logger.warning("%s", text)
         self._record(writer, login, self._schedule.declined(login, text, now, uptime))
 
-    def _failed(self, error: errors.Error, login: tokens.Tokens, begun: "tokens.Tokens | None" = None,
-                writer: "token_writer.TokenWriter | None" = None) -> None:
+    def _failed(
+        self,
+        error: errors.Error,
+        login: tokens.Tokens,
+        begun: tokens.Tokens | None = None,
+        writer: token_writer.TokenWriter | None = None,
+    ) -> None:
         """Decide about the next try, and tell. Without a writer there is no lock, and nothing is recorded.
 
         `login` and `begun`: before the try, and as the file has had it since the refresh token may have been sent.
@@ -287,23 +353,36 @@ class Refresher:
         recorded = self._schedule.failed(error, _code(error), login, begun, now, self._uptime())
         record = recorded.refresh_error
         # It may have moved. When an answer was lost it has not, and each second counts.
-        self._endpoint_in_doubt = isinstance(error, errors.IssuerUnavailable) and (not error.sent or error.page)
+        self._endpoint_in_doubt = isinstance(error, errors.IssuerUnavailable) and (
+            not error.sent or error.page
+        )
         # An outage may have a new face every minute: its first one is logged, and the file has the latest.
         kind = "outage" if isinstance(error, errors.IssuerUnavailable) else record.code
-        self._publish(result=record.code, reason=record.description, next_try=record.retry_at,
-                      **({"no_room": str(error)} if isinstance(error, errors.StorageError) else {}))
-        self._say("failure", f"the login could not be refreshed: {record.description}; {_next_try(record, now)}",
-                  f"{kind} {record.terminal} {_is_waiting(record, now)} {record.description == str(error)}")
+        self._publish(
+            result=record.code,
+            reason=record.description,
+            next_try=record.retry_at,
+            **({"no_room": str(error)} if isinstance(error, errors.StorageError) else {}),
+        )
+        self._say(
+            "failure",
+            f"the login could not be refreshed: {record.description}; {_next_try(record, now)}",
+            f"{kind} {record.terminal} {_is_waiting(record, now)} {record.description == str(error)}",
+        )
         if writer is not None:
             self._record(writer, login, recorded)
 
-    def _record(self, writer: token_writer.TokenWriter, login: tokens.Tokens, recorded: tokens.Tokens) -> None:
+    def _record(
+        self, writer: token_writer.TokenWriter, login: tokens.Tokens, recorded: tokens.Tokens
+    ) -> None:
         if self.store.load().refresh_token != login.refresh_token:
             return  # a program that takes no lock has put another login there, which must stay
         try:
             writer.save(recorded, over=login)
             self._publish(no_room="")
-        except errors.StorageError as failure:  # a full disk: the login is unharmed, and we know in memory
+        except (
+            errors.StorageError
+        ) as failure:  # a full disk: the login is unharmed, and we know in memory
             self._publish(no_room=str(failure))
 
     # Waiting and telling
@@ -323,7 +402,7 @@ class Refresher:
         offset = self._clock() - uptime
         # Once the clock was set, our last sign looks like that of another hour, and we like one who is gone.
         clock_was_set = abs(offset - self._clock_offset) > BEAT
-        if self._once or not (at_once or clock_was_set) and uptime < self._next_beat:
+        if self._once or (not (at_once or clock_was_set) and uptime < self._next_beat):
             return
         self._next_beat, self._clock_offset = uptime + BEAT, offset
         self._publish()
@@ -371,13 +450,23 @@ def _code(error: errors.Error) -> str:
     if isinstance(error, errors.OAuthError):
         return error.error
     if isinstance(error, errors.IssuerUnavailable):
-        return tokens.ANSWER_LOST if error.sent else REFUSED_FOR_NOW if error.refused else "issuer_unavailable"
+        return (
+            tokens.ANSWER_LOST
+            if error.sent
+            else REFUSED_FOR_NOW
+            if error.refused
+            else "issuer_unavailable"
+        )
     return "storage"
 
 
 def _is_waiting(error: tokens.RefreshError, now: float) -> bool:
     """Whether the next try waits for the end of the access token, since the refresh token may be spent."""
-    return error.code == tokens.ANSWER_LOST and error.retry_at is not None and error.retry_at > now + BACKOFF_LIMIT
+    return (
+        error.code == tokens.ANSWER_LOST
+        and error.retry_at is not None
+        and error.retry_at > now + BACKOFF_LIMIT
+    )
 
 
 def _next_try(error: tokens.RefreshError, now: float) -> str:
@@ -389,13 +478,17 @@ def _next_try(error: tokens.RefreshError, now: float) -> str:
 
 
 def _date(seconds: float) -> str:
-    return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
+    return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).strftime(
+        "%Y-%m-%d %H:%M:%S UTC"
+    )
 
 
-def main(argv: "list[str] | None" = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = command.ArgumentParser(prog="xai-refresher", description=EXAMPLES)
     parser.add_argument("--once", action="store_true", help="look once and end")
-    parser.add_argument("--token-path", metavar="FILE", help="the token file (default: XAI_PROXY_TOKEN_PATH)")
+    parser.add_argument(
+        "--token-path", metavar="FILE", help="the token file (default: XAI_PROXY_TOKEN_PATH)"
+    )
     return command.run("xai-refresher", lambda: _main(parser.parse_args(argv)))
 
 

@@ -26,10 +26,18 @@ BACKOFF, BACKOFF_LIMIT = 1.0, 60.0  # seconds; the first wait, doubled for each 
 # tells them to come again within so many.
 EXPIRED_LIMIT = 10.0
 RETRY_AFTER_LIMIT = 300.0  # seconds that we let the issuer's Retry-After make us wait
-STANDING_WAIT = 300.0  # seconds after a refusal of client or plan, which heals by itself or not at all
-LOST_TRIES, LOST_WINDOW = 3, 30.0  # tries, and seconds from the first of them, when answers are lost
+STANDING_WAIT = (
+    300.0  # seconds after a refusal of client or plan, which heals by itself or not at all
+)
+LOST_TRIES, LOST_WINDOW = (
+    3,
+    30.0,
+)  # tries, and seconds from the first of them, when answers are lost
 LAST_TRY = 600.0  # seconds before expiry, or a tenth of the lifetime if that is less: then a lost answer is tried again
-ASKED_WAIT, ASKED_WAIT_LIMIT = 120.0, 3600.0  # seconds between two refreshes that upstream's refusals ask for
+ASKED_WAIT, ASKED_WAIT_LIMIT = (
+    120.0,
+    3600.0,
+)  # seconds between two refreshes that upstream's refusals ask for
 DOUBTS = 3  # tries in a row with the same answer until a refusal that is not RFC 6749's is believed
 
 # The codes of a refresh_error, beside those of tokens.py and of OAuth.
@@ -51,10 +59,10 @@ class Schedule:
         self._random = random
         self._begin(None)
 
-    def _begin(self, login: "tokens.Tokens | None") -> None:
+    def _begin(self, login: tokens.Tokens | None) -> None:
         self._known = login and (login.access_token, login.refresh_token)
-        self._filed: "tuple | None" = None  # the records of the file when it was last read
-        self._written: "tuple" = ()  # the last ones that this process made, which it knows more about than the file
+        self._filed: tuple | None = None  # the records of the file when it was last read
+        self._written: tuple = ()  # the last ones that this process made, which it knows more about than the file
         self.failures = 0
         self._not_before = -math.inf
         self._terminal = False
@@ -82,7 +90,12 @@ class Schedule:
         self.failures = error.failures if error else 0
         self._terminal = error is not None and error.terminal
         # A failure in the future: the clock was set back since, and the time of the next try means nothing.
-        if error and error.retry_at and error.at <= now and error.code not in (tokens.ANSWER_LOST, tokens.UPSTREAM_REFUSES):
+        if (
+            error
+            and error.retry_at
+            and error.at <= now
+            and error.code not in (tokens.ANSWER_LOST, tokens.UPSTREAM_REFUSES)
+        ):
             waits.append(min(error.retry_at - now, STANDING_WAIT))
         self._tries = refresh_try.tries if refresh_try else 0
         if refresh_try is None:
@@ -97,8 +110,10 @@ class Schedule:
         self._not_before = uptime + max(waits)
         self._take_over_asked(asked, now, uptime)
 
-    def _take_over_asked(self, asked: "tokens.Asked | None", now: float, uptime: float) -> None:
-        self._asked_not_before = uptime + min(asked.next_at - now, asked.wait, ASKED_WAIT_LIMIT) if asked else -math.inf
+    def _take_over_asked(self, asked: tokens.Asked | None, now: float, uptime: float) -> None:
+        self._asked_not_before = (
+            uptime + min(asked.next_at - now, asked.wait, ASKED_WAIT_LIMIT) if asked else -math.inf
+        )
 
     def decide(self, login: tokens.Tokens, asked: bool, now: float, uptime: float) -> Decision:
         """`asked`: upstream has refused this login's access token."""
@@ -109,7 +124,7 @@ class Schedule:
         else:
             due = login.state(now, self._skew) is not tokens.State.FRESH
         # A refresh that was asked for and has begun is not another one.
-        if due or asked and (self._tries or uptime >= self._asked_not_before):
+        if due or (asked and (self._tries or uptime >= self._asked_not_before)):
             return Decision.REFRESH
         if asked and login.refresh_error is None and not self._declined:
             return Decision.DECLINE
@@ -124,7 +139,11 @@ class Schedule:
         self._first_at = min(self._first_at, now) if self._tries else now
         self._tries += 1
         refresh_try = tokens.RefreshTry(
-            tokens.fingerprint(login.refresh_token), self._first_at, self._tries, now + self._backoff(self.failures + 1))
+            tokens.fingerprint(login.refresh_token),
+            self._first_at,
+            self._tries,
+            now + self._backoff(self.failures + 1),
+        )
         record = login.asked
         if asked and not (former and record):
             wait = min(2 * record.wait if record else ASKED_WAIT, ASKED_WAIT_LIMIT)
@@ -139,12 +158,23 @@ class Schedule:
         self._tries, self._first_at, self._window_end = self._before
         refresh_try = None
         if self._tries:
-            refresh_try = tokens.RefreshTry(tokens.fingerprint(login.refresh_token), self._first_at, self._tries,
-                                            login.refresh_try.next_at if login.refresh_try else now)
+            refresh_try = tokens.RefreshTry(
+                tokens.fingerprint(login.refresh_token),
+                self._first_at,
+                self._tries,
+                login.refresh_try.next_at if login.refresh_try else now,
+            )
         return self._note(dataclasses.replace(login, refresh_try=refresh_try))
 
-    def failed(self, error: errors.Error, code: str, login: tokens.Tokens, begun: "tokens.Tokens | None", now: float,
-               uptime: float) -> tokens.Tokens:
+    def failed(
+        self,
+        error: errors.Error,
+        code: str,
+        login: tokens.Tokens,
+        begun: tokens.Tokens | None,
+        now: float,
+        uptime: float,
+    ) -> tokens.Tokens:
         """The login with the failure, and with the next try in it: refresh_error's `retry_at`, None when terminal.
 
         `login`: as it was before the try; `begun`: what `begun` made of it, None when the try did not come so far.
@@ -162,19 +192,34 @@ class Schedule:
         wait = self._wait_after(error, max(0.0, login.expires_at - now))
         self._not_before = uptime + wait
         if login.refresh_try is not None:
-            login = dataclasses.replace(login, refresh_try=dataclasses.replace(login.refresh_try, next_at=now + wait))
+            login = dataclasses.replace(
+                login, refresh_try=dataclasses.replace(login.refresh_try, next_at=now + wait)
+            )
         retry_at = now + wait
         if self._may_be_spent(self._not_before):
             retry_at = max(retry_at, last_try_at(login))
         description = str(error)
         if code == REFUSED_FOR_NOW and alike >= DOUBTS and login.expires_at <= now:
             description += f"; if that lasts, {errors.SIGN_IN}"
-        return self._note(dataclasses.replace(login, refresh_error=tokens.RefreshError(
-            code, description, now, self._terminal, None if self._terminal else retry_at, self.failures, alike,
-            tokens.fingerprint(login.refresh_token))))
+        return self._note(
+            dataclasses.replace(
+                login,
+                refresh_error=tokens.RefreshError(
+                    code,
+                    description,
+                    now,
+                    self._terminal,
+                    None if self._terminal else retry_at,
+                    self.failures,
+                    alike,
+                    tokens.fingerprint(login.refresh_token),
+                ),
+            )
+        )
 
-    def succeeded(self, successor: tokens.Tokens, begun: tokens.Tokens, asked: bool, now: float,
-                  uptime: float) -> tokens.Tokens:
+    def succeeded(
+        self, successor: tokens.Tokens, begun: tokens.Tokens, asked: bool, now: float, uptime: float
+    ) -> tokens.Tokens:
         """The new login as the file shall have it.
 
         `asked`: upstream had refused the access token that it succeeds. A successor that is stale already counts as a
@@ -191,16 +236,35 @@ class Schedule:
             self.failures = failures + 1
             wait = self._backoff(self.failures)
             self._not_before = uptime + wait
-            successor = dataclasses.replace(successor, refresh_error=tokens.RefreshError(
-                STALE_AT_ONCE, f"{successor.issuer} gave an access token that ends within moments; check this machine's "
-                "clock", now, retry_at=now + wait, failures=self.failures))
+            successor = dataclasses.replace(
+                successor,
+                refresh_error=tokens.RefreshError(
+                    STALE_AT_ONCE,
+                    f"{successor.issuer} gave an access token that ends within moments; check this machine's "
+                    "clock",
+                    now,
+                    retry_at=now + wait,
+                    failures=self.failures,
+                ),
+            )
         return self._note(successor)
 
-    def declined(self, login: tokens.Tokens, description: str, now: float, uptime: float) -> tokens.Tokens:
+    def declined(
+        self, login: tokens.Tokens, description: str, now: float, uptime: float
+    ) -> tokens.Tokens:
         """The login with the refusal to refresh it; refresh_error's `retry_at` is when that is allowed again."""
         self._declined = True
-        return self._note(dataclasses.replace(login, refresh_error=tokens.RefreshError(
-            tokens.UPSTREAM_REFUSES, description, now, retry_at=now + self.asked_wait(uptime))))
+        return self._note(
+            dataclasses.replace(
+                login,
+                refresh_error=tokens.RefreshError(
+                    tokens.UPSTREAM_REFUSES,
+                    description,
+                    now,
+                    retry_at=now + self.asked_wait(uptime),
+                ),
+            )
+        )
 
     def asked_wait(self, uptime: float) -> float:
         """Seconds until a refusal by upstream may cause another refresh."""
@@ -216,7 +280,7 @@ class Schedule:
 
     def _may_be_spent(self, uptime: float) -> bool:
         """Whether the refresh token may be spent and it is too late for the issuer to overlook that."""
-        return self._tries >= LOST_TRIES or self._tries > 0 and uptime > self._window_end
+        return self._tries >= LOST_TRIES or (self._tries > 0 and uptime > self._window_end)
 
     def _wait_after(self, error: errors.Error, left: float) -> float:
         """`left`: seconds until the access token expires."""

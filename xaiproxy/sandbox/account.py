@@ -1,4 +1,5 @@
 """Whose login it is, and the paths that such a login may not use."""
+
 from __future__ import annotations
 
 from flask import Blueprint
@@ -13,17 +14,36 @@ def create(_grants: Grants) -> Blueprint:
 
     @account.get("/v1/me")
     def me() -> Answer:
-        return reply({"user_id": USER["sub"], "team_id": TEAM, "zdr_status": "disabled",
-                      "team_blocked": False, "oauth": {"client_id": CLIENT_ID}, "api_key": None})
+        return reply(
+            {
+                "user_id": USER["sub"],
+                "team_id": TEAM,
+                "zdr_status": "disabled",
+                "team_blocked": False,
+                "oauth": {"client_id": CLIENT_ID},
+                "api_key": None,
+            }
+        )
 
     @account.get("/v1/api-key")
     def api_key() -> Answer:
         moment = "2026-01-01T00:00:00Z"
-        return reply({
-            "redacted_api_key": "xai-...beef", "user_id": USER["sub"], "name": "sandbox", "create_time": moment,
-            "modify_time": moment, "modified_by": USER["sub"], "team_id": TEAM,
-            "acls": ["api-key:endpoint:*", "api-key:model:*"], "api_key_id": TEAM, "team_blocked": False,
-            "api_key_blocked": False, "api_key_disabled": False})
+        return reply(
+            {
+                "redacted_api_key": "xai-...beef",
+                "user_id": USER["sub"],
+                "name": "sandbox",
+                "create_time": moment,
+                "modify_time": moment,
+                "modified_by": USER["sub"],
+                "team_id": TEAM,
+                "acls": ["api-key:endpoint:*", "api-key:model:*"],
+                "api_key_id": TEAM,
+                "team_blocked": False,
+                "api_key_blocked": False,
+                "api_key_disabled": False,
+            }
+        )
 
     @account.post("/v1/audio/speech")
     @account.post("/v1/realtime/sessions")

@@ -1,4 +1,5 @@
 """api.x.ai: what all its paths have in common. The paths themselves are in the modules named below."""
+
 from __future__ import annotations
 
 import uuid
@@ -23,7 +24,20 @@ from xaiproxy.sandbox import (
 from xaiproxy.sandbox.grants import Grants
 from xaiproxy.sandbox.replies import Answer
 
-PARTS = (account, batches, chat, documents, embeddings, files, media, messages, models, realtime, responses, speech)
+PARTS = (
+    account,
+    batches,
+    chat,
+    documents,
+    embeddings,
+    files,
+    media,
+    messages,
+    models,
+    realtime,
+    responses,
+    speech,
+)
 # xAI looks at the body of these before it looks at the token; they check the token themselves.
 BODY_FIRST = {"api.responses.create_response", "api.media.generate_video", "api.documents.search"}
 
@@ -41,16 +55,29 @@ def create(grants: Grants) -> Blueprint:
 
     @api.after_request
     def xai_headers(answer: Answer) -> Answer:
-        answer.headers.extend({
-            "Strict-Transport-Security": "max-age=31536000", "Server-Timing": 'cfCacheStatus;desc="DYNAMIC"',
-            "x-request-id": g.request_id, "x-zero-data-retention": "false", "x-data-retention": "general",
-            "vary": "origin", "access-control-allow-origin": "*", "access-control-expose-headers": "*",
-            "cf-cache-status": "DYNAMIC"})
+        answer.headers.extend(
+            {
+                "Strict-Transport-Security": "max-age=31536000",
+                "Server-Timing": 'cfCacheStatus;desc="DYNAMIC"',
+                "x-request-id": g.request_id,
+                "x-zero-data-retention": "false",
+                "x-data-retention": "general",
+                "vary": "origin",
+                "access-control-allow-origin": "*",
+                "access-control-expose-headers": "*",
+                "cf-cache-status": "DYNAMIC",
+            }
+        )
         if answer.status_code == 200:
-            answer.headers.extend({
-                "x-ratelimit-limit-tokens": "50000000", "x-ratelimit-remaining-tokens": "49999488",
-                "x-ratelimit-limit-requests": "7200", "x-ratelimit-remaining-requests": "7199",
-                "x-metrics-ttft-ms": "264.4"})
+            answer.headers.extend(
+                {
+                    "x-ratelimit-limit-tokens": "50000000",
+                    "x-ratelimit-remaining-tokens": "49999488",
+                    "x-ratelimit-limit-requests": "7200",
+                    "x-ratelimit-remaining-requests": "7199",
+                    "x-metrics-ttft-ms": "264.4",
+                }
+            )
         return answer
 
     return api

@@ -1,4 +1,5 @@
 """The whole sandbox as one WSGI application, with /_sandbox to watch and steer it by."""
+
 from __future__ import annotations
 
 import ipaddress
@@ -28,10 +29,18 @@ def create_app(origin: str, knobs: Knobs) -> Edge:
     app.register_blueprint(api.create(grants))
     app.register_blueprint(steering(grants, witness))
     app.register_error_handler(404, lambda _: error("no_route"))
-    app.register_error_handler(405, lambda problem: reply("Method Not Allowed", 405,
-                                                              {"Allow": ", ".join(problem.valid_methods)}))
-    app.add_url_rule("/oauth/token", "retired_token_endpoint", lambda: error("cloudflare_challenge"),
-                     methods=["GET", "POST"])
+    app.register_error_handler(
+        405,
+        lambda problem: reply(
+            "Method Not Allowed", 405, {"Allow": ", ".join(problem.valid_methods)}
+        ),
+    )
+    app.add_url_rule(
+        "/oauth/token",
+        "retired_token_endpoint",
+        lambda: error("cloudflare_challenge"),
+        methods=["GET", "POST"],
+    )
     return Edge(app, urlsplit(origin).netloc, knobs, witness)
 
 
@@ -44,7 +53,11 @@ def steering(grants: Grants, witness: Witness) -> Blueprint:
     def refuse_web_pages() -> None:
         # A page can post anywhere, but not without Origin; a rebound name shows in Host.
         if "Origin" in request.headers or not is_loopback(request.headers.get("Host", "")):
-            abort(reply({"error": "/_sandbox is for programs on this machine, not for web pages"}, 403))
+            abort(
+                reply(
+                    {"error": "/_sandbox is for programs on this machine, not for web pages"}, 403
+                )
+            )
 
     @control.errorhandler(BadKnob)
     def bad_knob(problem: BadKnob) -> Answer:

@@ -1,4 +1,5 @@
 """auth.x.ai and accounts.x.ai on one origin: discovery, the three grants, revocation, userinfo, keys."""
+
 from __future__ import annotations
 
 import re
@@ -9,12 +10,22 @@ from urllib.parse import urlencode
 from flask import Blueprint, request
 
 from xaiproxy.sandbox import consent
-from xaiproxy.sandbox.grants import CLIENT_ID, SCOPES, TEAM_SCOPES, USER, Grants, OAuthError, Request
+from xaiproxy.sandbox.grants import (
+    CLIENT_ID,
+    SCOPES,
+    TEAM_SCOPES,
+    USER,
+    Grants,
+    OAuthError,
+    Request,
+)
 from xaiproxy.sandbox.replies import Answer, page, reply
 from xaiproxy.sandbox.xai_errors import error
 
 DEVICE_CODE = "urn:ietf:params:oauth:grant-type:device_code"
-REDIRECT_URI = re.compile(r"http://127\.0\.0\.1:[0-9]{1,5}/callback")  # any port (RFC 8252 7.3), nothing else
+REDIRECT_URI = re.compile(
+    r"http://127\.0\.0\.1:[0-9]{1,5}/callback"
+)  # any port (RFC 8252 7.3), nothing else
 CHALLENGE = re.compile(r"[A-Za-z0-9_-]{43}")  # SHA-256 in base64url
 
 
@@ -40,21 +51,28 @@ def create(grants: Grants) -> Blueprint:
 
     @server.get("/.well-known/openid-configuration")
     def discovery() -> Answer:
-        return reply({
-            "issuer": issuer,
-            "authorization_endpoint": f"{issuer}/oauth2/authorize",
-            "device_authorization_endpoint": f"{issuer}/oauth2/device/code",
-            "token_endpoint": f"{issuer}/oauth2/token",
-            "userinfo_endpoint": f"{issuer}/oauth2/userinfo",
-            "revocation_endpoint": f"{issuer}/oauth2/revoke",
-            "jwks_uri": f"{issuer}/.well-known/jwks.json",
-            "response_types_supported": ["code"],
-            "subject_types_supported": ["public"],
-            "id_token_signing_alg_values_supported": ["ES256"],
-            "scopes_supported": SCOPES,
-            "token_endpoint_auth_methods_supported": ["client_secret_basic", "client_secret_post", "none"],
-            "grant_types_supported": ["authorization_code", "refresh_token", DEVICE_CODE],
-            "code_challenge_methods_supported": ["S256"]})
+        return reply(
+            {
+                "issuer": issuer,
+                "authorization_endpoint": f"{issuer}/oauth2/authorize",
+                "device_authorization_endpoint": f"{issuer}/oauth2/device/code",
+                "token_endpoint": f"{issuer}/oauth2/token",
+                "userinfo_endpoint": f"{issuer}/oauth2/userinfo",
+                "revocation_endpoint": f"{issuer}/oauth2/revoke",
+                "jwks_uri": f"{issuer}/.well-known/jwks.json",
+                "response_types_supported": ["code"],
+                "subject_types_supported": ["public"],
+                "id_token_signing_alg_values_supported": ["ES256"],
+                "scopes_supported": SCOPES,
+                "token_endpoint_auth_methods_supported": [
+                    "client_secret_basic",
+                    "client_secret_post",
+                    "none",
+                ],
+                "grant_types_supported": ["authorization_code", "refresh_token", DEVICE_CODE],
+                "code_challenge_methods_supported": ["S256"],
+            }
+        )
 
     @server.get("/.well-known/jwks.json")
     def keys() -> Answer:
@@ -76,7 +94,9 @@ def create(grants: Grants) -> Blueprint:
         if waiting is None or time.time() >= waiting.expires:
             raise Unprocessable(400, "This request is not waiting for a decision.")
         result = grants.decide(form["request"], form.get("decision") == "allow")
-        return reply({"url": f"{waiting.redirect_uri}?{urlencode(result)}", "code": result.get("code")})
+        return reply(
+            {"url": f"{waiting.redirect_uri}?{urlencode(result)}", "code": result.get("code")}
+        )
 
     @server.get("/oauth2/device")
     def device_page() -> Answer:
@@ -89,8 +109,13 @@ def create(grants: Grants) -> Blueprint:
         if waiting is None:
             return reply(consent.device_page("", "No login is waiting for this code."), 404)
         waiting.allowed = form.get("decision") == "allow"
-        return reply(page("Device", f"<h1>{'Signed in' if waiting.allowed else 'Access denied'}</h1>"
-                                    "<p>You can close this window and return to your device.</p>"))
+        return reply(
+            page(
+                "Device",
+                f"<h1>{'Signed in' if waiting.allowed else 'Access denied'}</h1>"
+                "<p>You can close this window and return to your device.</p>",
+            )
+        )
 
     @server.post("/oauth2/device/code")
     def device_authorization() -> Answer:
@@ -136,7 +161,7 @@ def create(grants: Grants) -> Blueprint:
             return error("invalid_client")
         grants.witness.count("revocations")
         access = grants.access_tokens.get(form["token"])
-        if family := grants.families.get(form["token"]) or access and access.family:
+        if family := grants.families.get(form["token"]) or (access and access.family):
             grants.revoke(family)
         return Answer(status=200)  # RFC 7009 2.2: also for a token never seen
 
@@ -173,8 +198,15 @@ def authorization_request(query: Any) -> Request:
     if problem := unknown_scope(query.get("scope", "")):
         raise ValueError(problem)
     now = time.time()
-    return Request(query.get("scope", ""), challenge, now, now + 600, query["redirect_uri"],
-                   query.get("state"), query.get("nonce"))
+    return Request(
+        query.get("scope", ""),
+        challenge,
+        now,
+        now + 600,
+        query["redirect_uri"],
+        query.get("state"),
+        query.get("nonce"),
+    )
 
 
 def unknown_scope(scope: str) -> str | None:
@@ -184,7 +216,9 @@ def unknown_scope(scope: str) -> str | None:
 def form_of(*required: str) -> dict[str, str]:
     """The request's form; raises Unprocessable when it is none, or lacks or repeats a field."""
     if request.mimetype != "application/x-www-form-urlencoded":
-        raise Unprocessable(415, "Form requests must have `Content-Type: application/x-www-form-urlencoded`")
+        raise Unprocessable(
+            415, "Form requests must have `Content-Type: application/x-www-form-urlencoded`"
+        )
     for name in required:
         if name not in request.form:
             raise Unprocessable(422, f"Failed to deserialize form body: missing field `{name}`")

@@ -1,4 +1,5 @@
 """Batches of requests, which here are never worked on: their paths have a colon."""
+
 from __future__ import annotations
 
 import uuid
@@ -24,8 +25,12 @@ def create(_grants: Grants) -> Blueprint:
     @blueprint.post("/v1/batches")
     def create_batch() -> Answer:
         name = f"batch_{uuid.uuid4()}"
-        batches[name] = {"batch_id": name, "name": json_body(name=str)["name"], "cancel_time": None,
-                         "state": {"num_requests": 0, "num_pending": 0, "num_success": 0, "num_error": 0}}
+        batches[name] = {
+            "batch_id": name,
+            "name": json_body(name=str)["name"],
+            "cancel_time": None,
+            "state": {"num_requests": 0, "num_pending": 0, "num_success": 0, "num_error": 0},
+        }
         requests[name] = []
         return reply(batches[name])
 

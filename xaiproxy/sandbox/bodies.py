@@ -1,4 +1,5 @@
 """What the API asks of a request's body, and the 415 and 422 that it answers otherwise."""
+
 from __future__ import annotations
 
 import json
@@ -17,7 +18,9 @@ def one_content_type(wanted: str) -> None:
 
 
 def unprocessable(problem: str) -> NoReturn:
-    sentence = f"Failed to deserialize the JSON body into the target type: {problem} at line 1 column 1"
+    sentence = (
+        f"Failed to deserialize the JSON body into the target type: {problem} at line 1 column 1"
+    )
     abort(reply({"error": sentence}, 422))
 
 

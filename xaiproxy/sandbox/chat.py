@@ -1,8 +1,10 @@
 """Chat completions, streamed, at once or deferred, and the two older forms of completion."""
+
 from __future__ import annotations
 
 import time
-from typing import Any, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 from flask import Blueprint, g
 
@@ -15,7 +17,9 @@ from xaiproxy.sandbox.stream import THOUGHT, deltas, sse
 from xaiproxy.sandbox.xai_errors import CAPACITY
 
 FINGERPRINT = {"system_fingerprint": "fp_0000000000"}
-FAILURE = sse({"error": {"message": CAPACITY, "type": "server_error", "code": "resource-exhausted"}})
+FAILURE = sse(
+    {"error": {"message": CAPACITY, "type": "server_error", "code": "resource-exhausted"}}
+)
 
 
 def create(grants: Grants) -> Blueprint:
@@ -33,8 +37,15 @@ def create(grants: Grants) -> Blueprint:
         pieces, call = deltas(knobs), tool_calls.call(body, body["messages"])
         if body.get("stream"):
             return stream.answer(chunks(body, pieces, call), FAILURE, grants)
-        answer = reply({**head("chat.completion", body), "choices": [choice(pieces, call)],
-                        "usage": usage(len(pieces)), **FINGERPRINT, "service_tier": "default"})
+        answer = reply(
+            {
+                **head("chat.completion", body),
+                "choices": [choice(pieces, call)],
+                "usage": usage(len(pieces)),
+                **FINGERPRINT,
+                "service_tier": "default",
+            }
+        )
         if body.get("deferred"):
             deferred[g.request_id] = [answer, Answer(status=202)]
             return reply({"request_id": g.request_id})
@@ -56,14 +67,26 @@ def create(grants: Grants) -> Blueprint:
             choices.append({"index": 0, "text": "".join(pieces[-1:]), "finish_reason": "stop"})
             events = [*({**start, "choices": [one]} for one in choices), "[DONE]"]
             return stream.answer(map(sse, events), FAILURE, grants)
-        return reply({**start, "usage": usage(len(pieces)),
-                      "choices": [{"index": 0, "text": "".join(pieces), "finish_reason": "stop"}]})
+        return reply(
+            {
+                **start,
+                "usage": usage(len(pieces)),
+                "choices": [{"index": 0, "text": "".join(pieces), "finish_reason": "stop"}],
+            }
+        )
 
     @chat.post("/v1/complete")
     def complete_as_anthropic_once_did() -> Answer:
         body = json_body(model=str, prompt=str)
-        return reply({"type": "completion", "id": g.request_id, "completion": "".join(deltas(knobs)),
-                      "stop_reason": "stop_sequence", "model": known(body["model"])})
+        return reply(
+            {
+                "type": "completion",
+                "id": g.request_id,
+                "completion": "".join(deltas(knobs)),
+                "stop_reason": "stop_sequence",
+                "model": known(body["model"]),
+            }
+        )
 
     return chat
 
@@ -73,17 +96,28 @@ def head(kind: str, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def choice(pieces: list[str], call: tool_calls.Call | None) -> dict[str, Any]:
-    message = {"role": "assistant", "content": "" if call else "".join(pieces), "reasoning_content": THOUGHT,
-               "refusal": None, **({"tool_calls": [tool_call(call)]} if call else {})}
+    message = {
+        "role": "assistant",
+        "content": "" if call else "".join(pieces),
+        "reasoning_content": THOUGHT,
+        "refusal": None,
+        **({"tool_calls": [tool_call(call)]} if call else {}),
+    }
     return {"index": 0, "message": message, "finish_reason": "tool_calls" if call else "stop"}
 
 
 def tool_call(call: tool_calls.Call) -> dict[str, Any]:
-    return {"id": f"call_{g.request_id[:8]}", "function": {"name": call.name, "arguments": call.json}, "index": 0,
-            "type": "function"}
+    return {
+        "id": f"call_{g.request_id[:8]}",
+        "function": {"name": call.name, "arguments": call.json},
+        "index": 0,
+        "type": "function",
+    }
 
 
-def chunks(body: dict[str, Any], pieces: list[str], call: tool_calls.Call | None) -> Iterator[bytes]:
+def chunks(
+    body: dict[str, Any], pieces: list[str], call: tool_calls.Call | None
+) -> Iterator[bytes]:
     """A streamed completion; a tool call comes whole, in one chunk."""
     start = head("chat.completion.chunk", body)
     said = [{"tool_calls": [tool_call(call)]}] if call else [{"content": piece} for piece in pieces]
@@ -99,16 +133,28 @@ def chunks(body: dict[str, Any], pieces: list[str], call: tool_calls.Call | None
         if (body.get("stream_options") or {}).get("include_usage", True):
             yield sse({**start, "choices": [], "usage": usage(len(pieces)), **FINGERPRINT})
         yield sse("[DONE]")
+
     return events()
 
 
 def usage(count: int) -> dict[str, Any]:
     """completion_tokens leaves out the reasoning, total_tokens does not."""
     return {
-        "prompt_tokens": 12, "completion_tokens": count, "total_tokens": 12 + count + 3,
+        "prompt_tokens": 12,
+        "completion_tokens": count,
+        "total_tokens": 12 + count + 3,
         "prompt_tokens_details": {
-            "text_tokens": 12, "audio_tokens": 0, "image_tokens": 0, "cached_tokens": 0},
+            "text_tokens": 12,
+            "audio_tokens": 0,
+            "image_tokens": 0,
+            "cached_tokens": 0,
+        },
         "completion_tokens_details": {
-            "reasoning_tokens": 3, "audio_tokens": 0, "accepted_prediction_tokens": 0,
-            "rejected_prediction_tokens": 0},
-        "num_sources_used": 0, "cost_in_usd_ticks": 1466250}
+            "reasoning_tokens": 3,
+            "audio_tokens": 0,
+            "accepted_prediction_tokens": 0,
+            "rejected_prediction_tokens": 0,
+        },
+        "num_sources_used": 0,
+        "cost_in_usd_ticks": 1466250,
+    }

@@ -1,4 +1,5 @@
 """The pages on which a person allows or denies a login."""
+
 from __future__ import annotations
 
 from html import escape
@@ -34,23 +35,32 @@ if (seconds !== null) setTimeout(() => document.getElementById("allow").click(),
 def browser_page(handle: str, asked: Request, auto_approve: float | None) -> str:
     """The consent page for an authorization request."""
     script = SCRIPT % {"request": compact(handle), "seconds": compact(auto_approve)}
-    return page("Authorize", f"<h1>Authorize Grok Build</h1><p>It asks for: {escape(asked.scope)}</p>"
-                             '<button id="allow">Allow</button> <button id="deny">Deny</button>'
-                             '<p id="outcome"></p><pre id="code"></pre>'
-                             f'<script data-request="{handle}">{script}</script>')
+    return page(
+        "Authorize",
+        f"<h1>Authorize Grok Build</h1><p>It asks for: {escape(asked.scope)}</p>"
+        '<button id="allow">Allow</button> <button id="deny">Deny</button>'
+        '<p id="outcome"></p><pre id="code"></pre>'
+        f'<script data-request="{handle}">{script}</script>',
+    )
 
 
 def refusal_page(problem: str) -> str:
     """Instead of a consent page, for a request that nobody should be asked to allow."""
-    return page("Access denied", "<h1>Access denied</h1><p>Failed to generate authentication code &mdash; "
-                                 f"{escape(problem)}</p>")
+    return page(
+        "Access denied",
+        "<h1>Access denied</h1><p>Failed to generate authentication code &mdash; "
+        f"{escape(problem)}</p>",
+    )
 
 
 def device_page(user_code: str, problem: str = "") -> str:
     """The page that takes a user code (RFC 8628 3.3)."""
-    return page("Device", f"<h1>Connect a device</h1><p>{escape(problem)}</p>"
-                          '<form method="post" action="/oauth2/device">'
-                          '<input name="user_code" id="user_code" placeholder="XXXX-XXXX"'
-                          f' value="{escape(user_code)}">'
-                          '<button id="allow" name="decision" value="allow">Allow</button> '
-                          '<button id="deny" name="decision" value="deny">Deny</button></form>')
+    return page(
+        "Device",
+        f"<h1>Connect a device</h1><p>{escape(problem)}</p>"
+        '<form method="post" action="/oauth2/device">'
+        '<input name="user_code" id="user_code" placeholder="XXXX-XXXX"'
+        f' value="{escape(user_code)}">'
+        '<button id="allow" name="decision" value="allow">Allow</button> '
+        '<button id="deny" name="decision" value="deny">Deny</button></form>',
+    )

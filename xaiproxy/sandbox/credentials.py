@@ -1,4 +1,5 @@
 """Who may call the API: whoever brings an access token, or, once, a client secret to a WebSocket's handshake."""
+
 from __future__ import annotations
 
 from flask import abort, request

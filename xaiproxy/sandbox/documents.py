@@ -1,4 +1,5 @@
 """Collections of documents, and the search in them."""
+
 from __future__ import annotations
 
 import uuid
@@ -22,7 +23,11 @@ def create(grants: Grants) -> Blueprint:
 
     @documents.post("/v1/collections")
     def create_collection() -> Answer:
-        return reply({"collection_id": f"collection_{uuid.uuid4()}",
-                      "collection_name": json_body(collection_name=str)["collection_name"]})
+        return reply(
+            {
+                "collection_id": f"collection_{uuid.uuid4()}",
+                "collection_name": json_body(collection_name=str)["collection_name"],
+            }
+        )
 
     return documents

@@ -3,13 +3,15 @@
 Every request passes here: it is recorded, refused when its Host or User-Agent will not do, answered as
 scripted, delayed, compressed, dripped or cut.
 """
+
 from __future__ import annotations
 
 import contextlib
 import gzip
 import io
 import zlib
-from typing import Any, Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 from urllib.parse import parse_qs
 
 from werkzeug.http import parse_accept_header
@@ -21,8 +23,12 @@ from xaiproxy.sandbox.witness import Witness
 from xaiproxy.sandbox.xai_errors import error
 
 NOT_XAI = [("X-Sandbox", "not xAI")]
-EVERYWHERE = [*NOT_XAI, ("Server", "cloudflare"), ("CF-RAY", "0000000000000000-LO"),
-              ("Set-Cookie", "__cf_bm=sandbox; Path=/; HttpOnly")]
+EVERYWHERE = [
+    *NOT_XAI,
+    ("Server", "cloudflare"),
+    ("CF-RAY", "0000000000000000-LO"),
+    ("Set-Cookie", "__cf_bm=sandbox; Path=/; HttpOnly"),
+]
 
 
 class Edge:
@@ -78,12 +84,14 @@ class Edge:
 
     def _handle(self, environ: dict[str, Any]) -> Answer:
         head: list[Any] = []
-        body = self.application(environ, lambda *status_and_headers: head.extend(status_and_headers))
+        body = self.application(
+            environ, lambda *status_and_headers: head.extend(status_and_headers)
+        )
         return Answer(body, *head)
 
     def _wants_gzip(self, response: Answer) -> bool:
         refusal = response.is_json and response.status_code in (401, 403)
-        chosen = self.knobs.gzip == "all" or self.knobs.gzip == "refusals" and refusal
+        chosen = self.knobs.gzip == "all" or (self.knobs.gzip == "refusals" and refusal)
         return chosen and "Content-Encoding" not in response.headers and response.status_code != 101
 
 

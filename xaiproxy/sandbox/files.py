@@ -1,4 +1,5 @@
 """Files: uploaded whole or in chunks, listed, read and deleted."""
+
 from __future__ import annotations
 
 import base64
@@ -22,9 +23,17 @@ def create(_grants: Grants) -> Blueprint:
 
     def add(filename: str, content: bytes, **more: Any) -> Answer:
         name = f"file_{uuid.uuid4()}"
-        files[name] = {"content": content, "about": {
-            "id": name, "object": "file", "bytes": len(content), "created_at": int(time.time()),
-            "filename": filename, **more}}
+        files[name] = {
+            "content": content,
+            "about": {
+                "id": name,
+                "object": "file",
+                "bytes": len(content),
+                "created_at": int(time.time()),
+                "filename": filename,
+                **more,
+            },
+        }
         return reply(files[name]["about"])
 
     def existing(name: str) -> dict[str, Any]:
@@ -89,7 +98,9 @@ def expiry() -> dict[str, int]:
     if sent.index(b'name="expires_after') > sent.index(b'name="file"'):
         invalid("expires_after must precede file.")
     if not seconds.isdigit() or int(seconds) not in EXPIRES_AFTER:
-        invalid(f"expires_after must be between {EXPIRES_AFTER[0]} and {EXPIRES_AFTER[-1]} seconds.")
+        invalid(
+            f"expires_after must be between {EXPIRES_AFTER[0]} and {EXPIRES_AFTER[-1]} seconds."
+        )
     return {"expires_at": int(time.time()) + int(seconds)}
 
 

@@ -3,6 +3,7 @@
 A login is a family: its refresh token is rotated at every use, and presenting a former one revokes the
 family, access tokens included (RFC 9700 4.14.2). No HTTP here; failures are OAuthError.
 """
+
 from __future__ import annotations
 
 import base64
@@ -20,12 +21,22 @@ from xaiproxy.sandbox.replies import compact
 from xaiproxy.sandbox.witness import Witness
 from xaiproxy.sandbox.xai_errors import TEAM, oauth
 
-CLIENT_ID = "b1a00492-073a-47ea-816f-4c329264a828"  # the Grok CLI's public client; no other is registered
-SCOPES = ("openid profile email offline_access grok-cli:access team:read org:read api:access "
-          "conversations:read conversations:write workspaces:read workspaces:write").split()
+CLIENT_ID = (
+    "b1a00492-073a-47ea-816f-4c329264a828"  # the Grok CLI's public client; no other is registered
+)
+SCOPES = (
+    "openid profile email offline_access grok-cli:access team:read org:read api:access "
+    "conversations:read conversations:write workspaces:read workspaces:write"
+).split()
 TEAM_SCOPES = {"team:read", "org:read"}  # known, but not for the only user here
-USER = {"sub": "00000000-0000-4000-8000-00000000cafe", "email": "sandbox@example.invalid",
-        "name": "Sandy Box", "given_name": "Sandy", "family_name": "Box", "picture": ""}
+USER = {
+    "sub": "00000000-0000-4000-8000-00000000cafe",
+    "email": "sandbox@example.invalid",
+    "name": "Sandy Box",
+    "given_name": "Sandy",
+    "family_name": "Box",
+    "picture": "",
+}
 USER_CODE_LETTERS = "BCDFGHJKLMNPQRSTVWXZ23456789"  # RFC 8628 6.1: nothing that reads two ways
 
 VERIFIER = re.compile(r"[A-Za-z0-9._~-]{43,128}")
@@ -42,6 +53,7 @@ class OAuthError(Exception):
 @dataclass(eq=False)
 class Family:
     """One login and all tokens that came of it."""
+
     scope: str
     refresh_token: str = ""
     former: dict[str, float] = field(default_factory=dict)  # rotated refresh tokens and when
@@ -51,6 +63,7 @@ class Family:
 @dataclass
 class Request:
     """A login that somebody has to allow: an authorization request or a device code."""
+
     scope: str
     challenge: str | None
     begun: float
@@ -108,7 +121,9 @@ class Grants:
         request = self.codes.get(code)
         if request is None:
             raise OAuthError("invalid_grant")
-        if request.used and request.family:  # RFC 6749 4.1.2: a code used twice may have been stolen
+        if (
+            request.used and request.family
+        ):  # RFC 6749 4.1.2: a code used twice may have been stolen
             self.revoke(request.family)
         if request.used or time.time() >= request.expires:
             raise OAuthError("invalid_grant")
@@ -125,20 +140,39 @@ class Grants:
         code, knobs = secrets.token_urlsafe(64), self.knobs
         letters = "".join(secrets.choice(USER_CODE_LETTERS) for _ in range(8))
         now = time.time()
-        request = Request(scope, challenge, now, now + knobs.device_lifetime, interval=knobs.device_interval,
-                          user_code=f"{letters[:4]}-{letters[4:]}", last_poll=now)
+        request = Request(
+            scope,
+            challenge,
+            now,
+            now + knobs.device_lifetime,
+            interval=knobs.device_interval,
+            user_code=f"{letters[:4]}-{letters[4:]}",
+            last_poll=now,
+        )
         self.device_codes[code] = request
         self.witness.count("device_requests")
         page = f"{self.issuer}/oauth2/device"
-        return {"device_code": code, "user_code": request.user_code, "verification_uri": page,
-                "verification_uri_complete": f"{page}?user_code={request.user_code}",
-                "expires_in": int(knobs.device_lifetime), "interval": knobs.device_interval}
+        return {
+            "device_code": code,
+            "user_code": request.user_code,
+            "verification_uri": page,
+            "verification_uri_complete": f"{page}?user_code={request.user_code}",
+            "expires_in": int(knobs.device_lifetime),
+            "interval": knobs.device_interval,
+        }
 
     def waiting_device(self, user_code: str) -> Request | None:
         """The request that shows this code to its user, if it is still to be decided."""
-        return next((request for request in self.device_codes.values()
-                     if request.user_code == user_code.upper() and request.allowed is None
-                     and time.time() < request.expires), None)
+        return next(
+            (
+                request
+                for request in self.device_codes.values()
+                if request.user_code == user_code.upper()
+                and request.allowed is None
+                and time.time() < request.expires
+            ),
+            None,
+        )
 
     def poll(self, device_code: str, verifier: str | None) -> dict[str, Any]:
         self.witness.count("device_polls")
@@ -191,7 +225,12 @@ class Grants:
     def check(self, token: str) -> Family | None:
         """The login behind an access token that the API accepts."""
         access = self.access_tokens.get(token)
-        if access is None or access.revoked or access.family.revoked or time.time() >= access.expires:
+        if (
+            access is None
+            or access.revoked
+            or access.family.revoked
+            or time.time() >= access.expires
+        ):
             return None
         if access.refusals:
             access.refusals -= 1
@@ -199,7 +238,10 @@ class Grants:
         return access.family
 
     def mint_secret(self, seconds: int) -> dict[str, Any]:
-        value, expires = f"xai-realtime-client-secret-{secrets.token_urlsafe(24)}", time.time() + seconds
+        value, expires = (
+            f"xai-realtime-client-secret-{secrets.token_urlsafe(24)}",
+            time.time() + seconds,
+        )
         self.client_secrets[value] = expires
         return {"value": value, "expires_at": int(expires)}
 
@@ -231,14 +273,32 @@ class Grants:
 
     def _tokens(self, family: Family, **extra: str) -> dict[str, Any]:
         now, lifetime = time.time(), self.knobs.access_token_lifetime
-        token = self._jwt({
-            "iss": self.issuer, "aud": CLIENT_ID, "sub": USER["sub"], "exp": int(now) + lifetime,
-            "iat": int(now), "scope": family.scope, "client_id": CLIENT_ID, "jti": str(uuid.uuid4()),
-            "principal_type": "User", "principal_id": USER["sub"], "team_id": TEAM, "tier": 1,
-            "bot_flag_source": 0})
+        token = self._jwt(
+            {
+                "iss": self.issuer,
+                "aud": CLIENT_ID,
+                "sub": USER["sub"],
+                "exp": int(now) + lifetime,
+                "iat": int(now),
+                "scope": family.scope,
+                "client_id": CLIENT_ID,
+                "jti": str(uuid.uuid4()),
+                "principal_type": "User",
+                "principal_id": USER["sub"],
+                "team_id": TEAM,
+                "tier": 1,
+                "bot_flag_source": 0,
+            }
+        )
         self.access_tokens[token] = AccessToken(family, now + lifetime, self.knobs.refuse_fresh)
         expires = {"expires_in": lifetime} if self.knobs.send_expires_in else {}
-        return {"access_token": token, "token_type": "Bearer", **expires, **extra, "scope": family.scope}
+        return {
+            "access_token": token,
+            "token_type": "Bearer",
+            **expires,
+            **extra,
+            "scope": family.scope,
+        }
 
     def _jwt(self, claims: dict[str, Any]) -> str:
         head = {"alg": "HS256", "typ": "JWT"}
@@ -250,7 +310,9 @@ def matches(verifier: str, challenge: str) -> bool:
     """PKCE, S256 (RFC 7636 4.1 and 4.6)."""
     if not VERIFIER.fullmatch(verifier):
         return False
-    return hmac.compare_digest(_base64url(hashlib.sha256(verifier.encode()).digest()), challenge.encode())
+    return hmac.compare_digest(
+        _base64url(hashlib.sha256(verifier.encode()).digest()), challenge.encode()
+    )
 
 
 def _base64url(data: bytes) -> bytes:

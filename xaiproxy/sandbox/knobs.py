@@ -2,9 +2,11 @@
 
 A knob is the option ``--access-token-lifetime 3`` or the JSON member ``{"access_token_lifetime": 3}``.
 """
+
 from __future__ import annotations
 
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from xaiproxy.sandbox import replies, xai_errors
 
@@ -21,11 +23,14 @@ class Knob(NamedTuple):
     help: str
 
 
-def number(minimum: float, maximum: float = 10**9, unset: bool = False, kinds: tuple = (int, float)) -> Check:
+def number(
+    minimum: float, maximum: float = 10**9, unset: bool = False, kinds: tuple = (int, float)
+) -> Check:
     def check(value: Any) -> str:
-        good = type(value) in kinds and minimum <= value <= maximum or unset and value is None
+        good = (type(value) in kinds and minimum <= value <= maximum) or (unset and value is None)
         what = "a whole number" if kinds == (int,) else "a number"
         return "" if good else f"{what} from {minimum} to {maximum}" + " or null" * unset
+
     return check
 
 
@@ -35,7 +40,9 @@ def whole(minimum: int, maximum: int = 10**9, unset: bool = False) -> Check:
 
 def one_of(*values: Any) -> Check:
     wanted = [(type(value), value) for value in values]  # 1 is not true here
-    return lambda value: "" if (type(value), value) in wanted else " or ".join(map(replies.compact, values))
+    return lambda value: (
+        "" if (type(value), value) in wanted else " or ".join(map(replies.compact, values))
+    )
 
 
 def of_type(kind: type, name: str) -> Check:
@@ -46,17 +53,24 @@ yes_no = one_of(True, False)
 
 
 def header_fields(value: Any) -> str:
-    good = isinstance(value, dict) and all(isinstance(text, str) and text.isprintable() and text.isascii()
-                                           for field in value.items() for text in field)
+    good = isinstance(value, dict) and all(
+        isinstance(text, str) and text.isprintable() and text.isascii()
+        for field in value.items()
+        for text in field
+    )
     return "" if good else "an object of printable strings"
 
 
 # The fields of one scripted answer. Without error, status, body or cut the request is handled as ever, and
 # only delayed or dripped; with one of them it is not handled at all, unless `process` says so.
 ANSWER = {
-    "path": Knob(None, of_type(str, "a path; a final * stands for any rest"), "which requests: this path"),
+    "path": Knob(
+        None, of_type(str, "a path; a final * stands for any rest"), "which requests: this path"
+    ),
     "method": Knob(None, of_type(str, "a method"), "and only this method"),
-    "grant_type": Knob(None, of_type(str, "a grant_type"), "and only this grant_type, at /oauth2/token"),
+    "grant_type": Knob(
+        None, of_type(str, "a grant_type"), "and only this grant_type, at /oauth2/token"
+    ),
     "times": Knob(None, whole(1, unset=True), "how many requests; null: all"),
     "error": Knob(None, one_of(*sorted(xai_errors.ERRORS)), "answer with this error of xAI's"),
     "status": Knob(None, whole(200, 599), "answer with this status"),
@@ -65,14 +79,18 @@ ANSWER = {
     "process": Knob(False, yes_no, "handle the request for real before answering as told"),
     "early": Knob(False, yes_no, "answer without reading the request's body"),
     "delay": Knob(0, number(0), "s before the answer, after the request is handled"),
-    "cut": Knob(None, one_of("close", "reset"), "end the connection instead of answering, by FIN or RST"),
+    "cut": Knob(
+        None, one_of("close", "reset"), "end the connection instead of answering, by FIN or RST"
+    ),
     "drip": Knob(None, number(0.01, unset=True), "bytes of the body a second"),
 }
 AS_EVER = {name: field.default for name, field in ANSWER.items()}
 
 
 def answers(value: Any) -> str:
-    if not isinstance(value, list) or not all(isinstance(item, dict) and "path" in item for item in value):
+    if not isinstance(value, list) or not all(
+        isinstance(item, dict) and "path" in item for item in value
+    ):
         return "a list of objects, each with a path"
     for item in value:
         _validate(ANSWER, item, "answers: ")
@@ -80,20 +98,30 @@ def answers(value: Any) -> str:
 
 
 KNOBS = {
-    "idle_timeout": Knob(None, number(0.001, unset=True), "s that an idle connection stays; null: for ever"),
+    "idle_timeout": Knob(
+        None, number(0.001, unset=True), "s that an idle connection stays; null: for ever"
+    ),
     "access_token_lifetime": Knob(21600, whole(1), "s that an access token lives"),
     "send_expires_in": Knob(True, yes_no, "say expires_in in token responses"),
-    "send_refresh_token": Knob(True, yes_no, "rotate the refresh token; false: omit it, the old one stays"),
+    "send_refresh_token": Knob(
+        True, yes_no, "rotate the refresh token; false: omit it, the old one stays"
+    ),
     "grace": Knob(0, number(0), "s in which a refresh token just rotated is taken again"),
-    "auto_approve": Knob(None, number(0, unset=True), "s after which every login is approved; null: by hand"),
+    "auto_approve": Knob(
+        None, number(0, unset=True), "s after which every login is approved; null: by hand"
+    ),
     "code_lifetime": Knob(60, number(0), "s that an authorization code lives"),
     "device_lifetime": Knob(900, number(1), "s that a device code lives"),
     "device_interval": Knob(5, number(0), "s between two polls; sooner is answered slow_down"),
-    "slow_downs": Knob(0, whole(0), "how many of the next device polls are told slow_down at any pace"),
+    "slow_downs": Knob(
+        0, whole(0), "how many of the next device polls are told slow_down at any pace"
+    ),
     "refuse_fresh": Knob(0, whole(0), "how often the API refuses each newly minted access token"),
     "dead_token_status": Knob(403, one_of(403, 401), "status for a dead access token, 403 or 401"),
     "old_shape": Knob(False, yes_no, "refuse tokens in the older shape of body, with [WKE=...]"),
-    "gzip": Knob("refusals", one_of("refusals", "all", "none"), "compress refusals of a token, all or none"),
+    "gzip": Knob(
+        "refusals", one_of("refusals", "all", "none"), "compress refusals of a token, all or none"
+    ),
     "events": Knob(20, whole(0), "deltas in a streamed answer"),
     "event_size": Knob(None, whole(1, unset=True), "bytes of text in a delta; null: a word"),
     "events_per_second": Knob(0, number(0), "pace of a stream; 0: as fast as it is read"),
@@ -101,11 +129,19 @@ KNOBS = {
     "keepalives": Knob(0, whole(0), "comments sent before the first event"),
     "silence_after": Knob(None, whole(0, unset=True), "events after which a stream falls silent"),
     "silence": Knob(3600, number(0), "s that it then stays silent"),
-    "cut_after": Knob(None, whole(0, unset=True), "events after which a stream is cut, amid the next"),
+    "cut_after": Knob(
+        None, whole(0, unset=True), "events after which a stream is cut, amid the next"
+    ),
     "cut": Knob("close", one_of("close", "reset"), "how it is cut: close (FIN) or reset (RST)"),
-    "capacity_error_after": Knob(None, whole(0, unset=True), "events after which a stream ends in an error"),
-    "framing": Knob("chunked", one_of("chunked", "length", "close"), "of a stream: chunked, length or close"),
-    "close_code": Knob(None, whole(1000, 4999, unset=True), "close /v1/realtime with this code once it has begun"),
+    "capacity_error_after": Knob(
+        None, whole(0, unset=True), "events after which a stream ends in an error"
+    ),
+    "framing": Knob(
+        "chunked", one_of("chunked", "length", "close"), "of a stream: chunked, length or close"
+    ),
+    "close_code": Knob(
+        None, whole(1000, 4999, unset=True), "close /v1/realtime with this code once it has begun"
+    ),
     "answers": Knob([], answers, "scripted answers: a JSON list of objects with the fields below"),
 }
 
@@ -135,9 +171,15 @@ class Knobs:
 
     def matching(self, method: str, path: str) -> list[dict[str, Any]]:
         """The scripted answers for this request, whatever its grant_type."""
-        return [answer for answer in self.answers if answer["method"] in (None, method)
-                and (path == answer["path"]
-                     or answer["path"].endswith("*") and path.startswith(answer["path"][:-1]))]
+        return [
+            answer
+            for answer in self.answers
+            if answer["method"] in (None, method)
+            and (
+                path == answer["path"]
+                or (answer["path"].endswith("*") and path.startswith(answer["path"][:-1]))
+            )
+        ]
 
     def take_answer(self, method: str, path: str, grant_type: str | None) -> dict[str, Any] | None:
         """The first scripted answer for this request; one of its `times` is then used up."""

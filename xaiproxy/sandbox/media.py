@@ -1,4 +1,5 @@
 """Images and videos: their answers, but no pictures."""
+
 from __future__ import annotations
 
 from flask import Blueprint, g
@@ -12,15 +13,27 @@ from xaiproxy.sandbox.replies import Answer, reply
 
 def create(grants: Grants) -> Blueprint:
     media = Blueprint("media", __name__)
-    pending: dict[str, bool] = {}  # whether a video, by its request_id, is still to be said to be so
+    pending: dict[
+        str, bool
+    ] = {}  # whether a video, by its request_id, is still to be said to be so
 
     @media.post("/v1/images/generations")
     @media.post("/v1/images/edits")
     def image() -> Answer:
         body = json_body(model=str, prompt=str)
         known(body["model"])
-        return reply({"data": [{"url": f"https://imgen.invalid/{g.request_id}.jpg", "mime_type": "image/jpeg",
-                                "revised_prompt": ""}] * (body.get("n") or 1)})
+        return reply(
+            {
+                "data": [
+                    {
+                        "url": f"https://imgen.invalid/{g.request_id}.jpg",
+                        "mime_type": "image/jpeg",
+                        "revised_prompt": "",
+                    }
+                ]
+                * (body.get("n") or 1)
+            }
+        )
 
     @media.post("/v1/videos/generations")
     def generate_video() -> Answer:
@@ -42,8 +55,14 @@ def create(grants: Grants) -> Blueprint:
         if pending[request_id]:
             pending[request_id] = False
             return reply({"status": "pending", "progress": 0})
-        return reply({"status": "done", "progress": 100, "model": "grok-imagine-video",
-                      "video": {"url": f"https://vidgen.invalid/{request_id}.mp4", "duration": 6}})
+        return reply(
+            {
+                "status": "done",
+                "progress": 100,
+                "model": "grok-imagine-video",
+                "video": {"url": f"https://vidgen.invalid/{request_id}.mp4", "duration": 6},
+            }
+        )
 
     def begin() -> Answer:
         pending[g.request_id] = True

@@ -1,7 +1,9 @@
 """Messages as Anthropic has them, at once and streamed; tokens are not counted here, nor at xAI."""
+
 from __future__ import annotations
 
-from typing import Any, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 from flask import Blueprint, g
 
@@ -27,13 +29,28 @@ def create(grants: Grants) -> Blueprint:
         pieces, call = deltas(knobs), tool_calls.call(body, body["messages"])
         block = {"type": "text", "text": "".join(pieces)}
         if call:
-            block = {"type": "tool_use", "id": f"toolu_{g.request_id}", "name": call.name, "input": call.arguments}
-        message = {"id": f"msg_{g.request_id}", "type": "message", "role": "assistant", "content": [block],
-                   "model": body["model"], "stop_reason": "tool_use" if call else "end_turn", "stop_sequence": None,
-                   "usage": {"input_tokens": 12, "output_tokens": len(pieces)}}
+            block = {
+                "type": "tool_use",
+                "id": f"toolu_{g.request_id}",
+                "name": call.name,
+                "input": call.arguments,
+            }
+        message = {
+            "id": f"msg_{g.request_id}",
+            "type": "message",
+            "role": "assistant",
+            "content": [block],
+            "model": body["model"],
+            "stop_reason": "tool_use" if call else "end_turn",
+            "stop_sequence": None,
+            "usage": {"input_tokens": 12, "output_tokens": len(pieces)},
+        }
         if body.get("stream"):
-            said = [{"type": "input_json_delta", "partial_json": call.json}] if call else [
-                {"type": "text_delta", "text": piece} for piece in pieces]
+            said = (
+                [{"type": "input_json_delta", "partial_json": call.json}]
+                if call
+                else [{"type": "text_delta", "text": piece} for piece in pieces]
+            )
             return stream.answer(map(named_sse, events(message, said)), FAILURE, grants)
         return reply(message)
 
@@ -44,13 +61,25 @@ def events(message: dict[str, Any], said: list[dict[str, Any]]) -> Iterator[dict
     """The events of a whole message, with what is said in these deltas."""
     [block] = message["content"]
     content = "input" if block["type"] == "tool_use" else "text"
-    begun = {**message, "content": [], "stop_reason": None, "usage": {**message["usage"], "output_tokens": 0}}
+    begun = {
+        **message,
+        "content": [],
+        "stop_reason": None,
+        "usage": {**message["usage"], "output_tokens": 0},
+    }
     yield {"type": "message_start", "message": begun}
-    yield {"type": "content_block_start", "index": 0, "content_block": {**block, content: type(block[content])()}}
+    yield {
+        "type": "content_block_start",
+        "index": 0,
+        "content_block": {**block, content: type(block[content])()},
+    }
     yield {"type": "ping"}
     for delta in said:
         yield {"type": "content_block_delta", "index": 0, "delta": delta}
     yield {"type": "content_block_stop", "index": 0}
-    yield {"type": "message_delta", "delta": {"stop_reason": message["stop_reason"], "stop_sequence": None},
-           "usage": message["usage"]}
+    yield {
+        "type": "message_delta",
+        "delta": {"stop_reason": message["stop_reason"], "stop_sequence": None},
+        "usage": message["usage"],
+    }
     yield {"type": "message_stop"}

@@ -1,4 +1,5 @@
 """The models there are."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -10,10 +11,12 @@ from xaiproxy.sandbox.replies import Answer, reply
 from xaiproxy.sandbox.xai_errors import error
 
 # By the path that lists them.
-KINDS = {"language-models": ("grok-4.6", "grok-4.5", "grok-4.3", "grok-build-0.1"),
-         "embedding-models": ("v1",),
-         "image-generation-models": ("grok-imagine-image",),
-         "video-generation-models": ("grok-imagine-video",)}
+KINDS = {
+    "language-models": ("grok-4.6", "grok-4.5", "grok-4.3", "grok-build-0.1"),
+    "embedding-models": ("v1",),
+    "image-generation-models": ("grok-imagine-image",),
+    "video-generation-models": ("grok-imagine-video",),
+}
 MODELS = [name for kind, names in KINDS.items() for name in names if kind != "embedding-models"]
 
 
@@ -44,8 +47,12 @@ def about(name: str) -> dict[str, Any]:
 
 
 def priced(name: str) -> dict[str, Any]:
-    return {**about(name), "input_modalities": ["text"], "output_modalities": ["text"],
-            "prompt_text_token_price": 20000}
+    return {
+        **about(name),
+        "input_modalities": ["text"],
+        "output_modalities": ["text"],
+        "prompt_text_token_price": 20000,
+    }
 
 
 def known(name: str, names: Any = tuple(MODELS)) -> str:

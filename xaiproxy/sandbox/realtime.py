@@ -3,12 +3,14 @@
 For tests of what lies between, /v1/realtime?model=echo sends every part of every message back as it comes, text or
 binary, of any size. It is for clients that read while they write: one that does not is not read from either.
 """
+
 from __future__ import annotations
 
 import functools
 import time
 import uuid
-from typing import Any, Callable, Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from flask import Blueprint, request
 
@@ -21,7 +23,10 @@ from xaiproxy.sandbox.websocket import WebSocket, upgrade
 from xaiproxy.sandbox.xai_errors import CAPACITY
 
 Event = dict[str, Any]
-FAILURE = {"type": "error", "error": {"type": "server_error", "code": "resource-exhausted", "message": CAPACITY}}
+FAILURE = {
+    "type": "error",
+    "error": {"type": "server_error", "code": "resource-exhausted", "message": CAPACITY},
+}
 
 
 def create(grants: Grants) -> Blueprint:
@@ -30,7 +35,9 @@ def create(grants: Grants) -> Blueprint:
     @realtime.get("/v1/realtime")
     def connect() -> Answer:
         model = request.args.get("model", "grok-voice")
-        return upgrade(grants, echo if model == "echo" else functools.partial(converse, grants, model))
+        return upgrade(
+            grants, echo if model == "echo" else functools.partial(converse, grants, model)
+        )
 
     @realtime.post("/v1/realtime/client_secrets")
     def client_secret() -> Answer:
@@ -55,12 +62,30 @@ def echo(client: WebSocket) -> None:
 
 def converse(grants: Grants, model: str, client: WebSocket) -> None:
     knobs = grants.knobs
-    session = {"id": new("sess"), "object": "realtime.session", "type": "realtime", "model": model, "voice": "ara",
-               "instructions": "", "output_modalities": ["text"], "turn_detection": None, "tools": []}
-    client.stream(map(numbered, [
-        {"type": "session.created", "session": session},
-        {"type": "conversation.created", "conversation": {"id": new("conv"), "object": "realtime.conversation"}},
-        {"type": "ping", "timestamp": int(time.time() * 1000)}]))
+    session = {
+        "id": new("sess"),
+        "object": "realtime.session",
+        "type": "realtime",
+        "model": model,
+        "voice": "ara",
+        "instructions": "",
+        "output_modalities": ["text"],
+        "turn_detection": None,
+        "tools": [],
+    }
+    client.stream(
+        map(
+            numbered,
+            [
+                {"type": "session.created", "session": session},
+                {
+                    "type": "conversation.created",
+                    "conversation": {"id": new("conv"), "object": "realtime.conversation"},
+                },
+                {"type": "ping", "timestamp": int(time.time() * 1000)},
+            ],
+        )
+    )
     if knobs.close_code:
         client.close(knobs.close_code, "as the sandbox was told")
     for said in client.messages():
@@ -69,17 +94,34 @@ def converse(grants: Grants, model: str, client: WebSocket) -> None:
             session.update(said.get("session") or {})
             client.tell(numbered({"type": "session.updated", "session": session}))
         elif kind == "response.create":
-            client.stream(map(numbered, stream.troubled(response_events(deltas(knobs)), FAILURE, knobs)))
+            client.stream(
+                map(numbered, stream.troubled(response_events(deltas(knobs)), FAILURE, knobs))
+            )
         elif kind in SIMPLE:
             client.tell(*map(numbered, SIMPLE[kind](said)))
         else:
-            client.tell(numbered({"type": "error", "error": {
-                "type": "invalid_request_error", "code": "invalid_event", "message": f"There is no event {kind}.",
-                "param": None, "event_id": None}}))
+            client.tell(
+                numbered(
+                    {
+                        "type": "error",
+                        "error": {
+                            "type": "invalid_request_error",
+                            "code": "invalid_event",
+                            "message": f"There is no event {kind}.",
+                            "param": None,
+                            "event_id": None,
+                        },
+                    }
+                )
+            )
 
 
 def item_added(item: Any) -> Event:
-    return {"type": "conversation.item.added", "previous_item_id": None, "item": {"id": new("item"), **(item or {})}}
+    return {
+        "type": "conversation.item.added",
+        "previous_item_id": None,
+        "item": {"id": new("item"), **(item or {})},
+    }
 
 
 # What is answered at once, if at all.
@@ -90,21 +132,42 @@ SIMPLE: dict[str, Callable[[Event], list[Event]]] = {
     "input_audio_buffer.append": lambda said: [],
     "input_audio_buffer.clear": lambda said: [{"type": "input_audio_buffer.cleared"}],
     "input_audio_buffer.commit": lambda said: [
-        {"type": "input_audio_buffer.committed", "previous_item_id": None, "item_id": new("item")}],
+        {"type": "input_audio_buffer.committed", "previous_item_id": None, "item_id": new("item")}
+    ],
 }
 
 
 def response_events(pieces: list[str]) -> Iterator[Event]:
     part = {"type": "output_text", "text": "".join(pieces)}
-    item = {"id": new("item"), "object": "realtime.item", "type": "message", "role": "assistant",
-            "status": "completed", "content": [part]}
-    response = {"id": new("resp"), "object": "realtime.response", "status": "completed", "status_details": None,
-                "output": [item], "output_modalities": ["text"], "metadata": None,
-                "usage": {"input_tokens": 12, "output_tokens": len(pieces), "total_tokens": 12 + len(pieces)}}
+    item = {
+        "id": new("item"),
+        "object": "realtime.item",
+        "type": "message",
+        "role": "assistant",
+        "status": "completed",
+        "content": [part],
+    }
+    response = {
+        "id": new("resp"),
+        "object": "realtime.response",
+        "status": "completed",
+        "status_details": None,
+        "output": [item],
+        "output_modalities": ["text"],
+        "metadata": None,
+        "usage": {
+            "input_tokens": 12,
+            "output_tokens": len(pieces),
+            "total_tokens": 12 + len(pieces),
+        },
+    }
     where = {"response_id": response["id"], "output_index": 0}
     inside = {**where, "item_id": item["id"], "content_index": 0}
     begun = {**item, "status": "in_progress", "content": []}
-    yield {"type": "response.created", "response": {**response, "status": "in_progress", "output": [], "usage": None}}
+    yield {
+        "type": "response.created",
+        "response": {**response, "status": "in_progress", "output": [], "usage": None},
+    }
     yield {"type": "response.output_item.added", **where, "item": begun}
     yield item_added(begun)
     yield {"type": "response.content_part.added", **inside, "part": {**part, "text": ""}}

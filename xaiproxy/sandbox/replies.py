@@ -1,4 +1,5 @@
 """How JSON, text and pages are sent."""
+
 from __future__ import annotations
 
 import json
@@ -32,6 +33,8 @@ def reply(body: Any, status: int = 200, headers: dict[str, str] | None = None) -
 
 
 def page(title: str, content: str) -> str:
-    return (f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{title}</title></head><body>'
-            f"{content}<hr><p>This page is from xai-sandbox, a simulation on your own machine. "
-            f"It is <b>not xAI</b>.</p></body></html>")
+    return (
+        f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{title}</title></head><body>'
+        f"{content}<hr><p>This page is from xai-sandbox, a simulation on your own machine. "
+        f"It is <b>not xAI</b>.</p></body></html>"
+    )

@@ -1,10 +1,12 @@
 """Responses: at once, streamed, or one after the other over a WebSocket; and those that are stored."""
+
 from __future__ import annotations
 
 import itertools
 import time
 import uuid
-from typing import Any, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from flask import Blueprint, abort, g
 
@@ -48,15 +50,29 @@ def create(grants: Grants) -> Blueprint:
             existing(body["previous_response_id"])
         response = respond(g.request_id, body)
         if body.get("stream"):
-            return stream.answer(map(sse, events(response, deltas(knobs))), b"event: error\n" + sse(FAILURE), grants)
+            return stream.answer(
+                map(sse, events(response, deltas(knobs))), b"event: error\n" + sse(FAILURE), grants
+            )
         return reply(response)
 
     @responses.post("/v1/responses/compact")
     def compact() -> Answer:
         body = json_body(model=str, input=(str, list))
-        return reply({"id": g.request_id, "object": "response.compaction", "created_at": int(time.time()),
-                      "output": [{"id": f"cmp_{g.request_id}", "type": "compaction", "encrypted_content": "sandbox"}],
-                      "usage": usage(len(body["input"]))})
+        return reply(
+            {
+                "id": g.request_id,
+                "object": "response.compaction",
+                "created_at": int(time.time()),
+                "output": [
+                    {
+                        "id": f"cmp_{g.request_id}",
+                        "type": "compaction",
+                        "encrypted_content": "sandbox",
+                    }
+                ],
+                "usage": usage(len(body["input"])),
+            }
+        )
 
     @responses.get("/v1/responses/<name>")
     def one_response(name: str) -> Answer:
@@ -96,7 +112,9 @@ def create(grants: Grants) -> Blueprint:
             return socket_error(404, "not-found", "The model does not exist.")
         previous = asked.get("previous_response_id")
         if previous and previous not in stored:
-            return socket_error(400, "previous_response_not_found", f"Previous response {previous} not found.")
+            return socket_error(
+                400, "previous_response_not_found", f"Previous response {previous} not found."
+            )
         return None
 
     return responses
@@ -109,34 +127,78 @@ def socket_error(status: int, code: str, message: str) -> dict[str, Any]:
 def input_items(given: Any) -> list[Any]:
     if isinstance(given, list):
         return given
-    return [{"id": "msg_input", "type": "message", "role": "user", "content": [{"type": "input_text", "text": given}]}]
+    return [
+        {
+            "id": "msg_input",
+            "type": "message",
+            "role": "user",
+            "content": [{"type": "input_text", "text": given}],
+        }
+    ]
 
 
 def complete(name: str, body: dict[str, Any], pieces: list[str]) -> dict[str, Any]:
     """The response of this name to a request, as it is in the end."""
-    reasoning = {"id": f"rs_{name}", "type": "reasoning", "status": "completed",
-                 "summary": [{"type": "summary_text", "text": THOUGHT}]}
+    reasoning = {
+        "id": f"rs_{name}",
+        "type": "reasoning",
+        "status": "completed",
+        "summary": [{"type": "summary_text", "text": THOUGHT}],
+    }
     part = {"type": "output_text", "text": "".join(pieces), "logprobs": [], "annotations": []}
-    said = {"id": f"msg_{name}", "type": "message", "role": "assistant", "content": [part], "status": "completed"}
+    said = {
+        "id": f"msg_{name}",
+        "type": "message",
+        "role": "assistant",
+        "content": [part],
+        "status": "completed",
+    }
     call = tool_calls.call(body, body["input"])
     if call:
-        said = {"id": f"fc_{name}_0", "type": "function_call", "call_id": f"call-{name}-0", "name": call.name,
-                "arguments": call.json, "status": "completed"}
+        said = {
+            "id": f"fc_{name}_0",
+            "type": "function_call",
+            "call_id": f"call-{name}-0",
+            "name": call.name,
+            "arguments": call.json,
+            "status": "completed",
+        }
     return {
-        "created_at": int(time.time()), "id": name, "max_output_tokens": None, "model": body["model"],
-        "object": "response", "output": [reasoning, said], "parallel_tool_calls": True,
-        "previous_response_id": body.get("previous_response_id"), "reasoning": {"effort": None, "summary": None},
-        "temperature": None, "text": {"format": {"type": "text"}}, "tool_choice": body.get("tool_choice") or "auto",
-        "tools": body.get("tools") or [], "top_p": None, "user": None, "incomplete_details": None,
-        "status": "completed", "store": body.get("store") is not False, "metadata": {}, "usage": usage(len(pieces))}
+        "created_at": int(time.time()),
+        "id": name,
+        "max_output_tokens": None,
+        "model": body["model"],
+        "object": "response",
+        "output": [reasoning, said],
+        "parallel_tool_calls": True,
+        "previous_response_id": body.get("previous_response_id"),
+        "reasoning": {"effort": None, "summary": None},
+        "temperature": None,
+        "text": {"format": {"type": "text"}},
+        "tool_choice": body.get("tool_choice") or "auto",
+        "tools": body.get("tools") or [],
+        "top_p": None,
+        "user": None,
+        "incomplete_details": None,
+        "status": "completed",
+        "store": body.get("store") is not False,
+        "metadata": {},
+        "usage": usage(len(pieces)),
+    }
 
 
 def usage(count: int) -> dict[str, Any]:
     """output_tokens has the reasoning, of which there is none here."""
     return {
-        "input_tokens": 12, "input_tokens_details": {"cached_tokens": 0}, "output_tokens": count,
-        "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": 12 + count, "num_sources_used": 0,
-        "num_server_side_tools_used": 0, "cost_in_usd_ticks": 1466250}
+        "input_tokens": 12,
+        "input_tokens_details": {"cached_tokens": 0},
+        "output_tokens": count,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": 12 + count,
+        "num_sources_used": 0,
+        "num_server_side_tools_used": 0,
+        "cost_in_usd_ticks": 1466250,
+    }
 
 
 def events(response: dict[str, Any], pieces: list[str]) -> Iterator[dict[str, Any]]:
@@ -145,14 +207,19 @@ def events(response: dict[str, Any], pieces: list[str]) -> Iterator[dict[str, An
     begun.pop("usage")
     number = itertools.count()
     for kind, fields in itertools.chain(
-            [("response.created", {"response": begun}), ("response.in_progress", {"response": begun})],
-            *(_item_events(index, item, pieces) for index, item in enumerate(response["output"])),
-            [("response.completed", {"response": response})]):
+        [("response.created", {"response": begun}), ("response.in_progress", {"response": begun})],
+        *(_item_events(index, item, pieces) for index, item in enumerate(response["output"])),
+        [("response.completed", {"response": response})],
+    ):
         yield {"sequence_number": next(number), "type": kind, **fields}
 
 
-def _item_events(index: int, item: dict[str, Any], pieces: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    content = {"reasoning": "summary", "message": "content", "function_call": "arguments"}[item["type"]]
+def _item_events(
+    index: int, item: dict[str, Any], pieces: list[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    content = {"reasoning": "summary", "message": "content", "function_call": "arguments"}[
+        item["type"]
+    ]
     empty = {**item, content: type(item[content])(), "status": "in_progress"}
     yield "response.output_item.added", {"output_index": index, "item": empty}
     yield from _content_events({"item_id": item["id"], "output_index": index}, item, pieces)
@@ -160,18 +227,29 @@ def _item_events(index: int, item: dict[str, Any], pieces: list[str]) -> Iterato
 
 
 def _content_events(
-        where: dict[str, Any], item: dict[str, Any], pieces: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    where: dict[str, Any], item: dict[str, Any], pieces: Iterable[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
     if item["type"] == "function_call":
         yield "response.function_call_arguments.delta", {**where, "delta": item["arguments"]}
         yield "response.function_call_arguments.done", {**where, "arguments": item["arguments"]}
         return
     if item["type"] == "reasoning":
-        [part], noun, text, where, more = item["summary"], "reasoning_summary_part", "reasoning_summary_text", {
-            **where, "summary_index": 0}, {}
+        [part], noun, text, where, more = (
+            item["summary"],
+            "reasoning_summary_part",
+            "reasoning_summary_text",
+            {**where, "summary_index": 0},
+            {},
+        )
         pieces = [part["text"]]
     else:
-        [part], noun, text, where, more = item["content"], "content_part", "output_text", {
-            **where, "content_index": 0}, {"logprobs": []}
+        [part], noun, text, where, more = (
+            item["content"],
+            "content_part",
+            "output_text",
+            {**where, "content_index": 0},
+            {"logprobs": []},
+        )
     yield f"response.{noun}.added", {**where, "part": {**part, "text": ""}}
     for piece in pieces:
         yield f"response.{text}.delta", {**where, "delta": piece, **more}

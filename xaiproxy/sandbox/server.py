@@ -3,6 +3,7 @@
 Stock pywsgi unquotes the path, folds the headers into a mapping and holds an answer's head back until the
 first byte of its body; this handler keeps the request's head as it came and sends the answer's at once.
 """
+
 from __future__ import annotations
 
 import http.client
@@ -12,14 +13,17 @@ import re
 import socket
 import struct
 import time
-from typing import Any, Callable, NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import gevent
 from gevent import pywsgi
 from gevent import socket as gevent_socket
 
 REQUEST_LINE = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+ [^ \t\r\n]+ HTTP/1\.[01]\r\n")
-FIELD_LINE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*\r\n")  # RFC 9112 5, without obs-fold
+FIELD_LINE = re.compile(
+    rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*\r\n"
+)  # RFC 9112 5, without obs-fold
 
 
 class ClientGone(Exception):
@@ -37,8 +41,12 @@ class _Elapsed(Exception):
 class Handler(pywsgi.WSGIHandler):
     raw_head = b""  # the header section as it came
     _numbers = itertools.count(1)
-    close_delimited = False  # set by the application: no framing, the end of the connection ends the body
-    talk: Callable[[], None] | None = None  # set by it with a 101: what the connection is for from then on
+    close_delimited = (
+        False  # set by the application: no framing, the end of the connection ends the body
+    )
+    talk: Callable[[], None] | None = (
+        None  # set by it with a 101: what the connection is for from then on
+    )
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -80,7 +88,9 @@ class Handler(pywsgi.WSGIHandler):
     def get_environ(self) -> dict[str, Any]:
         self.close_delimited, self.talk = False, None
         environ = {**super().get_environ(), "sandbox.handler": self}
-        environ.pop("HTTP_UPGRADE", None)  # with it Werkzeug would look among other routes, that know no plain GET
+        environ.pop(
+            "HTTP_UPGRADE", None
+        )  # with it Werkzeug would look among other routes, that know no plain GET
         return environ
 
     def process_result(self) -> None:
@@ -113,7 +123,9 @@ class Handler(pywsgi.WSGIHandler):
 
     def cut(self, how: str) -> NoReturn:
         """End the connection amid the answer, or in its stead: "close" or "reset"."""
-        self.wsgi_input = pywsgi.Input(self.rfile, 0)  # or the rest of the request would be awaited first
+        self.wsgi_input = pywsgi.Input(
+            self.rfile, 0
+        )  # or the rest of the request would be awaited first
         raise Cut(how)
 
     def pause(self, seconds: float) -> None:
@@ -126,7 +138,7 @@ class Handler(pywsgi.WSGIHandler):
             if not self.socket.recv(1, socket.MSG_PEEK):
                 raise ClientGone
         except _Elapsed:
-            return
+            return None
         except ConnectionError as error:
             raise ClientGone from error
         # Bytes of a next request: they would be readable for ever, so this wait watches no longer.

@@ -1,4 +1,5 @@
 """Speech from text and text from speech, over HTTP and over WebSockets, and the voices for it; no sound is made."""
+
 from __future__ import annotations
 
 import base64
@@ -11,7 +12,10 @@ from xaiproxy.sandbox.replies import Answer, reply
 from xaiproxy.sandbox.websocket import WebSocket, upgrade
 
 AUDIO = bytes(range(256)) * 64  # what is said, whatever the text
-VOICES = {name.lower(): {"voice_id": name.lower(), "name": name} for name in ("Ara", "Eve", "Leo", "Rex", "Sal")}
+VOICES = {
+    name.lower(): {"voice_id": name.lower(), "name": name}
+    for name in ("Ara", "Eve", "Leo", "Rex", "Sal")
+}
 HEARD = "This is the sandbox"  # whatever the audio
 
 

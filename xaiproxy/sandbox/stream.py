@@ -1,10 +1,12 @@
 """What is streamed, as server-sent events or over a WebSocket, and how that can be slow, silent or cut."""
+
 from __future__ import annotations
 
 import functools
 import itertools
 import time
-from typing import Any, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from flask import request
 
@@ -12,7 +14,10 @@ from xaiproxy.sandbox.grants import Grants
 from xaiproxy.sandbox.knobs import Knobs
 from xaiproxy.sandbox.replies import Answer, compact
 
-WORDS = [f"{word} " for word in "This is the sandbox, not xAI, and nobody thought about the answer.".split()]
+WORDS = [
+    f"{word} "
+    for word in "This is the sandbox, not xAI, and nobody thought about the answer.".split()
+]
 THOUGHT = "Hm."  # what every answer says of its reasoning
 
 
@@ -42,7 +47,9 @@ def answer(events: Iterable[bytes], failure: bytes, grants: Grants) -> Answer:
     knobs, handler = grants.knobs, request.environ["sandbox.handler"]
     handler.close_delimited = knobs.framing == "close"
     response = Answer(content_type="text/event-stream")
-    events = itertools.chain([b": keepalive\n\n"] * knobs.keepalives, troubled(events, failure, knobs))
+    events = itertools.chain(
+        [b": keepalive\n\n"] * knobs.keepalives, troubled(events, failure, knobs)
+    )
     if knobs.framing == "length":
         events = list(events)
         response.content_length = sum(map(len, events))
@@ -76,7 +83,7 @@ def paced(events: Iterable[bytes], knobs: Knobs, peer: Any) -> Iterator[bytes]:
         if count == silence_after:
             peer.pause(knobs.silence)
         if count == cut_after:
-            yield event[:len(event) // 2]
+            yield event[: len(event) // 2]
             peer.cut(knobs.cut)
         yield event
         due += interval

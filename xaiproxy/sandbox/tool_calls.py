@@ -3,6 +3,7 @@
 Agents bring tools that run commands and write files. So one is called only when the user has just named it, or when
 tool_choice demands one; and then with arguments that mean nothing.
 """
+
 from __future__ import annotations
 
 import re
@@ -50,11 +51,17 @@ def _named(messages: Any, tools: dict[str, Any]) -> str | None:
     """The tool that the user names in what they wrote last; agents put notes of their own before and after it."""
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
-    said = [message for message in messages if isinstance(message, dict) and message.get("role") not in NOTES]
+    said = [
+        message
+        for message in messages
+        if isinstance(message, dict) and message.get("role") not in NOTES
+    ]
     content = said[-1].get("content") if said and said[-1].get("role") == "user" else ""
     if isinstance(content, list):
         content = content[-1].get("text") if content else ""
-    return next((name for name in tools if re.search(rf"\b{re.escape(name)}\b", content or "")), None)
+    return next(
+        (name for name in tools if re.search(rf"\b{re.escape(name)}\b", content or "")), None
+    )
 
 
 def example(schema: dict[str, Any]) -> Any:
@@ -64,4 +71,6 @@ def example(schema: dict[str, Any]) -> Any:
     if schema.get("type") == "object":
         fields = schema.get("properties", {})
         return {name: example(fields.get(name, {})) for name in schema.get("required", ())}
-    return {"string": "sandbox", "integer": 1, "number": 1, "boolean": True, "array": []}.get(schema.get("type"))
+    return {"string": "sandbox", "integer": 1, "number": 1, "boolean": True, "array": []}.get(
+        schema.get("type")
+    )

@@ -3,6 +3,7 @@
 A message passes in parts, as large as they come, and nothing is read while something waits to be sent: so what is
 echoed needs little memory, however large it is, and a client that does not read is not read from.
 """
+
 from __future__ import annotations
 
 import collections
@@ -10,7 +11,8 @@ import contextlib
 import functools
 import json
 import time
-from typing import Any, Callable, Iterable, Iterator, NoReturn
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NoReturn
 
 import gevent
 from flask import request
@@ -40,25 +42,46 @@ def offered_subprotocols() -> list[str]:
 
 
 def offered_secret() -> str | None:
-    return next((offer[len(SECRET):] for offer in offered_subprotocols() if offer.startswith(SECRET)), None)
+    return next(
+        (offer[len(SECRET) :] for offer in offered_subprotocols() if offer.startswith(SECRET)), None
+    )
 
 
 def upgrade(grants: Grants, talk: Callable[[WebSocket], None]) -> Answer:
     """The 101 that the request in hand gets, after which its connection is talk's; else what it lacks."""
     handler = request.environ["sandbox.handler"]
     opening = handshake.H11Handshake(ConnectionType.SERVER)
-    fields = [(name.encode(), value.encode("latin-1")) for name, value in handler.header_list()
-              if name.lower().startswith(("host", "connection", "upgrade", "sec-websocket-"))]
+    fields = [
+        (name.encode(), value.encode("latin-1"))
+        for name, value in handler.header_list()
+        if name.lower().startswith(("host", "connection", "upgrade", "sec-websocket-"))
+    ]
     try:
         opening.initiate_upgrade_connection(fields, handler.path)
     except RemoteProtocolError as problem:
         refusal = problem.event_hint
-        return reply(str(problem), refusal.status_code, {
-            name.decode(): value.decode() for name, value in refusal.headers})
-    chosen = next((offer for offer in offered_subprotocols() if offer == "realtime" or offer.startswith(SECRET)), None)
-    accepted = opening.send(AcceptConnection(subprotocol=chosen, extensions=[PerMessageDeflate()])).decode()
-    handler.talk = functools.partial(_run, grants, talk, WebSocket(handler, opening.connection, grants))
-    return Answer(status=101, headers=[line.split(": ", 1) for line in accepted.split("\r\n")[1:-2]])
+        return reply(
+            str(problem),
+            refusal.status_code,
+            {name.decode(): value.decode() for name, value in refusal.headers},
+        )
+    chosen = next(
+        (
+            offer
+            for offer in offered_subprotocols()
+            if offer == "realtime" or offer.startswith(SECRET)
+        ),
+        None,
+    )
+    accepted = opening.send(
+        AcceptConnection(subprotocol=chosen, extensions=[PerMessageDeflate()])
+    ).decode()
+    handler.talk = functools.partial(
+        _run, grants, talk, WebSocket(handler, opening.connection, grants)
+    )
+    return Answer(
+        status=101, headers=[line.split(": ", 1) for line in accepted.split("\r\n")[1:-2]]
+    )
 
 
 def _run(grants: Grants, talk: Callable[[WebSocket], None], websocket: WebSocket) -> None:
@@ -117,7 +140,9 @@ class WebSocket:
                 self._received.append(event)
             elif isinstance(event, Ping) and self._connection.state is ConnectionState.OPEN:
                 self.send(event.response())
-            elif isinstance(event, CloseConnection):  # the client's, or wsproto's own at what is no frame
+            elif isinstance(
+                event, CloseConnection
+            ):  # the client's, or wsproto's own at what is no frame
                 if self._connection.state in (ConnectionState.REMOTE_CLOSING, ConnectionState.OPEN):
                     self.send(event.response())
                 raise Closed

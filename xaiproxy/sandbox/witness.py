@@ -1,11 +1,13 @@
 """What the sandbox saw: counters, and the last requests as they came. Never a token: their SHA-256."""
+
 from __future__ import annotations
 
 import collections
 import contextlib
 import hashlib
 import re
-from typing import Any, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 from xaiproxy.sandbox.server import ClientGone, Cut, Handler
 
@@ -72,10 +74,17 @@ class Witness:
         if handler.connection not in self._connections:
             self._connections.add(handler.connection)
             self.count("connections")
-        record = {"connection": handler.connection, "method": handler.command, "target": handler.path,
-                  "version": handler.request_version, "at": handler.time_start,
-                  "headers": [[name, _hidden(name, value)] for name, value in handler.header_list()],
-                  "body_length": 0, "body_sha256": None, "status": None}
+        record = {
+            "connection": handler.connection,
+            "method": handler.command,
+            "target": handler.path,
+            "version": handler.request_version,
+            "at": handler.time_start,
+            "headers": [[name, _hidden(name, value)] for name, value in handler.header_list()],
+            "body_length": 0,
+            "body_sha256": None,
+            "status": None,
+        }
         self.requests.append(record)
         return record
 
