@@ -24,8 +24,8 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("suite")
 pytest.register_assert_rewrite("sandbox")
-from flow import flow
 from proxy_process import ProxyProcess
+from rotating_load import rotating_load  # noqa: F401  (a fixture)
 from sandbox import Sandbox
 from scripted_upstream import ScriptedUpstream, make_certificate
 
@@ -33,10 +33,10 @@ from scripted_upstream import ScriptedUpstream, make_certificate
 LONGEST = (
     "test_supervision",
     "test_server",
-    "test_refresher_process",
+    "test_running",
     "test_refresh_faults",
-    "test_http_handler",
-    "test_dialling",
+    "test_handler",
+    "test_dialler",
     "test_properties",
     "test_intruders",
     "test_dead_paths",

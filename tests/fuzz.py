@@ -15,8 +15,10 @@ from pathlib import Path
 import hypothesis
 from hypothesis.database import DirectoryBasedExampleDatabase
 
-FOLDER = Path(__file__).parent.parent / ".fuzz"
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / ".fuzz"
 MODULES = ("test_properties", "test_fuzzing")
+sys.path += [str(ROOT / "tests" / folder) for folder in ("http1", "support")]
 
 
 def targets(modules) -> dict[str, object]:

@@ -15,12 +15,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from bench import machine, measurements, report, targets
-from bench.measurements import Figure, Goal
 from proxy_process import ProxyProcess
+from raw_connection import Message, RawConnection
 from scripted_server import ScriptedServer, read_request
 from scripted_upstream import ScriptedUpstream
-from wire import Message, Wire
+
+from tests.bench import machine, measurements, report, targets
+from tests.bench.measurements import Figure, Goal
 
 needs_gcc = pytest.mark.skipif(
     not shutil.which("gcc"), reason="the load client is compiled with gcc"
@@ -220,14 +221,14 @@ DIFFER = {
 
 def connect(
     port: int, context: ssl.SSLContext | None = None, session: ssl.SSLSession | None = None
-) -> Wire:
+) -> RawConnection:
     sock = socket.create_connection(("127.0.0.1", port))
-    return Wire(
+    return RawConnection(
         context.wrap_socket(sock, server_hostname="localhost", session=session) if context else sock
     )
 
 
-def ask(connection: Wire, target: str = "/v1/models") -> Message:
+def ask(connection: RawConnection, target: str = "/v1/models") -> Message:
     connection.send(f"GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
     return connection.message()
 
@@ -250,7 +251,7 @@ def test_an_answer_says_whether_its_connection_is_new_and_its_session_resumed(
 ) -> None:
     context = ssl.create_default_context(cafile=str(api.certificate))
 
-    def kind(connection: Wire) -> str | None:
+    def kind(connection: RawConnection) -> str | None:
         answer = ask(connection, "/v1/models?close")
         assert answer.value("Connection") == "close"
         return answer.value("X-Bench-Connection")

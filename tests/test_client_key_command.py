@@ -14,10 +14,10 @@ import time
 from pathlib import Path
 
 import pytest
+from checkout import ROOT
 
 from xaiproxy import client_keys
 
-ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-W", "error", "-m", "xaiproxy.client_key_command"]
 DIGEST = client_keys.digest("a-key")
 

@@ -9,10 +9,10 @@ import sys
 
 import certifi
 import pytest
+from checkout import ROOT
 
 from xaiproxy import config, errors
 
-ROOT = pathlib.Path(__file__).parent.parent
 needs_root = pytest.mark.skipif(
     os.geteuid() != 0, reason="only root can give a file to another user"
 )

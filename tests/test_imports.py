@@ -3,13 +3,13 @@ credential side is plain Python.
 """
 
 import ast
-import pathlib
 import subprocess
 import sys
 
 import pytest
+from checkout import ROOT
 
-PACKAGE = pathlib.Path(__file__).parent.parent / "xaiproxy"
+PACKAGE = ROOT / "xaiproxy"
 # Where each side begins; what they import belongs to it too.
 WEB = [
     "__main__",

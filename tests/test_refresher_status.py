@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from checkout import ROOT
 from refresher_process import mounts
 
 from xaiproxy import config, refresher_status, tokens
 from xaiproxy.refresher_status import OK, Status
 from xaiproxy.token_store import TokenStore
 
-ROOT = Path(__file__).parents[1]
 NOW = 1_800_000_000.0
 STATUS = Status(
     NOW, "storage", "the disk is full", NOW + 60, "no room on /data", tokens.fingerprint("access")

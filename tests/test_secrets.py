@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkout import SUPPORT
 from proxy_process import PYTHON
+from raw_connection import Message
 from sandbox import Sandbox, until
+from supervised import Supervised
 from terminal import Terminal
-from test_supervision import Supervised
-from wire import Message
 
 LOGIN = [*PYTHON, "-c", "import sys; from xaiproxy.login.command import main; sys.exit(main())"]
 KEY_COMMAND = [
@@ -43,7 +44,7 @@ API_FAULTS: list[dict[str, Any]] = [
 
 class TellingSandbox(Sandbox):
     def __init__(self, file: Path, **knobs: Any) -> None:
-        self.program = [str(Path(__file__).with_name("telling_sandbox.py")), str(file)]
+        self.program = [str(SUPPORT / "secret_recording_sandbox.py"), str(file)]
         super().__init__(**knobs)
 
 

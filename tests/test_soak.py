@@ -9,13 +9,13 @@ import subprocess
 import sys
 
 import pytest
+from checkout import ROOT
 from refresher_process import wait_until
 
 from tests.soak import crowds, held, restarts, shortage
 from tests.soak.loaded import Counts, Load
 
 COMMAND = [sys.executable, "-W", "error", "-m", "tests.soak"]
-ROOT = pathlib.Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,12 @@ import threading
 from pathlib import Path
 
 import pytest
+from checkout import ROOT
 
 from xaiproxy import config, errors, trust
 from xaiproxy.http1.upstream import Upstream
 from xaiproxy.oauth.session import Session
 
-ROOT = Path(__file__).parents[1]
 KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
 CA = ("basicConstraints=critical,CA:TRUE", "keyUsage=critical,keyCertSign")
 NAMED = ("subjectAltName=IP:127.0.0.1",)

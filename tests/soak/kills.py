@@ -14,7 +14,8 @@ import random
 import signal
 import time
 
-from tests.sandbox import Sandbox, until
+from sandbox import Sandbox, until
+
 from xaiproxy import tokens
 
 from .processes import REFRESHER, Process, environment, lock_holder

@@ -13,8 +13,9 @@ import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from sandbox import Sandbox
+
 from tests.bench import machine
-from tests.sandbox import Sandbox
 
 from .login import Client, get
 from .processes import PROXY, REFRESHER, Process, await_, environment

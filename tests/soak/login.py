@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 
-from tests.sandbox import Sandbox
+from sandbox import Sandbox
 
 from . import kills
 from .processes import PROXY, REFRESHER, STATUS, Process, await_, environment, lock_holder, warnings

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from network import NameServer, black_hole, hosts, refused_port
 from proxy_process import Client, ProxyProcess
+from raw_connection import PATIENCE, RawConnection
 from scripted_upstream import OK, ScriptedUpstream, make_certificate
-from wire import PATIENCE, Wire
 
 from xaiproxy import config
 from xaiproxy.http1.dialler import Dialler
@@ -497,11 +497,11 @@ def test_session_that_upstream_takes_no_more_is_forgotten(
         ):
             proxy.sign_in()
 
-            def accept() -> Wire:
+            def accept() -> RawConnection:
                 if not egress:
                     return upstream.accept()
                 tunnel = upstream.receive().answer(GO_ON)
-                return Wire(TLSInTLS(tunnel.connection.sock, context))
+                return RawConnection(TLSInTLS(tunnel.connection.sock, context))
 
             def reaches_in_full() -> bool:
                 with accept() as connection:
@@ -524,9 +524,9 @@ def test_session_that_upstream_takes_no_more_is_forgotten(
             assert not reaches_in_full()
 
 
-@pytest.mark.parametrize("end", [Wire.close, Wire.reset, None])
+@pytest.mark.parametrize("end", [RawConnection.close, RawConnection.reset, None])
 def test_handshake_that_fails_with_a_session_is_repeated_without(
-    tmp_path: Path, certificate: tuple, end: Callable[[Wire], None] | None
+    tmp_path: Path, certificate: tuple, end: Callable[[RawConnection], None] | None
 ) -> None:
     """Silence, too, within the same time limit."""
     authority, context = certificate
@@ -646,7 +646,9 @@ def test_connect_proxy_is_used_for_https(tmp_path: Path, certificate: tuple) -> 
                 tunnel.value("Proxy-Authorization") == "Basic bWU6c2VjcmV0" and tunnel.token == ""
             )
             tunnel.answer(b"HTTP/1.1 200 Go on\r\n\r\n")
-            with Wire(context.wrap_socket(tunnel.connection.sock, server_side=True)) as inside:
+            with RawConnection(
+                context.wrap_socket(tunnel.connection.sock, server_side=True)
+            ) as inside:
                 request = inside.message()
                 assert request.line == "GET /v1/models?x HTTP/1.1"
                 assert request.value("Host") == "upstream.test"
@@ -755,7 +757,9 @@ def test_tunnel_that_opens(
         for byte in said:
             tunnel.answer(bytes([byte]))
         egress.connections.remove(tunnel.connection)
-        with Wire(certificate[1].wrap_socket(tunnel.connection.sock, server_side=True)) as inside:
+        with RawConnection(
+            certificate[1].wrap_socket(tunnel.connection.sock, server_side=True)
+        ) as inside:
             assert inside.message().token == "the-token"
             inside.send(OK)
             assert client.message().body == b"ok"
@@ -778,10 +782,14 @@ def test_tunnel_that_opens(
         (b"SSH-2.0-dropbear\r\n\r\n", None, b"is not HTTP/1.1"),
         (b"HTTP/1.1 200 OK\n\n", None, b"is not HTTP/1.1"),
         (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 12000, None, b"is longer than 65536 bytes"),
-        (b"", Wire.close, b"it closed the connection"),
-        (b"HTTP/1.1 200 O", Wire.close, b"it closed the connection"),
-        (b"HTTP/1.1 200 OK\r\n", Wire.reset, b"reset by peer"),
-        (GO_ON, Wire.close, b"no connection to https://upstream.test: "),  # before hands are shaken
+        (b"", RawConnection.close, b"it closed the connection"),
+        (b"HTTP/1.1 200 O", RawConnection.close, b"it closed the connection"),
+        (b"HTTP/1.1 200 OK\r\n", RawConnection.reset, b"reset by peer"),
+        (
+            GO_ON,
+            RawConnection.close,
+            b"no connection to https://upstream.test: ",
+        ),  # before hands are shaken
         (GO_ON + b"220 smtp.example\r\n", None, b"TLS failed"),
         (b"", None, b"within 0.5 s"),
         (b"HTTP/1.1 200", None, b"within 0.5 s"),
@@ -793,7 +801,7 @@ def test_tunnel_that_does_not(
     never_connected: ProxyProcess,
     egress: ScriptedUpstream,
     said: bytes,
-    end: Callable[[Wire], None] | None,
+    end: Callable[[RawConnection], None] | None,
     sentence: bytes,
 ) -> None:
     with never_connected.client() as client:
@@ -823,7 +831,7 @@ def test_tunnel_that_does_not(
 
 
 class TLSInTLS:
-    """A server's side of TLS on a connection that speaks TLS already; as much of a socket as Wire needs."""
+    """A server's side of TLS on a connection that speaks TLS already; as much of a socket as RawConnection needs."""
 
     def __init__(self, outer: ssl.SSLSocket, context: ssl.SSLContext):
         self._outer = outer
@@ -876,7 +884,7 @@ def test_tls_in_tls(tmp_path: Path, certificate: tuple) -> None:
         tunnel = egress.receive()
         assert tunnel.line == "CONNECT upstream.test:443 HTTP/1.1" and tunnel.token == ""
         tunnel.answer(GO_ON)
-        inside = Wire(TLSInTLS(tunnel.connection.sock, context))
+        inside = RawConnection(TLSInTLS(tunnel.connection.sock, context))
         request = inside.message()
         sender.join()
         assert request.token == "the-token" and request.body == body
@@ -915,17 +923,17 @@ def socks(tmp_path: Path, certificate: tuple) -> Iterator[tuple[ProxyProcess, so
         yield proxy, listener
 
 
-def asked_for_upstream(listener: socket.socket) -> Wire:
+def asked_for_upstream(listener: socket.socket) -> RawConnection:
     """The server's part of RFC 1928 and 1929 up to its last word."""
-    wire = Wire(listener.accept()[0])
-    assert wire.exactly(1) == b"\5" and 2 in wire.exactly(wire.exactly(1)[0])  # who are you?
-    wire.send(b"\5\2")
-    assert wire.exactly(11) == b"\1\2me\6secret"
-    wire.send(b"\1\0")
+    raw = RawConnection(listener.accept()[0])
+    assert raw.exactly(1) == b"\5" and 2 in raw.exactly(raw.exactly(1)[0])  # who are you?
+    raw.send(b"\5\2")
+    assert raw.exactly(11) == b"\1\2me\6secret"
+    raw.send(b"\1\0")
     assert (
-        wire.exactly(20) == b"\5\1\0\3\x0dupstream.test\1\xbb"
+        raw.exactly(20) == b"\5\1\0\3\x0dupstream.test\1\xbb"
     )  # by its name, for the proxy to look up
-    return wire
+    return raw
 
 
 def test_socks_proxy_is_used(socks: tuple, certificate: tuple) -> None:
@@ -934,7 +942,7 @@ def test_socks_proxy_is_used(socks: tuple, certificate: tuple) -> None:
         client.request()
         tunnel = asked_for_upstream(listener)
         tunnel.send(b"\5\0\0\1" + bytes(6))
-        with Wire(certificate[1].wrap_socket(tunnel.sock, server_side=True)) as inside:
+        with RawConnection(certificate[1].wrap_socket(tunnel.sock, server_side=True)) as inside:
             for _ in range(2):
                 request = inside.message()
                 assert (request.value("Host"), request.token) == ("upstream.test", "the-token")

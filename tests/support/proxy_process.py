@@ -16,20 +16,20 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from wire import PATIENCE, Message, Wire
+from checkout import ROOT, SUPPORT
+from raw_connection import PATIENCE, Message, RawConnection
 
 from xaiproxy import config
 
 ISSUER = "http://127.0.0.1:1"  # of the logins here; nothing asks it
-ROOT = pathlib.Path(__file__).parents[1]
 PYTHON = [sys.executable, "-W", "error"]
 COMMAND = [*PYTHON, "-m", "xaiproxy"]
 # An answer's body goes from socket to socket, or is iterated: see Handler._can_relay.
-WAYS = {"relayed": COMMAND, "iterated": [*PYTHON, str(ROOT / "tests" / "plain_proxy.py")]}
+WAYS = {"relayed": COMMAND, "iterated": [*PYTHON, str(SUPPORT / "plain_proxy.py")]}
 both_ways = pytest.mark.parametrize("way", WAYS)
 
 
-class Client(Wire):
+class Client(RawConnection):
     """A connection to the proxy."""
 
     def __init__(self, port: int, host: str = "127.0.0.1"):

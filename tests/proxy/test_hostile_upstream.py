@@ -13,8 +13,8 @@ from collections.abc import Iterator
 
 import pytest
 from proxy_process import Client, ProxyProcess, both_ways
+from raw_connection import RawConnection
 from scripted_upstream import OK, Request, ScriptedUpstream
-from wire import Wire
 
 EVIL = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil"
 START = b"HTTP/1.1 200 OK\r\n"
@@ -436,12 +436,12 @@ def test_answer_before_it_was_asked_for_is_nobody_s(
 # Without end
 
 
-def pour(wire: Wire, part: bytes, size: int) -> int:
+def pour(raw: RawConnection, part: bytes, size: int) -> int:
     """Send `part` again and again; how many bytes were taken before the other side had enough."""
     sent = 0
     try:
         while sent < size:
-            wire.send(part)
+            raw.send(part)
             sent += len(part)
     except OSError:
         pass

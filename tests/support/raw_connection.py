@@ -68,7 +68,7 @@ class Message:
         return (self.value("Authorization") or "").removeprefix("Bearer ")
 
 
-class Wire:
+class RawConnection:
     def __init__(self, sock: socket.socket):
         self.sock = sock
         sock.settimeout(PATIENCE)

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flow import Flow
 from proxy_process import Client, ProxyProcess, both_ways
+from raw_connection import KEPT, PATIENCE, Message, readable
+from rotating_load import RotatingLoad
 from sandbox import Sandbox
 from scripted_upstream import Request, ScriptedUpstream
-from wire import KEPT, PATIENCE, Message, readable
 
 from xaiproxy import errors, tokens
 from xaiproxy.proxy.file_watch import RELOOK
@@ -130,9 +130,9 @@ def assert_as_it_came(message: Message, sent: bytes) -> None:
 # What takes long goes on beside the other tests
 
 
-def test_requests_begin_to_flow(flow: Flow) -> None:
+def test_requests_begin_to_flow(rotating_load: RotatingLoad) -> None:
     """Through both processes, for half a minute; test_server.py asks at its end how it went."""
-    flow.sandbox.wait(lambda counters: counters["streams"] >= 3)
+    rotating_load.sandbox.wait(lambda counters: counters["streams"] >= 3)
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ import gevent
 import pytest
 from network import refused_port
 from proxy_process import Client, ProxyProcess, both_ways
+from raw_connection import KEPT, PATIENCE, readable
 from scripted_upstream import OK, Request, ScriptedUpstream, make_certificate
-from wire import KEPT, PATIENCE, readable
 
 from xaiproxy import __version__, config
 from xaiproxy.errors import UpstreamBroken
@@ -42,7 +42,7 @@ def client(running: ProxyProcess, upstream: ScriptedUpstream) -> Iterator[Client
 
 
 @pytest.fixture
-def hasty(
+def short_timeout_proxy(
     start_proxy: Callable[..., ProxyProcess], way: str, upstream: ScriptedUpstream
 ) -> ProxyProcess:
     """One that gives upstream half a second."""
@@ -507,8 +507,10 @@ def test_so_it_does_when_the_client_is_still_sending(
         client.rest()
 
 
-def test_silence_before_the_head_is_504(hasty: ProxyProcess, upstream: ScriptedUpstream) -> None:
-    with hasty.client() as client:
+def test_silence_before_the_head_is_504(
+    short_timeout_proxy: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
+    with short_timeout_proxy.client() as client:
         client.request("POST", "/v1/slow", body=b"{}")
         request = upstream.receive()
         answer = client.message()
@@ -524,25 +526,25 @@ def test_silence_before_the_head_is_504(hasty: ProxyProcess, upstream: ScriptedU
 @both_ways
 @pytest.mark.parametrize("framing", FRAMINGS)
 def test_silence_in_the_body_cuts_the_answer(
-    hasty: ProxyProcess, upstream: ScriptedUpstream, framing: str
+    short_timeout_proxy: ProxyProcess, upstream: ScriptedUpstream, framing: str
 ) -> None:
     head, frame, _ = FRAMINGS[framing]
-    with hasty.client() as client:
+    with short_timeout_proxy.client() as client:
         client.request("GET", f"/v1/silent-{framing}")
         request = upstream.receive().answer(head + frame(b"0123456789"))
         client.head()
         assert (client.exactly(10) if framing == "length" else client.chunk()) == b"0123456789"
         assert client.rest() == b""
         assert request.connection.closed_within()
-    assert hasty.wait_for_request(f"/v1/silent-{framing}")["ended_by"] == "upstream"
+    assert short_timeout_proxy.wait_for_request(f"/v1/silent-{framing}")["ended_by"] == "upstream"
 
 
 @both_ways
 def test_bytes_in_time_keep_a_slow_answer_alive(
-    hasty: ProxyProcess, upstream: ScriptedUpstream
+    short_timeout_proxy: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
     """The limit is between two bytes, not for the whole answer."""
-    with hasty.client() as client:
+    with short_timeout_proxy.client() as client:
         client.request()
         request = upstream.receive().answer(CHUNKED)
         for _ in range(4):
@@ -564,10 +566,10 @@ def long_upload(client: Client, upstream: ScriptedUpstream) -> Request:
 
 
 def test_long_upload_is_no_silence_of_upstream(
-    hasty: ProxyProcess, upstream: ScriptedUpstream
+    short_timeout_proxy: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
     """The limit begins when upstream has all of the request."""
-    with hasty.client() as client:
+    with short_timeout_proxy.client() as client:
         request = long_upload(client, upstream)
         time.sleep(0.3)
         request.answer(CHUNKED)
@@ -582,9 +584,9 @@ def test_long_upload_is_no_silence_of_upstream(
 
 @pytest.mark.parametrize("answered", [False, True])
 def test_silence_after_a_long_upload(
-    hasty: ProxyProcess, upstream: ScriptedUpstream, answered: bool
+    short_timeout_proxy: ProxyProcess, upstream: ScriptedUpstream, answered: bool
 ) -> None:
-    with hasty.client() as client:
+    with short_timeout_proxy.client() as client:
         request = long_upload(client, upstream)
         start = time.monotonic()
         if answered:
@@ -595,9 +597,9 @@ def test_silence_after_a_long_upload(
 
 
 def test_upstream_that_stops_reading_is_504(
-    hasty: ProxyProcess, upstream: ScriptedUpstream
+    short_timeout_proxy: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
-    with hasty.client() as client:
+    with short_timeout_proxy.client() as client:
         client.request("POST", "/v1/files", "Content-Length: 30000000")
         sender = threading.Thread(
             target=client.send, args=(bytes(30_000_000),)

@@ -13,7 +13,7 @@ from proxy_process import Client, ProxyProcess, environment
 from sandbox import Sandbox
 
 
-class Flow:
+class RotatingLoad:
     """Requests all the time, some short and some streamed, in threads of its own."""
 
     SECONDS = 30
@@ -65,9 +65,9 @@ class Flow:
 
 
 @pytest.fixture(scope="session")
-def flow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flow]:
+def rotating_load(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RotatingLoad]:
     """Runs on beside the tests that come after the one that asked for it first."""
-    folder = tmp_path_factory.mktemp("flow")
+    folder = tmp_path_factory.mktemp("rotating-load")
     with Sandbox(access_token_lifetime=3, events=20, events_per_second=5) as sandbox:
         sandbox.write_login(folder / "tokens.json")
         environ = environment(folder, issuer=sandbox.url, upstream=sandbox.url)
@@ -79,8 +79,8 @@ def flow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flow]:
                 stderr=log,
             )
         with ProxyProcess(folder, issuer=sandbox.url, upstream=sandbox.url) as proxy:
-            flow = Flow(sandbox, proxy)
-            yield flow
-            flow.stop()
+            load = RotatingLoad(sandbox, proxy)
+            yield load
+            load.stop()
         refresher.terminate()
         assert refresher.wait(10) == 0

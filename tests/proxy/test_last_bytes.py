@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 from proxy_process import Client, ProxyProcess, both_ways
+from raw_connection import RawConnection
 from scripted_upstream import PATTERN, ScriptedUpstream, pour
-from test_tunnel import handshake
-from wire import Wire
+from websocket_handshake import handshake
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 LONG = (PATTERN * 64)[
@@ -180,15 +180,15 @@ def test_so_they_do_later_in_the_answer(
 # Through a tunnel
 
 
-def unacknowledged(wire: Wire) -> int:
+def unacknowledged(raw: RawConnection) -> int:
     """Bytes that the other side's kernel does not have yet."""
-    return int.from_bytes(fcntl.ioctl(wire.sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+    return int.from_bytes(fcntl.ioctl(raw.sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
 
 
-def read_slowly(wire: Wire) -> bytes:
+def read_slowly(raw: RawConnection) -> bytes:
     """All until the end."""
     data, pause = b"", 1 << 18
-    while more := wire.sock.recv(1 << 18):
+    while more := raw.sock.recv(1 << 18):
         data += more
         if len(data) >= pause:
             pause += 1 << 18
@@ -237,13 +237,13 @@ def test_so_it_is_while_the_other_side_talks(
 def test_upstream_that_takes_nothing_after_the_end_of_the_client_is_reset(
     start_proxy: Callable[..., ProxyProcess], upstream: ScriptedUpstream, size: int
 ) -> None:
-    hasty = start_proxy(client_timeout=0.5)
-    with hasty.client() as client:
+    short_timeout_proxy = start_proxy(client_timeout=0.5)
+    with short_timeout_proxy.client() as client:
         request = handshake(client, upstream, f"/v1/takes-none-of-{size}")
         client.send(SIX_MB[:size])
         client.half_close()
         start = time.monotonic()
-        line = hasty.wait_for_request(f"/v1/takes-none-of-{size}")
+        line = short_timeout_proxy.wait_for_request(f"/v1/takes-none-of-{size}")
         assert 0.4 < time.monotonic() - start < 4
         if size == 1:  # nothing is missing but upstream's own end
             assert line["ended_by"] == "client" and request.connection.rest() == SIX_MB[:1]
@@ -256,12 +256,12 @@ def test_upstream_that_takes_nothing_after_the_end_of_the_client_is_reset(
 def test_client_that_takes_nothing_after_the_end_of_upstream_is_reset(
     start_proxy: Callable[..., ProxyProcess], upstream: ScriptedUpstream
 ) -> None:
-    hasty = start_proxy(client_timeout=0.5)
-    with hasty.client() as client:
+    short_timeout_proxy = start_proxy(client_timeout=0.5)
+    with short_timeout_proxy.client() as client:
         # Less would wait in the client's kernel, and more in that of upstream, where its end cannot be seen.
         handshake(client, upstream, "/v1/takes-none").answer(PATTERN * 64).connection.close()
         start = time.monotonic()
-        hasty.wait_for_request("/v1/takes-none")
+        short_timeout_proxy.wait_for_request("/v1/takes-none")
         assert 0.4 < time.monotonic() - start < 4
         with pytest.raises(ConnectionResetError):
             client.rest()

@@ -25,6 +25,7 @@ import urllib.parse
 from collections.abc import Callable
 
 import pytest
+from checkout import SUPPORT
 from proxy_process import ProxyProcess
 from refresher_process import (
     Process,
@@ -531,7 +532,7 @@ def clock(tmp_path_factory) -> str:
     if shutil.which("gcc") is None:
         pytest.skip("gcc is not installed")
     library = str(tmp_path_factory.mktemp("clock") / "clock.so")
-    source = pathlib.Path(__file__).with_name("clock.c")
+    source = SUPPORT / "clock.c"
     subprocess.run(
         ["gcc", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o", library, source],
         check=True,

@@ -15,11 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from checkout import SUPPORT
 from namespaces import Network, needs_network
-from proxy_process import PYTHON, ROOT, Client, ProxyProcess
+from proxy_process import PYTHON, Client, ProxyProcess
+from raw_connection import Message, RawConnection, readable
 from scripted_upstream import OK, PATTERN, Request, ScriptedUpstream, make_certificate, pour
-from test_tunnel import handshake
-from wire import Message, Wire, readable
+from websocket_handshake import handshake
 
 from xaiproxy.http1 import dead_paths
 
@@ -80,7 +81,7 @@ class Site:
 
 
 def impatient(interval: float = INTERVAL, silence: float = SILENCE) -> list[str]:
-    return [*PYTHON, str(ROOT / "tests" / "impatient_proxy.py"), str(interval), str(silence)]
+    return [*PYTHON, str(SUPPORT / "impatient_proxy.py"), str(interval), str(silence)]
 
 
 @pytest.fixture(scope="module")
@@ -229,18 +230,18 @@ def test_client_that_vanished_is_served_no_longer(site: Site, kind: str, full: b
 # Peers that are alive
 
 
-def send_rest(wire: Wire, at: int, is_chunked: bool) -> None:
-    assert pour(wire, at, SIZE, 60) == SIZE
+def send_rest(raw: RawConnection, at: int, is_chunked: bool) -> None:
+    assert pour(raw, at, SIZE, 60) == SIZE
     if is_chunked:
-        wire.send(b"\r\n")
+        raw.send(b"\r\n")
 
 
-def content(wire: Wire, is_chunked: bool) -> bytes:
+def content(raw: RawConnection, is_chunked: bool) -> bytes:
     if not is_chunked:
-        return wire.exactly(SIZE)
+        return raw.exactly(SIZE)
     chunks, size = [], 0
     while size < SIZE:
-        chunks.append(wire.chunk())
+        chunks.append(raw.chunk())
         size += len(chunks[-1])
     return b"".join(chunks)
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 from proxy_process import Client, ProxyProcess, both_ways
+from raw_connection import PATIENCE, RawConnection, readable
 from scripted_upstream import Request, ScriptedUpstream, pour
-from wire import PATIENCE, Wire, readable
 
 from xaiproxy.http1.connection import READ
 
@@ -40,7 +40,7 @@ def proxy(running: ProxyProcess, upstream: ScriptedUpstream) -> ProxyProcess:
 
 
 @pytest.fixture
-def hasty(
+def short_timeout_proxy(
     start_proxy: Callable[..., ProxyProcess], upstream: ScriptedUpstream, way: str
 ) -> ProxyProcess:
     """One that gives clients half a second."""
@@ -120,15 +120,17 @@ def test_node_closes_first(start_proxy: Callable[..., ProxyProcess]) -> None:
     assert (done.stdout.splitlines(), done.stderr) == (["404 false", "404 true", "404 false"], "")
 
 
-def test_request_that_meets_the_end_of_the_keepalive_is_answered(hasty: ProxyProcess) -> None:
-    with hasty.client() as client:
+def test_request_that_meets_the_end_of_the_keepalive_is_answered(
+    short_timeout_proxy: ProxyProcess,
+) -> None:
+    with short_timeout_proxy.client() as client:
         assert client.ask("GET", "/healthz").status == 200
-        hasty.process.send_signal(signal.SIGSTOP)
+        short_timeout_proxy.process.send_signal(signal.SIGSTOP)
         try:
             time.sleep(0.3)
             client.request("GET", "/healthz")
         finally:
-            hasty.process.send_signal(signal.SIGCONT)
+            short_timeout_proxy.process.send_signal(signal.SIGCONT)
         assert client.message().status == 200
 
 
@@ -250,10 +252,10 @@ BAD_HEADS = {
 
 @pytest.mark.parametrize("rest, status", BAD_HEADS.values(), ids=BAD_HEADS)
 def test_refused_head_is_answered_like_any_other(
-    hasty: ProxyProcess, rest: bytes, status: int
+    short_timeout_proxy: ProxyProcess, rest: bytes, status: int
 ) -> None:
     for start in (b"HEAD ", b"\r\nHEAD ", b"GET ", b"HEADER "):
-        with hasty.client() as client:
+        with short_timeout_proxy.client() as client:
             client.send(start + rest)
             answer, body = client.head(), client.rest()
             assert (answer.status, answer.value("Connection"), answer.value("x-should-retry")) == (
@@ -271,7 +273,7 @@ def test_refused_head_is_answered_like_any_other(
 # Turns
 
 
-def received_before(answer: Client, other: Wire) -> int:
+def received_before(answer: Client, other: RawConnection) -> int:
     """Bytes that come on `other` until something comes on `answer`."""
     count, ready = 0, []
     while answer.sock not in ready:
@@ -344,21 +346,21 @@ def test_empty_line_after_a_body_is_no_request(
         assert not client.closed_within(0.4) and client.closed_within(5)
 
 
-def test_empty_line_on_a_new_connection_asks_for_nothing(hasty: ProxyProcess) -> None:
-    with hasty.client() as client:
+def test_empty_line_on_a_new_connection_asks_for_nothing(short_timeout_proxy: ProxyProcess) -> None:
+    with short_timeout_proxy.client() as client:
         client.send(b"\r\n")
         assert client.closed_within(5)
 
 
-def test_head_after_an_empty_line_has_its_limit(hasty: ProxyProcess) -> None:
-    with hasty.client() as client:
+def test_head_after_an_empty_line_has_its_limit(short_timeout_proxy: ProxyProcess) -> None:
+    with short_timeout_proxy.client() as client:
         client.send(b"\r\nG")
         assert client.message().status == 408
 
 
-def test_head_has_a_limit_for_all_of_it(hasty: ProxyProcess) -> None:
+def test_head_has_a_limit_for_all_of_it(short_timeout_proxy: ProxyProcess) -> None:
     start = time.monotonic()
-    with hasty.client() as client:
+    with short_timeout_proxy.client() as client:
         client.send(b"GET /v1/x HTTP/1.1\r\n")
         time.sleep(0.45)
         client.send(b"Host: localhost\r\n")
@@ -370,9 +372,9 @@ def test_head_has_a_limit_for_all_of_it(hasty: ProxyProcess) -> None:
 
 
 def test_body_has_a_limit_between_two_reads(
-    hasty: ProxyProcess, upstream: ScriptedUpstream
+    short_timeout_proxy: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
-    with hasty.client() as client:
+    with short_timeout_proxy.client() as client:
         client.request("POST", "/v1/x", "Content-Length: 5")
         request = upstream.receive(body=False)
         for _ in range(3):  # in all longer than the limit
@@ -385,8 +387,10 @@ def test_body_has_a_limit_between_two_reads(
         assert request.connection.closed_within()
 
 
-def test_limit_is_not_for_the_answer(hasty: ProxyProcess, upstream: ScriptedUpstream) -> None:
-    with hasty.client() as client:
+def test_limit_is_not_for_the_answer(
+    short_timeout_proxy: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
+    with short_timeout_proxy.client() as client:
         client.request("POST", "/v1/x", body=b"{}")
         request = upstream.receive()
         time.sleep(0.7)
@@ -396,10 +400,10 @@ def test_limit_is_not_for_the_answer(hasty: ProxyProcess, upstream: ScriptedUpst
 
 @pytest.mark.parametrize("target", ["/nowhere", "/v1/v1/models"])
 def test_client_that_does_not_read_our_answers_is_closed(
-    hasty: ProxyProcess, upstream: ScriptedUpstream, target: str
+    short_timeout_proxy: ProxyProcess, upstream: ScriptedUpstream, target: str
 ) -> None:
     request = f"GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
-    with hasty.client() as client:
+    with short_timeout_proxy.client() as client:
         client.request()
         size = 2 << 20  # most of what the socket takes, so that fewer answers of ours fill it
         pour(
@@ -417,10 +421,10 @@ def test_client_that_does_not_read_our_answers_is_closed(
 
 @both_ways
 def test_client_may_take_longer_to_read_an_answer_of_upstream(
-    hasty: ProxyProcess, upstream: ScriptedUpstream
+    short_timeout_proxy: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
     """Also when all of that is in the socket (mostly 3.5 MB are), and the next request is there."""
-    with hasty.client() as client:
+    with short_timeout_proxy.client() as client:
         for size in (3500 << 10, 32 << 20):
             client.request().request()
             request = upstream.receive().answer(
@@ -436,9 +440,9 @@ def test_client_may_take_longer_to_read_an_answer_of_upstream(
             assert client.message().body == b"ok"
 
 
-def test_silent_connections_are_closed(hasty: ProxyProcess) -> None:
+def test_silent_connections_are_closed(short_timeout_proxy: ProxyProcess) -> None:
     """New ones after CLIENT_TIMEOUT, those between two requests after KEEPALIVE_TIMEOUT; without a word."""
-    with hasty.client() as new, hasty.client() as used:
+    with short_timeout_proxy.client() as new, short_timeout_proxy.client() as used:
         start = time.monotonic()
         assert used.ask("GET", "/healthz").status == 200
         assert used.closed_within(1) and 0.15 < time.monotonic() - start < 0.45

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import websockets.asyncio.client
 import websockets.sync.client
+from raw_connection import Message, RawConnection
 from sandbox import Sandbox
 from websockets.exceptions import ConnectionClosedError, ConnectionClosedOK, InvalidStatus
-from wire import Message, Wire
 
 Connection = websockets.sync.client.ClientConnection
 MODEL = {"type": "response.create", "model": "grok-4.5"}
@@ -57,10 +57,10 @@ def websocket_url(sandbox: Sandbox, path: str) -> str:
 
 def handshake(
     sandbox: Sandbox, token: str, path: str = "/v1/realtime", **fields: Any
-) -> tuple[Wire, Message]:
+) -> tuple[RawConnection, Message]:
     """A raw connection on which the sandbox has answered this."""
-    wire = Wire(socket.create_connection((sandbox.host, sandbox.port)))
-    wire.send(
+    raw = RawConnection(socket.create_connection((sandbox.host, sandbox.port)))
+    raw.send(
         sandbox.head(
             f"GET {path}",
             **{
@@ -73,10 +73,10 @@ def handshake(
             },
         )
     )
-    answer = wire.head()
+    answer = raw.head()
     if answer.status != 101:
-        answer.body = wire.exactly(int(answer.value("Content-Length")))
-    return wire, answer
+        answer.body = raw.exactly(int(answer.value("Content-Length")))
+    return raw, answer
 
 
 def said(connection: Connection, count: int) -> list[str]:
@@ -108,8 +108,8 @@ def test_the_token_is_checked_before_the_upgrade(sandbox: Sandbox, path: str) ->
         ("Bearer dead", 403, "bad-credentials"),
         (None, 401, "no-credentials"),
     ):
-        wire, answer = handshake(sandbox, "", path, Authorization=authorization)
-        wire.close()
+        raw, answer = handshake(sandbox, "", path, Authorization=authorization)
+        raw.close()
         assert (
             answer.status == status and json.loads(answer.body)["code"] == f"unauthenticated:{code}"
         )
@@ -133,16 +133,16 @@ def test_the_token_is_checked_at_no_other_time(sandbox: Sandbox, conversation: C
 def test_what_is_no_handshake_is_refused(
     sandbox: Sandbox, token: str, fields: dict[str, Any], status: int, sentence: bytes
 ) -> None:
-    wire, answer = handshake(sandbox, token, **fields)
-    wire.close()
+    raw, answer = handshake(sandbox, token, **fields)
+    raw.close()
     assert answer.status == status and sentence.lower() in (answer.head + answer.body).lower()
 
 
 def test_the_answer_to_a_handshake(sandbox: Sandbox, token: str) -> None:
     """With xAI's headers and without a body's; no knob compresses it."""
     sandbox.set(gzip="all")
-    wire, answer = handshake(sandbox, token, Accept_Encoding="gzip")
-    wire.close()
+    raw, answer = handshake(sandbox, token, Accept_Encoding="gzip")
+    raw.close()
     assert (answer.status, answer.value("Upgrade").lower(), answer.value("Connection")) == (
         101,
         "websocket",
@@ -319,17 +319,17 @@ def resident_kib(sandbox: Sandbox) -> int:
 
 
 def test_who_does_not_read_is_not_read_from(sandbox: Sandbox, token: str) -> None:
-    wire, _ = handshake(sandbox, token, "/v1/realtime?model=echo")
-    wire.sock.settimeout(0.3)
-    wire.send(
+    raw, _ = handshake(sandbox, token, "/v1/realtime?model=echo")
+    raw.sock.settimeout(0.3)
+    raw.send(
         b"\x82\xff" + (1 << 30).to_bytes(8, "big") + bytes(4)
     )  # a gigabyte follows, masked with zeros
     sent = 0
     with pytest.raises(TimeoutError):
         while sent < 100_000_000:
-            sent += wire.sock.send(bytes(65536))
+            sent += raw.sock.send(bytes(65536))
     assert sandbox.counters()["open_websockets"] == 1
-    wire.close()
+    raw.close()
     sandbox.wait(lambda seen: seen["cancelled_websockets"] == 1, seconds=1)
 
 
@@ -438,8 +438,8 @@ def test_a_capacity_error_amid_a_response(
 
 def test_the_sandbox_ends_well_with_a_websocket_open() -> None:
     with Sandbox() as sandbox:
-        wire, answer = handshake(sandbox, sandbox.mint()["access_token"])
+        raw, answer = handshake(sandbox, sandbox.mint()["access_token"])
         assert answer.status == 101
         sandbox.process.terminate()
         assert sandbox.process.wait(5) == 0
-        wire.close()
+        raw.close()

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from checkout import ROOT
 from proxy_process import ProxyProcess
 from sandbox import Sandbox
 
@@ -22,7 +23,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-FOLDER = Path(__file__).parents[1] / "conf" / "clients"
+FOLDER = ROOT / "conf" / "clients"
 FILES = sorted(path.name for path in FOLDER.iterdir() if path.name != "README.md")
 BASE_URL = "http://127.0.0.1:9090"
 OPENAI_JS = "openai@7.57.0"

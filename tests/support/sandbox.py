@@ -6,7 +6,6 @@ import contextlib
 import http.client
 import json
 import os
-import pathlib
 import re
 import shlex
 import socket
@@ -17,6 +16,8 @@ import time
 import urllib.parse
 from collections.abc import Callable, Iterator
 from typing import Any
+
+from checkout import ROOT
 
 CLIENT_ID = "b1a00492-073a-47ea-816f-4c329264a828"
 SCOPE = "openid profile email offline_access grok-cli:access api:access"
@@ -42,7 +43,7 @@ class Sandbox:
             stdout=subprocess.PIPE,
             stderr=self._stderr,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[1])},
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
         )
         lines = [shlex.split(self.process.stdout.readline()) for _ in range(3)]
         if not all(lines):

@@ -268,8 +268,8 @@ def test_time_that_the_client_takes_is_no_silence_of_upstream(
     start_proxy: Callable[..., ProxyProcess], upstream: ScriptedUpstream, way: str
 ) -> None:
     """The limit stands still while the client does not read, and then begins anew: also for the client, at each byte."""
-    hasty = start_proxy(way=way, idle_timeout=1.5)
-    with hasty.client() as client:
+    short_timeout_proxy = start_proxy(way=way, idle_timeout=1.5)
+    with short_timeout_proxy.client() as client:
         client.request("GET", "/v1/slow-reader")
         request = upstream.receive().answer(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % SIZE)
         sent = pour(request.connection, 0, SIZE)
@@ -284,7 +284,7 @@ def test_time_that_the_client_takes_is_no_silence_of_upstream(
         rest.join()
         start = time.monotonic()
         assert client.rest() == b"" and 0.2 < time.monotonic() - start < 3  # not at once
-        line = hasty.wait_for_request("/v1/slow-reader")
+        line = short_timeout_proxy.wait_for_request("/v1/slow-reader")
         assert (line["bytes"], line["ended_by"]) == (SIZE - 10, "upstream")
 
 
@@ -320,7 +320,7 @@ def test_byte_that_came_in_time_counts_though_the_limit_is_over(upstream: Script
 
 
 @pytest.fixture
-def hasty(
+def short_timeout_proxy(
     start_proxy: Callable[..., ProxyProcess], way: str, upstream: ScriptedUpstream
 ) -> ProxyProcess:
     return start_proxy(way=way, idle_timeout=1)
@@ -336,24 +336,24 @@ def assert_given_up(proxy: ProxyProcess, request: Request, target: str) -> None:
 
 @both_ways
 def test_client_that_takes_nothing_is_given_up(
-    hasty: ProxyProcess, upstream: ScriptedUpstream
+    short_timeout_proxy: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
     """It would hold its connections for ever: its kernel answers all that asks whether it is there."""
-    with hasty.client() as client:
+    with short_timeout_proxy.client() as client:
         client.request("GET", "/v1/takes-nothing")
         request = upstream.receive().answer(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % SIZE)
         assert pour(request.connection, 0, SIZE, 0.2) < SIZE
-        assert_given_up(hasty, request, "/v1/takes-nothing")
+        assert_given_up(short_timeout_proxy, request, "/v1/takes-nothing")
         assert len(client.rest()) < SIZE
 
 
 @both_ways
 def test_client_that_takes_no_answer_is_given_up_before_the_next(
-    hasty: ProxyProcess, upstream: ScriptedUpstream
+    short_timeout_proxy: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
     """The first bytes of a body leave with the head, and so do short answers as a whole."""
     body = b"x" * 20000
-    with hasty.client() as client:
+    with short_timeout_proxy.client() as client:
         client.send(b"GET /v1/pipelined HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000)
         count = 0
         with pytest.raises(AssertionError, match="no request"):

@@ -13,7 +13,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from wire import PATIENCE, Message, Wire, readable
+from raw_connection import PATIENCE, Message, RawConnection, readable
 
 PATTERN = bytes(range(256)) * 256
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -31,7 +31,7 @@ class Request(Message):
         return self
 
 
-class Connection(Wire):
+class Connection(RawConnection):
     requests = 0  # that came on it
 
 
@@ -112,17 +112,17 @@ class ScriptedUpstream:
         return not any(sock is self.listener or _has_bytes(sock) for sock in self._readable(0))
 
 
-def pour(wire: Wire, at: int, size: int, patience: float = 0.3) -> int:
+def pour(raw: RawConnection, at: int, size: int, patience: float = 0.3) -> int:
     """Send PATTERN over and over, from byte `at` to `size`; return how far that got.
 
     It ends early when nothing was taken for `patience` seconds.
     """
-    wire.sock.settimeout(patience)
+    raw.sock.settimeout(patience)
     with contextlib.suppress(TimeoutError):
         while at < size:
             # After a time-out the same again, as TLS wants it.
-            at += wire.sock.send(PATTERN[at % len(PATTERN) :][: size - at])
-    wire.sock.settimeout(PATIENCE)
+            at += raw.sock.send(PATTERN[at % len(PATTERN) :][: size - at])
+    raw.sock.settimeout(PATIENCE)
     return at
 
 

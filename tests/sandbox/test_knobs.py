@@ -23,7 +23,7 @@ from xaiproxy.sandbox.knobs import ANSWER, KNOBS
 
 
 def test_every_knob_is_turned_by_a_test() -> None:
-    files = pathlib.Path(__file__).parent.glob("test_sandbox*.py")
+    files = pathlib.Path(__file__).parent.glob("test_*.py")
     source = "".join(file.read_text() for file in files)
     assert [name for name in KNOBS if f"{name}=" not in source] == []
     assert [name for name in ANSWER if f'"{name}": ' not in source] == []

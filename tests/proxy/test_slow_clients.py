@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from proxy_process import Client, ProxyProcess
+from raw_connection import readable
 from recording_upstream import RecordingUpstream
-from wire import readable
 
 from xaiproxy.http1.handler import LINGER_WHOLE
 

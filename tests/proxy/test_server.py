@@ -20,10 +20,10 @@ from typing import Any
 
 import gevent.event
 import pytest
-from flow import Flow
 from proxy_process import COMMAND, Client, ProxyProcess, both_ways, environment, refuse_to_start
+from raw_connection import Message, readable
+from rotating_load import RotatingLoad
 from scripted_upstream import Request, ScriptedUpstream, pour
-from wire import Message, readable
 
 from xaiproxy import __version__, config, errors
 from xaiproxy.proxy import server
@@ -883,13 +883,13 @@ def test_missing_refresher_was_said_once(lonely: ProxyProcess) -> None:
     assert said("no refresher") == said("is back") == 1
 
 
-def test_no_request_failed_while_tokens_expired(flow: Flow) -> None:
-    """The flow began in test_proxy.py, or begins now."""
-    flow.join()
-    counters = flow.sandbox.counters()
-    assert flow.faults == [] and flow.done > 40
+def test_no_request_failed_while_tokens_expired(rotating_load: RotatingLoad) -> None:
+    """The load began in test_forward.py, or begins now."""
+    rotating_load.join()
+    counters = rotating_load.sandbox.counters()
+    assert rotating_load.faults == [] and rotating_load.done > 40
     assert counters["refreshes"] >= 9 and counters["reuses"] == counters["cancelled_streams"] == 0
-    assert {line["status"] for line in flow.proxy.log_lines() if "status" in line} == {200}
+    assert {line["status"] for line in rotating_load.proxy.log_lines() if "status" in line} == {200}
 
 
 def test_a_log_is_polled_again_although_no_event_told_of_room() -> None:

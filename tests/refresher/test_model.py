@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
     reason="the model is checked with spin and gcc",
 )
 
-MODEL = pathlib.Path(__file__).with_name("model") / "refresh.pml"
+MODEL = pathlib.Path(__file__).with_name("refresh.pml")
 NOTHING = {
     "KILLS": 0,
     "LOSSES": 0,

@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 import segno
+from checkout import ROOT
 from sandbox import Sandbox
 from scripted_server import ScriptedServer
 from terminal import CTRL_C, Terminal
 
-ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-W", "error", "-m", "xaiproxy.login"]
 ACCOUNT = "sandbox@example.invalid"
 QUICK = {"device_interval": 0.05, "auto_approve": 0}

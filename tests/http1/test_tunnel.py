@@ -14,9 +14,10 @@ import pytest
 import websockets.sync.client
 import websockets.sync.server
 from proxy_process import Client, ProxyProcess
+from raw_connection import KEPT, PATIENCE, RawConnection
 from scripted_upstream import PATTERN, Request, ScriptedUpstream, pour
+from websocket_handshake import ACCEPTED, HANDSHAKE, LINES, handshake
 from websockets.exceptions import ConnectionClosed, ConnectionClosedError
-from wire import KEPT, PATIENCE, Wire
 
 from xaiproxy import config
 from xaiproxy.errors import UpstreamBroken
@@ -25,23 +26,6 @@ from xaiproxy.http1.request_body import NO_BODY
 from xaiproxy.http1.tunnel import Tunnel
 from xaiproxy.http1.upstream import Exchange, Upstream
 
-HANDSHAKE = (
-    "Connection: keep-alive, Upgrade",
-    "upgrade: WebSocket",
-    "Sec-WebSocket-Version: 13",
-    "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
-    "Sec-WebSocket-Protocol: realtime, other",
-    "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits",
-)
-LINES = (
-    b"Upgrade: websocket",
-    b"Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=",
-    b"Sec-WebSocket-Protocol: realtime",
-    b"Sec-WebSocket-Extensions: permessage-deflate",
-)
-ACCEPTED = b"\r\n".join(
-    [b"HTTP/1.1 101 Switching Protocols", b"Connection: upgrade", *LINES, b"", b""]
-)
 SIZE = 100 << 20  # bytes each way
 FULL = 48 << 20  # bytes; more than the sockets on the way hold
 STEP = 8 << 20  # bytes that have to be read before the socket on the other side takes any again
@@ -53,15 +37,6 @@ Ask = Callable[[str], "tuple[Client, Request]"]
 def client(running: ProxyProcess, upstream: ScriptedUpstream) -> Iterator[Client]:
     with running.client() as connection:
         yield connection
-
-
-def handshake(
-    client: Client, upstream: ScriptedUpstream, target: str = "/v1/realtime", behind: bytes = b""
-) -> Request:
-    client.request("GET", target, *HANDSHAKE)
-    request = upstream.receive().answer(ACCEPTED + behind)
-    assert client.head().status == 101
-    return request
 
 
 # The handshake
@@ -276,8 +251,8 @@ def test_so_it_is_when_it_takes_none_of_the_client_s_bytes(
 def test_time_that_the_client_takes_is_no_silence(
     start_proxy: Callable[..., ProxyProcess], upstream: ScriptedUpstream
 ) -> None:
-    hasty = start_proxy(idle_timeout=1.5)
-    with hasty.client() as client:
+    short_timeout_proxy = start_proxy(idle_timeout=1.5)
+    with short_timeout_proxy.client() as client:
         request = handshake(client, upstream, "/v1/slow")
         sent = pour(request.connection, 0, FULL)
         assert sent < FULL
@@ -295,14 +270,14 @@ def test_time_that_the_client_takes_is_no_silence(
 def test_client_that_takes_nothing_is_given_up(
     start_proxy: Callable[..., ProxyProcess], upstream: ScriptedUpstream
 ) -> None:
-    hasty = start_proxy(idle_timeout=1)
-    with hasty.client() as client:
+    short_timeout_proxy = start_proxy(idle_timeout=1)
+    with short_timeout_proxy.client() as client:
         request = handshake(client, upstream, "/v1/takes-nothing")
         assert pour(request.connection, 0, FULL, 0.2) < FULL
         start = time.monotonic()
         assert not request.connection.closed_within(0.1) and request.connection.closed_within(4)
         assert time.monotonic() - start < 3
-        assert hasty.wait_for_request("/v1/takes-nothing")["ended_by"] == "client"
+        assert short_timeout_proxy.wait_for_request("/v1/takes-nothing")["ended_by"] == "client"
 
 
 class NarrowClient(Client):
@@ -313,33 +288,33 @@ class NarrowClient(Client):
         sock.settimeout(PATIENCE)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.connect(("127.0.0.1", port))
-        Wire.__init__(self, sock)
+        RawConnection.__init__(self, sock)
 
 
 def test_client_that_takes_no_handshake_is_given_up(
     start_proxy: Callable[..., ProxyProcess], upstream: ScriptedUpstream
 ) -> None:
     """An answer before it has filled all that is on the way, but for less than the handshake's head."""
-    hasty = start_proxy(idle_timeout=1)
-    with NarrowClient(hasty.port) as client:
+    short_timeout_proxy = start_proxy(idle_timeout=1)
+    with NarrowClient(short_timeout_proxy.port) as client:
         client.request()
         request = upstream.receive().answer(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % FULL)
         pour(request.connection, 0, FULL)
         assert request.connection.closed_within(4)
         room = len(client.rest())
-    with NarrowClient(hasty.port) as client:
+    with NarrowClient(short_timeout_proxy.port) as client:
         client.request("GET", "/v1/fills")
         body = bytes(room - 30000)
         upstream.receive().answer(
             b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body
         )
-        hasty.wait_for_request("/v1/fills")
+        short_timeout_proxy.wait_for_request("/v1/fills")
         client.request("GET", "/v1/realtime", *HANDSHAKE)
         request = upstream.receive().answer(
             ACCEPTED[:-2] + 60 * (b"X: " + 1000 * b"x" + b"\r\n") + b"\r\n"
         )
         assert not request.connection.closed_within(0.1) and request.connection.closed_within(4)
-        assert hasty.wait_for_request("/v1/realtime")["ended_by"] == "client"
+        assert short_timeout_proxy.wait_for_request("/v1/realtime")["ended_by"] == "client"
 
 
 def test_last_words_of_a_client_that_leaves_arrive(
@@ -379,8 +354,8 @@ def test_client_sees_that_upstream_broke_off(
 def test_silence_of_upstream_has_the_limit_of_a_stream(
     start_proxy: Callable[..., ProxyProcess], upstream: ScriptedUpstream
 ) -> None:
-    hasty = start_proxy(idle_timeout=0.5)
-    with hasty.client() as client:
+    short_timeout_proxy = start_proxy(idle_timeout=0.5)
+    with short_timeout_proxy.client() as client:
         request = handshake(client, upstream, "/v1/silent")
         for _ in range(3):
             time.sleep(0.3)
@@ -388,7 +363,7 @@ def test_silence_of_upstream_has_the_limit_of_a_stream(
         assert client.exactly(3) == b"xxx"
         start = time.monotonic()
         assert client.closed_within(3) and time.monotonic() - start > 0.3
-        assert hasty.wait_for_request("/v1/silent")["ended_by"] == "upstream"
+        assert short_timeout_proxy.wait_for_request("/v1/silent")["ended_by"] == "upstream"
         assert request.connection.closed_within()
 
 

@@ -33,7 +33,7 @@ def client(running: ProxyProcess, upstream: ScriptedUpstream) -> Iterator[Client
 
 
 @pytest.fixture
-def hasty(
+def short_timeout_proxy(
     start_proxy: Callable[..., ProxyProcess], way: str, upstream: ScriptedUpstream
 ) -> ProxyProcess:
     return start_proxy(way=way, idle_timeout=1.5, client_timeout=0.5)
@@ -84,9 +84,9 @@ def test_so_it_may_however_the_answer_is_sent(client: Client, upstream: Scripted
 
 
 def test_client_that_is_answered_may_be_silent_for_longer(
-    hasty: ProxyProcess, upstream: ScriptedUpstream
+    short_timeout_proxy: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
-    with hasty.client() as client:
+    with short_timeout_proxy.client() as client:
         request = upload(client, upstream, 6).answer(CHUNKED + b"2\r\nok\r\n")
         assert client.head().status == 200 and client.chunk() == b"ok"
         time.sleep(0.8)  # more than XAI_PROXY_CLIENT_TIMEOUT
@@ -100,10 +100,10 @@ def test_client_that_is_answered_may_be_silent_for_longer(
 
 @both_ways
 def test_progress_of_either_direction_is_progress(
-    hasty: ProxyProcess, upstream: ScriptedUpstream
+    short_timeout_proxy: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
     """XAI_PROXY_IDLE_TIMEOUT is 1.5 s; upstream is silent for longer, before its head and after it."""
-    with hasty.client() as client:
+    with short_timeout_proxy.client() as client:
         request = upload(client, upstream, 20)
         for number in range(20):
             client.send(b"%x" % (number % 16))
@@ -146,18 +146,20 @@ def test_answer_whose_connection_ends_says_so_to_a_client_that_still_sends(
 
 @both_ways
 def test_upstream_that_answers_and_takes_nothing_is_given_up(
-    hasty: ProxyProcess, upstream: ScriptedUpstream
+    short_timeout_proxy: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
-    with hasty.client() as client:
+    with short_timeout_proxy.client() as client:
         request = upload(client, upstream, 48 * MIB, "/v1/takes-nothing")
         pour(client, 0, 48 * MIB)
-        start = len(hasty.log_lines())
+        start = len(short_timeout_proxy.log_lines())
         request.answer(CHUNKED)
         with contextlib.suppress(ConnectionError):
             for _ in range(20):
                 request.answer(b"2\r\nok\r\n")
                 time.sleep(0.2)
-        line = hasty.wait_for_log(lambda line: line.get("path") == "/v1/takes-nothing", start=start)
+        line = short_timeout_proxy.wait_for_log(
+            lambda line: line.get("path") == "/v1/takes-nothing", start=start
+        )
         assert (line["status"], line["ended_by"]) == (200, "upstream")
 
 

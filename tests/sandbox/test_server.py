@@ -16,6 +16,7 @@ import time
 from typing import Any
 
 import pytest
+from checkout import ROOT
 from sandbox import CHAT, DEVICE_CODE, FORM, Sandbox, body, status, until
 
 from xaiproxy.sandbox.knobs import KNOBS
@@ -465,7 +466,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         timeout=20,
         capture_output=True,
         text=True,
-        cwd=pathlib.Path(__file__).parents[1],
+        cwd=ROOT,
     )
 
 

@@ -1,0 +1,123 @@
+"""Both programs under supervisord, as a container has them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from checkout import ROOT
+from proxy_process import Client
+
+CONF = ROOT / "conf" / "supervisord.conf"
+BIN = Path(sys.executable).parent
+
+
+class Supervised:
+    """supervisord with the real conf, and its output: `lines`. It has no controlling terminal, nor its folder on PATH.
+
+    `pipe`: where it writes, and where that comes out. `conf`: another configuration.
+    """
+
+    def __init__(self, folder, sandbox, *, prefix=(), pipe=os.pipe, conf=CONF, **settings):
+        environ = {
+            "PATH": os.defpath,
+            "HOME": str(folder),
+            "XAI_PROXY_PORT": "0",
+            **sandbox.env,
+            "XAI_PROXY_TOKEN_PATH": str(folder / "login" / "tokens.json"),
+            **settings,
+        }
+        sandbox.write_login(environ["XAI_PROXY_TOKEN_PATH"])
+        self._output, stdout = pipe()
+        self.process = subprocess.Popen(
+            [*prefix, BIN / "supervisord", "-c", conf],
+            cwd=folder,
+            env=environ,
+            stdout=stdout,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        os.close(stdout)
+        self.lines = []
+        self._changed = threading.Condition()
+        self._may_read = threading.Event()
+        self._may_read.set()
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_error):
+        self.read_on()
+        if self.process.poll() is None:
+            self.process.terminate()
+        self.ended()
+        self._reader.join()
+
+    def _read(self):
+        with (
+            open(self._output) as output,
+            contextlib.suppress(OSError),
+        ):  # EIO: the end of a terminal's
+            for line in output:
+                with self._changed:
+                    self.lines.append(line)
+                    self._changed.notify_all()
+                self._may_read.wait()
+
+    def stop_reading(self):
+        self._may_read.clear()
+
+    def read_on(self):
+        self._may_read.set()
+
+    def close_output(self):
+        """Leave nobody who reads."""
+        os.dup2(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC), self._output)
+
+    def says(self, pattern, times=1, seconds=30):
+        """Wait until `pattern` was said so often; the last match, or None when that takes too long."""
+
+        def matches():
+            return [match for match in map(re.compile(pattern).search, self.lines) if match]
+
+        with self._changed:
+            return (
+                self._changed.wait_for(lambda: len(matches()) >= times, seconds)
+                and matches()[times - 1]
+            ) or None
+
+    def said(self, pattern, times=1):
+        match = self.says(pattern, times)
+        assert match, "".join(self.lines)
+        return match
+
+    def client(self, start=1):
+        """A connection to the proxy, which listens for the `start`th time."""
+        return Client(int(self.said(r"listening on http://127.0.0.1:(\d+)/v1", start)[1]))
+
+    def signal(self, number):
+        self.process.send_signal(number)
+
+    def ended(self):
+        """Its status, once it has ended and all is read."""
+        status = self.process.wait(30)
+        self._reader.join(10)
+        return status
+
+    def pids(self):
+        """Of the programs that were started, by name."""
+        return {
+            name: int(self.said(rf"spawned: '{name}' with pid (\d+)")[1])
+            for name in ("refresher", "proxy")
+        }
+
+    def complaints(self):
+        """supervisord's own lines above INFO."""
+        return [line for line in self.lines if re.match(r"[-\d]+ [:,\d]+ (WARN|ERRO|CRIT) ", line)]
