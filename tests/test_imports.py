@@ -14,7 +14,7 @@ PACKAGE = ROOT / "xaiproxy"
 WEB = [
     "__main__",
     "http1.headers",
-    "http1.upstream",
+    "http1.exchange",
     "proxy.access",
     "proxy.forward",
     "proxy.app",

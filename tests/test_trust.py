@@ -14,7 +14,7 @@ import pytest
 from checkout import ROOT
 
 from xaiproxy import config, errors, trust
-from xaiproxy.http1.upstream import Upstream
+from xaiproxy.http1.pool import Pool
 from xaiproxy.oauth.session import Session
 
 KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
@@ -165,7 +165,7 @@ def of_issuer(settings: config.Config) -> str:
 
 def of_upstream(settings: config.Config) -> str:
     try:
-        Upstream(settings).connect().close()
+        Pool(settings).connect().close()
     except errors.UpstreamUnreachable as error:
         return str(error)
     return ""

@@ -15,8 +15,9 @@ import gevent.socket
 import pytest
 from scripted_upstream import make_certificate
 
-from xaiproxy.http1.connection import BURST, OPEN, READ, Connection, DeadPath, TLSConnection
+from xaiproxy.http1.connection import BURST, OPEN, READ, Connection, DeadPath
 from xaiproxy.http1.message_head import Malformed, TooLong
+from xaiproxy.http1.tls import TLSConnection
 from xaiproxy.http1.tunnel import Tunnel
 
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER that turns close into a reset
@@ -368,7 +369,7 @@ class Peer:
         self._in, self.out = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.tls = server.wrap_bio(self._in, self.out, server_side=True)
 
-    def shake_hands(self) -> None:
+    def handshake(self) -> None:
         self._with_reads(self.tls.do_handshake)
         self.flush()
 
@@ -414,8 +415,8 @@ def tls_over(
 ) -> Iterator[tuple[TLSConnection, Peer]]:
     ours, theirs = TLSConnection(connection, context, "localhost", session), Peer(peer, server)
     with contextlib.closing(ours):
-        shaking = gevent.spawn(theirs.shake_hands)
-        ours.shake_hands()
+        shaking = gevent.spawn(theirs.handshake)
+        ours.handshake()
         shaking.get()
         yield ours, theirs
 
@@ -577,20 +578,20 @@ def test_a_certificate_of_nobody_and_a_name_of_another(tcp, certificates, contex
 
             def refused(peer: gevent.socket.socket = peer) -> None:
                 with pytest.raises((OSError, EOFError)):
-                    Peer(peer, certificates[1]).shake_hands()
+                    Peer(peer, certificates[1]).handshake()
                     peer.recv(1) or pytest.fail("the client has shaken hands")
                     raise EOFError
 
             shaking = gevent.spawn(refused)
             with pytest.raises(ssl.SSLCertVerificationError):
-                TLSConnection(connection, trusting, host).shake_hands()
+                TLSConnection(connection, trusting, host).handshake()
             connection.close()
             shaking.get()
 
 
 def test_a_peer_that_closes_while_hands_are_shaken(tcp, context):
     connection, peer = tcp
-    shaking = gevent.spawn(TLSConnection(connection, context, "localhost").shake_hands)
+    shaking = gevent.spawn(TLSConnection(connection, context, "localhost").handshake)
     assert peer.recv(READ)
     peer.close()
     with pytest.raises((EOFError, ConnectionResetError)):
@@ -601,7 +602,7 @@ def test_a_peer_that_speaks_no_tls(tcp, context):
     connection, peer = tcp
     peer.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
     with pytest.raises(ssl.SSLError):
-        TLSConnection(connection, context, "localhost").shake_hands()
+        TLSConnection(connection, context, "localhost").handshake()
 
 
 def test_a_session_is_resumed(certificates, context):

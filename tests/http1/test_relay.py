@@ -17,15 +17,15 @@ import gevent.server
 import gevent.socket
 import greenlet
 import pytest
+from exchanges import perform
 from proxy_process import ISSUER, Client, ProxyProcess, both_ways
 from scripted_upstream import OK, PATTERN, Request, ScriptedUpstream, pour
 
-from xaiproxy import client_keys, config
+from xaiproxy import client_keys, config, token_store
 from xaiproxy.http1.connection import Connection
+from xaiproxy.http1.pool import Pool
 from xaiproxy.http1.relay import Relay
-from xaiproxy.http1.request_body import NO_BODY
-from xaiproxy.http1.upstream import Upstream
-from xaiproxy.proxy import app, server
+from xaiproxy.proxy import access, app, forward, server
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 SIZED = b"HTTP/1.1 200 OK\r\nContent-Length: 13\r\n\r\n"
@@ -293,20 +293,16 @@ def test_byte_that_came_in_time_counts_though_the_limit_is_over(upstream: Script
     settings = config.from_environ(
         {"HOME": "/", "XAI_PROXY_UPSTREAM": upstream.origin, "XAI_PROXY_IDLE_TIMEOUT": "0.5"}
     )
-    exchange = Upstream(settings).send(
-        b"GET /v1/x HTTP/1.1\r\n", NO_BODY, method="GET", repeatable=True
-    )
-    request = upstream.receive().answer(SIZED)
-    exchange.receive()
+    request, answered = perform(Pool(settings), upstream, SIZED)
     ours, theirs = socket.socketpair()
     with (
         contextlib.closing(Connection(ours)) as client,
         theirs,
-        contextlib.closing(exchange),
+        contextlib.closing(answered),
         gevent.Timeout(8),
     ):
         theirs.settimeout(8)
-        running = gevent.spawn(Relay(exchange, client).run, b"")
+        running = gevent.spawn(Relay(answered, client).run, b"")
         gevent.sleep(0)
         request.answer(CONTENT[:3])
         end = time.monotonic() + 0.7
@@ -486,16 +482,19 @@ def serving(folder: Path, origin: str) -> Iterator[int]:
     (folder / "tokens.json").write_text(
         f'{{"access_token": "a", "expires_at": {time.time() + 3600}, "issuer": "{ISSUER}"}}'
     )
-    upstream = Upstream(settings)
+    pool = Pool(settings)
     with gevent.socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(1024)
         keys = client_keys.ClientKeys(settings.client_keys_file)
-        running = server.Server(listener, app.create_app(settings, keys, upstream), settings, 5000)
+        store, gate = token_store.TokenStore(settings), access.Access(settings, keys)
+        proxy = forward.Proxy(settings, store, gate, pool)
+        application = app.create_app(proxy, store, gate)
+        running = server.Server(listener, application, proxy, settings, 5000)
         running.start()
         yield listener.getsockname()[1]
         running.drain(gevent.event.Event())
-    upstream.close()
+    pool.close()
 
 
 def test_nothing_is_left_of_a_thousand_cancelled_streams(tmp_path: Path, many_files: None) -> None:

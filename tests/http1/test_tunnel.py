@@ -13,6 +13,7 @@ import gevent
 import pytest
 import websockets.sync.client
 import websockets.sync.server
+from exchanges import perform
 from proxy_process import Client, ProxyProcess
 from raw_connection import KEPT, PATIENCE, RawConnection
 from scripted_upstream import PATTERN, Request, ScriptedUpstream, pour
@@ -22,9 +23,9 @@ from websockets.exceptions import ConnectionClosed, ConnectionClosedError
 from xaiproxy import config
 from xaiproxy.errors import UpstreamBroken
 from xaiproxy.http1.connection import Connection
-from xaiproxy.http1.request_body import NO_BODY
+from xaiproxy.http1.exchange import Exchange
+from xaiproxy.http1.pool import Pool
 from xaiproxy.http1.tunnel import Tunnel
-from xaiproxy.http1.upstream import Exchange, Upstream
 
 SIZE = 100 << 20  # bytes each way
 FULL = 48 << 20  # bytes; more than the sockets on the way hold
@@ -376,23 +377,19 @@ def tunnel(
         {"HOME": "/", "XAI_PROXY_UPSTREAM": upstream.origin, "XAI_PROXY_IDLE_TIMEOUT": str(limit)}
     )
     lines = "\r\n".join(["GET /v1/realtime HTTP/1.1", *HANDSHAKE, ""])
-    exchange = Upstream(settings).send(
-        lines.encode(), NO_BODY, method="GET", repeatable=True, upgrade=True
-    )
-    request = upstream.receive().answer(ACCEPTED)
-    exchange.receive()
+    request, answered = perform(Pool(settings), upstream, ACCEPTED, begin=lines, upgrade=True)
     ours, theirs = socket.socketpair()
     with (
         contextlib.closing(Connection(ours)) as client,
         theirs,
-        contextlib.closing(exchange),
+        contextlib.closing(answered),
         gevent.Timeout(PATIENCE),
     ):
         theirs.settimeout(PATIENCE)
-        running = gevent.spawn(Tunnel(exchange, client).run, b"")
+        running = gevent.spawn(Tunnel(answered, client).run, b"")
         gevent.sleep(0)
         gevent.sleep(0)
-        yield running, request, exchange
+        yield running, request, answered
         assert theirs.recv(2) == b"x"
         running.kill()
 

@@ -5,16 +5,14 @@ import os
 import re
 import select
 import time
-import types
 
 import pytest
 from proxy_process import ProxyProcess
 from scripted_upstream import ScriptedUpstream
 
 from xaiproxy import client_keys, config, token_store
-from xaiproxy.http1 import request_head
-from xaiproxy.http1.upstream import Upstream
-from xaiproxy.proxy import app
+from xaiproxy.http1.pool import Pool
+from xaiproxy.proxy import access, app, forward
 
 NOW = 1_800_000_000
 KEY = "xaip_of-the-laptop"
@@ -447,19 +445,17 @@ def test_a_fault_of_ours_is_a_500_in_json_and_not_the_clients_fault(tmp_path, ca
     settings = config.from_environ(
         {"XAI_PROXY_TOKEN_PATH": str(tmp_path / "tokens.json")}, dotenv_path=os.devnull
     )
-    flask_app = app.create_app(
-        settings, client_keys.ClientKeys(settings.client_keys_file), Upstream(settings)
-    )
+    store = token_store.TokenStore(settings)
+    gate = access.Access(settings, client_keys.ClientKeys(settings.client_keys_file))
+    proxy = forward.Proxy(settings, store, gate, Pool(settings))
+    flask_app = app.create_app(proxy, store, gate)
 
     @flask_app.get("/fault")
     def fault():
         raise RuntimeError("of ours")
 
-    handler = types.SimpleNamespace(check_room=lambda: None)
-    head = request_head.parse(b"GET /fault HTTP/1.1\r\nHost: localhost\r\n\r\n")
-    environ = {"xaiproxy.head": head, "xaiproxy.handler": handler}
-    answer = flask_app.test_client().get("/fault", environ_overrides=environ)
-    assert (answer.status_code, handler.ended_by) == (500, "proxy")
+    answer = flask_app.test_client().get("/fault")
+    assert answer.status_code == 500
     assert answer.json["error"]["code"] == "internal_error"
     assert answer.headers["X-XAI-Proxy-Error"] == "internal_error" and "of ours" not in answer.text
     assert "RuntimeError: of ours" in caplog.text

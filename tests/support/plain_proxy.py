@@ -8,17 +8,16 @@ from gevent import monkey
 monkey.patch_all()
 
 import sys
-from typing import Any
 
-from xaiproxy.http1 import handler as http_handler
+from xaiproxy.http1 import client_response, handler
 from xaiproxy.proxy import server
 
 
-class PlainHandler(http_handler.Handler):
-    def _can_relay(self, result: Any) -> bool:
-        return False
+class PlainResponse(client_response.ClientResponse):
+    def _framing(self) -> type:
+        return type(None)
 
 
 if __name__ == "__main__":
-    server.Server.handler_class = PlainHandler
+    handler.Handler.response_class = PlainResponse
     sys.exit(server.main())

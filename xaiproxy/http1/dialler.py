@@ -7,9 +7,9 @@ import urllib.parse
 
 from xaiproxy import addresses, config, trust
 from xaiproxy.http1 import response_head, socks_proxy
-from xaiproxy.http1.connection import Connection, TLSConnection
-from xaiproxy.http1.message_head import Malformed
+from xaiproxy.http1.connection import BROKEN, Connection
 from xaiproxy.http1.resolver import Resolver
+from xaiproxy.http1.tls import TLSConnection
 
 # Dead peers behind a silent network are noticed within two minutes.
 KEEPALIVE = [
@@ -20,7 +20,6 @@ KEEPALIVE = [
 ]
 SOCKET_OPTIONS = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), *KEEPALIVE]
 PORTS = {"http": 80, "https": 443, "socks5": 1080, "socks5h": 1080, "socks4": 1080, "socks4a": 1080}
-BROKEN = (OSError, EOFError, Malformed)
 
 
 class TooLate(Exception):
@@ -111,26 +110,26 @@ class Dialler:
             if proxy is not None and proxy.scheme in ("http", "https"):
                 if proxy.scheme == "https":
                     connection = TLSConnection(connection, self._context, proxy.hostname)
-                    connection.shake_hands(limit)
+                    connection.handshake(limit)
                 self._tunnel(connection, limit)
             if self._upstream.scheme == "https":
                 connection = TLSConnection(
                     connection, self._context, self._upstream.hostname, session
                 )
-                self._shake_hands(connection, session, limit)
+                self._handshake(connection, session, limit)
             return connection
         except BaseException:
             connection.close()
             raise
 
-    def _shake_hands(
+    def _handshake(
         self, connection: TLSConnection, session: ssl.SSLSession | None, limit: float | None
     ) -> None:
         if session is None:
-            connection.shake_hands(limit)
+            connection.handshake(limit)
             return
         try:
-            connection.shake_hands(self._patience)
+            connection.handshake(self._patience)
         except ssl.SSLCertVerificationError:  # of a handshake in full: the session did no harm
             raise
         except BROKEN as error:

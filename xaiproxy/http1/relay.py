@@ -10,8 +10,8 @@ from typing import Any
 import gevent
 
 from xaiproxy.errors import ClientGone
-from xaiproxy.http1.connection import Connection
-from xaiproxy.http1.upstream import BROKEN, Exchange
+from xaiproxy.http1.connection import BROKEN, Connection
+from xaiproxy.http1.exchange import Exchange
 
 
 class Relay:

@@ -1,8 +1,10 @@
-"""The body of a client's request, handed on as it arrives, and the copy kept so that it can be sent again.
+"""The body of a client's request: read as it arrives, and kept within limits to be sent again.
 
-What is sent upstream is read in passes: `rewind` begins one, `read1` gives its next part, `at_end` says whether there
-is none. A pass may begin before the one before it has ended: it repeats what was read, then the rest comes.
+A body is sent upstream in passes: `rewind` begins one, `read1` returns its next part, and `at_end` is true after the
+last. A new pass may begin before the former has ended: it repeats what was read before, then goes on reading.
 """
+
+from __future__ import annotations
 
 import time
 
@@ -12,107 +14,8 @@ from xaiproxy.http1.connection import READ, Connection
 from xaiproxy.http1.request_head import Head
 
 
-class RequestBody:
-    """A WSGI input whose `read1` gives what is there instead of waiting for more.
-
-    `ended` says whether the whole body was read, so that another request can follow on the connection.
-    """
-
-    def __init__(self, head: Head, connection: Connection, timeout: float):
-        self.chunked = head.chunked
-        self.content_length = head.content_length
-        self._framing = (
-            framing.Chunked() if head.chunked else framing.Sized(head.content_length or 0)
-        )
-        self._connection = connection
-        self._timeout = timeout
-        self._unread = b""  # content that came with what was asked for
-        self._continue_due = (
-            not self.ended
-            and head.version == "HTTP/1.1"
-            and [value.lower() for value in head.values("expect")] == ["100-continue"]
-        )
-
-    @property
-    def ended(self) -> bool:
-        return self._framing.ended and not self._unread
-
-    @property
-    def has_come(self) -> bool:
-        """Whether read1 need not wait. Raises BadRequest."""
-        if not self._unread and self._connection.unread:
-            self._unread = self._content(self._connection.recv(None))
-        return bool(self._unread)
-
-    def read1(self, size: int = -1) -> bytes:
-        """Return some bytes, at most `size` if that is not negative; b"" at the end.
-
-        Raises BadRequest, ClientTimeout, ClientGone.
-        """
-        if size == 0:
-            return b""
-        data = self._unread or self._next()
-        if 0 < size < len(data):
-            data, self._unread = data[:size], data[size:]
-        else:
-            self._unread = b""
-        return data
-
-    def read(self, size: int = -1) -> bytes:
-        parts = []
-        while data := self.read1(size):
-            parts.append(data)
-            size -= len(data) if size > 0 else 0
-        return b"".join(parts)
-
-    def _next(self) -> bytes:
-        """The content of what comes next, of all chunks in it."""
-        deadline = time.monotonic() + self._timeout  # bytes that are no content do not push it on
-        content = b""
-        try:
-            self._go_on()
-            while not content and not self._framing.ended:
-                data = self._connection.recv(deadline - time.monotonic())
-                if not data:
-                    raise errors.ClientGone
-                content = self._content(data)
-        except TimeoutError:
-            raise errors.ClientTimeout(
-                f"no byte of the request body came for {self._timeout:g} s", close=True
-            ) from None
-        except OSError:
-            raise errors.ClientGone from None
-        return content
-
-    def invite(self) -> None:
-        """Send a 100 (Continue) if the client waits for one (RFC 9110 section 10.1.1). Raises ClientGone."""
-        try:
-            self._go_on()
-        except OSError:
-            raise errors.ClientGone from None
-
-    def _go_on(self) -> None:
-        if self._continue_due:
-            self._continue_due = False
-            self._connection.send_all(b"HTTP/1.1 100 Continue\r\n\r\n", self._timeout)
-
-    def _content(self, data: bytes) -> bytes:
-        try:
-            spans = self._framing.feed(data)
-        except framing.Malformed as error:
-            raise errors.BadRequest(f"the request body {error}", close=True) from None
-        self._connection.unread = data[self._framing.used :]
-        if self.chunked:
-            self._connection.wait_before_reading()  # chunks of a byte each take long: others have their turn
-        return (
-            b"".join([data[start:end] for start, end in spans])
-            if spans != [(0, len(data))]
-            else data
-        )
-
-
 class ReplayMemory:
-    """How many bytes all requests together may keep for a replay."""
+    """The number of bytes that all requests together may keep."""
 
     def __init__(self, limit: int):
         self.limit = limit
@@ -128,123 +31,164 @@ class ReplayMemory:
         self.used -= size
 
 
-class WholeBody:
-    """A body that came with its head, or none at all: what RequestBody and ReplayableBody are in one."""
+class RequestBody:
+    """A body that may still be arriving, or came whole with its head.
 
-    chunked = False
-    ended = True
+    `chunked`, `content_length`: its framing. `replayable`: whether there can be another pass; False until `keep`.
+    """
 
-    def __init__(self, content: bytes, content_length: int | None):
-        self.content_length = content_length
-        self.replayable = True
-        self._content = content
-        self._at = 0
+    __slots__ = (
+        "_at",
+        "_connection",
+        "_continue_due",
+        "_framing",
+        "_kept",
+        "_limit",
+        "_memory",
+        "_memory_used",
+        "_timeout",
+        "_unread",
+        "chunked",
+        "content_length",
+        "replayable",
+    )
+
+    def __init__(self, head: Head, connection: Connection, timeout: float):
+        """`timeout`: seconds in which the client must send a byte of it."""
+        self.chunked = head.chunked
+        self.content_length = head.content_length
+        self.replayable = False
+        self._connection = connection
+        self._timeout = timeout
+        self._limit = 0
         self._memory: ReplayMemory | None = None
-
-    def rewind(self) -> None:
+        self._memory_used = 0
+        # Content that earlier parts or passes have read. One buffer, since a list of short chunks
+        # would take thirty times the memory.
+        self._kept: bytes | bytearray = b""
+        # How much of it this pass has returned.
         self._at = 0
+        # Content that came together with other bytes, and that no pass has returned.
+        self._unread = b""
+        self._continue_due = False
+        size = head.content_length or 0
+        came = connection.unread
+        if not head.chunked and len(came) >= size:
+            self._framing: framing.Sized | framing.Chunked = framing.Sized(0)
+            self._kept, connection.unread = came[:size], came[size:]
+        else:
+            self._framing = framing.Chunked() if head.chunked else framing.Sized(size)
+            self._continue_due = head.version == "HTTP/1.1" and [
+                value.lower() for value in head.values("expect")
+            ] == ["100-continue"]
 
     @property
-    def has_come(self) -> bool:
-        return self._at < len(self._content)
-
-    @property
-    def at_end(self) -> bool:
-        return self._at == len(self._content)
-
-    def read1(self, size: int = -1) -> bytes:
-        data = self._content[self._at :] if size < 0 else self._content[self._at : self._at + size]
-        self._at += len(data)
-        return data
-
-    read = read1
-
-    def invite(self) -> None:
-        pass
-
-    def keep(self, limit: int, memory: ReplayMemory) -> None:
-        """Count what there is."""
-        self.replayable = len(self._content) <= limit and memory.take(len(self._content))
-        self._memory = memory if self.replayable else None
-
-    def forget(self) -> None:
-        if self._content:
-            self.replayable = False
-            if self._memory is not None:
-                self._memory.give_back(len(self._content))
-            self._content, self._at = b"", 0
-
-    close = forget
-
-
-NO_BODY = WholeBody(b"", None)
-
-
-def body_of(head: Head, connection: Connection, timeout: float) -> RequestBody | WholeBody:
-    """The body that follows this head on the connection."""
-    if head.content_length is None:
-        return RequestBody(head, connection, timeout) if head.chunked else NO_BODY
-    unread = connection.unread
-    if len(unread) < head.content_length:
-        return RequestBody(head, connection, timeout)
-    connection.unread = unread[head.content_length :]
-    return WholeBody(unread[: head.content_length], head.content_length)
-
-
-class ReplayableBody:
-    """A body that may still be on its way; there can be another pass as long as it is `replayable`."""
-
-    def __init__(self, body: RequestBody, limit: int, memory: ReplayMemory):
-        self.chunked = body.chunked
-        self.content_length = body.content_length
-        self._body = body
-        self._limit = limit
-        self._memory = memory
-        self._kept = (
-            bytearray()
-        )  # a list of chunks of a byte or two each would take thirty times the memory
-        self._at = 0  # of those, how many this pass has given
-        self.replayable = (body.content_length or 0) <= limit
-
-    def rewind(self) -> None:
-        self._at = 0
+    def ended(self) -> bool:
+        """Whether all of it was read from the connection, so that another request can follow."""
+        return self._framing.ended and not self._unread
 
     @property
     def has_come(self) -> bool:
         """Whether read1 need not wait. Raises BadRequest."""
-        return self._at < len(self._kept) or self._body.has_come
+        if self._at < len(self._kept):
+            return True
+        if not self._unread and self._connection.unread and not self._framing.ended:
+            self._unread = self._content(self._connection.recv(None))
+        return bool(self._unread)
 
     @property
     def at_end(self) -> bool:
-        return self._at == len(self._kept) and self._body.ended
+        return self._at == len(self._kept) and self.ended
 
-    def invite(self) -> None:
-        """Send a 100 (Continue) if the client waits for one. Raises ClientGone."""
-        self._body.invite()
+    def rewind(self) -> None:
+        self._at = 0
 
     def read1(self) -> bytes:
-        """The next part of this pass; b"" at its end. Raises as RequestBody.read1."""
-        if self._at == len(self._kept):
-            data = self._body.read1()
-            self._keep(data)
+        """The next part of this pass; b"" at its end. Raises BadRequest, ClientTimeout, ClientGone."""
+        if self._at < len(self._kept):
+            data = bytes(self._kept[self._at : self._at + READ])
+            self._at += len(data)
+            if not self.replayable:
+                self.forget()
             return data
-        data = bytes(memoryview(self._kept)[self._at : self._at + READ])
-        self._at += len(data)
-        if not self.replayable:
-            self.forget()
+        data, self._unread = self._unread or self._next(), b""
+        if self.replayable:
+            self._keep(data)
         return data
 
+    def read(self, size: int = -1) -> bytes:
+        """As a WSGI input has it (PEP 3333)."""
+        data = b""
+        while (size < 0 or len(data) < size) and (more := self.read1()):
+            data += more
+        if 0 <= size < len(data):
+            data, self._unread = data[:size], data[size:] + self._unread
+        return data
+
+    def invite(self) -> None:
+        """Send a 100 (Continue) if the client waits for one (RFC 9110 section 10.1.1). Raises ClientGone."""
+        if self._continue_due:
+            self._continue_due = False
+            try:
+                self._connection.send_all(b"HTTP/1.1 100 Continue\r\n\r\n", self._timeout)
+            except OSError:
+                raise errors.ClientGone from None
+
+    def _next(self) -> bytes:
+        """The content of what arrives next, of all chunks in it."""
+        # Bytes that are no content do not extend it.
+        deadline = time.monotonic() + self._timeout
+        content = b""
+        self.invite()
+        try:
+            while not content and not self._framing.ended:
+                data = self._connection.recv(deadline - time.monotonic())
+                if not data:
+                    raise errors.ClientGone
+                content = self._content(data)
+        except TimeoutError:
+            raise errors.ClientTimeout(
+                f"no byte of the request body came for {self._timeout:g} s", close=True
+            ) from None
+        except OSError:
+            raise errors.ClientGone from None
+        return content
+
+    def _content(self, data: bytes) -> bytes:
+        try:
+            spans = self._framing.feed(data)
+        except framing.Malformed as error:
+            raise errors.BadRequest(f"the request body {error}", close=True) from None
+        self._connection.unread = data[self._framing.used :]
+        if self.chunked:
+            # Chunks of a byte each take long: other greenlets run between two reads.
+            self._connection.wait_before_reading()
+        return b"".join([data[start:end] for start, end in spans])
+
+    # The copy
+
+    def keep(self, limit: int, memory: ReplayMemory) -> None:
+        """Keep what is read for another pass, up to `limit` bytes and as `memory` has room."""
+        self._limit, self._memory = limit, memory
+        self.replayable = (self.content_length or 0) <= limit and self._take(len(self._kept))
+
+    def _take(self, size: int) -> bool:
+        if self._memory is None or not self._memory.take(size):
+            return False
+        self._memory_used += size
+        return True
+
     def _keep(self, data: bytes) -> None:
-        if not self.replayable:
-            return
-        if len(self._kept) + len(data) > self._limit or not self._memory.take(len(data)):
+        if len(self._kept) + len(data) > self._limit or not self._take(len(data)):
             self.forget()
             return
+        if not self._kept:
+            self._kept = bytearray()
         self._kept += data
         self._at += len(data)
 
     def forget(self) -> None:
-        """There will be no other pass: free the copy, or as soon as this pass has given all of it."""
+        """Begin no other pass: free the copy, or free it once this pass has returned all of it."""
         self.replayable = False
         if self._at == len(self._kept):
             self.close()
@@ -252,5 +196,7 @@ class ReplayableBody:
     def close(self) -> None:
         """Free the copy. May be called twice."""
         self.replayable = False
-        self._memory.give_back(len(self._kept))
-        self._kept, self._at = bytearray(), 0
+        if self._memory is not None:
+            self._memory.give_back(self._memory_used)
+        self._memory_used = 0
+        self._kept, self._at = b"", 0

@@ -8,18 +8,12 @@ one which steers somebody.
 
 from __future__ import annotations
 
-import functools
 import re
-from typing import Any
 
 from xaiproxy import errors
 from xaiproxy.http1 import headers, message_head
 
 SIZE_LIMIT = 65536  # bytes of the whole head
-MEMO_LIMIT = (
-    2048  # bytes of a head that is remembered; what is made of one takes up to twenty times as much
-)
-LENGTH_LINE = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: ([0-9]{1,18})\r\n")
 ABSOLUTE_FORM = re.compile(
     r"(https?)://((?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?)([/?][^#]*)?", re.IGNORECASE
 )
@@ -31,9 +25,7 @@ RESERVED = headers.NOT_SENT | {"content-type", "origin", "sec-fetch-site"}
 class Head:
     """`target` is the request line's, byte for byte, in origin-form; `fields` are in order, as sent. Text is Latin-1.
 
-    `by_name`: the values of each name in lower case. `content_length` is None without a body and with a chunked one;
-    the value of the field itself is nowhere else. `derived`: what others have found out from the rest, by their own
-    names; shared by equal heads, which are one.
+    `by_name`: the values of each name in lower case. `content_length` is None without a body and with a chunked one.
     """
 
     __slots__ = (
@@ -46,7 +38,6 @@ class Head:
         "content_length",
         "chunked",
         "keep_alive",
-        "derived",
     )
 
     def __init__(
@@ -57,7 +48,6 @@ class Head:
         version: str,
         fields: list[tuple[str, str]],
         values: dict[str, list[str]],
-        derived: dict[str, Any],
     ):
         self.method = method
         self.target = target
@@ -68,21 +58,6 @@ class Head:
         self.content_length: int | None = None
         self.chunked = False
         self.keep_alive = False
-        self.derived = derived
-
-    def with_length(self, content_length: int) -> Head:
-        """The same with another `content_length`."""
-        other = Head(
-            self.method,
-            self.target,
-            self.path,
-            self.version,
-            self.fields,
-            self.by_name,
-            self.derived,
-        )
-        other.content_length, other.keep_alive = content_length, self.keep_alive
-        return other
 
     def values(self, name: str) -> list[str]:
         """All values of a field; `name` in lower case."""
@@ -90,23 +65,9 @@ class Head:
 
 
 def parse(data: bytes) -> Head:
-    """`data`: up to and with the empty line. Raises BadRequest, HeadTooLarge.
-
-    A client's heads differ in their Content-Length, if at all: what else follows from one is found out once.
-    """
-    parse_new = _remembered if len(data) < MEMO_LIMIT else _parse
-    length = LENGTH_LINE.search(data)
-    if length is None:
-        return parse_new(data)
-    return parse_new(data[: length.start(1)] + b"0" + data[length.end(1) :]).with_length(
-        int(length[1])
-    )
-
-
-def _parse(data: bytes) -> Head:
-    if data.startswith(
-        b"\r\n"
-    ):  # RFC 9112 section 2.2: one empty line before a request is to be forgiven
+    """`data`: up to and with the empty line. Raises BadRequest, HeadTooLarge."""
+    if data.startswith(b"\r\n"):
+        # RFC 9112 section 2.2: one empty line before a request is ignored.
         data = data[2:]
     try:
         lines = message_head.lines(data)
@@ -116,13 +77,10 @@ def _parse(data: bytes) -> Head:
         raise refusal(error) from None
     if not target.startswith("/") or "#" in target:
         target = _origin_form(target, version, values)
-    head = Head(method, target, target.partition("?")[0], version, fields, values, {})
+    head = Head(method, target, target.partition("?")[0], version, fields, values)
     _check_names(values)
     _frame(head, values)
     return head
-
-
-_remembered = functools.lru_cache(maxsize=128)(_parse)
 
 
 def refusal(error: message_head.Malformed) -> errors.BadRequest:

@@ -13,7 +13,7 @@ import gevent
 
 from xaiproxy.errors import ClientGone
 from xaiproxy.http1.connection import Connection
-from xaiproxy.http1.upstream import Exchange
+from xaiproxy.http1.exchange import Exchange
 
 POLL = 0.5  # seconds between two checks of what no event tells: a reset that unread bytes hide, acknowledged bytes
 

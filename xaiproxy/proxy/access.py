@@ -7,7 +7,6 @@ here, Sec-Fetch-Site must not speak of another site, and Origin must be our own 
 
 import ipaddress
 import re
-from collections.abc import Callable
 
 from xaiproxy import client_keys, config, errors
 from xaiproxy.http1.request_head import Head
@@ -22,55 +21,34 @@ PREFLIGHT_AGE = 600  # seconds that a browser may remember a preflight
 
 
 class Access:
-    def __init__(
-        self,
-        settings: config.Config,
-        keys: client_keys.ClientKeys,
-        keys_due: Callable[[], bool] = lambda: True,
-    ):
-        """`keys_due`: whether the key file may have changed since it was last asked."""
+    def __init__(self, settings: config.Config, keys: client_keys.ClientKeys):
         self._hosts = settings.allowed_hosts
         self._origins = settings.allowed_origins
-        self.keys = keys
-        self._keys_due = keys_due
+        self._keys = keys
 
     def check(self, head: Head, *, key_needed: bool) -> str | None:
         """Return the name of the client key that was shown, if any.
 
-        `key_needed`: whether a key is asked for when there are any (the API), or the rule for pages is enough.
+        `key_needed`: whether a key is required if there are any (the API), or the rules for web pages are enough.
         Raises HostNotAllowed, OriginNotAllowed, ClientKeyRequired.
         """
-        self._look()
-        verdict = head.derived.get("access")
-        if verdict is None or verdict[:2] != (self.keys.version, key_needed):
-            verdict = head.derived["access"] = (
-                self.keys.version,
-                key_needed,
-                self._name(head, key_needed),
-            )
-        return verdict[2]
-
-    def admits_nobody(self) -> bool:
-        """Whether a key is needed and there is none."""
-        self._look()
-        return self.keys.admits_nobody
-
-    def _look(self) -> None:
-        if self._keys_due() or self.keys.unread:
-            self.keys.refresh()
-
-    def _name(self, head: Head, key_needed: bool) -> str | None:
+        self._keys.refresh()
         name = self._key_name(head)
         if name is None:
             self._check_host(head)
             self._check_origin(head)
-            if key_needed and self.keys.required:
+            if key_needed and self._keys.required:
                 # Claude Code shows "Not logged in" instead of any message that names the other header, x-api-key.
                 raise errors.ClientKeyRequired(
                     "this proxy needs a client key: send `Authorization: Bearer KEY`; "
                     "`xai-client-key add NAME` makes one"
                 )
         return name
+
+    def admits_nobody(self) -> bool:
+        """Whether a key is required and there is none."""
+        self._keys.refresh()
+        return self._keys.admits_nobody
 
     def _key_name(self, head: Head) -> str | None:
         for field in ("authorization", "x-api-key"):
@@ -82,7 +60,7 @@ class Access:
                     else ("bearer", "", values[0])
                 )
                 if scheme.strip().lower() == "bearer" and key:
-                    name = self.keys.name_of(key)
+                    name = self._keys.name_of(key)
                     if name is not None:
                         return name
         return None
@@ -138,7 +116,7 @@ class Access:
                 "proxy as localhost, or send a client key"
             )
 
-    def leave(self, head: Head) -> list[tuple[str, str]]:
+    def cors_headers(self, head: Head) -> list[tuple[str, str]]:
         """The header fields by which a browser lets a page of a listed origin read an answer (CORS); none for others."""
         origins = head.values("origin")
         if len(origins) != 1 or origins[0].lower() not in self._origins:
@@ -148,14 +126,12 @@ class Access:
     def preflight(self, head: Head) -> list[tuple[str, str]] | None:
         """The header fields of the answer to a CORS preflight; None when it is no preflight. Raises OriginNotAllowed.
 
-        It comes without a key even from a page that has one, so only a listed origin gets leave.
+        It comes without a key even from a page that has one, so only a listed origin is allowed.
         """
-        if head.method != "OPTIONS":
+        if not is_preflight(head):
             return None
         origins, methods = head.values("origin"), head.values("access-control-request-method")
-        if not origins or not methods:
-            return None
-        fields = self.leave(head)
+        fields = self.cors_headers(head)
         if not fields:
             raise errors.OriginNotAllowed(
                 f"web pages of {origins[0][:200]} may not call this proxy; to allow them, add it "
@@ -171,6 +147,12 @@ class Access:
         if head.values("access-control-request-private-network") == ["true"]:
             fields.append(("Access-Control-Allow-Private-Network", "true"))
         return fields
+
+
+def is_preflight(head: Head) -> bool:
+    return head.method == "OPTIONS" and bool(
+        head.values("origin") and head.values("access-control-request-method")
+    )
 
 
 def _may_be_of_any_page(head: Head) -> bool:

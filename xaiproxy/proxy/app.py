@@ -1,36 +1,45 @@
-"""The WSGI application: Flask for what is ours, the proxy for /v1 and /v2."""
+"""The WSGI application: what the proxy answers itself, and the API for WSGI servers other than its own.
+
+Under http1.handler the API's requests do not come here: the handler gives them to forward.Proxy directly, which needs
+the raw target and fields, and nothing of what Flask's request context would cost.
+"""
+
+from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import flask
 import werkzeug.exceptions
+import werkzeug.routing
 
-from xaiproxy import client_keys, config, errors, judgement, token_store
-from xaiproxy.http1.upstream import Upstream
-from xaiproxy.proxy import access
-from xaiproxy.proxy import forward as proxy
-from xaiproxy.proxy.file_watch import FileWatch
+from xaiproxy import errors, judgement, token_store
+from xaiproxy.http1.client_response import Answer
+from xaiproxy.proxy import access, wsgi_request
+from xaiproxy.proxy.forward import PREFIXES, Proxy
 
 OPEN_TO_ALL = frozenset(("/healthz", "/readyz"))
 
 
-def create_app(
-    settings: config.Config, keys: client_keys.ClientKeys, upstream: Upstream
-) -> flask.Flask:
+class Passed(flask.Response):
+    """A response without header fields of Flask's own."""
+
+    default_mimetype = None
+
+
+def create_app(proxy: Proxy, store: token_store.TokenStore, gate: access.Access) -> flask.Flask:
     app = flask.Flask("xaiproxy", static_folder=None, template_folder=None)
-    store = token_store.TokenStore(settings)
-    gate = access.Access(settings, keys, FileWatch(keys.path).due)
+    app.url_map.merge_slashes = False
 
     @app.before_request
     def check_access() -> None:
-        environ = flask.request.environ
-        if environ["xaiproxy.head"].path not in OPEN_TO_ALL:
-            environ["xaiproxy.handler"].key_name = gate.check(
-                environ["xaiproxy.head"], key_needed=False
-            )
-            environ["xaiproxy.handler"].check_room()
-            if flask.request.path in OPEN_TO_ALL:  # in another spelling, such as //healthz
+        request = wsgi_request.of(flask.request.environ)
+        if request.head.path not in OPEN_TO_ALL and not request.head.path.startswith(PREFIXES):
+            request.key = gate.check(request.head, key_needed=False)
+            request.check_room()
+            if flask.request.path in OPEN_TO_ALL:
+                # In another spelling, such as /%68ealthz.
                 flask.abort(404)
 
     @app.get("/healthz", provide_automatic_options=False)
@@ -45,9 +54,32 @@ def create_app(
             "reason": reason,
         }, 200 if ready else 503
 
+    def api(rest: str = "") -> flask.Response:
+        request = wsgi_request.of(flask.request.environ)
+        if not request.head.path.startswith(PREFIXES):
+            # In another spelling, such as /%76%31/models.
+            flask.abort(404)
+        preflight = gate.preflight(request.head)
+        if preflight is not None:
+            return Passed(status=204, headers=preflight)
+        answer = proxy.forward(request)
+        status_line, *lines = answer.text.split("\r\n")
+        fields = [
+            (name, value.strip(" \t")) for name, _, value in (line.partition(":") for line in lines)
+        ]
+        response = Passed(_content(answer), status_line.partition(" ")[2], fields)
+        response.call_on_close(answer.exchange.close)
+        response.call_on_close(request.body.close)
+        return response
+
+    app.view_functions["api"] = api
+    for prefix in PREFIXES:
+        # Without `methods` a rule takes all of them.
+        for path in (prefix, prefix + "<path:rest>"):
+            app.url_map.add(werkzeug.routing.Rule(path, endpoint="api", strict_slashes=False))
+
     @app.errorhandler(errors.Refusal)
     def refuse(refusal: errors.Refusal) -> flask.Response:
-        flask.request.environ["xaiproxy.handler"].ended_by = "proxy"
         status, fields, body = refusal.rendered()
         return flask.Response(body, status, fields)
 
@@ -59,23 +91,24 @@ def create_app(
                 errors.MethodNotAllowed("only GET is answered here", headers=(("Allow", allowed),))
             )
         if isinstance(error, werkzeug.exceptions.NotFound):
-            return refuse(errors.NotFound(hint(flask.request.environ["xaiproxy.head"].path)))
-        if isinstance(
-            error, werkzeug.exceptions.InternalServerError
-        ):  # Flask has logged what happened
+            return refuse(errors.NotFound(hint(wsgi_request.of(flask.request.environ).head.path)))
+        if isinstance(error, werkzeug.exceptions.InternalServerError):
+            # Flask has logged what happened.
             return refuse(errors.Refusal("the proxy failed; its log has the details"))
         return refuse(errors.BadRequest(error.description or error.name))
 
-    app.wsgi_app = proxy.Proxy(
-        app.wsgi_app, settings, store, gate, upstream, FileWatch(store.path).due
-    )
     return app
 
 
+def _content(answer: Answer) -> Iterator[bytes]:
+    yield from answer.content or answer.exchange.parts()
+    answer.exchange.finish()
+
+
 def hint(path: str) -> str:
-    """What to say of a path that is nobody's: most miss the /v1, or bring something before it."""
+    """The message about a path that is not served: most lack the /v1, or have something before it."""
     shown = path[:200]
-    for prefix in proxy.PREFIXES:
+    for prefix in PREFIXES:
         _, found, rest = path.partition(prefix)
         if found:
             return f"there is no {shown}; {prefix}{rest[:200]} is meant"

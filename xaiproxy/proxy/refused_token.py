@@ -3,7 +3,7 @@
 import zlib
 
 from xaiproxy import tokens
-from xaiproxy.http1.upstream import PEEK_LIMIT, Exchange
+from xaiproxy.http1.exchange import PEEK_LIMIT, Exchange
 
 
 def is_refused_token(exchange: Exchange) -> bool:

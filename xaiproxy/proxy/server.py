@@ -22,8 +22,8 @@ from xaiproxy import client_keys, command, config, errors, log, token_store
 from xaiproxy.http1 import dead_paths
 from xaiproxy.http1.dialler import PORTS, SOCKET_OPTIONS
 from xaiproxy.http1.handler import Cut, Handler
-from xaiproxy.http1.upstream import Upstream
-from xaiproxy.proxy import app
+from xaiproxy.http1.pool import Pool
+from xaiproxy.proxy import access, app, forward
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,12 @@ class Server(pywsgi.WSGIServer):
     handler_class = Handler
 
     def __init__(
-        self, listener: socket.socket, application, settings: config.Config, connections: int
+        self,
+        listener: socket.socket,
+        application: Any,
+        proxy: Any,
+        settings: config.Config,
+        connections: int,
     ):
         # A pool, since without one WSGIServer.stop would cut every stream at once; full, it stops accepting.
         super().__init__(
@@ -82,6 +87,7 @@ class Server(pywsgi.WSGIServer):
         self.connections = connections
         self.busy = 0
         self.settings = settings
+        self.proxy = proxy
         self.keep_alive = keep_alive_lines(settings.keepalive_timeout)
         self.draining = False
         # Sockets that may be closed for others, longest first:
@@ -357,10 +363,13 @@ def run(
     cut: gevent.event.Event,
 ) -> None:
     """Serve until `stop` is set, then drain until `cut` is."""
-    upstream = Upstream(settings)
+    pool = Pool(settings)
+    store, gate = token_store.TokenStore(settings), access.Access(settings, keys)
+    proxy = forward.Proxy(settings, store, gate, pool)
     server = Server(
         listener,
-        app.create_app(settings, keys, upstream),
+        app.create_app(proxy, store, gate),
+        proxy,
         settings,
         connection_limit(settings.max_connections),
     )
@@ -378,7 +387,7 @@ def run(
     watcher.kill()
     server.drain(cut)
     sweeper.kill()
-    upstream.close()
+    pool.close()
 
 
 def set_log_level(options: Mapping[str, str | None]) -> None:

@@ -15,15 +15,18 @@ from pathlib import Path
 
 import gevent
 import pytest
+from exchanges import perform
 from network import refused_port
 from proxy_process import Client, ProxyProcess, both_ways
 from raw_connection import KEPT, PATIENCE, readable
+from request_bodies import whole_body
 from scripted_upstream import OK, Request, ScriptedUpstream, make_certificate
 
 from xaiproxy import __version__, config
 from xaiproxy.errors import UpstreamBroken
-from xaiproxy.http1.request_body import WholeBody
-from xaiproxy.http1.upstream import Exchange, Upstream
+from xaiproxy.http1 import exchange
+from xaiproxy.http1.connection import Connection
+from xaiproxy.http1.pool import Pool
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 SIZED = b"HTTP/1.1 200 OK\r\nContent-Length: 30\r\n\r\n"
@@ -706,32 +709,16 @@ def test_tls(tmp_path: Path, certificate: tuple) -> None:
 # The pool
 
 
-def make_upstream(scripted: ScriptedUpstream, **keywords: float) -> Upstream:
-    """One in this process: nothing it does here waits for what is not there already."""
-    return Upstream(
+def make_pool(scripted: ScriptedUpstream, **keywords: float) -> Pool:
+    return Pool(
         config.from_environ({"HOME": "/", "XAI_PROXY_UPSTREAM": scripted.origin}), **keywords
     )
 
 
-def a_request(upstream: Upstream, method: str = "GET", body: bytes = b"") -> Exchange:
-    content = WholeBody(body, len(body) or None)
-    return Exchange(
-        upstream,
-        f"{method} /v1/x HTTP/1.1\r\nHost: x\r\n".encode(),
-        content,
-        method,
-        repeatable=False,
-    )
-
-
-def exchange(upstream: Upstream, scripted: ScriptedUpstream) -> Request:
-    connection = upstream._take()
-    sent = a_request(upstream)
-    sent.send(connection or upstream.connect(), pooled=connection is not None)
-    request = scripted.receive().answer()
-    sent.receive()
-    assert b"".join(sent) == b"ok"
-    sent.close()
+def answered(pool: Pool, scripted: ScriptedUpstream) -> Request:
+    request, done = perform(pool, scripted)
+    assert b"".join(done.parts()) == b"ok"
+    done.finish()
     return request
 
 
@@ -739,13 +726,18 @@ def exchange(upstream: Upstream, scripted: ScriptedUpstream) -> Request:
 def test_broken_pooled_connection_that_took_no_byte_is_replaced_for_all(body: bytes) -> None:
     """The close comes between the look at the connection and its use, which no other process could time."""
     with ScriptedUpstream() as scripted:
-        upstream = make_upstream(scripted)
-        first = exchange(upstream, scripted)
-        connection = upstream._take()
-        first.connection.reset()
-        sent = a_request(upstream, "POST", body)
-        sent.send(connection, pooled=True)
-        second = scripted.receive()
+
+        class Broken(Pool):
+            def take(self) -> Connection | None:
+                connection = super().take()
+                if connection is not None:
+                    first.connection.reset()
+                    assert readable([connection.socket], PATIENCE)
+                return connection
+
+        pool = Broken(config.from_environ({"HOME": "/", "XAI_PROXY_UPSTREAM": scripted.origin}))
+        first = answered(pool, scripted)
+        second, sent = perform(pool, scripted, begin="POST /v1/x HTTP/1.1\r\n", body=body)
         assert (second.method, second.body, second.connection.requests) == ("POST", body, 1)
         sent.close()
         assert second.connection.closed_within()
@@ -754,11 +746,7 @@ def test_broken_pooled_connection_that_took_no_byte_is_replaced_for_all(body: by
 def test_time_out_of_the_kernel_is_no_silence() -> None:
     """Of a peer that does not answer any more. It is told once, and an end, which would be a good one here, comes behind it."""
     with ScriptedUpstream() as scripted:
-        upstream = make_upstream(scripted)
-        sent = a_request(upstream)
-        sent.send(upstream.connect(), pooled=False)
-        scripted.receive().answer(CLOSED)
-        sent.receive()
+        _, sent = perform(make_pool(scripted), scripted, CLOSED)
         sent.connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1)
         while sent.connection.send(bytes(1 << 20)):  # which waits for room, as nobody reads it
             pass
@@ -769,20 +757,20 @@ def test_time_out_of_the_kernel_is_no_silence() -> None:
 
 def test_connections_idle_for_too_long_are_dropped() -> None:
     with ScriptedUpstream() as scripted:
-        upstream = make_upstream(scripted, idle_limit=0.3)
-        first = exchange(upstream, scripted)
+        pool = make_pool(scripted, idle_limit=0.3)
+        first = answered(pool, scripted)
         gevent.sleep(0.1)
-        assert exchange(upstream, scripted).connection is first.connection
+        assert answered(pool, scripted).connection is first.connection
         gevent.sleep(0.25)  # not idle for as long as that since it was used again
-        assert exchange(upstream, scripted).connection is first.connection
+        assert answered(pool, scripted).connection is first.connection
         gevent.sleep(0.35)
         assert first.connection.closed_within(0)
-        assert exchange(upstream, scripted).connection is not first.connection
-        upstream.close()
+        assert answered(pool, scripted).connection is not first.connection
+        pool.close()
 
 
 def test_a_minute_is_too_long() -> None:
-    assert inspect.signature(Upstream).parameters["idle_limit"].default == 60
+    assert inspect.signature(Pool).parameters["idle_limit"].default == 60
 
 
 @both_ways
@@ -977,7 +965,7 @@ def test_record_without_content_on_an_idle_connection_is_no_end(tmp_path: Path, 
     """A session ticket or a key update (RFC 8446 section 4.6); but an end may follow it."""
     authority, _ = make_certificate(tmp_path, "127.0.0.1")
     with interactive_server(tmp_path) as server:
-        upstream = Upstream(
+        pool = Pool(
             config.from_environ(
                 {
                     "HOME": "/",
@@ -986,22 +974,22 @@ def test_record_without_content_on_an_idle_connection_is_no_end(tmp_path: Path, 
                 }
             )
         )
-        sent = a_request(upstream)
-        sent.send(upstream.connect(), pooled=False)
-        connection = sent.connection
         server.stdin.write(b"HTTP/1.1 200 OK\nContent-Length: 0\n\n")
-        sent.receive()
-        assert b"".join(sent) == b""
+        request = exchange.Request(b"GET / HTTP/1.1\r\n", whole_body(), "GET", False)
+        sent = exchange.perform(pool, request)
+        connection = sent.connection
+        assert b"".join(sent.parts()) == b""
+        sent.finish()
         server.stdin.write(b"k\n")
         assert readable([connection.socket], PATIENCE)
         if end:
             server.kill()
             server.wait()
-            assert upstream._take() is None
+            assert pool.take() is None
         else:
             for _ in range(3):  # turns of the loop
                 gevent.sleep(0.001)
-            assert upstream._take() is connection
+            assert pool.take() is connection
             connection.close()
 
 

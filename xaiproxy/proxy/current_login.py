@@ -1,0 +1,145 @@
+"""Which login a request is sent with: the one in tokens.json, waited for when the refresher is about to renew it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+
+import gevent
+
+from xaiproxy import errors, token_store, tokens
+
+logger = logging.getLogger(__name__)
+
+WAIT = 10.0  # seconds that a request waits for the refresher
+POLL_INTERVAL = 0.1  # seconds between two reads of tokens.json meanwhile
+# A token younger than this was issued a moment ago: xAI has refused such tokens once and then taken them.
+YOUNG = 120  # seconds
+YOUNG_PAUSE = 1.0  # seconds
+
+
+class RefresherWatch:
+    """Whether there is a refresher, for one request that waits for it."""
+
+    def __init__(self, store: token_store.TokenStore):
+        self._store = store
+        self._overdue_since: float | None = None
+
+    def is_gone(self) -> bool:
+        if self._store.refresher_alive(time.time()):
+            self._overdue_since = None
+            return False
+        now = time.monotonic()
+        if self._overdue_since is None:
+            self._overdue_since = now
+        return now - self._overdue_since >= token_store.OVERDUE
+
+
+class CurrentLogin:
+    def __init__(self, store: token_store.TokenStore):
+        self._store = store
+
+    def valid(self) -> tokens.Tokens:
+        """A login whose token has not expired. Raises LoginRequired, TokenUnavailable."""
+        deadline = time.monotonic() + WAIT
+        refresher = None
+        while True:
+            login, now = _login_by(self._store.last_known), time.time()
+            if login.expires_at > now:
+                return login
+            refresher = refresher or RefresherWatch(self._store)
+            self._check_hope(login, now, refresher)
+            if time.monotonic() >= deadline:
+                raise errors.TokenUnavailable(
+                    f"the access token has expired and {WAIT:g} s brought no new one; try again", 1
+                )
+            gevent.sleep(POLL_INTERVAL)
+
+    def _check_hope(self, login: tokens.Tokens, now: float, refresher: RefresherWatch) -> None:
+        """Raise unless a new token may come within seconds."""
+        error = login.refresh_error
+        _check_ended(error)
+        if error is not None and error.code != tokens.UPSTREAM_REFUSES:
+            wait = min(10, max(1, math.ceil((error.retry_at or now) - now)))
+            raise errors.TokenUnavailable(
+                f"the access token has expired and cannot be renewed at the moment: "
+                f"{error.description or error.code}",
+                wait,
+            )
+        if login.refresh_token is None:
+            raise errors.TokenUnavailable(
+                f"the access token has expired and {self._store.path} holds no refresh token; "
+                "whoever puts the file there has to replace it",
+                10,
+            )
+        if refresher.is_gone():
+            raise errors.TokenUnavailable(
+                "the access token has expired and no refresher runs; start "
+                + errors.typed("xai-refresher"),
+                10,
+            )
+
+    def other_than(self, refused: tokens.Tokens, wait: float) -> tokens.Tokens | None:
+        """A login to repeat a refused request with, or None if the refusal is to be passed on.
+
+        `wait`: seconds; also with 0 the refresher is asked, for later requests. Raises LoginRequired when the login
+        has ended.
+        """
+        login = _login_by(self._store.load)
+        if login.access_token != refused.access_token:
+            return login
+        if login.age(time.time()) < YOUNG:
+            gevent.sleep(min(YOUNG_PAUSE, wait))
+            return _login_by(self._store.load)
+        if login.refresh_token is None:
+            # For /readyz; there is no refresher to ask.
+            self._store.remember_refusal(refused.access_token)
+            return None
+        asked_at = time.time()
+        try:
+            self._store.ask_refresh(refused.access_token)
+        except OSError as error:
+            logger.warning(
+                "%s cannot be written (%s): the refresher cannot be asked for a new token",
+                self._store.refused_path,
+                error.strerror,
+            )
+            return None
+        deadline, refresher = time.monotonic() + wait, RefresherWatch(self._store)
+        while self._may_come(login, asked_at, refresher) and time.monotonic() < deadline:
+            gevent.sleep(POLL_INTERVAL)
+            login = _login_by(self._store.last_known)
+            if login.access_token != refused.access_token:
+                return login
+        return None
+
+    def _may_come(self, login: tokens.Tokens, asked_at: float, refresher: RefresherWatch) -> bool:
+        """Whether to wait for another token: not if the refresher has failed since it was asked, waits itself, or is gone."""
+        error = login.refresh_error
+        _check_ended(error)
+        # After a lost answer the refresher tries again as soon as it is asked.
+        waits = (
+            error is not None
+            and error.code != tokens.ANSWER_LOST
+            and (error.retry_at or 0) > time.time() + WAIT
+        )
+        if error is not None and (error.at >= asked_at or waits):
+            return False
+        return not refresher.is_gone()
+
+
+def _check_ended(error: tokens.RefreshError | None) -> None:
+    if error is not None and error.terminal:
+        raise errors.LoginRequired(f"the login has ended ({error.code}); {errors.SIGN_IN}")
+
+
+def _login_by(read: Callable[[], tokens.Tokens]) -> tokens.Tokens:
+    """Raises TokenUnavailable if the next read may succeed, else LoginRequired."""
+    try:
+        return read()
+    except errors.LoginUnread as error:
+        raise errors.TokenUnavailable(str(error), 1) from error
+    except errors.LoginUnusable as error:
+        raise errors.LoginRequired(str(error)) from error
