@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import gzip
 import inspect
@@ -724,20 +725,23 @@ def answered(pool: Pool, scripted: ScriptedUpstream) -> Request:
 
 @pytest.mark.parametrize("body", [b"", b"{}"])
 def test_broken_pooled_connection_that_took_no_byte_is_replaced_for_all(body: bytes) -> None:
-    """The close comes between the look at the connection and its use, which no other process could time."""
-    with ScriptedUpstream() as scripted:
+    """The close comes between the check of the connection and its use, which no other process could time."""
+    with ScriptedUpstream() as scripted, concurrent.futures.ThreadPoolExecutor(1) as threads:
 
         class Broken(Pool):
             def take(self) -> Connection | None:
                 connection = super().take()
-                if connection is not None:
-                    first.connection.reset()
-                    assert readable([connection.socket], PATIENCE)
+                first.connection.reset()
+                received.append(threads.submit(lambda: scripted.receive().answer()))
                 return connection
 
-        pool = Broken(config.from_environ({"HOME": "/", "XAI_PROXY_UPSTREAM": scripted.origin}))
+        received: list[concurrent.futures.Future[Request]] = []
+        pool = make_pool(scripted)
         first = answered(pool, scripted)
-        second, sent = perform(pool, scripted, begin="POST /v1/x HTTP/1.1\r\n", body=body)
+        pool.__class__ = Broken
+        request = exchange.Request(b"POST / HTTP/1.1\r\n", whole_body(body), "POST", False)
+        sent = exchange.perform(pool, request)
+        second = received[0].result()
         assert (second.method, second.body, second.connection.requests) == ("POST", body, 1)
         sent.close()
         assert second.connection.closed_within()
