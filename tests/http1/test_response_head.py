@@ -60,16 +60,6 @@ def test_lines_that_do_not_pass_are_left_out(name):
         assert head.values == {name: ["x", "x", "x"]}
 
 
-def test_more_names_than_are_remembered_are_read_as_well():
-    for number in range(3 * response_head.KNOWN_LIMIT):
-        line = b"X-%d: y" % number
-        assert passed(parse(line, b"SET-cookie%d: z" % number, b"set-Cookie: a")) == [
-            line,
-            b"SET-cookie%d: z" % number,
-        ]
-    assert len(response_head._known) <= response_head.KNOWN_LIMIT
-
-
 @pytest.mark.parametrize(
     "line, status, reason",
     [

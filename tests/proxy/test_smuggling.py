@@ -337,7 +337,6 @@ TOO_LARGE = {
     "huge name": post(b"X" * SIZE_LIMIT + b": y"),
     "huge method": post(method=b"X" * SIZE_LIMIT),
     "201 lines": post(*[b"X: y"] * 200),
-    "name of 257 bytes": post(b"x" * 257 + b": y"),
     "head without end": b"GET /v1/x HTTP/1.1\r\n" + b"X: y\r\n" * 20000,
     "huge line without colon": post(b"x" * SIZE_LIMIT),
     "megabytes": post(b"X: " + b"y" * (3 << 20)),

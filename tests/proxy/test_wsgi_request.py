@@ -15,8 +15,7 @@ PREFLIGHT = (
     "Access-Control-Request-Method: POST",
 )
 REFUSED = (
-    b"HTTP/1.1 403 Forbidden\r\nContent-Length: 37\r\n\r\n"
-    b'{"code":"unauthenticated:bad-token"}\n'
+    b'HTTP/1.1 403 Forbidden\r\nContent-Length: 37\r\n\r\n{"code":"unauthenticated:bad-token"}\n'
 )
 EVENTS = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 
 from xaiproxy.http1 import headers
-from xaiproxy.http1.message_head import ALLOWED, NAME_LIMIT, Malformed, lower_of
+from xaiproxy.http1.message_head import ALLOWED, NAME, Malformed
 
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")  # section 7.1
 LAST = b"0\r\n\r\n"  # the end without trailers
@@ -187,7 +187,7 @@ class Chunked:
             return
         self._trailers += 1
         name, colon, _ = line.decode("latin-1").partition(":")
-        lower = lower_of(name) if len(name) <= NAME_LIMIT else ""
+        lower = name.lower() if NAME.fullmatch(name) else ""
         if (
             self._trailers > TRAILER_LIMIT
             or not colon

@@ -1,9 +1,8 @@
 """Which header fields pass, both ways (RFC 9110 section 7.6.1), and Via (section 7.6.3). Pure functions."""
 
-import functools
 import re
 
-from xaiproxy.http1.message_head import MEMO_LIMIT, connection_options, lower_of, normal_authority
+from xaiproxy.http1.message_head import connection_options, normal_authority
 
 Fields = "list[tuple[str, str]]"
 
@@ -91,25 +90,26 @@ def to_upstream(
 
     `pseudonym`: the name of this proxy in Via, xaiproxy- and 16 hex digits; "" to send no Via.
     """
-    options = connection_options(
-        ",".join([value for name, value in fields if lower_of(name) == "connection"])
-    )
+    names = [name.lower() for name, _ in fields]
+    options: set[str] = set()
+    if "connection" in names:
+        pairs = zip(names, fields, strict=True)
+        options = connection_options(
+            ",".join([value for name, (_, value) in pairs if name == "connection"])
+        )
     sent = [("Host", host), ("User-Agent", user_agent), ("Authorization", "Bearer " + access_token)]
     accepted, passed_by = [], []
-    for field in fields:
-        lower = lower_of(field[0])
-        if lower in options:
+    for name, field in zip(names, fields, strict=True):
+        if name in options:
             continue
-        if _passes(lower):
+        if name not in NOT_SENT and not name.startswith(PREFIXES_NOT_SENT):
             sent.append(field)
-        elif lower == "accept-encoding":
+        elif name == "accept-encoding":
             accepted.append(field[1])
-        elif lower == "via":
+        elif name == "via":
             passed_by.append(field[1])
     if accepted:
-        codings = ",".join(accepted)
-        reduce = _reduced if len(codings) < MEMO_LIMIT else _reduced.__wrapped__
-        sent.insert(3, ("Accept-Encoding", reduce(codings)))
+        sent.insert(3, ("Accept-Encoding", _reduced(",".join(accepted))))
     if pseudonym:
         sent.append(("Via", _via(",".join(passed_by), pseudonym)))
     return sent
@@ -121,12 +121,6 @@ def _via(received: str, pseudonym: str) -> str:
     return ", ".join([*members, "1.1 " + pseudonym])
 
 
-@functools.lru_cache(maxsize=1024)
-def _passes(lower: str) -> bool:
-    return lower not in NOT_SENT and not lower.startswith(PREFIXES_NOT_SENT)
-
-
-@functools.lru_cache(maxsize=64)
 def _reduced(accept_encoding: str) -> str:
     """Only codings in which we can read an error (an answer itself is never decoded)."""
     kept = [item.rstrip(" \t") for item in CODINGS.findall(accept_encoding)]
@@ -139,7 +133,7 @@ def to_client(lines: str, values: dict[str, list[str]], *, length: int | None, o
     `lines`: those of upstream's except NOT_PASSED; `values`: at least those of response_head.READ; `length`: of the body
     as we read it, or None if unknown. A length is sent if there was one, and once. `origin`: upstream's.
     """
-    dropped: set[str] | frozenset[str] = frozenset()
+    dropped: set[str] = set()
     if "connection" in values:
         dropped = (
             connection_options(",".join(values["connection"]))

@@ -1,14 +1,12 @@
 """What the heads of requests and of answers have in common (RFC 9112 sections 2, 5): where they end, and their fields."""
 
-import functools
 import re
 
 NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+NAMES = re.compile(rf"{NAME.pattern}(?:\n{NAME.pattern})*")
 ALLOWED = bytes((9, *range(0x20, 0x7F), *range(0x80, 0x100)))  # in a line
 BARE_LF = re.compile(rb"(?<!\r)\n")
 FIELD_LIMIT = 200
-MEMO_LIMIT = 256  # characters of what is remembered: a stranger can fill every cache
-NAME_LIMIT = 256  # bytes: names are kept in caches
 
 
 class Malformed(ValueError):
@@ -41,62 +39,42 @@ def lines(head: bytes) -> list[str]:
     return split[:-2]
 
 
-def fields(lines: list[str]) -> tuple[list[tuple[str, str]], dict[str, list[str]]]:
-    """The fields in order, as sent; and the values of each name in lower case. Raises Malformed, TooLong."""
+def parted(lines: list[str]) -> tuple[list[str], list[tuple[str, str, str]]]:
+    """The names of header lines in lower case, and the lines parted at their colons. Raises Malformed, TooLong."""
     if len(lines) > FIELD_LIMIT:
         raise TooLong(f"has more than {FIELD_LIMIT} header lines")
-    in_order: list[tuple[str, str]] = []
+    parts = [line.partition(":") for line in lines]
+    # All names at once, which costs a sixth of a match for each.
+    names = "\n".join([part[0] for part in parts])
+    if parts and (NAMES.fullmatch(names) is None or "" in [part[1] for part in parts]):
+        raise Malformed("has a header line that is malformed: expected Name: value")
+    return names.lower().split("\n") if parts else [], parts
+
+
+def fields(lines: list[str]) -> tuple[list[tuple[str, str]], dict[str, list[str]]]:
+    """The fields in order, as sent; and the values of each name in lower case. Raises Malformed, TooLong."""
+    names, parts = parted(lines)
+    in_order = [(part[0], part[2].strip(" \t")) for part in parts]
     values: dict[str, list[str]] = {}
-    for line in lines:
-        field, lower = _field(line) if len(line) < MEMO_LIMIT else _field.__wrapped__(line)
-        in_order.append(field)
-        if lower in values:
-            values[lower].append(field[1])
+    for name, field in zip(names, in_order, strict=True):
+        if name in values:
+            values[name].append(field[1])
         else:
-            values[lower] = [field[1]]
+            values[name] = [field[1]]
     return in_order, values
 
 
-def connection_options(connection: str) -> frozenset[str]:
+def connection_options(connection: str) -> set[str]:
     """The names in a value of Connection, in lower case (RFC 9110 section 7.6.1)."""
-    return (
-        _options(connection) if len(connection) < MEMO_LIMIT else _options.__wrapped__(connection)
-    )
-
-
-@functools.lru_cache(maxsize=64)
-def _options(connection: str) -> frozenset[str]:
-    return frozenset([option.strip(" \t") for option in {*connection.lower().split(",")}]) - {""}
+    return {option.strip(" \t") for option in connection.lower().split(",")} - {""}
 
 
 def keep_alive(values: dict[str, list[str]], is_1_0: bool) -> bool:
-    """Whether the connection stays (section 9.3)."""
+    """Whether the connection stays open (RFC 9112 section 9.3)."""
     if "connection" not in values:
         return not is_1_0
     options = connection_options(",".join(values["connection"]))
     return "close" not in options and (not is_1_0 or "keep-alive" in options)
-
-
-@functools.lru_cache(maxsize=2048)  # most lines are those of the message before
-def _field(line: str) -> tuple[tuple[str, str], str]:
-    name, colon, value = line.partition(":")
-    return (name, value.strip(" \t")), check_name(name, colon)
-
-
-def check_name(name: str, colon: str) -> str:
-    """The name in lower case. `colon`: what followed it. Raises Malformed, TooLong."""
-    if len(name) > NAME_LIMIT:
-        raise TooLong(f"has a header name longer than {NAME_LIMIT} bytes")
-    lower = lower_of(name)
-    if not lower or not colon:
-        raise Malformed("has a header line that is malformed: expected Name: value")
-    return lower
-
-
-@functools.lru_cache(maxsize=1024)
-def lower_of(name: str) -> str:
-    """The name in lower case; "" if it is none. It is remembered, so check NAME_LIMIT before."""
-    return name.lower() if NAME.fullmatch(name) else ""
 
 
 def normal_authority(scheme: str, authority: str) -> str:

@@ -5,7 +5,6 @@ request's: such a head is Malformed, or at least its connection is not used agai
 here: they are checked, and stay the bytes that they are.
 """
 
-import functools
 import re
 
 from xaiproxy.http1 import framing, headers, message_head
@@ -23,7 +22,6 @@ READ = headers.NOT_PASSED | {
     "access-control-allow-origin",
     "x-accel-buffering",
 }
-KNOWN_LIMIT = 1024  # names that are remembered
 FOLD = re.compile(rb"\r\n[ \t]+")
 LENGTH = re.compile("[0-9]{1,18}")
 
@@ -54,20 +52,14 @@ def parse(data: bytes, method: str) -> Head:
             status_line + b"\r\n" + FOLD.sub(b" ", rest)
         )  # section 5.2: a folded line becomes a space
     status_line, *lines = message_head.lines(data)
-    read = _status_line if len(status_line) < message_head.MEMO_LIMIT else _status_line.__wrapped__
-    is_1_0, status, reason = read(status_line)
-    if len(lines) > message_head.FIELD_LIMIT:
-        raise message_head.TooLong(f"has more than {message_head.FIELD_LIMIT} header lines")
-    passed, values = [""], {}
-    for line in lines:
-        name, colon, value = line.partition(":")
-        known = _known.get(name) if colon else None
-        if known is None:
-            known = _look_at(name, colon)
-        if known:
-            values.setdefault(known, []).append(value.strip(" \t"))
-            # A 426 without Upgrade would tell the client nothing (RFC 9110 section 15.5.22).
-            if known in headers.NOT_PASSED and not (known == "upgrade" and status == 426):
+    is_1_0, status, reason = _status_line(status_line)
+    passed = [""]
+    values: dict[str, list[str]] = {}
+    for name, part, line in zip(*message_head.parted(lines), lines, strict=True):
+        if name in READ:
+            values.setdefault(name, []).append(part[2].strip(" \t"))
+            # A 426 without Upgrade would be of no use (RFC 9110 section 15.5.22).
+            if name in headers.NOT_PASSED and not (name == "upgrade" and status == 426):
                 continue
         passed.append(line)
     head = Head(status, reason, "\r\n".join(passed), values)
@@ -75,18 +67,6 @@ def parse(data: bytes, method: str) -> Head:
     return head
 
 
-_known: dict[str, str] = {}  # names as they come, to those in READ; all others to ""
-
-
-def _look_at(name: str, colon: str) -> str:
-    lower = message_head.check_name(name, colon)
-    known = lower if lower in READ else ""
-    if len(_known) < KNOWN_LIMIT:
-        _known[name] = known
-    return known
-
-
-@functools.lru_cache(maxsize=256)
 def _status_line(line: str) -> tuple[bool, int, str]:
     match = STATUS_LINE.fullmatch(line)
     if match is None:
