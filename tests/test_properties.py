@@ -776,7 +776,7 @@ def test_comments_come_in_every_silence_after_a_line_and_change_no_event(parts):
         told[0] = b"the end"
 
     out, comments = [], []
-    for part in event_stream.kept_alive(fed()):
+    for part in event_stream.with_comments(fed()):
         out.append(part)
         comments.append(not told[0])
     silences = []

@@ -199,7 +199,7 @@ def test_a_chunk_size_that_two_servers_could_read_differently(size_line):
 @pytest.mark.parametrize("after", BAD_ENDS)
 def test_a_chunk_that_does_not_end_where_it_says(after):
     assert refusals(b"5\r\nhello" + after + b"\r\n0\r\n\r\n") == {
-        "has a chunk that is longer than it says"
+        "has a chunk that is longer than announced"
     }
 
 

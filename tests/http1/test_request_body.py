@@ -112,7 +112,7 @@ def test_a_chunked_body_ends_with_its_last_chunk_and_trailers(data, content):
     "data, reason",
     [
         (b"+5\r\nhello\r\n0\r\n\r\n", "chunk size that is malformed"),
-        (b"5\r\nhellox\r\n0\r\n\r\n", "chunk that is longer than it says"),
+        (b"5\r\nhellox\r\n0\r\n\r\n", "chunk that is longer than announced"),
         (b"0\r\nX : y\r\n\r\n", "trailers that are malformed"),
         (b"5;" + b"a" * 5000 + b"\r\nhello\r\n0\r\n\r\n", "line that is too long"),
     ],

@@ -10,7 +10,7 @@ import pytest
 from proxy_process import ProxyProcess, both_ways
 from scripted_upstream import ScriptedUpstream
 
-from xaiproxy.proxy.event_stream import kept_alive
+from xaiproxy.proxy.event_stream import with_comments
 
 SSE = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n"
 BOM = b"\xef\xbb\xbf"
@@ -102,16 +102,16 @@ def test_comments_at_any_place_change_no_event(name: str) -> None:
     assert len(expected) >= 4
     for at in range(len(stream) + 1):
         for times in (1, 2):
-            told = b"".join(kept_alive(silent_at(stream, at, times=times)))
+            told = b"".join(with_comments(silent_at(stream, at, times=times)))
             assert events(told) == expected, at
             assert (len(told) > len(stream)) is begins_a_line(stream, at), at
         for second in range(at, len(stream) + 1):
-            assert events(b"".join(kept_alive(silent_at(stream, at, second)))) == expected, (
+            assert events(b"".join(with_comments(silent_at(stream, at, second)))) == expected, (
                 at,
                 second,
             )
     assert (
-        events(b"".join(kept_alive(silent_at(stream, *range(len(stream) + 1), times=2))))
+        events(b"".join(with_comments(silent_at(stream, *range(len(stream) + 1), times=2))))
         == expected
     )
 
@@ -127,7 +127,7 @@ def test_the_openai_library_sees_the_same_events(name: str) -> None:
 
     stream = re.sub(rb"id: 7[\r\n]+retry: 10", b"data: no id", STREAMS[name].removeprefix(BOM))
     for at in range(len(stream) + 1):
-        assert decoded(list(kept_alive(silent_at(stream, at)))) == decoded([stream]), at
+        assert decoded(list(with_comments(silent_at(stream, at)))) == decoded([stream]), at
 
 
 @pytest.mark.parametrize("end", [b"\n\n", b"\r\n\r\n", b"\n\r\n", b"\r\n\n"])
@@ -137,7 +137,7 @@ def test_after_an_event_a_comment_is_a_block_of_its_own(end: bytes) -> None:
         [b"data: x", *(end[at : at + 1] for at in range(len(end)))],
         [end],
     ):
-        assert b"".join(kept_alive([*parts, b"", b""])) == b"".join(parts) + 2 * COMMENT
+        assert b"".join(with_comments([*parts, b"", b""])) == b"".join(parts) + 2 * COMMENT
 
 
 @pytest.mark.parametrize(
@@ -152,27 +152,31 @@ def test_after_an_event_a_comment_is_a_block_of_its_own(end: bytes) -> None:
 )
 def test_comments_after_other_line_ends(end: bytes, comment: bytes) -> None:
     for parts in ([b"data: x" + end], [b"data: x", *(end[at : at + 1] for at in range(len(end)))]):
-        assert b"".join(kept_alive([*parts, b"", b""])) == b"".join(parts) + 2 * comment
+        assert b"".join(with_comments([*parts, b"", b""])) == b"".join(parts) + 2 * comment
 
 
 @pytest.mark.parametrize("amid", [b"d", b"data: x", b"\ndata", b"\n\n:", b"x\n\r\nx", BOM])
 def test_nothing_comes_in_the_middle_of_a_line(amid: bytes) -> None:
     for parts in ([amid], [amid[at : at + 1] for at in range(len(amid))]):
-        assert b"".join(kept_alive([b"data: 1\n\n", *parts, b"", b""])) == b"data: 1\n\n" + amid
-    assert b"".join(kept_alive([b"x" + amid, b""])) == b"x" + amid
+        assert b"".join(with_comments([b"data: 1\n\n", *parts, b"", b""])) == b"data: 1\n\n" + amid
+    assert b"".join(with_comments([b"x" + amid, b""])) == b"x" + amid
 
 
 def test_a_byte_order_mark_is_one_only_at_the_beginning() -> None:
-    assert list(kept_alive([BOM + b"data: x\n\n", b""])) == [BOM + b"data: x\n\n", COMMENT]
-    assert list(kept_alive([b"", BOM + b"data: x\n\n"])) == [COMMENT, b"data: x\n\n"]
-    assert list(kept_alive([b"", b"data: x\n\n", BOM])) == [COMMENT, b"data: x\n\n", BOM]
-    assert list(kept_alive([b"", BOM[:1], b"", BOM[1:2], BOM[2:] + b"data: x\n\n"])) == [
+    assert list(with_comments([BOM + b"data: x\n\n", b""])) == [BOM + b"data: x\n\n", COMMENT]
+    assert list(with_comments([b"", BOM + b"data: x\n\n"])) == [COMMENT, b"data: x\n\n"]
+    assert list(with_comments([b"", b"data: x\n\n", BOM])) == [COMMENT, b"data: x\n\n", BOM]
+    assert list(with_comments([b"", BOM[:1], b"", BOM[1:2], BOM[2:] + b"data: x\n\n"])) == [
         COMMENT,
         COMMENT,
         b"data: x\n\n",
     ]
-    assert list(kept_alive([b"", BOM[:2], b"x\n\n", b""])) == [COMMENT, BOM[:2] + b"x\n\n", COMMENT]
-    assert list(kept_alive([b"", BOM[:2]])) == [COMMENT, BOM[:2]]
+    assert list(with_comments([b"", BOM[:2], b"x\n\n", b""])) == [
+        COMMENT,
+        BOM[:2] + b"x\n\n",
+        COMMENT,
+    ]
+    assert list(with_comments([b"", BOM[:2]])) == [COMMENT, BOM[:2]]
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A client's request, as the handler gives it to the application, and what the application reports back."""
+"""A client's request, as the handler passes it to the application."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Watch(Protocol):
 class ClientRequest:
     """`key`: the name of the client key that was shown, for the log.
 
-    `send_interim`: takes the status and the header text of a 1xx response to the client. `all_in_use`: the
-    number of connections if all of them have a request already, else 0.
+    `send_interim`: takes the status and the header text of a 1xx response to the client.
+    `all_in_use`: the number of connections if all of them have a request already, else 0.
     """
 
     __slots__ = ("all_in_use", "body", "head", "key", "send_interim", "watch")
@@ -44,5 +44,6 @@ class ClientRequest:
         """Raises TooManyConnections."""
         if self.all_in_use:
             raise errors.TooManyConnections(
-                f"all {self.all_in_use} connections are in use (XAI_PROXY_MAX_CONNECTIONS); try again"
+                f"all {self.all_in_use} connections are in use (XAI_PROXY_MAX_CONNECTIONS); "
+                "try again"
             )

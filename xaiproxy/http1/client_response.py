@@ -1,4 +1,4 @@
-"""The response to a client's request: its head, its content in a framing that the client understands, its log line."""
+"""The response to a client's request: its head, its content and its log line."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ HEALTH_CHECKS = ("/healthz", "/readyz")
 class Answer(NamedTuple):
     """Upstream's answer, ready to be passed on.
 
-    `text`: the lines of the head for the client, each but the first preceded by a CRLF. `content`: what is sent
-    instead of the content as it comes, or None.
+    `text`: the lines of the head for the client, each but the first preceded by a CRLF. `content`:
+    what is sent instead of the content as it comes, or None.
     """
 
     exchange: Exchange
@@ -37,7 +37,8 @@ class Answer(NamedTuple):
 class ClientResponse:
     """`close`: the connection ends with it. `headers_sent`: too late for another response.
 
-    `cut_short`: its content was not sent to the end. `client_gone`: the client has closed the connection.
+    `cut_short`: its content was not sent to the end. `client_gone`: the client has closed the
+    connection.
     """
 
     __slots__ = (
@@ -87,7 +88,7 @@ class ClientResponse:
 
     @property
     def is_end_ambiguous(self) -> bool:
-        """Whether a client could take the cut content for complete, unless the connection is reset."""
+        """Whether a client could take the cut content for complete if it sees no reset."""
         return self.cut_short and self.headers_sent and self._ends_with_connection
 
     # From a WSGI application
@@ -182,8 +183,8 @@ class ClientResponse:
     ) -> None:
         """Take the head, to be sent with the first bytes of the content.
 
-        `text`: its lines, each but the first preceded by a CRLF, without those that depend on this connection.
-        `is_uploaded`: the request's body is being read to its end at the same time.
+        `text`: its lines, each but the first preceded by a CRLF, without those that depend on this
+        connection. `is_uploaded`: the request's body is being read to its end at the same time.
         """
         no_content = self._is_head or status in (101, 204, 304)
         self._status = status

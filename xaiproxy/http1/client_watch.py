@@ -14,11 +14,12 @@ POLL_INTERVAL = 0.5  # seconds between two checks of a connection with unread by
 
 
 class ClientWatch:
-    """Throws ClientGone into the greenlet that made it when the client closes its connection, also in silence.
+    """Throws ClientGone into the greenlet that made it when the client closes.
 
-    It must stop at the first unread byte (a body that is not read yet, a pipelined request): the socket then stays
-    readable, and the callback would run for ever without ever seeing the close that follows. From there on, the
-    watch asks the kernel at intervals whether the connection is still established.
+    It must stop at the first unread byte (a body that is not read yet, a pipelined request): the
+    socket then stays readable, and the callback would run for ever without ever seeing the close
+    that follows. From there on, the watch asks the kernel at intervals whether the connection is
+    still established.
     """
 
     __slots__ = ("_connection", "_greenlet", "_timer", "_watcher")

@@ -1,7 +1,7 @@
-"""A connected socket, plain or TLS, that a greenlet can wait on and a callback in gevent's hub can use as well.
+"""A connected socket that a greenlet can wait on and a callback in gevent's hub can use as well.
 
-gevent's own sockets try before they wait and make new waiters and time-outs each time; what is here waits first, since
-mostly nothing is there yet, on one watcher that stays.
+gevent's own sockets try before they wait, and make a new waiter and timeout each time. This class
+waits before it reads, because usually nothing has arrived, and reuses one watcher.
 """
 
 from __future__ import annotations
@@ -22,52 +22,55 @@ from xaiproxy.http1 import message_head
 from xaiproxy.http1.message_head import Malformed
 
 RECORD = 16384  # bytes of content that a TLS record holds at most
-READ = (
-    7 * RECORD
-)  # bytes: a call of the kernel for many, but above 128 KiB malloc would map and unmap memory each time
-BURST = 8  # full reads in a row, then others have their turn
-FLUSH_POLL = 0.02  # seconds: no event tells that bytes were acknowledged
+# Bytes of one read: large, but above 128 KiB malloc would map and unmap memory each time.
+READ = 7 * RECORD
+BURST = 8  # full reads in a row, then other greenlets run
+FLUSH_POLL_INTERVAL = 0.02  # seconds: no event signals that bytes were acknowledged
 TCP_ESTABLISHED, TCP_CLOSE = 1, 7  # the first byte of Linux's struct tcp_info
 UNACKNOWLEDGED = struct.Struct("=24xI116xI")  # of that, tcpi_unacked and tcpi_notsent_bytes
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER that turns close into a reset
-# Errors of a connection that TCP has given up: ETIMEDOUT, or the ICMP error that a router sent meanwhile.
-GIVEN_UP = frozenset((errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH))
+# Errors of a connection that TCP has abandoned: ETIMEDOUT, or the ICMP error that a router sent.
+ABANDONED = frozenset((errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH))
 _READABLE, _WRITABLE = 1, 2
 _poll = monkey.get_original("select", "poll")
 _socket = monkey.get_original("socket", "socket")
 
-
-OPEN: set[Connection] = set()  # the TCP connections of this process, for dead_paths.sweep
+# The TCP connections of this process, for dead_paths.sweep.
+OPEN: set[Connection] = set()
 
 
 class DeadPath(ConnectionError):
-    """The peer no longer acknowledges anything. Not a TimeoutError: those are for limits of our own."""
+    """The peer no longer acknowledges anything.
+
+    Not a TimeoutError: those are for the proxy's limits.
+    """
 
 
 class Connection:
-    """`unread`: bytes that came and that nobody has taken; `readable` and `writable`: gevent's watchers.
+    """`unread`: bytes that arrived and were not used; `readable` and `writable`: gevent's watchers.
 
-    It takes the file descriptor over from `sock`, which may be gevent's: the wrapping that those do would cost at each
-    read and write. One greenlet may read while another writes.
+    It takes the file descriptor over from `sock`, which may be gevent's, whose wrapper would cost
+    time at each read and write. One greenlet may read while another writes.
 
-    `fault`: the error that ended the connection, once a read or a write has met it. The kernel reports it once, and
-    reads then meet an end that looks like a clean one.
+    `fault`: the error that ended the connection, once a read or a write has met it. The kernel
+    reports it once, and reads then meet an EOF that looks like a clean one.
     """
 
     __slots__ = (
-        "socket",
-        "unread",
-        "readable",
-        "fault",
-        "_writable",
         "_eager",
-        "_timer",
+        "_hub",
         "_limit",
         "_poll",
-        "_hub",
+        "_timer",
+        "_writable",
+        "fault",
+        "readable",
+        "socket",
+        "unread",
     )
 
-    holds_back = False  # bytes that `send` has taken, but the kernel has not
+    # Whether `send` has taken bytes that the kernel has not.
+    holds_back = False
 
     def __init__(self, sock: Any):
         self.socket = _socket(sock.family, sock.type, sock.proto, sock.detach())
@@ -77,72 +80,82 @@ class Connection:
         self._hub = gevent.get_hub()
         self.readable = self._hub.loop.io(self.socket.fileno(), _READABLE)
         self._writable: Any = None
-        self._eager = 0  # reads that may be tried without waiting, since the last one was full
+        # Reads that may be tried without waiting, because the last one was full.
+        self._eager = 0
         self._poll: Any = None
+        # The timer of reads, and its seconds.
         self._timer: Any = None
-        self._limit: float | None = None  # seconds of that timer
+        self._limit: float | None = None
         if sock.family != socket.AF_UNIX:
             OPEN.add(self)
 
     @property
     def writable(self) -> Any:
-        if self._writable is None:  # most never wait to be
+        # Most connections never wait for it.
+        if self._writable is None:
             self._writable = self._hub.loop.io(self.socket.fileno(), _WRITABLE)
         return self._writable
 
     # At once
 
     def receive(self) -> bytes:
-        """What is there; b"" at the end. Raises BlockingIOError when nothing is, DeadPath, OSError."""
+        """The bytes that have arrived; b"" at the end.
+
+        Raises BlockingIOError if nothing has arrived, DeadPath, OSError.
+        """
         try:
-            data = self.socket.recv(READ)
+            data: bytes = self.socket.recv(READ)
         except BlockingIOError:
             raise
         except OSError as error:
-            raise self._fault_of(error)
+            raise self._fault_of(error) from None
         if not data and self.fault is not None:
             raise self.fault
         return data
 
     def send(self, data: Any) -> int:
-        """Send what is taken at once; return how many bytes that was. Raises DeadPath, OSError."""
+        """Send what the kernel takes at once; return the number of bytes.
+
+        Raises DeadPath, OSError.
+        """
         try:
-            return self.socket.send(data)
+            sent: int = self.socket.send(data)
+            return sent
         except BlockingIOError:
             return 0
         except BrokenPipeError:
-            if (
-                self.fault is None
-            ):  # the peer has closed, and what it sent before is still to be read
+            # Without a fault the peer has closed, and what it sent before can still be read.
+            if self.fault is None:
                 raise
             raise self.fault from None
         except OSError as error:
-            raise self._fault_of(error)
+            raise self._fault_of(error) from None
 
     def _fault_of(self, error: OSError) -> OSError:
         if self.fault is None:
-            self.fault = (
-                DeadPath(f"TCP gave up: {error.strerror}") if error.errno in GIVEN_UP else error
-            )
+            is_abandoned = error.errno in ABANDONED
+            self.fault = DeadPath(f"TCP gave up: {error.strerror}") if is_abandoned else error
         return self.fault
 
     def abort(self, reason: str) -> None:
-        """Shut the connection down: whatever uses it gets DeadPath, after the bytes that have already arrived."""
+        """Shut down: readers and writers get DeadPath, after the bytes that have arrived."""
         OPEN.discard(self)
         self.fault = DeadPath(reason)
-        with contextlib.suppress(OSError):  # the kernel has given it up already
-            self.socket.shutdown(socket.SHUT_RDWR)  # starts the watchers' callbacks
-        self.reset_at_close()  # unacknowledged bytes must not reach the peer later, when their request has failed
+        # OSError: the kernel has abandoned it already. The shutdown starts the watchers' callbacks.
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+        # Unacknowledged bytes must not reach the peer later, when their request has failed.
+        self.reset_at_close()
 
     def is_quiet(self) -> bool:
-        """Whether there is nothing to be read, neither bytes nor an end."""
+        """Whether there is nothing to read, neither bytes nor an EOF."""
         if self._poll is None:
             self._poll = _poll()
             self._poll.register(self.socket, select.POLLIN)
         return not self._poll.poll(0)
 
     def is_established(self) -> bool:
-        """Whether the peer has closed nothing, as far as the kernel knows, even while bytes are unread."""
+        """Whether the peer has not closed, as far as the kernel knows; also if bytes are unread."""
         return self._state() == TCP_ESTABLISHED
 
     def is_reset(self) -> bool:
@@ -150,10 +163,11 @@ class Connection:
         return self._state() == TCP_CLOSE
 
     def _state(self) -> int:
-        return self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+        state: int = self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+        return state
 
     def unacknowledged(self) -> int:
-        """0 once the peer's kernel has acknowledged all that ours has taken: unsent bytes and unacknowledged segments."""
+        """Unsent bytes plus unacknowledged segments; 0 once all is acknowledged."""
         return sum(
             UNACKNOWLEDGED.unpack(
                 self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, UNACKNOWLEDGED.size)
@@ -163,12 +177,16 @@ class Connection:
     # In a greenlet
 
     def wait(self, watcher: Any, limit: float | None) -> None:
-        """Let others run until `watcher` fires. `limit`: seconds. Raises TimeoutError, and what is thrown in."""
+        """Let other greenlets run until `watcher` fires.
+
+        `limit`: seconds. Raises TimeoutError, and what is thrown in.
+        """
         greenlet = gevent.getcurrent()
         watcher.start(greenlet.switch)
         timer = None
         if limit is not None:
-            if watcher is not self.readable:  # rare, and a reader may wait at the same time
+            if watcher is not self.readable:
+                # Rare, and a reader may wait at the same time.
                 timer = self._new_timer(limit)
             else:
                 if limit != self._limit:
@@ -176,8 +194,9 @@ class Connection:
                         self._timer.close()
                     self._timer, self._limit = self._new_timer(limit), limit
                 timer = self._timer
-            # Not `start`, which would go on where `stop` has left it. `update`, for 40 ns: without it the limit counts
-            # from the beginning of this turn of the loop, and ends early when the turn takes long.
+            # Not `start`, which would continue where `stop` left off. `update`, for 40 ns: without
+            # it the limit counts from the beginning of this turn of the loop, and ends early if
+            # the turn takes long.
             timer.again(greenlet.throw, TimeoutError, update=True)
         try:
             self._hub.switch()
@@ -190,11 +209,15 @@ class Connection:
 
     def _new_timer(self, limit: float) -> Any:
         limit = max(limit, 0.001)
-        # The lowest priority: after a long turn, bytes that came in time and the end of the time are found together.
+        # The lowest priority: after a long turn, bytes that came in time and the timeout are found
+        # together, and the bytes count.
         return self._hub.loop.timer(limit, limit, priority=self._hub.loop.MINPRI)
 
     def recv(self, limit: float | None) -> bytes:
-        """Return what is unread, or else what comes next; b"" at the end. Raises OSError, TimeoutError."""
+        """Return what is unread, or else what comes next; b"" at the end.
+
+        Raises OSError, TimeoutError.
+        """
         if self.unread:
             data, self.unread = self.unread, b""
             return data
@@ -204,7 +227,8 @@ class Connection:
                 try:
                     self.wait(self.readable, limit)
                 except TimeoutError as error:
-                    late = error  # what has come all the same counts: the loop may have been late
+                    # Bytes that have arrived count all the same: the loop may have been late.
+                    late = error
                 self._eager = BURST
             try:
                 data = self.receive()
@@ -217,14 +241,14 @@ class Connection:
             return data
 
     def wait_before_reading(self) -> None:
-        """Have the next `recv` let others run before it reads, also in a burst."""
+        """Make the next `recv` let other greenlets run before it reads, also in a burst."""
         self._eager = 0
 
     def recv_head(self, size_limit: int, limit: float) -> bytes:
-        """Return a whole head, for which the peer has `limit` seconds; b"" when the connection ended before it began.
+        """Return a complete head; b"" if the connection ended before it began.
 
-        Raises message_head.Malformed and TooLong, EOFError when it ended in the middle, OSError, TimeoutError; what came
-        is then `unread`.
+        `limit`: seconds for all of it. Raises message_head.Malformed and TooLong, EOFError if it
+        ended in the middle, OSError, TimeoutError; what arrived is then `unread`.
         """
         start = time.monotonic()
         data = self.recv(limit)
@@ -253,18 +277,18 @@ class Connection:
             sent = self.send(data)
 
     def end(self) -> bool:
-        """Send our end after what `send` has taken; reading goes on. Raises OSError.
+        """Send EOF after what `send` has taken; reading continues. Raises OSError.
 
-        False when there is no room for it yet: call again once the socket is writable.
+        False if there is no room for it yet: call again once the socket is writable.
         """
         self.socket.shutdown(socket.SHUT_WR)
         return True
 
     def linger(self, idle: float, whole: float) -> None:
-        """Send our end and discard what still comes: until the peer has closed too, or `idle` s without a byte.
+        """Send EOF and discard what still arrives, until the peer has closed too.
 
-        `whole`: seconds in all. To close while bytes are unread, or before some arrive, is a reset, and a reset can
-        destroy what was sent before it.
+        `idle`: seconds without a byte; `whole`: seconds in all. To close while bytes are unread, or
+        before some arrive, is a reset, and a reset can destroy what was sent before it.
         """
         with contextlib.suppress(OSError), gevent.Timeout(whole, False):
             self.end()
@@ -272,14 +296,15 @@ class Connection:
                 pass
 
     def flush(self, idle: float, whole: float) -> None:
-        """Wait until the peer has acknowledged all that was sent, or for `idle` seconds no more of it.
+        """Wait until the peer has acknowledged all that was sent.
 
-        `whole`: seconds in all. Ends early when either side ends the connection.
+        `idle`: seconds without an acknowledgement; `whole`: seconds in all. Returns early if either
+        side ends the connection.
         """
         left, deadline = self.unacknowledged(), time.monotonic() + idle
         end = time.monotonic() + whole
         while left and time.monotonic() < min(deadline, end) and self.is_established():
-            gevent.sleep(FLUSH_POLL)
+            gevent.sleep(FLUSH_POLL_INTERVAL)
             now = self.unacknowledged()
             if now < left:
                 left, deadline = now, time.monotonic() + idle

@@ -1,10 +1,12 @@
-"""Aborts connections whose network path has died in silence (suspend, VPN, NAT), found by TCP_INFO.
+"""Aborts connections whose network path has failed silently (suspend, VPN, NAT), found by TCP_INFO.
 
 TCP keep-alive does not run while bytes are unacknowledged; the kernel then retransmits for 15
-minutes (tcp(7), tcp_retries2). TCP_USER_TIMEOUT would shorten that, but also ends a connection whose
-peer is alive and reads nothing. That peer acknowledges every window probe, so the time since its
-last acknowledgement stays short.
+minutes (tcp(7), tcp_retries2). TCP_USER_TIMEOUT would shorten that, but also ends a connection
+whose peer is alive and reads nothing. That peer acknowledges every window probe, so the time since
+its last acknowledgement stays short.
 """
+
+from __future__ import annotations
 
 import socket
 import struct
@@ -15,7 +17,7 @@ from xaiproxy.http1.connection import OPEN, Connection
 
 INTERVAL = 15.0  # seconds between two sweeps
 SILENCE = 120.0  # seconds without an acknowledgement
-BATCH = 100  # connections, less than a millisecond of work; then others have their turn
+BATCH = 100  # connections between two yields: less than a millisecond of work
 # Of Linux's struct tcp_info: tcpi_retransmits, tcpi_probes, and tcpi_last_ack_recv in milliseconds.
 INFO = struct.Struct("=2xBB52xI")
 
@@ -37,4 +39,4 @@ def is_dead(connection: Connection, silence: float) -> bool:
     info = connection.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, INFO.size)
     retransmits, probes, last_ack = INFO.unpack(info)
     # One unanswered probe may be on its way to a peer that is alive and reads nothing; two are not.
-    return (retransmits > 0 or probes > 1) and last_ack > silence * 1000
+    return bool((retransmits > 0 or probes > 1) and last_ack > silence * 1000)

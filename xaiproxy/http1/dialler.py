@@ -1,4 +1,6 @@
-"""A new connection to upstream: its addresses, a proxy on the way (CONNECT or SOCKS), and TLS."""
+"""A new connection to upstream: its addresses, an egress proxy (CONNECT or SOCKS), and TLS."""
+
+from __future__ import annotations
 
 import base64
 import socket
@@ -11,7 +13,7 @@ from xaiproxy.http1.connection import BROKEN, Connection
 from xaiproxy.http1.resolver import Resolver
 from xaiproxy.http1.tls import TLSConnection
 
-# Dead peers behind a silent network are noticed within two minutes.
+# A dead peer on a silent network is noticed within two minutes.
 KEEPALIVE = [
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
     (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
@@ -23,11 +25,11 @@ PORTS = {"http": 80, "https": 443, "socks5": 1080, "socks5h": 1080, "socks4": 10
 
 
 class TooLate(Exception):
-    """CONNECT_TIMEOUT is over. No OSError, after which the next address would be tried."""
+    """CONNECT_TIMEOUT is over. Not an OSError, after which the next address would be tried."""
 
 
 class _NotResumed(Exception):
-    """The handshake failed, and a session was offered in it."""
+    """The handshake failed, and it offered a session."""
 
 
 class Dialler:
@@ -35,22 +37,20 @@ class Dialler:
         self._upstream = urllib.parse.urlsplit(settings.upstream)
         proxy = settings.egress.proxy_for(settings.upstream)
         self._proxy = urllib.parse.urlsplit(proxy) if proxy else None
-        self._context = trust.context(
-            settings.egress
-        )  # one for all: it holds the parsed CA certificates
+        # One for all connections: it holds the parsed CA certificates.
+        self._context = trust.context(settings.egress)
         self._session: ssl.SSLSession | None = None
-        self._patience = (
-            settings.connect_timeout / 2
-        )  # seconds for what may hang; a second try has the other half
-        self._target = Resolver(*_address(self._proxy or self._upstream), self._patience)
-        self._destination = Resolver(
-            *_address(self._upstream), self._patience
-        )  # for a SOCKS proxy that takes no names
+        # Seconds for an attempt that may hang: the second attempt has the other half.
+        self._attempt_timeout = settings.connect_timeout / 2
+        self._target = Resolver(*_address(self._proxy or self._upstream), self._attempt_timeout)
+        # For a SOCKS proxy that takes no names.
+        self._destination = Resolver(*_address(self._upstream), self._attempt_timeout)
 
     def connect(self) -> Connection:
-        """Raises OSError, EOFError, Malformed, and what is thrown in. Without a time limit of its own.
+        """Raises OSError, EOFError, Malformed, and what is thrown in. Has no time limit of its own.
 
-        An address that cannot be used is followed by the next one, and all of them by what a new look-up finds.
+        An address that cannot be used is followed by the next one; after the last comes what a new
+        look-up finds.
         """
         session = self._session
         tried: list[addresses.Address] = []
@@ -70,13 +70,12 @@ class Dialler:
                     self._target.failed(address)
                 raise
             # Seconds without a byte: the last address may take all the time that is left.
-            limit = self._patience if len(left) > 1 else None
+            limit = self._attempt_timeout if len(left) > 1 else None
             try:
                 connection = self._secured(sock, session, limit)
             except _NotResumed as error:
-                session = (
-                    None  # the same address once more, unless it was silent and there are others
-                )
+                # The same address once more, unless it was silent and there are others.
+                session = None
                 if limit and isinstance(error.__cause__, TimeoutError):
                     tried.append(address)
                     self._target.failed(address)
@@ -92,10 +91,9 @@ class Dialler:
                 return connection
 
     def answered(self, connection: Connection) -> None:
-        """To be called when a new connection has brought its first answer: the next one need not shake hands in full."""
-        if (
-            isinstance(connection, TLSConnection) and not connection.session_reused
-        ):  # to ask for it costs a lot
+        """To be called after the first response on a new connection, to keep its TLS session."""
+        # Asking OpenSSL for the session is expensive.
+        if isinstance(connection, TLSConnection) and not connection.session_reused:
             self._session = connection.session
 
     def _secured(
@@ -104,18 +102,17 @@ class Dialler:
         """The connection to upstream by way of `sock`, which is closed if that fails."""
         proxy = self._proxy
         if proxy is not None and proxy.scheme.startswith("socks"):
-            sock = self._through_socks(sock)
+            sock = self._through_socks(sock, proxy)
         connection = Connection(sock)
         try:
             if proxy is not None and proxy.scheme in ("http", "https"):
                 if proxy.scheme == "https":
-                    connection = TLSConnection(connection, self._context, proxy.hostname)
+                    connection = TLSConnection(connection, self._context, _address(proxy)[0])
                     connection.handshake(limit)
-                self._tunnel(connection, limit)
+                self._tunnel(connection, proxy, limit)
             if self._upstream.scheme == "https":
-                connection = TLSConnection(
-                    connection, self._context, self._upstream.hostname, session
-                )
+                host = _address(self._upstream)[0]
+                connection = TLSConnection(connection, self._context, host, session)
                 self._handshake(connection, session, limit)
             return connection
         except BaseException:
@@ -129,36 +126,27 @@ class Dialler:
             connection.handshake(limit)
             return
         try:
-            connection.handshake(self._patience)
-        except ssl.SSLCertVerificationError:  # of a handshake in full: the session did no harm
+            connection.handshake(self._attempt_timeout)
+        except ssl.SSLCertVerificationError:
+            # Only a full handshake verifies: the session was not the cause.
             raise
         except BROKEN as error:
             if self._session is session:
                 self._session = None
             raise _NotResumed from error
 
-    def _through_socks(self, sock: socket.socket) -> socket.socket:
-        proxy = self._proxy
+    def _through_socks(self, sock: socket.socket, proxy: urllib.parse.SplitResult) -> socket.socket:
         host, port = _address(self._upstream)
         kind = socks_proxy.SOCKS4 if proxy.scheme.startswith("socks4") else socks_proxy.SOCKS5
         remote = proxy.scheme in ("socks5h", "socks4a")
         address = None
         try:
             if not remote:
-                known = self._destination.addresses()
-                address = next(
-                    (
-                        one
-                        for one in known
-                        if kind == socks_proxy.SOCKS5 or one[0] == socket.AF_INET
-                    ),
-                    None,
-                )
-                if address is None:
-                    raise OSError("its name has no IPv4 address, which SOCKS 4 needs")
+                address = self._destination_for(kind)
+                host = address[4][0]
             return socks_proxy.negotiate(
                 sock,
-                host if remote else address[4][0],
+                host,
                 port,
                 kind=kind,
                 rdns=remote,
@@ -171,15 +159,24 @@ class Dialler:
                 self._destination.failed(address)
             raise
 
-    def _tunnel(self, connection: Connection, limit: float | None) -> None:
+    def _destination_for(self, kind: int) -> addresses.Address:
+        for address in self._destination.addresses():
+            if kind == socks_proxy.SOCKS5 or address[0] == socket.AF_INET:
+                return address
+        raise OSError("its name has no IPv4 address, which SOCKS 4 needs")
+
+    def _tunnel(
+        self, connection: Connection, proxy: urllib.parse.SplitResult, limit: float | None
+    ) -> None:
         """RFC 9110 section 9.3.6."""
         host, port = _address(self._upstream)
         authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         request = f"CONNECT {authority} HTTP/1.1\r\nHost: {authority}\r\n"
-        if self._proxy.username is not None:
-            user = urllib.parse.unquote_to_bytes(self._proxy.username)
-            password = urllib.parse.unquote_to_bytes(self._proxy.password or "")
-            request += f"Proxy-Authorization: Basic {base64.b64encode(user + b':' + password).decode()}\r\n"
+        if proxy.username is not None:
+            user = urllib.parse.unquote_to_bytes(proxy.username)
+            password = urllib.parse.unquote_to_bytes(proxy.password or "")
+            credentials = base64.b64encode(user + b":" + password).decode()
+            request += f"Proxy-Authorization: Basic {credentials}\r\n"
         connection.send_all(request.encode() + b"\r\n")
         answer = None
         while answer is None or answer.status < 200:
@@ -192,4 +189,4 @@ class Dialler:
 
 
 def _address(url: urllib.parse.SplitResult) -> tuple[str, int]:
-    return url.hostname, url.port or PORTS[url.scheme]
+    return url.hostname or "", url.port or PORTS[url.scheme]

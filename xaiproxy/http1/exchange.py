@@ -1,7 +1,7 @@
 """A request to upstream and its response: one connection, both directions at the same time.
 
-urllib3 and http.client would do that too, but they re-quote the target, hide whether any byte was written, keep upstream's
-framing to themselves, and take ten times as long.
+urllib3 and http.client would do that too, but they re-quote the target, hide whether any byte was
+written, keep upstream's framing to themselves, and take ten times as long.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from xaiproxy.http1.upload import Upload, framed
 INTERIM_LIMIT = 20  # 1xx responses before the final one
 PEEK_LIMIT = 65536  # bytes of an error's content that are read ahead
 PEEK_TIME = 2.0  # seconds for them to come
-# To repeat these changes nothing (RFC 9110 section 9.2.1). PUT and DELETE are idempotent too (section 9.2.2), but what
-# they do here may be paid for.
+# To repeat these changes nothing (RFC 9110 section 9.2.1). PUT and DELETE are idempotent too
+# (section 9.2.2), but what they do here may be paid for.
 SAFE = frozenset(("GET", "HEAD", "OPTIONS"))
 
 
 class Request(NamedTuple):
     """`head`: the request line and fields, except the framing of the body and the empty line.
 
-    `repeatable`: send it again when the connection breaks before the response. `upgrade`: it asks for a WebSocket.
+    `repeatable`: send it again when the connection breaks before the response. `upgrade`: it asks
+    for a WebSocket.
     """
 
     head: bytes
@@ -65,9 +66,9 @@ def perform(
 ) -> Exchange:
     """Send a request and wait for the head of its response.
 
-    `on_sent`: called once the body was sent; `on_interim`: gets the heads of 1xx responses. A repeatable request
-    whose pooled connection breaks is sent once more, on a new one. Raises UpstreamTimeout, UpstreamUnreachable, and
-    what reading the client's body raises.
+    `on_sent`: called once the body was sent; `on_interim`: gets the heads of 1xx responses. A
+    repeatable request whose pooled connection breaks is sent once more, on a new one. Raises
+    UpstreamTimeout, UpstreamUnreachable, and what reading the client's body raises.
     """
     failed: Exception | None = None
     while True:
@@ -184,10 +185,12 @@ def _broke_off(
 
 
 class Exchange:
-    """A response whose head has arrived; its content comes from `parts`. `close` may be called twice, at any time.
+    """A response whose head has arrived; its content comes from `parts`.
 
-    `body`, one of framing's, finds where on `connection` the response ends. `length`: of the content, for the
-    client, or None if unknown.
+    `close` may be called twice, at any time.
+
+    `body`, one of framing's, finds where on `connection` the response ends. `length`: of the
+    content, for the client, or None if unknown.
     """
 
     __slots__ = (
@@ -217,11 +220,16 @@ class Exchange:
             upload.stop()
 
     def time_left(self, received_at: float) -> float:
-        """Seconds until IDLE_TIMEOUT without progress in either direction; `received_at`: when the last byte came."""
+        """Seconds until IDLE_TIMEOUT without progress in either direction.
+
+        `received_at`: when the last byte arrived."""
         return max(received_at, self.upload.sent_at) + self.idle_timeout - time.monotonic()
 
     def parts(self, pause: float | None = None) -> Iterator[bytes]:
-        """The content as it comes; b"" whenever nothing has come for `pause` seconds. Raises UpstreamBroken."""
+        """The content as it comes; b"" whenever nothing has come for `pause` seconds.
+
+        Raises UpstreamBroken.
+        """
         received_at, limit = time.monotonic(), pause or self.idle_timeout
         while not self.body.ended:
             try:
@@ -247,7 +255,7 @@ class Exchange:
         return errors.UpstreamBroken(reason(error))
 
     def finish(self) -> None:
-        """After the response was passed on: let the upload end too, then pool the connection if it is reusable."""
+        """After the response was forwarded: let the upload end too, then pool the connection."""
         if self._closed:
             return
         if self.upload.running and self.head.status < 400:
@@ -260,7 +268,7 @@ class Exchange:
             self.connection.close()
 
     def peek(self) -> bytes:
-        """The beginning of the content, at most PEEK_LIMIT bytes and PEEK_TIME seconds of it; it stays unread."""
+        """The beginning of the content, which stays unread: PEEK_LIMIT, PEEK_TIME."""
         connection, body = self.connection, copy.copy(self.body)
         deadline = time.monotonic() + PEEK_TIME
         data, seen, content = connection.unread, 0, b""

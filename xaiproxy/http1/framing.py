@@ -1,16 +1,19 @@
-"""Where the body of a message ends (RFC 9112 sections 6 and 7), found out while its bytes pass by.
+"""Where the body of a message ends (RFC 9112 sections 6 and 7), found while its bytes pass through.
 
-All three kinds work alike: `feed` them what came, and they say which parts of it are content; then `ended` says
-whether the body is whole, and `used` how many of these bytes were its own, framing included. They keep no content.
-Where content comes before something malformed, `feed` stops in between, with `used` short of the end: fed with the
-rest, it raises.
-To pass a body on in its own framing, pass on `passes` of these bytes and then `trailers`: fields that do not pass are
-left out, so a trailer section is held back until it is whole.
-`seems_ended`: a lenient client (http.client) would take a body that stops here for a complete one.
+The three kinds have one interface. `feed` takes the bytes that arrived and returns which of them
+are content; it keeps no content. Then `ended` is true if the body is complete, and `used` is the
+number of these bytes that belong to the body, framing included. If content precedes something
+malformed, `feed` stops between them, with `used` short of the end; fed with the rest, it raises. To
+forward a body in its own framing, send the first `passes` of these bytes and then `trailers`.
+Trailer fields that are not forwarded are left out, so a trailer section is held back until it is
+complete. `seems_ended`: a lenient client (http.client) would take a body that stops here for a
+complete one.
 """
 
+from __future__ import annotations
+
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from xaiproxy.http1 import headers
 from xaiproxy.http1.message_head import ALLOWED, NAME, Malformed
@@ -21,13 +24,13 @@ LINE_LIMIT = 4096  # bytes of a chunk-size or trailer line
 TRAILER_LIMIT = 100
 NOT_IN_TRAILERS = ("", "content-length", "transfer-encoding")  # RFC 9110 section 6.5.1; "": no name
 
-Spans = "list[tuple[int, int]]"
+Spans = list[tuple[int, int]]
 
 
 class Sized:
-    """As many bytes as Content-Length says."""
+    """As many bytes as Content-Length announces."""
 
-    __slots__ = ("ended", "used", "passes", "_left")
+    __slots__ = ("_left", "ended", "passes", "used")
 
     seems_ended = False
     trailers = b""
@@ -50,10 +53,12 @@ class Sized:
 
 
 class UntilClose:
-    """An answer that nothing but the end of its connection ends."""
+    """A response that only the end of its connection ends."""
 
-    __slots__ = ("ended", "used", "passes")
+    __slots__ = ("ended", "passes", "used")
 
+    # The relay does not carry such a body: see client_response.
+    seems_ended = False
     trailers = b""
 
     def __init__(self) -> None:
@@ -69,39 +74,43 @@ class UntilClose:
 
 
 class Chunked:
-    """The chunked transfer coding. What follows it on the connection would be read as another message, so: in doubt, Malformed."""
+    """The chunked transfer coding (RFC 9112 section 7.1).
+
+    What follows it on the connection is read as another message, so it is Malformed when in doubt.
+    """
 
     __slots__ = (
-        "ended",
-        "used",
-        "passes",
-        "trailers",
+        "_expect",
+        "_kept",
         "_left",
         "_line",
-        "_expect",
         "_trailers",
-        "_kept",
+        "ended",
+        "passes",
+        "trailers",
+        "used",
     )
 
     def __init__(self) -> None:
         self.used = self.passes = 0
         self.trailers = b""
         self.ended = False
-        self._left = 0  # bytes of this chunk's content
-        self._line = b""  # the beginning of a line
-        self._expect = (
-            Chunked._size
-        )  # what to take the next line for; unbound, so that a copy has its own
+        # Bytes of this chunk's content that are to come.
+        self._left = 0
+        # The beginning of a line.
+        self._line = b""
+        # How to take the next line; unbound, so that a copy has its own.
+        self._expect: Callable[[Chunked, bytes], None] = Chunked._size
         self._trailers = 0
-        self._kept = b""  # lines of trailers that pass
+        # Trailer lines that are forwarded.
+        self._kept = b""
 
     def feed(self, data: bytes) -> Spans:
         """As Sized.feed; raises Malformed."""
         size = len(data)
         if self._expect is Chunked._size and not self._left and not self._line:
-            whole = CHUNK_LINE.match(
-                data
-            )  # an event mostly comes as one chunk, and nothing with it
+            # An event mostly arrives as one chunk, alone.
+            whole = CHUNK_LINE.match(data)
             if (
                 whole
                 and size == whole.end() + int(whole[1], 16) + 2 > whole.end() + 2
@@ -122,9 +131,8 @@ class Chunked:
                     self._expect = Chunked._size
                     at += 2
                 continue
-            if (
-                self._expect is Chunked._size and not self._line
-            ):  # most often what follows is there already
+            if self._expect is Chunked._size and not self._line:
+                # Most often what follows has arrived already.
                 if data.startswith(LAST, at):
                     self.ended, at = True, at + len(LAST)
                     break
@@ -141,7 +149,8 @@ class Chunked:
             except Malformed:
                 if not spans:
                     raise
-                break  # before the malformed line
+                # Stop before the malformed line.
+                break
             at = end
         self.used = at
         self.passes = at if passes < 0 else passes
@@ -153,7 +162,8 @@ class Chunked:
             raise Malformed("has a line that is too long")
         if line.endswith(b"\n"):
             self._expect(self, line)
-            self._line = b""  # not earlier: the beginning of a malformed line was passed on too
+            # Not earlier: the beginning of a malformed line was forwarded too.
+            self._line = b""
         else:
             self._line = line
 
@@ -162,7 +172,7 @@ class Chunked:
 
     @property
     def seems_ended(self) -> bool:
-        """In the middle of a size that begins with 0, like that of the last chunk: http.client asks for no line end."""
+        """In the middle of a chunk size that begins with 0: http.client needs no line end."""
         return self._expect is Chunked._size and self._line.startswith(b"0")
 
     def _size(self, line: bytes) -> None:
@@ -177,7 +187,7 @@ class Chunked:
 
     def _end_of_chunk(self, line: bytes) -> None:
         if line != b"\r\n":
-            raise Malformed("has a chunk that is longer than it says")
+            raise Malformed("has a chunk that is longer than announced")
         self._expect = Chunked._size
 
     def _trailer(self, line: bytes) -> None:
@@ -201,7 +211,10 @@ class Chunked:
 
 
 def content_of(body: Sized | UntilClose | Chunked, data: bytes) -> Iterator[bytes]:
-    """Feed `data` to `body` and give its content. Raises Malformed, after the content that comes before it."""
+    """Feed `data` to `body` and yield its content.
+
+    Raises Malformed, after the content that precedes it.
+    """
     for start, end in body.feed(data):
         yield data[start:end]
     if body.used < len(data) and not body.ended:

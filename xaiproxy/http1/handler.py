@@ -1,10 +1,11 @@
 """One client connection: requests are read and answered, one after the other, until it ends.
 
-gevent's WSGIServer makes a Handler for each connection. pywsgi's own handler waits for the first part of a body with
-the head, hides the raw request, and costs several times as much. What the server's proxy serves goes to it without
-a WSGI environ; all other requests go to the WSGI application, whose environ has one more member:
+gevent's WSGIServer makes a Handler for each connection. pywsgi's own handler waits for the first
+part of a body with the head, hides the raw request, and costs several times as much. What the
+server's proxy serves goes to it without a WSGI environ; all other requests go to the WSGI
+application, whose environ has one more member:
 
-    xaiproxy.request  the client_request.ClientRequest: the raw target and fields, which PATH_INFO and HTTP_* have lost
+    xaiproxy.request  the client_request.ClientRequest, with the raw target and fields
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from xaiproxy.http1.request_body import RequestBody
 
 logger = logging.getLogger("xaiproxy.request")
 
-# How long a client's connection is read on after our end, so that a response is not destroyed by a reset: for these
-# seconds without a byte, and in all. Many clients read no response before they have sent their whole body.
+# How long a client's connection is read on after our end, so that a response is not destroyed by a
+# reset: for these seconds without a byte, and in all. Many clients read no response before they
+# have sent their whole body.
 LINGER_IDLE, LINGER_WHOLE = 5.0, 30.0
 DRAIN_LINGER = 1.0  # seconds for the same in a drain
 EMPTY_LINE = b"\r\n"
@@ -107,11 +109,12 @@ class Handler:
     # The head
 
     def _wait_for_head(self) -> bytes:
-        """The head of the next request; b"" when none came in time, or at the end of the connection."""
+        """The head of the next request; b"" if none came in time, or at the end."""
         server, connection = self._server, self._connection
         if connection.unread:
-            # A pipelined request. Waiting gives other connections their turn before it, and a client that does not
-            # read its responses gets no more of them. With gevent.sleep(0) the loop would poll only every fiftieth time.
+            # A pipelined request. Waiting gives other connections their turn before it, and a
+            # client that does not read its responses gets no more of them. With gevent.sleep(0) the
+            # loop would poll only every fiftieth time.
             with self._waiting_for_client():
                 connection.wait(connection.writable, self._send_limit)
         server.waiting[connection.socket] = time.monotonic()
@@ -135,7 +138,7 @@ class Handler:
             del server.waiting[connection.socket]
 
     def _begins(self) -> bool:
-        """Whether a request line begins in time; an empty line before it is ignored (RFC 9112 section 2.2)."""
+        """Whether a request line begins in time; RFC 9112 section 2.2 ignores an empty line."""
         server, connection = self._server, self._connection
         limit = server.settings.client_timeout
         if self._answered_before:
@@ -144,7 +147,8 @@ class Handler:
         try:
             while EMPTY_LINE.startswith(connection.unread):
                 came, connection.unread = connection.unread, b""
-                # In a drain a connection that had a response has its last request there already, or none.
+                # In a drain a connection that had a response has its last request there already, or
+                # none.
                 at_once = server.draining and self._answered_before
                 more = connection.receive() if at_once else connection.recv(limit)
                 if not more:

@@ -1,10 +1,15 @@
-"""Which header fields pass, both ways (RFC 9110 section 7.6.1), and Via (section 7.6.3). Pure functions."""
+"""Which header fields are forwarded, both ways (RFC 9110 section 7.6.1), and Via (section 7.6.3).
+
+Pure functions.
+"""
+
+from __future__ import annotations
 
 import re
 
 from xaiproxy.http1.message_head import connection_options, normal_authority
 
-Fields = "list[tuple[str, str]]"
+Fields = list[tuple[str, str]]
 
 HOP_BY_HOP = frozenset(
     (
@@ -17,9 +22,10 @@ HOP_BY_HOP = frozenset(
         "upgrade",
     )
 )
-# The first row is set by the proxy, the second holds credentials, the rest describes the way to the proxy, not the request.
-# Cloudflare, in front of api.x.ai, refuses requests that seem to come from another Cloudflare zone.
-# Expect is answered by the proxy: the body is sent on without waiting for upstream's 100.
+# Set by the proxy, up to Via; credentials, up to X-Goog-Api-Key; the rest describes the way to the
+# proxy, not the request. Cloudflare, in front of api.x.ai, refuses requests that seem to come from
+# another Cloudflare zone. Expect is answered by the proxy: it sends the body without waiting for
+# upstream's 100.
 NOT_SENT = HOP_BY_HOP | frozenset(
     (
         "authorization",
@@ -60,7 +66,8 @@ PREFIXES_NOT_SENT = (
     "x-original-",
     "x-remote-",
 )
-# Of answers, trailers among them: what a client would take as said of this proxy's own origin, and our own X-XAI-Proxy-Error.
+# Of responses, trailers included: what a client would apply to the proxy's own origin, and the
+# proxy's own X-XAI-Proxy-Error.
 NOT_PASSED = HOP_BY_HOP | frozenset(
     (
         "set-cookie",
@@ -73,7 +80,8 @@ NOT_PASSED = HOP_BY_HOP | frozenset(
         "x-xai-proxy-error",
     )
 )
-# An absolute or network-path reference (RFC 3986 section 4.2) to what this proxy serves, if the authority is upstream's.
+# An absolute or network-path reference (RFC 3986 section 4.2) to what this proxy serves, if the
+# authority is upstream's.
 LOCATION = re.compile(
     r"(\r\n(?:content-)?location:[ \t]*)(?:(https?):)?//([^/?#\r]*)(?=/v[12]/)", re.IGNORECASE
 )
@@ -95,10 +103,11 @@ def to_upstream(
     if "connection" in names:
         pairs = zip(names, fields, strict=True)
         options = connection_options(
-            ",".join([value for name, (_, value) in pairs if name == "connection"])
+            ",".join([field[1] for name, field in pairs if name == "connection"])
         )
     sent = [("Host", host), ("User-Agent", user_agent), ("Authorization", "Bearer " + access_token)]
-    accepted, passed_by = [], []
+    accepted: list[str] = []
+    received_via: list[str] = []
     for name, field in zip(names, fields, strict=True):
         if name in options:
             continue
@@ -107,31 +116,32 @@ def to_upstream(
         elif name == "accept-encoding":
             accepted.append(field[1])
         elif name == "via":
-            passed_by.append(field[1])
+            received_via.append(field[1])
     if accepted:
         sent.insert(3, ("Accept-Encoding", _reduced(",".join(accepted))))
     if pseudonym:
-        sent.append(("Via", _via(",".join(passed_by), pseudonym)))
+        sent.append(("Via", _via(",".join(received_via), pseudonym)))
     return sent
 
 
 def _via(received: str, pseudonym: str) -> str:
-    """Only the members that tell of a loop of such proxies: all others are the client's own business."""
+    """Only the members that reveal a loop of such proxies: all others are private to the client."""
     members = VIA_MEMBER.findall(received)
     return ", ".join([*members, "1.1 " + pseudonym])
 
 
 def _reduced(accept_encoding: str) -> str:
-    """Only codings in which we can read an error (an answer itself is never decoded)."""
+    """Only codings in which the proxy can read an error; a response itself is never decoded."""
     kept = [item.rstrip(" \t") for item in CODINGS.findall(accept_encoding)]
     return ", ".join(kept) or "identity"
 
 
 def to_client(lines: str, values: dict[str, list[str]], *, length: int | None, origin: str) -> str:
-    """The header lines of the answer to the client, each preceded by its CRLF.
+    """The header lines of the response to the client, each preceded by its CRLF.
 
-    `lines`: those of upstream's except NOT_PASSED; `values`: at least those of response_head.READ; `length`: of the body
-    as we read it, or None if unknown. A length is sent if there was one, and once. `origin`: upstream's.
+    `lines`: upstream's, except NOT_PASSED; `values`: at least those of response_head.READ;
+    `length`: body length, or None if unknown. Content-Length is sent if upstream sent one, and
+    once. `origin`: upstream's.
     """
     dropped: set[str] = set()
     if "connection" in values:
@@ -154,12 +164,13 @@ def to_client(lines: str, values: dict[str, list[str]], *, length: int | None, o
             lambda match: match[1] if _is_at(origin, match[2], match[3]) else match[0], lines
         )
     if "x-accel-buffering" not in values and media_type(values) == "text/event-stream":
-        end += "\r\nX-Accel-Buffering: no"  # or nginx, if it stands before us, holds events back until 4 KB have come
+        # Without it an nginx in front of the proxy holds events back until it has 4 KB.
+        end += "\r\nX-Accel-Buffering: no"
     return lines + end
 
 
 def media_type(values: dict[str, list[str]]) -> str:
-    """Of Content-Type, in lower case; "" if there is none."""
+    """The media type of Content-Type in lower case, or "" if there is none."""
     types = values.get("content-type")
     return types[0].partition(";")[0].strip().lower() if types else ""
 

@@ -1,16 +1,22 @@
-"""What the heads of requests and of answers have in common (RFC 9112 sections 2, 5): where they end, and their fields."""
+"""What the heads of requests and responses have in common (RFC 9112 sections 2 and 5).
+
+Where a head ends, and its fields.
+"""
+
+from __future__ import annotations
 
 import re
 
 NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 NAMES = re.compile(rf"{NAME.pattern}(?:\n{NAME.pattern})*")
-ALLOWED = bytes((9, *range(0x20, 0x7F), *range(0x80, 0x100)))  # in a line
+# In a line.
+ALLOWED = bytes((9, *range(0x20, 0x7F), *range(0x80, 0x100)))
 BARE_LF = re.compile(rb"(?<!\r)\n")
 FIELD_LIMIT = 200
 
 
 class Malformed(ValueError):
-    """Says what is wrong, and repeats nothing of it."""
+    """The message names the fault, and repeats nothing of the input."""
 
 
 class TooLong(Malformed):
@@ -18,9 +24,10 @@ class TooLong(Malformed):
 
 
 def end(data: bytes, searched: int, limit: int) -> int:
-    """Where the head ends, behind its empty line; 0 when it is not whole yet. `searched`: bytes looked at before.
+    """Where the head ends, after its empty line; 0 if it is not complete yet.
 
-    Raises Malformed and TooLong as soon as no further byte can mend it.
+    `searched`: number of bytes that were searched before. Raises Malformed and TooLong as soon as
+    no further byte can make it valid.
     """
     found = data.find(b"\r\n\r\n", max(0, searched - 3))
     size = found + 4 if found >= 0 else len(data)
@@ -32,7 +39,10 @@ def end(data: bytes, searched: int, limit: int) -> int:
 
 
 def lines(head: bytes) -> list[str]:
-    """The lines of a whole head, without its empty one, as Latin-1. Raises Malformed at any control character."""
+    """The lines of a complete head, without its empty one, as Latin-1.
+
+    Raises Malformed at any control character.
+    """
     split = head.decode("latin-1").split("\r\n")
     if head.translate(None, ALLOWED) != b"\r\n" * (len(split) - 1):
         raise Malformed("has a control character, or a line that does not end with CRLF")
@@ -40,7 +50,10 @@ def lines(head: bytes) -> list[str]:
 
 
 def parted(lines: list[str]) -> tuple[list[str], list[tuple[str, str, str]]]:
-    """The names of header lines in lower case, and the lines parted at their colons. Raises Malformed, TooLong."""
+    """The names of header lines in lower case, and the lines parted at their colons.
+
+    Raises Malformed, TooLong.
+    """
     if len(lines) > FIELD_LIMIT:
         raise TooLong(f"has more than {FIELD_LIMIT} header lines")
     parts = [line.partition(":") for line in lines]
@@ -52,7 +65,10 @@ def parted(lines: list[str]) -> tuple[list[str], list[tuple[str, str, str]]]:
 
 
 def fields(lines: list[str]) -> tuple[list[tuple[str, str]], dict[str, list[str]]]:
-    """The fields in order, as sent; and the values of each name in lower case. Raises Malformed, TooLong."""
+    """The fields in order, as sent; and the values of each name in lower case.
+
+    Raises Malformed, TooLong.
+    """
     names, parts = parted(lines)
     in_order = [(part[0], part[2].strip(" \t")) for part in parts]
     values: dict[str, list[str]] = {}
@@ -78,7 +94,7 @@ def keep_alive(values: dict[str, list[str]], is_1_0: bool) -> bool:
 
 
 def normal_authority(scheme: str, authority: str) -> str:
-    """The same authority as always the same text: in lower case, without the scheme's own port (RFC 9110 section 4.2.3)."""
+    """The authority in lower case, without the scheme's default port (RFC 9110 section 4.2.3)."""
     host, colon, port = authority.lower().rpartition(":")
     return (
         host if colon and port in ("", "443" if scheme == "https" else "80") else authority.lower()

@@ -1,4 +1,4 @@
-"""The connections to one origin: those that are made, and those that wait for their next request."""
+"""The connections to one origin: new ones, and those that wait for their next request."""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""An answer's bytes from upstream's socket to the client's, in the framing that they came in.
+"""A response's bytes from upstream's socket to the client's, in upstream's framing.
 
-A callback in the hub passes on what comes; the greenlet of the request sleeps until the end. So an event costs a read,
-a look at its framing and a write, and no greenlet switch.
+A callback in the hub forwards what arrives; the request's greenlet sleeps until the end. So an
+event costs a read, a check of its framing and a write, and no greenlet switch.
 """
+
+from __future__ import annotations
 
 import time
 from typing import Any
@@ -16,31 +18,33 @@ from xaiproxy.http1.exchange import Exchange
 
 class Relay:
     __slots__ = (
-        "content",
-        "_exchange",
-        "_upstream",
         "_body",
         "_client",
-        "_unsent",
+        "_exchange",
         "_greenlet",
+        "_progress_at",
         "_timer",
-        "_heard",
+        "_unsent",
+        "_upstream",
+        "content",
     )
 
     def __init__(self, exchange: Exchange, client: Connection):
-        self.content = 0  # bytes that were passed on, without their framing
+        # Bytes that were forwarded, without their framing.
+        self.content = 0
         self._exchange = exchange
         self._upstream = exchange.connection
         self._body = exchange.body
         self._client = client
 
     def run(self, head: bytes) -> None:
-        """Send `head` and the body behind it. Raises ClientGone, UpstreamBroken, and what is thrown in."""
+        """Send `head` and the body. Raises ClientGone, UpstreamBroken, and what is thrown in."""
         upstream, body = self._upstream, self._body
-        came, fault = upstream.unread, None
+        came = upstream.unread
+        fault: Exception | None = None
         if came:
             try:
-                self._look_at(came)
+                self._feed(came)
                 upstream.unread = came[body.used :]
                 head += came[: body.passes] + body.trailers
                 self._check_unread()
@@ -58,9 +62,10 @@ class Relay:
 
     def _wait(self) -> None:
         self._greenlet = gevent.getcurrent()
-        self._unsent: Any = b""  # what the client has not taken; until it has, nothing more is read
-        self._read_on()
-        self._watch_silence(self._exchange.idle_timeout)
+        # What the client has not taken; until it has, nothing more is read.
+        self._unsent: Any = b""
+        self._resume_reading()
+        self._start_timeout(self._exchange.idle_timeout)
         try:
             gevent.get_hub().switch()
         except BROKEN as error:
@@ -71,39 +76,39 @@ class Relay:
             self._timer.close()
             self._client.stop_writing()
 
-    def _read_on(self) -> None:
-        self._heard = time.monotonic()
-        self._upstream.readable.start(self._pass_on)
+    def _resume_reading(self) -> None:
+        self._progress_at = time.monotonic()
+        self._upstream.readable.start(self._on_readable)
 
-    def _watch_silence(self, seconds: float) -> None:
+    def _start_timeout(self, seconds: float) -> None:
         loop = gevent.get_hub().loop
-        self._timer = loop.timer(
-            seconds, priority=loop.MINPRI
-        )  # after bytes that came in time: see Connection
-        self._timer.start(self._on_silence)
+        # The priority: see Connection.
+        self._timer = loop.timer(seconds, priority=loop.MINPRI)
+        self._timer.start(self._on_timeout)
 
     # In the hub, whose callbacks must not raise
 
-    def _on_silence(self) -> None:
-        """Time is over, if nothing came meanwhile: to note when something comes costs less than to begin anew each time."""
+    def _on_timeout(self) -> None:
+        """Restart the timer if there was progress, instead of at each byte."""
         self._timer.close()
-        left = self._exchange.time_left(self._heard)
+        left = self._exchange.time_left(self._progress_at)
         if left > 0:
-            self._watch_silence(left)
+            self._start_timeout(left)
         else:
             self._greenlet.throw(ClientGone if self._unsent else TimeoutError)
 
-    def _pass_on(self) -> None:
+    def _on_readable(self) -> None:
         try:
             data = self._upstream.receive()
-            self._look_at(data)
+            self._feed(data)
         except BlockingIOError:
             return
         except Exception as error:
             self._greenlet.throw(error)
             return
         body = self._body
-        if body.passes < len(data):  # at the end, or in the trailers before it
+        if body.passes < len(data):
+            # At the end, or in the trailers before it.
             self._upstream.unread = data[body.used :]
             data = data[: body.passes] + body.trailers
         try:
@@ -113,18 +118,18 @@ class Relay:
             return
         if sent < len(data):
             self._unsent = memoryview(data)[sent:]
-            self._heard = time.monotonic()
+            self._progress_at = time.monotonic()
             self._upstream.readable.stop()
-            self._client.writable.start(self._send_on)
+            self._client.writable.start(self._on_writable)
         else:
-            self._go_on()
+            self._after_send()
 
-    def _go_on(self) -> None:
-        """All that came has been sent."""
+    def _after_send(self) -> None:
+        """All that arrived has been sent."""
         if self._body.ended:
             self._greenlet.switch()
             return
-        self._heard = time.monotonic()
+        self._progress_at = time.monotonic()
         if self._upstream.unread:
             try:
                 self._check_unread()
@@ -132,25 +137,26 @@ class Relay:
                 self._greenlet.throw(error)
 
     def _check_unread(self) -> None:
-        """Raise Malformed if that is why a body that goes on has left bytes."""
+        """Raise Malformed if that is why an unfinished body has left bytes unread."""
         if self._upstream.unread and not self._body.ended:
             self._body.feed(self._upstream.unread)
 
-    def _send_on(self) -> None:
+    def _on_writable(self) -> None:
         try:
             self._unsent = self._unsent[self._client.send(self._unsent) :]
         except OSError:
             self._greenlet.throw(ClientGone)
             return
         if self._unsent:
-            self._heard = time.monotonic()  # from the client: it is there
+            # The client is alive.
+            self._progress_at = time.monotonic()
             return
         self._client.stop_writing()
         if not self._body.ended:
-            self._read_on()
-        self._go_on()
+            self._resume_reading()
+        self._after_send()
 
-    def _look_at(self, data: bytes) -> None:
+    def _feed(self, data: bytes) -> None:
         if not data:
             self._body.end_of_connection()
         for start, end in self._body.feed(data):

@@ -1,7 +1,8 @@
 """The body of a client's request: read as it arrives, and kept within limits to be sent again.
 
-A body is sent upstream in passes: `rewind` begins one, `read1` returns its next part, and `at_end` is true after the
-last. A new pass may begin before the former has ended: it repeats what was read before, then goes on reading.
+A body is sent upstream in passes: `rewind` begins one, `read1` returns its next part, and `at_end`
+is true after the last. A new pass may begin before the former has ended: it repeats what was read
+before, then goes on reading.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import time
 from xaiproxy import errors
 from xaiproxy.http1 import framing
 from xaiproxy.http1.connection import READ, Connection
+from xaiproxy.http1.message_head import Malformed
 from xaiproxy.http1.request_head import Head
 
 
@@ -34,7 +36,8 @@ class ReplayMemory:
 class RequestBody:
     """A body that may still be arriving, or came whole with its head.
 
-    `chunked`, `content_length`: its framing. `replayable`: whether there can be another pass; False until `keep`.
+    `chunked`, `content_length`: its framing. `replayable`: whether there can be another pass; False
+    until `keep`.
     """
 
     __slots__ = (
@@ -104,7 +107,10 @@ class RequestBody:
         self._at = 0
 
     def read1(self) -> bytes:
-        """The next part of this pass; b"" at its end. Raises BadRequest, ClientTimeout, ClientGone."""
+        """The next part of this pass; b"" at its end.
+
+        Raises BadRequest, ClientTimeout, ClientGone.
+        """
         if self._at < len(self._kept):
             data = bytes(self._kept[self._at : self._at + READ])
             self._at += len(data)
@@ -126,7 +132,10 @@ class RequestBody:
         return data
 
     def invite(self) -> None:
-        """Send a 100 (Continue) if the client waits for one (RFC 9110 section 10.1.1). Raises ClientGone."""
+        """Send a 100 (Continue) if the client waits for one (RFC 9110 section 10.1.1).
+
+        Raises ClientGone.
+        """
         if self._continue_due:
             self._continue_due = False
             try:
@@ -157,7 +166,7 @@ class RequestBody:
     def _content(self, data: bytes) -> bytes:
         try:
             spans = self._framing.feed(data)
-        except framing.Malformed as error:
+        except Malformed as error:
             raise errors.BadRequest(f"the request body {error}", close=True) from None
         self._connection.unread = data[self._framing.used :]
         if self.chunked:

@@ -1,9 +1,10 @@
 """The head of a client's request, read strictly (RFC 9112 sections 2 to 7).
 
-A request that two servers could read differently is refused, not repaired: it is how one request is smuggled inside
-another. So: CRLF line ends only, no folded lines, no space before the colon, one Host, the same as in an absolute target,
-at most one Content-Length, no Transfer-Encoding but `chunked`, never both, and no name with an underscore that reads as
-one which steers somebody.
+A request that two servers could read differently is refused, not repaired: this is how one request
+is smuggled inside another. So: CRLF line ends only, no folded lines, no space before the colon, one
+Host, the same as in an absolute target, at most one Content-Length, no Transfer-Encoding except
+`chunked`, never both, and no name that becomes a routing or framing name if its underscores are
+read as hyphens.
 """
 
 from __future__ import annotations
@@ -18,26 +19,27 @@ ABSOLUTE_FORM = re.compile(
     r"(https?)://((?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?)([/?][^#]*)?", re.IGNORECASE
 )
 REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) (HTTP/1\.[01])")
-# Names that steer somebody on the way: content_length reads as content-length behind CGI's rules.
+# Names that servers on the way act on: under CGI's rules content_length reads as content-length.
 RESERVED = headers.NOT_SENT | {"content-type", "origin", "sec-fetch-site"}
 
 
 class Head:
-    """`target` is the request line's, byte for byte, in origin-form; `fields` are in order, as sent. Text is Latin-1.
+    """`target`: the request line's, byte for byte, in origin-form; `fields`: in order, as sent.
 
-    `by_name`: the values of each name in lower case. `content_length` is None without a body and with a chunked one.
+    `by_name`: the values of each name in lower case; `content_length`: None if there is no body or
+    a chunked one. Text is Latin-1.
     """
 
     __slots__ = (
-        "method",
-        "target",
-        "path",
-        "version",
-        "fields",
         "by_name",
-        "content_length",
         "chunked",
+        "content_length",
+        "fields",
         "keep_alive",
+        "method",
+        "path",
+        "target",
+        "version",
     )
 
     def __init__(
@@ -94,13 +96,14 @@ def _request_line(line: str) -> tuple[str, str, str]:
         raise errors.BadRequest(
             "the request line is malformed: expected METHOD /target HTTP/1.1", close=True
         )
-    return match.groups()
+    return match[1], match[2], match[3]
 
 
 def _origin_form(target: str, version: str, values: dict[str, list[str]]) -> str:
     """An absolute target without its scheme and authority (RFC 9112 section 3.2.2).
 
-    That authority would override Host, so the two must be the same: all servers on the way then agree on it.
+    That authority would override Host, so the two must be the same: all servers on the way then
+    agree on it.
     """
     match = ABSOLUTE_FORM.fullmatch(target)
     if match is None:
@@ -117,7 +120,7 @@ def _origin_form(target: str, version: str, values: dict[str, list[str]]) -> str
 
 
 def _check_names(names: dict[str, list[str]]) -> None:
-    """Only names that steer a server matter: clients send session_id and session-id together."""
+    """Only names that servers act on matter: clients send session_id and session-id together."""
     for name in names:
         if "_" in name:
             twin = name.replace("_", "-")

@@ -1,9 +1,11 @@
 """The addresses of one name under gevent, in the order in which to try them.
 
 One look-up serves all greenlets that wait. It runs in a native thread of its own, because
-getaddrinfo cannot be interrupted: in gevent's pool ten that hang would hold up every other. While a
-look-up hangs or fails, the addresses known before serve.
+getaddrinfo cannot be interrupted: in gevent's pool ten that hang would block all others. While a
+look-up hangs or fails, the addresses of the former one are used.
 """
+
+from __future__ import annotations
 
 import itertools
 import math
@@ -18,7 +20,7 @@ from xaiproxy import addresses
 from xaiproxy.addresses import Address
 
 REMEMBERED = 60  # seconds that the result of a look-up is used without asking again
-STALE_AFTER = 1.0  # seconds of a look-up until the addresses known before serve; RFC 8767: 1.8
+STALE_AFTER = 1.0  # seconds of a look-up until the former addresses are used; RFC 8767: 1.8
 THREADS = 8  # look-ups that hang at the same time, at most
 
 _getaddrinfo = monkey.get_original("socket", "getaddrinfo")
@@ -26,21 +28,21 @@ _start_new_thread = monkey.get_original("_thread", "start_new_thread")
 
 
 class Resolver:
-    """`patience`: seconds after which another look-up may start beside one that hangs."""
-
-    def __init__(self, host: str, port: int, patience: float):
-        self._host, self._port, self._patience = host, port, patience
+    def __init__(self, host: str, port: int, timeout: float):
+        """`timeout`: seconds after which another look-up may start beside one that hangs."""
+        self._host, self._port, self._timeout = host, port, timeout
         self._known: list[Address] = []
-        self._known_at = -math.inf  # when the look-up that found them began
-        self._began_at = -math.inf  # when the latest look-up began
+        # When the look-up that found them began, and when the latest look-up began.
+        self._known_at = self._began_at = -math.inf
         self._threads = 0
         # For all greenlets that wait, whichever look-up ends first.
         self._pending: gevent.event.AsyncResult | None = None
-        self._rank: dict[Address, int] = {}  # lowest first; 0 for those that were not tried
+        # Lowest first; 0 for those that were not tried.
+        self._rank: dict[Address, int] = {}
         self._count = itertools.count(1)
 
     def addresses(self) -> list[Address]:
-        """Raises OSError when the look-up fails and no address is known. No time limit then."""
+        """Raises OSError if the look-up fails and no address is known; has no time limit then."""
         now = time.monotonic()
         if now - self._known_at > REMEMBERED:
             pending = self._look_up(now)
@@ -55,7 +57,10 @@ class Resolver:
         self._rank[address] = -next(self._count)
 
     def failed(self, address: Address) -> None:
-        """To be tried last from now on. The next use looks the name up again: it may have changed."""
+        """To be tried last from now on.
+
+        The next use looks the name up again: it may have changed.
+        """
         self._rank[address] = next(self._count)
         self._known_at = -math.inf
 
@@ -63,7 +68,7 @@ class Resolver:
         """Start a look-up, unless one is running."""
         if self._pending is None:
             self._pending = gevent.event.AsyncResult()
-        elif now - self._began_at < self._patience:
+        elif now - self._began_at < self._timeout:
             return self._pending
         pending = self._pending
         if self._threads == THREADS:
@@ -76,7 +81,8 @@ class Resolver:
         def work() -> None:
             try:
                 outcome.append(addresses.look_up(self._host, self._port, _getaddrinfo))
-            except Exception as error:  # raised by those that wait
+            except Exception as error:
+                # Raised by the greenlets that wait.
                 outcome.append(error)
             done.send()
 
@@ -89,20 +95,21 @@ class Resolver:
         done.start(finish)
         try:
             _start_new_thread(work, ())
-        except RuntimeError as error:  # no more threads
+        except RuntimeError as error:
+            # No more threads.
             outcome.append(OSError(f"no thread for the name look-up: {error}"))
             finish()
         return pending
 
     def _finish(self, began_at: float, outcome: list[Address] | Exception) -> None:
-        failed = isinstance(outcome, Exception)
-        if not failed and began_at > self._known_at:
+        error = outcome if isinstance(outcome, Exception) else None
+        if not isinstance(outcome, Exception) and began_at > self._known_at:
             self._known, self._known_at = outcome, began_at
             self._rank = {one: self._rank[one] for one in outcome if one in self._rank}
-        if self._pending is None or (failed and began_at < self._began_at):
-            return  # a later look-up may still succeed
-        pending, self._pending = self._pending, None
-        if failed:
-            pending.set_exception(outcome)
-        else:
-            pending.set(None)
+        # After a failure a later look-up may still succeed.
+        if self._pending is not None and (error is None or began_at >= self._began_at):
+            pending, self._pending = self._pending, None
+            if error is None:
+                pending.set(None)
+            else:
+                pending.set_exception(error)

@@ -1,9 +1,11 @@
-"""The head of upstream's answer, read strictly (RFC 9112 sections 4 to 6).
+"""The head of upstream's response, read strictly (RFC 9112 sections 4 to 6).
 
-Where two readers could disagree on where the answer ends, the next one on the connection would be taken for another
-request's: such a head is Malformed, or at least its connection is not used again. Most lines are nobody's business
-here: they are checked, and stay the bytes that they are.
+If two readers could disagree on where the response ends, the next one on the connection would be
+taken for another request's: such a head is Malformed, or its connection is not used again. Most
+lines are only checked, and forwarded byte for byte.
 """
+
+from __future__ import annotations
 
 import re
 
@@ -27,12 +29,13 @@ LENGTH = re.compile("[0-9]{1,18}")
 
 
 class Head:
-    """`lines`: the header lines that may pass, as they came, each preceded by its CRLF; `values`: of the names in READ.
+    """`lines`: the header lines to forward, as they came, each preceded by its CRLF.
 
-    `length`: of the body, as Content-Length says; `body`: one of framing's; `keep_alive`: another answer may follow.
+    `values`: the values of the names in READ; `length`: the Content-Length; `body`: one of
+    framing's; `keep_alive`: another response may follow on the connection.
     """
 
-    __slots__ = ("status", "reason", "lines", "values", "length", "body", "keep_alive")
+    __slots__ = ("body", "keep_alive", "length", "lines", "reason", "status", "values")
 
     def __init__(self, status: int, reason: str, lines: str, values: dict[str, list[str]]):
         self.status = status
@@ -47,10 +50,9 @@ class Head:
 def parse(data: bytes, method: str) -> Head:
     """`data`: up to and with the empty line; `method`: the request's. Raises Malformed."""
     if b"\r\n " in data or b"\r\n\t" in data:
-        status_line, _, rest = data.partition(b"\r\n")
-        data = (
-            status_line + b"\r\n" + FOLD.sub(b" ", rest)
-        )  # section 5.2: a folded line becomes a space
+        first, _, rest = data.partition(b"\r\n")
+        # Section 5.2: a line fold becomes a space.
+        data = first + b"\r\n" + FOLD.sub(b" ", rest)
     status_line, *lines = message_head.lines(data)
     is_1_0, status, reason = _status_line(status_line)
     passed = [""]
@@ -75,7 +77,7 @@ def _status_line(line: str) -> tuple[bool, int, str]:
 
 
 def _frame(head: Head, method: str, is_1_0: bool) -> None:
-    """Section 6.3, for answers."""
+    """Section 6.3, for responses."""
     codings, lengths = (
         head.values.get("transfer-encoding", ()),
         head.values.get("content-length", ()),
@@ -84,10 +86,10 @@ def _frame(head: Head, method: str, is_1_0: bool) -> None:
         raise Malformed("has a Transfer-Encoding other than chunked")
     if lengths:
         if len(set(lengths)) > 1 or not LENGTH.fullmatch(lengths[0]):
-            raise Malformed("has a Content-Length that is no number")
+            raise Malformed("has a Content-Length that is not a number")
         if not codings:
             head.length = int(lengths[0])
-    # Where a coding has no place there may be chunks all the same.
+    # After a coding that is not allowed there, chunks may follow all the same.
     head.keep_alive = message_head.keep_alive(head.values, is_1_0) and not (
         codings and (lengths or head.status in (204, 304))
     )

@@ -1,6 +1,7 @@
-"""SOCKS 5, 4 and 4a: the negotiation on a socket that is connected to a proxy (RFC 1928, RFC 1929)."""
+"""SOCKS 5, 4 and 4a: the negotiation with a proxy that is connected (RFC 1928, RFC 1929)."""
 
 import socket
+from typing import Any
 
 SOCKS4, SOCKS5 = 1, 2  # PySocks' numbers, which urllib3 uses as well
 
@@ -17,18 +18,20 @@ def negotiate(
 ) -> socket.socket:
     """Return a socket in place of `sock`, which is closed if that fails.
 
-    `kind`: SOCKS4 or SOCKS5; `rdns`: whether the proxy looks `host` up. Raises OSError.
+    `kind`: SOCKS4 or SOCKS5; `rdns`: whether the proxy resolves `host`. Raises OSError.
     """
-    import socks  # the extra that a SOCKS proxy needs
+    # The extra that a SOCKS proxy needs.
+    import socks
 
     timeout = sock.gettimeout()
-    through = socks.socksocket(sock.family, sock.type, sock.proto, sock.detach())
+    through: Any = socks.socksocket(sock.family, sock.type, sock.proto, sock.detach())
     try:
         through.settimeout(timeout)
         through.set_proxy(kind, rdns=rdns, username=username, password=password)
-        # What its connect does once it is connected, which it would do without regard to RFC 8305.
+        # The part of PySocks' connect that follows its TCP connection, which ignores RFC 8305.
         socks.socksocket._proxy_negotiators[kind](through, host, port)
-        return through
+        negotiated: socket.socket = through
+        return negotiated
     except BaseException:
         through.close()
         raise

@@ -1,4 +1,4 @@
-"""TLS on a connection."""
+"""TLS on a connection, through memory buffers."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from xaiproxy.http1.connection import BURST, READ, RECORD, Connection
 
 
 class TLSConnection(Connection):
-    """TLS in another connection, by way of memory, where one system call gets or sends any number of records.
+    """TLS in another connection. One system call reads or writes any number of records.
 
-    OpenSSL on a socket would make two to read one record.
+    OpenSSL on a socket would make two calls to read one record.
     """
 
-    __slots__ = ("_inner", "_tls", "_in", "_out", "_unsent")
+    __slots__ = ("_in", "_inner", "_out", "_tls", "_unsent")
 
     def __init__(
         self,
@@ -34,7 +34,8 @@ class TLSConnection(Connection):
         self._limit = None
         self._in, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._in, self._out, server_hostname=host, session=session)
-        self._unsent = b""  # what the socket has not taken yet
+        # Records that the socket has not taken yet.
+        self._unsent = b""
 
     @property
     def holds_back(self) -> bool:  # type: ignore[override]
@@ -46,11 +47,14 @@ class TLSConnection(Connection):
 
     @property
     def session(self) -> ssl.SSLSession | None:
-        """To resume on another connection. In TLS 1.3 it comes behind the handshake, with the first answer."""
+        """The session to resume; in TLS 1.3 it arrives with the first response."""
         return self._tls.session
 
     def handshake(self, limit: float | None = None) -> None:
-        """`limit`: seconds in which the peer sends no byte. Raises OSError, among them ssl.SSLError; and EOFError."""
+        """`limit`: seconds in which the peer must send a byte.
+
+        Raises OSError, also ssl.SSLError; EOFError.
+        """
         while True:
             try:
                 self._tls.do_handshake()
@@ -65,14 +69,15 @@ class TLSConnection(Connection):
                 return
 
     def is_quiet(self) -> bool:
-        """Session tickets and key updates are neither bytes nor an end; they are taken in."""
+        """Session tickets and key updates are neither bytes nor an EOF; they are processed."""
         for _ in range(BURST):
             if super().is_quiet():
                 return True
             try:
                 self.receive()
                 return False
-            except BlockingIOError:  # an end may follow
+            except BlockingIOError:
+                # An EOF may follow.
                 continue
             except OSError:
                 return False
@@ -93,24 +98,25 @@ class TLSConnection(Connection):
         parts = []
         try:
             content = self._tls.read(RECORD)
-            while (
-                self._in.pending
-            ):  # until all that came is read: no poll would report what is left in here
+            # Until everything is read: no poll would report what is left in this buffer.
+            while self._in.pending:
                 parts.append(content)
                 content = self._tls.read(RECORD)
-                if not content:  # close_notify: OpenSSL leaves what follows it
+                # After close_notify OpenSSL ignores what follows.
+                if not content:
                     break
-        except ssl.SSLWantReadError:  # the rest of a record is still to come
+        except ssl.SSLWantReadError:
+            # The rest of a record is still to come.
             if not parts:
                 raise BlockingIOError from None
             content = b""
-        except ssl.SSLError as error:  # a record that is none: the content before it counts
+        except ssl.SSLError as error:
+            # An invalid record: the content before it counts.
             self.fault = error
             if not parts:
                 raise
-            self.socket.shutdown(
-                socket.SHUT_RD
-            )  # so that the next read comes at once, and meets the fault
+            # Makes the next read return at once, and meet the fault.
+            self.socket.shutdown(socket.SHUT_RD)
             content = b""
         return b"".join([*parts, content]) if parts else content
 
@@ -127,7 +133,8 @@ class TLSConnection(Connection):
         return taken
 
     def end(self) -> bool:
-        with contextlib.suppress(ssl.SSLError):  # the peer's own close_notify is not waited for
+        # SSLError: the peer's own close_notify has not arrived, and is not waited for.
+        with contextlib.suppress(ssl.SSLError):
             self._tls.unwrap()
         self._unsent += self._out.read()
         self.send(b"")

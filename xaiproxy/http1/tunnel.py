@@ -1,8 +1,9 @@
-"""A WebSocket connection after its handshake: bytes both ways, until both sides have ended (RFC 6455).
+"""A WebSocket connection after its handshake: bytes both ways (RFC 6455).
 
-Frames are not read: if one side closes in the middle of a frame, so does the other's connection. The end of a side
-follows its last bytes. From the first end on, what still moves has no time limit; without progress for CLIENT_TIMEOUT
-both connections are reset. A side that resets its connection ends the tunnel at once.
+Frames are not read: if one side closes in the middle of a frame, so does the other's connection.
+The EOF of a side follows its last bytes. From the first EOF on there is no limit as long as bytes
+move; without progress for CLIENT_TIMEOUT both connections are reset. A side that resets its
+connection ends the tunnel at once.
 """
 
 from __future__ import annotations
@@ -15,21 +16,29 @@ from xaiproxy.errors import ClientGone
 from xaiproxy.http1.connection import Connection
 from xaiproxy.http1.exchange import Exchange
 
-POLL = 0.5  # seconds between two checks of what no event tells: a reset that unread bytes hide, acknowledged bytes
+# Seconds between two checks for what no event signals: a reset hidden by unread bytes, acknowledged
+# bytes.
+POLL_INTERVAL = 0.5
 
 
 class Tunnel:
-    """Sent as a relay.Relay is."""
+    """Run as a relay.Relay is."""
 
     def __init__(self, exchange: Exchange, client: Connection):
-        self.content = 0  # bytes that came from upstream
+        # Bytes that came from upstream.
+        self.content = 0
         self._exchange = exchange
         self._client = client
-        self._closing = False  # one side has ended, or takes nothing any more
-        self._unacknowledged = (0, 0)  # bytes, of both connections
+        # Whether one side has closed, or no longer reads.
+        self._closing = False
+        # The bytes of both connections.
+        self._unacknowledged = (0, 0)
 
     def run(self, head: bytes) -> None:
-        """Send `head` and pass on bytes. Raises ClientGone, UpstreamBroken, and what is thrown in."""
+        """Send `head` and forward bytes.
+
+        Raises ClientGone, UpstreamBroken, and what is thrown in.
+        """
         client, upstream = self._client, self._exchange.connection
         try:
             client.send_all(head, self._exchange.idle_timeout)
@@ -38,14 +47,14 @@ class Tunnel:
         hub = gevent.get_hub()
         self._greenlet = gevent.getcurrent()
         self._down, self._up = _Pipe(self, upstream, client), _Pipe(self, client, upstream)
-        self._new_silence(self._exchange.idle_timeout)
-        self._poll = hub.loop.timer(POLL, POLL)
+        self._start_timeout(self._exchange.idle_timeout)
+        self._poll = hub.loop.timer(POLL_INTERVAL, POLL_INTERVAL)
         try:
             for pipe in (self._down, self._up):
                 hub.loop.run_callback(pipe.start)
             hub.switch()
         finally:
-            for timer in (self._silence, self._poll):
+            for timer in (self._timer, self._poll):
                 timer.stop()
                 timer.close()
             for pipe in (self._down, self._up):
@@ -53,24 +62,22 @@ class Tunnel:
 
     # In the hub, whose callbacks must not raise
 
-    def _new_silence(self, limit: float) -> None:
+    def _start_timeout(self, limit: float) -> None:
         loop = gevent.get_hub().loop
-        self._silence = loop.timer(
-            limit, limit, priority=loop.MINPRI
-        )  # see Connection.wait, also for `update`
-        self.heard()
+        # The priority, and `update` below: see Connection.wait.
+        self._timer = loop.timer(limit, limit, priority=loop.MINPRI)
+        self.progress()
 
-    def heard(self) -> None:
-        """There was progress."""
-        self._silence.again(self._on_silence, update=True)
+    def progress(self) -> None:
+        self._timer.again(self._on_timeout, update=True)
 
     def blocked(self) -> None:
-        """A side does not take what the other sends, whose reset is then hidden by unread bytes."""
+        """A side does not read what the other sends, whose reset is then hidden by unread bytes."""
         if not self._poll.active:
-            self._poll.again(self._look)
+            self._poll.again(self._check)
 
     def refused(self, pipe: _Pipe, error: Exception) -> None:
-        """The sink of `pipe` takes nothing any more. A client that has closed may have bytes on their way upstream."""
+        """The sink of `pipe` takes no more bytes; a closed client may have sent some more."""
         if pipe is self._down and not isinstance(error, BrokenPipeError):
             self.failed(self._client, error)
         else:
@@ -83,9 +90,9 @@ class Tunnel:
         """To be called at each end of a direction."""
         if not self._closing:
             self._closing = True
-            self._silence.stop()
-            self._silence.close()
-            self._new_silence(self._exchange.client_timeout)
+            self._timer.stop()
+            self._timer.close()
+            self._start_timeout(self._exchange.client_timeout)
             self.blocked()
         down, up = self._down, self._up
         if (
@@ -98,7 +105,7 @@ class Tunnel:
         ):
             self._greenlet.switch()
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         if self._up.blocked and not self._down.refused and self._client.is_reset():
             self.failed(self._client, ConnectionResetError())
         elif self._closing or self._up.hides_end or self._down.hides_end:
@@ -108,38 +115,36 @@ class Tunnel:
             )
             if unacknowledged != self._unacknowledged:
                 self._unacknowledged = unacknowledged
-                self.heard()
+                self.progress()
             self.close()
         elif not (self._up.blocked or self._down.blocked):
             self._poll.stop()
 
-    def _on_silence(self) -> None:
+    def _on_timeout(self) -> None:
         if self._closing:
             self._client.reset_at_close()
             self._exchange.connection.reset_at_close()
-        to_blame = (
-            self._client if self._down.blocked or self._up.ended else self._exchange.connection
-        )
-        self.failed(to_blame, TimeoutError())
+        is_client = self._down.blocked or self._up.ended
+        self.failed(self._client if is_client else self._exchange.connection, TimeoutError())
 
 
 class _Pipe:
-    """One direction. Works in the hub; while the sink takes nothing, nothing is read.
+    """One direction, in the hub; while the sink takes nothing, nothing is read.
 
-    `ended`: the source's end has been passed on. `refused`: the sink takes nothing any more, and what comes is
-    discarded, since unread bytes would turn the close of the source into a reset.
+    `ended`: the source's EOF has been forwarded. `refused`: the sink takes no more bytes, and what
+    arrives is discarded, because unread bytes would turn the close of the source into a reset.
     """
 
     __slots__ = (
-        "sink",
+        "_at_end",
+        "_source",
+        "_stopped",
+        "_tunnel",
+        "_unsent",
+        "blocked",
         "ended",
         "refused",
-        "blocked",
-        "_tunnel",
-        "_source",
-        "_at_end",
-        "_unsent",
-        "_stopped",
+        "sink",
     )
 
     def __init__(self, tunnel: Tunnel, source: Connection, sink: Connection):
@@ -157,12 +162,13 @@ class _Pipe:
 
     @property
     def hides_end(self) -> bool:
-        """Whether the source has ended, but its last bytes wait for the sink."""
+        """Whether the source has closed, but its last bytes wait for the sink."""
         return self.blocked and not self._source.is_established()
 
     def start(self) -> None:
         if not self._stopped:
-            data, self._source.unread = self._source.unread, b""  # what came with the handshake
+            # What came with the handshake.
+            data, self._source.unread = self._source.unread, b""
             self._take(data)
 
     def stop(self) -> None:
@@ -170,7 +176,7 @@ class _Pipe:
         self._source.readable.stop()
         self.sink.stop_writing()
 
-    def _pass_on(self) -> None:
+    def _on_readable(self) -> None:
         try:
             data = self._source.receive()
         except BlockingIOError:
@@ -182,18 +188,18 @@ class _Pipe:
         self._take(data)
 
     def _take(self, data: bytes) -> None:
-        self._tunnel.heard()
+        self._tunnel.progress()
         if self is self._tunnel._down:
             self._tunnel.content += len(data)
         if not self.refused:
             self._unsent = data
-            self._send_on()
+            self._on_writable()
         elif self._at_end:
             self._source.readable.stop()
             self.ended = True
             self._tunnel.close()
 
-    def _send_on(self) -> None:
+    def _on_writable(self) -> None:
         try:
             sent = self.sink.send(self._unsent)
             waits = (
@@ -206,16 +212,16 @@ class _Pipe:
             self.refused, self.blocked = True, False
             self.sink.stop_writing()
             if not self._at_end:
-                self._source.readable.start(self._pass_on)
+                self._source.readable.start(self._on_readable)
             self._tunnel.refused(self, error)
             return
         if sent and self.blocked:
-            self._tunnel.heard()
+            self._tunnel.progress()
         self._unsent = memoryview(self._unsent)[sent:] if waits else b""
         self.blocked = waits
         if waits:
             self._source.readable.stop()
-            self.sink.writable.start(self._send_on)
+            self.sink.writable.start(self._on_writable)
             self._tunnel.blocked()
             return
         self.sink.stop_writing()
@@ -224,4 +230,4 @@ class _Pipe:
             self.ended = True
             self._tunnel.close()
         else:
-            self._source.readable.start(self._pass_on)
+            self._source.readable.start(self._on_readable)

@@ -19,12 +19,13 @@ from xaiproxy.http1.request_body import RequestBody
 class Upload:
     """A request that is being sent on `connection`.
 
-    What does not fit into the first write is sent by a greenlet of its own, while the request's greenlet waits for the
-    response and passes it on. The upload ends early at an error status, a reset or an end of upstream; what ends the
-    request (the client has closed, its body is malformed) it throws into the request's greenlet.
+    What does not fit into the first write is sent by a greenlet of its own, while the request's
+    greenlet waits for the response and passes it on. The upload ends early at an error status, a
+    reset or an end of upstream; what ends the request (the client has closed, its body is
+    malformed) it throws into the request's greenlet.
 
-    `complete`: all of the request was written. `answered`: the final response head has arrived. `sent_at`: when
-    upstream last took bytes of the body, in the seconds of time.monotonic.
+    `complete`: all of the request was written. `answered`: the final response head has arrived.
+    `sent_at`: when upstream last took bytes of the body, in the seconds of time.monotonic.
     """
 
     __slots__ = (
@@ -96,11 +97,11 @@ class Upload:
             self._fail(error)
 
     def _is_current(self) -> bool:
-        """Whether it was not stopped; if it was, the request's greenlet may serve another request by now."""
+        """Whether it was not stopped: the request's greenlet may serve another request by now."""
         return self._greenlet is gevent.getcurrent()
 
     def _next_part(self) -> bytes:
-        """The next part of the client's body, for which a client that is being answered has IDLE_TIMEOUT.
+        """The next part of the body; IDLE_TIMEOUT applies while the client is being answered.
 
         Such a client may wait for the answer to what it has sent so far.
         """
@@ -124,7 +125,7 @@ class Upload:
         self._owner.throw(error)
 
     def discard(self) -> None:
-        """Read what the client still sends of a refused body: many read no answer before they have sent it."""
+        """Read the rest of a refused body: many clients send it all before they read."""
         if not (self.running or self._body.at_end):
             self._greenlet = gevent.spawn(self._discard)
 

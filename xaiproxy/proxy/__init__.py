@@ -1,1 +1,4 @@
-"""Process 1: serves the endpoint, under gevent. It never takes a lock and never sees a refresh token."""
+"""Process 1: serves the endpoint, under gevent.
+
+It never takes a lock and never sees a refresh token.
+"""

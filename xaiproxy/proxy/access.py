@@ -1,9 +1,12 @@
 """Who may call: a client key, or a caller that no web page can imitate.
 
-Without a valid key the proxy must not serve a browser's page on another site, which would spend the subscription
-(cross-site requests) or read its answers (DNS rebinding). So Host must be a name that no stranger's DNS can point
-here, Sec-Fetch-Site must not speak of another site, and Origin must be our own or a listed one.
+Without a valid key the proxy must not serve a browser's page on another site, which would spend the
+subscription (cross-site requests) or read its answers (DNS rebinding). So Host must be a name that
+no foreign DNS record can point here, Sec-Fetch-Site must not name another site, and Origin must be
+the proxy's own or a listed one.
 """
+
+from __future__ import annotations
 
 import ipaddress
 import re
@@ -12,7 +15,8 @@ from xaiproxy import client_keys, config, errors
 from xaiproxy.http1.request_head import Head
 
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_][A-Za-z0-9._-]*)(:[0-9]{0,5})?")
-# Where browsers send Sec-Fetch-Site also over plain HTTP: "potentially trustworthy" (Secure Contexts, section 3.1).
+# Where browsers send Sec-Fetch-Site also over plain HTTP: "potentially trustworthy" (Secure
+# Contexts, section 3.1).
 TRUSTWORTHY = re.compile(
     r"(([a-z0-9_-]+\.)*localhost|127\.[0-9.]+|\[::1\])(:[0-9]*)?", re.IGNORECASE
 )
@@ -29,8 +33,8 @@ class Access:
     def check(self, head: Head, *, key_needed: bool) -> str | None:
         """Return the name of the client key that was shown, if any.
 
-        `key_needed`: whether a key is required if there are any (the API), or the rules for web pages are enough.
-        Raises HostNotAllowed, OriginNotAllowed, ClientKeyRequired.
+        `key_needed`: whether a key is required if there are any (the API), or the rules for web
+        pages are enough. Raises HostNotAllowed, OriginNotAllowed, ClientKeyRequired.
         """
         self._keys.refresh()
         name = self._key_name(head)
@@ -38,7 +42,8 @@ class Access:
             self._check_host(head)
             self._check_origin(head)
             if key_needed and self._keys.required:
-                # Claude Code shows "Not logged in" instead of any message that names the other header, x-api-key.
+                # Claude Code shows "Not logged in" instead of any message that names the other
+                # header, x-api-key.
                 raise errors.ClientKeyRequired(
                     "this proxy needs a client key: send `Authorization: Bearer KEY`; "
                     "`xai-client-key add NAME` makes one"
@@ -53,7 +58,8 @@ class Access:
     def _key_name(self, head: Head) -> str | None:
         for field in ("authorization", "x-api-key"):
             values = head.values(field)
-            if len(values) == 1:  # two would leave it open which one counts
+            # Of two, servers could use different ones.
+            if len(values) == 1:
                 scheme, _, key = (
                     values[0].rpartition(" ")
                     if field == "authorization"
@@ -70,14 +76,14 @@ class Access:
         match = HOST.fullmatch(host)
         if match is None:
             raise errors.HostNotAllowed(
-                f"the Host {host[:100]!r} is no name or address; address the proxy as localhost, or "
-                "send a client key"
+                f"the Host {host[:100]!r} is not a name or an address; use localhost, or send a "
+                "client key"
             )
         name = match[1].lower().removesuffix(".")
         if not self._is_ours(name):
             raise errors.HostNotAllowed(
-                f"the Host {host[:100]!r} is not known to be ours; if it is, add {name[:100]} to "
-                "XAI_PROXY_ALLOWED_HOSTS, or send a client key"
+                f"the Host {host[:100]!r} is not a known name of this proxy; if it is one, add "
+                f"{name[:100]} to XAI_PROXY_ALLOWED_HOSTS, or send a client key"
             )
 
     def _is_ours(self, name: str) -> bool:
@@ -104,7 +110,7 @@ class Access:
             for host in head.values("host")
         }
         if len(origins) > 1 or not set(origins) <= own or not sites <= {"same-origin", "none"}:
-            # A sandboxed page's origin is null: nobody's, or everybody's.
+            # The origin of any sandboxed page is null, which cannot be listed.
             origin = origins[0][:200] if origins and origins[0] != "null" else "the page's origin"
             raise errors.OriginNotAllowed(
                 "web pages of other sites may not call this proxy; to allow this one, add "
@@ -112,21 +118,22 @@ class Access:
             )
         if not (origins or sites) and _may_be_of_any_page(head):
             raise errors.OriginNotAllowed(
-                "a browser does not tell under this Host which page its GET is for; address the "
-                "proxy as localhost, or send a client key"
+                "under this Host a browser does not name the page that its GET is for; use "
+                "localhost, or send a client key"
             )
 
     def cors_headers(self, head: Head) -> list[tuple[str, str]]:
-        """The header fields by which a browser lets a page of a listed origin read an answer (CORS); none for others."""
+        """The CORS header fields for a page of a listed origin; none for others."""
         origins = head.values("origin")
         if len(origins) != 1 or origins[0].lower() not in self._origins:
             return []
         return [("Access-Control-Allow-Origin", origins[0]), ("Vary", "Origin")]
 
     def preflight(self, head: Head) -> list[tuple[str, str]] | None:
-        """The header fields of the answer to a CORS preflight; None when it is no preflight. Raises OriginNotAllowed.
+        """The header fields of the response to a CORS preflight; None if it is not a preflight.
 
-        It comes without a key even from a page that has one, so only a listed origin is allowed.
+        A preflight has no client key, even if the page has one: only listed origins are allowed.
+        Raises OriginNotAllowed.
         """
         if not is_preflight(head):
             return None
@@ -156,7 +163,7 @@ def is_preflight(head: Head) -> bool:
 
 
 def _may_be_of_any_page(head: Head) -> bool:
-    """Whether this is what a browser sends for the <img> of a page that it says nothing of.
+    """Whether a browser may have sent this for the <img> of a page that it does not name.
 
     With a GET it sends no Origin, and Sec-Fetch-Site only over TLS or to what it knows as loopback.
     """
@@ -172,6 +179,6 @@ def _is_address(name: str) -> bool:
         address = ipaddress.ip_address(name)
     except ValueError:
         return False
-    # These lead to loopback, too, and browsers do not know it: the request of an <img> of any page to them says neither
-    # Origin nor Sec-Fetch-Site.
+    # These lead to loopback too, which browsers do not know: a request of an <img> to them has
+    # neither Origin nor Sec-Fetch-Site.
     return not address.is_unspecified and getattr(address, "ipv4_mapped", None) is None

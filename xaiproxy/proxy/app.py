@@ -1,7 +1,8 @@
-"""The WSGI application: what the proxy answers itself, and the API for WSGI servers other than its own.
+"""The WSGI application: the proxy's own pages, and the API for other WSGI servers.
 
-Under http1.handler the API's requests do not come here: the handler gives them to forward.Proxy directly, which needs
-the raw target and fields, and nothing of what Flask's request context would cost.
+Under http1.handler the API's requests do not come here: the handler gives them to forward.Proxy
+directly, which needs the raw target and fields, and nothing of what Flask's request context would
+cost.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def _content(answer: Answer) -> Iterator[bytes]:
 
 
 def hint(path: str) -> str:
-    """The message about a path that is not served: most lack the /v1, or have something before it."""
+    """The message about a path that is not served: most lack /v1, or have something before it."""
     shown = path[:200]
     for prefix in PREFIXES:
         _, found, rest = path.partition(prefix)
@@ -120,7 +121,7 @@ def hint(path: str) -> str:
 def readiness_of(
     store: token_store.TokenStore, now: float, admits_nobody: bool = False
 ) -> tuple[bool, str]:
-    """Whether a request could be served now, and the reason, for everybody to read; never asks upstream."""
+    """Whether a request could be served now, and the reason; never asks upstream."""
     if admits_nobody:
         return (
             False,

@@ -1,4 +1,4 @@
-"""Which login a request is sent with: the one in tokens.json, waited for when the refresher is about to renew it."""
+"""The login that a request is sent with: tokens.json, waited for while it is renewed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ logger = logging.getLogger(__name__)
 
 WAIT = 10.0  # seconds that a request waits for the refresher
 POLL_INTERVAL = 0.1  # seconds between two reads of tokens.json meanwhile
-# A token younger than this was issued a moment ago: xAI has refused such tokens once and then taken them.
+# A token younger than this was issued a moment ago: xAI has refused such tokens once and then taken
+# them.
 YOUNG = 120  # seconds
 YOUNG_PAUSE = 1.0  # seconds
 
@@ -84,8 +85,8 @@ class CurrentLogin:
     def other_than(self, refused: tokens.Tokens, wait: float) -> tokens.Tokens | None:
         """A login to repeat a refused request with, or None if the refusal is to be passed on.
 
-        `wait`: seconds; also with 0 the refresher is asked, for later requests. Raises LoginRequired when the login
-        has ended.
+        `wait`: seconds; also with 0 the refresher is asked, for later requests. Raises
+        LoginRequired when the login has ended.
         """
         login = _login_by(self._store.load)
         if login.access_token != refused.access_token:
@@ -116,7 +117,9 @@ class CurrentLogin:
         return None
 
     def _may_come(self, login: tokens.Tokens, asked_at: float, refresher: RefresherWatch) -> bool:
-        """Whether to wait for another token: not if the refresher has failed since it was asked, waits itself, or is gone."""
+        """Whether to wait for another token.
+
+        Not if the refresher has failed since it was asked, waits itself, or is gone."""
         error = login.refresh_error
         _check_ended(error)
         # After a lost answer the refresher tries again as soon as it is asked.

@@ -1,8 +1,9 @@
 """A request under /v1 or /v2: to upstream with the access token, and the answer back as it comes.
 
-The life of a request: who may call (access.py); a token, waited for when it has just expired (current_login.py); the
-request to upstream; upstream's head, and once, if it means that the token is dead, the same request with another
-token; then status, fields and every chunk as they came. No other status is retried, refreshed on or altered.
+The life of a request: who may call (access.py); a token, waited for when it has just expired
+(current_login.py); the request to upstream; upstream's head, and once, if it means that the token
+is dead, the same request with another token; then status, fields and every chunk as they came. No
+other status is retried, refreshed on or altered.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from xaiproxy.proxy.refused_token import is_refused_token
 PREFIXES = ("/v1/", "/v2/")
 USER_AGENT = f"xaiproxy/{__version__}"  # the proxy's own: Cloudflare refuses some clients'
 IDEMPOTENCY_KEYS = {"idempotency-key", "x-idempotency-key"}
-# What a server may read as a segment . or .., in one pass: a segment ends at a slash or backslash, plain or encoded, and
-# for some servers at a semicolon.
+# What a server may read as a segment . or .., in one pass: a segment ends at a slash or backslash,
+# plain or encoded, and for some servers at a semicolon.
 DOT_SEGMENT = re.compile(r"(?:\A|/|%2f|\\|%5c)(?:\.|%2e){1,2}(?=/|%2f|\\|%5c|;|\Z)", re.IGNORECASE)
 
 
@@ -49,7 +50,8 @@ class Proxy:
         self._pool = pool
         self._login = CurrentLogin(store)
         self._memory = ReplayMemory(settings.replay_memory)
-        # In Via, so that a request which comes back is recognised. xAI gets no Via: Cloudflare refuses some.
+        # In Via, so that a request which comes back is recognised. xAI gets no Via: Cloudflare
+        # refuses some.
         hostname = urllib.parse.urlsplit(settings.upstream).hostname or ""
         is_xai = f".{hostname}".endswith(".x.ai")
         self._pseudonym = "" if is_xai else "xaiproxy-" + secrets.token_hex(8)
@@ -62,7 +64,7 @@ class Proxy:
         return head.path.startswith(PREFIXES) and not access.is_preflight(head)
 
     def forward(self, request: ClientRequest) -> Answer:
-        """Raises errors.Refusal with the response to send instead; ClientGone; and what is thrown in."""
+        """Raises errors.Refusal, to be sent instead; ClientGone; and what is thrown in."""
         head = request.head
         try:
             request.key = self._gate.check(head, key_needed=True)
@@ -78,7 +80,7 @@ class Proxy:
             raise
 
     def _check_loop(self, head: Head) -> None:
-        """Raises LoopDetected when upstream sends to this proxy what came from it (RFC 9110 section 7.6.3)."""
+        """Raises LoopDetected if the request has passed this proxy (RFC 9110 section 7.6.3)."""
         if self._pseudonym and any(self._pseudonym in value for value in head.values("via")):
             raise errors.LoopDetected(
                 f"{self._pool.origin} sends the request back to this proxy; set XAI_PROXY_UPSTREAM "
@@ -105,7 +107,7 @@ class Proxy:
             text = self._head_text(sent.head, sent.length, request.head)
             pause = self._settings.sse_keepalive
             if pause and event_stream.is_event_stream(sent.head):
-                return Answer(sent, text, event_stream.kept_alive(sent.parts(pause)))
+                return Answer(sent, text, event_stream.with_comments(sent.parts(pause)))
             return Answer(sent, text, None)
         except BaseException:
             sent.close()
@@ -164,7 +166,10 @@ class Proxy:
 
 
 def check_method(method: str) -> None:
-    """Refuse TRACE, whose answer repeats the request with the token in it, and CONNECT. Raises MethodNotAllowed."""
+    """Refuse TRACE, whose answer repeats the request with the token in it, and CONNECT.
+
+    Raises MethodNotAllowed.
+    """
     if method in ("TRACE", "CONNECT"):
         raise errors.MethodNotAllowed(f"{method} is not passed on")
 

@@ -1,4 +1,6 @@
-"""An outage of the login in the log: an error when it begins and each minute while it lasts, and a line at its end."""
+"""An outage of the login in the log: an error at first and each minute, and a line at its end."""
+
+from __future__ import annotations
 
 import logging
 import time
@@ -9,11 +11,11 @@ import gevent
 logger = logging.getLogger(__name__)
 
 REPEAT = 60.0  # seconds between two error lines
-LOOK = 1.0  # seconds between two looks at whether it is over
+POLL_INTERVAL = 1.0  # seconds between two checks whether it is over
 
 
 class Outage:
-    """`lasts`: whether one was logged and its end was not."""
+    """`lasts`: whether an outage was logged and its end was not."""
 
     def __init__(
         self,
@@ -29,7 +31,10 @@ class Outage:
         self._began = 0.0
 
     def hit(self, reason: str) -> None:
-        """A request could not be served. `reason`: a sentence, logged unless a line of this outage is recent."""
+        """A request could not be served.
+
+        `reason`: a sentence, logged unless a line about this outage is recent.
+        """
         self._reason = reason
         if not self.lasts and not self._is_over():
             self.lasts, self._began = True, self._clock()
@@ -42,15 +47,15 @@ class Outage:
             logger.info("requests can be served again, after %.0f s", self._clock() - self._began)
 
     def _watch(self, began: float) -> None:
-        said = began
+        logged_at = began
         while True:
-            self._sleep(LOOK)
+            self._sleep(POLL_INTERVAL)
             if not self.lasts or self._began != began:
                 return None
             if self._is_over():
                 return self.end()
-            if self._clock() - said >= REPEAT:
-                said = self._clock()
+            if self._clock() - logged_at >= REPEAT:
+                logged_at = self._clock()
                 logger.error(
-                    "requests cannot be served for %.0f s now: %s", said - began, self._reason
+                    "requests cannot be served for %.0f s now: %s", logged_at - began, self._reason
                 )

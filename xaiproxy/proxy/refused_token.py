@@ -1,4 +1,6 @@
-"""Whether an answer of the API says that the access token is dead."""
+"""Whether a response of the API means that the access token is no longer valid."""
+
+from __future__ import annotations
 
 import zlib
 
@@ -7,7 +9,7 @@ from xaiproxy.http1.exchange import PEEK_LIMIT, Exchange
 
 
 def is_refused_token(exchange: Exchange) -> bool:
-    """Whether the answer says that the access token is dead: xAI does so with 403, whose other causes are not ours."""
+    """xAI answers an invalid token with 403, which it also uses for other causes."""
     if exchange.head.status == 401:
         return True
     if exchange.head.status != 403:
@@ -20,10 +22,8 @@ def _decoded(data: bytes, codings: list[str]) -> bytes:
     """As much as can be decoded of what may be only the beginning of a body."""
     if not codings or codings == ["identity"]:
         return data
-    for window in (
-        47,
-        -15,
-    ):  # gzip or zlib, told by their headers; raw deflate, which some servers send
+    # gzip or zlib, which have headers; raw deflate, which some servers send.
+    for window in (47, -15):
         try:
             return zlib.decompressobj(window).decompress(data, PEEK_LIMIT)
         except zlib.error:

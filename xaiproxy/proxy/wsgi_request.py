@@ -1,4 +1,4 @@
-"""The client_request.ClientRequest of a WSGI environ, from this package's handler or another server's."""
+"""The client_request.ClientRequest of a WSGI environ, of the handler or of another server."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NOT_TAKEN = frozenset(("expect", "upgrade", "transfer-encoding", "content-length
 
 
 def of(environ: dict[str, Any]) -> ClientRequest:
-    """The request that the handler has put there, or one made of what other servers give (PEP 3333)."""
+    """The request that the handler has put there, or one made of PEP 3333's members."""
     request = environ.get("xaiproxy.request")
     if request is None:
         head = _head(environ)
