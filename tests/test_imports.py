@@ -18,7 +18,7 @@ WEB = [
     "proxy.access",
     "proxy.forward",
     "proxy.app",
-    "proxy.server",
+    "proxy.command",
     "sandbox.__main__",
 ]
 CREDENTIAL = [
@@ -138,7 +138,7 @@ def test_nothing_but_the_sandbox_knows_the_sandbox():
 def test_nothing_of_the_credential_side_is_loaded_with_the_web_side(module):
     # __main__ lets gevent patch the standard library before it imports the rest in main().
     loaded = loaded_by(
-        f"xaiproxy.{module}", *(["xaiproxy.proxy.server"] if module == "__main__" else [])
+        f"xaiproxy.{module}", *(["xaiproxy.proxy.command"] if module == "__main__" else [])
     )
     assert not loaded & SPENDERS
     assert f"xaiproxy.{module}" in loaded

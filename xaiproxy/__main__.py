@@ -6,7 +6,7 @@ monkey.patch_all()  # before anything imports socket, ssl or requests
 
 import sys
 
-from xaiproxy.proxy.server import main
+from xaiproxy.proxy.command import main
 
 if __name__ == "__main__":
     sys.exit(main())

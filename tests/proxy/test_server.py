@@ -5,27 +5,22 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import os
-import re
 import resource
 import signal
 import socket
-import subprocess
 import sys
 import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import gevent.event
 import pytest
-from proxy_process import COMMAND, Client, ProxyProcess, both_ways, environment, refuse_to_start
+from proxy_process import Client, ProxyProcess, both_ways
 from raw_connection import Message, readable
 from rotating_load import RotatingLoad
 from scripted_upstream import Request, ScriptedUpstream, pour
 
-from xaiproxy import __version__, config, errors
+from xaiproxy import config
 from xaiproxy.proxy import server
 
 HEALTH = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -49,167 +44,6 @@ def lonely(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxyProcess]:
     with ProxyProcess(tmp_path_factory.mktemp("lonely")) as proxy:
         proxy.sign_in()
         yield proxy
-
-
-# Starting
-
-
-@contextlib.contextmanager
-def waiting_proxy(folder: Path) -> Iterator[tuple[subprocess.Popen[str], socket.socket]]:
-    """A proxy without a controlling terminal that waits for its port, and the socket that has the port."""
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        port = other.getsockname()[1]
-        with subprocess.Popen(
-            COMMAND,
-            cwd=folder,
-            text=True,
-            env=environment(folder, port=port, max_connections=10),
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        ) as process:
-            try:
-                assert (
-                    f"cannot listen on 127.0.0.1 port {port} yet: Address already in use; trying for 10 s"
-                    in process.stderr.readline()
-                )
-                yield process, other
-            finally:
-                process.kill()
-
-
-def test_port_that_becomes_free_is_taken(tmp_path: Path) -> None:
-    with waiting_proxy(tmp_path) as (process, other):
-        process.send_signal(signal.SIGHUP)
-        assert "SIGHUP: the log level is info" in process.stderr.readline()
-        time.sleep(2 * server.LISTEN_INTERVAL)  # it tells once that it waits
-        port = other.getsockname()[1]
-        other.close()
-        assert f"listening on http://127.0.0.1:{port}/v1" in process.stderr.readline()
-        process.terminate()
-        assert process.wait(10) == 0
-
-
-def test_sigterm_ends_the_wait_for_a_port(tmp_path: Path) -> None:
-    with waiting_proxy(tmp_path) as (process, _):
-        process.terminate()
-        assert process.wait(3) == 0
-        assert '"stopped"' in process.stderr.read()
-
-
-def listening_fails(**values: str) -> str:
-    settings = config.from_environ(
-        {f"XAI_PROXY_{name.upper()}": value for name, value in values.items()} | {"HOME": "/"},
-        dotenv_path="/dev/null",
-    )
-    with pytest.raises(errors.ConfigurationError) as caught:
-        server.listen(settings, gevent.event.Event(), patience=2 * server.LISTEN_INTERVAL)
-    return str(caught.value)
-
-
-def test_port_that_stays_taken() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        port = other.getsockname()[1]
-        began = time.monotonic()
-        assert re.fullmatch(
-            rf"cannot listen on 127\.0\.0\.1 port {port}: Address already in use; .*XAI_PROXY_PORT",
-            listening_fails(port=str(port)),
-        )
-    assert time.monotonic() - began > 2 * server.LISTEN_INTERVAL
-
-
-def test_address_that_is_not_ours() -> None:
-    text = listening_fails(bind="192.0.2.1")
-    assert "192.0.2.1" in text and text.endswith(
-        "set XAI_PROXY_BIND and XAI_PROXY_PORT to what this machine allows"
-    )
-
-
-@pytest.mark.parametrize("address", ["0.0.0.0", "::"])
-def test_everybody_is_not_served_by_accident(tmp_path: Path, address: str) -> None:
-    code, text = refuse_to_start(tmp_path, bind=address)
-    assert (
-        code == 78 and "xai-client-key add NAME" in text and "XAI_PROXY_ALLOW_ANONYMOUS=1" in text
-    )
-    assert text.count("\n") == 1
-
-
-@pytest.mark.parametrize("way", ["keys", "missing keys", "anonymous"])
-def test_ways_out_of_that(tmp_path: Path, way: str) -> None:
-    settings = {
-        "keys": {},
-        "missing keys": {"client_keys_file": tmp_path / "missing"},
-        "anonymous": {"allow_anonymous": 1},
-    }
-    if way == "keys":
-        write_keys(tmp_path / "client-keys")
-    with ProxyProcess(tmp_path, bind="0.0.0.0", **settings[way]) as proxy:
-        assert proxy.ask("GET", "/healthz").status == 200
-        refused = proxy.ask().value("X-XAI-Proxy-Error")
-        assert refused == ("login_required" if way == "anonymous" else "client_key_required")
-        assert proxy.ask("GET", "/v1/models", f"X-Api-Key: {KEY}").value("X-XAI-Proxy-Error") == (
-            "client_key_required" if way == "missing keys" else "login_required"
-        )
-
-
-@pytest.mark.parametrize(
-    "bind, host",
-    [
-        ("127.0.0.1", "127.0.0.1"),
-        ("127.0.0.1", "localhost"),
-        ("127.0.0.1", "LOCALHOST."),
-        ("::1", "[::1]"),
-        ("0.0.0.0", "127.0.0.1"),
-        ("0.0.0.0", "127.3.2.1"),
-        ("::", "127.0.0.1"),
-        ("::", "localhost"),
-    ],
-)
-def test_proxy_is_not_its_own_upstream(tmp_path: Path, bind: str, host: str) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        port = found.getsockname()[1]
-    code, text = refuse_to_start(
-        tmp_path, bind=bind, port=port, allow_anonymous=1, upstream=f"http://{host}:{port}"
-    )
-    assert code == 78 and text.count("\n") == 1
-    assert (
-        "XAI_PROXY_UPSTREAM" in text
-        and f"listens on port {port}" in text
-        and "XAI_PROXY_PORT" in text
-    )
-
-
-def test_unknown_setting(tmp_path: Path) -> None:
-    code, text = refuse_to_start(tmp_path, idle_timeoot=3)
-    assert code == 78 and text.count("\n") == 1
-    assert "XAI_PROXY_IDLE_TIMEOOT" in text and "XAI_PROXY_IDLE_TIMEOUT" in text
-
-
-@pytest.mark.parametrize(
-    "arguments, code, text",
-    [
-        (["--version"], 0, f"{__version__}\n"),
-        (["--nonsense"], 64, "see xai-proxy --help\n"),
-        (["--port", "x"], 78, "XAI_PROXY_PORT"),
-    ],
-)
-def test_command_line(tmp_path: Path, arguments: list[str], code: int, text: str) -> None:
-    done = subprocess.run(
-        [*COMMAND, *arguments],
-        cwd=tmp_path,
-        env=environment(tmp_path),
-        text=True,
-        timeout=20,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    assert done.returncode == code and text in done.stdout and "Traceback" not in done.stdout
-
-
-def test_ipv6(tmp_path: Path) -> None:
-    with ProxyProcess(tmp_path, bind="::1") as proxy:
-        assert proxy.url == f"http://[::1]:{proxy.port}"
-        with Client(proxy.port, "::1") as client:
-            assert client.ask("GET", "/healthz").status == 200
 
 
 # Limits
@@ -254,15 +88,6 @@ def test_no_descriptor_left_is_said_once_and_passes(
             assert client.message().status == 200
         proxy.wait_for_log(lambda line: line["message"] == "connections are accepted again")
         assert len([line for line in proxy.log_lines() if "open files" in line["message"]]) == 1
-
-
-def test_soft_limit_of_file_descriptors_is_raised(tmp_path: Path) -> None:
-    with ProxyProcess(
-        tmp_path, prefix=("prlimit", "--nofile=100:5000"), max_connections=100
-    ) as proxy:
-        limits = Path(f"/proc/{proxy.process.pid}/limits").read_text()
-        assert re.search(r"Max open files +280 +5000 ", limits)
-        assert not [line for line in proxy.log_lines() if "file descriptor" in line["message"]]
 
 
 def full_of_streams(
@@ -537,50 +362,6 @@ def test_dead_peers_are_looked_for_on_both_sides(
             assert kind == "02" and 50 * 100 < int(left, 16) <= 60 * 100
 
 
-def test_a_terminal_that_is_closed_after_sigterm_does_not_cut_the_drain(
-    tmp_path: Path, upstream: ScriptedUpstream
-) -> None:
-    master, slave = os.openpty()
-    terminal = ("sh", "-c", f'exec setsid --ctty "$@" <{os.ttyname(slave)}', "sh")
-    with (
-        ProxyProcess(tmp_path, prefix=terminal, upstream=upstream.origin) as proxy,
-        proxy.client() as client,
-    ):
-        proxy.sign_in()
-        client.request()
-        request = upstream.receive().answer(CHUNKED + b"2\r\nok\r\n")
-        client.head()
-        assert client.chunk() == b"ok"
-        proxy.terminate()
-        proxy.wait_for_log(lambda line: line["message"].startswith("stopping; 1 open"))
-        os.close(slave)
-        os.close(master)  # SIGHUP
-        assert not readable([client.sock], 0.3)
-        request.answer(b"0\r\n\r\n")
-        assert client.chunk() == b"" and proxy.wait() == 0
-
-
-def test_hangup_has_the_log_level_read_anew(tmp_path: Path) -> None:
-    """Without a controlling terminal. What is wrong in the settings by then changes nothing."""
-    with ProxyProcess(tmp_path, prefix=("setsid",)) as proxy:
-
-        def hang_up(line: str) -> dict[str, Any]:
-            start = len(proxy.log_lines())
-            (tmp_path / ".env").write_text(line)
-            proxy.process.send_signal(signal.SIGHUP)
-            return proxy.wait_for_log(
-                lambda line: line["message"].startswith("SIGHUP: "), start=start
-            )
-
-        assert proxy.ask("GET", "/healthz").status == 200
-        assert hang_up("XAI_PROXY_LOG_LEVEL=debug\n")["message"] == "SIGHUP: the log level is debug"
-        assert proxy.ask("GET", "/healthz").status == 200
-        assert proxy.wait_for_request("/healthz")["level"] == "debug"
-        wrong = hang_up("XAI_PROXY_LOG_LEVEL=loud\n")
-        assert wrong["level"] == "error" and "XAI_PROXY_LOG_LEVEL is 'loud'" in wrong["message"]
-        assert proxy.ask("GET", "/healthz").status == 200
-
-
 # Ending
 
 
@@ -784,92 +565,6 @@ def test_requests_that_wait_for_a_token_are_cut_too(tmp_path: Path) -> None:
         assert proxy.wait_for_request("/v1/waits")["ended_by"] == "proxy"
 
 
-# A log that nobody reads
-
-
-def test_unread_log_stops_nothing(tmp_path: Path, upstream: ScriptedUpstream) -> None:
-    """5,000 requests and a stream, with a pipe behind stderr that holds some hundred lines."""
-    rounds, requests = 50, 100
-    with (
-        ProxyProcess(tmp_path, upstream=upstream.origin, read_log=False) as proxy,
-        proxy.client() as streaming,
-    ):
-        proxy.refresher_lives()  # or a line would be dropped that says that there is none
-        proxy.sign_in()
-        streaming.request("GET", "/v1/stream")
-        stream = upstream.receive().answer(CHUNKED)
-        streaming.head()
-        with proxy.client() as client:
-            for number in range(rounds):
-                client.send(b"GET /v1/v1/x HTTP/1.1\r\nHost: localhost\r\n\r\n" * requests)
-                assert [client.message().status for _ in range(requests)] == [404] * requests
-                data = b"%02d" % number
-                stream.answer(b"2\r\n%b\r\n" % data)
-                assert streaming.chunk() == data
-        stream.answer(b"0\r\n\r\n")
-        assert streaming.chunk() == b""
-
-        proxy.read_log()
-        proxy.wait_for_log(
-            lambda line: "log lines were dropped" in line["message"]
-        )  # which needs no further request
-    lines = proxy.log_lines()
-    dropped = [
-        int(line["message"].split()[0])
-        for line in lines
-        if "log lines were dropped" in line["message"]
-    ]
-    asked = rounds * requests + 1
-    assert (
-        sum(dropped) > 3000
-        and sum(dropped) + sum(line["message"] == "request" for line in lines) == asked
-    )
-
-
-def test_log_lines_of_a_connection_that_leaves_the_loop_no_turn_wait_for_their_reader(
-    tmp_path: Path,
-) -> None:
-    """2,500 pipelined requests: more lines than stderr takes at once, and fewer than it takes and may wait."""
-    requests = 2500
-    with ProxyProcess(tmp_path, read_log=False) as proxy, proxy.client() as client:
-        fcntl.fcntl(proxy.process.stderr.fileno(), 1031, 1 << 19)  # F_SETPIPE_SZ
-        client.send(
-            b"".join(
-                b"GET /v1/v1/%04d HTTP/1.1\r\nHost: localhost\r\n\r\n" % number
-                for number in range(requests)
-            )
-        )
-        assert [client.message().status for _ in range(requests)] == [404] * requests
-        with proxy.client() as other:
-            assert other.ask("GET", "/other").status == 404
-        proxy.read_log()
-        proxy.wait_for_request("/other")
-    lines = proxy.log_lines()
-    assert [line["path"] for line in lines if line["message"] == "request"] == [
-        *(f"/v1/v1/{number:04}" for number in range(requests)),
-        "/other",
-    ]
-    assert not any("dropped" in line["message"] for line in lines)
-
-
-def test_log_on_a_full_disk_or_a_closed_pipe_stops_nothing(tmp_path: Path) -> None:
-    command = ["sh", "-c", 'exec "$@" 2>/dev/full', "sh", *COMMAND]
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        port = found.getsockname()[1]
-    with subprocess.Popen(command, cwd=tmp_path, env=environment(tmp_path, port=port)) as process:
-        deadline = time.monotonic() + 10
-        while True:
-            try:
-                with Client(port) as client:
-                    assert client.ask("GET", "/nowhere").status == 404
-                break
-            except ConnectionRefusedError:
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 0
-
-
 # What went on beside all this
 
 
@@ -890,18 +585,3 @@ def test_no_request_failed_while_tokens_expired(rotating_load: RotatingLoad) -> 
     assert rotating_load.faults == [] and rotating_load.done > 40
     assert counters["refreshes"] >= 9 and counters["reuses"] == counters["cancelled_streams"] == 0
     assert {line["status"] for line in rotating_load.proxy.log_lines() if "status" in line} == {200}
-
-
-def test_a_log_is_polled_again_although_no_event_told_of_room() -> None:
-    read_end, write_end = os.pipe()
-    called = gevent.event.Event()
-    try:
-        os.set_blocking(write_end, False)
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                os.write(write_end, bytes(65536))
-        server.WhenWritable()(write_end, called.set)
-        assert not called.wait(server.RECHECK / 2) and called.wait(server.RECHECK)
-    finally:
-        os.close(read_end)
-        os.close(write_end)

@@ -11,8 +11,8 @@ import functools
 import sys
 
 from xaiproxy.http1 import dead_paths
-from xaiproxy.proxy import server
+from xaiproxy.proxy import command
 
 if __name__ == "__main__":
     sweep = functools.partial(dead_paths.sweep, *map(float, sys.argv[1:]))
-    sys.exit(server.serve({}, sweep))
+    sys.exit(command.serve({}, sweep))

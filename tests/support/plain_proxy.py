@@ -10,7 +10,7 @@ monkey.patch_all()
 import sys
 
 from xaiproxy.http1 import client_response, handler
-from xaiproxy.proxy import server
+from xaiproxy.proxy import command
 
 
 class PlainResponse(client_response.ClientResponse):
@@ -20,4 +20,4 @@ class PlainResponse(client_response.ClientResponse):
 
 if __name__ == "__main__":
     handler.Handler.response_class = PlainResponse
-    sys.exit(server.main())
+    sys.exit(command.main())
