@@ -1,4 +1,4 @@
-"""The proxy as a process: how it starts and refuses to, its limits, its end, and a log that nobody reads."""
+"""The proxy as a process: its limits, and how it ends."""
 
 from __future__ import annotations
 
@@ -36,14 +36,6 @@ def upstream() -> Iterator[ScriptedUpstream]:
 
 def write_keys(path: Path) -> None:
     path.write_text(f"me {hashlib.sha256(KEY.encode()).hexdigest()}\n")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def lonely(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxyProcess]:
-    """A proxy with a login and no refresher, beside all that comes here."""
-    with ProxyProcess(tmp_path_factory.mktemp("lonely")) as proxy:
-        proxy.sign_in()
-        yield proxy
 
 
 # Limits
@@ -563,19 +555,6 @@ def test_requests_that_wait_for_a_token_are_cut_too(tmp_path: Path) -> None:
         proxy.terminate()
         assert client.rest() == b"" and proxy.wait() == 0
         assert proxy.wait_for_request("/v1/waits")["ended_by"] == "proxy"
-
-
-# What went on beside all this
-
-
-def test_missing_refresher_was_said_once(lonely: ProxyProcess) -> None:
-    def said(text: str) -> int:
-        return sum(text in line["message"] for line in lonely.log_lines())
-
-    lonely.wait_for_log(lambda line: "no refresher; the login lapses at" in line["message"])
-    lonely.refresher_lives()
-    lonely.wait_for_log(lambda line: "the refresher is back" in line["message"])
-    assert said("no refresher") == said("is back") == 1
 
 
 def test_no_request_failed_while_tokens_expired(rotating_load: RotatingLoad) -> None:
