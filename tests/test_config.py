@@ -11,7 +11,8 @@ import certifi
 import pytest
 from checkout import ROOT
 
-from xaiproxy import config, errors
+from xaiproxy import addresses, config, errors, setting_types
+from xaiproxy.egress import Egress
 
 needs_root = pytest.mark.skipif(
     os.geteuid() != 0, reason="only root can give a file to another user"
@@ -62,7 +63,7 @@ def test_the_defaults():
         frozenset(),
         frozenset(),
     )
-    assert defaults.egress == config.Egress(None, "", certifi.where()) and defaults.warnings == ()
+    assert defaults.egress == Egress(None, "", certifi.where()) and defaults.warnings == ()
 
 
 TAKES = {
@@ -228,9 +229,9 @@ def test_a_value_in_quotes_is_refused(quote):
     """docker's --env-file keeps them; a path would begin with a folder of that name."""
 
     def said(name):
-        return f"{name} {config.QUOTES_KEPT}"
+        return f"{name} {setting_types.QUOTES_KEPT}"
 
-    assert "begins and ends with a quote" in config.QUOTES_KEPT
+    assert "begins and ends with a quote" in setting_types.QUOTES_KEPT
     quoted = f"{quote}/secret/tokens.json{quote}"
     for name in config.SETTINGS:
         assert refusal({name: quoted}) == said(name)
@@ -555,4 +556,4 @@ def test_the_ca_file_is_ssl_cert_file_else_requests_ca_bundle_else_certifis(tmp_
     ],
 )
 def test_is_loopback(host, loopback):
-    assert config.is_loopback(host) is loopback
+    assert addresses.is_loopback(host) is loopback

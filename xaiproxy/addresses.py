@@ -4,9 +4,11 @@ Plain Python, for both sides. Under gevent the sockets and select.poll are the c
 """
 
 import errno
+import ipaddress
 import itertools
 import math
 import os
+import re
 import select
 import socket
 import time
@@ -114,3 +116,20 @@ def _attempt(
     except BaseException:
         sock.close()
         raise
+
+
+def is_loopback(host: str | None) -> bool:
+    """Whether `host` (a name or an IP literal without brackets) can only be this machine."""
+    if host is None:
+        return False
+    if host.lower() in ("localhost", "localhost."):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def is_authority(netloc: str) -> bool:
+    """Whether it is a host and at most a port; what one parser takes for its host another may cut at another character."""
+    return re.fullmatch(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]*)?", netloc) is not None

@@ -6,7 +6,7 @@ many corporate CAs issue: certificates without an authority key identifier, CA c
 
 import ssl
 
-from xaiproxy import config
+from xaiproxy.egress import Egress
 
 FLAGS = ssl.VERIFY_X509_TRUSTED_FIRST | ssl.VERIFY_X509_PARTIAL_CHAIN
 # X509_V_ERR_*: codes of <openssl/x509_vfy.h>
@@ -15,7 +15,7 @@ TIME = frozenset((9, 10))  # not yet valid, expired
 NAME = frozenset((62, 63, 64))  # host name, e-mail, IP address
 
 
-def context(egress: config.Egress) -> ssl.SSLContext:
+def context(egress: Egress) -> ssl.SSLContext:
     """Return a client's context with the CA certificates of `egress`. Raises OSError if the file cannot be used."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.verify_flags = FLAGS
@@ -23,12 +23,12 @@ def context(egress: config.Egress) -> ssl.SSLContext:
     return context
 
 
-def refusal(error: ssl.SSLCertVerificationError, egress: config.Egress) -> str:
+def refusal(error: ssl.SSLCertVerificationError, egress: Egress) -> str:
     """Why a certificate was refused, in parentheses, and what to do."""
     return f"({error.verify_message.rstrip('.')}); {_advice(error.verify_code, egress)}"
 
 
-def _advice(code: int, egress: config.Egress) -> str:
+def _advice(code: int, egress: Egress) -> str:
     if code in NAME:
         return "another server, or a proxy of your network, answers in its place: check the network and DNS"
     if code in TIME:

@@ -25,7 +25,7 @@ from sandbox import Sandbox
 from scripted_server import ScriptedServer, answer
 from terminal import CTRL_C, Terminal
 
-from xaiproxy import config, token_writer
+from xaiproxy import config, dotenv_file, token_writer
 from xaiproxy.login import doctor
 from xaiproxy.login.conversation import Conversation
 
@@ -320,7 +320,7 @@ def test_every_wrong_setting_is_told(patient: Patient):
 
 def test_with_a_dotenv_that_cannot_be_read_no_setting_is_sure(patient: Patient, sandbox: Sandbox):
     patient.sign_in()
-    Path(".env").write_bytes(b"#" * (config.DOTENV_LIMIT + 1))
+    Path(".env").write_bytes(b"#" * (dotenv_file.SIZE_LIMIT + 1))
     report = patient.examine()
     report.says("settings", "failure", r"/\.env cannot be read", 78)
     assert {found[0][0] for check, found in report.found.items() if check != "settings"} == {

@@ -15,7 +15,7 @@ import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-from xaiproxy import client_keys, config, errors, judgement, storage, token_store, tokens
+from xaiproxy import addresses, client_keys, config, errors, judgement, storage, token_store, tokens
 from xaiproxy.judgement import Verdict
 from xaiproxy.login.conversation import (
     Conversation,
@@ -331,7 +331,7 @@ def keys(settings: config.Config) -> Finding:
         return failure(
             errors.EXIT_CONFIGURATION, f"{path} does not exist, so that nobody is admitted; {make}"
         )
-    if config.is_loopback(settings.bind):
+    if addresses.is_loopback(settings.bind):
         return ok("none is asked for: every program on this machine may call")
     if settings.allow_anonymous:
         return warning(
@@ -388,7 +388,7 @@ def network(settings: config.Config) -> Finding:
         if through is None:
             why = (
                 " (loopback)"
-                if config.is_loopback(host.hostname)
+                if addresses.is_loopback(host.hostname)
                 else " (NO_PROXY)"
                 if egress.proxy
                 else ""

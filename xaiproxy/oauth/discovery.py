@@ -4,7 +4,7 @@ import dataclasses
 import re
 import urllib.parse
 
-from xaiproxy import config, errors, token_store
+from xaiproxy import addresses, config, errors, token_store
 from xaiproxy.oauth.session import Session
 
 
@@ -55,7 +55,7 @@ def check_endpoint(issuer: str, url: object) -> None:
         host, _ = parts.hostname or "", parts.port
         good = (
             re.fullmatch(r"[!-~]+", url)
-            and config.is_authority(parts.netloc)
+            and addresses.is_authority(parts.netloc)
             and "\\" not in url
             and "#" not in url
         )
@@ -64,7 +64,7 @@ def check_endpoint(issuer: str, url: object) -> None:
     if good and issuer == config.DEFAULT_ISSUER:
         good = token_store.is_xai(url)
     elif good and parts.scheme == "http":
-        good = config.is_loopback(host) and config.is_loopback(
+        good = addresses.is_loopback(host) and addresses.is_loopback(
             urllib.parse.urlsplit(issuer).hostname
         )
     elif good:

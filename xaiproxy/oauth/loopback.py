@@ -22,7 +22,7 @@ import urllib.parse
 from collections.abc import Callable
 from typing import Any
 
-from xaiproxy import config, errors
+from xaiproxy import addresses, errors
 from xaiproxy.oauth import authorization_code
 
 PATH = "/callback"
@@ -62,7 +62,7 @@ class Listener:
         parts = urllib.parse.urlsplit(issuer)
         own = (
             {f"{parts.scheme}://{parts.netloc.lower()}"}
-            if config.is_loopback(parts.hostname)
+            if addresses.is_loopback(parts.hostname)
             else set()
         )
         self._origins = XAI_ORIGINS | own

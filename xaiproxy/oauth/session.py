@@ -27,6 +27,7 @@ import requests
 import urllib3
 
 from xaiproxy import __version__, config, errors, trust
+from xaiproxy.egress import Egress
 from xaiproxy.oauth.transport import Adapter
 
 BODY_LIMIT = 1 << 20  # bytes
@@ -234,9 +235,7 @@ def parse_date(text: str) -> float | None:
     return date.timestamp()
 
 
-def _explain(
-    error: Exception, url: str, egress: config.Egress, deadline: float, address_from: str
-) -> str:
+def _explain(error: Exception, url: str, egress: Egress, deadline: float, address_from: str) -> str:
     """One sentence. The exceptions' own texts are not used: they may hold the proxy's password."""
     host = urllib.parse.urlsplit(url).netloc
     causes = list(causes_of(error))

@@ -14,7 +14,7 @@ import gevent
 import gevent.event
 import gevent.monkey
 
-from xaiproxy import client_keys, command, config, errors, log, token_store
+from xaiproxy import addresses, client_keys, command, config, errors, log, token_store
 from xaiproxy.http1 import dead_paths
 from xaiproxy.http1.dialler import PORTS, SOCKET_OPTIONS
 from xaiproxy.http1.pool import Pool
@@ -200,7 +200,7 @@ def check_exposure(
 ) -> None:
     """Refuse to serve everybody by accident. Raises ConfigurationError."""
     address = listener.getsockname()[0]  # what the socket says, not what the settings say
-    if not (config.is_loopback(address) or keys.required or settings.allow_anonymous):
+    if not (addresses.is_loopback(address) or keys.required or settings.allow_anonymous):
         raise errors.ConfigurationError(
             f"{address} can be reached from other machines, and there is no client key; make one with "
             f"{errors.typed('xai-client-key add NAME')} ({settings.client_keys_file}), or set XAI_PROXY_ALLOW_ANONYMOUS=1"
@@ -211,7 +211,10 @@ def check_upstream(listener: socket.socket, settings: config.Config) -> None:
     """Refuse to be our own upstream: one request would take all connections. Raises ConfigurationError."""
     upstream = urllib.parse.urlsplit(settings.upstream)
     port = listener.getsockname()[1]
-    if config.is_loopback(upstream.hostname) and (upstream.port or PORTS[upstream.scheme]) == port:
+    if (
+        addresses.is_loopback(upstream.hostname)
+        and (upstream.port or PORTS[upstream.scheme]) == port
+    ):
         raise errors.ConfigurationError(
             f"XAI_PROXY_UPSTREAM is {settings.upstream!r}, but the proxy itself listens on port {port}; set "
             "XAI_PROXY_UPSTREAM to the API, or XAI_PROXY_PORT to another port"
