@@ -138,3 +138,23 @@ def test_last_failure_is_raised() -> None:
     assert caught.value.errno == errno.ECONNREFUSED
     with pytest.raises(OSError, match="no address"):
         addresses.connect([], 5)
+
+
+@pytest.mark.parametrize(
+    "host, loopback",
+    [
+        ("localhost", True),
+        ("LOCALHOST.", True),
+        ("127.0.0.1", True),
+        ("127.9.9.9", True),
+        ("::1", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("localhost.example", False),
+        ("10.0.0.1", False),
+        ("", False),
+        (None, False),
+    ],
+)
+def test_is_loopback(host: str | None, loopback: bool) -> None:
+    assert addresses.is_loopback(host) is loopback

@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import pathlib
-import shutil
 import subprocess
 import sys
 
@@ -11,7 +10,7 @@ import certifi
 import pytest
 from checkout import ROOT
 
-from xaiproxy import addresses, config, errors, setting_types
+from xaiproxy import config, errors, setting_types
 from xaiproxy.egress import Egress
 
 needs_root = pytest.mark.skipif(
@@ -211,19 +210,6 @@ def test_an_option_wins_over_the_environment_over_dotenv_over_the_default(tmp_pa
     assert chosen.egress.proxy is None and chosen.token_path.name == "tokens.json"
 
 
-def test_dotenv_values_are_taken_as_they_are(tmp_path):
-    (tmp_path / "env").write_text(
-        "export XAI_PROXY_SCOPE='a b'  # a note\nXAI_PROXY_CLIENT_ID=${HOME}\nXAI_PROXY_PORT\n"
-    )
-    chosen = settings(dotenv_path=str(tmp_path / "env"))
-    assert (chosen.scope, chosen.client_id, chosen.port) == ("a b", "${HOME}", 9090)
-
-
-def test_a_byte_order_mark_does_not_hide_the_first_setting(tmp_path):
-    (tmp_path / "env").write_bytes(b"\xef\xbb\xbfXAI_PROXY_PORT=77\n")
-    assert settings(dotenv_path=str(tmp_path / "env")).port == 77
-
-
 @pytest.mark.parametrize("quote", ["'", '"'])
 def test_a_value_in_quotes_is_refused(quote):
     """docker's --env-file keeps them; a path would begin with a folder of that name."""
@@ -243,112 +229,6 @@ def test_a_value_in_quotes_is_refused(quote):
 
 def test_a_quote_within_a_value_is_a_part_of_it():
     assert settings(TOKEN_PATH='/it\'s/"tokens"').token_path == pathlib.Path('/it\'s/"tokens"')
-
-
-def test_dotenv_is_read_in_the_working_directory(tmp_path):
-    (tmp_path / ".env").write_text("XAI_PROXY_PORT=77\n")
-    assert elsewhere(tmp_path, "port") == "77"
-
-
-def test_a_dotenv_that_cannot_be_read_is_told(tmp_path):
-    (tmp_path / "env").write_bytes(b"XAI_PROXY_PORT=\xff\n")
-    with pytest.raises(
-        errors.ConfigurationError,
-        match=f"{tmp_path}/env cannot be read: XAI_PROXY_PORT is not UTF-8",
-    ):
-        settings(dotenv_path=str(tmp_path / "env"))
-
-
-@pytest.mark.parametrize(
-    "text, line, name",
-    [
-        ('XAI_PROXY_TOKEN_PATH="/x/t.json\nOTHER=1\n', 1, "TOKEN_PATH"),
-        ("A=1\n\n# a\n\nXAI_PROXY_PORT 29555\n", 5, "PORT"),
-        ("XAI_PROXY_SCOPE='a' b\r\n", 1, "SCOPE"),
-        ('A=1\r\n\r\nXAI_PROXY_BIND="x\r\nXAI_PROXY_PORT="1"\r\n', 3, "BIND"),
-    ],
-)
-def test_a_line_of_dotenv_that_does_not_parse_is_told(tmp_path, text, line, name):
-    path = tmp_path / "env"
-    path.write_bytes(text.encode())
-    with pytest.raises(errors.ConfigurationError) as caught:
-        settings(dotenv_path=str(path))
-    assert str(caught.value) == (
-        f"{path} line {line} does not parse: write XAI_PROXY_{name}=VALUE, and close every quote"
-    )
-    assert caught.value.setting == (
-        None if name == "BIND" else f"XAI_PROXY_{name}"
-    )  # that takes another with it
-
-
-def test_lines_of_another_program_in_dotenv_do_not_matter(tmp_path, caplog):
-    path = tmp_path / "env"
-    path.write_bytes(b'NAME=J\xfcrgen\nSECRET "x\nXAI_PROXY_PORT=77  # sch\xf6n\n')
-    assert settings(dotenv_path=str(path)).port == 77 and not caplog.records
-
-
-@needs_root
-def test_a_dotenv_of_another_user_is_refused(tmp_path):
-    path = tmp_path / "env"
-    path.write_text("XAI_PROXY_ISSUER=https://evil.example\n")
-    os.chown(path, 12345, 0)
-    with pytest.raises(
-        errors.ConfigurationError,
-        match=f"{path} belongs to user 12345, and this process runs as user 0",
-    ):
-        settings(dotenv_path=str(path))
-    path.write_text(
-        "DATABASE_URL=x\nHTTPS_PROXY=http://evil.example\n"
-    )  # of somebody else's program: nothing is taken
-    assert settings(dotenv_path=str(path)) == settings()
-
-
-@needs_root
-def test_roots_dotenv_is_taken_by_every_user(tmp_path):
-    (tmp_path / ".env").write_text("XAI_PROXY_PORT=77\n")
-    done = subprocess.run(
-        [
-            "setpriv",
-            "--reuid=12345",
-            "--clear-groups",
-            "--inh-caps=+dac_override,+dac_read_search",
-            "--ambient-caps=+dac_override,+dac_read_search",
-            sys.executable,
-            "-c",
-            "import os; from xaiproxy import config; print(os.geteuid(), config.from_environ(os.environ).port)",
-        ],
-        env={"PYTHONPATH": str(ROOT), "HOME": "/"},
-        cwd=tmp_path,
-        text=True,
-        capture_output=True,
-    )
-    assert done.stdout == "12345 77\n", done.stderr
-
-
-def test_a_dotenv_that_every_user_may_write_is_refused(tmp_path):
-    path = tmp_path / "env"
-    path.write_text("XAI_PROXY_PORT=77\n")
-    path.chmod(0o646)
-    with pytest.raises(
-        errors.ConfigurationError, match=f"{path} may be written by every user.*chmod o-w it"
-    ):
-        settings(dotenv_path=str(path))
-    wrong: list[errors.ConfigurationError] = []
-    assert (
-        config.from_environ({"HOME": "/home/me"}, dotenv_path=str(path), complain=wrong.append)
-        == settings()
-    )
-    assert len(wrong) == 1
-
-
-@pytest.mark.parametrize("mode, warned", [(0o600, 0), (0o644, 0), (0o664, 1)])
-def test_a_dotenv_that_its_group_may_write_is_taken_with_a_warning(tmp_path, mode, warned):
-    path = tmp_path / "env"
-    path.write_text("XAI_PROXY_PORT=77\n")
-    path.chmod(mode)
-    chosen = settings(dotenv_path=str(path))
-    assert chosen.port == 77 and len(chosen.warnings) == warned
-    assert all(f"{path} may be written by its group" in warning for warning in chosen.warnings)
 
 
 def test_the_older_name_of_the_token_path():
@@ -441,71 +321,6 @@ def test_what_is_wrong_can_be_gathered_and_then_counts_as_not_set(tmp_path):
     ]
 
 
-# egress
-
-
-def test_the_proxy_is_https_proxy_else_all_proxy_in_lower_case_first():
-    def proxy(**environ):
-        return settings(environ).egress.proxy
-
-    assert proxy(HTTP_PROXY="http://h:1") is None
-    assert proxy(ALL_PROXY="http://a:1") == "http://a:1"
-    assert proxy(ALL_PROXY="http://a:1", HTTPS_PROXY="http://s:1") == "http://s:1"
-    assert proxy(HTTPS_PROXY="http://S:1", https_proxy="http://s:1") == "http://s:1"
-    assert proxy(HTTPS_PROXY="s:3128") == "http://s:3128"
-    assert proxy(HTTPS_PROXY="", all_proxy="https://a:1") == "https://a:1"
-    assert (
-        settings({"ALL_PROXY": "http://a:1", "https_proxy": "http://s:1"}).egress.proxy_from
-        == "https_proxy"
-    )
-
-
-def test_no_proxy_and_loopback_are_reached_directly():
-    egress = settings(
-        {"HTTPS_PROXY": "http://p:1", "NO_PROXY": "x.ai, .example.org,10.0.0.1"}
-    ).egress
-    for url in (
-        "https://x.ai",
-        "https://api.x.ai:443/v1",
-        "https://a.example.org",
-        "https://10.0.0.1",
-        "https://127.0.0.1:1",
-        "https://localhost",
-        "https://[::1]:5",
-        "https://LOCALHOST",
-        "http://login.example",
-    ):
-        assert egress.proxy_for(url) is None, url
-    for url in ("https://evilx.ai", "https://login.example"):
-        assert egress.proxy_for(url) == "http://p:1"
-    assert (
-        settings({"HTTPS_PROXY": "http://p:1", "NO_PROXY": "*"}).egress.proxy_for("https://x.ai")
-        is None
-    )
-
-
-@pytest.mark.parametrize(
-    "proxy", ["http://", "ftp://me:secret@p:1", "http://me:secret@p:99999", "http://me:secret@[::1"]
-)
-def test_a_proxy_that_makes_no_sense_is_refused_without_its_password(proxy):
-    assert (
-        refusal({"HTTPS_PROXY": proxy})
-        == "HTTPS_PROXY takes the URL of a proxy, such as http://proxy.example:3128"
-    )
-
-
-def test_a_proxys_password_is_in_no_repr():
-    assert "secret" not in repr(settings({"ALL_PROXY": "http://me:secret@p:1"}))
-
-
-def test_a_socks_proxy_of_no_version_is_told_which_to_choose():
-    with pytest.raises(
-        errors.ConfigurationError,
-        match="all_proxy names a SOCKS proxy, but .* socks5h:// .* socks4a://",
-    ):
-        config.from_environ({"all_proxy": "socks://user:password@proxy.example:1080/"})
-
-
 @pytest.mark.parametrize("name", ["TOKEN_PATH", "CLIENT_KEYS_FILE"])
 def test_a_folder_is_no_file(tmp_path, name):
     """Such as a volume; its siblings would be made beside it."""
@@ -515,45 +330,3 @@ def test_a_folder_is_no_file(tmp_path, name):
             match=f"XAI_PROXY_{name} is '{text}', but takes the path of a file in that",
         ):
             config.from_environ({f"XAI_PROXY_{name}": text})
-
-
-def test_socks_needs_its_extra():
-    code = "import sys; sys.modules['socks'] = None; from xaiproxy import config; config.from_environ({'ALL_PROXY': 'socks5h://p:1'})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
-    assert "ALL_PROXY names a SOCKS proxy: install xaiproxy[socks] for that" in done.stderr
-
-
-def test_the_ca_file_is_ssl_cert_file_else_requests_ca_bundle_else_certifis(tmp_path):
-    one, two = (
-        shutil.copy(certifi.where(), tmp_path / "one"),
-        shutil.copy(certifi.where(), tmp_path / "two"),
-    )
-    one, two = str(one), str(two)
-    assert settings({"SSL_CERT_FILE": one, "REQUESTS_CA_BUNDLE": two}).egress.ca_file == one
-    assert settings({"REQUESTS_CA_BUNDLE": two}).egress.ca_file == two
-    assert settings({"REQUESTS_CA_BUNDLE": two}).egress.ca_from == "REQUESTS_CA_BUNDLE"
-    for wrong in ("/none", "/etc/hostname", "/etc"):
-        assert (
-            refusal({"SSL_CERT_FILE": wrong})
-            == f"SSL_CERT_FILE is '{wrong}', but takes a file of PEM certificates"
-        )
-
-
-@pytest.mark.parametrize(
-    "host, loopback",
-    [
-        ("localhost", True),
-        ("LOCALHOST.", True),
-        ("127.0.0.1", True),
-        ("127.9.9.9", True),
-        ("::1", True),
-        ("0.0.0.0", False),
-        ("::", False),
-        ("localhost.example", False),
-        ("10.0.0.1", False),
-        ("", False),
-        (None, False),
-    ],
-)
-def test_is_loopback(host, loopback):
-    assert addresses.is_loopback(host) is loopback
