@@ -247,8 +247,8 @@ def test_a_relative_path_needs_the_working_directory(tmp_path):
     )
     assert (done.returncode, done.stderr) == (
         78,
-        "xai-refresher: XAI_PROXY_TOKEN_PATH is 't', but takes the absolute path of a file, since the working "
-        "directory was deleted\n",
+        "xai-refresher: XAI_PROXY_TOKEN_PATH must be an absolute path, as the working directory was "
+        "deleted, not 't'\n",
     )
 
 

@@ -124,7 +124,7 @@ def test_a_dotenv_that_every_user_may_write_is_refused(tmp_path):
     path.write_text("XAI_PROXY_PORT=77\n")
     path.chmod(0o646)
     with pytest.raises(
-        errors.ConfigurationError, match=f"{path} may be written by every user.*chmod o-w it"
+        errors.ConfigurationError, match=f"{path} is writable by every user.*chmod o-w it"
     ):
         settings(dotenv_path=str(path))
     wrong: list[errors.ConfigurationError] = []
@@ -142,4 +142,4 @@ def test_a_dotenv_that_its_group_may_write_is_taken_with_a_warning(tmp_path, mod
     path.chmod(mode)
     chosen = settings(dotenv_path=str(path))
     assert chosen.port == 77 and len(chosen.warnings) == warned
-    assert all(f"{path} may be written by its group" in warning for warning in chosen.warnings)
+    assert all(f"{path} is writable by its group" in warning for warning in chosen.warnings)

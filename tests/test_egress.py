@@ -64,7 +64,7 @@ def test_no_proxy_and_loopback_are_reached_directly():
 def test_a_proxy_that_makes_no_sense_is_refused_without_its_password(proxy):
     assert (
         refusal({"HTTPS_PROXY": proxy})
-        == "HTTPS_PROXY takes the URL of a proxy, such as http://proxy.example:3128"
+        == "HTTPS_PROXY must be the URL of a proxy, such as http://proxy.example:3128"
     )
 
 
@@ -83,7 +83,9 @@ def test_a_socks_proxy_of_no_version_is_told_which_to_choose():
 def test_socks_needs_its_extra():
     code = "import sys; sys.modules['socks'] = None; from xaiproxy import config; config.from_environ({'ALL_PROXY': 'socks5h://p:1'})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
-    assert "ALL_PROXY names a SOCKS proxy: install xaiproxy[socks] for that" in done.stderr
+    assert (
+        "ALL_PROXY names a SOCKS proxy, which requires xaiproxy[socks]: install that" in done.stderr
+    )
 
 
 def test_the_ca_file_is_ssl_cert_file_else_requests_ca_bundle_else_certifis(tmp_path):
@@ -98,5 +100,5 @@ def test_the_ca_file_is_ssl_cert_file_else_requests_ca_bundle_else_certifis(tmp_
     for wrong in ("/none", "/etc/hostname", "/etc"):
         assert (
             refusal({"SSL_CERT_FILE": wrong})
-            == f"SSL_CERT_FILE is '{wrong}', but takes a file of PEM certificates"
+            == f"SSL_CERT_FILE must be a file of PEM certificates, not '{wrong}'"
         )

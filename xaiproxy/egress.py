@@ -1,4 +1,7 @@
-"""How both processes reach the world: the proxy and the CA certificates, from the environment."""
+"""How both processes reach the internet: the proxy and the CA certificates.
+
+Both are chosen once, from the environment, because the libraries' own choices disagree.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,9 @@ from xaiproxy import addresses, errors, setting_types
 
 @dataclasses.dataclass(frozen=True)
 class Egress:
-    """How we reach the world: one answer for both processes, since the libraries' own look-ups disagree.
+    """The proxy and CA file, and the variables that they come from ("": none).
 
-    HTTP_PROXY has no say: plain http is spoken to loopback only, and loopback is never proxied. `proxy_from` and
-    `ca_from` are the variables that the two come from, "" when there is none.
+    HTTP_PROXY is ignored: plain http is used on loopback only, which is never reached by a proxy.
     """
 
     proxy: str | None = dataclasses.field(default=None, repr=False)
@@ -29,65 +31,78 @@ class Egress:
     ca_from: str = ""
 
     @classmethod
-    def from_environ(cls, environ: Mapping[str, str], complain: Callable) -> Egress:
-        def first(*names: str) -> tuple[str, str]:
+    def from_environ(
+        cls,
+        environ: Mapping[str, str],
+        complain: Callable[[errors.ConfigurationError], object],
+    ) -> Egress:
+        """`complain`: called with the error of each wrong variable, which is then ignored."""
+
+        def first(problem: Callable[[str], str], *names: str) -> tuple[str, str]:
+            """The name and value of the first variable that is set."""
             for name in names:
-                for spelling in (name.lower(), name):  # lower case wins, as in curl
+                # Lower case wins, as in curl.
+                for spelling in (name.lower(), name):
                     if text := environ.get(spelling):
-                        return (
-                            wrong(spelling, setting_types.QUOTES_KEPT)
-                            if setting_types.QUOTED.fullmatch(text)
-                            else (spelling, text)
-                        )
+                        quoted = setting_types.QUOTED.fullmatch(text)
+                        wrong = setting_types.QUOTES_KEPT if quoted else problem(text)
+                        if not wrong:
+                            return spelling, text
+                        complain(errors.ConfigurationError(f"{spelling} {wrong}", name))
+                        return "", ""
             return "", ""
 
-        def wrong(name: str, takes: str) -> tuple[str, str]:
-            complain(errors.ConfigurationError(f"{name} {takes}", name.upper()))
-            return "", ""
-
-        name, proxy = first("HTTPS_PROXY", "ALL_PROXY")
-        if proxy:
-            proxy = proxy if "://" in proxy else "http://" + proxy
-            if takes := _wrong_with_proxy(proxy):
-                name, proxy = wrong(name, takes)
-        ca_name, ca_file = first("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
-        if ca_file:
-            try:
-                ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(ca_file)
-            except OSError:  # SSLError is one
-                ca_name, ca_file = wrong(
-                    ca_name,
-                    f"is {setting_types.shown(ca_file)}, but takes a file of PEM certificates",
-                )
+        proxy_from, proxy = first(_proxy_problem, "HTTPS_PROXY", "ALL_PROXY")
+        ca_from, ca_file = first(_ca_problem, "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
         return cls(
-            proxy=proxy or None,
-            no_proxy=first("NO_PROXY")[1],
+            proxy=_with_scheme(proxy) if proxy else None,
+            no_proxy=first(lambda text: "", "NO_PROXY")[1],
             ca_file=ca_file or certifi.where(),
-            proxy_from=name,
-            ca_from=ca_name,
+            proxy_from=proxy_from,
+            ca_from=ca_from,
         )
 
     def proxy_for(self, url: str) -> str | None:
-        """The proxy's URL for `url`, or None for a direct connection. It may hold a password: do not log it."""
+        """The proxy's URL for `url`, or None for a direct connection.
+
+        It may hold a password: do not log it.
+        """
         parts = urllib.parse.urlsplit(url)
         if self.proxy is None or parts.scheme == "http" or addresses.is_loopback(parts.hostname):
             return None
-        if urllib.request.proxy_bypass_environment(parts.netloc, {"no": self.no_proxy}):
-            return None
-        return self.proxy
+        # typeshed lacks this function.
+        bypass = urllib.request.proxy_bypass_environment  # type: ignore[attr-defined]
+        return None if bypass(parts.netloc, {"no": self.no_proxy}) else self.proxy
 
 
-def _wrong_with_proxy(proxy: str) -> str:
-    # The value may hold a password: it is not repeated in the error.
+def _with_scheme(proxy: str) -> str:
+    return proxy if "://" in proxy else "http://" + proxy
+
+
+def _proxy_problem(text: str) -> str:
+    """What is wrong with a proxy, or "", without its value, which may hold a password."""
     try:
-        url = urllib.parse.urlsplit(proxy)
-        usable = bool(url.hostname) and (url.port or True)
+        url = urllib.parse.urlsplit(_with_scheme(text))
+        scheme = url.scheme if url.hostname and url.port != 0 else ""
     except ValueError:
-        usable = False
-    if usable and url.scheme == "socks":  # as GNOME and KDE set it
-        return "names a SOCKS proxy, but not its version: begin with socks5h:// for version 5, or socks4a:// for 4"
-    if not usable or url.scheme not in ("http", "https", "socks5", "socks5h", "socks4", "socks4a"):
-        return "takes the URL of a proxy, such as http://proxy.example:3128"
-    if url.scheme.startswith("socks") and importlib.util.find_spec("socks") is None:
-        return "names a SOCKS proxy: install xaiproxy[socks] for that"
+        scheme = ""
+    # GNOME and KDE write socks://.
+    if scheme == "socks":
+        return (
+            "names a SOCKS proxy, but not its version: begin with socks5h:// for version 5, or "
+            "socks4a:// for version 4"
+        )
+    if scheme not in ("http", "https", "socks5", "socks5h", "socks4", "socks4a"):
+        return "must be the URL of a proxy, such as http://proxy.example:3128"
+    if scheme.startswith("socks") and importlib.util.find_spec("socks") is None:
+        return "names a SOCKS proxy, which requires xaiproxy[socks]: install that"
+    return ""
+
+
+def _ca_problem(text: str) -> str:
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(text)
+    # ssl.SSLError is an OSError.
+    except OSError:
+        return f"must be a file of PEM certificates, not {setting_types.shown(text)}"
     return ""

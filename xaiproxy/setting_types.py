@@ -1,4 +1,7 @@
-"""What settings take: each function turns a text into a value, or raises ValueError with what it takes instead."""
+"""The types of settings: each function turns a text into a value.
+
+It raises ValueError with what the text must be, such as "a whole number from 0 to 65535".
+"""
 
 import ipaddress
 import os
@@ -6,27 +9,31 @@ import re
 import urllib.parse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from xaiproxy import addresses
 
+Number = TypeVar("Number", int, float)
+
 QUOTED = re.compile(r"""(["']).*\1""", re.DOTALL)
-QUOTES_KEPT = "begins and ends with a quote, which docker's --env-file keeps as a part of the value; remove both quotes"
+QUOTES_KEPT = (
+    "begins and ends with a quote, which docker's --env-file keeps as part of the value; "
+    "remove both quotes"
+)
 
 
-def _number(kind: type, low: float, high: float, noun: str) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
+def _number(
+    parse: Callable[[str], Number], low: Number, high: Number, noun: str
+) -> Callable[[str], Number]:
+    def number(text: str) -> Number:
         try:
-            if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", text):
-                raise ValueError
-            value = kind(text)
+            if re.fullmatch(r"[0-9]+(\.[0-9]+)?", text) and low <= (value := parse(text)) <= high:
+                return value
         except ValueError:
-            raise ValueError(f"{noun} from {low:g} to {high:g}") from None
-        if not low <= value <= high:
-            raise ValueError(f"{noun} from {low:g} to {high:g}")
-        return value
+            pass
+        raise ValueError(f"{noun} from {low} to {high}")
 
-    return parse
+    return number
 
 
 def whole(low: int, high: int) -> Callable[[str], int]:
@@ -34,37 +41,34 @@ def whole(low: int, high: int) -> Callable[[str], int]:
 
 
 def seconds(low: float, high: float) -> Callable[[str], float]:
-    return _number(float, low, high, "seconds")
+    return _number(float, low, high, "a number of seconds")
 
 
 def one_of(*choices: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
+    def choice(text: str) -> str:
         if text not in choices:
-            raise ValueError("one of " + ", ".join(choices))
+            raise ValueError(f"{', '.join(choices[:-1])} or {choices[-1]}")
         return text
 
-    return parse
+    return choice
 
 
 def flag(text: str) -> bool:
-    if text not in ("0", "1"):
-        raise ValueError("0 or 1")
-    return text == "1"
+    return one_of("0", "1")(text) == "1"
 
 
 def path(text: str) -> Path:
     try:
         path = Path(text).expanduser().absolute()
     except RuntimeError:
-        raise ValueError("the path of a file; there is no home folder for ~ here") from None
+        raise ValueError("a path without ~, as no home directory is known") from None
     except FileNotFoundError:
-        raise ValueError(
-            "the absolute path of a file, since the working directory was deleted"
-        ) from None
-    if "\0" in text or not path.name:  # of / no sibling can be named
+        raise ValueError("an absolute path, as the working directory was deleted") from None
+    # / has no siblings, such as the lock file.
+    if "\0" in text or not path.name:
         raise ValueError("the path of a file")
-    if text.endswith("/") or os.path.isdir(path):  # such as a volume's
-        raise ValueError("the path of a file in that folder, not the folder's own")
+    if text.endswith("/") or os.path.isdir(path):
+        raise ValueError("the path of a file in that folder")
     return path
 
 
@@ -78,22 +82,21 @@ def address(text: str) -> str:
 
 
 def url(text: str) -> urllib.parse.SplitResult:
-    wanted = "an https URL (http on loopback only) without user, query or fragment"
     try:
-        url = urllib.parse.urlsplit(text)
-        host, _ = url.hostname, url.port
+        parts = urllib.parse.urlsplit(text)
+        host, _ = parts.hostname, parts.port
+        plain_on_loopback = parts.scheme == "http" and addresses.is_loopback(host)
+        if (
+            host
+            and (parts.scheme == "https" or plain_on_loopback)
+            and re.fullmatch(r"[!-~]+", text)
+            and addresses.is_authority(parts.netloc)
+            and not re.search("[?#]", text)
+        ):
+            return parts
     except ValueError:
-        raise ValueError(wanted) from None
-    plain_on_loopback = url.scheme == "http" and addresses.is_loopback(host)
-    if (
-        not host
-        or not (url.scheme == "https" or plain_on_loopback)
-        or not re.fullmatch(r"[!-~]+", text)
-    ):
-        raise ValueError(wanted)
-    if not addresses.is_authority(url.netloc) or "?" in text or "#" in text:
-        raise ValueError(wanted)
-    return url
+        pass
+    raise ValueError("an https URL (http on loopback only) without user, query or fragment")
 
 
 def issuer(text: str) -> str:
@@ -103,11 +106,11 @@ def issuer(text: str) -> str:
 def origin(text: str) -> str:
     parts = url(text)
     if parts.path not in ("", "/"):
-        raise ValueError("an origin without a path: requests bring their own")
+        raise ValueError("an origin without a path, which each request has of its own")
     return f"{parts.scheme}://{parts.netloc.lower()}"
 
 
-def token(text: str) -> str:
+def client_id(text: str) -> str:
     if not re.fullmatch(r"[!-~]+", text):
         raise ValueError("printable ASCII without spaces")
     return text
@@ -115,25 +118,24 @@ def token(text: str) -> str:
 
 def scope(text: str) -> str:
     if not re.fullmatch(r"[!#-\[\]-~]+( [!#-\[\]-~]+)*", text):
-        raise ValueError("scope names with one space between them (RFC 6749 section 3.3)")
+        raise ValueError("scope names separated by single spaces (RFC 6749 section 3.3)")
     return text
 
 
 def hosts(text: str) -> frozenset[str]:
     names = frozenset(name.strip().lower().rstrip(".") for name in text.split(",") if name.strip())
-    for name in names:
-        if not re.fullmatch(r"[a-z0-9._-]+|\[[0-9a-f:.]+\]", name):
-            raise ValueError("host names without port, with commas between them")
+    if not all(re.fullmatch(r"[a-z0-9._-]+|\[[0-9a-f:.]+\]", name) for name in names):
+        raise ValueError("host names without a port, separated by commas")
     return names
 
 
 def origins(text: str) -> frozenset[str]:
-    origins = frozenset(origin.strip().lower() for origin in text.split(",") if origin.strip())
-    for origin in origins:
-        if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[a-z0-9._\[\]:-]+", origin):
-            raise ValueError("origins such as https://chat.example.org, with commas between them")
-    return origins
+    found = frozenset(origin.strip().lower() for origin in text.split(",") if origin.strip())
+    if not all(re.fullmatch(r"[a-z][a-z0-9+.-]*://[a-z0-9._\[\]:-]+", one) for one in found):
+        raise ValueError("origins such as https://chat.example.org, separated by commas")
+    return found
 
 
 def shown(text: str) -> str:
-    return repr(re.sub(r"(?s).*@", "***@", text))  # somebody may have put a password into a URL
+    """The text in quotes for an error, without the password that a URL may hold."""
+    return repr(re.sub(r"(?s).*@", "***@", text))

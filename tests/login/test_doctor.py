@@ -264,7 +264,7 @@ def test_the_last_line_and_the_exit_code(patient: Patient, well: bool, last: str
     [
         (
             {"ISSUER": "http://192.0.2.1"},
-            "^XAI_PROXY_ISSUER is 'http://192.0.2.1', but takes",
+            "^XAI_PROXY_ISSUER must be an https URL",
             {"network", "login", "issuer", "upstream"},
         ),
         (

@@ -119,7 +119,7 @@ def test_a_refresher_makes_its_folder_gives_signs_of_life_waits_and_ends(sandbox
             [],
             {"XAI_PROXY_ISSUER": "ftp://x"},
             78,
-            "xai-refresher: XAI_PROXY_ISSUER is 'ftp://x', but takes an https URL",
+            "xai-refresher: XAI_PROXY_ISSUER must be an https URL",
         ),
         (
             ["--once"],
