@@ -442,7 +442,7 @@ def test_tunnels_get_the_time_of_streams_at_the_end(
         one, other = handshake(short, upstream, "/v1/short"), handshake(long, upstream, "/v1/long")
         proxy.terminate()
         assert (
-            "2 open answers"
+            "2 open responses"
             in proxy.wait_for_log(lambda line: line["message"].startswith("stopping"))["message"]
         )
         one.answer(b"bye")

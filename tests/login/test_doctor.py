@@ -283,12 +283,12 @@ def test_the_last_line_and_the_exit_code(patient: Patient, well: bool, last: str
         ),
         (
             {"https_proxy": "ftp://me:secret@p"},
-            "^https_proxy takes the URL",
+            "^https_proxy must be the URL",
             {"network", "issuer", "upstream"},
         ),
         (
             {"SSL_CERT_FILE": "/none"},
-            "^SSL_CERT_FILE is '/none'",
+            "^SSL_CERT_FILE must be a file of PEM",
             {"network", "issuer", "upstream"},
         ),
         ({"XAI_PROXY_WHATEVER_THIS": "1"}, "lists them all", set()),

@@ -46,7 +46,7 @@ def waiting_proxy(folder: Path) -> Iterator[tuple[subprocess.Popen[str], socket.
         ) as process:
             try:
                 assert (
-                    f"cannot listen on 127.0.0.1 port {port} yet: Address already in use; trying for 10 s"
+                    f"cannot listen on 127.0.0.1 port {port} yet: Address already in use; retrying for 10 s"
                     in process.stderr.readline()
                 )
                 yield process, other
@@ -58,7 +58,7 @@ def test_port_that_becomes_free_is_taken(tmp_path: Path) -> None:
     with waiting_proxy(tmp_path) as (process, other):
         process.send_signal(signal.SIGHUP)
         assert "SIGHUP: the log level is info" in process.stderr.readline()
-        time.sleep(2 * command.LISTEN_INTERVAL)  # it tells once that it waits
+        time.sleep(2 * command.LISTEN_INTERVAL)  # it logs once that it waits
         port = other.getsockname()[1]
         other.close()
         assert f"listening on http://127.0.0.1:{port}/v1" in process.stderr.readline()
@@ -79,7 +79,7 @@ def listening_fails(**values: str) -> str:
         dotenv_path="/dev/null",
     )
     with pytest.raises(errors.ConfigurationError) as caught:
-        command.listen(settings, gevent.event.Event(), patience=2 * command.LISTEN_INTERVAL)
+        command.listen(settings, gevent.event.Event(), timeout=2 * command.LISTEN_INTERVAL)
     return str(caught.value)
 
 

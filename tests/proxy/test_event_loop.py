@@ -113,7 +113,9 @@ def test_a_log_is_polled_again_although_no_event_told_of_room() -> None:
             while True:
                 os.write(write_end, bytes(65536))
         event_loop.WhenWritable()(write_end, called.set)
-        assert not called.wait(event_loop.RECHECK / 2) and called.wait(event_loop.RECHECK)
+        assert not called.wait(event_loop.POLL_INTERVAL / 2) and called.wait(
+            event_loop.POLL_INTERVAL
+        )
     finally:
         os.close(read_end)
         os.close(write_end)

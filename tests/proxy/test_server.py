@@ -117,7 +117,7 @@ def test_longest_idle_connection_is_closed_for_a_new_one(
             began = time.monotonic()
             newcomer = stack.enter_context(proxy.client()).request()
             upstream.receive().answer(CHUNKED)
-            assert newcomer.head().status == 200 and time.monotonic() - began < server.PATIENCE
+            assert newcomer.head().status == 200 and time.monotonic() - began < server.HEAD_TIMEOUT
             assert longest.closed_within()
             still = idle[1:] + idle[:1]
             assert all(client.silent() for client in still[still.index(longest) + 1 :])
@@ -142,9 +142,9 @@ def test_connections_without_a_request_do_not_keep_others_out(
             client.send(start)
         newcomer = stack.enter_context(proxy.client()).request()
         upstream.receive().answer()
-        assert newcomer.message().status == 200 and time.monotonic() - began < server.PATIENCE
-        assert all(client.closed_within(3 * server.PATIENCE) for client in silent)
-        assert not readable([newcomer.sock], 2 * server.PATIENCE)  # no longer a crowd
+        assert newcomer.message().status == 200 and time.monotonic() - began < server.HEAD_TIMEOUT
+        assert all(client.closed_within(3 * server.HEAD_TIMEOUT) for client in silent)
+        assert not readable([newcomer.sock], 2 * server.HEAD_TIMEOUT)  # no longer a crowd
         stream.answer(b"0\r\n\r\n")
         assert busy.chunk() == b""
 
@@ -200,7 +200,7 @@ def test_reserve_answers_health_checks_when_all_have_a_request(
             for target in ("/v1/models", "/nowhere", "/"):
                 assert refused_in_the_reserve(proxy.ask("GET", target))
             took.append(time.monotonic() - began)
-        assert min(took) < server.PATIENCE / 2 and upstream.quiet(), took
+        assert min(took) < server.HEAD_TIMEOUT / 2 and upstream.quiet(), took
         for client, stream in streams:
             stream.answer(b"2\r\nok\r\n0\r\n\r\n")
             assert (client.chunk(), client.chunk()) == (b"ok", b"")
@@ -242,11 +242,11 @@ def test_request_that_begins_after_a_pause_has_its_time_in_a_crowd(
         contextlib.ExitStack() as stack,
     ):
         assert client.ask("GET", "/healthz").status == 200
-        time.sleep(2 * server.PATIENCE)  # idle
+        time.sleep(2 * server.HEAD_TIMEOUT)  # idle
         client.send(b"GET /healthz HTTP/1.1\r\n")
         for _ in range(2):
             stack.enter_context(proxy.client())
-        time.sleep(0.3 * server.PATIENCE)
+        time.sleep(0.3 * server.HEAD_TIMEOUT)
         client.send(b"Host: localhost\r\n\r\n")
         assert client.message().status == 200
 
@@ -326,7 +326,7 @@ def test_idle_connections_are_closed_when_no_descriptor_is_left(tmp_path: Path) 
         for longest in idle[:5]:
             newcomer = stack.enter_context(proxy.client())
             assert newcomer.ask("GET", "/healthz").status == 200 and longest.closed_within()
-        assert time.monotonic() - began < server.PATIENCE and all(
+        assert time.monotonic() - began < server.HEAD_TIMEOUT and all(
             client.silent() for client in idle[5:]
         )
         resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE, limits)
@@ -363,7 +363,9 @@ def test_idle_connections_are_closed_at_once(tmp_path: Path, number: int) -> Non
         used.ask("GET", "/healthz")
         start = time.monotonic()
         proxy.process.send_signal(number)
-        assert used.closed_within(server.PATIENCE / 2) and new.closed_within(2 * server.PATIENCE)
+        assert used.closed_within(server.HEAD_TIMEOUT / 2) and new.closed_within(
+            2 * server.HEAD_TIMEOUT
+        )
         assert proxy.wait() == 0 and time.monotonic() - start < 5
         assert proxy.log_lines()[-1]["message"] == "stopped"
         with pytest.raises(ConnectionRefusedError):
@@ -395,7 +397,7 @@ def test_requests_from_before_the_signal_are_answered(
             assert (answer.body, answer.value("Connection")) == (b"ok", "close")
             assert client.closed_within()
             client.close()
-        assert idle.closed_within() and silent.closed_within(2 * server.PATIENCE)
+        assert idle.closed_within() and silent.closed_within(2 * server.HEAD_TIMEOUT)
         silent.close()
         assert proxy.wait() == 0
 
@@ -422,7 +424,7 @@ def test_open_answers_are_finished(tmp_path: Path, upstream: ScriptedUpstream, w
             assert marker.ask("GET", "/healthz").status == 200
         proxy.terminate()
         line = proxy.wait_for_log(lambda line: line["message"].startswith("stopping"))
-        assert "4 open answers get 25 s" in line["message"]
+        assert "4 open responses have 25 s" in line["message"]
         with pytest.raises(ConnectionRefusedError):
             proxy.client()
 
@@ -451,7 +453,7 @@ def test_open_answers_are_finished(tmp_path: Path, upstream: ScriptedUpstream, w
         stream.answer(b"3\r\ntwo\r\n0\r\n\r\n")
         assert (streaming.chunk(), streaming.chunk()) == (b"two", b"") and streaming.closed_within()
         assert proxy.wait() == 0
-        assert not [line for line in proxy.log_lines() if "cutting" in line["message"]]
+        assert not [line for line in proxy.log_lines() if "aborting" in line["message"]]
 
 
 @both_ways
@@ -505,7 +507,9 @@ def test_answers_that_outlive_the_drain_are_cut_so_that_it_shows(
         assert 0 < len(unread.rest()) < 0x5000000
         assert all(stream.connection.closed_within() for stream in streams)
         assert proxy.wait() == 0
-        assert [line for line in proxy.log_lines() if "cutting 7 open answers" in line["message"]]
+        assert [
+            line for line in proxy.log_lines() if "aborting 7 open responses" in line["message"]
+        ]
         cut = [line for line in proxy.log_lines() if line.get("path") == "/v1/cut"]
         assert {line["ended_by"] for line in cut} == {"proxy"}
         assert sorted(line["bytes"] for line in cut) == [0, 2, 2, 2]
@@ -538,7 +542,7 @@ def test_drain_with_the_reserve_in_use(tmp_path: Path, upstream: ScriptedUpstrea
         proxy.process.send_signal(signal.SIGCONT)
         assert all(refused_in_the_reserve(client.message()) for client in asking)
         assert checking.message().status == 200
-        assert all(client.closed_within(3 * server.PATIENCE) for client in silent)
+        assert all(client.closed_within(3 * server.HEAD_TIMEOUT) for client in silent)
         for client, stream in streams:
             stream.answer(b"2\r\nok\r\n0\r\n\r\n")
             assert (client.chunk(), client.chunk()) == (b"ok", b"")

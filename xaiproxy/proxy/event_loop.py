@@ -1,18 +1,38 @@
-"""The log and gevent's event loop: when lines are written, and where the hub's own complaints go."""
+"""The log of a process that gevent's event loop runs.
+
+Lines are written when the loop is idle, and no write waits. The log also has gevent's own messages.
+"""
 
 import logging
 from collections.abc import Callable
 from typing import Any
 
 import gevent
+import gevent.monkey
+
+from xaiproxy import config, log
 
 logger = logging.getLogger(__name__)
 
-RECHECK = 1.0  # seconds between two polls of a log that takes no line
+LOG_DELAY = 0.005  # seconds that a log line waits at most for the loop to be idle
+POLL_INTERVAL = 1.0  # seconds between two polls of a log that is full
 
 
-class Leisure:
-    """Calls back when the event loop has nothing else to do, and after `limit` seconds at the latest."""
+def set_up_log(settings: config.Config) -> None:
+    log.setup(
+        "proxy",
+        settings.log_level,
+        settings.log_format,
+        # The patched poll would switch greenlets in the middle of a line.
+        poll=gevent.monkey.get_original("select", "poll"),
+        defer=WhenIdle(LOG_DELAY),
+        when_writable=WhenWritable(),
+    )
+    gevent.get_hub().exception_stream = _HubMessages()
+
+
+class WhenIdle:
+    """Calls a function once the event loop is idle, and after `limit` seconds at the latest."""
 
     def __init__(self, limit: float):
         loop = gevent.get_hub().loop
@@ -20,7 +40,8 @@ class Leisure:
 
     def __call__(self, callback: Callable[[], None]) -> None:
         self._idle.start(self._call, callback)
-        if not self._timer.active:  # to start it anew each time would cost more than what is called
+        # The timer goes on for a while: to start it for each line would cost more than the line.
+        if not self._timer.active:
             self._timer.again(self._tick, callback)
 
     def _call(self, callback: Callable[[], None]) -> None:
@@ -35,14 +56,15 @@ class Leisure:
 
 
 class WhenWritable:
-    """Calls back once a descriptor is writable, or after RECHECK seconds; `fd` must be the same in every call.
+    """Calls a function once a descriptor, which is the same in every call, is writable.
 
-    The recheck: epoll has been seen to miss that a pipe was emptied while the machine was busy.
+    It is called after POLL_INTERVAL at the latest: on a busy machine epoll has been seen not to
+    report that a pipe was emptied.
     """
 
     def __init__(self) -> None:
         self._watcher: Any = None
-        self._timer = gevent.get_hub().loop.timer(RECHECK)
+        self._timer = gevent.get_hub().loop.timer(POLL_INTERVAL)
 
     def __call__(self, fd: int, callback: Callable[[], None]) -> None:
         if self._watcher is None:
@@ -57,8 +79,8 @@ class WhenWritable:
         callback()
 
 
-class LogStream:
-    """Where gevent prints what a greenlet died of: our log, since stderr may be read by nobody."""
+class _HubMessages:
+    """The stream for gevent's tracebacks of greenlets, instead of a stderr that may block."""
 
     def write(self, text: str) -> None:
         if text.strip():

@@ -1,23 +1,23 @@
-"""Whether the login has a refresher, in the log."""
+"""Log lines about a missing refresher, without which the login expires."""
 
 import logging
 import time
 
 import gevent
 
-from xaiproxy import errors, token_store
-from xaiproxy.proxy import app
+from xaiproxy import errors, judgement, token_store
 
 logger = logging.getLogger(__name__)
 
-REFRESHER_LOOK = 2.0  # seconds between two looks for a living refresher, of which the first leaves it time to start
+# Seconds. The first interval gives a refresher that is started with the proxy time to appear.
+POLL_INTERVAL = 2.0
 
 
-def watch_refresher(store: token_store.TokenStore) -> None:
-    """Say once when the login has nobody to renew it, and once when it has again."""
+def watch(store: token_store.TokenStore) -> None:
+    """Log once when a renewable login has no refresher, and once when it has one again."""
     alive = True
     while True:
-        gevent.sleep(REFRESHER_LOOK)
+        gevent.sleep(POLL_INTERVAL)
         try:
             renewable = store.current().refresh_token is not None
         except errors.LoginUnusable:
@@ -29,7 +29,5 @@ def watch_refresher(store: token_store.TokenStore) -> None:
             if alive:
                 logger.info("the refresher is back")
             else:
-                logger.warning(
-                    "%s; look why xai-refresher does not run",
-                    app.readiness_of(store, time.time())[1],
-                )
+                reason = judgement.of(store, time.time()).reason
+                logger.warning("%s; check why xai-refresher is not running", reason)

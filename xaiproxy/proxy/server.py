@@ -1,10 +1,11 @@
-"""Process 1: the WSGI server, its limits, its signals and its drain."""
+"""The HTTP server of process 1: its limits and its shutdown."""
 
 import contextlib
 import errno
 import logging
 import socket
 import time
+from collections.abc import Callable
 from typing import Any
 
 import gevent
@@ -18,31 +19,28 @@ from xaiproxy.http1.handler import Cut, Handler
 
 logger = logging.getLogger(__name__)
 
-_select = gevent.monkey.get_original(
-    "select", "select"
-)  # the patched one lets others run, also with a time-out of 0
+# The patched select lets other greenlets run, even with timeout 0.
+_select = gevent.monkey.get_original("select", "select")
+
 BACKLOG = 1024  # connections that wait in the kernel until they are accepted
-TURN = 0.001  # seconds in which the event loop polls all sockets
-PATIENCE = (
-    1.0  # seconds for a request to come, where there are too many connections or the end is near
-)
-KEEPALIVE_MARGIN = (
-    5  # seconds by which a client is told less than KEEPALIVE_TIMEOUT, so that it closes first
-)
-WARNING_INTERVAL = (
-    60.0  # seconds between two lines about one shortage: at a limit connections come and go
-)
+TURN = 0.001  # seconds, in which the event loop polls all sockets
+# Seconds for a request head to arrive once there are too many connections, or during shutdown.
+HEAD_TIMEOUT = 1.0
+# Seconds by which responses announce less than KEEPALIVE_TIMEOUT, so that the client closes first.
+KEEPALIVE_MARGIN = 5
+# Seconds between two log lines about one shortage, which may come and go many times a second.
+WARNING_INTERVAL = 60.0
 
 
 class NoDescriptor(OSError):
     """A connection could not be accepted; gevent tries again after 10 ms, doubling to 1 s."""
 
 
-class Server(pywsgi.WSGIServer):
-    """Accepts `connections` and a reserve on top, in which a request gets no answer but a health check's or a 503.
+class Server(pywsgi.WSGIServer):  # type: ignore[misc]  # gevent is untyped
+    """Accepts `connections` and a reserve, in which only health checks are answered without a 503.
 
-    `busy` counts the requests that are being answered; a request beyond `connections` of them is one in the reserve.
-    Every other connection can be closed for a new one.
+    `busy` counts the requests that are being answered; one more than `connections` is in the
+    reserve. Every connection without a request can be closed for a new one.
     """
 
     handler_class = Handler
@@ -50,40 +48,41 @@ class Server(pywsgi.WSGIServer):
     def __init__(
         self,
         listener: socket.socket,
-        application: Any,
+        application: Callable[..., Any],
         proxy: Any,
         settings: config.Config,
         connections: int,
     ):
-        # A pool, since without one WSGIServer.stop would cut every stream at once; full, it stops accepting.
         super().__init__(
             listener,
             application,
+            # Without a pool, WSGIServer.stop would cut every stream at once. A full one stops
+            # accepting.
             spawn=gevent.pool.Pool(connections + config.RESERVE),
             log=None,
             error_log=logger,
+            # Without it, pywsgi asks the DNS for the name.
             environ={"SERVER_NAME": "xaiproxy"},
-        )  # else pywsgi asks the DNS for its name
+        )
+        # do_read logs it.
+        gevent.get_hub().NOT_ERROR += (NoDescriptor,)
         self.connections = connections
         self.busy = 0
         self.settings = settings
         self.proxy = proxy
         self.keep_alive = keep_alive_lines(settings.keepalive_timeout)
         self.draining = False
-        # Sockets that may be closed for others, longest first:
-        self.idle: dict[Any, None] = {}  # between two requests
-        self.waiting: dict[
-            Any, float
-        ] = {}  # that owe us a whole head, the idle ones among them: since when
-        self.answered: dict[
-            Any, None
-        ] = {}  # whose client has yet to read an answer, or to close after its last one
-        self._crowded = False
-        self._short = False
-        self._next_warning = {
-            "descriptors": 0.0,
-            "connections": 0.0,
-        }  # no line about them before this time
+        # Sockets that may be closed for others, the longest waiting first:
+        # between two requests,
+        self.idle: dict[Any, None] = {}
+        # without a complete request head, those between two requests among them, and since when,
+        self.waiting: dict[Any, float] = {}
+        # and whose client has yet to read a response, or to close after its last one.
+        self.answered: dict[Any, None] = {}
+        self._enforcing_limit = False
+        self._is_short_of_descriptors = False
+        # No log line about a shortage before this time.
+        self._next_warning = {"descriptors": 0.0, "connections": 0.0}
 
     def do_read(self) -> Any:
         try:
@@ -91,20 +90,22 @@ class Server(pywsgi.WSGIServer):
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE):
                 raise
-            if not self._has_queue():  # the kernel asks for a descriptor first
+            # The kernel takes a descriptor before it checks for a connection.
+            if not self._has_queue():
                 return None
-            any(_end_if_quiet(sock) for sock in self.idle)
+            any(_end_unless_readable(sock) for sock in self.idle)
             if self._is_warning_due("descriptors"):
-                self._short = True
+                self._is_short_of_descriptors = True
                 logger.error(
-                    "%s, with %d connections: new ones wait until others end; raise the limit with ulimit -n, "
-                    "or lower XAI_PROXY_MAX_CONNECTIONS",
+                    "%s, with %d connections: new ones wait until others end; "
+                    "raise the limit with ulimit -n, or lower XAI_PROXY_MAX_CONNECTIONS",
                     error.strerror,
                     len(self.pool),
                 )
-            raise NoDescriptor(*error.args) from error  # gevent looks at them
-        if self._short and accepted:
-            self._short = False
+            # gevent reads the error number from the arguments.
+            raise NoDescriptor(*error.args) from error
+        if self._is_short_of_descriptors and accepted:
+            self._is_short_of_descriptors = False
             logger.info("connections are accepted again")
         return accepted
 
@@ -123,85 +124,92 @@ class Server(pywsgi.WSGIServer):
         super().do_handle(*accepted)
         if len(self.pool) > self.connections:
             self._make_room()
-            if not self._crowded:
-                self._crowded = True
-                gevent.spawn(self._watch_crowd)
+            if not self._enforcing_limit:
+                self._enforcing_limit = True
+                gevent.spawn(self._enforce_limit)
 
     def _make_room(self) -> None:
-        """End the connection that has waited longest; one whose first request is due, only when the reserve is full."""
+        """End the connection that has been idle longest.
+
+        One that owes its first request is ended only when the reserve is full.
+        """
         full = self.full()
         for sock in self.waiting:
             if not full and sock not in self.idle:
                 return
-            if _end_if_quiet(sock):
+            if _end_unless_readable(sock):
                 return
         if full and self.answered:
-            _end(next(iter(self.answered)), socket.SHUT_RDWR)  # even if it has unread bytes
+            # Even with unread bytes.
+            _end(next(iter(self.answered)), socket.SHUT_RDWR)
 
-    def _watch_crowd(self) -> None:
-        """While there are more than `connections`, end those whose head has not come within PATIENCE."""
+    def _enforce_limit(self) -> None:
+        """While there are too many connections, end those without a head after HEAD_TIMEOUT."""
         while len(self.pool) > self.connections:
-            gevent.sleep(PATIENCE / 10)
-            self._end_waiting(PATIENCE)
+            gevent.sleep(HEAD_TIMEOUT / 10)
+            self._end_waiting(HEAD_TIMEOUT)
             if self.full() and self._has_queue():
                 self._make_room()
-        self._crowded = False
+        self._enforcing_limit = False
 
     def is_reserve_in_use(self) -> bool:
-        """Whether the next request is one in the reserve; logged."""
+        """Whether the next request is in the reserve, which is logged."""
         if self.busy < self.connections:
             return False
         if self._is_warning_due("connections"):
             logger.warning(
-                "all %d connections have a request: further ones get 503; raise XAI_PROXY_MAX_CONNECTIONS",
+                "all %d connections have a request: further requests get 503; "
+                "raise XAI_PROXY_MAX_CONNECTIONS",
                 self.connections,
             )
         return True
 
-    def _end_waiting(self, patience: float) -> None:
-        """End connections whose head has not come for so long; idle ones owe none yet."""
-        due = time.monotonic() - patience
+    def _end_waiting(self, timeout: float) -> None:
+        """End connections without a complete head after `timeout`; idle ones owe none yet."""
+        due = time.monotonic() - timeout
         for sock, since in self.waiting.items():
             if since > due:
                 break
             if sock not in self.idle:
-                _end_if_quiet(sock)
+                _end_unless_readable(sock)
 
     def _end_answered(self) -> None:
-        """Wait no longer for clients that have their last answer to close."""
+        """End connections whose client has its last response and does not close."""
         for sock in self.answered:
             _end(sock, socket.SHUT_RD)
 
-    def drain(self, cut: gevent.event.Event) -> None:
-        """Stop accepting, close idle connections, wait for open answers, then cut what is left.
+    def drain(self, abort: gevent.event.Event) -> None:
+        """Stop accepting, close idle connections, wait for open responses, then abort the rest.
 
-        What reached the kernel before is answered. `cut`: set to end the wait early.
+        Requests that have reached the kernel are answered. `abort`: set to end the wait early.
         """
         self.draining = True
-        for _ in range(BACKLOG):  # closing would reset the connections that wait in the kernel
+        # Closing the listener would reset the connections that wait in the kernel.
+        for _ in range(BACKLOG):
             if not self._has_queue():
                 break
             gevent.sleep(TURN)
         self.close()
         for sock in self.idle:
-            _end_if_quiet(sock)
-        gevent.spawn_later(PATIENCE, self._end_waiting, 0)  # new ones' requests may be on their way
-        gevent.spawn_later(PATIENCE, self._end_answered)
+            _end_unless_readable(sock)
+        # The requests of new connections may be on their way.
+        gevent.spawn_later(HEAD_TIMEOUT, self._end_waiting, 0)
+        gevent.spawn_later(HEAD_TIMEOUT, self._end_answered)
         if len(self.pool):
             logger.info(
-                "stopping; %d open answers get %g s to finish",
+                "stopping; %d open responses have %g s to finish",
                 len(self.pool),
                 self.settings.drain_timeout,
             )
         finished = gevent.spawn(self.pool.join)
-        gevent.wait([finished, cut], timeout=self.settings.drain_timeout, count=1)
+        gevent.wait([finished, abort], timeout=self.settings.drain_timeout, count=1)
         if len(self.pool):
-            logger.warning("cutting %d open answers", len(self.pool))
+            logger.warning("aborting %d open responses", len(self.pool))
             self.pool.kill(Cut, timeout=5)
 
 
-def _end_if_quiet(sock: socket.socket) -> bool:
-    """Let its handler read an end, unless it has unread bytes; return whether it was ended."""
+def _end_unless_readable(sock: socket.socket) -> bool:
+    """Have its handler read an end, unless it has unread bytes; return whether it was ended."""
     try:
         sock.recv(1, socket.MSG_PEEK)
     except BlockingIOError:
@@ -218,7 +226,7 @@ def _end(sock: socket.socket, how: int) -> None:
 
 
 def keep_alive_lines(timeout: float) -> str:
-    """The header lines, each after its CRLF, of an answer whose connection stays open for `timeout` seconds."""
+    """The header lines, each after a CRLF, of a response whose connection stays open."""
     announced = max(1, int(timeout) - KEEPALIVE_MARGIN)
     return "\r\nConnection: keep-alive" + (
         f"\r\nKeep-Alive: timeout={announced}" if announced + 1 <= timeout else ""
