@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from xaiproxy.line_writer import CLOSE_TIME, LINE_LIMIT, WAIT_LIMIT, LineWriter
+from xaiproxy.line_writer import CLOSE_TIMEOUT, LINE_LIMIT, WAIT_LIMIT, LineWriter
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 SET_PIPE_SIZE = 1031  # F_SETPIPE_SZ, which fcntl names from Python 3.10.1 on
@@ -216,7 +216,7 @@ def test_a_reader_that_left_a_full_pipe_behind_is_not_waited_for(pipe: Pipe) -> 
     assert not pipe.writer.waiting and pipe.writer.dropped > 1000
     start = time.monotonic()
     pipe.writer.close()
-    assert time.monotonic() - start < CLOSE_TIME / 2
+    assert time.monotonic() - start < CLOSE_TIMEOUT / 2
 
 
 def test_a_terminal_that_is_gone_is_no_error() -> None:
@@ -314,4 +314,4 @@ def test_at_the_end_nobody_is_waited_for_longer_than_a_second(pipe: Pipe) -> Non
     pipe.writer.write(lines(0, 3000))
     start = time.monotonic()
     pipe.writer.close()
-    assert CLOSE_TIME <= time.monotonic() - start < CLOSE_TIME + 1
+    assert CLOSE_TIMEOUT <= time.monotonic() - start < CLOSE_TIMEOUT + 1

@@ -217,7 +217,7 @@ def test_what_fits_is_not_cut(json_pipe):
 
 @pytest.mark.parametrize("secret", [ACCESS, REFRESH, KEY, "Bearer abc+def/ghi="])
 @pytest.mark.parametrize("before", ["", "token=", "\n", "\x01", '"', "x" * 960 + " ", "\\"])
-def test_a_secret_is_blotted_out_wherever_it_comes(secret, before, pipe):
+def test_a_secret_is_redacted_wherever_it_comes(secret, before, pipe):
     logger.info("%s", before + secret)
     logger.info(
         "request",
@@ -260,7 +260,7 @@ def test_what_a_full_pipe_does_not_take_waits_and_what_is_too_much_is_dropped_an
         range(kept)
     ) and kept > 1000
     assert (
-        f"{5000 - kept} log lines were dropped: nobody read them in time" in told
+        f"{5000 - kept} log lines were dropped: the log was not read in time" in told
         and "warning" in told.lower()
     )
     logger.info("and no more of that")

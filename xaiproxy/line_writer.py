@@ -1,12 +1,14 @@
-"""Log lines to a descriptor whose reader may be slow, stopped or gone: no write ever waits for it.
+"""Log lines to a descriptor whose reader may be slow, stopped or gone: no write waits for it.
 
-What does not fit waits, up to WAIT_LIMIT bytes. Lines beyond that are dropped and counted, and a line says how many as
-soon as there is room for it. The rules that a change must keep:
+Lines that do not fit wait, up to WAIT_LIMIT bytes. Lines beyond that are dropped and counted, and
+a notice gives their number as soon as there is room. Rules that a change must keep:
 
-1. A write is shorter than PIPE_BUF, so that a pipe takes it whole or not at all (pipe(7)), and follows a poll of its
-   own, with time-out zero, that reports room: the write before it may have filled the pipe.
-2. A descriptor that was handed in never becomes O_NONBLOCK: that is a mode of the open file, which the shell shares.
-3. A write that fails (EPIPE, EIO) ends nothing: what waits is dropped, and the next line tries again.
+1. A write is shorter than PIPE_BUF, so that a pipe takes all of it or nothing (pipe(7)), and follows
+   a poll of its own, with timeout 0, that reports room: the write before may have filled the pipe.
+2. A descriptor that was passed in never becomes O_NONBLOCK, which is a mode of the open file and so
+   of the shell's, too.
+3. A failed write (EPIPE, EIO) ends nothing: the waiting lines are dropped, and the next line tries
+   again.
 """
 
 import contextlib
@@ -20,19 +22,20 @@ from typing import Any
 LINE_LIMIT = select.PIPE_BUF - 1
 WAIT_LIMIT = 256 * 1024  # bytes
 ROOM = WAIT_LIMIT - LINE_LIMIT  # the rest is for a notice
-CLOSE_TIME = 1.0  # seconds that a reader gets at the end to take what waits
+DROPPED = "%d log lines were dropped: the log was not read in time"
+CLOSE_TIMEOUT = 1.0  # seconds for the reader to take the waiting lines at the end
 
 
 class LineWriter:
     def __init__(
         self, fd: int, notice: Callable[[int], bytes], poll: Callable[[], Any] = select.poll
     ):
-        """`notice`: the line that tells of so many dropped lines. `poll`: select.poll, unpatched by gevent."""
-        self.dropped = 0  # lines that no notice has told of yet
+        """`notice`: returns the line about so many dropped lines; `poll`: unpatched by gevent."""
+        self.dropped = 0  # lines that are in no notice yet
         self._given = fd
         self._notice = notice
         self._make_poll = poll
-        # Each with the number of lines that are lost with it: a notice stands for all that it tells of.
+        # Each with the number of lines that would be lost with it: a notice stands for all of its.
         self._waiting: deque[tuple[bytes, int]] = deque()
         self._size = 0  # bytes in them
         self._open()
@@ -40,7 +43,7 @@ class LineWriter:
     def _open(self) -> None:
         self.fd = self._given
         if os.isatty(self.fd):
-            # A terminal stopped with Ctrl-S may have room for half a line, for which only O_NONBLOCK helps.
+            # A terminal stopped with Ctrl-S may take half a line, which only O_NONBLOCK handles.
             with contextlib.suppress(OSError):
                 self.fd = os.open(
                     os.ttyname(self.fd), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
@@ -53,7 +56,10 @@ class LineWriter:
         return bool(self._waiting)
 
     def write(self, lines: Iterable[bytes]) -> None:
-        """Write what waits and then `lines`, as far as it fits. Each has its line end, within LINE_LIMIT bytes."""
+        """Write the waiting lines and then `lines`, as far as they fit.
+
+        `lines`: each with its line end, and of at most LINE_LIMIT bytes.
+        """
         for line in lines:
             size = len(line)
             if self._size + size > ROOM:
@@ -68,8 +74,8 @@ class LineWriter:
         self._drain()
 
     def close(self) -> None:
-        """Give the reader CLOSE_TIME for what waits. A line that is written later opens a terminal anew."""
-        end = time.monotonic() + CLOSE_TIME
+        """Write the waiting lines within CLOSE_TIMEOUT. A later write opens a terminal again."""
+        end = time.monotonic() + CLOSE_TIMEOUT
         self._drain()
         while self._waiting and (left := end - time.monotonic()) > 0:
             self._poll.poll(left * 1000)
@@ -93,9 +99,8 @@ class LineWriter:
             data, count = self._take()
             try:
                 written = os.write(self.fd, data)
-            except (
-                BlockingIOError
-            ):  # somebody else made it O_NONBLOCK, and has filled it since the poll
+            except BlockingIOError:
+                # Another process made it O_NONBLOCK, and the pipe was filled after the poll.
                 written = 0
             except OSError:
                 self.dropped += count + sum(count for _, count in self._waiting)
@@ -106,11 +111,12 @@ class LineWriter:
                 self._waiting.appendleft((data[written:], count))
                 self._size += len(data) - written
                 return
-        if self.dropped and not self._waiting:  # no room for the notice: it waits, too
+        # Without room, the notice waits, too.
+        if self.dropped and not self._waiting:
             self._append_notice()
 
     def _take(self) -> tuple[bytes, int]:
-        """The next lines, as many as one write may have, and their number."""
+        """The next lines, as many as fit in one write, and their number."""
         waiting = self._waiting
         line, count = waiting.popleft()
         lines, size = [line], len(line)
