@@ -1,6 +1,6 @@
-"""The addresses of a name, and a connection to the first of them that answers (RFC 8305).
+"""Hosts: the addresses of a name, and a connection to the first one that answers (RFC 8305).
 
-Plain Python, for both sides. Under gevent the sockets and select.poll are the cooperative ones.
+Plain Python, for both processes. Under gevent, the sockets and select.poll are its own.
 """
 
 import errno
@@ -29,7 +29,7 @@ def look_up(
     Raises socket.gaierror.
     """
     families: dict[int, list[Address]] = {}
-    # Bytes, since text would be taken through IDNA, which has its own errors.
+    # Bytes, because text is encoded by IDNA, which raises errors of its own.
     for address in dict.fromkeys(getaddrinfo(host.encode(), port, type=socket.SOCK_STREAM)):
         families.setdefault(address[0], []).append(address)
     turns = itertools.zip_longest(*families.values())
@@ -45,9 +45,11 @@ def connect(
     """Connect to the first address that answers (RFC 8305 section 5); return the socket and it.
 
     An attempt starts ATTEMPT_DELAY after the one before it, or as soon as that one has failed.
-    `timeout`: seconds for all attempts together, and the time-out of the socket; `options`: for
-    setsockopt; `failed`: called with each address whose attempt failed or took too long. Raises the
-    last attempt's OSError, or TimeoutError.
+    Raises the last attempt's OSError, or TimeoutError.
+
+    `timeout`: seconds for all attempts together, and the timeout of the socket
+    `options`: arguments of setsockopt
+    `failed`: called with each address whose attempt failed or timed out
     """
     deadline = math.inf if timeout is None else time.monotonic() + timeout
     waiting = deque(addresses)
@@ -64,7 +66,7 @@ def connect(
                 raise TimeoutError("timed out")
             if waiting and (now >= due or not attempts):
                 address = waiting.popleft()
-                # With no other attempt to wait for, connect waits by itself: under gevent a poll costs far more.
+                # A single attempt needs no poll, which costs far more under gevent.
                 wait = 0 if attempts else min(ATTEMPT_DELAY, deadline - now)
                 try:
                     sock, connected = _attempt(address, options, wait)
@@ -101,7 +103,10 @@ def connect(
 def _attempt(
     address: Address, options: Iterable[tuple[int, int, int]], wait: float
 ) -> tuple[socket.socket, bool]:
-    """A socket, and whether it has connected within `wait` seconds; if not, it goes on. Raises OSError."""
+    """A socket, and whether it has connected within `wait` seconds; if not, it still connects.
+
+    Raises OSError.
+    """
     family, kind, protocol, _, target = address
     sock = socket.socket(family, kind, protocol)
     try:
@@ -109,7 +114,8 @@ def _attempt(
             sock.setsockopt(*option)
         sock.settimeout(wait)
         code = sock.connect_ex(target)
-        if code not in (0, errno.EINPROGRESS, errno.EAGAIN):  # EAGAIN: the time is over
+        # EAGAIN: `wait` is over.
+        if code not in (0, errno.EINPROGRESS, errno.EAGAIN):
             raise OSError(code, os.strerror(code))
         sock.setblocking(False)
         return sock, code == 0
@@ -131,5 +137,5 @@ def is_loopback(host: str | None) -> bool:
 
 
 def is_authority(netloc: str) -> bool:
-    """Whether it is a host and at most a port; what one parser takes for its host another may cut at another character."""
+    """Whether it is a host and at most a port, which every URL parser reads alike."""
     return re.fullmatch(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]*)?", netloc) is not None

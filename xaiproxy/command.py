@@ -1,4 +1,4 @@
-"""How every command of ours parses its line and ends: one sentence on stderr and an exit code of sysexits.h."""
+"""How every command parses its arguments and ends: one sentence on stderr and an exit code."""
 
 import argparse
 import contextlib
@@ -8,25 +8,25 @@ import select
 import signal
 import sys
 from collections.abc import Callable
-from typing import NoReturn, TextIO
+from typing import IO, Any, NoReturn
 
 from xaiproxy import __version__, errors
 
-PATIENCE = 1.0  # seconds that the reader of a full stderr gets to make room for a sentence
-RESULT_LIMIT = 1 << 20  # bytes; what a command prints is shorter
+STDERR_TIMEOUT = 1.0  # seconds for the reader of a full stderr to make room for a sentence
+RESULT_LIMIT = 1 << 20  # bytes; no command prints more
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse with --version, exit code 64 for a wrong command line, and worked examples kept as they are written."""
+    """argparse with --version, exit code 64 for wrong arguments, and examples printed verbatim."""
 
-    def __init__(self, **arguments):
+    def __init__(self, **arguments: Any):
         super().__init__(
             formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **arguments
         )
         self.add_argument("--version", action="version", version=__version__)
 
-    def parse_args(self, *arguments, **keywords) -> argparse.Namespace:
-        """What every command does first."""
+    def parse_args(self, *arguments: Any, **keywords: Any) -> Any:
+        """Open the standard streams, which must come first in every command, and parse."""
         open_standard_streams()
         return super().parse_args(*arguments, **keywords)
 
@@ -44,31 +44,31 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def open_standard_streams() -> None:
-    """Open each of stdin, stdout and stderr that is closed: the next file to be opened would take its place.
+    """Open each of stdin, stdout and stderr that is closed, before another file gets its number.
 
-    stdin is then at its end. Writes to stdout fail, so that no result is lost in silence; stderr takes everything.
+    stdin is then at its end. Writes to stdout fail, so that no result is lost unnoticed, and stderr
+    discards everything.
 
-    stdout gets a buffer that holds all results, also with PYTHONUNBUFFERED: what could not be written stays in it, and
-    flush_results fails.
+    stdout gets a buffer that holds every result, even with PYTHONUNBUFFERED: flush_results fails if
+    it cannot be written.
     """
     for fd, flags in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)):
         try:
             os.fstat(fd)
         except OSError:
-            os.set_inheritable(
-                os.open(os.devnull, flags), True
-            )  # the lowest free descriptor: this one
-    sys.stdin = sys.stdin or open(0, closefd=False)
+            # The lowest free descriptor, which is this one.
+            os.set_inheritable(os.open(os.devnull, flags), True)
+    sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
     if sys.stdout is sys.__stdout__:
-        encoding = sys.stdout and sys.stdout.encoding
-        sys.stdout = open(1, "w", RESULT_LIMIT, encoding=encoding, closefd=False)
-    sys.stderr = sys.stderr or open(2, "w", errors="backslashreplace", closefd=False)
+        encoding = sys.stdout.encoding if sys.stdout else None
+        sys.stdout = os.fdopen(1, "w", RESULT_LIMIT, encoding=encoding, closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", errors="backslashreplace", closefd=False)
 
 
 def hangup() -> int:
-    """The signal that SIGHUP amounts to: SIGTERM if it means that the terminal was closed, else itself.
+    """The signal that SIGHUP stands for: SIGTERM if it means a closed terminal, else SIGHUP.
 
-    To be called before a handler of SIGHUP is installed: nohup(1) has it ignored.
+    Call it before a handler of SIGHUP is installed, because nohup(1) has SIGHUP ignored.
     """
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN and _has_terminal():
         return signal.SIGTERM
@@ -85,11 +85,10 @@ def _has_terminal() -> bool:
 
 
 def run(name: str, body: Callable[[], int | None]) -> int:
-    """Return body's exit code, or the one of the Error it raised, whose sentence is then printed."""
+    """Return the exit code of `body`, or that of the Error it raises, whose sentence is printed."""
     _forbid_core_dumps()
-    os.umask(
-        os.umask(0o077) | 0o022
-    )  # nothing that is made can be written by others, also where the umask is 0
+    # Even with umask 0, other users cannot write to files that are created.
+    os.umask(os.umask(0o077) | 0o022)
     try:
         status = body() or 0
         flush_results()
@@ -105,29 +104,32 @@ def run(name: str, body: Callable[[], int | None]) -> int:
 
 
 def say(sentence: str) -> None:
-    """Print it on stderr. The command goes on if that fails, and after PATIENCE if a full pipe is not read."""
+    """Print it on stderr, unless that fails, or is a full pipe without a reader."""
     poll = select.poll()
     poll.register(2, select.POLLOUT)
-    if poll.poll(PATIENCE * 1000):
+    if poll.poll(STDERR_TIMEOUT * 1000):
         with contextlib.suppress(OSError):
             print(sentence, file=sys.stderr)
         _flush(sys.stderr)
 
 
 def _forbid_core_dumps() -> None:
-    """They would hold tokens. 1 byte, not 0, has the kernel hand none to a program such as systemd-coredump either."""
+    """Core dumps would hold tokens.
+
+    With 1 byte, not 0, the kernel pipes none to a program such as systemd-coredump either.
+    """
     hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
     resource.setrlimit(resource.RLIMIT_CORE, (1 if hard else 0, hard))
 
 
 def flush_results(outcome: str = "it is done, but") -> None:
-    """Write out what was printed to stdout. Raises an Error, which begins with `outcome`, if that fails."""
+    """Write what was printed to stdout. Raises an Error, which begins with `outcome`."""
     if error := _flush(sys.stdout):
         raise errors.Error(f"{outcome} the result cannot be printed: {error.strerror}") from error
 
 
-def _flush(stream: TextIO) -> OSError | None:
-    """The failure, if there is one; what it leaves in the buffer cannot fail once more at the end of the process."""
+def _flush(stream: IO[str]) -> OSError | None:
+    """Return the failure, if any; the unwritten rest is discarded and cannot fail again at exit."""
     try:
         stream.flush()
     except OSError as error:

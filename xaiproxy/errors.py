@@ -1,11 +1,13 @@
 """Every exception of the package, grouped by what its handler does next.
 
-`Error` is the one base: its text is one sentence (what happened, to what, what to do), and only a command's
-`main` catches it, prints that sentence and ends with `exit_code` (sysexits.h). Below it stand three groups:
+`Error` is the base: its text is one sentence (what happened, to what, what to do). Only a command's
+`main` catches it, prints the sentence and ends with `exit_code` (sysexits.h). There are three
+groups:
 
-- what ends or blocks a command: `UsageError`, `ConfigurationError`, `LoginUnusable`, `StorageError`, `LockBusy`;
-- what the issuer said: `IssuerUnavailable` (try again) and `OAuthError` (RFC 6749 section 5.2) with its kinds;
-- what the proxy answers of its own: `Refusal`, which carries the HTTP status, a stable code and headers.
+- what ends or blocks a command: `UsageError`, `ConfigurationError`, `LoginUnusable`,
+  `StorageError`, `LockBusy`;
+- errors of the issuer: `IssuerUnavailable` (retry) and `OAuthError` (RFC 6749 section 5.2);
+- responses that the proxy makes itself: `Refusal`, with its HTTP status, code and header fields.
 """
 
 import contextlib
@@ -22,56 +24,55 @@ EXIT_SIGN_IN = 77
 EXIT_CONFIGURATION = 78
 EXIT_INTERRUPTED = 130
 
-NO_RETRY = (
-    ("x-should-retry", "false"),
-)  # SDKs and Claude Code go by it, and would retry most of these for minutes
-CHALLENGE = (
-    ("WWW-Authenticate", 'Bearer realm="xaiproxy"'),
-)  # every 401 has one (RFC 9110 section 15.5.2)
+# SDKs and Claude Code obey it, and would otherwise retry most of these errors for minutes.
+NO_RETRY = (("x-should-retry", "false"),)
+# Every 401 has one (RFC 9110 section 15.5.2).
+CHALLENGE = (("WWW-Authenticate", 'Bearer realm="xaiproxy"'),)
 
 CHECKOUT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def typed(line: str) -> str:
-    """A command line of ours in backticks, so that it works when typed in a new shell.
+    """A command line of ours in backticks, as it works when typed in a new shell.
 
-    `line`: begins with the command's name. From a checkout that is bin/NAME, with the checkout's path unless this program
-    writes to a terminal in that very folder. Otherwise the bare name if it is on PATH; or else, also in an activated virtual environment, the
-    path of the folder that this program was started from.
+    `line`: begins with the command's name.
+
+    In a checkout that is bin/NAME, with the checkout's path unless this program writes to a
+    terminal in that folder. Otherwise it is the name alone if it is on PATH, or else, also in an
+    activated virtual environment, with the path of the folder that this program was started from.
     """
     name, space, arguments = line.partition(" ")
     script = f"{CHECKOUT}/bin/{name}"
     if os.path.exists(script):
         return f"`{_from_here('bin/' + name)}{space}{arguments}`"
-    import shutil  # slow to import, and not needed in a checkout
+    # Slow to import, and not needed in a checkout.
+    import shutil
 
     script = os.path.join(os.path.dirname(sys.argv[0]), name)
     on_path = shutil.which(name) and "VIRTUAL_ENV" not in os.environ
-    return f"`{name if on_path or not os.path.exists(script) else shlex.quote(script)}{space}{arguments}`"
+    command = name if on_path or not os.path.exists(script) else shlex.quote(script)
+    return f"`{command}{space}{arguments}`"
 
 
 def _from_here(path: str) -> str:
-    """A path below the checkout, as it can be typed where the messages of this program are read."""
-    with contextlib.suppress(
-        AttributeError, ValueError, OSError
-    ):  # no stderr, or no working directory any more
+    """A path below the checkout, as it can be typed where this program's messages are read."""
+    # There may be no stderr, or no working directory any more.
+    with contextlib.suppress(AttributeError, ValueError, OSError):
         if sys.stderr.isatty() and os.path.samefile(".", CHECKOUT):
             return path
     return shlex.quote(f"{CHECKOUT}/{path}")
 
 
 def _activate() -> str:
-    """What to source so that the supervisord of this program's environment is found."""
+    """The script to source so that the supervisord of this environment is found."""
     folder = os.path.dirname(sys.executable)
-    return (
-        _from_here(".venv/bin/activate")
-        if folder == f"{CHECKOUT}/.venv/bin"
-        else shlex.quote(f"{folder}/activate")
-    )
+    if folder == f"{CHECKOUT}/.venv/bin":
+        return _from_here(".venv/bin/activate")
+    return shlex.quote(f"{folder}/activate")
 
 
 SIGN_IN = f"run {typed('xai-login --device')} to sign in"
-# What keeps a login alive and serves it.
+# How to keep a login alive and serve it.
 SERVE = (
     f"`. {_activate()} && supervisord -c {_from_here('conf/supervisord.conf')}`"
     if os.path.exists(f"{CHECKOUT}/conf/supervisord.conf")
@@ -84,15 +85,15 @@ class Error(Exception):
 
 
 class UsageError(Error):
-    """A command was given something it cannot work with."""
+    """A command got an argument that it cannot use."""
 
     exit_code = EXIT_USAGE
 
 
 class ConfigurationError(Error):
-    """A setting that cannot be; names the variable, what it got and what it takes.
+    """A wrong setting; the message names the variable, what it must be, and its value.
 
-    `setting`: the variable that is wrong or was probably meant; None when it may be any.
+    `setting`: the variable that is wrong or was probably meant; None if it may be any
     """
 
     exit_code = EXIT_CONFIGURATION
@@ -103,18 +104,17 @@ class ConfigurationError(Error):
 
 
 class StorageError(Error):
-    """The token folder would not take a file (full, read-only, not ours)."""
+    """A file cannot be written to the token folder (full, read-only, another user's)."""
 
 
 class LockBusy(Error):
-    """Another process has held the token lock for longer than we were willing to wait."""
+    """Another process has held the token lock for longer than the timeout."""
 
 
 class LoginUnusable(Error):
-    """There is no login that can be used as it is.
+    """No login can be used. This is a state to wait in, like signed out, not a reason to exit.
 
-    `state` is one of missing, unreadable, corrupt, foreign, not_ours, symlink, replaced: a state to wait in, like signed out,
-    not a reason to exit.
+    `state`: missing, unreadable, corrupt, foreign, not_ours, symlink or replaced
     """
 
     exit_code = EXIT_SIGN_IN
@@ -125,9 +125,9 @@ class LoginUnusable(Error):
 
 
 class LoginUnread(LoginUnusable):
-    """The token file could not be read for a reason that says nothing about it (no descriptor free, a disk's error).
+    """The token file could not be read, but the next read may succeed.
 
-    The next read may succeed.
+    The reason lies elsewhere: no free file descriptor, a disk error.
     """
 
     exit_code = EXIT_TRY_AGAIN
@@ -137,12 +137,12 @@ class LoginUnread(LoginUnusable):
 
 
 class IssuerUnavailable(Error):
-    """The issuer gave no usable answer; the same request may be made again later.
+    """The issuer gave no usable response; the request can be repeated later.
 
-    sent: whether the issuer may have acted on the request (its answer then being lost).
-    retry_after: seconds that the issuer asked us to wait, or None.
-    refused: whether it is a 400 or 401 whose error code, if any, we do not know.
-    page: whether the answer was an HTML page.
+    `sent`: whether the issuer may have acted on the request, so that its response was lost
+    `retry_after`: seconds to wait, as the issuer requests, or None
+    `refused`: whether it is a 400 or 401 with an unknown error code, or none
+    `page`: whether the response is an HTML page
     """
 
     exit_code = EXIT_UNAVAILABLE
@@ -164,9 +164,9 @@ class IssuerUnavailable(Error):
 
 
 class OAuthError(Error):
-    """An error response of RFC 6749 section 5.2 (`error`, `description`), or one that we classed as such.
+    """An error response of RFC 6749 section 5.2, or one that is treated as such.
 
-    sent: whether its status was 2xx, so that the issuer may have acted on the request all the same.
+    `sent`: whether its status was 2xx, so that the issuer may have acted on the request
     """
 
     exit_code = EXIT_SIGN_IN
@@ -179,53 +179,55 @@ class OAuthError(Error):
 
 
 class GrantRefused(OAuthError):
-    """The code or refresh token is dead (invalid_grant and its kin): only a new login helps.
+    """The code or refresh token is dead (invalid_grant and the like): only a new login helps.
 
-    certain: whether that is the issuer's own word (RFC 6749 section 5.2's spelling, place and status). A refresh token
-    that is refused in another way is dead once several tries in a row got the same answer.
+    `certain`: whether spelling, place and status are those of RFC 6749 section 5.2. If not, the
+    refresh token is dead once several tries in a row get the same response.
     """
 
     certain = True
 
 
 class ForeignLogin(OAuthError):
-    """The issuer answered with a login that another program began (OpenID Connect Core section 3.1.3.7, nonce)."""
+    """The login was begun by another program (OpenID Connect Core section 3.1.3.7, nonce)."""
 
 
 class ClientRejected(OAuthError):
-    """invalid_client, unauthorized_client: the issuer rejects our client_id at the moment; seen to heal by itself."""
+    """The issuer rejects our client_id (invalid_client, unauthorized_client) for the moment."""
 
 
 class NotEntitled(OAuthError):
-    """403 in JSON: the account's plan is refused, not the login; signing in again does not help."""
+    """403 in JSON: the account's plan is refused, so that a new login does not help."""
 
 
 class AuthorizationPending(OAuthError):
-    """RFC 8628 section 3.5: ask again after the interval."""
+    """RFC 8628 section 3.5: poll again after the interval."""
 
 
 class SlowDown(AuthorizationPending):
     """RFC 8628 section 3.5: pending, and the interval grows by 5 seconds for good.
 
-    interval: what the issuer named along with it, whatever that is.
+    `interval`: the response's own member of this name, of any type
     """
 
     interval: object = None
 
 
 class AccessDenied(OAuthError):
-    """The person said no."""
+    """The user denied the login."""
 
 
 class ExpiredToken(OAuthError):
-    """The device code ended before it was approved."""
+    """The device code expired before it was approved."""
 
 
 class Refusal(Error):
-    """An answer that the proxy makes itself: JSON {"error": {message, type, code}} and X-XAI-Proxy-Error: code.
+    """A response of the proxy itself: {"error": {message, type, code}} and X-XAI-Proxy-Error: code.
 
-    With a 4xx nothing would be won by a retry, and each says so.
-    close: the connection ends with it, since what follows on it cannot be trusted or was never read.
+    Each 4xx tells clients not to retry, which would not help.
+
+    `close`: whether the connection ends, since what follows on it cannot be trusted or was never
+    read
     """
 
     status = 500
@@ -242,12 +244,8 @@ class Refusal(Error):
 
     def rendered(self) -> tuple[str, list[tuple[str, str]], bytes]:
         """The WSGI status, the header fields and the body."""
-        body = (
-            json.dumps(
-                {"error": {"message": str(self), "type": self.type, "code": self.code}}
-            ).encode()
-            + b"\n"
-        )
+        error = {"message": str(self), "type": self.type, "code": self.code}
+        body = json.dumps({"error": error}).encode() + b"\n"
         fields = [
             ("Content-Type", "application/json"),
             ("Content-Length", str(len(body))),
@@ -297,7 +295,7 @@ class ClientTimeout(Refusal):
 
 
 class UpstreamUnreachable(Refusal):
-    """502. may_retry: whether SDKs shall send the request again by themselves, since that repeats no paid work."""
+    """502. `may_retry`: whether SDKs may repeat the request, since that repeats no paid work."""
 
     status, code = 502, "upstream_unreachable"
 
@@ -306,7 +304,10 @@ class UpstreamUnreachable(Refusal):
 
 
 class TokenUnavailable(Refusal):
-    """503: expired, and the refresher has no new token yet. retry_after: seconds, 1 to 10."""
+    """503: the access token has expired, and there is no new one yet.
+
+    `retry_after`: seconds, 1 to 10
+    """
 
     status, code = 503, "token_unavailable"
 
@@ -332,8 +333,11 @@ class LoopDetected(Refusal):
 
 
 class ClientGone(Exception):
-    """The client closed its side. Thrown into the greenlet that serves it, so that upstream is closed at once."""
+    """The client closed its side.
+
+    Thrown into the greenlet that serves it, so that the upstream connection is closed at once.
+    """
 
 
 class UpstreamBroken(Exception):
-    """Upstream died in mid-answer: the client's framing must be left unfinished."""
+    """Upstream broke in the middle of a response: the client's framing must stay unfinished."""

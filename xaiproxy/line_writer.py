@@ -3,7 +3,7 @@
 Lines that do not fit wait, up to WAIT_LIMIT bytes. Lines beyond that are dropped and counted, and
 a notice gives their number as soon as there is room. Rules that a change must keep:
 
-1. A write is shorter than PIPE_BUF, so that a pipe takes all of it or nothing (pipe(7)), and follows
+1. A write is shorter than PIPE_BUF, so that a pipe takes all of it or nothing (pipe(7)). It follows
    a poll of its own, with timeout 0, that reports room: the write before may have filled the pipe.
 2. A descriptor that was passed in never becomes O_NONBLOCK, which is a mode of the open file and so
    of the shell's, too.

@@ -1,21 +1,23 @@
-"""The plug-in inside supervisord: a program that cannot run ends them all with status 70, and no log line blocks.
+"""A plug-in for supervisord: a program that cannot run ends all, and no log line blocks.
 
-supervisord gives up on a program that keeps failing at its start, and lives on without it: the container looks
-healthy and serves nobody. The usual event listener then sends supervisord a SIGTERM, at which it ends with
-status 0, so that `restart: on-failure` leaves the container down. From inside both can be done rightly: the other
-programs are stopped in their order and drain, and whoever started supervisord sees a failure. A program that ends
-with status 78 is not started again at all: a wrong setting does not heal.
+supervisord gives up on a program that keeps failing at its start, and goes on without it: the
+container looks healthy and serves no requests. The usual event listener then sends supervisord a
+SIGTERM, which ends it with status 0, so that `restart: on-failure` leaves the container down. From
+inside, both can be right: the other programs are stopped in their order and drain, and supervisord
+ends with a failure. A program that ends with status 78 is not restarted at all, because a wrong
+setting does not heal.
 
-How it gets there: supervisord imports this module when it reads `[rpcinterface:fatal]` in its configuration. It
-calls the factory named there only for a control socket, of which there is none, and forgets what was subscribed
-to events before it runs (events.clear() in Supervisor.run). So the import changes what is there already:
+supervisord imports this module when it reads `[rpcinterface:fatal]` in its configuration. It calls
+the factory that is named there only for a control socket, which is missing, and clears the
+subscriptions to events before it runs (Supervisor.run calls events.clear). So the import changes
+what exists by then:
 
-- FatalCheck joins the list of tick events: supervisord makes an instance of each, handing itself over, whenever
-  that many seconds have passed.
-- An Output takes the place of stdout, and writes as line_writer.py describes. supervisord writes its own lines and
-  those of the programs there and would wait for the reader, who may have stopped: it then neither restarts a program
-  nor obeys a signal, and an error of the write can end it.
-- finish, fork, get_path and setsignals take the place of supervisord's methods of these names.
+- FatalCheck joins the list of tick events. supervisord makes an instance of each, with itself as an
+  argument, whenever `period` seconds have passed.
+- An Output replaces stdout and writes as line_writer.py describes. supervisord writes its own lines
+  and those of the programs there, and would wait for a stopped reader: it would then neither
+  restart a program nor obey a signal, and a write error could end it.
+- finish, fork, get_path and setsignals replace supervisord's methods of these names.
 """
 
 import atexit
@@ -30,20 +32,21 @@ from supervisor import events, loggers, options, process
 from supervisor.states import ProcessStates, SupervisorStates
 
 from xaiproxy import command, errors
-from xaiproxy.line_writer import LINE_LIMIT, LineWriter
+from xaiproxy.line_writer import DROPPED, LINE_LIMIT, LineWriter
 
 EXIT_FATAL = 70  # EX_SOFTWARE of sysexits.h
-STDOUT = "/dev/fd/1"  # stdout_logfile of a program whose lines go where supervisord's own go
+STDOUT = "/dev/fd/1"  # stdout_logfile of a program whose lines follow supervisord's own
 FORMAT = "%(asctime)s %(levelname)s %(message)s\n"  # of supervisord's own lines
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
-class FatalCheck(events.TickEvent):
-    period = 1  # seconds; supervisord's loop turns no slower
+class FatalCheck(events.TickEvent):  # type: ignore[misc]  # supervisor is untyped
+    period = 1  # seconds; supervisord's loop is no slower
 
     def __init__(self, when: int, supervisord: Any):
         super().__init__(when, supervisord)
-        sys.stdout.flush()  # lines that wait for room
+        # Write lines that wait for room.
+        sys.stdout.flush()
         for group in supervisord.process_groups.values():
             for program in group.processes.values():
                 if program.get_state() == ProcessStates.FATAL:
@@ -51,17 +54,18 @@ class FatalCheck(events.TickEvent):
 
 
 def end(program: Any, reason: str) -> None:
-    """Have supervisord stop the other programs, as at a SIGTERM, and then end with status 70."""
+    """Have supervisord stop the other programs, as after a SIGTERM, and then end with status 70."""
     server = program.config.options
-    # Once supervisord is stopping, a program that waits for its next start becomes FATAL too, which is no failure.
+    # While supervisord stops, a program between two starts becomes FATAL, too: that is no failure.
     if server.mood != SupervisorStates.RUNNING:
         return
     server.logger.critical(
-        f"{program.config.name} cannot be kept running ({reason}): stopping the rest, then ending with "
-        f"status {EXIT_FATAL}; put right what the last lines of {program.config.name} say and start again"
+        f"{program.config.name} cannot be kept running ({reason}): stopping the rest, then ending "
+        f"with status {EXIT_FATAL}; correct the cause in the last lines of {program.config.name}, "
+        "and start again"
     )
     server.mood = SupervisorStates.SHUTDOWN
-    # supervisord's main() always returns 0. This runs after it: everything is stopped, flushed and tidied by then.
+    # supervisord's main() always returns 0. This runs after it, when all is stopped and flushed.
     atexit.register(os._exit, EXIT_FATAL)
 
 
@@ -69,7 +73,10 @@ _finish = process.Subprocess.finish
 
 
 def finish(self: Any, pid: int, status: int) -> None:
-    """Subprocess.finish, called when a program has ended. supervisord itself forgets the status if it ended early."""
+    """Subprocess.finish, called when a program has ended.
+
+    supervisord itself does not keep the status of a program that ended early.
+    """
     logs = [getattr(dispatcher, "normallog", None) for dispatcher in self.dispatchers.values()]
     _finish(self, pid, status)
     for log in filter(None, logs):
@@ -78,13 +85,17 @@ def finish(self: Any, pid: int, status: int) -> None:
         end(self, f"exit status {errors.EXIT_CONFIGURATION}")
 
 
-_prctl = getattr(ctypes.CDLL(None), "prctl", None)  # Linux
+# Only Linux has it.
+_prctl = getattr(ctypes.CDLL(None), "prctl", None)
 
 
 def fork(self: Any) -> int:
-    """ServerOptions.fork, called to start a program: the kernel sends the program SIGTERM when supervisord is gone."""
+    """ServerOptions.fork, called to start a program.
+
+    The kernel sends the program SIGTERM when supervisord is gone.
+    """
     parent = os.getpid()
-    # Until its exec the child has supervisord's signal handlers, which would lose a SIGTERM.
+    # Until its exec, the child has supervisord's signal handlers, which would lose a SIGTERM.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     try:
         pid = os.fork()
@@ -92,8 +103,9 @@ def fork(self: Any) -> int:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             if _prctl:
                 _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+                # supervisord may have ended before prctl.
                 if os.getppid() != parent:
-                    os._exit(errors.EXIT_TRY_AGAIN)  # supervisord ended before prctl
+                    os._exit(errors.EXIT_TRY_AGAIN)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     return pid
@@ -103,7 +115,7 @@ _get_path = options.ServerOptions.get_path
 
 
 def get_path(self: Any) -> list[str]:
-    """ServerOptions.get_path, the folders to find programs in: first the one of this Python's own, then PATH's."""
+    """ServerOptions.get_path, the folders with programs: this Python's own comes first."""
     return [sysconfig.get_path("scripts"), *_get_path(self)]
 
 
@@ -113,9 +125,10 @@ _hangup = command.hangup()
 
 
 def setsignals(self: Any) -> None:
-    """ServerOptions.setsignals, with which supervisord would restart the programs when its terminal is closed."""
+    """ServerOptions.setsignals, by which a closed terminal would have all programs restarted."""
     _setsignals(self)
-    if _inherited is signal.SIG_IGN:  # nohup(1)
+    # nohup(1)
+    if _inherited is signal.SIG_IGN:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     elif _hangup == signal.SIGTERM:
         signal.signal(
@@ -124,7 +137,7 @@ def setsignals(self: Any) -> None:
 
 
 class Output:
-    """Stdout as supervisord's log handlers know a stream. Without `fileno`, they close it at the end."""
+    """Stdout for supervisord's log handlers, which close a stream that has no `fileno`."""
 
     def __init__(self) -> None:
         self._writer = LineWriter(1, notice)
@@ -144,9 +157,9 @@ class Output:
 
 
 class ProgramLines:
-    """The output of one program, as a stream for log handlers. It reaches `output` in complete lines.
+    """The output of one program, as a stream for log handlers, which `output` gets in whole lines.
 
-    A traceback is written in pieces, which the lines of the other program must not separate.
+    A traceback comes in pieces, and lines of the other program must not come between them.
     """
 
     def __init__(self, output: Output) -> None:
@@ -171,12 +184,13 @@ class ProgramLines:
 
 
 def notice(dropped: int) -> bytes:
-    text = f"{dropped} log lines were dropped: nobody read them in time"
-    return (FORMAT % loggers.LogRecord(loggers.LevelsByName.WARN, text).asdict()).encode()
+    record = loggers.LogRecord(loggers.LevelsByName.WARN, DROPPED % dropped)
+    line: str = FORMAT % record.asdict()
+    return line.encode()
 
 
 def write_programs_lines_to(output: Output) -> None:
-    """Have the log of a program at STDOUT written to `output`; supervisord would open the file anew for each."""
+    """Write the log of each program at STDOUT to `output`, instead of opening the file again."""
     handle_file = loggers.handle_file
 
     def handle(logger: Any, filename: str, fmt: str, **rotation: Any) -> None:
@@ -192,15 +206,17 @@ def write_programs_lines_to(output: Output) -> None:
 
 
 def rpc_interface(supervisord: Any, **settings: str) -> None:
-    """The factory that the section must name; an interface without methods, should a control socket be added."""
+    """The factory that the section must name; its interface, for control sockets, is empty."""
 
 
-if "supervisor.supervisord" in sys.modules:  # not when a test imports this
+# Not when a test imports this module.
+if "supervisor.supervisord" in sys.modules:
     command.open_standard_streams()
     events.TICK_EVENTS.append(FatalCheck)
     process.Subprocess.finish = finish
     options.ServerOptions.fork = fork
     options.ServerOptions.get_path = get_path
     options.ServerOptions.setsignals = setsignals
-    sys.stdout = Output()
-    write_programs_lines_to(sys.stdout)
+    output = Output()
+    sys.stdout = output
+    write_programs_lines_to(output)

@@ -1,7 +1,8 @@
-"""Which certificates are trusted: one TLS context for the requests to the issuer and for those to upstream.
+"""Trusted certificates: one TLS context for requests to the issuer and to upstream.
 
-The flags are those of curl. Python 3.13's own defaults, and urllib3's there, add VERIFY_X509_STRICT, which refuses what
-many corporate CAs issue: certificates without an authority key identifier, CA certificates without key usage.
+The flags are those of curl. The defaults of Python 3.13, and of urllib3 there, add
+VERIFY_X509_STRICT, which rejects certificates that many corporate CAs issue: those without an
+authority key identifier, and CA certificates without key usage.
 """
 
 import ssl
@@ -16,7 +17,10 @@ NAME = frozenset((62, 63, 64))  # host name, e-mail, IP address
 
 
 def context(egress: Egress) -> ssl.SSLContext:
-    """Return a client's context with the CA certificates of `egress`. Raises OSError if the file cannot be used."""
+    """Return a client's context with the CA certificates of `egress`.
+
+    Raises OSError if the file is unusable.
+    """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.verify_flags = FLAGS
     context.load_verify_locations(egress.ca_file)
@@ -24,23 +28,31 @@ def context(egress: Egress) -> ssl.SSLContext:
 
 
 def refusal(error: ssl.SSLCertVerificationError, egress: Egress) -> str:
-    """Why a certificate was refused, in parentheses, and what to do."""
+    """Why a certificate was rejected, in parentheses, and what to do."""
     return f"({error.verify_message.rstrip('.')}); {_advice(error.verify_code, egress)}"
 
 
 def _advice(code: int, egress: Egress) -> str:
     if code in NAME:
-        return "another server, or a proxy of your network, answers in its place: check the network and DNS"
+        return (
+            "another server, or a proxy of your network, answers in its place: check the network "
+            "and DNS"
+        )
     if code in TIME:
-        return "check this machine's clock; if that is right, the server's certificate has to be renewed"
+        return (
+            "check this machine's clock; if that is right, the server's certificate must be renewed"
+        )
     if code not in UNKNOWN_CA:
-        return "the server, or a proxy of your network that answers in its place, needs another certificate"
+        return (
+            "the server, or a proxy of your network that answers in its place, needs another "
+            "certificate"
+        )
     if egress.ca_from:
         return (
-            f"the CA certificate that it needs is not in {egress.ca_file} ({egress.ca_from}): if a proxy of your "
-            "network answers in its place, add that proxy's CA certificate there"
+            f"the CA certificate that it needs is not in {egress.ca_file} ({egress.ca_from}): if a "
+            "proxy of your network answers in its place, add that proxy's CA certificate there"
         )
     return (
-        "if a proxy of your network answers in its place, set SSL_CERT_FILE to a file with that proxy's CA "
-        "certificate"
+        "if a proxy of your network answers in its place, set SSL_CERT_FILE to a file with that "
+        "proxy's CA certificate"
     )

@@ -334,7 +334,7 @@ def test_without_a_home_folder_there_is_no_token_file_to_look_at(
 ):
     report = patient.process(nobody, HOME="", XAI_PROXY_TOKEN_PATH="", XAI_PROXY_PORT="http")
     report.says(
-        "settings", "failure", "^XAI_PROXY_TOKEN_PATH is .* there is no home folder for ~ here", 78
+        "settings", "failure", "^XAI_PROXY_TOKEN_PATH must be .* no home directory is known", 78
     )
     assert report.order == ["settings"]
 
