@@ -258,9 +258,9 @@ def test_an_installation_killed_in_the_middle_is_not_trusted(checkout, tmp_path)
         (
             ":",
             {"PYTHON": "/nowhere/python"},
-            "/nowhere/python is not there, or older than Python 3.10",
+            "/nowhere/python is missing, or older than Python 3.10",
         ),
-        (":", {"PYTHON": "false"}, "false is not there, or older than Python 3.10"),
+        (":", {"PYTHON": "false"}, "false is missing, or older than Python 3.10"),
     ],
 )
 def test_what_cannot_be_installed_is_said_in_one_sentence(checkout, pip, environ, sentence):
@@ -325,7 +325,7 @@ def test_smoke_is_content_when_models_and_a_stream_answer():
     with endpoint() as (url, seen):
         answer = smoke(url)
     assert (answer.returncode, answer.stderr) == (0, "")
-    assert "2 models" in answer.stdout and answer.stdout.endswith("grok-4.5 says: one two\n")
+    assert "2 models" in answer.stdout and answer.stdout.endswith("grok-4.5 answers: one two\n")
     assert '"model":"grok-4.5"' in seen[0]
 
 
@@ -345,8 +345,8 @@ def test_smoke_takes_key_and_model_from_the_environment():
     [
         ({"models": (503, "not now")}, "answered 503: not now"),
         ({"models": (200, "<html>")}, "without a single model"),
-        ({"stream": (200, STREAM)}, "the stream broke off"),
-        ({"stream": (200, DONE)}, "the stream broke off"),
+        ({"stream": (200, STREAM)}, "the stream ended before"),
+        ({"stream": (200, DONE)}, "the stream ended before"),
         ({"stream": (429, '{"error":"too many"}')}, 'answered 429: {"error":"too many"}'),
     ],
 )
