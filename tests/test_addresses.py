@@ -96,7 +96,7 @@ def test_next_starts_after_a_quarter_of_a_second_of_silence() -> None:
 
 
 def test_slow_one_may_still_win() -> None:
-    """It is not given up when the next one starts: its second SYN comes after a second, and is then answered."""
+    """It goes on when the next one starts: its second SYN, after a second, is answered."""
     failed: list[Any] = []
     with socket.create_server(("127.0.0.1", 0), backlog=0) as slow, contextlib.ExitStack() as stack:
         for _ in range(8):

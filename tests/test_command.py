@@ -111,8 +111,11 @@ def test_every_command_tells_its_version(name):
 
 
 def crash(folder, code: str) -> bool:
-    """Whether a process with leave to do so dumps its core when it crashes in `body`, with `code` before."""
-    code += "\nbody = lambda: os.kill(os.getpid(), signal.SIGSEGV)\ncommand.run('xai-test', body) if guarded else body()"
+    """Whether a process dumps its core, if it may, when it crashes in `body` after `code`."""
+    code += (
+        "\nbody = lambda: os.kill(os.getpid(), signal.SIGSEGV)"
+        "\ncommand.run('xai-test', body) if guarded else body()"
+    )
     hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
     process = subprocess.Popen(
         [sys.executable, "-c", code],
@@ -247,8 +250,8 @@ def test_a_relative_path_needs_the_working_directory(tmp_path):
     )
     assert (done.returncode, done.stderr) == (
         78,
-        "xai-refresher: XAI_PROXY_TOKEN_PATH must be an absolute path, as the working directory was "
-        "deleted, not 't'\n",
+        "xai-refresher: XAI_PROXY_TOKEN_PATH must be an absolute path, as the working directory "
+        "was deleted, not 't'\n",
     )
 
 
@@ -260,8 +263,11 @@ def test_no_folder_can_be_written_by_others_whatever_the_umask(tmp_path, argumen
 
 
 def test_a_closed_terminal_ends_a_program_unless_nohup_says_otherwise(tmp_path):
-    """The proxy in the foreground and a refresher with nohup(1), which takes the SIGHUP for a request to try again."""
-    script = f'nohup "$@" --token-path {tmp_path}/login/tokens.json 2>log & echo $! >pid; exec {" ".join(COMMAND)}'
+    """The proxy in the foreground ends; a refresher with nohup(1) tries again at the SIGHUP."""
+    script = (
+        f'nohup "$@" --token-path {tmp_path}/login/tokens.json 2>log & '
+        f"echo $! >pid; exec {' '.join(COMMAND)}"
+    )
     command = ["sh", "-c", script, "sh", *COMMANDS["refresher"]]
     with Terminal(command, cwd=tmp_path, env=environment(tmp_path)) as terminal:
         terminal.expect("listening on", 20)

@@ -31,7 +31,7 @@ def refusal(environ=(), **values) -> str:
 
 
 def elsewhere(folder, what: str, **environ) -> str:
-    """What a new process with that working directory and environment says to str(what of the settings)."""
+    """A setting as text, in a new process with that working directory and environment."""
     code = f"import os; from xaiproxy import config; print(config.from_environ(os.environ).{what})"
     return subprocess.run(
         [sys.executable, "-c", code],

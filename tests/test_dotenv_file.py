@@ -109,7 +109,8 @@ def test_roots_dotenv_is_taken_by_every_user(tmp_path):
             "--ambient-caps=+dac_override,+dac_read_search",
             sys.executable,
             "-c",
-            "import os; from xaiproxy import config; print(os.geteuid(), config.from_environ(os.environ).port)",
+            "import os; from xaiproxy import config; "
+            "print(os.geteuid(), config.from_environ(os.environ).port)",
         ],
         env={"PYTHONPATH": str(ROOT), "HOME": "/"},
         cwd=tmp_path,

@@ -75,13 +75,16 @@ def test_a_proxys_password_is_in_no_repr():
 def test_a_socks_proxy_of_no_version_is_told_which_to_choose():
     with pytest.raises(
         errors.ConfigurationError,
-        match="all_proxy names a SOCKS proxy, but .* socks5h:// .* socks4a://",
+        match=r"all_proxy names a SOCKS proxy, but .* socks5h:// .* socks4a://",
     ):
         egress({"all_proxy": "socks://user:password@proxy.example:1080/"})
 
 
 def test_socks_needs_its_extra():
-    code = "import sys; sys.modules['socks'] = None; from xaiproxy import config; config.from_environ({'ALL_PROXY': 'socks5h://p:1'})"
+    code = (
+        "import sys; sys.modules['socks'] = None; from xaiproxy import config; "
+        "config.from_environ({'ALL_PROXY': 'socks5h://p:1'})"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
     assert (
         "ALL_PROXY names a SOCKS proxy, which requires xaiproxy[socks]: install that" in done.stderr

@@ -1,4 +1,4 @@
-"""What the proxy answers of its own: one shape, a stable code, and a status that clients act on rightly."""
+"""The proxy's own errors: one shape, a stable code, and a status that clients handle well."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import pytest
 
 from xaiproxy import errors
 
-# As the README promises them: class, status, code, and whether an SDK may repeat the request by itself.
+# As the README promises: class, status, code, and whether an SDK may repeat the request.
 REFUSALS = [
     (errors.Refusal, 500, "internal_error", None),
     (errors.BadRequest, 400, "bad_request", "false"),
@@ -135,7 +135,8 @@ class Installed:
         controller, tty = os.openpty()
         code = (
             f"import sys; sys.argv = [{str(self.commands / 'xai-proxy')!r}]\n"
-            "from xaiproxy import errors; print(errors.typed('xai-login --device'), errors.SIGN_IN, errors.SERVE, sep='\\n')"
+            "from xaiproxy import errors\n"
+            "print(errors.typed('xai-login --device'), errors.SIGN_IN, errors.SERVE, sep='\\n')"
         )
         said = subprocess.run(
             [sys.executable, "-W", "error", "-c", code],

@@ -1,5 +1,5 @@
-"""The two import rules: the web side has nothing that could spend a refresh token or wait for a lock, and the
-credential side is plain Python.
+"""The import rules: the web side has nothing that could spend a refresh token or wait for a lock,
+and the credential side is plain Python.
 """
 
 import ast
@@ -37,7 +37,7 @@ SPENDERS = {"xaiproxy.oauth", "xaiproxy.login", "xaiproxy.refresher", "xaiproxy.
 
 
 def imports(module: str) -> set[str]:
-    """What the source of a module of ours imports, anywhere in it; `from a import b` counts as a and a.b."""
+    """All imports in a module of ours, at any depth; `from a import b` counts as a and a.b."""
     path = PACKAGE.parent / module.replace(".", "/")
     path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     names = set()

@@ -1,4 +1,4 @@
-"""Lines to readers that are slow, stopped, gone or back: none is waited for, and none is lost without a word."""
+"""Lines to readers that are slow, stopped, gone or back: no write waits, and losses are counted."""
 
 from __future__ import annotations
 

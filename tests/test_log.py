@@ -1,6 +1,7 @@
 """The log: a line an event, that never blocks, never tells a secret, and cannot be forged."""
 
 import datetime
+import itertools
 import json
 import logging
 import os
@@ -173,7 +174,7 @@ NASTY = [
 
 @pytest.mark.parametrize("text", NASTY, ids=range(len(NASTY)))
 def test_any_text_is_one_short_line_without_controls(text, pipe):
-    # Without pytest's handler, whose notes cannot go to another process when there is half a surrogate pair in them.
+    # Without pytest's handler, which cannot pass a lone surrogate to another process.
     logging.getLogger("xaiproxy").handlers[:] = [log._handler]
     logger.info("%s", text)
     logger.info(
@@ -365,7 +366,8 @@ def test_lines_of_one_turn_are_written_together_and_in_order(deferred, length):
     writes = deferred.writes()
     assert numbers(b"".join(writes)) == list(range(60))
     assert all(write.endswith(b"\n") and len(write) < select.PIPE_BUF for write in writes)
-    for write, following in zip(writes, writes[1:]):  # as few as can be
+    # They are as few as possible.
+    for write, following in itertools.pairwise(writes):
         assert len(write) + following.index(b"\n") + 1 >= select.PIPE_BUF
     logger.info("line 60")
     deferred.turn()
@@ -447,7 +449,8 @@ def test_at_the_end_of_a_process_a_slow_reader_gets_what_waits():
     code = (
         "import logging; from xaiproxy import log\n"
         "log.setup('p', 'info', 'json')\n"
-        "for number in range(1000): logging.getLogger('xaiproxy').info('line %d %s', number, 'x ' * 70)\n"
+        "for number in range(1000):\n"
+        "    logging.getLogger('xaiproxy').info('line %d %s', number, 'x ' * 70)\n"
         "print('done', flush=True)"
     )
     with subprocess.Popen(

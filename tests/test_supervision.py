@@ -1,6 +1,7 @@
-"""conf/supervisord.conf and the plug-in, with real processes, read as a container's log is: through a pipe."""
+"""conf/supervisord.conf and the plug-in: real processes, read through a pipe, as in a container."""
 
 import configparser
+import itertools
 import json
 import os
 import re
@@ -219,7 +220,8 @@ def test_lines_of_two_programs_are_not_mixed(tmp_path, sandbox):
     conf = stand_ins(
         tmp_path,
         proxy="sleep 0.3; echo a whole line; touch go\n" + QUICK_TO_STOP,
-        refresher="printf 'the first half '; until [ -e go ]; do sleep 0.05; done; echo and the second\n"
+        refresher="printf 'the first half '\n"
+        "until [ -e go ]; do sleep 0.05; done; echo and the second\n"
         "trap 'printf last; exit 0' TERM; while :; do sleep 0.05; done",
     )
     with Supervised(tmp_path, sandbox, conf=conf) as supervised:
@@ -235,8 +237,10 @@ def test_a_read_only_file_system_without_a_temporary_folder(tmp_path, sandbox):
     image = dict(re.findall(r"(?m)^ENV (\w+)=(\S+)$", (ROOT / "Dockerfile").read_text()))
     conf = stand_ins(tmp_path, refresher=QUICK_TO_STOP, proxy=QUICK_TO_STOP)
     script = (
-        "for folder in /tmp /var/tmp; do mount --bind $folder $folder; mount -o remount,bind,ro $folder; done; "
-        'mount -o remount,bind,ro /; cd "$PWD"; if touch here 2>/dev/null; then exit 1; fi; exec "$@"'
+        "for folder in /tmp /var/tmp; do "
+        "mount --bind $folder $folder; mount -o remount,bind,ro $folder; done; "
+        'mount -o remount,bind,ro /; cd "$PWD"; '
+        'if touch here 2>/dev/null; then exit 1; fi; exec "$@"'
     )
     with Supervised(
         tmp_path,
@@ -273,7 +277,7 @@ def test_without_standard_streams(tmp_path, sandbox):
     os.getuid() != 0, reason="the other tests show it, since they were not run by root"
 )
 def test_it_runs_as_a_user_without_rights(tmp_path, sandbox):
-    # A user namespace without a mapping: nobody's number and no capability, but files are still reached.
+    # A user namespace without a mapping: no capability and an unknown user, but files still open.
     if subprocess.run(["unshare", "--user", "true"], capture_output=True).returncode:
         pytest.skip("unshare --user does not work here")
     with Supervised(tmp_path, sandbox, prefix=("unshare", "--user")) as supervised:
@@ -312,7 +316,7 @@ def test_documented_stop_timeouts_are_long_enough():
     ).splitlines():
         found[path] = [float(match[2]) for match in pattern.finditer((ROOT / path).read_text())]
     assert found["README.md"] and found["Dockerfile"]
-    assert min(sum(found.values(), [])) >= needed, (needed, found)
+    assert min(itertools.chain.from_iterable(found.values())) >= needed, (needed, found)
     conf = configparser.RawConfigParser()
     conf.read(CONF)
     assert conf.getfloat("program:refresher", "stopwaitsecs") >= refresher.DEADLINE + 10

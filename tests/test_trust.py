@@ -229,7 +229,8 @@ def test_without_a_file_of_their_own_both_say_what_to_set(authority: Authority) 
     with serving(authority, "usual") as port:
         for answer in (of_issuer(settings(port, None)), of_upstream(settings(port, None))):
             assert (
-                "(unable to get local issuer certificate); if a proxy of your network answers in its place, set "
+                "(unable to get local issuer certificate); "
+                "if a proxy of your network answers in its place, set "
                 "SSL_CERT_FILE" in answer
             )
 
@@ -248,7 +249,7 @@ def test_strict_verification_would_refuse_what_is_trusted_here(authority: Author
                 contextlib.nullcontext()
                 if not refused
                 else pytest.raises(
-                    ssl.SSLCertVerificationError, match="(?i)missing authority key identifier"
+                    ssl.SSLCertVerificationError, match=r"(?i)missing authority key identifier"
                 )
             )
             with socket.create_connection(("127.0.0.1", port)) as sock, outcome:
@@ -290,7 +291,7 @@ def test_the_version_of_python_changes_nothing(
 
 @contextlib.contextmanager
 def tunnelling(authority: Authority | None):
-    """A CONNECT proxy to 127.0.0.1, over TLS with a certificate without key identifiers; yields its port."""
+    """The port of a CONNECT proxy to 127.0.0.1; its TLS certificate has no key identifiers."""
     listener = socket.create_server(("127.0.0.1", 0))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     if authority:

@@ -33,7 +33,7 @@ def write_keys(path: Path) -> None:
 
 @contextlib.contextmanager
 def waiting_proxy(folder: Path) -> Iterator[tuple[subprocess.Popen[str], socket.socket]]:
-    """A proxy without a controlling terminal that waits for its port, and the socket that has the port."""
+    """A proxy without a controlling terminal that waits for its port, and the port's owner."""
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with subprocess.Popen(
@@ -46,8 +46,8 @@ def waiting_proxy(folder: Path) -> Iterator[tuple[subprocess.Popen[str], socket.
         ) as process:
             try:
                 assert (
-                    f"cannot listen on 127.0.0.1 port {port} yet: Address already in use; retrying for 10 s"
-                    in process.stderr.readline()
+                    f"cannot listen on 127.0.0.1 port {port} yet: Address already in use; "
+                    "retrying for 10 s" in process.stderr.readline()
                 )
                 yield process, other
             finally:

@@ -62,8 +62,10 @@ def test_unread_log_stops_nothing(tmp_path: Path, upstream: ScriptedUpstream) ->
 def test_log_lines_of_a_connection_that_leaves_the_loop_no_turn_wait_for_their_reader(
     tmp_path: Path,
 ) -> None:
-    """More lines than fit in the pipe, and fewer than fit in it half full (as short writes leave its
-    pages) and may wait."""
+    """More lines than the pipe has room for, and fewer than half of it and the limit together.
+
+    Short writes may leave the pipe's pages half full.
+    """
     requests = 1400
     with ProxyProcess(tmp_path, read_log=False) as proxy, proxy.client() as client:
         fcntl.fcntl(proxy.process.stderr.fileno(), 1031, 1 << 18)  # F_SETPIPE_SZ

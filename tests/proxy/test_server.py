@@ -254,7 +254,7 @@ def test_request_that_begins_after_a_pause_has_its_time_in_a_crowd(
 def test_cut_answers_that_are_read_slowly_do_not_fill_the_reserve(
     tmp_path: Path, upstream: ScriptedUpstream
 ) -> None:
-    """In HTTP/1.0, where the cut is a reset, which waits until the client has what came before it."""
+    """In HTTP/1.0 a reset shows the cut, once the client has all that was sent before."""
     size = 300_000
     with (
         ProxyProcess(tmp_path, upstream=upstream.origin, max_connections=2) as proxy,
@@ -375,7 +375,7 @@ def test_idle_connections_are_closed_at_once(tmp_path: Path, number: int) -> Non
 def test_requests_from_before_the_signal_are_answered(
     tmp_path: Path, upstream: ScriptedUpstream
 ) -> None:
-    """On connections old and new, though the proxy has read nothing of them; it is held still meanwhile."""
+    """On old and new connections that the proxy, stopped meanwhile, has not read yet."""
     with ProxyProcess(tmp_path, upstream=upstream.origin) as proxy, proxy.client() as idle:
         proxy.sign_in()
         old = [proxy.client() for _ in range(20)]
@@ -527,7 +527,7 @@ def test_client_that_does_not_close_after_its_last_answer_does_not_hold_up_a_dra
 
 
 def test_drain_with_the_reserve_in_use(tmp_path: Path, upstream: ScriptedUpstream) -> None:
-    """What had come before it is answered, and what is silent holds nothing up; the proxy is held still meanwhile."""
+    """Earlier requests are answered, and silent connections delay nothing. The proxy is stopped."""
     with (
         ProxyProcess(tmp_path, upstream=upstream.origin, max_connections=2) as proxy,
         contextlib.ExitStack() as stack,
