@@ -16,6 +16,7 @@ from gevent import pywsgi
 
 from xaiproxy import config
 from xaiproxy.http1.handler import Cut, Handler
+from xaiproxy.proxy.forward import Proxy
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class Server(pywsgi.WSGIServer):  # type: ignore[misc]  # gevent is untyped
         self,
         listener: socket.socket,
         application: Callable[..., Any],
-        proxy: Any,
+        proxy: Proxy,
         settings: config.Config,
         connections: int,
     ):
