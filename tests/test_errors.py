@@ -13,7 +13,7 @@ from xaiproxy import errors
 
 # As the README promises: class, status, code, and whether an SDK may repeat the request.
 REFUSALS = [
-    (errors.Refusal, 500, "internal_error", None),
+    (errors.ErrorResponse, 500, "internal_error", None),
     (errors.BadRequest, 400, "bad_request", "false"),
     (errors.HeadTooLarge, 431, "bad_request", "false"),
     (errors.LoginRequired, 401, "login_required", "false"),
@@ -31,7 +31,7 @@ REFUSALS = [
 ]
 
 
-def make(kind, message="what happened", **how) -> errors.Refusal:
+def make(kind, message="what happened", **how) -> errors.ErrorResponse:
     return kind(message, 7) if kind is errors.TokenUnavailable else kind(message, **how)
 
 
@@ -39,7 +39,7 @@ def test_every_refusal_is_in_the_table():
     def all_of(kind):
         return {kind}.union(*map(all_of, kind.__subclasses__()))
 
-    assert all_of(errors.Refusal) == {kind for kind, *_ in REFUSALS}
+    assert all_of(errors.ErrorResponse) == {kind for kind, *_ in REFUSALS}
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ groups:
 - what ends or blocks a command: `UsageError`, `ConfigurationError`, `LoginUnusable`,
   `StorageError`, `LockBusy`;
 - errors of the issuer: `IssuerUnavailable` (retry) and `OAuthError` (RFC 6749 section 5.2);
-- responses that the proxy makes itself: `Refusal`, with its HTTP status, code and header fields.
+- errors that the proxy sends itself: `ErrorResponse`, with its HTTP status, code and fields.
 """
 
 import contextlib
@@ -221,7 +221,7 @@ class ExpiredToken(OAuthError):
     """The device code expired before it was approved."""
 
 
-class Refusal(Error):
+class ErrorResponse(Error):
     """A response of the proxy itself: {"error": {message, type, code}} and X-XAI-Proxy-Error: code.
 
     Each 4xx tells clients not to retry, which would not help.
@@ -256,7 +256,7 @@ class Refusal(Error):
         return f"{self.status} {http.HTTPStatus(self.status).phrase}", fields, body
 
 
-class BadRequest(Refusal):
+class BadRequest(ErrorResponse):
     status, code, type = 400, "bad_request", "invalid_request_error"
 
 
@@ -264,37 +264,37 @@ class HeadTooLarge(BadRequest):
     status = 431
 
 
-class LoginRequired(Refusal):
+class LoginRequired(ErrorResponse):
     status, code, type = 401, "login_required", "authentication_error"
     headers = CHALLENGE
 
 
-class ClientKeyRequired(Refusal):
+class ClientKeyRequired(ErrorResponse):
     status, code, type = 401, "client_key_required", "authentication_error"
     headers = CHALLENGE
 
 
-class HostNotAllowed(Refusal):
+class HostNotAllowed(ErrorResponse):
     status, code, type = 403, "host_not_allowed", "permission_error"
 
 
-class OriginNotAllowed(Refusal):
+class OriginNotAllowed(ErrorResponse):
     status, code, type = 403, "origin_not_allowed", "permission_error"
 
 
-class NotFound(Refusal):
+class NotFound(ErrorResponse):
     status, code, type = 404, "not_found", "invalid_request_error"
 
 
-class MethodNotAllowed(Refusal):
+class MethodNotAllowed(ErrorResponse):
     status, code, type = 405, "method_not_allowed", "invalid_request_error"
 
 
-class ClientTimeout(Refusal):
+class ClientTimeout(ErrorResponse):
     status, code, type = 408, "client_timeout", "invalid_request_error"
 
 
-class UpstreamUnreachable(Refusal):
+class UpstreamUnreachable(ErrorResponse):
     """502. `may_retry`: whether SDKs may repeat the request, since that repeats no paid work."""
 
     status, code = 502, "upstream_unreachable"
@@ -303,7 +303,7 @@ class UpstreamUnreachable(Refusal):
         super().__init__(message, headers=(("x-should-retry", "true" if may_retry else "false"),))
 
 
-class TokenUnavailable(Refusal):
+class TokenUnavailable(ErrorResponse):
     """503: the access token has expired, and there is no new one yet.
 
     `retry_after`: seconds, 1 to 10
@@ -317,17 +317,17 @@ class TokenUnavailable(Refusal):
         )
 
 
-class TooManyConnections(Refusal):
+class TooManyConnections(ErrorResponse):
     status, code = 503, "too_many_connections"
     headers = (("Retry-After", "5"), ("x-should-retry", "true"))
 
 
-class UpstreamTimeout(Refusal):
+class UpstreamTimeout(ErrorResponse):
     status, code = 504, "upstream_timeout"
     headers = NO_RETRY
 
 
-class LoopDetected(Refusal):
+class LoopDetected(ErrorResponse):
     status, code = 508, "loop_detected"
     headers = NO_RETRY
 

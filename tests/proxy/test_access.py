@@ -47,13 +47,13 @@ class Gate:
         """The key's name, or the code of the refusal."""
         try:
             return self.access.check(head(*lines, **how), key_needed=key_needed)
-        except errors.Refusal as refusal:
+        except errors.ErrorResponse as refusal:
             return refusal.code
 
     def preflight(self, *lines: str, **how) -> dict[str, str] | str | None:
         try:
             fields = self.access.preflight(head(*lines, **{"method": "OPTIONS", **how}))
-        except errors.Refusal as refusal:
+        except errors.ErrorResponse as refusal:
             return refusal.code
         if fields is not None:
             assert len(dict(fields)) == len(fields)

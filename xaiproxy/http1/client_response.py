@@ -127,7 +127,7 @@ class ClientResponse:
         if self._chunks:
             self._send(b"0\r\n\r\n")
 
-    def refuse(self, refusal: errors.Refusal) -> None:
+    def refuse(self, refusal: errors.ErrorResponse) -> None:
         """Send a whole response of the proxy's own. Raises ClientGone."""
         status, fields, body = refusal.rendered()
         self.start_response(status, fields)

@@ -74,7 +74,7 @@ class Handler:
                 return False
             started_at = time.time()
             head = request_head.parse(data)
-        except errors.Refusal as refusal:
+        except errors.ErrorResponse as refusal:
             self._refuse_head(refusal, data or self._connection.unread)
             return False
         except (OSError, EOFError):
@@ -163,7 +163,7 @@ class Handler:
             server.waiting[connection.socket] = time.monotonic()
         return True
 
-    def _refuse_head(self, refusal: errors.Refusal, came: bytes) -> None:
+    def _refuse_head(self, refusal: errors.ErrorResponse, came: bytes) -> None:
         """`came`: as much of the head as has come."""
         is_head = came.removeprefix(EMPTY_LINE).startswith(b"HEAD ")
         response = self.response_class(
@@ -188,7 +188,7 @@ class Handler:
                     self._forward(proxy, request, response)
                 else:
                     self._run_application(request, response)
-            except errors.Refusal as refusal:
+            except errors.ErrorResponse as refusal:
                 response.refuse(refusal)
         except (errors.ClientGone, errors.UpstreamBroken, Cut, gevent.GreenletExit) as error:
             response.abort(error)
@@ -197,7 +197,9 @@ class Handler:
             response.close = True
             if not response.headers_sent:
                 with contextlib.suppress(errors.ClientGone):
-                    response.refuse(errors.Refusal("the proxy failed; its log has the details"))
+                    response.refuse(
+                        errors.ErrorResponse("the proxy failed; its log has the details")
+                    )
             response.abort(error)
 
     def _forward(self, proxy: Any, request: ClientRequest, response: ClientResponse) -> None:

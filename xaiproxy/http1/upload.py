@@ -93,7 +93,7 @@ class Upload:
             # Upstream may have answered before it had read everything: the receiver meets that
             # answer, or the error.
             pass
-        except (errors.Refusal, errors.ClientGone) as error:
+        except (errors.ErrorResponse, errors.ClientGone) as error:
             self._fail(error)
 
     def _is_current(self) -> bool:
@@ -130,7 +130,7 @@ class Upload:
             self._greenlet = gevent.spawn(self._discard)
 
     def _discard(self) -> None:
-        with contextlib.suppress(errors.Refusal, errors.ClientGone):
+        with contextlib.suppress(errors.ErrorResponse, errors.ClientGone):
             while not self._body.at_end:
                 self._body.read1()
 

@@ -79,8 +79,8 @@ def create_app(proxy: Proxy, store: token_store.TokenStore, gate: access.Access)
         for path in (prefix, prefix + "<path:rest>"):
             app.url_map.add(werkzeug.routing.Rule(path, endpoint="api", strict_slashes=False))
 
-    @app.errorhandler(errors.Refusal)
-    def refuse(refusal: errors.Refusal) -> flask.Response:
+    @app.errorhandler(errors.ErrorResponse)
+    def refuse(refusal: errors.ErrorResponse) -> flask.Response:
         status, fields, body = refusal.rendered()
         return flask.Response(body, status, fields)
 
@@ -95,7 +95,7 @@ def create_app(proxy: Proxy, store: token_store.TokenStore, gate: access.Access)
             return refuse(errors.NotFound(hint(wsgi_request.of(flask.request.environ).head.path)))
         if isinstance(error, werkzeug.exceptions.InternalServerError):
             # Flask has logged what happened.
-            return refuse(errors.Refusal("the proxy failed; its log has the details"))
+            return refuse(errors.ErrorResponse("the proxy failed; its log has the details"))
         return refuse(errors.BadRequest(error.description or error.name))
 
     return app

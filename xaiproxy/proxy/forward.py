@@ -64,7 +64,7 @@ class Proxy:
         return head.path.startswith(PREFIXES) and not access.is_preflight(head)
 
     def forward(self, request: ClientRequest) -> Answer:
-        """Raises errors.Refusal, to be sent instead; ClientGone; and what is thrown in."""
+        """Raises errors.ErrorResponse, to be sent instead; ClientGone; and what is thrown in."""
         head = request.head
         try:
             request.key = self._gate.check(head, key_needed=True)
@@ -73,7 +73,7 @@ class Proxy:
             check_path(head.path)
             self._check_loop(head)
             return self._answer(request)
-        except errors.Refusal as refusal:
+        except errors.ErrorResponse as refusal:
             if isinstance(refusal, (errors.LoginRequired, errors.TokenUnavailable)):
                 self._outage.hit(str(refusal))
             refusal.headers += tuple(self._gate.cors_headers(head))
