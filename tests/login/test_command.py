@@ -279,12 +279,12 @@ def test_by_device_for_a_program(login: Login, sandbox: Sandbox):
         (
             {"answers": [{"path": "/oauth2/device/code", "error": "cloudflare_challenge"}]},
             69,
-            "a page instead of an answer",
+            "an HTML page",
         ),
         (
             {"answers": [{"path": "/.well-known/*", "status": 404}]},
             69,
-            "no description of an issuer.*check XAI_PROXY_ISSUER",
+            "returned no discovery document.*check XAI_PROXY_ISSUER",
         ),
         (
             {"answers": [{"path": "/.well-known/*", "body": {"issuer": "https://auth.x.ai"}}]},
@@ -609,7 +609,7 @@ def test_by_browser_with_the_answer_pasted(login: Login, sandbox: Sandbox, brows
         redirect = sandbox.consent(browser())
         terminal.expect("paste that here:")
         terminal.type("what now?\n")
-        terminal.expect("That does not help: it is neither a URL nor a code")
+        terminal.expect("That is not the response: it is neither a URL nor a code")
         terminal.type("not-a-code-of-the-issuer\n")
         terminal.expect(
             r"Still waiting, although that code was refused \(invalid_grant.*\): paste the code once more"

@@ -637,13 +637,16 @@ def test_a_lock_that_is_closed_to_us(patient: Patient, nobody: list[str]):
     [
         (
             [{"path": "/.well-known/*", "error": "cloudflare_challenge"}],
-            r"no description of an issuer \(HTTP 403, text/h",
+            r"returned no discovery document \(HTTP 403, text/h",
         ),
         (
             [{"path": "/.well-known/*", "body": {"issuer": "https://auth.x.ai"}}],
             "correct XAI_PROXY_ISSUER",
         ),
-        ([{"path": "/.well-known/*", "cut": "reset"}], "broke the connection off"),
+        (
+            [{"path": "/.well-known/*", "cut": "reset"}],
+            "closed the connection before its response was complete",
+        ),
     ],
 )
 def test_an_issuer_in_trouble(
@@ -826,13 +829,13 @@ def test_the_proxy_on_the_way_is_named_without_its_password(patient: Patient, tm
     report.says(
         "issuer",
         "failure",
-        rf"^the proxy {host} gave no connection to auth.example \(HTTP 403\)",
+        rf"^could not reach auth.example through the proxy {host} \(HTTP 403\)",
         69,
     )
     report.says(
         "upstream",
         "failure",
-        rf"^the proxy {host} gave no connection to api.example \(HTTP 403\)",
+        rf"^could not reach api.example through the proxy {host} \(HTTP 403\)",
         69,
     )
     assert [request.split()[:2] for request in proxy.requests] == [
@@ -1082,4 +1085,4 @@ def test_what_does_not_answer_on_the_proxys_port_is_given_up():
         assert doctor.LOCAL_DEADLINE <= time.monotonic() - begun < doctor.LOCAL_DEADLINE + 2
     assert (finding.result, finding.exit_code) == ("failure", 69)
     assert finding.message.startswith(f"{silent.url} does not answer as the proxy does (")
-    assert "gave no whole answer within 3 s" in finding.message
+    assert "sent no complete response within 3 s" in finding.message

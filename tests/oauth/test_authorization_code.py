@@ -16,7 +16,7 @@ from xaiproxy.oauth import discovery
 from xaiproxy.oauth.authorization_code import (
     Attempt,
     Incomplete,
-    NotTheAnswer,
+    InvalidResponse,
     authorization_url,
     code_from_paste,
     code_from_query,
@@ -108,7 +108,7 @@ def test_the_code_comes_with_our_state():
     ],
 )
 def test_what_is_not_the_answer(query: str, told: str):
-    with pytest.raises(NotTheAnswer, match=told):
+    with pytest.raises(InvalidResponse, match=told):
         code_from_query(query, STATE)
 
 
@@ -176,7 +176,7 @@ def test_an_empty_line_is_nothing():
     ],
 )
 def test_what_does_not_help(text: str, told: str):
-    with pytest.raises(NotTheAnswer, match=told):
+    with pytest.raises(InvalidResponse, match=told):
         code_from_paste(text, STATE)
 
 
@@ -297,5 +297,5 @@ def test_the_sandbox(sandbox: Sandbox):
     redirect = sandbox.consent(authorization_url(metadata, SETTINGS, attempt))
     code = code_from_query(urllib.parse.urlsplit(redirect).query, attempt.state)
     assert exchange(web, metadata, SETTINGS, attempt, code).account == "sandbox@example.invalid"
-    with pytest.raises(errors.GrantRefused, match="does not take this code any more"):
+    with pytest.raises(errors.GrantRefused, match="no longer accepts this code"):
         exchange(web, metadata, SETTINGS, attempt, code)

@@ -57,7 +57,7 @@ def ask(body: Any, issuer: str = "http://127.0.0.1:9191") -> device_authorizatio
 def poll(
     *answers: Any,
     clock: Clock,
-    trouble: Any = lambda error: None,
+    on_error: Any = lambda error: None,
     deadline: float = 15,
     **members: Any,
 ) -> tokens.Tokens:
@@ -82,7 +82,7 @@ def poll(
                 device,
                 sleep=clock.sleep,
                 clock=lambda: clock.now,
-                trouble=trouble,
+                on_error=on_error,
                 deadline=deadline,
             )
         finally:
@@ -220,7 +220,7 @@ def test_an_answer_that_cannot_be_shown(change: dict[str, Any]):
             answer(403, "<html>", "text/html"),
             errors.IssuerUnavailable,
             69,
-            "a page instead of an answer",
+            "an HTML page",
         ),
         (answer(429), errors.IssuerUnavailable, 69, "HTTP 429"),
         (answer(200, []), errors.IssuerUnavailable, 69, "HTTP 200"),
@@ -303,7 +303,7 @@ def test_what_is_no_answer_counts_as_pending():
         answer(200, {}),
         TOKENS,
         clock=clock,
-        trouble=troubles.append,
+        on_error=troubles.append,
     )
     assert clock.sleeps == [5] * 7 and len(troubles) == 6
 
@@ -395,7 +395,7 @@ def test_the_sandbox(sandbox: Sandbox):
         metadata,
         SETTINGS,
         device,
-        trouble=lambda error: sandbox.approve(device.user_code),
+        on_error=lambda error: sandbox.approve(device.user_code),
     )
     assert (login.account, login.issuer, len(login.refresh_token)) == (
         "sandbox@example.invalid",

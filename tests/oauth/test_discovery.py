@@ -44,15 +44,15 @@ def test_only_a_token_endpoint_is_required():
 @pytest.mark.parametrize(
     "document, told",
     [
-        ({"issuer": XAI}, f"does not describe ISSUER but '{XAI}'"),
-        ({"issuer": "http://user:pass@127.0.0.1/"}, "but 'http://***@127.0.0.1/'"),
-        ({"issuer": 3}, "but something that is no text"),
-        ({}, "but nothing"),
+        ({"issuer": XAI}, f"is for the issuer '{XAI}', not ISSUER"),
+        ({"issuer": "http://user:pass@127.0.0.1/"}, "is for the issuer 'http://***@127.0.0.1/'"),
+        ({"issuer": 3}, "is for the issuer (not a string)"),
+        ({}, "is for the issuer (none)"),
         ({"issuer": "ISSUER"}, "names no token_endpoint"),
         ({"issuer": "ISSUER", "token_endpoint": None}, "names no token_endpoint"),
         (
             {"issuer": "ISSUER", "token_endpoint": ["ISSUER/t"]},
-            "names the address something that is no text",
+            "names the address (not a string)",
         ),
         (
             {"issuer": "ISSUER", "token_endpoint": "http://192.0.2.1/t"},

@@ -27,9 +27,9 @@ class Waiting:
 
     def __init__(self, listener: loopback.Listener, **options: Any) -> None:
         self.port = urllib.parse.urlsplit(listener.redirect_uri).port
-        self.said: list[str] = []
+        self.reported: list[str] = []
         self.outcome: list[Any] = []
-        options = {"seconds": 10, "say": self.said.append, **options}
+        options = {"seconds": 10, "report": self.reported.append, **options}
 
         def wait() -> None:
             try:
@@ -82,7 +82,7 @@ def test_the_answer(waiting: Waiting):
     reply = waiting.ask(GOOD)
     assert reply.startswith("HTTP/1.1 200 OK\r\n") and "c-1" not in reply
     assert "You can close this window" in reply
-    assert waiting.result() == "c-1" and waiting.said == []
+    assert waiting.result() == "c-1" and waiting.reported == []
 
 
 def test_a_preflight_is_answered_and_does_not_use_up_the_login(waiting: Waiting):
@@ -158,7 +158,7 @@ def test_what_is_not_the_answer_is_answered_and_waited_past(
     assert reply.startswith(f"HTTP/1.1 {status} ")
     waiting.ask(GOOD)
     assert waiting.result() == "c-1"
-    assert len(waiting.said) == (
+    assert len(waiting.reported) == (
         status == 400
     )  # what looks like the answer and is not is worth a sentence
 
@@ -206,7 +206,7 @@ def test_a_port_scanner_with_many_connections(waiting: Waiting):
 
 
 def test_a_silent_connection_is_closed_after_a_while():
-    with loopback.Listener(0, "https://auth.x.ai", patience=0.1) as listener:
+    with loopback.Listener(0, "https://auth.x.ai", request_timeout=0.1) as listener:
         waiting = Waiting(listener)
         with waiting.connect() as silent:
             assert silent.recv(1) == b""
@@ -234,9 +234,9 @@ def test_a_taken_port_is_replaced():
 
 def test_nobody_comes(listener: loopback.Listener):
     waiting = Waiting(listener, seconds=0.2)
-    assert isinstance(waiting.result(), errors.ExpiredToken) and "nobody approved" in str(
-        waiting.result()
-    )
+    assert isinstance(
+        waiting.result(), errors.ExpiredToken
+    ) and "the login was not approved in time" in str(waiting.result())
 
 
 def test_pasting(listener: loopback.Listener):
@@ -248,7 +248,7 @@ def test_pasting(listener: loopback.Listener):
         waiting.ask("GET /favicon.ico HTTP/1.1\r\n\r\n")
         keyboard.write(b"c-2&state=state-1\n")
         assert waiting.result() == "c-2"
-        assert len(waiting.said) == 1 and "no 'code' parameter" in waiting.said[0]
+        assert len(waiting.reported) == 1 and "no 'code' parameter" in waiting.reported[0]
 
 
 ADDRESS = f"http://127.0.0.1:1/callback?code=code-0002&state={STATE}"
@@ -276,10 +276,13 @@ ADDRESS = f"http://127.0.0.1:1/callback?code=code-0002&state={STATE}"
 def test_pasted_lines(listener: loopback.Listener, lines: list[str], complaints: int):
     theirs, ours = os.pipe()
     with open(theirs, "rb", 0), open(ours, "wb", 0) as keyboard:
-        said: list[str] = []
+        reported: list[str] = []
         keyboard.write("".join(f"{line}\n" for line in lines).encode())
-        assert listener.wait(STATE, seconds=5, paste_from=theirs, say=said.append) == "code-0002"
-        assert len(said) == complaints, said
+        assert (
+            listener.wait(STATE, seconds=5, paste_from=theirs, report=reported.append)
+            == "code-0002"
+        )
+        assert len(reported) == complaints, reported
 
 
 def test_what_was_taken_for_the_code_may_have_been_none(listener: loopback.Listener):
@@ -303,7 +306,9 @@ def test_a_request_with_many_cookies(waiting: Waiting):
     """A browser sends those of every program on 127.0.0.1 along, whatever its port."""
     cookies = "".join(f"Cookie: c{n}={'x' * 4000}\r\n" for n in range(15))
     reply = waiting.ask(GOOD.replace("\r\n\r\n", f"\r\n{cookies}\r\n"))
-    assert reply.startswith("HTTP/1.1 200 ") and waiting.result() == "c-1" and waiting.said == []
+    assert (
+        reply.startswith("HTTP/1.1 200 ") and waiting.result() == "c-1" and waiting.reported == []
+    )
 
 
 def test_a_request_with_too_many_cookies_is_told_so(waiting: Waiting):
@@ -316,7 +321,7 @@ def test_a_request_with_too_many_cookies_is_told_so(waiting: Waiting):
     assert received.startswith(b"HTTP/1.1 431 ") and b"paste it into the terminal" in received
     waiting.ask(GOOD)
     assert waiting.result() == "c-1"
-    assert len(waiting.said) == 1 and "most probably cookies" in waiting.said[0]
+    assert len(waiting.reported) == 1 and "most probably because of cookies" in waiting.reported[0]
 
 
 def test_the_page_may_answer_after_the_keyboard_has_closed(listener: loopback.Listener):

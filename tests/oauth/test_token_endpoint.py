@@ -100,9 +100,7 @@ def test_a_dead_refresh_token(code: str, status: int):
         "Refresh token has been revoked",
         77,
     )
-    assert f"does not take this login any more ({code}: Refresh token has been revoked)" in str(
-        error
-    )
+    assert f"no longer accepts this login ({code}: Refresh token has been revoked)" in str(error)
     assert (error.certain, error.sent) == (code == "invalid_grant", False)
 
 
@@ -252,7 +250,7 @@ def test_no_optional_member_and_no_label_makes_an_answer_void(member: dict[str, 
 
 
 def test_415_is_said_to_be_our_fault():
-    assert "a fault of xaiproxy" in str(
+    assert "a bug of xaiproxy" in str(
         refused(errors.IssuerUnavailable, answer(415, "Form requests must", TEXT))
     )
 

@@ -168,7 +168,7 @@ def _by_device(
         metadata,
         settings,
         device,
-        trouble=trouble,
+        on_error=trouble,
         sleep=talk.countdown(f"to approve {device.user_code}", device.expires_in),
     )
 
@@ -196,7 +196,10 @@ def _by_browser(
         end = time.monotonic() + APPROVAL_TIME
         while True:
             code = listener.wait(
-                attempt.state, seconds=end - time.monotonic(), paste_from=paste_from, say=talk.say
+                attempt.state,
+                seconds=end - time.monotonic(),
+                paste_from=paste_from,
+                report=talk.say,
             )
             try:
                 return authorization_code.exchange(session, metadata, settings, attempt, code)

@@ -6,7 +6,7 @@
         code = listener.wait(attempt.state, ...)       blocks
         login = exchange(session, metadata, settings, attempt, code)
 
-After GrantRefused wait again: the page can give another code.
+After GrantRefused, wait again: the page can show another code.
 """
 
 from __future__ import annotations
@@ -26,26 +26,27 @@ from xaiproxy import config, errors, tokens
 from xaiproxy.oauth import discovery, token_endpoint
 from xaiproxy.oauth.session import Session
 
-TRIES = 3  # for the exchange: the person's approval hangs on it
-PAUSE = 2.0  # seconds between two of them
-SHORTEST_CODE = (
-    8  # characters that a pasted code has at least; what is typed by mistake is mostly shorter
-)
-# A URL, or a query of one; a code may end in =, as base64 does.
-ADDRESS = re.compile(r"://|^\?|(^|\?)[a-z_]+=[^=&]")
+TRIES = 3  # for the exchange: if it fails, the user has to approve again
+PAUSE = 2.0  # seconds between two tries
+MIN_CODE_LENGTH = 8  # characters; a word typed by mistake is usually shorter than a code
+# A URL, or the query of one. A code may end in =, as base64 does.
+URL_OR_QUERY = re.compile(r"://|^\?|(^|\?)[a-z_]+=[^=&]")
 
 
-class NotTheAnswer(ValueError):
-    """What came is not the issuer's answer to this attempt: says why; the right one may still come."""
+class InvalidResponse(ValueError):
+    """Not the authorization response to this attempt, with the reason; that may still arrive."""
 
 
-class Incomplete(NotTheAnswer):
-    """The beginning of the answer: what comes next may complete it."""
+class Incomplete(InvalidResponse):
+    """The beginning of the authorization response; further text may complete it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Attempt:
-    """One try to sign in. `state` ties the redirect to it, `nonce` the id_token, `verifier` the code."""
+    """One attempt to sign in.
+
+    `state` binds the redirect to it, `nonce` the id_token, and `verifier` the code.
+    """
 
     redirect_uri: str
     state: str = dataclasses.field(repr=False)
@@ -73,7 +74,7 @@ class Attempt:
 def authorization_url(
     metadata: discovery.Metadata, settings: config.Config, attempt: Attempt
 ) -> str:
-    """The page on which the person approves."""
+    """The URL of the consent page."""
     if metadata.authorization_endpoint is None:
         raise errors.IssuerUnavailable(
             f"{metadata.issuer} offers no browser login; use " + errors.typed("xai-login --device")
@@ -88,8 +89,9 @@ def authorization_url(
             "nonce": attempt.nonce,
             "code_challenge": attempt.code_challenge(),
             "code_challenge_method": "S256",
-            # plan: without it xAI's consent page used to refuse loopback redirects. referrer: who is asking.
+            # Without it, xAI's consent page used to refuse loopback redirects.
             "plan": "generic",
+            # The program that signs in.
             "referrer": "xaiproxy",
         },
         quote_via=urllib.parse.quote,
@@ -104,7 +106,7 @@ def authorization_url(
 def code_from_query(query: str, state: str) -> str:
     """The code in an authorization response (RFC 6749 section 4.1.2).
 
-    Raises NotTheAnswer, and AccessDenied or another OAuthError when it is an error response (4.1.2.1).
+    Raises InvalidResponse, and for an error response (4.1.2.1) AccessDenied or another OAuthError.
     """
     return _code_in(_fields_of(query), state)
 
@@ -113,51 +115,46 @@ def _fields_of(query: str) -> dict[str, str]:
     try:
         pairs = urllib.parse.parse_qsl(query, max_num_fields=20)
     except ValueError:
-        raise NotTheAnswer("it has too many parameters") from None
+        raise InvalidResponse("it has too many parameters") from None
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        raise NotTheAnswer("it repeats a parameter")
+        raise InvalidResponse("it repeats a parameter")
     return fields
 
 
 def _code_in(fields: Mapping[str, str], state: str) -> str:
     if not hmac.compare_digest(fields.get("state", "").encode(), state.encode()):
-        raise NotTheAnswer("it belongs to another attempt to sign in (its state is not ours)")
+        raise InvalidResponse("it belongs to another attempt to sign in (its state differs)")
     if "error" in fields:
         raise _error_response(fields)
     if not re.fullmatch(r"[!-~]{1,4096}", fields.get("code", "")):
-        raise NotTheAnswer("it has no 'code' parameter")
+        raise InvalidResponse("it has no 'code' parameter")
     return fields["code"]
 
 
 def code_from_paste(text: str, state: str) -> str | None:
-    """The code in what a person pasted: the redirect's URL, its query, or the bare code; None if nothing.
+    """The code in pasted text: the URL of the redirect, its query, or the bare code; None if empty.
 
-    Raises as `code_from_query`, and Incomplete if a URL or query ends before its state does. PKCE alone ties a bare
-    code to the attempt.
+    Raises as `code_from_query`, and Incomplete if a URL or query ends within its state. Only PKCE
+    binds a bare code to the attempt.
     """
     text = text.strip().strip("\"'")
     if not text:
         return None
-    if ADDRESS.search(text):
-        fields = _fields_of(
-            text.partition("?")[2].partition("#")[0] if "?" in text or "://" in text else text
-        )
-        if (
-            "error" in fields and "state" not in fields
-        ):  # xAI leaves it out at times, and a person pasted this
-            raise _error_response(fields)
-        if (
-            "error" not in fields
-            and (given := fields.get("state", "")) != state
-            and state.startswith(given)
-        ):
+    if URL_OR_QUERY.search(text):
+        is_url = "?" in text or "://" in text
+        fields = _fields_of(text.partition("?")[2].partition("#")[0] if is_url else text)
+        given = fields.get("state", "")
+        if "error" not in fields and given != state and state.startswith(given):
             raise Incomplete("it ends before its state")
+        # In an error response, xAI leaves the state out at times. The user pasted it on purpose.
+        if "error" in fields and "state" not in fields:
+            raise _error_response(fields)
         return _code_in(fields, state)
     if not re.fullmatch(r"[!-%'-~]{1,4096}", text):
-        raise NotTheAnswer("it is neither a URL nor a code")
-    if len(text) < SHORTEST_CODE:
-        raise NotTheAnswer("it is too short for a code")
+        raise InvalidResponse("it is neither a URL nor a code")
+    if len(text) < MIN_CODE_LENGTH:
+        raise InvalidResponse("it is too short for a code")
     return text
 
 
@@ -170,19 +167,20 @@ def exchange(
     *,
     sleep: Callable[[float], Any] = time.sleep,
 ) -> tokens.Tokens:
-    """Trade the code for tokens (section 4.1.3).
+    """Exchange the code for tokens (section 4.1.3).
 
-    Raises GrantRefused, ForeignLogin, ClientRejected, NotEntitled, and IssuerUnavailable after several tries.
+    Raises GrantRefused, ForeignLogin, ClientRejected, NotEntitled, and IssuerUnavailable after
+    several tries.
     """
 
-    def check_nonce(claims: Mapping[str, Any]) -> None:  # OpenID Connect Core 3.1.3.7
+    def check_nonce(claims: Mapping[str, Any]) -> None:
+        """OpenID Connect Core section 3.1.3.7."""
         if claims.get("nonce") != attempt.nonce:
             raise errors.ForeignLogin(
                 "invalid_nonce",
                 "",
-                f"{metadata.issuer} answered with a login that "
-                "somebody else began (its nonce is not ours), which was not saved; "
-                f"{errors.SIGN_IN}",
+                f"{metadata.issuer} returned the login of another attempt (its nonce differs), "
+                f"which was not saved; {errors.SIGN_IN}",
             )
 
     form = {
@@ -212,9 +210,9 @@ def exchange(
 def _error_response(fields: Mapping[str, str]) -> errors.OAuthError:
     code = token_endpoint.shown(fields["error"])
     description = token_endpoint.shown(fields.get("error_description"))
-    said = f"{code}: {description}" if description else code
+    detail = f"{code}: {description}" if description else code
     if code == "access_denied":
-        return errors.AccessDenied(
-            code, description, f"the login was denied ({said}); start again to approve it"
-        )
-    return errors.OAuthError(code, description, f"the issuer ended the login ({said}); start again")
+        message = f"the login was denied ({detail}); start again to approve it"
+        return errors.AccessDenied(code, description, message)
+    message = f"the issuer ended the login ({detail}); start again"
+    return errors.OAuthError(code, description, message)

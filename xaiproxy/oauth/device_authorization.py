@@ -1,4 +1,4 @@
-"""RFC 8628, the device authorization grant: a person approves on any device, and we ask until they have.
+"""RFC 8628, the device authorization grant: poll until the user has approved on some device.
 
 device = request(session, metadata, settings)
 show device.verification_uri and device.user_code
@@ -21,26 +21,27 @@ from xaiproxy.oauth.session import Session, causes_of
 
 GRANT_TYPE = "urn:ietf:params:oauth:grant-type:device_code"
 DEFAULT_INTERVAL = 5.0  # seconds, section 3.2
-SHORTEST = 1.0  # seconds between two polls, also if the issuer names a shorter interval
-SLOWEST = 60.0  # seconds, up to which timeouts double the interval (section 3.5)
-LONGEST = 300.0  # seconds, the most that an interval of slow_down or Retry-After counts for
+MIN_INTERVAL = 1.0  # seconds between two polls, even if the issuer names a shorter interval
+MAX_BACKOFF = 60.0  # seconds, up to which timeouts double the interval (section 3.5)
+MAX_INTERVAL = 300.0  # seconds, limit for an interval of slow_down and for Retry-After
 LAST_POLL = 1.0  # seconds before the code expires
-DEFAULT_LIFETIME = 600.0  # seconds, when the answer has no expires_in, which section 3.2 requires
-SLOWER = 5.0  # seconds that slow_down adds for good, section 3.5
-POLL_DEADLINE = 15.0  # seconds; the countdown stands still meanwhile
-KINDS = {  # section 3.5; authorization_denied is what some servers say instead
+DEFAULT_LIFETIME = 600.0  # seconds, if the response lacks expires_in, which section 3.2 requires
+SLOW_DOWN = 5.0  # seconds that slow_down adds to the interval from then on, section 3.5
+POLL_DEADLINE = 15.0  # seconds; the countdown is not updated meanwhile
+# Section 3.5. Some servers send authorization_denied instead of access_denied.
+KINDS = {
     "authorization_pending": errors.AuthorizationPending,
     "slow_down": errors.SlowDown,
     "access_denied": errors.AccessDenied,
     "authorization_denied": errors.AccessDenied,
     "expired_token": errors.ExpiredToken,
 }
-CODE_LIMIT = ADDRESS_LIMIT = 4096  # characters
+CODE_LIMIT = URL_LIMIT = 4096  # characters
 
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """Section 3.2's answer, checked: all of it but device_code is safe to show. Times are seconds."""
+    """The response of section 3.2, validated: safe to print except for device_code. In seconds."""
 
     device_code: str = dataclasses.field(repr=False)
     user_code: str
@@ -51,7 +52,7 @@ class Device:
 
 
 def request(session: Session, metadata: discovery.Metadata, settings: config.Config) -> Device:
-    """Ask for a device code and a user code (sections 3.1, 3.2). Raises what token_endpoint.refusal makes."""
+    """Request a device code and a user code (sections 3.1, 3.2). Raises as `refusal` classifies."""
     endpoint = metadata.device_authorization_endpoint
     if endpoint is None:
         raise errors.IssuerUnavailable(
@@ -71,28 +72,24 @@ def request(session: Session, metadata: discovery.Metadata, settings: config.Con
         and re.fullmatch(r"[A-Za-z0-9-]{1,64}", user_code)
     ):
         raise errors.IssuerUnavailable(
-            f"{host} answered {answer.summary}, but without a device_code and a "
-            "user_code that can be shown; try again later"
+            f"{host} answered {answer.summary}, but without a valid device_code and user_code; "
+            "try again later"
         )
-    page = body.get("verification_uri", body.get("verification_url"))
-    discovery.check_endpoint(metadata.issuer, page)
-    if len(page) > ADDRESS_LIMIT:
+    page = discovery.check_endpoint(
+        metadata.issuer, body.get("verification_uri", body.get("verification_url"))
+    )
+    if len(page) > URL_LIMIT:
         raise errors.IssuerUnavailable(
-            f"{host} named a verification_uri of {len(page)} characters, which nobody can type; "
+            f"{host} sent a verification_uri of {len(page)} characters, too long to type; "
             "try again later"
         )
     expires_in = _seconds(body.get("expires_in")) or DEFAULT_LIFETIME
-    interval = max(SHORTEST, _seconds(body.get("interval"), DEFAULT_INTERVAL))
-    if interval >= expires_in:  # nonsense, since it leaves no time for a poll
+    interval = max(MIN_INTERVAL, _seconds(body.get("interval"), DEFAULT_INTERVAL))
+    # Such an interval would leave no time for a poll.
+    if interval >= expires_in:
         interval = min(DEFAULT_INTERVAL, expires_in / 2)
-    return Device(
-        device_code,
-        user_code,
-        page,
-        _complete(metadata.issuer, body, device_code),
-        expires_in,
-        interval,
-    )
+    complete = _complete(metadata.issuer, body, device_code)
+    return Device(device_code, user_code, page, complete, expires_in, interval)
 
 
 def poll(
@@ -103,13 +100,14 @@ def poll(
     *,
     sleep: Callable[[float], Any] = time.sleep,
     clock: Callable[[], float] = time.monotonic,
-    trouble: Callable[[errors.IssuerUnavailable], Any] = lambda error: None,
+    on_error: Callable[[errors.IssuerUnavailable], Any] = lambda error: None,
     deadline: float = POLL_DEADLINE,
 ) -> tokens.Tokens:
-    """Wait for the approval (sections 3.4, 3.5). Raises AccessDenied, ExpiredToken, and others of `refusal`.
+    """Wait for the approval (sections 3.4, 3.5). Raises AccessDenied, ExpiredToken, as `refusal`.
 
-    An answer that is none (no network, 5xx, a page) counts as pending; `trouble` is told of it. A timeout doubles the
-    wait until the next answer, and Retry-After can lengthen it, but one poll just before the end is made all the same.
+    A failed poll (no network, 5xx, an HTML page) counts as pending and calls `on_error`. A timeout
+    doubles the wait until the next response, and Retry-After can lengthen it. Just before the code
+    expires there is one more poll in any case.
     """
     end = clock() + device.expires_in
     interval = wait = device.interval
@@ -119,7 +117,7 @@ def poll(
         "client_id": settings.client_id,
     }
     while True:
-        # Before the first poll, too: the issuer counts from its answer.
+        # Before the first poll as well: for the issuer the interval begins with its response.
         left = max(0.0, end - clock())
         sleep(min(wait, left, max(interval, left - LAST_POLL)))
         try:
@@ -135,7 +133,7 @@ def poll(
                 deadline=deadline,
             )
         except errors.SlowDown as error:
-            interval = wait = max(interval + SLOWER, min(_seconds(error.interval), LONGEST))
+            interval = wait = max(interval + SLOW_DOWN, min(_seconds(error.interval), MAX_INTERVAL))
         except errors.AuthorizationPending:
             wait = interval
         except errors.ExpiredToken as error:
@@ -145,9 +143,9 @@ def poll(
                 "the code expired before it was approved; start again for a new one",
             ) from None
         except errors.IssuerUnavailable as error:
-            trouble(error)
-            wait = max(interval, min(2 * wait, SLOWEST)) if _timed_out(error) else interval
-            wait = max(wait, min(error.retry_after or 0.0, LONGEST))
+            on_error(error)
+            wait = max(interval, min(2 * wait, MAX_BACKOFF)) if _timed_out(error) else interval
+            wait = max(wait, min(error.retry_after or 0.0, MAX_INTERVAL))
 
 
 class _InvalidScope(errors.OAuthError):
@@ -162,15 +160,15 @@ class _InvalidScope(errors.OAuthError):
 
 
 def _complete(issuer: str, body: dict[str, Any], device_code: str) -> str | None:
-    url = body.get("verification_uri_complete")
+    """The URL that contains the user code, or None: it is optional, and only saves typing."""
     try:
-        discovery.check_endpoint(issuer, url)
+        url = discovery.check_endpoint(issuer, body.get("verification_uri_complete"))
     except errors.IssuerUnavailable:
-        return None  # it only saves typing
-    if len(url) > ADDRESS_LIMIT:
         return None
-    # Whoever has the device code can take the login: it must not stand on a screen.
-    return None if device_code in url or device_code in urllib.parse.unquote(url) else url
+    # A device code is enough to fetch the tokens, so it must not be shown.
+    if len(url) > URL_LIMIT or device_code in url or device_code in urllib.parse.unquote(url):
+        return None
+    return url
 
 
 def _timed_out(error: errors.IssuerUnavailable) -> bool:
@@ -179,8 +177,8 @@ def _timed_out(error: errors.IssuerUnavailable) -> bool:
 
 
 def _seconds(value: Any, default: float = 0.0) -> float:
-    """A number, or a string of digits as some servers send it; `default` for anything else."""
+    """A number, or digits in a string, as some servers send them; `default` for anything else."""
     if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", value):
         value = float(value)
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e6
-    return float(value) if good else default
+    valid = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e6
+    return float(value) if valid else default

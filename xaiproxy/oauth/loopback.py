@@ -1,9 +1,10 @@
-"""The loopback redirect of RFC 8252 section 7.3: a listener for one answer that takes all else in its stride.
+"""The loopback redirect of RFC 8252 section 7.3: a listener for one authorization response.
 
-The consent page does not redirect here; its script fetches, from another origin. So a browser first sends a
-preflight (CORS, and Private Network Access for a page from the internet), and others may connect too: a
-browser's idle spare connection, its request for a favicon, a port scanner. One thread serves them all, and
-the terminal at which the answer may be pasted instead; each connection gets one answer, within bounds.
+The consent page does not redirect here: its script calls fetch() from another origin, so the
+browser sends a preflight first (CORS, and Private Network Access for a page from the internet).
+Other connections may arrive as well: a browser's idle spare connection, its request for a favicon,
+a port scanner. One thread serves them all, and the terminal into which the user may paste the
+response instead. Each connection gets one answer; number, size and time of connections are limited.
 """
 
 from __future__ import annotations
@@ -27,12 +28,11 @@ from xaiproxy.oauth import authorization_code
 
 PATH = "/callback"
 XAI_ORIGINS = frozenset(("https://accounts.x.ai", "https://auth.x.ai"))
-HEAD_LIMIT = (
-    65536  # bytes of a request; browsers send the cookies of all other programs on 127.0.0.1 along
-)
+# Bytes of a request head. Browsers include the cookies of all other servers on 127.0.0.1.
+HEAD_LIMIT = 65536
 READ_SIZE = 16384  # bytes
-CONNECTION_LIMIT = 64  # at once; the oldest is closed for a new one
-PATIENCE = 10.0  # seconds that a connection has for its request
+CONNECTION_LIMIT = 64  # at once; beyond it, a new connection closes the oldest
+REQUEST_TIMEOUT = 10.0  # seconds for a connection to send its request
 REASONS = {
     200: "OK",
     204: "No Content",
@@ -42,17 +42,16 @@ REASONS = {
     405: "Method Not Allowed",
     431: "Request Header Fields Too Large",
 }
-PASTE_MARK = re.compile(
-    "\x1b\\[20[01]~"
-)  # bracketed paste: some terminals put these around what is pasted
+# Bracketed paste: some terminals put these around pasted text.
+PASTE_MARK = re.compile("\x1b\\[20[01]~")
 REQUEST = re.compile(rb"([A-Z]+) (\S+) HTTP/1\.[01]\r?\n((?:.*\n)*?)\r?\n")
 ORIGIN = re.compile(rb"^origin:[ \t]*(\S+)[ \t]*\r?$", re.IGNORECASE | re.MULTILINE)
 
 
 class Listener:
-    """Listens on 127.0.0.1:port, or on any free port when that one is taken."""
+    """Listens on 127.0.0.1:port, or on any free port if that one is in use."""
 
-    def __init__(self, port: int, issuer: str, patience: float = PATIENCE):
+    def __init__(self, port: int, issuer: str, request_timeout: float = REQUEST_TIMEOUT):
         try:
             self._socket = socket.create_server(("127.0.0.1", port))
         except OSError:
@@ -60,16 +59,13 @@ class Listener:
         self._socket.setblocking(False)
         self.redirect_uri = f"http://127.0.0.1:{self._socket.getsockname()[1]}{PATH}"
         parts = urllib.parse.urlsplit(issuer)
-        own = (
-            {f"{parts.scheme}://{parts.netloc.lower()}"}
-            if addresses.is_loopback(parts.hostname)
-            else set()
-        )
-        self._origins = XAI_ORIGINS | own
+        self._origins = XAI_ORIGINS
+        if config.is_loopback(parts.hostname):
+            self._origins |= {f"{parts.scheme}://{parts.netloc.lower()}"}
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._socket, selectors.EVENT_READ)
-        self._connections: dict[socket.socket, _Connection] = {}  # oldest first
-        self._patience = patience
+        self._connections: dict[Any, _Connection] = {}  # by socket, oldest first
+        self._request_timeout = request_timeout
         self._typed = b""
         self._incomplete = ""  # the beginning of a pasted URL
         self._paste_from: int | None = None
@@ -78,11 +74,11 @@ class Listener:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._paste_from is not None:  # the rest of a paste is not for the shell
+        # Discard the rest of a paste, or the shell would run it.
+        if self._paste_from is not None:
             with contextlib.suppress(OSError, termios.error):
-                if (
-                    os.tcgetpgrp(self._paste_from) == os.getpgrp()
-                ):  # or SIGTTOU would stop this process
+                # In the background, SIGTTOU would stop this process.
+                if os.tcgetpgrp(self._paste_from) == os.getpgrp():
                     termios.tcflush(self._paste_from, termios.TCIFLUSH)
         for connection in list(self._connections):
             self._drop(connection)
@@ -95,12 +91,13 @@ class Listener:
         *,
         seconds: float,
         paste_from: int | None = None,
-        say: Callable[[str], Any] = lambda text: None,
+        report: Callable[[str], Any] = lambda text: None,
     ) -> str:
-        """The code, from the page or from a line on the file descriptor `paste_from`.
+        """Return the code, from the page or from a line on the file descriptor `paste_from`.
 
-        Raises AccessDenied or another OAuthError when that is the answer, ExpiredToken after `seconds`. `say`
-        gets a sentence about everything that looked like the answer and was not. May be called again.
+        Raises AccessDenied or another OAuthError for an error response, ExpiredToken after
+        `seconds`. `report` is called with a sentence about each invalid response. May be called
+        again.
         """
         end = time.monotonic() + seconds
         if paste_from is not None and self._paste_from is None:
@@ -112,64 +109,69 @@ class Listener:
                 if key.fileobj is self._socket:
                     self._accept()
                 elif key.fileobj == paste_from:
-                    code = self._pasted(paste_from, state, say)
-                elif key.fileobj in self._connections:  # it may just have made room for another
-                    code = self._serve(key.fileobj, state, say)
+                    code = self._pasted(paste_from, state, report)
+                # It may just have been closed for a new connection.
+                elif key.fileobj in self._connections:
+                    connection: Any = key.fileobj
+                    code = self._serve(connection, state, report)
                 if code:
                     return code
         raise errors.ExpiredToken(
-            "expired_token", "", "nobody approved the login in time; start again"
+            "expired_token", "", "the login was not approved in time; start again"
         )
 
     def _close_overdue(self, now: float) -> float:
-        """Returns when the next connection is due, on the monotonic clock."""
+        """Close them; return when the next connection is due, on the monotonic clock."""
         for connection in list(self._connections.values()):
             if connection.end > now:
                 return connection.end
             self._drop(connection.socket)
         return math.inf
 
-    def _pasted(self, paste_from: int, state: str, say: Callable[[str], Any]) -> str | None:
+    def _pasted(self, paste_from: int, state: str, report: Callable[[str], Any]) -> str | None:
         try:
             received = os.read(paste_from, 4096)
-        except OSError:  # EIO: the terminal is gone
+        # EIO: the terminal is gone.
+        except OSError:
             received = b""
-        if not received:  # Ctrl-D: nothing more will come
+        # End of input, such as Ctrl-D.
+        if not received:
             self._selector.unregister(paste_from)
         *lines, self._typed = (self._typed + received).split(b"\n")
         for line in lines:
-            if code := self._code_in_line(
-                PASTE_MARK.sub("", line.decode("utf-8", "replace")).strip(), state, say
-            ):
+            text = PASTE_MARK.sub("", line.decode("utf-8", "replace")).strip()
+            if code := self._code_in_line(text, state, report):
                 return code
         return None
 
-    def _code_in_line(self, line: str, state: str, say: Callable[[str], Any]) -> str | None:
-        """The code, if it is in this line or in a URL that begins on former lines and ends here."""
+    def _code_in_line(self, line: str, state: str, report: Callable[[str], Any]) -> str | None:
+        """The code, if it is in this line or in a URL that ends here and began in earlier lines."""
         begun = self._incomplete if line and "://" not in line else ""
         self._incomplete = ""
         try:
             return authorization_code.code_from_paste(begun + line, state)
         except authorization_code.Incomplete as error:
             self._incomplete = begun + line
-            say(
-                f"That is not the whole address: {error}. Paste the rest of it; an empty line begins again."
+            report(
+                f"The address is incomplete: {error}. Paste the rest of it; "
+                "an empty line discards it."
             )
-        except authorization_code.NotTheAnswer as error:
-            say(
-                f"That does not help: {error}. Paste the whole address, or the code that the page shows."
+        except authorization_code.InvalidResponse as error:
+            report(
+                f"That is not the response: {error}. Paste the whole address, or the code that "
+                "the page shows."
             )
         return None
 
     def _accept(self) -> None:
-        with contextlib.suppress(OSError):  # gone again, or no file descriptor left
+        # The client may be gone again, or no file descriptor be left.
+        with contextlib.suppress(OSError):
             connection, _ = self._socket.accept()
             connection.setblocking(False)
             if len(self._connections) >= CONNECTION_LIMIT:
                 self._drop(next(iter(self._connections)))
-            self._connections[connection] = _Connection(
-                connection, time.monotonic() + self._patience
-            )
+            end = time.monotonic() + self._request_timeout
+            self._connections[connection] = _Connection(connection, end)
             self._selector.register(connection, selectors.EVENT_READ)
 
     def _drop(self, connection: socket.socket) -> None:
@@ -178,37 +180,38 @@ class Listener:
         connection.close()
 
     def _serve(
-        self, connection: socket.socket, state: str, say: Callable[[str], Any]
+        self, connection: socket.socket, state: str, report: Callable[[str], Any]
     ) -> str | None:
-        """Read on, and answer a request that is whole. Returns the code if that was in it."""
-        about = self._connections[connection]
+        """Read more of the request, and answer it when complete. Returns the code, if it has it."""
+        request = self._connections[connection]
         try:
             received = connection.recv(READ_SIZE)
         except OSError:
             received = b""
         if not received:
             self._drop(connection)
-        elif (
-            about.refused
-        ):  # to be read, or closing the connection would reset it before the answer is read
+        elif request.refused:
+            # Read on: closing the connection with unread bytes would reset it, and the browser
+            # would lose the answer.
             pass
-        elif about.add(received):
+        elif request.add(received):
             try:
-                if request := REQUEST.match(about.head):
-                    return self._answer(connection, request, state, say)
+                if parsed := REQUEST.match(request.head):
+                    return self._answer(connection, parsed, state, report)
             finally:
                 self._drop(connection)
-        elif len(about.head) >= HEAD_LIMIT:
-            about.refused = True
+        elif len(request.head) >= HEAD_LIMIT:
+            request.refused = True
             _send(
                 connection,
                 431,
-                f"The request has more than {HEAD_LIMIT} bytes, most probably cookies. Copy this page's "
-                "address and paste it into the terminal.",
+                f"The request is longer than {HEAD_LIMIT} bytes, most probably because of "
+                "cookies. Copy this page's address and paste it into the terminal.",
             )
-            say(
-                f"{self.redirect_uri} was called with more than {HEAD_LIMIT} bytes, most probably cookies, which were not "
-                "read. Paste the address of the page that your browser shows now, or the code on it."
+            report(
+                f"A request to {self.redirect_uri} was longer than {HEAD_LIMIT} bytes, most "
+                "probably because of cookies, and was not read. Paste the address of the page "
+                "that your browser shows now, or the code on it."
             )
         return None
 
@@ -217,37 +220,33 @@ class Listener:
         connection: socket.socket,
         request: re.Match[bytes],
         state: str,
-        say: Callable[[str], Any],
+        report: Callable[[str], Any],
     ) -> str | None:
         method, target, fields = request.groups()
         path, _, query = target.decode("latin-1").partition("?")
         origin = next((found[1].decode("latin-1") for found in ORIGIN.finditer(fields)), None)
         origin = origin if origin in self._origins else None
         if path != PATH:
-            _send(connection, 404, "Nothing is here.")
+            _send(connection, 404, "Not found.")
         elif method == b"OPTIONS":
-            _send(connection, 204 if origin else 403, "This origin may not call here.", origin)
+            _send(connection, 204 if origin else 403, "This origin is not allowed.", origin)
         elif method != b"GET":
-            _send(connection, 405, "Only GET is answered here.", origin)
+            _send(connection, 405, "Only GET is allowed.", origin)
         else:
             try:
                 code = authorization_code.code_from_query(query, state)
-            except authorization_code.NotTheAnswer as error:
-                _send(connection, 400, f"This does not help to sign in: {error}.", origin)
-                say(
-                    f"{self.redirect_uri} was called, but that does not help: {error}. Still waiting."
+            except authorization_code.InvalidResponse as error:
+                _send(connection, 400, f"This is not the response to sign in: {error}.", origin)
+                report(
+                    f"A request to {self.redirect_uri} was not the response: {error}. "
+                    "Still waiting."
                 )
             except errors.OAuthError:
                 _send(connection, 200, "The login was denied. You can close this window.", origin)
                 raise
             else:
-                _send(
-                    connection,
-                    200,
-                    "The approval has arrived. You can close this window and go back to "
-                    "the terminal.",
-                    origin,
-                )
+                text = "Approved. You can close this window and go back to the terminal."
+                _send(connection, 200, text, origin)
                 return code
         return None
 
@@ -260,7 +259,7 @@ class _Connection:
     refused: bool = False
 
     def add(self, received: bytes) -> bool:
-        """Returns whether the head is whole."""
+        """Returns whether the head is complete."""
         begin = max(0, len(self.head) - 2)
         self.head += received
         return self.head.find(b"\n\r\n", begin) >= 0 or self.head.find(b"\n\n", begin) >= 0
@@ -292,6 +291,8 @@ def _send(connection: socket.socket, status: int, text: str, origin: str | None 
             "Access-Control-Allow-Headers: Content-Type",
             "Access-Control-Allow-Private-Network: true",
         ]
-    with contextlib.suppress(OSError):  # whoever asked has gone; what was asked counts all the same
-        connection.send("\r\n".join([*lines, "", body]).encode())  # fits any socket's buffer
+    # The client may be gone; its request counts all the same.
+    with contextlib.suppress(OSError):
+        # Shorter than any socket's buffer.
+        connection.send("\r\n".join([*lines, "", body]).encode())
         connection.shutdown(socket.SHUT_WR)

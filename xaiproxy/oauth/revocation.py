@@ -1,4 +1,4 @@
-"""RFC 7009: tell the issuer that a login is over."""
+"""RFC 7009, token revocation: end a login at the issuer."""
 
 import urllib.parse
 
@@ -10,10 +10,10 @@ from xaiproxy.oauth.session import Session
 def revoke(
     session: Session, metadata: discovery.Metadata, login: tokens.Tokens, *, deadline: float = 15.0
 ) -> None:
-    """Revoke the refresh token, and with it all that came of it (section 2.1).
+    """Revoke the refresh token, and with it all tokens of the same grant (section 2.1).
 
-    A token that the issuer does not know counts as revoked (section 2.2). Raises IssuerUnavailable or
-    OAuthError.
+    A token that the issuer does not know counts as revoked (section 2.2). Raises IssuerUnavailable
+    or OAuthError.
     """
     if metadata.revocation_endpoint is None:
         raise errors.IssuerUnavailable(f"{metadata.issuer} offers no revocation")

@@ -1,8 +1,9 @@
-"""HTTP to the issuer: one request on one new connection, over before one deadline, with no trace of a secret.
+"""HTTP to the issuer: a new connection and a deadline for each request, no secret in an error.
 
-requests bounds neither the name look-up nor a server that sends a byte a second, so each call is made in a thread of its
-own, and given up at the deadline. A connection is never used twice: on one that lay idle for hours behind a NAT, a
-refresh token would vanish.
+The timeouts of requests cover neither the name lookup nor a server that sends a byte a second. So
+each call runs in a thread of its own, which is abandoned at the deadline. Connections are not
+reused: a NAT may have dropped one that was idle for hours, and a refresh token sent on it would be
+lost.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import ssl
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import requests
@@ -31,16 +32,16 @@ from xaiproxy.egress import Egress
 from xaiproxy.oauth.transport import Adapter
 
 BODY_LIMIT = 1 << 20  # bytes
-# Seconds, at most, after a deadline that a process slept through (SIGSTOP, docker pause): what came meanwhile is still
-# to be read, and may be the only copy of a login.
-LAST_LOOK = 1.0
+# Seconds, at most, to read a response that arrived while the process was stopped past its deadline
+# (SIGSTOP, docker pause): it may be the only copy of a login.
+GRACE_PERIOD = 1.0
 HEADERS = {"User-Agent": f"xaiproxy/{__version__}", "Accept": "application/json"}
 MEDIA_TYPE = re.compile(r"[\w.+-]{1,40}/[\w.+-]{1,40}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """retry_after: seconds that the issuer asks us to wait (RFC 9110 section 10.2.3), or None."""
+    """`retry_after`: seconds to wait, from Retry-After (RFC 9110 section 10.2.3), or None."""
 
     status: int
     headers: Mapping[str, str]
@@ -66,7 +67,7 @@ class Answer:
 
     @property
     def is_html(self) -> bool:
-        """Whether it is a page, whatever else its label says. A JSON object that is labelled as a page is none."""
+        """Whether it is an HTML page, by its label or content. A JSON object never is."""
         return self.json() is None and (
             self.media_type == "text/html"
             or self.body.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<")
@@ -74,14 +75,15 @@ class Answer:
 
     @property
     def summary(self) -> str:
-        """For a message, such as "HTTP 502, text/html". Never quotes the body."""
+        """For a message, such as "HTTP 502, text/html". Never contains any of the body."""
         return f"HTTP {self.status}, {self.media_type or 'no media type'}"
 
 
 class Session:
-    """Sends requests. Each raises IssuerUnavailable; `deadline` is in seconds and bounds all of it.
+    """Sends requests. Each raises IssuerUnavailable. `deadline`: seconds for the whole call.
 
-    `address_from`: the setting that an error names when an address does not answer.
+    `address_from`: name of the setting that an error recommends to check if an address is
+    unreachable.
     """
 
     def __init__(
@@ -108,12 +110,13 @@ class Session:
     ) -> Answer:
         end = time.monotonic() + deadline
         outcome: queue.SimpleQueue[Answer | BaseException] = queue.SimpleQueue()
-        given_up = threading.Event()
+        abandoned = threading.Event()
 
         def work() -> None:
             try:
-                outcome.put(self._send(method, url, headers, body, end, given_up))
-            except BaseException as error:  # handed to the caller, who raises it
+                outcome.put(self._send(method, url, headers, body, end, abandoned))
+            # The calling thread raises it.
+            except BaseException as error:
                 outcome.put(error)
 
         threading.Thread(target=work, name=f"{method} {url}", daemon=True).start()
@@ -124,19 +127,18 @@ class Session:
                 if body:
                     body.abandon()
                 late = max(0.0, time.monotonic() - end)
-                result = outcome.get(timeout=min(late, LAST_LOOK))
+                result = outcome.get(timeout=min(late, GRACE_PERIOD))
         except queue.Empty:
             result = TimeoutError()
         finally:
-            given_up.set()
-            # Whoever was told that nothing was sent may send the same refresh token again: from here on, the
-            # thread must not.
+            abandoned.set()
+            # If nothing was sent, the caller may send the same refresh token again. So the thread
+            # must not send it from here on.
             sent = body.abandon() if body else False
         if isinstance(result, Answer):
             return result
-        if isinstance(
-            result, (OSError, urllib3.exceptions.HTTPError)
-        ):  # all of requests' are OSErrors
+        # All exceptions of requests are OSErrors.
+        if isinstance(result, (OSError, urllib3.exceptions.HTTPError)):
             message = _explain(result, url, self.egress, deadline, self.address_from)
             raise errors.IssuerUnavailable(message, sent=sent) from result
         raise result
@@ -148,12 +150,11 @@ class Session:
         headers: dict[str, str],
         body: _Body | None,
         end: float,
-        given_up: threading.Event,
+        abandoned: threading.Event,
     ) -> Answer:
         proxy = self.egress.proxy_for(url)
-        timeout = max(
-            end - time.monotonic(), 0.001
-        )  # seconds for each step, so that the thread ends, too
+        # Seconds for each step, so that an abandoned thread ends as well.
+        timeout = max(end - time.monotonic(), 0.001)
         context = self._context() if url.startswith("https:") else None
         with requests.Session() as web:
             web.trust_env = False
@@ -175,7 +176,7 @@ class Session:
                     content += chunk
                     if len(content) > BODY_LIMIT:
                         raise urllib3.exceptions.ResponseError("too long")
-                    if given_up.is_set():
+                    if abandoned.is_set():
                         raise TimeoutError
                 retry_after = parse_retry_after(
                     response.headers.get("Retry-After", ""), self._now()
@@ -183,18 +184,18 @@ class Session:
                 return Answer(response.status_code, response.headers, content, retry_after)
 
     def _context(self) -> ssl.SSLContext:
-        """A new one each time: the file may have been replaced."""
+        """A new context for each call: the CA file may have been replaced."""
         try:
             return trust.context(self.egress)
         except OSError as error:
             raise errors.IssuerUnavailable(
                 f"the CA certificates of {self.egress.ca_file} cannot be read "
-                f"({error.strerror}); put that file right, or set SSL_CERT_FILE"
+                f"({error.strerror}); correct that file, or set SSL_CERT_FILE"
             ) from error
 
 
 class _Body(io.BytesIO):
-    """A request body that knows whether any of it went out. It is read only once there is a connection."""
+    """A request body that records whether any of it was sent. It is read only after connecting."""
 
     def __init__(self, content: bytes):
         super().__init__(content)
@@ -210,14 +211,14 @@ class _Body(io.BytesIO):
         return super().read(size)
 
     def abandon(self) -> bool:
-        """Let nothing out that is not out yet; return whether something was."""
+        """Prevent all further reads; return whether any of the body was read before."""
         with self._mutex:
             self._abandoned = True
             return self._sent
 
 
 def parse_retry_after(text: str, now: float) -> float | None:
-    """Seconds from `now`, of either form of RFC 9110 section 10.2.3; None when it is neither."""
+    """Seconds from `now`, from either form of RFC 9110 section 10.2.3; None for any other text."""
     if re.fullmatch(r"[0-9]{1,9}", text):
         return float(text)
     date = parse_date(text)
@@ -225,64 +226,71 @@ def parse_retry_after(text: str, now: float) -> float | None:
 
 
 def parse_date(text: str) -> float | None:
-    """Unix seconds of an HTTP date (RFC 9110 section 5.6.7); None when it is none."""
+    """Unix seconds of an HTTP date (RFC 9110 section 5.6.7); None for any other text."""
     try:
         date = email.utils.parsedate_to_datetime(text)
     except (TypeError, ValueError):
         return None
-    if date.tzinfo is None:  # the asctime form names no zone
+    # The asctime form has no zone.
+    if date.tzinfo is None:
         date = date.replace(tzinfo=datetime.timezone.utc)
     return date.timestamp()
 
 
-def _explain(error: Exception, url: str, egress: Egress, deadline: float, address_from: str) -> str:
-    """One sentence. The exceptions' own texts are not used: they may hold the proxy's password."""
+def _explain(
+    error: Exception, url: str, egress: config.Egress, deadline: float, address_from: str
+) -> str:
+    """One sentence. It does not quote the exceptions: they may contain the proxy's password."""
     host = urllib.parse.urlsplit(url).netloc
     causes = list(causes_of(error))
-    through = urllib.parse.urlsplit(egress.proxy_for(url) or "")
-    through = f"{through.hostname}:{through.port}" if through.port else through.hostname
+    parts = urllib.parse.urlsplit(egress.proxy_for(url) or "")
+    proxy = f"{parts.hostname}:{parts.port}" if parts.port else parts.hostname
 
-    def find(*kinds: type) -> Any:
+    def find(*kinds: type[BaseException]) -> Any:
         return next((cause for cause in causes if isinstance(cause, kinds)), None)
 
     if certificate := find(ssl.SSLCertVerificationError):
         return f"the certificate of {host} cannot be verified {trust.refusal(certificate, egress)}"
     if find(requests.exceptions.ProxyError):
         status = re.search(r"Tunnel connection failed: ([0-9]{3})", " ".join(map(str, causes)))
-        said = f" (HTTP {status[1]})" if status else ""
-        return f"the proxy {through} gave no connection to {host}{said}; check HTTPS_PROXY and NO_PROXY"
-    if through:
-        host += f" (through the proxy {through})"
-    if find(socket.gaierror):
+        shown = f" (HTTP {status[1]})" if status else ""
         return (
-            f"the name {host} cannot be resolved; check the network, or set HTTPS_PROXY if need be"
+            f"could not reach {host} through the proxy {proxy}{shown}; "
+            "check HTTPS_PROXY and NO_PROXY"
         )
+    if proxy:
+        host += f" (through the proxy {proxy})"
+    if find(socket.gaierror):
+        return f"the name {host} cannot be resolved; check the network, or set HTTPS_PROXY"
     if find(urllib3.exceptions.ResponseError):
-        return f"{host} answered with more than {BODY_LIMIT} bytes, which cannot be right"
+        return f"the response of {host} is longer than {BODY_LIMIT} bytes; check {address_from}"
     if find(ConnectionResetError, BrokenPipeError, http.client.HTTPException):
-        return f"{host} broke the connection off before its answer was whole; try again"
+        return f"{host} closed the connection before its response was complete; try again"
     if tls := find(ssl.SSLError):
-        return f"{host} gave no TLS connection ({tls.reason}); check the network"
+        return f"the TLS handshake with {host} failed ({tls.reason}); check the network"
     if system := next(
         (cause for cause in causes if isinstance(cause, OSError) and cause.strerror), None
     ):
         return f"{host} cannot be reached ({system.strerror}); check the network, or {address_from}"
     if find(TimeoutError, urllib3.exceptions.TimeoutError):
-        return f"{host} gave no whole answer within {deadline:g} s; check the network and try again"
-    return f"{host} gave no answer that can be read ({type(error).__name__}); try again"
+        return (
+            f"{host} sent no complete response within {deadline:g} s; check the network, "
+            "and try again"
+        )
+    return f"the response of {host} could not be read ({type(error).__name__}); try again"
 
 
-def causes_of(error: BaseException | None) -> Any:
-    """The exception and those inside it: urllib3 and requests keep them in args, reason, cause or context."""
-    pending, seen = [error], set()
+def causes_of(error: BaseException) -> Iterator[BaseException]:
+    """The exception and all inside it.
+
+    urllib3 and requests keep those in `args`, `reason`, `__cause__` or `__context__`.
+    """
+    pending: list[object] = [error]
+    seen = set()
     while pending:
-        error = pending.pop(0)
-        if isinstance(error, BaseException) and id(error) not in seen:
-            seen.add(id(error))
-            yield error
-            pending += [
-                getattr(error, "reason", None),
-                *error.args,
-                error.__cause__,
-                error.__context__,
-            ]
+        cause = pending.pop(0)
+        if isinstance(cause, BaseException) and id(cause) not in seen:
+            seen.add(id(cause))
+            yield cause
+            reason = getattr(cause, "reason", None)
+            pending += [reason, *cause.args, cause.__cause__, cause.__context__]

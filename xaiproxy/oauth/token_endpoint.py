@@ -1,4 +1,4 @@
-"""RFC 6749 sections 5 and 6: the token endpoint, whatever the grant, and what its answers mean."""
+"""RFC 6749 sections 5 and 6: the token endpoint for every grant, and what its responses mean."""
 
 import re
 import time
@@ -9,7 +9,7 @@ from typing import Any
 from xaiproxy import errors, log, tokens
 from xaiproxy.oauth.session import Answer, Session
 
-# Words by which servers are known to call a grant dead, in lower case. Only the first is RFC 6749's.
+# Codes that servers are known to use for a dead grant, in lower case. Only the first is RFC 6749's.
 DEAD_GRANT = frozenset(
     (
         "invalid_grant",
@@ -20,7 +20,7 @@ DEAD_GRANT = frozenset(
         "token_revoked",
     )
 )
-# RFC 6749 sections 4.1.2.1 and 5.2, RFC 8628 section 3.5: in a 5xx any other word may be a gateway's.
+# RFC 6749 sections 4.1.2.1 and 5.2, RFC 8628 section 3.5. In a 5xx another code may be a gateway's.
 ERROR_CODES = frozenset(
     (
         "invalid_request",
@@ -34,12 +34,13 @@ ERROR_CODES = frozenset(
         "slow_down",
     )
 )
-PASSING = frozenset(("server_error", "temporarily_unavailable"))
-# Cloudflare's statuses for a request that did not get to its origin.
+TRANSIENT = frozenset(("server_error", "temporarily_unavailable"))
+# Cloudflare's statuses for a request that did not reach its origin.
 NOT_FORWARDED = frozenset((521, 523, 525, 526))
 WORD = re.compile(r"[a-z][a-z0-9_.:-]*")
-TEXT_LIMIT = 200  # characters of an outsider's text in our messages
-LONG_WORD = re.compile(r"[\w~+/=-]{32,}")  # no word that a person needs, but maybe a token
+TEXT_LIMIT = 200  # characters of a server's text in our messages
+# Possibly a token, and too long to be a word.
+LONG_WORD = re.compile(r"[\w~+/=-]{32,}")
 
 
 def refresh(
@@ -50,14 +51,15 @@ def refresh(
     deadline: float = 30.0,
     now: Callable[[], float] = time.time,
 ) -> tokens.Tokens:
-    """Spend the refresh token (RFC 6749 section 6). The caller holds the lock and has checked the endpoint.
+    """Spend the refresh token of `login`, which has one (RFC 6749 section 6).
 
-    Raises GrantRefused, ClientRejected, NotEntitled or IssuerUnavailable, whose `sent` says whether the
-    refresh token may be spent and its successor lost.
+    The caller holds the lock and has checked the endpoint. Raises GrantRefused, ClientRejected,
+    NotEntitled or IssuerUnavailable. Their `sent`: whether the refresh token may be spent and its
+    successor lost.
     """
     form = {
         "grant_type": "refresh_token",
-        "refresh_token": login.refresh_token,
+        "refresh_token": login.refresh_token or "",
         "client_id": login.client_id,
     }
     return request(
@@ -78,14 +80,15 @@ def request(
     deadline: float = 30.0,
     now: Callable[[], float] = time.time,
 ) -> tokens.Tokens:
-    """Post a grant and return the Tokens that it gives (sections 5.1, 5.2). Raises as `refresh` does.
+    """Post a grant and return the tokens of the response (sections 5.1, 5.2). Raises as `refresh`.
 
-    scope: what was asked for, which an answer without scope grants. former: what is refreshed. kinds: further
-    exceptions to raise, by `error` code. check_id_token: called with the id_token's claims, if one came.
+    `scope`: requested scope, which a response without scope grants.
+    `former`: login that is refreshed.
+    `kinds`: further exceptions to raise, by `error` code.
+    `check_id_token`: called with the claims of the id_token, if there is one.
     """
-    sent_at = (
-        now()
-    )  # not when the answer came: the lifetime runs from the issue, which lies between the two
+    # The lifetime begins when the token is issued, which is after this and before the response.
+    sent_at = now()
     answer = session.post(endpoint, form, deadline)
     host = urllib.parse.urlsplit(endpoint).netloc
     body = answer.json()
@@ -116,30 +119,30 @@ def refusal(
     form: Mapping[str, str],
     kinds: Mapping[str, type[errors.OAuthError]] | None = None,
 ) -> errors.Error:
-    """The error that an answer without tokens stands for. Its `sent` says whether the grant may be spent all the same."""
+    """The error for a response without tokens. Its `sent`: whether the grant may be spent."""
     body = answer.json() or {}
     words = [shown(word, form) for word in _words(body)]
     code = next(filter(WORD.fullmatch, words), "") or next(iter(words), "")
     description = shown(body.get("error_description"), form) or next(
         (word for word in words if word != code), ""
     )
-    said = f"{code}: {description}" if description else code
+    detail = f"{code}: {description}" if description else code
     if answer.status < 500:
-        error = _oauth_error(answer, host, form, kinds or {}, code, description, said, words)
+        error = _oauth_error(answer, host, form, kinds or {}, code, description, detail, words)
         if error is not None:
             error.sent = answer.is_success
             return error
     if answer.status in (415, 422):
-        said = "it did not understand our request; report that as a fault of xaiproxy"
+        detail = "it could not parse the request; please report this as a bug of xaiproxy"
     elif answer.is_html:
-        said = "a page instead of an answer, such as a firewall or an endpoint that moved gives"
+        detail = "an HTML page, as from a firewall or from an endpoint that has moved"
     elif answer.is_success:
-        said = said or "its body is no JSON object"
+        detail = detail or "its body is not a JSON object"
     return errors.IssuerUnavailable(
-        f"{host} answered {answer.summary}" + (f": {said}" if said else ""),
+        f"{host} answered {answer.summary}" + (f": {detail}" if detail else ""),
         sent=_may_be_spent(answer, body),
         retry_after=answer.retry_after,
-        refused=answer.status in (400, 401) and not answer.is_html and code not in PASSING,
+        refused=answer.status in (400, 401) and not answer.is_html and code not in TRANSIENT,
         page=answer.is_html,
     )
 
@@ -151,14 +154,15 @@ def _oauth_error(
     kinds: Mapping[str, type[errors.OAuthError]],
     code: str,
     description: str,
-    said: str,
+    detail: str,
     words: list[str],
 ) -> errors.OAuthError | None:
-    """The error that a status below 500 stands for; None when no error code of its body is known."""
+    """The error for a status below 500, or None if no error code in its body is known."""
+    body = answer.json() or {}
     if code in kinds:
-        error = kinds[code](code, description, f"{host} ended the login ({said}); start again")
+        error = kinds[code](code, description, f"{host} ended the login ({detail}); start again")
         if isinstance(error, errors.SlowDown):
-            error.interval = answer.json().get("interval")
+            error.interval = body.get("interval")
         return error
     if (answer.status in (400, 401, 403) or answer.is_success) and not DEAD_GRANT.isdisjoint(
         map(str.lower, words)
@@ -167,24 +171,23 @@ def _oauth_error(
         refused = errors.GrantRefused(
             code,
             description,
-            f"{host} does not take this {noun} any more ({said}); {errors.SIGN_IN}",
+            f"{host} no longer accepts this {noun} ({detail}); {errors.SIGN_IN}",
         )
-        refused.certain = (
-            answer.status in (400, 401) and answer.json().get("error") == "invalid_grant"
-        )
+        refused.certain = answer.status in (400, 401) and body.get("error") == "invalid_grant"
         return refused
     if answer.status == 403 and WORD.fullmatch(code):
         return errors.NotEntitled(
             code,
             description,
-            f"{host} refuses this account ({said}); the login itself "
-            "is good: see https://grok.com for what its subscription allows",
+            f"{host} refuses this account ({detail}); the login itself is valid: "
+            "see https://grok.com for what the account's plan includes",
         )
     if code in ("invalid_client", "unauthorized_client"):
         return errors.ClientRejected(
             code,
             description,
-            f"{host} rejects our client ({said}); check XAI_PROXY_CLIENT_ID, or try again later",
+            f"{host} rejects the client ID ({detail}); check XAI_PROXY_CLIENT_ID, "
+            "or try again later",
         )
     return None
 
@@ -195,7 +198,7 @@ def _has_error(body: Mapping[str, Any]) -> bool:
 
 
 def _words(body: Mapping[str, Any]) -> Iterator[str]:
-    """What may be an error code: where RFC 6749 section 5.2 puts it, and where other servers do."""
+    """Possible error codes: where RFC 6749 section 5.2 puts one, and where other servers do."""
     error = body.get("error")
     nested = error if isinstance(error, dict) else {}
     for word in (error, nested.get("code"), nested.get("message"), body.get("code")):
@@ -204,9 +207,10 @@ def _words(body: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _may_be_spent(answer: Answer, body: Mapping[str, Any]) -> bool:
-    """Whether the issuer may have acted on a request with this answer: a gateway's 5xx says nothing of that.
+    """Whether the issuer may have acted on the request.
 
-    Of the bodies of a 5xx only one as RFC 6749 section 5.2 has it is the issuer's own.
+    A 5xx may be a gateway's, sent after the issuer has acted. Only a 5xx whose body is an error
+    response of RFC 6749 section 5.2 is taken for the issuer's own.
     """
     if answer.is_success:
         return True
@@ -219,7 +223,7 @@ def _may_be_spent(answer: Answer, body: Mapping[str, Any]) -> bool:
 
 
 def shown(text: object, form: Mapping[str, str] | None = None) -> str:
-    """An outsider's text for our messages: printable, short, and without what is or could be a token."""
+    """Text of a server for our messages: printable, short, and with possible tokens redacted."""
     if not isinstance(text, str):
         return ""
     for name, value in (form or {}).items():

@@ -1,6 +1,7 @@
-"""How requests connects here: to the first address that answers (RFC 8305), also of a proxy, and with our TLS context.
+"""Connections for requests: to the first address that answers (RFC 8305), with our own TLS context.
 
-urllib3's own way is one address after the other, each with the whole time-out; its own context trusts by Python's version.
+The same goes for the addresses of a proxy. urllib3 itself tries one address after the other, each
+with the whole timeout, and which certificates its own context accepts depends on Python's version.
 """
 
 import socket
@@ -15,7 +16,16 @@ from xaiproxy.http1 import socks_proxy
 
 
 class _Connects:
-    """`_socks_options`: as urllib3's SOCKSProxyManager passes them."""
+    """Mixin for the connections of urllib3, which set the attributes declared here.
+
+    `_socks_options`: as urllib3's SOCKSProxyManager passes them.
+    """
+
+    host: str
+    port: int
+    timeout: Any
+    socket_options: Any
+    _dns_host: str
 
     def __init__(
         self, *arguments: Any, _socks_options: dict[str, Any] | None = None, **keywords: Any
@@ -49,7 +59,7 @@ class _HTTPConnection(_Connects, urllib3.connection.HTTPConnection):
 
 class _HTTPSConnection(_Connects, urllib3.connection.HTTPSConnection):
     def __init__(self, *arguments: Any, **keywords: Any):
-        # The context holds the CA certificates; given as a file they would be parsed again, which takes 40 ms.
+        # The context holds the CA certificates. urllib3 would parse the file again, in 40 ms.
         super().__init__(*arguments, **{**keywords, "ca_certs": None})
 
 
