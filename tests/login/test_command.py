@@ -199,7 +199,7 @@ def test_an_address_that_no_qr_code_can_hold(login: Login, sandbox: Sandbox):
         terminal.expect("left to approve")
         assert (
             "█" not in terminal.screen
-            and "in the picture" not in terminal.screen
+            and "QR code" not in terminal.screen
             and "Traceback" not in terminal.screen
         )
         terminal.type(CTRL_C)
@@ -368,7 +368,7 @@ def test_scopes_that_were_not_granted_are_named(login: Login, sandbox: Sandbox):
         "scope": "openid api:access extra",
     }
     sandbox.set(**QUICK, answers=[{"path": "/oauth2/token", "body": granted}])
-    told = "the login was granted without the scope offline_access profile; what needs that will be refused"
+    told = "the scope offline_access profile was not granted; requests that need it will be refused"
     environ = {"XAI_PROXY_SCOPE": "openid offline_access api:access profile"}
     assert f"Note: {told}.\n" in login.run("--device", **environ).stderr
     events = [
@@ -390,7 +390,7 @@ def test_another_issuers_login_is_left_alone(
         fails(
             login.run(*arguments),
             78,
-            "is left alone, since the settings say .*; name another file with --token-path",
+            "was not changed, since the settings are .*; name another file with --token-path",
         )
     assert login.path.read_bytes() == before
     assert sandbox.requests() == []  # nobody was asked to approve anything
@@ -612,7 +612,7 @@ def test_by_browser_with_the_answer_pasted(login: Login, sandbox: Sandbox, brows
         terminal.expect("That is not the response: it is neither a URL nor a code")
         terminal.type("not-a-code-of-the-issuer\n")
         terminal.expect(
-            r"Still waiting, although that code was refused \(invalid_grant.*\): paste the code once more"
+            r"Still waiting: that code was refused \(invalid_grant.*\)\. Paste the code once more"
         )
         code = re.search("code=([^&]*)", redirect)[1]
         terminal.type(
@@ -695,7 +695,7 @@ def test_ctrl_c_in_the_browser_login(login: Login, browser):
     ],
 )
 def test_where_a_browser_would_be_seen(environ: dict[str, str], here: bool):
-    code = "import os; from xaiproxy.login import command as login; print(login.browser_here(os.environ))"
+    code = "import os; from xaiproxy.login import command as login; print(login.has_browser(os.environ))"
     result = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
         env={"PATH": os.environ["PATH"], "BROWSER": "/bin/true", **environ},
@@ -851,7 +851,7 @@ def test_logout(login: Login, sandbox: Sandbox):
     (login.path.parent / "client-keys").write_text("")
     result = login.run("--logout")
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout == f"Signed out: the login of {ACCOUNT} is gone from {login.path}.\n"
+    assert result.stdout == f"Signed out: removed the login of {ACCOUNT} from {login.path}.\n"
     assert login.files() == ["client-keys", "tokens.json.lock"]
     assert (
         sandbox.counters()["revocations"] == 1
@@ -882,7 +882,7 @@ def test_logout_of_a_file_that_is_no_login(login: Login, sandbox: Sandbox):
     login.path.write_text("{half")
     result = login.run("--logout")
     assert result.returncode == 0
-    assert "could not be read as a login and so could not be revoked" in result.stdout
+    assert "held no valid login, so nothing was revoked" in result.stdout
     assert login.files() == ["tokens.json.lock"] and sandbox.requests() == []
 
 

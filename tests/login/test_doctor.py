@@ -25,9 +25,9 @@ from sandbox import Sandbox
 from scripted_server import ScriptedServer, answer
 from terminal import CTRL_C, Terminal
 
-from xaiproxy import config, dotenv_file, token_writer
-from xaiproxy.login import doctor
-from xaiproxy.login.conversation import Conversation
+from xaiproxy import config, token_writer
+from xaiproxy.login import doctor, doctor_files, doctor_network, finding
+from xaiproxy.login.output import Output
 
 COMMAND = [
     sys.executable,
@@ -97,7 +97,7 @@ class Patient:
             f"XAI_PROXY_{name}" if f"XAI_PROXY_{name}" in config.SETTINGS else name: text
             for name, text in environ.items()
         }
-        code = doctor.examine(environ, {}, Conversation(True, stdout=lines), now, pause)
+        code = doctor.examine(environ, {}, Output(True, stdout=lines), now, pause)
         return Report(lines.getvalue(), code)
 
     def process(self, prefix: list[str], arguments: tuple[str, ...] = (), **environ: str) -> Report:
@@ -194,12 +194,10 @@ def test_all_is_well_and_nothing_is_changed(patient: Patient, sandbox: Sandbox, 
     report.says(
         "login",
         "ok",
-        f"^that of you@example.org in {patient.path}. The access token is valid until 20.*, for "
+        f"^signed in as you@example.org, in {patient.path}. The access token is valid until 20.*, for "
         "another 5 h 59 min",
     )
-    report.says(
-        "proxy", "ok", f"^http://127.0.0.1:{proxy.port}/v1 is served, and ready: signed in$"
-    )
+    report.says("proxy", "ok", f"^serving http://127.0.0.1:{proxy.port}/v1, and ready: signed in$")
     asked = [(request["method"], request["target"]) for request in sandbox.requests()]
     assert asked == [
         ("GET", "/.well-known/openid-configuration"),
@@ -231,14 +229,14 @@ def test_a_person_sees_what_is_waited_for_next(patient: Patient, sandbox: Sandbo
     patient.sign_in()
     sandbox.set(answers=[{"path": "/v1/models", "delay": 60}])
     with Terminal(COMMAND, env=environment(patient.folder) | patient.environ, cwd="/") as terminal:
-        terminal.expect(r"/v1/me takes the token\r\n\r\x1b\[K\.\.\.      upstream$", 5)
+        terminal.expect(r"/v1/me accepts the token\r\n\r\x1b\[K\.\.\.      upstream$", 5)
 
 
 @pytest.mark.parametrize(
     "well, last",
     [
-        (False, r"2 failed, \d warned; begin with the first that failed\."),
-        (True, r"Nothing failed, \d warned\."),
+        (False, r"2 failures, \d warnings?; start with the first failure\."),
+        (True, r"No failure, \d warnings?\."),
     ],
 )
 def test_the_last_line_and_the_exit_code(patient: Patient, well: bool, last: str):
@@ -251,7 +249,7 @@ def test_the_last_line_and_the_exit_code(patient: Patient, well: bool, last: str
     assert (done.returncode, done.stderr) == (0 if well else 77, "")
     assert re.fullmatch(last, done.stdout.splitlines()[-1])
     assert all(
-        line.startswith(tuple(f"{label:8} " for label in doctor.LABELS.values()))
+        line.startswith(tuple(f"{label:8} " for label in finding.LABELS.values()))
         for line in done.stdout.splitlines()[:-1]
     )
 
@@ -362,8 +360,8 @@ def test_no_login(patient: Patient, sandbox: Sandbox):
         f"^not signed in: {patient.path} does not exist; run `\\S*bin/xai-login --device`",
         77,
     )
-    report.says("token folder", "skipped", "does not exist; signing in makes it")
-    report.says("upstream", "ok", "answers; no token was tried")
+    report.says("token folder", "skipped", "does not exist; signing in creates it")
+    report.says("upstream", "ok", "answers; no token was sent")
     assert not patient.folder.exists() and tokens_sent(sandbox) == []
 
 
@@ -480,7 +478,7 @@ ENDED = {"code": "invalid_grant", "description": "revoked\x1b[2J", "at": 2000, "
             True,
             "failure",
             75,
-            "expired at 1970.* there to renew it: try again in a minute",
+            "expired at 1970.* running and should renew it: try again in a minute",
         ),
         (
             {"expires_at": 1000, "refresh_error": FAILED},
@@ -526,7 +524,7 @@ def test_a_folder_that_others_may_write_in(patient: Patient, mode: int, told: bo
     patient.sign_in()
     patient.folder.chmod(mode)
     report = patient.examine()
-    report.says("token folder", "ok", "can be written, and there is room")
+    report.says("token folder", "ok", "is writable, and its disk has room")
     assert ("may be written by other users" in report.text) is told
 
 
@@ -557,14 +555,14 @@ def test_a_folder_that_takes_no_file(patient: Patient, script: str, told: str):
 
 
 def test_the_room_is_what_the_refresher_wants():
-    assert doctor.ROOM == token_writer.RESERVE
+    assert doctor_files.ROOM == token_writer.RESERVE
 
 
 def test_a_folder_that_is_closed_to_us(patient: Patient, nobody: list[str]):
     patient.sign_in()
     for path, check, told in (
         (patient.folder, "token folder", "user 12345 cannot write in "),
-        (patient.folder.parent, "token folder", "cannot be looked at .Permission denied"),
+        (patient.folder.parent, "token folder", "cannot be accessed .Permission denied"),
         (patient.folder.parent, "login", "cannot be read .Permission denied"),
     ):
         path.chmod(0)
@@ -585,18 +583,18 @@ def test_a_secrets_folder_need_not_be_writable(patient: Patient):
 @pytest.mark.parametrize(
     "age, result, told",
     [
-        (0, "ok", r"^it runs: its last sign of life was \d s ago"),
+        (0, "ok", r"^running; its last heartbeat was \d s ago"),
         (55, "ok", "was 55 s ago"),
         (
             65,
             "warning",
-            r"does not run \(the last sign of life was 20.*start `.*supervisord -c .*conf/.*, or `\S*bin/xai-refresher`",
+            r"^not running \(last heartbeat 20.*start `.*supervisord -c .*conf/.*, or `\S*bin/xai-refresher`",
         ),
-        (-3600, "warning", "does not run"),
-        (None, "warning", "there was never a sign of life"),
+        (-3600, "warning", "^not running"),
+        (None, "warning", "no heartbeat so far"),
     ],
 )
-def test_the_refreshers_sign_of_life(patient: Patient, age: float | None, result: str, told: str):
+def test_the_refreshers_heartbeat(patient: Patient, age: float | None, result: str, told: str):
     patient.sign_in()
     if age is not None:
         patient.refresher_lives(age)
@@ -616,7 +614,7 @@ def test_a_lock_that_is_no_file(patient: Patient, make: Callable[[Path], object]
     patient.sign_in()
     make(patient.folder / "tokens.json.lock")
     patient.examine().says(
-        "refresher", "failure", "is not a file that could be locked; remove it", 75
+        "refresher", "failure", "is not a regular file and cannot be locked; remove it", 75
     )
 
 
@@ -656,7 +654,7 @@ def test_an_issuer_in_trouble(
     sandbox.set(answers=answers)
     report = patient.examine()
     report.says("issuer", "failure", told, 69)
-    report.says("upstream", "ok", "takes the token")
+    report.says("upstream", "ok", "accepts the token")
 
 
 def test_nobody_to_be_reached(patient: Patient):
@@ -674,17 +672,15 @@ def test_nobody_to_be_reached(patient: Patient):
         "127.0.0.1:1 cannot be reached .*check the network, or XAI_PROXY_UPSTREAM$",
         69,
     )
-    report.says("clock", "skipped", "nobody answered to compare it with; here it is 20")
+    report.says("clock", "skipped", "no server answered to compare it with; it is 20")
     assert report.code == 69 and len(report.found["upstream"]) == 1
 
 
 # upstream
 
-REFUSED = (
-    "it refuses the access token, though .*unless a request .*, run `\\S*bin/xai-login --device`"
-)
-PLAN = "the login is good, but the account's plan or credit .*signing in again does not help"
-PAGE = "and a page: Cloudflare, or a proxy of your network"
+REFUSED = "it refuses the access token, which has not expired; unless a request .*, run `\\S*bin/xai-login --device`"
+PLAN = "the login is valid, but the account's plan or credit .*signing in again does not help"
+PAGE = "with an HTML page: Cloudflare, or a proxy of your network"
 
 
 @pytest.mark.parametrize(
@@ -700,12 +696,12 @@ PAGE = "and a page: Cloudflare, or a proxy of your network"
         ("chat_denied", 77, "HTTP 403, .*" + PLAN),
         ("rate_limited", 75, "HTTP 429, .* too many requests, .* try again in 1 s"),
         ("free_usage", 75, "HTTP 429, subscription:free-usage-exhausted: .* try again later"),
-        ("internal", 69, "HTTP 500: the API is in trouble"),
-        ("bad_gateway", 69, "HTTP 502: the API is in trouble"),
-        ("web_server_down", 69, "HTTP 521: the API is in trouble"),
-        ("cloudflare_challenge", 69, "HTTP 403, " + PAGE),
-        ("no_user_agent", 69, "HTTP 403, " + PAGE),
-        ("no_route", 69, "HTTP 404, which is no answer of the API; check XAI_PROXY_UPSTREAM"),
+        ("internal", 69, "HTTP 500: a failure of the API"),
+        ("bad_gateway", 69, "HTTP 502: a failure of the API"),
+        ("web_server_down", 69, "HTTP 521: a failure of the API"),
+        ("cloudflare_challenge", 69, "HTTP 403 " + PAGE),
+        ("no_user_agent", 69, "HTTP 403 " + PAGE),
+        ("no_route", 69, "HTTP 404, which is not a response of the API; check XAI_PROXY_UPSTREAM"),
     ],
 )
 def test_what_upstream_says_of_the_token(
@@ -733,8 +729,8 @@ def test_what_upstream_says_of_the_token(
 @pytest.mark.parametrize(
     "scripted, told",
     [
-        ({"status": 200, "body": "<html>Please log in</html>"}, "HTTP 200, " + PAGE),
-        ({"status": 200, "body": "null"}, "HTTP 200, which is no answer of the API"),
+        ({"status": 200, "body": "<html>Please log in</html>"}, "HTTP 200 " + PAGE),
+        ({"status": 200, "body": "null"}, "HTTP 200, which is not a response of the API"),
         ({"status": 200, "body": {"data": "all"}}, ""),
     ],
 )
@@ -752,7 +748,9 @@ def test_a_redirect_does_not_take_the_token_along(patient: Patient, sandbox: San
         sandbox.set(
             answers=[{"path": "/v1/*", "status": 302, "headers": {"Location": elsewhere.url}}]
         )
-        patient.examine().says("upstream", "failure", "HTTP 302, which is no answer of the API", 69)
+        patient.examine().says(
+            "upstream", "failure", "HTTP 302, which is not a response of the API", 69
+        )
     assert elsewhere.requests == []
 
 
@@ -768,7 +766,7 @@ def test_no_models(patient: Patient, sandbox: Sandbox):
     patient.sign_in()
     sandbox.set(answers=[{"path": "/v1/models", "body": {"object": "list", "data": []}}])
     report = patient.examine()
-    report.says("upstream", "warning", "/v1/models lists no model, as for some accounts")
+    report.says("upstream", "warning", "/v1/models lists no models, as for some accounts")
     assert report.code == 0
 
 
@@ -776,7 +774,7 @@ def test_a_token_that_was_refused_for_being_new_is_tried_again(patient: Patient,
     sandbox.set(refuse_fresh=1)
     sandbox.write_login(patient.path)
     pauses: list[float] = []
-    patient.examine(pause=pauses.append).says("upstream", "ok", "/v1/me takes the token")
+    patient.examine(pause=pauses.append).says("upstream", "ok", "/v1/me accepts the token")
     assert pauses == [1]
 
 
@@ -784,7 +782,7 @@ def test_a_token_that_was_renewed_meanwhile_is_tried(patient: Patient, sandbox: 
     patient.sign_in()
     sandbox.kill()
     patient.examine(pause=lambda _: patient.sign_in()).says(
-        "upstream", "ok", "/v1/me takes the token"
+        "upstream", "ok", "/v1/me accepts the token"
     )
 
 
@@ -867,7 +865,7 @@ def settings(**environ: str) -> config.Config:
     ],
 )
 def test_the_way(environ: dict[str, str], told: str):
-    finding = doctor.network(settings(**environ))
+    finding = doctor_network.routes(settings(**environ))
     assert finding.result == "ok" and re.match(
         re.escape(told).replace(r"\.\*", ".*"), finding.message
     ), finding
@@ -884,11 +882,11 @@ def test_the_way(environ: dict[str, str], told: str):
         ({"a": -61.0}, "warning", "1 min behind that of a.*timedatectl"),
         ({"a": 7200.0}, "warning", "2 h 0 min ahead"),
         ({"a": -7200.0, "b": 1.0}, "ok", "that of b"),
-        ({}, "skipped", "nobody answered"),
+        ({}, "skipped", "no server answered"),
     ],
 )
 def test_how_far_the_clock_may_be_off(ahead: dict[str, float], result: str, told: str):
-    finding = doctor.clock(ahead, time.time())
+    finding = doctor_network.clock(ahead, time.time())
     assert finding.result == result and re.search(told, finding.message)
 
 
@@ -903,7 +901,7 @@ def test_an_answer_from_a_cache_is_dated_when_it_was_made(age: dict[str, str], a
     with ScriptedServer(
         answer(200, {}, Date=email.utils.formatdate(time.time() - 3600, usegmt=True), **age)
     ) as server:
-        web = doctor.WatchedSession(settings(), time.time)
+        web = doctor_network.ClockSession(settings(), time.time)
         web.get(server.url)
     assert [round(seconds / 10) * 10 for seconds in web.ahead.values()] == [ahead]
 
@@ -911,7 +909,7 @@ def test_an_answer_from_a_cache_is_dated_when_it_was_made(age: dict[str, str], a
 @pytest.mark.parametrize("date", [{}, {"Date": "yesterday"}])
 def test_an_answer_without_a_date_says_nothing_of_the_clock(date: dict[str, str]):
     with ScriptedServer(answer(200, {}, **date)) as server:
-        web = doctor.WatchedSession(settings(), time.time)
+        web = doctor_network.ClockSession(settings(), time.time)
         web.get(server.url)
     assert web.ahead == {}
 
@@ -929,7 +927,7 @@ def test_an_answer_without_a_date_says_nothing_of_the_clock(date: dict[str, str]
     ],
 )
 def test_the_limit_of_file_descriptors(limit: int, result: str, told: str):
-    finding = doctor.descriptors(1000, limit)
+    finding = doctor_files.descriptors(1000, limit)
     assert finding.result == result and re.search(told, finding.message), finding
 
 
@@ -948,8 +946,8 @@ KEY = "laptop " + "0" * 64 + "\n"
 @pytest.mark.parametrize(
     "content, environ, result, told",
     [
-        (None, {}, "ok", "none is asked for"),
-        (None, {"BIND": "::1"}, "ok", "none is asked for"),
+        (None, {}, "ok", "^no client key required: every program"),
+        (None, {"BIND": "::1"}, "ok", "^no client key required: every program"),
         (
             None,
             {"BIND": "192.0.2.1"},
@@ -960,22 +958,22 @@ KEY = "laptop " + "0" * 64 + "\n"
             None,
             {"BIND": "192.0.2.1", "ALLOW_ANONYMOUS": "1"},
             "warning",
-            "everybody who reaches 192.0.2.1 spends",
+            "^no client key required: whatever can connect to 192.0.2.1 can",
         ),
         (
             None,
             {"CLIENT_KEYS_FILE": "/none/keys"},
             "failure",
-            "/none/keys does not exist, so that nobody is admitted",
+            "/none/keys does not exist, so no caller is admitted",
         ),
-        (KEY, {}, "ok", r"each call needs one; .*/client-keys holds 1$"),
+        (KEY, {}, "ok", r"^required for every call; .*/client-keys holds 1$"),
         (KEY, {"BIND": "192.0.2.1"}, "ok", "holds 1$"),
-        ("# none\n", {}, "failure", "holds no key, so that nobody is admitted"),
+        ("# none\n", {}, "failure", "holds no key, so no caller is admitted"),
         (
             "hush hush\n",
             {},
             "failure",
-            r"cannot be used \(line 1 is not a name and the SHA-256 of a key\), so that",
+            r"cannot be used \(line 1 is not a name and the SHA-256 of a key\), so no caller is admitted",
         ),
     ],
 )
@@ -985,7 +983,7 @@ def test_client_keys(
     patient.sign_in()
     if content is not None:
         (patient.folder / "client-keys").write_text(content)
-    finding = doctor.keys(
+    finding = doctor_files.keys(
         settings(**patient.environ | {f"XAI_PROXY_{name}": text for name, text in environ.items()})
     )
     assert finding.result == result and re.search(told, finding.message), finding
@@ -1021,10 +1019,10 @@ def test_client_keys_that_are_no_file(patient: Patient, make: Callable[[Path], o
     ],
 )
 def test_no_proxy(bind: str, url: str):
-    finding = doctor.proxy(settings(XAI_PROXY_BIND=bind, XAI_PROXY_PORT="1"), True)
+    finding = doctor_network.proxy(settings(XAI_PROXY_BIND=bind, XAI_PROXY_PORT="1"), True)
     assert finding.result == "warning"
     assert re.search(
-        f"does not run: nobody listens on {url}; start `.*supervisord .*, or `\\S*bin/xai-proxy` alone$",
+        f"^not running: nothing is listening on {url}; start `.*supervisord .*, or `\\S*bin/xai-proxy` alone$",
         finding.message,
     )
 
@@ -1048,13 +1046,15 @@ def test_a_proxy_that_is_not_ready(tmp_path: Path):
             (False, r"\(missing\); run `xai-login --device` to sign in, or see the log$"),
             (True, r"\(missing\).*; it seems to run with other settings than these$"),
         ):
-            finding = doctor.proxy(where, signed_in)
+            finding = doctor_network.proxy(where, signed_in)
             assert (finding.result, finding.exit_code) == ("failure", 75)
             assert re.search(
-                f"/v1 is served, but not ready: no login that can be used {told}", finding.message
+                f"/v1, but not ready: no login that can be used {told}", finding.message
             )
         running.sign_in()
-        finding = doctor.proxy(settings(XAI_PROXY_PORT=str(running.port), HTTPS_PROXY=CLOSED), True)
+        finding = doctor_network.proxy(
+            settings(XAI_PROXY_PORT=str(running.port), HTTPS_PROXY=CLOSED), True
+        )
         assert (
             finding.result == "ok" and "ready: no refresher; the login lapses at" in finding.message
         )
@@ -1073,7 +1073,7 @@ def test_another_program_on_the_proxys_port(patient: Patient, reply: bytes):
         patient.examine(PORT=str(other.port)).says(
             "proxy",
             "failure",
-            f"what listens on {other.url} is another program; stop that, or set XAI_PROXY_PORT",
+            f"another program listens on {other.url}; stop that, or set XAI_PROXY_PORT",
             78,
         )
 
@@ -1081,8 +1081,12 @@ def test_another_program_on_the_proxys_port(patient: Patient, reply: bytes):
 def test_what_does_not_answer_on_the_proxys_port_is_given_up():
     with ScriptedServer(lambda connection: connection.recv(65536) and connection.recv(1)) as silent:
         begun = time.monotonic()
-        finding = doctor.proxy(settings(XAI_PROXY_PORT=str(silent.port)), True)
-        assert doctor.LOCAL_DEADLINE <= time.monotonic() - begun < doctor.LOCAL_DEADLINE + 2
+        finding = doctor_network.proxy(settings(XAI_PROXY_PORT=str(silent.port)), True)
+        assert (
+            doctor_network.LOCAL_DEADLINE
+            <= time.monotonic() - begun
+            < doctor_network.LOCAL_DEADLINE + 2
+        )
     assert (finding.result, finding.exit_code) == ("failure", 69)
     assert finding.message.startswith(f"{silent.url} does not answer as the proxy does (")
     assert "sent no complete response within 3 s" in finding.message

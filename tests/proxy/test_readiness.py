@@ -12,7 +12,7 @@ from scripted_upstream import OK, ScriptedUpstream
 
 from xaiproxy import client_keys, config, errors, refresher_status, tokens
 from xaiproxy.login import command as login
-from xaiproxy.login import conversation, doctor
+from xaiproxy.login import doctor_files, finding, output
 from xaiproxy.proxy.outage import Outage
 from xaiproxy.refresher_status import Status
 from xaiproxy.token_store import TokenStore
@@ -51,16 +51,16 @@ class Scene:
 
     def status(self) -> tuple[int, dict]:
         said = io.StringIO()
-        code = login.status(self.store, conversation.Conversation(True, said, said))
+        code = login.status(self.store, output.Output(True, said, said))
         return code, json.loads(said.getvalue())
 
     def status_text(self) -> str:
         said = io.StringIO()
-        login.status(self.store, conversation.Conversation(False, said, said))
+        login.status(self.store, output.Output(False, said, said))
         return said.getvalue()
 
-    def doctor(self) -> doctor.Finding:
-        return doctor.lifetime(self.store.load(), self.store, time.time())
+    def doctor(self) -> finding.Finding:
+        return doctor_files.lifetime(self.store.load(), self.store, time.time())
 
     def logged(self, text: str) -> list[str]:
         """The levels of all lines that begin so, once there is one."""

@@ -41,7 +41,7 @@ from scripted_server import ScriptedServer, answer, read_request
 
 from xaiproxy import token_store, token_writer, tokens
 from xaiproxy.login import command as login
-from xaiproxy.login import conversation
+from xaiproxy.login import output
 from xaiproxy.proxy import app
 from xaiproxy.tokens import State
 
@@ -303,7 +303,7 @@ class Case:
     def seen(self) -> tuple[str, tuple[bool, str]]:
         """What `xai-login --status` and /readyz say of it."""
         said = io.StringIO()
-        login.status(self.store, conversation.Conversation(False, said, said), self.now)
+        login.status(self.store, output.Output(False, said, said), self.now)
         return said.getvalue(), app.readiness_of(self.store, self.now())
 
     def status(self) -> str:

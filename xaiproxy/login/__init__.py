@@ -1,1 +1,1 @@
-"""xai-login: sign in, look at the login and all it needs, sign out."""
+"""xai-login: sign in, show and check the login, sign out."""

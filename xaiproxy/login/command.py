@@ -1,6 +1,6 @@
-"""xai-login: sign in, look at the login and all it needs, sign out.
+"""The command xai-login: its options, --status and --logout.
 
-Importing this module is cheap on purpose: what only one way of calling it needs is imported there.
+Importing this module is cheap: each function imports what only one option needs.
 """
 
 from __future__ import annotations
@@ -14,70 +14,48 @@ from typing import TYPE_CHECKING
 from xaiproxy import command, errors
 
 if TYPE_CHECKING:
-    from xaiproxy.login.conversation import Conversation
+    from xaiproxy.login.output import Output
     from xaiproxy.token_store import TokenStore
 
-EXAMPLES = """\
+DESCRIPTION = """\
   xai-login             sign in with this machine's browser; without one, as --device
   xai-login --device    sign in with the browser of any other device: shows an address and a code
-  xai-login --status    say who is signed in and until when
-  xai-login --doctor    find out what keeps the login or the proxy from working, and what to do
+  xai-login --status    show who is signed in and until when
+  xai-login --doctor    find out why the login or the proxy does not work, and what to do
 
-Exit status of --status: 0 the login can be used; 75 its access token has expired or is refused, and is still to be
-renewed; 77 sign in. Of the others: 0 done; 64 wrong usage; 69 the issuer cannot be reached (after --logout: the login was removed
-here but not revoked there); 75 the token file cannot be written; 77 denied, expired or signed out;
-78 wrong settings, or another issuer's login is in the way; 130 interrupted. --doctor ends with that of the
-first failure that it finds, and with 0 when there are only warnings: 69 also for the API and a proxy that does
-not answer, 75 also for what passes by itself, 77 also for an account whose plan does not allow it.
+Exit status of --status: 0 the login can be used; 75 its access token has expired or is refused,
+and the refresher still tries to renew it; 77 sign in.
+Of --doctor: that of the first failure, or 0 if there are only warnings. 69 the issuer, the API or
+the proxy does not answer; 75 a file or folder cannot be written, or the problem is temporary;
+77 sign in, or the account's plan does not allow it; 78 wrong settings.
+Otherwise: 0 done; 64 wrong usage; 69 the issuer cannot be reached (after --logout: the login was
+removed here but not revoked there); 75 the token file cannot be written; 77 denied, expired or
+signed out; 78 wrong settings, or a login of another issuer in the token file; 130 interrupted.
 """
+MODES = {
+    "device": "approve the login on any device",
+    "browser": "approve it in a browser on this machine, or paste the code that the page shows",
+    "status": "show the login; refreshes and changes nothing",
+    "doctor": "check settings, login, network, account and proxy; changes nothing",
+    "logout": "revoke the login at the issuer and remove its files",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    from xaiproxy.login import conversation
+    from xaiproxy.login import output
 
-    talk = conversation.Conversation(arguments.json)
-    return command.run("xai-login", lambda: _run(arguments, talk))
+    out = output.Output(arguments.json)
+    return command.run("xai-login", lambda: _run(arguments, out))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command.ArgumentParser(prog="xai-login", description=EXAMPLES)
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument(
-        "--device",
-        action="store_const",
-        dest="what",
-        const="device",
-        help="approve the login on any device",
-    )
-    what.add_argument(
-        "--browser",
-        action="store_const",
-        dest="what",
-        const="browser",
-        help="approve it in a browser on this machine, or paste the code that the page shows",
-    )
-    what.add_argument(
-        "--status",
-        action="store_const",
-        dest="what",
-        const="status",
-        help="look only: nothing is refreshed or changed",
-    )
-    what.add_argument(
-        "--doctor",
-        action="store_const",
-        dest="what",
-        const="doctor",
-        help="look at settings, login, network, account and proxy; changes nothing",
-    )
-    what.add_argument(
-        "--logout",
-        action="store_const",
-        dest="what",
-        const="logout",
-        help="revoke the login at the issuer and remove its files",
-    )
+    parser = command.ArgumentParser(prog="xai-login", description=DESCRIPTION)
+    modes = parser.add_mutually_exclusive_group()
+    for mode, help_text in MODES.items():
+        modes.add_argument(
+            f"--{mode}", action="store_const", dest="mode", const=mode, help=help_text
+        )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object a line, for programs"
     )
@@ -87,45 +65,43 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(arguments: argparse.Namespace, talk: Conversation) -> int:
+def _run(arguments: argparse.Namespace, out: Output) -> int:
     from xaiproxy import config, token_store
 
     options = {"XAI_PROXY_TOKEN_PATH": arguments.token_path}
     try:
-        if arguments.what == "doctor":
+        if arguments.mode == "doctor":
             from xaiproxy.login import doctor
 
-            return doctor.examine(os.environ, options, talk)
+            return doctor.examine(os.environ, options, out)
         settings = config.from_environ(os.environ, options)
         for warning in settings.warnings:
-            talk.say(f"Note: {warning}.")
+            out.message(f"Note: {warning}.")
         store = token_store.TokenStore(settings)
-        if arguments.what == "status":
-            return status(store, talk)
-        if arguments.what == "logout":
-            return log_out(store, talk)
+        if arguments.mode == "status":
+            return status(store, out)
+        if arguments.mode == "logout":
+            return log_out(store, out)
         from xaiproxy.login import sign_in
 
-        sign_in.sign_in(
-            store, talk, arguments.what or ("browser" if browser_here(os.environ) else "device")
-        )
+        default = "browser" if has_browser(os.environ) else "device"
+        sign_in.sign_in(store, out, arguments.mode or default)
         return 0
     except errors.Error as error:
-        talk.event("error", message=str(error), exit_code=error.exit_code)
+        out.event("error", message=str(error), exit_code=error.exit_code)
         raise
     except KeyboardInterrupt:
-        talk.event("error", message="interrupted", exit_code=errors.EXIT_INTERRUPTED)
+        out.event("error", message="interrupted", exit_code=errors.EXIT_INTERRUPTED)
         raise
 
 
-def browser_here(environ: Mapping[str, str]) -> bool:
-    """Whether a browser opened by us would show on the screen that the person looks at."""
+def has_browser(environ: Mapping[str, str]) -> bool:
+    """Whether there is a browser that would open on the user's own screen."""
     if environ.get("SSH_CONNECTION") or environ.get("SSH_TTY"):
         return False
+    # Without these webbrowser finds text browsers, in which xAI's page does not work.
     if not (environ.get("DISPLAY") or environ.get("WAYLAND_DISPLAY") or environ.get("BROWSER")):
-        return (
-            False  # what webbrowser finds then is a text browser, in which xAI's page does not work
-        )
+        return False
     import webbrowser
 
     try:
@@ -135,19 +111,19 @@ def browser_here(environ: Mapping[str, str]) -> bool:
     return True
 
 
-def status(store: TokenStore, talk: Conversation, now: Callable[[], float] = time.time) -> int:
-    """What the files say; nothing is refreshed, written or locked."""
+def status(store: TokenStore, out: Output, now: Callable[[], float] = time.time) -> int:
+    """Show what the files contain; nothing is refreshed, written or locked."""
     import dataclasses
 
     from xaiproxy import judgement
-    from xaiproxy.login.conversation import last_failure, outlook, validity, who
+    from xaiproxy.login.wording import account_name, last_failure, outlook, validity
 
     at = now()
     try:
         login = store.load()
     except errors.LoginUnusable as error:
         verdict = judgement.of(store, at, store.load)
-        talk.event(
+        out.event(
             "status",
             str(error),
             usable=False,
@@ -158,24 +134,22 @@ def status(store: TokenStore, talk: Conversation, now: Callable[[], float] = tim
             token_path=str(store.path),
         )
         return error.exit_code
-    failure, alive, verdict = (
-        login.refresh_error,
-        store.refresher_alive(at),
-        judgement.of(store, at, lambda: login),
-    )
-    whose = f"{who(login)} at {login.issuer}; the login is in {store.path}."
+    failure, alive = login.refresh_error, store.refresher_alive(at)
+    verdict = judgement.of(store, at, lambda: login)
+    usable = verdict.exit_code == 0
+    account = f"{account_name(login)} at {login.issuer}; the login is in {store.path}."
     lines = (
-        [f"Signed in as {whose}", validity(login, at)]
-        if verdict.exit_code == 0
-        else [verdict.sentence, f"Account: {whose}"]
+        [f"Signed in as {account}", validity(login, at)]
+        if usable
+        else [verdict.sentence, f"Account: {account}"]
     )
     if not (failure and failure.terminal):
         lines.append(outlook(login, alive, at))
     lines += last_failure(login) or judgement.reported_failure(store, login, at)
-    talk.event(
+    out.event(
         "status",
         "\n".join(lines),
-        usable=verdict.exit_code == 0,
+        usable=usable,
         verdict=verdict.verdict.value,
         reason=verdict.reason,
         state=login.state(at, store.settings.refresh_skew).value,
@@ -189,24 +163,20 @@ def status(store: TokenStore, talk: Conversation, now: Callable[[], float] = tim
     return verdict.exit_code
 
 
-def log_out(store: TokenStore, talk: Conversation) -> int:
-    """Revoke at the issuer, then remove every file of the login, whatever the issuer said."""
+def log_out(store: TokenStore, out: Output) -> int:
+    """Revoke the login at the issuer, then remove all its files, even if the revocation failed."""
     from xaiproxy import token_writer
     from xaiproxy.login import sign_in
-    from xaiproxy.login.conversation import who
+    from xaiproxy.login.wording import account_name
     from xaiproxy.oauth import discovery, revocation, session
 
     if not os.path.lexists(store.path) and not os.path.lexists(store.new_path):
-        talk.event(
-            "signed_out",
-            f"Nothing to sign out of: {store.path} does not exist.",
-            revoked=False,
-            account=None,
-        )
+        text = f"Nothing to sign out of: {store.path} does not exist."
+        out.event("signed_out", text, revoked=False, account=None)
         return 0
     failure = None
-    with token_writer.locked(store, sign_in.LOCK_WAIT) as writer:
-        login = sign_in.login_in(store)
+    with token_writer.locked(store, sign_in.LOCK_TIMEOUT) as writer:
+        login = sign_in.existing_login(store)
         if login:
             web = session.Session(store.settings)
             try:
@@ -215,13 +185,12 @@ def log_out(store: TokenStore, talk: Conversation) -> int:
                 failure = error
         writer.remove()
     text = (
-        f"Signed out: the login of {who(login)} is gone from {store.path}."
+        f"Signed out: removed the login of {account_name(login)} from {store.path}."
         if login
-        else f"Removed {store.path}, which could not be read as a login and so could not be revoked."
+        else f"Removed {store.path}, which held no valid login, so nothing was revoked."
     )
-    talk.event(
-        "signed_out", text, revoked=bool(login and not failure), account=login and login.account
-    )
+    revoked = bool(login and not failure)
+    out.event("signed_out", text, revoked=revoked, account=login and login.account)
     if failure:
         raise errors.IssuerUnavailable(
             f"the login was removed here but not revoked, because {failure}"

@@ -1,7 +1,6 @@
-"""What xai-login says: sentences on stderr and results on stdout, or for programs JSON lines on stdout."""
+"""The output of xai-login: messages on stderr and results on stdout, or JSON lines on stdout."""
 
 import contextlib
-import datetime
 import io
 import json
 import os
@@ -10,14 +9,15 @@ import time
 from collections.abc import Callable
 from typing import Any, TextIO
 
-from xaiproxy import errors, log, tokens
+QUIET_ZONE = 2  # modules around the QR code; the standard is four, but two suffice on a screen
+# White on black, whatever the colours of the terminal: phones cannot read it the other way round.
+COLOURS = "\x1b[38;5;231;48;5;16m"
+REMINDER = 60  # seconds between two lines of the countdown, if a line cannot be updated in place
 
-QUIET_ZONE = 2  # modules around the QR code; four are the standard, two are enough on a screen
-COLOURS = "\x1b[38;5;231;48;5;16m"  # white on black, whatever the terminal's own: phones read no other way
-REMINDER = 60  # seconds between two lines about the time that is left, where no line can be updated in place
 
+class Output:
+    """`as_json`: JSON for programs instead of sentences for people."""
 
-class Conversation:
     def __init__(self, as_json: bool, stdout: TextIO | None = None, stderr: TextIO | None = None):
         self.as_json = as_json
         self._stdout = stdout or sys.stdout
@@ -28,25 +28,24 @@ class Conversation:
         )
         self._line_open = False
         if isinstance(self._stdout, io.TextIOWrapper):
-            self._stdout.reconfigure(
-                errors="backslashreplace"
-            )  # a path may hold what this terminal cannot show
+            # A path may contain characters that this terminal cannot show.
+            self._stdout.reconfigure(errors="backslashreplace")
 
-    def say(self, text: str) -> None:
-        """A sentence for a person."""
+    def message(self, text: str) -> None:
+        """Print a sentence for a person."""
         if not self.as_json:
             self.clear_line()
             _write(self._stderr, text + "\n")
 
-    def passing(self, text: str) -> None:
-        """What is being done now: on a terminal, a line that the next one takes the place of."""
+    def progress(self, text: str) -> None:
+        """Show on a terminal what is going on, in a line that the next output replaces."""
         if self.on_terminal:
-            # A line that wraps would leave a row behind each time: only the last one is cleared.
+            # Only one row is cleared, so the line must not wrap.
             _write(self._stderr, f"\r\x1b[K{text[: self._columns() - 1]}")
             self._line_open = True
 
     def event(self, name: str, text: str = "", **fields: Any) -> None:
-        """A result: `text` for a person, {"event": name, **fields} for a program."""
+        """Print a result: `text` for a person, {"event": name, **fields} for a program."""
         self.clear_line()
         if self.as_json:
             text = json.dumps({"event": name, **fields})
@@ -54,39 +53,41 @@ class Conversation:
             _write(self._stdout, text + "\n")
 
     def show_qr_code(self, url: str) -> bool:
-        """Show it on a terminal that can; return whether it was shown."""
+        """Show the QR code if the terminal can; return whether it did."""
         if not self.on_terminal or "utf" not in (self._stderr.encoding or "").lower():
             return False
-        import segno  # 20 ms that nothing else needs
+        # Importing it takes 20 ms.
+        import segno
 
         text = io.StringIO()
         try:
             code = segno.make(url, micro=False, error="l", boost_error=False)
-        except segno.DataOverflowError:  # more than 2,953 bytes
+        # The URL is longer than 2,953 bytes.
+        except segno.DataOverflowError:
             return False
         code.terminal(text, compact=True, border=QUIET_ZONE)
         lines = text.getvalue().splitlines()
         if len(lines[0]) > self._columns():
             return False
-        self.say("\n".join(f"{COLOURS}{line}\x1b[0m" for line in lines))
+        self.message("\n".join(f"{COLOURS}{line}\x1b[0m" for line in lines))
         return True
 
     def countdown(
         self, what: str, seconds: float, clock: Callable[[], float] = time.monotonic
     ) -> Callable[[float], None]:
-        """A sleep that meanwhile shows how much is left of `seconds`, and `what` it is left for."""
+        """Return a sleep function that shows how much of `seconds` is left, and for `what`."""
         end = clock() + seconds
-        said = clock()
+        reminded_at = clock()
 
         def sleep(pause: float) -> None:
-            nonlocal said
+            nonlocal reminded_at
             until = clock() + pause
             while (rest := until - clock()) > 0:
                 left = max(0, round(end - clock()))
-                self.passing(f"{left // 60}:{left % 60:02} left {what}")
-                if not self.on_terminal and clock() - said >= REMINDER:
-                    said = clock()
-                    self.say(f"{left // 60} min left {what}")
+                self.progress(f"{left // 60}:{left % 60:02} left {what}")
+                if not self.on_terminal and clock() - reminded_at >= REMINDER:
+                    reminded_at = clock()
+                    self.message(f"{left // 60} min left {what}")
                 time.sleep(min(rest, 1))
 
         return sleep
@@ -97,72 +98,13 @@ class Conversation:
             self._line_open = False
 
     def _columns(self) -> int:
-        return (
-            os.get_terminal_size(self._stderr.fileno()).columns or 80
-        )  # 0: nobody told the terminal its size
+        # 0: the size of the terminal was never set.
+        return os.get_terminal_size(self._stderr.fileno()).columns or 80
 
 
 def _write(stream: TextIO, text: str) -> None:
-    # Whoever listens may go away, or the disk that takes the output be full: no reason to drop an approved
-    # login. A result that could not be written stays in the stream's buffer, and in the end the command fails
-    # over it.
+    # An approved login must not be lost because the reader is gone or the disk is full. A result
+    # that could not be written stays in the stream's buffer, so that the command fails at its end.
     with contextlib.suppress(OSError):
         stream.write(text)
         stream.flush()
-
-
-def who(login: tokens.Tokens) -> str:
-    return login.account or "an account without a name"
-
-
-def validity(login: tokens.Tokens, now: float) -> str:
-    """Until when the access token is good, in a sentence."""
-    left, end = login.expires_at - now, local_time(login.expires_at)
-    if left > 0:
-        return f"The access token is valid until {end}, for another {duration(left)}."
-    return f"The access token expired at {end}, {duration(-left)} ago."
-
-
-def last_failure(login: tokens.Tokens) -> list[str]:
-    """What became of the last refresh if it failed, in sentences."""
-    failure = login.refresh_error
-    if failure is None:
-        return []
-    why = printable(failure.description or failure.code)
-    sentences = [f"The last refresh failed at {local_time(failure.at)}: {why}."]
-    if failure.terminal:
-        sentences.append(f"It will not be tried again; {errors.SIGN_IN}.")
-    elif failure.retry_at:
-        sentences.append(f"The next try is due at {local_time(failure.retry_at)}.")
-    return sentences
-
-
-def outlook(login: tokens.Tokens, refresher_alive: bool, now: float) -> str:
-    """What becomes of the login, in a sentence."""
-    if refresher_alive and login.refresh_token is not None:
-        return "The refresher is running and renews it."
-    end = f"the login {'lapses' if login.expires_at > now else 'lapsed'} at {local_time(login.expires_at)}"
-    if login.refresh_token is None:
-        return f"It has no refresh token and cannot be renewed: {end}."
-    return f"No refresher is running: {end}, unless supervisord or {errors.typed('xai-refresher')} is started."
-
-
-def local_time(unix_time: float) -> str:
-    """Such as "2026-11-23 14:05 CET"."""
-    return datetime.datetime.fromtimestamp(unix_time).astimezone().strftime("%Y-%m-%d %H:%M %Z")
-
-
-def duration(seconds: float) -> str:
-    """Such as "5 h 59 min"."""
-    minutes = int(seconds) // 60
-    if minutes < 1:
-        return f"{int(seconds)} s"
-    if minutes < 60:
-        return f"{minutes} min"
-    hours = minutes // 60
-    return f"{hours} h {minutes % 60} min" if hours < 48 else f"{hours // 24} days"
-
-
-def printable(text: str) -> str:
-    """Text from a file, without what would drive a terminal."""
-    return log.CONTROLS.sub(" ", text)

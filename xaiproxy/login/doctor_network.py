@@ -1,0 +1,235 @@
+"""Checks of --doctor over the network: routes, issuer, API, clock, proxy."""
+
+import ipaddress
+import re
+import urllib.parse
+from collections.abc import Callable, Iterator, Mapping
+
+from xaiproxy import config, errors, token_store, tokens
+from xaiproxy.login.finding import Finding, failure, ok, skipped, warning
+from xaiproxy.login.wording import count, duration, local_time, printable
+from xaiproxy.oauth import discovery
+from xaiproxy.oauth.session import Answer, Session, causes_of, parse_date
+
+DEADLINE = 10.0  # seconds for each request to the issuer and the API, of which there are up to four
+LOCAL_DEADLINE = 3.0  # seconds for each of the two requests to the proxy
+# Seconds; half of XAI_PROXY_REFRESH_SKEW, so that a token is still renewed in time.
+CLOCK_TOLERANCE = 60
+
+
+class ClockSession(Session):
+    """A session that compares our clock with the servers' (RFC 9110 section 6.6.1).
+
+    `ahead`: seconds that ours is ahead, by host.
+    """
+
+    def __init__(
+        self,
+        settings: config.Config,
+        now: Callable[[], float],
+        address_from: str = "XAI_PROXY_ISSUER",
+    ):
+        super().__init__(settings, now, address_from)
+        self.ahead: dict[str, float] = {}
+
+    def get(self, url: str, deadline: float = DEADLINE, headers: Mapping[str, str] = {}) -> Answer:
+        answer = super().get(url, deadline, headers)
+        date, age = parse_date(answer.headers.get("Date", "")), answer.headers.get("Age", "")
+        if date is not None:
+            # The Date of a cached response is that of its creation.
+            cached = int(age) if re.fullmatch("[0-9]{1,9}", age) else 0
+            self.ahead[urllib.parse.urlsplit(url).netloc] = self._now() - date - cached
+        return answer
+
+
+def routes(settings: config.Config) -> Finding:
+    egress = settings.egress
+
+    def route(url: str) -> str:
+        host, proxy = urllib.parse.urlsplit(url), egress.proxy_for(url)
+        if proxy is None:
+            loopback = " (loopback)" if config.is_loopback(host.hostname) else ""
+            exempt = " (NO_PROXY)" if egress.proxy else ""
+            return f"{host.netloc} directly{loopback or exempt}"
+        parts = urllib.parse.urlsplit(proxy)
+        # The user part is a password.
+        address = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+        return f"{host.netloc} through {address} ({egress.proxy_from})"
+
+    both = " and ".join(dict.fromkeys(map(route, (settings.issuer, settings.upstream))))
+    return ok(
+        f"{both}; CA certificates of {egress.ca_file} ({egress.ca_from or 'certifi, the default'})"
+    )
+
+
+def issuer(session: Session, url: str) -> Finding:
+    try:
+        discovery.discover(session, url, deadline=DEADLINE)
+    except errors.IssuerUnavailable as error:
+        return failure(error.exit_code, str(error))
+    return ok(f"{url} answers; discovery document valid")
+
+
+def upstream(
+    session: Session,
+    store: token_store.TokenStore,
+    login: tokens.Tokens | None,
+    pause: Callable[[float], object],
+) -> Iterator[Finding]:
+    """`login`: a login whose access token has not expired, or None."""
+    url = store.settings.upstream
+    me, models = f"{url}/v1/me", f"{url}/v1/models"
+    try:
+        if login is None:
+            yield _without_token(url, session.get(me, DEADLINE))
+            return
+        answer = session.get(me, DEADLINE, _bearer(login))
+        if _is_refused(answer):
+            # As in the proxy: the API may refuse a new token at first, or the file may have
+            # another one by now.
+            pause(1)
+            login = _reloaded(store, login)
+            answer = session.get(me, DEADLINE, _bearer(login))
+        yield _of_account(me, answer)
+        if not _is_refused(answer):
+            yield _of_models(models, session.get(models, DEADLINE, _bearer(login)))
+    except errors.IssuerUnavailable as error:
+        yield failure(error.exit_code, str(error))
+
+
+def _bearer(login: tokens.Tokens) -> dict[str, str]:
+    return {"Authorization": f"Bearer {login.access_token}"}
+
+
+def _reloaded(store: token_store.TokenStore, login: tokens.Tokens) -> tokens.Tokens:
+    try:
+        return store.load()
+    except errors.LoginUnusable:
+        return login
+
+
+def _is_refused(answer: Answer) -> bool:
+    return answer.status == 401 or (answer.status == 403 and tokens.is_refusal(answer.body))
+
+
+def _without_token(url: str, answer: Answer) -> Finding:
+    if answer.status in (200, 401, 403) and answer.json() is not None:
+        return ok(f"{url} answers; no token was sent, since none is valid")
+    return _explain(f"{url}/v1/me", answer)
+
+
+def _of_account(url: str, answer: Answer) -> Finding:
+    account = answer.json() if answer.status == 200 else None
+    if account is None:
+        return _explain(url, answer)
+    if account.get("team_blocked") is True:
+        return failure(
+            errors.EXIT_SIGN_IN,
+            f"{url} accepts the token, but the account is blocked; see https://console.x.ai, "
+            "since signing in again does not help",
+        )
+    return ok(f"{url} accepts the token")
+
+
+def _of_models(url: str, answer: Answer) -> Finding:
+    models = (answer.json() or {}).get("data") if answer.status == 200 else None
+    if not isinstance(models, list):
+        return _explain(url, answer)
+    if not models:
+        return warning(
+            f"{url} lists no models, as for some accounts that can use them even so; set the "
+            "model's name in the client"
+        )
+    return ok(f"{url} lists {count(len(models), 'model')}")
+
+
+def _explain(url: str, answer: Answer) -> Finding:
+    """The failure of the login, the account or the network that an error response shows."""
+    code = (answer.json() or {}).get("code")
+    code = f", {code}" if isinstance(code, str) and re.fullmatch(r"[a-z0-9:_-]{1,60}", code) else ""
+    response = f"{url} answered HTTP {answer.status}{code}"
+    if answer.status == 429:
+        when = "later" if answer.retry_after is None else f"in {duration(answer.retry_after)}"
+        return failure(
+            errors.EXIT_TRY_AGAIN,
+            f"{response}: too many requests, or the account's quota is used up; try again {when}",
+        )
+    if answer.status >= 500:
+        return failure(
+            errors.EXIT_UNAVAILABLE,
+            f"{response}: a failure of the API; try again later (https://status.x.ai)",
+        )
+    if answer.is_html or b"error code:" in answer.body[:200]:
+        return failure(
+            errors.EXIT_UNAVAILABLE,
+            f"{response} with an HTML page: Cloudflare, or a proxy of your network, blocks this "
+            "machine; try another network, or set HTTPS_PROXY",
+        )
+    if _is_refused(answer):
+        return failure(
+            errors.EXIT_SIGN_IN,
+            f"{response}: it refuses the access token, which has not expired; unless a request "
+            f"through the proxy gets it renewed, {errors.SIGN_IN}",
+        )
+    if answer.status in (402, 403):
+        return failure(
+            errors.EXIT_SIGN_IN,
+            f"{response}: the login is valid, but the account's plan or credit does not allow "
+            "this; see https://grok.com, since signing in again does not help",
+        )
+    return failure(
+        errors.EXIT_UNAVAILABLE,
+        f"{response}, which is not a response of the API; check XAI_PROXY_UPSTREAM",
+    )
+
+
+def clock(ahead: dict[str, float], now: float) -> Finding:
+    """`ahead`: seconds that our clock is ahead, by host. One host that agrees is enough."""
+    if not ahead:
+        return skipped(f"no server answered to compare it with; it is {local_time(now)} here")
+    host, seconds = min(ahead.items(), key=lambda item: abs(item[1]))
+    if abs(seconds) <= CLOCK_TOLERANCE:
+        return ok(f"it agrees with that of {host}")
+    return warning(
+        f"it is {duration(abs(seconds))} {'ahead of' if seconds > 0 else 'behind'} that of {host}, "
+        "so tokens are wrongly taken for valid or expired; set it (timedatectl set-ntp true)"
+    )
+
+
+def proxy(settings: config.Config, signed_in: bool) -> Finding:
+    """`signed_in`: whether a proxy with these settings would have a valid token."""
+    if settings.port == 0:
+        return skipped("XAI_PROXY_PORT is 0: the proxy listens on any free port, and logs which")
+    session = Session(settings, address_from="XAI_PROXY_BIND")
+    url = _url_of_proxy(settings)
+    try:
+        if session.get(url + "/healthz", LOCAL_DEADLINE).json() != {"status": "ok"}:
+            return failure(
+                errors.EXIT_CONFIGURATION,
+                f"another program listens on {url}; stop that, or set XAI_PROXY_PORT",
+            )
+        ready = session.get(url + "/readyz", LOCAL_DEADLINE)
+    except errors.IssuerUnavailable as error:
+        if any(isinstance(cause, ConnectionRefusedError) for cause in causes_of(error)):
+            return warning(
+                f"not running: nothing is listening on {url}; "
+                f"start {errors.SERVE}, or {errors.typed('xai-proxy')} alone"
+            )
+        return failure(
+            error.exit_code,
+            f"{url} does not answer as the proxy does ({error}); check its log, or set "
+            "XAI_PROXY_PORT if it is another program",
+        )
+    reason = printable(str((ready.json() or {}).get("reason")))
+    if ready.status == 200:
+        return ok(f"serving {url}/v1, and ready: {reason}")
+    expected = not signed_in or "client key" in reason
+    other = "" if expected else "; it seems to run with other settings than these"
+    return failure(errors.EXIT_TRY_AGAIN, f"serving {url}/v1, but not ready: {reason}{other}")
+
+
+def _url_of_proxy(settings: config.Config) -> str:
+    address = ipaddress.ip_address(settings.bind)
+    if address.is_unspecified:
+        address = ipaddress.ip_address("127.0.0.1" if address.version == 4 else "::1")
+    return f"http://{f'[{address}]' if address.version == 6 else address}:{settings.port}"
