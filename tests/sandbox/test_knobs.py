@@ -17,7 +17,7 @@ from urllib.parse import urlencode
 import pytest
 from sandbox import CHAT, CLIENT_ID, DEVICE_CODE, FORM, Sandbox, body, status, until
 
-from xaiproxy.sandbox.knobs import ANSWER, KNOBS
+from xaiproxy.sandbox.knobs import KNOBS, SCRIPT
 
 # Knobs
 
@@ -26,25 +26,25 @@ def test_every_knob_is_turned_by_a_test() -> None:
     files = pathlib.Path(__file__).parent.glob("test_*.py")
     source = "".join(file.read_text() for file in files)
     assert [name for name in KNOBS if f"{name}=" not in source] == []
-    assert [name for name in ANSWER if f'"{name}": ' not in source] == []
+    assert [name for name in SCRIPT if f'"{name}": ' not in source] == []
 
 
 @pytest.mark.parametrize(
     "knob, problem",
     [
         ({"nonsense": 1}, "there is no nonsense; there are "),
-        ({"events": -1}, "events takes a whole number from 0"),
-        ({"events": 1.5}, "events takes a whole number"),
+        ({"events": -1}, "events must be a whole number from 0"),
+        ({"events": 1.5}, "events must be a whole number"),
         ({"events": True}, "not true"),
-        ({"gzip": "some"}, "gzip takes "),
-        ({"send_expires_in": 1}, "send_expires_in takes true or false, not 1"),
-        ({"answers": {}}, "answers takes a list"),
+        ({"gzip": "some"}, "gzip must be "),
+        ({"send_expires_in": 1}, "send_expires_in must be true or false, not 1"),
+        ({"answers": {}}, "answers must be a list"),
         ({"answers": [{"status": 500}]}, "each with a path"),
         ({"answers": [{"path": "/", "x": 1}]}, "there is no x"),
-        ({"answers": [{"path": "/", "error": "x"}]}, "error takes "),
-        ({"answers": [{"path": "/", "status": 99}]}, "status takes "),
-        ({"answers": [{"path": "/", "headers": {"a": "b\r\nc: d"}}]}, "headers takes "),
-        ([], "takes a JSON object"),
+        ({"answers": [{"path": "/", "error": "x"}]}, "error must be "),
+        ({"answers": [{"path": "/", "status": 99}]}, "status must be "),
+        ({"answers": [{"path": "/", "headers": {"a": "b\r\nc: d"}}]}, "headers must be "),
+        ([], "must be a JSON object"),
     ],
 )
 def test_a_bad_knob_is_refused_and_changes_nothing(

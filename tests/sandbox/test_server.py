@@ -474,10 +474,10 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     "arguments, complaint",
     [
         (["--nonsense"], "unrecognized arguments: --nonsense"),
-        (["--events", "-1"], "events takes a whole number from 0"),
-        (["--bind", "0.0.0.0"], "--bind takes a loopback address, not 0.0.0.0"),
+        (["--events", "-1"], "events must be a whole number from 0"),
+        (["--bind", "0.0.0.0"], "--bind must be a loopback address, not 0.0.0.0"),
         (["--bind", "x"], "not x"),
-        (["--port", "65536"], "--port takes 0 to 65535, not 65536"),
+        (["--port", "65536"], "--port must be 0 to 65535, not 65536"),
         (["--port", "x"], "--port: invalid int value: 'x'"),
     ],
 )
@@ -492,7 +492,7 @@ def test_a_port_that_is_taken(sandbox: Sandbox) -> None:
     assert (done.returncode, done.stdout) == (75, "")
     assert done.stderr == (
         f"xai-sandbox: cannot listen on 127.0.0.1 port {sandbox.port}: Address already in "
-        "use; stop what uses it or choose another --port\n"
+        "use; stop the program that uses it, or choose another --port\n"
     )
 
 

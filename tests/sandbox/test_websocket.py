@@ -380,7 +380,7 @@ def test_it_is_closed_with_the_code_told(
     said(connection, 3)
     with pytest.raises(ConnectionClosedError) as closed:
         connection.recv(5)
-    assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (4001, "as the sandbox was told")
+    assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (4001, "the sandbox's close_code")
     sandbox.wait(lambda seen: seen["open_websockets"] == 0)
     assert counted(sandbox) == (1, 0, 0)
 

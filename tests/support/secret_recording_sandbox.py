@@ -7,7 +7,7 @@ monkey.patch_all()
 import sys
 from typing import Any
 
-from xaiproxy.sandbox import __main__, app, grants
+from xaiproxy.sandbox import app, command, grants
 
 FILE = sys.argv.pop(1)
 
@@ -37,4 +37,4 @@ class Grants(grants.Grants):
 
 
 app.Grants = Grants
-sys.exit(__main__.main())
+sys.exit(command.main())

@@ -1,142 +1,15 @@
-"""xai-sandbox: serve the simulated xAI on loopback until SIGTERM or SIGINT.
+"""`python -m xaiproxy.sandbox`. gevent patches the standard library before the rest is imported."""
 
-The settings that point xaiproxy at it go to stdout once it listens, to be pasted into a shell or a .env
-file; everything else goes to stderr.
-"""
-
-from gevent import monkey
-
-monkey.patch_all()  # before anything else is imported
-
-import argparse
-import ipaddress
-import json
-import pathlib
-import shlex
-import signal
 import sys
-import tempfile
-from typing import Any, NoReturn
-
-import gevent
-from gevent import pywsgi
-
-from xaiproxy import __version__
-from xaiproxy.sandbox.app import create_app
-from xaiproxy.sandbox.knobs import ANSWER, KNOBS, BadKnob, Knobs
-from xaiproxy.sandbox.replies import compact
-from xaiproxy.sandbox.server import Handler, listen
-from xaiproxy.sandbox.xai_errors import ERRORS
-
-USAGE, TRY_AGAIN = 64, 75  # sysexits.h
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(USAGE, f"xai-sandbox: {message}; see xai-sandbox --help\n")
-
-
-def parser() -> Parser:
-    fields = "\n".join(f"  {name:12} {field.help}" for name, field in ANSWER.items())
-    options = Parser(
-        prog="xai-sandbox",
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="A simulated xAI on loopback: authorization server and API. It is not xAI.",
-        epilog=f"The fields of a scripted answer:\n{fields}\n\nIts errors: {', '.join(sorted(ERRORS))}\n\n"
-        "While it runs: GET /_sandbox counts, GET /_sandbox/requests shows what came, POST /_sandbox\n"
-        "turns knobs (JSON, with _ for -), DELETE /_sandbox puts all back. The WebSocket\n"
-        "/v1/realtime?model=echo sends back what it gets.",
-    )
-    options.add_argument("--version", action="version", version=__version__)
-    options.add_argument(
-        "--port", type=int, default=9191, help="0: any free one (default: %(default)s)"
-    )
-    options.add_argument(
-        "--bind", default="127.0.0.1", help="a loopback address (default: %(default)s)"
-    )
-    options.add_argument(
-        "--state",
-        type=pathlib.Path,
-        metavar="DIR",
-        help="folder for the token file; default: a temporary one, removed at the end",
-    )
-    options.add_argument("--verbose", action="store_true", help="a line a request on stderr")
-    knobs = options.add_argument_group("knobs, each a JSON value")
-    for name, knob in KNOBS.items():
-        knobs.add_argument(
-            f"--{name.replace('_', '-')}",
-            dest=name,
-            metavar="VALUE",
-            type=json_value,
-            default=argparse.SUPPRESS,
-            help=f"{knob.help} (default: {compact(knob.default)})",
-        )
-    return options
-
-
-def json_value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text  # so that --gzip all needs no quotes inside quotes
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
-    given = vars(options)
-    try:
-        if not ipaddress.ip_address(options.bind).is_loopback:
-            raise ValueError
-    except ValueError:
-        parser().error(
-            f"--bind takes a loopback address, not {options.bind}: the sandbox protects nobody"
-        )
-    if not 0 <= options.port <= 65535:
-        parser().error(f"--port takes 0 to 65535, not {options.port}")
-    try:
-        knobs = Knobs(**{name: given[name] for name in KNOBS if name in given})
-    except BadKnob as problem:
-        parser().error(str(problem))
-    try:
-        listener = listen(options.bind, options.port)
-    except OSError as problem:
-        print(
-            f"xai-sandbox: cannot listen on {options.bind} port {options.port}: {problem.strerror}; stop "
-            "what uses it or choose another --port",
-            file=sys.stderr,
-        )
-        return TRY_AGAIN
-    with listener:
-        return serve(listener, knobs, options)
+    from gevent import monkey
 
+    monkey.patch_all()
+    from xaiproxy.sandbox import command
 
-def serve(listener: Any, knobs: Knobs, options: argparse.Namespace) -> int:
-    address, port = listener.getsockname()[:2]
-    origin = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
-    server = pywsgi.WSGIServer(
-        listener,
-        create_app(origin, knobs),
-        handler_class=Handler,
-        log=sys.stderr if options.verbose else None,
-        error_log=sys.stderr,
-    )
-    server.start()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        gevent.signal_handler(number, server.stop)
-    with tempfile.TemporaryDirectory(prefix="xai-sandbox-") as temporary:
-        folder = options.state.absolute() if options.state else pathlib.Path(temporary)
-        settings = {"ISSUER": origin, "UPSTREAM": origin, "TOKEN_PATH": str(folder / "tokens.json")}
-        for name, value in settings.items():
-            print(f"export XAI_PROXY_{name}={shlex.quote(value)}")
-        sys.stdout.flush()
-        if sys.stderr.isatty():
-            print(
-                "Paste these lines into another shell and go on there, with `xai-login --device`; Ctrl-C ends the sandbox.",
-                file=sys.stderr,
-            )
-        server.serve_forever(stop_timeout=0)
-    return 0
+    return command.main(arguments)
 
 
 if __name__ == "__main__":

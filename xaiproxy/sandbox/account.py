@@ -1,4 +1,4 @@
-"""Whose login it is, and the paths that such a login may not use."""
+"""The account of the login, and the paths that such a login may not use."""
 
 from __future__ import annotations
 

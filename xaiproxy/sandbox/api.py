@@ -1,4 +1,4 @@
-"""api.x.ai: what all its paths have in common. The paths themselves are in the modules named below."""
+"""api.x.ai: what all paths have in common. The paths are in the modules of PARTS."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PARTS = (
     responses,
     speech,
 )
-# xAI looks at the body of these before it looks at the token; they check the token themselves.
+# For these xAI checks the body before the token, so they check the token themselves.
 BODY_FIRST = {"api.responses.create_response", "api.media.generate_video", "api.documents.search"}
 
 

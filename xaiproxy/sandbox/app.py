@@ -1,4 +1,4 @@
-"""The whole sandbox as one WSGI application, with /_sandbox to watch and steer it by."""
+"""The whole sandbox as one WSGI application, with /_sandbox to control it."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ def create_app(origin: str, knobs: Knobs) -> Edge:
     witness = Witness()
     grants = Grants(origin, knobs, witness)
     app = Flask(__name__, static_folder=None)
-    app.config["PROPAGATE_EXCEPTIONS"] = True  # a fault of the sandbox is a traceback on stderr
-    app.url_map = Map(merge_slashes=False)  # a doubled slash is another path, not a redirect
+    # A bug of the sandbox is a traceback on stderr.
+    app.config["PROPAGATE_EXCEPTIONS"] = True
+    # A doubled slash is another path, not a redirect.
+    app.url_map = Map(merge_slashes=False)
     app.register_blueprint(authorization_server.create(grants))
     app.register_blueprint(api.create(grants))
     app.register_blueprint(steering(grants, witness))
@@ -45,13 +47,13 @@ def create_app(origin: str, knobs: Knobs) -> Edge:
 
 
 def steering(grants: Grants, witness: Witness) -> Blueprint:
-    """Counters, knobs and recorded requests, for programs on this machine and no web page."""
+    """Counters, knobs and recorded requests, for programs on this machine but not for web pages."""
     control = Blueprint("control", __name__, url_prefix="/_sandbox")
     knobs = grants.knobs
 
     @control.before_request
     def refuse_web_pages() -> None:
-        # A page can post anywhere, but not without Origin; a rebound name shows in Host.
+        # A POST by a web page always has an Origin, and after DNS rebinding Host is another name.
         if "Origin" in request.headers or not is_loopback(request.headers.get("Host", "")):
             abort(
                 reply(
@@ -68,22 +70,22 @@ def steering(grants: Grants, witness: Witness) -> Blueprint:
         return reply(witness.counters)
 
     @control.post("")
-    def turn() -> Answer:
+    def set_knobs() -> Answer:
         values = request.get_json(force=True, silent=True)
         if not isinstance(values, dict):
-            raise BadKnob("POST /_sandbox takes a JSON object of knobs")
+            raise BadKnob("the body of POST /_sandbox must be a JSON object of knobs")
         knobs.set(values)
         return reply(knobs.as_dict())
 
     @control.delete("")
     def reset() -> Answer:
-        """Every knob as at the start, every counter at zero; logins stay."""
+        """Reset every knob to its start value and every counter to zero; logins stay."""
         knobs.reset()
         witness.reset()
         return reply(knobs.as_dict())
 
     @control.get("/knobs")
-    def turned() -> Answer:
+    def get_knobs() -> Answer:
         return reply(knobs.as_dict())
 
     @control.get("/requests")
@@ -92,10 +94,10 @@ def steering(grants: Grants, witness: Witness) -> Blueprint:
 
     @control.post("/revoke")
     def revoke() -> Answer:
-        """Kill, at once, {"what": "access_tokens"} or {"what": "logins"}: all there are."""
+        """Revoke all of {"what": "access_tokens"} or {"what": "logins"} at once."""
         what = (request.get_json(force=True, silent=True) or {}).get("what")
         if what not in ("access_tokens", "logins"):
-            raise BadKnob("revoke takes what: access_tokens or logins")
+            raise BadKnob('"what" must be access_tokens or logins')
         for access in grants.access_tokens.values():
             access.revoked = True
         if what == "logins":

@@ -1,4 +1,4 @@
-"""auth.x.ai and accounts.x.ai on one origin: discovery, the three grants, revocation, userinfo, keys."""
+"""auth.x.ai and accounts.x.ai on one origin: discovery, grants, revocation, userinfo, keys."""
 
 from __future__ import annotations
 
@@ -23,14 +23,13 @@ from xaiproxy.sandbox.replies import Answer, page, reply
 from xaiproxy.sandbox.xai_errors import error
 
 DEVICE_CODE = "urn:ietf:params:oauth:grant-type:device_code"
-REDIRECT_URI = re.compile(
-    r"http://127\.0\.0\.1:[0-9]{1,5}/callback"
-)  # any port (RFC 8252 7.3), nothing else
+# Any port (RFC 8252 7.3), nothing else.
+REDIRECT_URI = re.compile(r"http://127\.0\.0\.1:[0-9]{1,5}/callback")
 CHALLENGE = re.compile(r"[A-Za-z0-9_-]{43}")  # SHA-256 in base64url
 
 
 class Unprocessable(Exception):
-    """The body is not the form that the endpoint takes; answered as axum does."""
+    """The body is not the form that the endpoint requires; the response is that of axum."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
@@ -76,7 +75,8 @@ def create(grants: Grants) -> Blueprint:
 
     @server.get("/.well-known/jwks.json")
     def keys() -> Answer:
-        return reply({"keys": []})  # signatures here are HS256 with a secret of the process
+        # Signatures here are HS256 with a secret of the process.
+        return reply({"keys": []})
 
     @server.get("/oauth2/authorize")
     def authorize() -> Answer:
@@ -88,7 +88,7 @@ def create(grants: Grants) -> Blueprint:
 
     @server.post("/oauth2/authorize")
     def decide() -> Answer:
-        """The consent page's own call: where it is to fetch, with the code or the refusal."""
+        """The request of the consent page: returns the URL to fetch, with the code or the error."""
         form = own_form()
         waiting = grants.requests.get(form.get("request", ""))
         if waiting is None or time.time() >= waiting.expires:
@@ -163,7 +163,8 @@ def create(grants: Grants) -> Blueprint:
         access = grants.access_tokens.get(form["token"])
         if family := grants.families.get(form["token"]) or (access and access.family):
             grants.revoke(family)
-        return Answer(status=200)  # RFC 7009 2.2: also for a token never seen
+        # RFC 7009 2.2: also for an unknown token.
+        return Answer(status=200)
 
     @server.get("/oauth2/userinfo")
     def userinfo() -> Answer:
@@ -174,7 +175,7 @@ def create(grants: Grants) -> Blueprint:
         return reply({**USER, "preferred_username": "sandbox"})
 
     def own_form() -> dict[str, str]:
-        """A form posted by our own page, or by no page at all."""
+        """A form posted by our own page, or by a program that sends no Origin."""
         if request.headers.get("Origin", issuer) != issuer:
             raise Unprocessable(403, "This form belongs to another page.")
         return form_of()
@@ -214,7 +215,7 @@ def unknown_scope(scope: str) -> str | None:
 
 
 def form_of(*required: str) -> dict[str, str]:
-    """The request's form; raises Unprocessable when it is none, or lacks or repeats a field."""
+    """The request's form. Raises Unprocessable for another body, a missing or repeated field."""
     if request.mimetype != "application/x-www-form-urlencoded":
         raise Unprocessable(
             415, "Form requests must have `Content-Type: application/x-www-form-urlencoded`"

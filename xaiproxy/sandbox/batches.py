@@ -1,4 +1,4 @@
-"""Batches of requests, which here are never worked on: their paths have a colon."""
+"""Batches of requests, which are never processed here. Their paths contain a colon."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the API asks of a request's body, and the 415 and 422 that it answers otherwise."""
+"""The API's checks of a request body, with its 415 and 422 responses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from xaiproxy.sandbox.replies import reply
 
 
 def one_content_type(wanted: str) -> None:
-    """Refuse a body that has no Content-Type, two, or another; and no body."""
+    """Refuse an empty body, and one with no Content-Type, two, or another than `wanted`."""
     sent = request.environ["sandbox.handler"].values("content-type")
     if len(sent) != 1 or request.mimetype != wanted or not request.get_data(cache=True):
         abort(reply(f"Expected request with `Content-Type: {wanted}`", 415))
@@ -25,7 +25,7 @@ def unprocessable(problem: str) -> NoReturn:
 
 
 def json_body(**fields: Any) -> dict[str, Any]:
-    """The request's JSON object, which must have these fields, of these types."""
+    """The request's JSON object. `fields`: type of each required member."""
     one_content_type("application/json")
     try:
         body = json.loads(request.get_data())

@@ -25,7 +25,7 @@ FAILURE = sse(
 def create(grants: Grants) -> Blueprint:
     chat = Blueprint("chat", __name__)
     knobs = grants.knobs
-    deferred: dict[str, list[Answer]] = {}  # the answers still to be given
+    deferred: dict[str, list[Answer]] = {}  # responses still to be sent, last one first
 
     @chat.post("/v1/chat/completions")
     def complete_chat() -> Answer:
@@ -55,7 +55,8 @@ def create(grants: Grants) -> Blueprint:
     def deferred_completion(request_id: str) -> Answer:
         if not deferred.get(request_id):
             return reply({"code": "not-found", "error": "No such deferred completion."}, 404)
-        return deferred[request_id].pop()  # 202 at first, then the answer, once
+        # 202 at first, then the completion, once.
+        return deferred[request_id].pop()
 
     @chat.post("/v1/completions")
     def complete() -> Answer:
@@ -118,16 +119,18 @@ def tool_call(call: tool_calls.Call) -> dict[str, Any]:
 def chunks(
     body: dict[str, Any], pieces: list[str], call: tool_calls.Call | None
 ) -> Iterator[bytes]:
-    """A streamed completion; a tool call comes whole, in one chunk."""
+    """A streamed completion; a tool call is one chunk."""
     start = head("chat.completion.chunk", body)
-    said = [{"tool_calls": [tool_call(call)]}] if call else [{"content": piece} for piece in pieces]
+    contents = (
+        [{"tool_calls": [tool_call(call)]}] if call else [{"content": piece} for piece in pieces]
+    )
 
     def chunk(**fields: Any) -> bytes:
         return sse({**start, "choices": [{"index": 0, **fields}], **FINGERPRINT})
 
     def events() -> Iterator[bytes]:
         yield chunk(delta={"reasoning_content": THOUGHT, "role": "assistant"})
-        for delta in said:
+        for delta in contents:
             yield chunk(delta=delta)
         yield chunk(delta={}, finish_reason="tool_calls" if call else "stop")
         if (body.get("stream_options") or {}).get("include_usage", True):
@@ -138,7 +141,7 @@ def chunks(
 
 
 def usage(count: int) -> dict[str, Any]:
-    """completion_tokens leaves out the reasoning, total_tokens does not."""
+    """total_tokens includes the reasoning, completion_tokens does not."""
     return {
         "prompt_tokens": 12,
         "completion_tokens": count,

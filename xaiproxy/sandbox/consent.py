@@ -1,4 +1,4 @@
-"""The pages on which a person allows or denies a login."""
+"""The pages on which the user allows or denies a login."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from html import escape
 from xaiproxy.sandbox.grants import Request
 from xaiproxy.sandbox.replies import compact, page
 
-# As on accounts.x.ai, the answer is no redirect: the page fetches the client's listener, which the browser
-# lets through only after a CORS and Private Network Access preflight, and shows the code if that fails.
+# As on accounts.x.ai, the authorization response is not a redirect: the page fetches the client's
+# URL, which the browser allows only after a CORS and Private Network Access preflight. If that
+# fails, the page shows the code.
 SCRIPT = """
 async function decide(decision) {
   for (const button of document.querySelectorAll("button")) button.disabled = true;
@@ -16,13 +17,15 @@ async function decide(decision) {
   const answer = await fetch("/oauth2/authorize", {method: "POST", body: form});
   const result = answer.ok ? await answer.json() : {};
   try {
-    // Only for this header does the browser send a preflight when the page itself is from loopback.
+    // From a page on loopback, the browser sends a preflight only because of this header.
     const headers = {"Content-Type": "application/json"};
     if (!(await fetch(result.url, {headers})).ok) throw new Error("refused");
     document.getElementById("outcome").textContent = "Done. You can close this window.";
   } catch (failure) {
     document.getElementById("outcome").textContent =
-      result.code ? "Enter this code to finish signing in" : "Access denied. You can close this window.";
+      result.code
+        ? "Enter this code to finish signing in"
+        : "Access denied. You can close this window.";
     document.getElementById("code").textContent = result.code || "";
   }
 }
@@ -45,7 +48,7 @@ def browser_page(handle: str, asked: Request, auto_approve: float | None) -> str
 
 
 def refusal_page(problem: str) -> str:
-    """Instead of a consent page, for a request that nobody should be asked to allow."""
+    """The page for an invalid authorization request, instead of a consent page."""
     return page(
         "Access denied",
         "<h1>Access denied</h1><p>Failed to generate authentication code &mdash; "
@@ -54,7 +57,7 @@ def refusal_page(problem: str) -> str:
 
 
 def device_page(user_code: str, problem: str = "") -> str:
-    """The page that takes a user code (RFC 8628 3.3)."""
+    """The page with the form for a user code (RFC 8628 3.3)."""
     return page(
         "Device",
         f"<h1>Connect a device</h1><p>{escape(problem)}</p>"

@@ -1,4 +1,4 @@
-"""Who may call the API: whoever brings an access token, or, once, a client secret to a WebSocket's handshake."""
+"""Authentication of API requests: an access token, or a client secret for one WebSocket."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from xaiproxy.sandbox.xai_errors import error
 
 
 def check(grants: Grants) -> None:
-    """Refuse the request in hand unless it brings what xAI takes."""
+    """Refuse the current request unless its credentials are valid for xAI."""
     refusal = _refusal(grants)
     if refusal:
         grants.witness.count("refused_tokens")

@@ -1,4 +1,4 @@
-"""Collections of documents, and the search in them."""
+"""Collections of documents, and searching them."""
 
 from __future__ import annotations
 

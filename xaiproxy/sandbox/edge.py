@@ -1,7 +1,7 @@
-"""What stands in front of authorization server and API, as Cloudflare does in front of xAI's.
+"""The edge in front of authorization server and API, as Cloudflare is in front of xAI's.
 
-Every request passes here: it is recorded, refused when its Host or User-Agent will not do, answered as
-scripted, delayed, compressed, dripped or cut.
+It records every request, refuses a wrong Host or a missing User-Agent, and sends scripted
+responses. It can delay, compress, throttle or cut a response.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from urllib.parse import parse_qs
 
 from werkzeug.http import parse_accept_header
 
-from xaiproxy.sandbox.knobs import AS_EVER, Knobs
+from xaiproxy.sandbox.knobs import NO_SCRIPT, Knobs
 from xaiproxy.sandbox.replies import Answer, reply
 from xaiproxy.sandbox.server import ClientGone, Handler
 from xaiproxy.sandbox.witness import Witness
@@ -31,13 +31,16 @@ EVERYWHERE = [
 ]
 
 
-class Edge:
-    """WSGI application around another."""
+Application = Callable[[dict[str, Any], Any], Iterable[bytes]]
 
-    def __init__(self, application: Callable, host: str, knobs: Knobs, witness: Witness) -> None:
+
+class Edge:
+    """A WSGI application around another one."""
+
+    def __init__(self, application: Application, host: str, knobs: Knobs, witness: Witness) -> None:
         self.application, self.host, self.knobs, self.witness = application, host, knobs, witness
 
-    def __call__(self, environ: dict[str, Any], start_response: Callable) -> Iterable[bytes]:
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         handler: Handler = environ["sandbox.handler"]
         if environ["PATH_INFO"].startswith("/_sandbox"):
             response = self._handle(environ)
@@ -59,22 +62,22 @@ class Edge:
             environ["wsgi.input"], environ["wsgi.input_terminated"] = io.BytesIO(body), True
             if path == "/oauth2/token":
                 record["grant_type"] = parse_qs(body.decode("latin-1")).get("grant_type", [""])[0]
-        script = self.knobs.take_answer(method, path, record.get("grant_type")) or AS_EVER
-        told = scripted(script)
-        if script["process"] or not (told or script["cut"]):
+        script = self.knobs.take_answer(method, path, record.get("grant_type")) or NO_SCRIPT
+        scripted = response_of(script)
+        if script["process"] or not (scripted or script["cut"]):
             response = self._refusal(handler) or self._handle(environ)
         if script["delay"]:
             handler.pause(script["delay"])
         if script["cut"]:
             handler.cut(script["cut"])
-        response = told or response
+        response = scripted or response
         for name, value in script["headers"].items():
             response.headers[name] = value
         response.headers.extend(EVERYWHERE)
         if accepts_gzip(environ) and self._wants_gzip(response):
             compress(response)
         if script["drip"]:
-            response.response = dripped(response.response, 1 / script["drip"], handler)
+            response.response = throttled(response.response, 1 / script["drip"], handler)
         return response
 
     def _refusal(self, handler: Handler) -> Answer | None:
@@ -95,8 +98,8 @@ class Edge:
         return chosen and "Content-Encoding" not in response.headers and response.status_code != 101
 
 
-def scripted(script: dict[str, Any]) -> Answer | None:
-    """The answer that a script gives itself, if it does."""
+def response_of(script: dict[str, Any]) -> Answer | None:
+    """The response that a script defines, or None if the request is to be handled."""
     if script["error"] is None and script["status"] is None and script["body"] is None:
         return None
     answer = error(script["error"]) if script["error"] else reply(script["body"] or "", 200)
@@ -115,11 +118,12 @@ def compress(response: Answer) -> None:
     if response.content_length is None:
         response.response = compressed(response.response)
     else:
-        response.set_data(gzip.compress(response.get_data()))  # sets Content-Length
+        # Sets Content-Length as well.
+        response.set_data(gzip.compress(response.get_data()))
 
 
-def compressed(parts: Iterable[bytes]) -> Iterator[bytes]:
-    """A stream as gzip in which every part can be read as soon as it has come."""
+def compressed(parts: Any) -> Iterator[bytes]:
+    """A stream as gzip, flushed after each part."""
     encoder = zlib.compressobj(wbits=31)
     with contextlib.closing(parts):
         for part in parts:
@@ -127,7 +131,7 @@ def compressed(parts: Iterable[bytes]) -> Iterator[bytes]:
     yield encoder.flush()
 
 
-def dripped(parts: Iterable[bytes], interval: float, handler: Handler) -> Iterator[bytes]:
+def throttled(parts: Any, interval: float, handler: Handler) -> Iterator[bytes]:
     for part in parts:
         for byte in part:
             yield bytes((byte,))

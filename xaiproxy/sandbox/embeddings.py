@@ -1,4 +1,4 @@
-"""Texts as numbers: embeddings, and tokens."""
+"""Embeddings, and tokenization of text."""
 
 from __future__ import annotations
 

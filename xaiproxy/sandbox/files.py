@@ -47,7 +47,9 @@ def create(_grants: Grants) -> Blueprint:
         if "file" not in request.files:
             unprocessable("missing field `file`")
         sent = request.files["file"]
-        return add(sent.filename, sent.read(), purpose=request.form.get("purpose", ""), **expiry())
+        return add(
+            sent.filename or "", sent.read(), purpose=request.form.get("purpose", ""), **expiry()
+        )
 
     @blueprint.get("/v1/files")
     def list_files() -> Answer:
@@ -83,14 +85,18 @@ def create(_grants: Grants) -> Blueprint:
     @blueprint.post("/v1/files/<name>/public-url/revoke")
     def public_url(name: str) -> Answer:
         if name not in files:
-            return error("internal")  # xAI's answer to a wrong id
+            # This is what xAI returns for a wrong id.
+            return error("internal")
         return reply({"public_url": f"https://files.invalid/{name}"})
 
     return blueprint
 
 
 def expiry() -> dict[str, int]:
-    """What an upload's expires_after, plain or in OpenAI's two fields, comes to; it must stand before the file."""
+    """expires_at from an upload's expires_after, plain or in OpenAI's two fields.
+
+    Its field must precede the file.
+    """
     form, sent = request.form, request.get_data()
     seconds = form.get("expires_after", form.get("expires_after[seconds]"))
     if seconds is None:

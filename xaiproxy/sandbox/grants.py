@@ -1,7 +1,8 @@
-"""What the authorization server remembers: codes, device codes, and the tokens that came of them.
+"""The state of the authorization server: codes, device codes, and the tokens issued for them.
 
-A login is a family: its refresh token is rotated at every use, and presenting a former one revokes the
-family, access tokens included (RFC 9700 4.14.2). No HTTP here; failures are OAuthError.
+A login is a family of tokens. Its refresh token is rotated at every use, and presenting a former
+one revokes the family with its access tokens (RFC 9700 4.14.2). Nothing here knows HTTP; failures
+are OAuthErrors.
 """
 
 from __future__ import annotations
@@ -21,14 +22,23 @@ from xaiproxy.sandbox.replies import compact
 from xaiproxy.sandbox.witness import Witness
 from xaiproxy.sandbox.xai_errors import TEAM, oauth
 
-CLIENT_ID = (
-    "b1a00492-073a-47ea-816f-4c329264a828"  # the Grok CLI's public client; no other is registered
-)
-SCOPES = (
-    "openid profile email offline_access grok-cli:access team:read org:read api:access "
-    "conversations:read conversations:write workspaces:read workspaces:write"
-).split()
-TEAM_SCOPES = {"team:read", "org:read"}  # known, but not for the only user here
+# The Grok CLI's public client; no other is registered.
+CLIENT_ID = "b1a00492-073a-47ea-816f-4c329264a828"
+SCOPES = [
+    "openid",
+    "profile",
+    "email",
+    "offline_access",
+    "grok-cli:access",
+    "team:read",
+    "org:read",
+    "api:access",
+    "conversations:read",
+    "conversations:write",
+    "workspaces:read",
+    "workspaces:write",
+]
+TEAM_SCOPES = {"team:read", "org:read"}  # valid, but not for the one user here
 USER = {
     "sub": "00000000-0000-4000-8000-00000000cafe",
     "email": "sandbox@example.invalid",
@@ -37,13 +47,12 @@ USER = {
     "family_name": "Box",
     "picture": "",
 }
-USER_CODE_LETTERS = "BCDFGHJKLMNPQRSTVWXZ23456789"  # RFC 8628 6.1: nothing that reads two ways
-
+USER_CODE_LETTERS = "BCDFGHJKLMNPQRSTVWXZ23456789"  # RFC 8628 6.1: no ambiguous characters
 VERIFIER = re.compile(r"[A-Za-z0-9._~-]{43,128}")
 
 
 class OAuthError(Exception):
-    """An error response of RFC 6749 5.2: its code, and maybe a description."""
+    """An error response of RFC 6749 5.2: code, and possibly a description."""
 
     def __init__(self, code: str, description: str | None = None) -> None:
         super().__init__(code)
@@ -52,17 +61,17 @@ class OAuthError(Exception):
 
 @dataclass(eq=False)
 class Family:
-    """One login and all tokens that came of it."""
+    """A login and all tokens issued for it."""
 
     scope: str
     refresh_token: str = ""
-    former: dict[str, float] = field(default_factory=dict)  # rotated refresh tokens and when
+    former: dict[str, float] = field(default_factory=dict)  # time of rotation, by refresh token
     revoked: bool = False
 
 
 @dataclass
 class Request:
-    """A login that somebody has to allow: an authorization request or a device code."""
+    """A login that waits for approval: an authorization request or a device code."""
 
     scope: str
     challenge: str | None
@@ -90,12 +99,12 @@ class AccessToken:
 class Grants:
     def __init__(self, issuer: str, knobs: Knobs, witness: Witness) -> None:
         self.issuer, self.knobs, self.witness = issuer, knobs, witness
-        self.requests: dict[str, Request] = {}  # waiting on a consent page, by an opaque id
+        self.requests: dict[str, Request] = {}  # on a consent page, by an opaque id
         self.codes: dict[str, Request] = {}
         self.device_codes: dict[str, Request] = {}
-        self.families: dict[str, Family] = {}  # by every refresh token they ever had
+        self.families: dict[str, Family] = {}  # by each of their refresh tokens, former ones too
         self.access_tokens: dict[str, AccessToken] = {}
-        self.client_secrets: dict[str, float] = {}  # each good for one WebSocket, and until when
+        self.client_secrets: dict[str, float] = {}  # expiry, by secret; each for one WebSocket
         self._secret = secrets.token_bytes(32)
 
     # authorization code, RFC 6749 4.1 with RFC 7636
@@ -106,7 +115,7 @@ class Grants:
         return handle
 
     def decide(self, handle: str, allow: bool) -> dict[str, str]:
-        """Settle a consent; the parameters for its redirect. Raises KeyError when it is not waiting."""
+        """Record the decision; return the parameters for the redirect. Raises KeyError."""
         request = self.requests.pop(handle)
         state = {"state": request.state} if request.state is not None else {}
         if not allow:
@@ -121,16 +130,15 @@ class Grants:
         request = self.codes.get(code)
         if request is None:
             raise OAuthError("invalid_grant")
-        if (
-            request.used and request.family
-        ):  # RFC 6749 4.1.2: a code used twice may have been stolen
+        # RFC 6749 4.1.2: a code that is used twice may have been stolen.
+        if request.used and request.family:
             self.revoke(request.family)
         if request.used or time.time() >= request.expires:
             raise OAuthError("invalid_grant")
-        request.used = True  # also when what follows fails: no second guess at the verifier
-        if redirect_uri != request.redirect_uri or not matches(verifier, request.challenge):
+        # Before the checks that may fail: there is only one guess at the verifier.
+        request.used = True
+        if redirect_uri != request.redirect_uri or not matches(verifier, request.challenge or ""):
             raise OAuthError("invalid_grant")
-        request.family = Family(request.scope)
         self.witness.count("code_exchanges")
         return self._login(request)
 
@@ -162,7 +170,7 @@ class Grants:
         }
 
     def waiting_device(self, user_code: str) -> Request | None:
-        """The request that shows this code to its user, if it is still to be decided."""
+        """The undecided request with this user code, or None."""
         return next(
             (
                 request
@@ -187,7 +195,8 @@ class Grants:
         request.last_poll = now
         if too_fast or self.knobs.slow_downs:
             self.knobs.slow_downs = max(0, self.knobs.slow_downs - 1)
-            request.interval += 5  # RFC 8628 3.5: for this and all polls to come
+            # RFC 8628 3.5: for this poll and all later ones.
+            request.interval += 5
             self.witness.count("slow_downs")
             raise OAuthError("slow_down")
         if request.allowed is None:
@@ -197,7 +206,6 @@ class Grants:
             raise OAuthError("access_denied", "The user rejected the request")
         if request.challenge and not matches(verifier or "", request.challenge):
             raise OAuthError("invalid_grant")
-        request.family = Family(request.scope)
         return self._login(request)
 
     # refresh, RFC 6749 6
@@ -223,7 +231,7 @@ class Grants:
     # tokens
 
     def check(self, token: str) -> Family | None:
-        """The login behind an access token that the API accepts."""
+        """The login of an access token that the API accepts, or None."""
         access = self.access_tokens.get(token)
         if (
             access is None
@@ -238,16 +246,14 @@ class Grants:
         return access.family
 
     def mint_secret(self, seconds: int) -> dict[str, Any]:
-        value, expires = (
-            f"xai-realtime-client-secret-{secrets.token_urlsafe(24)}",
-            time.time() + seconds,
-        )
+        value = f"xai-realtime-client-secret-{secrets.token_urlsafe(24)}"
+        expires = time.time() + seconds
         self.client_secrets[value] = expires
         return {"value": value, "expires_at": int(expires)}
 
     def take_secret(self, value: str | None) -> bool:
-        """Whether this client secret is good; it is not, from then on."""
-        return self.client_secrets.pop(value, 0) > time.time()
+        """Whether this client secret is valid; it cannot be used again."""
+        return value is not None and self.client_secrets.pop(value, 0) > time.time()
 
     def revoke(self, family: Family) -> None:
         if not family.revoked:
@@ -255,7 +261,8 @@ class Grants:
             self.witness.count("revoked_families")
 
     def _login(self, request: Request) -> dict[str, Any]:
-        family, now = request.family, int(time.time())
+        family, now = Family(request.scope), int(time.time())
+        request.family = family
         self.witness.count("logins")
         extra = {}
         if "offline_access" in request.scope.split():

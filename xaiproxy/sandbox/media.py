@@ -1,4 +1,4 @@
-"""Images and videos: their answers, but no pictures."""
+"""Images and videos: only their JSON responses."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from xaiproxy.sandbox.replies import Answer, reply
 
 def create(grants: Grants) -> Blueprint:
     media = Blueprint("media", __name__)
-    pending: dict[
-        str, bool
-    ] = {}  # whether a video, by its request_id, is still to be said to be so
+    # By request_id: whether the next response about the video still is "pending".
+    pending: dict[str, bool] = {}
 
     @media.post("/v1/images/generations")
     @media.post("/v1/images/edits")

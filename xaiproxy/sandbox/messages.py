@@ -1,4 +1,4 @@
-"""Messages as Anthropic has them, at once and streamed; tokens are not counted here, nor at xAI."""
+"""Anthropic's Messages API, plain and streamed; without count_tokens, as at xAI."""
 
 from __future__ import annotations
 
@@ -46,19 +46,19 @@ def create(grants: Grants) -> Blueprint:
             "usage": {"input_tokens": 12, "output_tokens": len(pieces)},
         }
         if body.get("stream"):
-            said = (
+            contents = (
                 [{"type": "input_json_delta", "partial_json": call.json}]
                 if call
                 else [{"type": "text_delta", "text": piece} for piece in pieces]
             )
-            return stream.answer(map(named_sse, events(message, said)), FAILURE, grants)
+            return stream.answer(map(named_sse, events(message, contents)), FAILURE, grants)
         return reply(message)
 
     return messages
 
 
-def events(message: dict[str, Any], said: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The events of a whole message, with what is said in these deltas."""
+def events(message: dict[str, Any], deltas: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The events of a complete message. `deltas`: its content."""
     [block] = message["content"]
     content = "input" if block["type"] == "tool_use" else "text"
     begun = {
@@ -74,7 +74,7 @@ def events(message: dict[str, Any], said: list[dict[str, Any]]) -> Iterator[dict
         "content_block": {**block, content: type(block[content])()},
     }
     yield {"type": "ping"}
-    for delta in said:
+    for delta in deltas:
         yield {"type": "content_block_delta", "index": 0, "delta": delta}
     yield {"type": "content_block_stop", "index": 0}
     yield {

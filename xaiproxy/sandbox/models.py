@@ -1,4 +1,4 @@
-"""The models there are."""
+"""The models, and the paths that list them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from xaiproxy.sandbox.grants import Grants
 from xaiproxy.sandbox.replies import Answer, reply
 from xaiproxy.sandbox.xai_errors import error
 
-# By the path that lists them.
+# Models by the path that lists them.
 KINDS = {
     "language-models": ("grok-4.6", "grok-4.5", "grok-4.3", "grok-build-0.1"),
     "embedding-models": ("v1",),
@@ -56,7 +56,7 @@ def priced(name: str) -> dict[str, Any]:
 
 
 def known(name: str, names: Any = tuple(MODELS)) -> str:
-    """The name, if there is such a model; else xAI's 404."""
+    """Return the name if there is such a model, else abort with xAI's 404."""
     if name not in names:
         answer = error("no_model")
         answer.set_data(answer.get_data().replace(b"grok-beta", name.encode()))

@@ -1,7 +1,7 @@
-"""/v1/realtime: a conversation over a WebSocket, here in text alone, and the secrets that let a web page begin one.
+"""/v1/realtime: a conversation over a WebSocket, text only, and the client secrets for web pages.
 
-For tests of what lies between, /v1/realtime?model=echo sends every part of every message back as it comes, text or
-binary, of any size. It is for clients that read while they write: one that does not is not read from either.
+For tests of proxies, /v1/realtime?model=echo echoes every part of every message as it arrives, text
+or binary, of any size. It does not read from a client that does not read.
 """
 
 from __future__ import annotations
@@ -73,47 +73,34 @@ def converse(grants: Grants, model: str, client: WebSocket) -> None:
         "turn_detection": None,
         "tools": [],
     }
-    client.stream(
-        map(
-            numbered,
-            [
-                {"type": "session.created", "session": session},
-                {
-                    "type": "conversation.created",
-                    "conversation": {"id": new("conv"), "object": "realtime.conversation"},
-                },
-                {"type": "ping", "timestamp": int(time.time() * 1000)},
-            ],
-        )
-    )
+    conversation = {"id": new("conv"), "object": "realtime.conversation"}
+    begin: list[Event] = [
+        {"type": "session.created", "session": session},
+        {"type": "conversation.created", "conversation": conversation},
+        {"type": "ping", "timestamp": int(time.time() * 1000)},
+    ]
+    client.stream(map(numbered, begin))
     if knobs.close_code:
-        client.close(knobs.close_code, "as the sandbox was told")
-    for said in client.messages():
-        kind = said.get("type")
+        client.close(knobs.close_code, "the sandbox's close_code")
+    for event in client.messages():
+        kind = event.get("type")
         if kind == "session.update":
-            session.update(said.get("session") or {})
-            client.tell(numbered({"type": "session.updated", "session": session}))
+            session.update(event.get("session") or {})
+            client.send_json(numbered({"type": "session.updated", "session": session}))
         elif kind == "response.create":
-            client.stream(
-                map(numbered, stream.troubled(response_events(deltas(knobs)), FAILURE, knobs))
-            )
+            events = stream.limited(response_events(deltas(knobs)), FAILURE, knobs)
+            client.stream(map(numbered, events))
         elif kind in SIMPLE:
-            client.tell(*map(numbered, SIMPLE[kind](said)))
+            client.send_json(*map(numbered, SIMPLE[kind](event)))
         else:
-            client.tell(
-                numbered(
-                    {
-                        "type": "error",
-                        "error": {
-                            "type": "invalid_request_error",
-                            "code": "invalid_event",
-                            "message": f"There is no event {kind}.",
-                            "param": None,
-                            "event_id": None,
-                        },
-                    }
-                )
-            )
+            error = {
+                "type": "invalid_request_error",
+                "code": "invalid_event",
+                "message": f"There is no event {kind}.",
+                "param": None,
+                "event_id": None,
+            }
+            client.send_json(numbered({"type": "error", "error": error}))
 
 
 def item_added(item: Any) -> Event:
@@ -124,7 +111,7 @@ def item_added(item: Any) -> Event:
     }
 
 
-# What is answered at once, if at all.
+# Events with an immediate response, or none.
 SIMPLE: dict[str, Callable[[Event], list[Event]]] = {
     "ping": lambda said: [{"type": "pong", "timestamp": said.get("timestamp")}],
     "pong": lambda said: [],

@@ -1,4 +1,4 @@
-"""How JSON, text and pages are sent."""
+"""Responses with JSON, text and pages."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from werkzeug import Response
 
 
 class Answer(Response):
-    default_mimetype = None  # an empty answer has no Content-Type
+    # An empty response has no Content-Type.
+    default_mimetype = None
 
 
 def compact(value: Any) -> str:
-    """JSON as xAI writes it: no spaces, its own key order, no escapes."""
+    """JSON in xAI's form: no spaces, no sorting, no escapes."""
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
 
 
 def reply(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Answer:
-    """JSON for an object, plain text or HTML for a string; bytes as they are."""
+    """A response with `body`: an object as JSON, a string as plain text or HTML, or bytes."""
     kind = "application/json"
     if isinstance(body, bytes):
         kind = "application/octet-stream"
@@ -34,7 +35,8 @@ def reply(body: Any, status: int = 200, headers: dict[str, str] | None = None) -
 
 def page(title: str, content: str) -> str:
     return (
-        f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{title}</title></head><body>'
-        f"{content}<hr><p>This page is from xai-sandbox, a simulation on your own machine. "
-        f"It is <b>not xAI</b>.</p></body></html>"
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
+        f"<title>{title}</title></head><body>{content}<hr><p>This page is from xai-sandbox, a "
+        "simulation on your own machine. "
+        "It is <b>not xAI</b>.</p></body></html>"
     )

@@ -1,4 +1,4 @@
-"""Responses: at once, streamed, or one after the other over a WebSocket; and those that are stored."""
+"""The Responses API: plain, streamed or over a WebSocket, and stored responses."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from xaiproxy.sandbox.replies import Answer, reply
 from xaiproxy.sandbox.stream import THOUGHT, deltas, sse
 from xaiproxy.sandbox.xai_errors import CAPACITY
 
-STORED = 1000  # the newest
+MAX_STORED = 1000  # beyond it, the oldest is dropped
 FAILURE = {"sequence_number": 0, "type": "error", "code": None, "message": CAPACITY, "param": None}
 
 
 def create(grants: Grants) -> Blueprint:
     responses = Blueprint("responses", __name__)
     knobs = grants.knobs
-    stored: dict[str, tuple[dict[str, Any], list[Any]]] = {}  # with what they were asked
+    stored: dict[str, tuple[dict[str, Any], list[Any]]] = {}  # each with its input
 
     def respond(name: str, body: dict[str, Any]) -> dict[str, Any]:
-        """The complete response, stored unless the request says no."""
+        """The complete response; stored unless the request has "store": false."""
         response = complete(name, body, deltas(knobs))
         if response["store"]:
             stored[name] = response, input_items(body["input"])
-        if len(stored) > STORED:
+        if len(stored) > MAX_STORED:
             del stored[next(iter(stored))]
         return response
 
@@ -93,24 +93,25 @@ def create(grants: Grants) -> Blueprint:
         return websocket.upgrade(grants, converse)
 
     def converse(client: websocket.WebSocket) -> None:
-        """One turn after the other; a request that will not do gets an error, and the next is awaited."""
-        for asked in client.messages():
-            problem = unacceptable(asked)
+        """Answer one request after the other, an invalid one with an error."""
+        for body in client.messages():
+            problem = problem_of(body)
             if problem:
-                client.tell(problem)
+                client.send_json(problem)
                 continue
-            response = respond(str(uuid.uuid4()), {"input": [], **asked})
+            response = respond(str(uuid.uuid4()), {"input": [], **body})
             pieces = deltas(knobs)
-            if asked.get("generate") is False:  # a warm-up
+            # A warm-up.
+            if body.get("generate") is False:
                 response["output"], pieces = [], []
-            client.stream(stream.troubled(events(response, pieces), FAILURE, knobs))
+            client.stream(stream.limited(events(response, pieces), FAILURE, knobs))
 
-    def unacceptable(asked: dict[str, Any]) -> dict[str, Any] | None:
-        if asked.get("type") != "response.create":
-            return socket_error(400, "invalid_event", "Only response.create is taken here.")
-        if asked.get("model") not in MODELS:
+    def problem_of(body: dict[str, Any]) -> dict[str, Any] | None:
+        if body.get("type") != "response.create":
+            return socket_error(400, "invalid_event", "Only response.create is allowed here.")
+        if body.get("model") not in MODELS:
             return socket_error(404, "not-found", "The model does not exist.")
-        previous = asked.get("previous_response_id")
+        previous = body.get("previous_response_id")
         if previous and previous not in stored:
             return socket_error(
                 400, "previous_response_not_found", f"Previous response {previous} not found."
@@ -138,7 +139,7 @@ def input_items(given: Any) -> list[Any]:
 
 
 def complete(name: str, body: dict[str, Any], pieces: list[str]) -> dict[str, Any]:
-    """The response of this name to a request, as it is in the end."""
+    """The completed response to a request. `name`: id of the response."""
     reasoning = {
         "id": f"rs_{name}",
         "type": "reasoning",
@@ -146,7 +147,7 @@ def complete(name: str, body: dict[str, Any], pieces: list[str]) -> dict[str, An
         "summary": [{"type": "summary_text", "text": THOUGHT}],
     }
     part = {"type": "output_text", "text": "".join(pieces), "logprobs": [], "annotations": []}
-    said = {
+    output = {
         "id": f"msg_{name}",
         "type": "message",
         "role": "assistant",
@@ -155,7 +156,7 @@ def complete(name: str, body: dict[str, Any], pieces: list[str]) -> dict[str, An
     }
     call = tool_calls.call(body, body["input"])
     if call:
-        said = {
+        output = {
             "id": f"fc_{name}_0",
             "type": "function_call",
             "call_id": f"call-{name}-0",
@@ -169,7 +170,7 @@ def complete(name: str, body: dict[str, Any], pieces: list[str]) -> dict[str, An
         "max_output_tokens": None,
         "model": body["model"],
         "object": "response",
-        "output": [reasoning, said],
+        "output": [reasoning, output],
         "parallel_tool_calls": True,
         "previous_response_id": body.get("previous_response_id"),
         "reasoning": {"effort": None, "summary": None},
@@ -188,7 +189,7 @@ def complete(name: str, body: dict[str, Any], pieces: list[str]) -> dict[str, An
 
 
 def usage(count: int) -> dict[str, Any]:
-    """output_tokens has the reasoning, of which there is none here."""
+    """output_tokens includes the reasoning, which is none here."""
     return {
         "input_tokens": 12,
         "input_tokens_details": {"cached_tokens": 0},
@@ -202,7 +203,7 @@ def usage(count: int) -> dict[str, Any]:
 
 
 def events(response: dict[str, Any], pieces: list[str]) -> Iterator[dict[str, Any]]:
-    """The events of a complete response, whose text came in these pieces; no [DONE] follows."""
+    """The events of a completed response, without [DONE]. `pieces`: parts of its text."""
     begun = {**response, "output": [], "status": "in_progress"}
     begun.pop("usage")
     number = itertools.count()
@@ -233,23 +234,16 @@ def _content_events(
         yield "response.function_call_arguments.delta", {**where, "delta": item["arguments"]}
         yield "response.function_call_arguments.done", {**where, "arguments": item["arguments"]}
         return
+    more: dict[str, Any] = {}
     if item["type"] == "reasoning":
-        [part], noun, text, where, more = (
-            item["summary"],
-            "reasoning_summary_part",
-            "reasoning_summary_text",
-            {**where, "summary_index": 0},
-            {},
-        )
+        [part] = item["summary"]
+        noun, text = "reasoning_summary_part", "reasoning_summary_text"
+        where = {**where, "summary_index": 0}
         pieces = [part["text"]]
     else:
-        [part], noun, text, where, more = (
-            item["content"],
-            "content_part",
-            "output_text",
-            {**where, "content_index": 0},
-            {"logprobs": []},
-        )
+        [part] = item["content"]
+        noun, text = "content_part", "output_text"
+        where, more = {**where, "content_index": 0}, {"logprobs": []}
     yield f"response.{noun}.added", {**where, "part": {**part, "text": ""}}
     for piece in pieces:
         yield f"response.{text}.delta", {**where, "delta": piece, **more}

@@ -1,4 +1,4 @@
-"""Speech from text and text from speech, over HTTP and over WebSockets, and the voices for it; no sound is made."""
+"""Text to speech and speech to text, over HTTP and WebSockets, and the voices; with fake audio."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from xaiproxy.sandbox.grants import Grants
 from xaiproxy.sandbox.replies import Answer, reply
 from xaiproxy.sandbox.websocket import WebSocket, upgrade
 
-AUDIO = bytes(range(256)) * 64  # what is said, whatever the text
+AUDIO = bytes(range(256)) * 64  # for any text
 VOICES = {
     name.lower(): {"voice_id": name.lower(), "name": name}
     for name in ("Ara", "Eve", "Leo", "Rex", "Sal")
 }
-HEARD = "This is the sandbox"  # whatever the audio
+TRANSCRIPT = "This is the sandbox"  # of any audio
 
 
 def create(grants: Grants) -> Blueprint:
@@ -28,19 +28,19 @@ def create(grants: Grants) -> Blueprint:
         return Answer(AUDIO, content_type="audio/mpeg")
 
     @speech.get("/v1/tts")
-    def speak_on() -> Answer:
-        return upgrade(grants, speak_what_is_written)
+    def speak_over_websocket() -> Answer:
+        return upgrade(grants, speak_messages)
 
     @speech.post("/v1/stt")
     def transcribe() -> Answer:
         one_content_type("multipart/form-data")
         if "file" not in request.files:
             unprocessable("missing field `file`")
-        return reply({"text": HEARD, "language": "en", "duration": 1.0, "words": []})
+        return reply({"text": TRANSCRIPT, "language": "en", "duration": 1.0, "words": []})
 
     @speech.get("/v1/stt")
-    def transcribe_on() -> Answer:
-        return upgrade(grants, write_what_is_said)
+    def transcribe_over_websocket() -> Answer:
+        return upgrade(grants, transcribe_messages)
 
     @speech.get("/v1/tts/voices")
     def voices() -> Answer:
@@ -64,26 +64,31 @@ def create(grants: Grants) -> Blueprint:
     return speech
 
 
-def speak_what_is_written(client: WebSocket) -> None:
-    for said in client.messages():
-        if said.get("type") == "text.delta":
-            client.tell({"type": "audio.delta", "delta": base64.b64encode(AUDIO).decode()})
-        elif said.get("type") == "text.done":
-            client.tell({"type": "audio.done"})
+def speak_messages(client: WebSocket) -> None:
+    for message in client.messages():
+        if message.get("type") == "text.delta":
+            client.send_json({"type": "audio.delta", "delta": base64.b64encode(AUDIO).decode()})
+        elif message.get("type") == "text.done":
+            client.send_json({"type": "audio.done"})
 
 
-def write_what_is_said(client: WebSocket) -> None:
-    """Binary messages are audio; text ones are events."""
-    client.tell({"type": "transcript.created"})
-    for said in client.messages(binary=True):
-        if isinstance(said, bytes):
-            client.tell(partial(final=False))
-        elif said.get("type") == "finalize":
-            client.tell(partial(final=True))
-        elif said.get("type") == "audio.done":
-            client.tell({"type": "transcript.done", "text": HEARD, "duration": 1.0})
+def transcribe_messages(client: WebSocket) -> None:
+    """Binary messages are audio; text messages are events."""
+    client.send_json({"type": "transcript.created"})
+    for message in client.messages(binary=True):
+        if isinstance(message, bytes):
+            client.send_json(partial(final=False))
+        elif message.get("type") == "finalize":
+            client.send_json(partial(final=True))
+        elif message.get("type") == "audio.done":
+            client.send_json({"type": "transcript.done", "text": TRANSCRIPT, "duration": 1.0})
             client.close(1000)
 
 
 def partial(final: bool) -> dict[str, object]:
-    return {"type": "transcript.partial", "text": HEARD, "is_final": final, "speech_final": final}
+    return {
+        "type": "transcript.partial",
+        "text": TRANSCRIPT,
+        "is_final": final,
+        "speech_final": final,
+    }

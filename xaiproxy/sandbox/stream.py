@@ -1,4 +1,4 @@
-"""What is streamed, as server-sent events or over a WebSocket, and how that can be slow, silent or cut."""
+"""Streaming as server-sent events or over a WebSocket; knobs make it slow, silent or cut."""
 
 from __future__ import annotations
 
@@ -14,41 +14,40 @@ from xaiproxy.sandbox.grants import Grants
 from xaiproxy.sandbox.knobs import Knobs
 from xaiproxy.sandbox.replies import Answer, compact
 
-WORDS = [
-    f"{word} "
-    for word in "This is the sandbox, not xAI, and nobody thought about the answer.".split()
-]
-THOUGHT = "Hm."  # what every answer says of its reasoning
+TEXT = "This is the sandbox, not xAI, and nobody thought about the answer."
+WORDS = [f"{word} " for word in TEXT.split(" ")]
+THOUGHT = "Hm."  # the reasoning of every response
 
 
 def deltas(knobs: Knobs) -> list[str]:
-    """The pieces of every answer, streamed or not."""
+    """The pieces of every response's text, streamed or not."""
     return _deltas(knobs.events, knobs.event_size)
 
 
-@functools.lru_cache(maxsize=8)  # a thousand long streams share one list
+# A thousand long streams share one list.
+@functools.lru_cache(maxsize=8)
 def _deltas(events: int, event_size: int | None) -> list[str]:
     words = itertools.islice(itertools.cycle(WORDS), events)
     return [(word * event_size)[:event_size] if event_size else word for word in words]
 
 
 def sse(event: Any) -> bytes:
-    """A server-sent event: data alone, as xAI sends it."""
+    """A server-sent event with data only, as xAI sends it."""
     return b"data: " + (event if isinstance(event, str) else compact(event)).encode() + b"\n\n"
 
 
 def named_sse(event: dict[str, Any]) -> bytes:
-    """A server-sent event that also has its type on a line of its own."""
+    """A server-sent event with its type on a line of its own."""
     return f"event: {event['type']}\n".encode() + sse(event)
 
 
 def answer(events: Iterable[bytes], failure: bytes, grants: Grants) -> Answer:
-    """The answer to the request in hand: these server-sent events, or as many as the knobs let pass."""
+    """The response to the current request: these events, as the knobs limit and pace them."""
     knobs, handler = grants.knobs, request.environ["sandbox.handler"]
     handler.close_delimited = knobs.framing == "close"
     response = Answer(content_type="text/event-stream")
     events = itertools.chain(
-        [b": keepalive\n\n"] * knobs.keepalives, troubled(events, failure, knobs)
+        [b": keepalive\n\n"] * knobs.keepalives, limited(events, failure, knobs)
     )
     if knobs.framing == "length":
         events = list(events)
@@ -62,17 +61,17 @@ def _counted(events: Iterator[bytes], grants: Grants) -> Iterator[bytes]:
         yield from events
 
 
-def troubled(events: Iterable[Any], failure: Any, knobs: Knobs) -> Iterator[Any]:
-    """The events, or with the knob turned some of them and an error for an end."""
+def limited(events: Iterable[Any], failure: Any, knobs: Knobs) -> Iterator[Any]:
+    """The events; with capacity_error_after only so many of them, then `failure`."""
     yield from itertools.islice(events, knobs.capacity_error_after)
     if knobs.capacity_error_after is not None:
         yield failure
 
 
 def paced(events: Iterable[bytes], knobs: Knobs, peer: Any) -> Iterator[bytes]:
-    """The events at the pace of the knobs; the client's leaving is noticed at once.
+    """The events at the rate of the knobs.
 
-    `peer`, a Handler or a WebSocket, can pause(seconds) and cut(how).
+    `peer`: Handler or WebSocket, whose pause(seconds) raises as soon as the client is gone.
     """
     interval = 1 / knobs.events_per_second if knobs.events_per_second else 0
     silence_after, cut_after = knobs.silence_after, knobs.cut_after

@@ -1,7 +1,7 @@
-"""Which tool the model calls, and with what.
+"""The tool that the model calls, and its arguments.
 
-Agents bring tools that run commands and write files. So one is called only when the user has just named it, or when
-tool_choice demands one; and then with arguments that mean nothing.
+Agents offer tools that run commands and write files. So the model calls one only if the last
+message of the user names it or tool_choice requires it, and its arguments are meaningless.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from xaiproxy.sandbox.replies import compact
 
-NOTES = ("system", "developer")  # roles; some agents put one of these last
+NOTES = ("system", "developer")  # roles; some agents end with a message of one of these
 
 
 class Call(NamedTuple):
@@ -24,39 +24,41 @@ class Call(NamedTuple):
 
 
 def call(body: dict[str, Any], messages: Any) -> Call | None:
-    """The call that answers a request, of whichever API, whose conversation ends with `messages`."""
+    """The call for a request of any of the three APIs. `messages`: its conversation."""
     tools = dict(filter(None, map(_function, body.get("tools") or ())))
-    name = _demanded(body.get("tool_choice"), tools) or _named(messages, tools)
+    name = _required(body.get("tool_choice"), tools) or _named(messages, tools)
     return Call(name, example(tools[name])) if name in tools else None
 
 
 def _function(tool: dict[str, Any]) -> tuple[str, Any] | None:
-    """A function's name and the schema of its arguments, in the words of any of the three APIs."""
+    """A function's name and the schema of its arguments, in the form of any of the three APIs."""
     about = tool.get("function", tool)
     schema = about.get("parameters") or about.get("input_schema")
     return (about["name"], schema) if "name" in about and schema else None
 
 
-def _demanded(choice: Any, tools: dict[str, Any]) -> str | None:
-    """The name that tool_choice comes to: that of no tool if it forbids them; None when it leaves it open."""
+def _required(choice: Any, tools: dict[str, Any]) -> str | None:
+    """The tool that tool_choice requires, "none" if it forbids tools, or None."""
     kind = choice.get("type") if isinstance(choice, dict) else choice
     if kind in ("required", "any"):
         return next(iter(tools), None)
     if kind in ("function", "tool"):
-        return choice.get("function", choice).get("name")
+        name: str | None = choice.get("function", choice).get("name")
+        return name
     return "none" if kind == "none" else None
 
 
 def _named(messages: Any, tools: dict[str, Any]) -> str | None:
-    """The tool that the user names in what they wrote last; agents put notes of their own before and after it."""
+    """The tool that the user's last message names; agents put notes before and after it."""
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
-    said = [
+    spoken = [
         message
         for message in messages
         if isinstance(message, dict) and message.get("role") not in NOTES
     ]
-    content = said[-1].get("content") if said and said[-1].get("role") == "user" else ""
+    last = spoken[-1] if spoken else {}
+    content = last.get("content") if last.get("role") == "user" else ""
     if isinstance(content, list):
         content = content[-1].get("text") if content else ""
     return next(
@@ -65,12 +67,11 @@ def _named(messages: Any, tools: dict[str, Any]) -> str | None:
 
 
 def example(schema: dict[str, Any]) -> Any:
-    """A value that this JSON schema takes, if it is a simple one."""
+    """A value that is valid for this JSON schema, if it is a simple one."""
     if "enum" in schema:
         return schema["enum"][0]
     if schema.get("type") == "object":
         fields = schema.get("properties", {})
         return {name: example(fields.get(name, {})) for name in schema.get("required", ())}
-    return {"string": "sandbox", "integer": 1, "number": 1, "boolean": True, "array": []}.get(
-        schema.get("type")
-    )
+    values = {"string": "sandbox", "integer": 1, "number": 1, "boolean": True, "array": []}
+    return values.get(schema.get("type", ""))

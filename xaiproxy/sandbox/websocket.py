@@ -1,7 +1,7 @@
-"""The server's side of a WebSocket (RFC 6455): wsproto knows the frames, this the connection under them.
+"""The server's side of a WebSocket (RFC 6455): the connection; wsproto handles the frames.
 
-A message passes in parts, as large as they come, and nothing is read while something waits to be sent: so what is
-echoed needs little memory, however large it is, and a client that does not read is not read from.
+Messages pass in parts of any size, and nothing is read while a send blocks. So an echo of any size
+takes little memory, and a client that does not read gets back-pressure.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ from xaiproxy.sandbox.replies import Answer, compact, reply
 from xaiproxy.sandbox.server import ClientGone, Handler
 from xaiproxy.sandbox.stream import paced
 
-SECRET = "xai-client-secret."  # begins the subprotocol in which a web page, which can set no header, sends a secret
-LARGEST = 16 << 20  # bytes or characters of a message that is looked at whole
-CLOSING = 5  # s that the client gets to answer a close
+# Prefix of the subprotocol with which a web page, which cannot set headers, sends a client secret.
+SECRET = "xai-client-secret."
+MESSAGE_LIMIT = 16 << 20  # bytes or characters
+CLOSE_TIMEOUT = 5  # seconds for the client's Close frame
 
 
 class Closed(Exception):
-    """The closing handshake is done, or has waited long enough."""
+    """The closing handshake is done, or has timed out."""
 
 
 def offered_subprotocols() -> list[str]:
@@ -47,8 +48,11 @@ def offered_secret() -> str | None:
     )
 
 
-def upgrade(grants: Grants, talk: Callable[[WebSocket], None]) -> Answer:
-    """The 101 that the request in hand gets, after which its connection is talk's; else what it lacks."""
+def upgrade(grants: Grants, run: Callable[[WebSocket], None]) -> Answer:
+    """The response to the current request: 101, or an error for an invalid handshake.
+
+    `run`: called with the WebSocket after the 101.
+    """
     handler = request.environ["sandbox.handler"]
     opening = handshake.H11Handshake(ConnectionType.SERVER)
     fields = [
@@ -59,61 +63,52 @@ def upgrade(grants: Grants, talk: Callable[[WebSocket], None]) -> Answer:
     try:
         opening.initiate_upgrade_connection(fields, handler.path)
     except RemoteProtocolError as problem:
-        refusal = problem.event_hint
-        return reply(
-            str(problem),
-            refusal.status_code,
-            {name.decode(): value.decode() for name, value in refusal.headers},
-        )
-    chosen = next(
-        (
-            offer
-            for offer in offered_subprotocols()
-            if offer == "realtime" or offer.startswith(SECRET)
-        ),
-        None,
-    )
+        refusal: Any = problem.event_hint
+        headers = {name.decode(): value.decode() for name, value in refusal.headers}
+        return reply(str(problem), refusal.status_code, headers)
+    offers = offered_subprotocols()
+    chosen = next((it for it in offers if it == "realtime" or it.startswith(SECRET)), None)
     accepted = opening.send(
         AcceptConnection(subprotocol=chosen, extensions=[PerMessageDeflate()])
     ).decode()
-    handler.talk = functools.partial(
-        _run, grants, talk, WebSocket(handler, opening.connection, grants)
-    )
-    return Answer(
-        status=101, headers=[line.split(": ", 1) for line in accepted.split("\r\n")[1:-2]]
-    )
+    websocket = WebSocket(handler, opening.connection, grants)
+    handler.run_upgraded = functools.partial(_run, grants, run, websocket)
+    response = Answer(status=101)
+    for line in accepted.split("\r\n")[1:-2]:
+        response.headers.add(*line.split(": ", 1))
+    return response
 
 
-def _run(grants: Grants, talk: Callable[[WebSocket], None], websocket: WebSocket) -> None:
-    with grants.witness.open("websockets"):
-        with contextlib.suppress(Closed):
-            talk(websocket)
+def _run(grants: Grants, run: Callable[[WebSocket], None], websocket: WebSocket) -> None:
+    with grants.witness.open("websockets"), contextlib.suppress(Closed):
+        run(websocket)
 
 
 class WebSocket:
-    """What is received or sent raises Closed once the client has closed, and ClientGone when it left without."""
+    """Raises Closed once the client has closed it, ClientGone if the connection ended without."""
 
-    def __init__(self, handler: Handler, connection: Connection, grants: Grants) -> None:
+    def __init__(self, handler: Handler, connection: Connection | None, grants: Grants) -> None:
+        assert connection is not None
         self._handler, self._connection, self._knobs = handler, connection, grants.knobs
-        self._received: collections.deque[Message] = collections.deque()
+        self._received: collections.deque[Message[Any]] = collections.deque()
 
-    # In
+    # Receiving
 
-    def parts(self) -> Iterator[Message]:
-        """Parts of messages, as they come; more is read only when the former ones are taken."""
+    def parts(self) -> Iterator[Message[Any]]:
+        """Parts of messages as they arrive; reads on only after all of these are consumed."""
         while True:
             while self._received:
                 yield self._received.popleft()
             self._receive()
 
     def messages(self, binary: bool = False) -> Iterator[Any]:
-        """Whole messages: JSON objects, and if `binary` bytes too. Closes at what is neither, or too large."""
+        """Complete messages: JSON objects, and bytes if `binary`; others close the WebSocket."""
         parts, size = [], 0
         for part in self.parts():
             parts.append(part.data)
             size += len(part.data)
-            if size > LARGEST:
-                self.close(1009, f"a message of more than {LARGEST} bytes")
+            if size > MESSAGE_LIMIT:
+                self.close(1009, f"a message of more than {MESSAGE_LIMIT} bytes")
             if part.message_finished:
                 yield self._parsed(type(part.data)().join(parts), binary)
                 parts, size = [], 0
@@ -140,42 +135,44 @@ class WebSocket:
                 self._received.append(event)
             elif isinstance(event, Ping) and self._connection.state is ConnectionState.OPEN:
                 self.send(event.response())
-            elif isinstance(
-                event, CloseConnection
-            ):  # the client's, or wsproto's own at what is no frame
+            # The client's Close, or wsproto's own after an invalid frame.
+            elif isinstance(event, CloseConnection):
                 if self._connection.state in (ConnectionState.REMOTE_CLOSING, ConnectionState.OPEN):
                     self.send(event.response())
                 raise Closed
 
-    # Out
+    # Sending
 
     def send(self, event: Event) -> None:
         self._write(self._connection.send(event))
 
-    def tell(self, *events: dict[str, Any]) -> None:
-        """Send these as JSON, at once."""
+    def send_json(self, *events: dict[str, Any]) -> None:
+        """Send the events as JSON at once."""
         for event in events:
             self._write(self._frame(event))
 
     def stream(self, events: Iterable[dict[str, Any]]) -> None:
-        """Send these as JSON, as slow, silent or cut as the knobs have it."""
+        """Send the events as JSON; the knobs may make it slow, silent or cut."""
         for frame in paced(map(self._frame, events), self._knobs, self):
             self._write(frame)
 
     def close(self, code: int, reason: str = "") -> NoReturn:
         self.send(CloseConnection(code, reason))
-        with gevent.Timeout(CLOSING, False):
+        with gevent.Timeout(CLOSE_TIMEOUT, False):
             while True:
                 self._received.clear()
                 self._receive()
         raise Closed
 
     def cut(self, how: str) -> NoReturn:
-        """End the connection as if something had broken: "close" or "reset"; 1006 at the client."""
+        """End the connection without a Close (1006 at the client). `how`: "close" or "reset"."""
         self._handler.cut(how)
 
     def pause(self, seconds: float) -> None:
-        """Wait, answering pings; what else comes is kept, and ends the watch for the client's leaving."""
+        """Wait, answering pings; raise as soon as the client is gone.
+
+        Once a message arrives, which is kept, it only sleeps.
+        """
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0 and not self._received:
             try:

@@ -1,4 +1,4 @@
-"""What the sandbox saw: counters, and the last requests as they came. Never a token: their SHA-256."""
+"""Counters, and a record of the last requests, with the SHA-256 of tokens in their place."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from typing import Any
 from xaiproxy.sandbox.server import ClientGone, Cut, Handler
 
 COUNTERS = {
-    "malformed": "requests that are no HTTP, or that two servers could read differently; counted only here",
-    "requests": "requests, those to /_sandbox excepted",
-    "connections": "connections that brought them",
+    "malformed": "invalid or ambiguous requests, which count nowhere else",
+    "requests": "requests, except those to /_sandbox",
+    "connections": "connections with such requests",
     "token_requests": "requests to the token endpoint that were handled",
     "logins": "families begun",
     "authorizations": "consents given in a browser",
     "code_exchanges": "authorization codes exchanged",
-    "device_requests": "device codes given out",
+    "device_requests": "device codes issued",
     "device_polls": "polls for them",
-    "slow_downs": "polls told to slow down",
+    "slow_downs": "polls answered with slow_down",
     "refreshes": "refresh tokens spent",
     "reuses": "former refresh tokens presented again",
-    "revoked_families": "logins that ended so, or by revocation",
+    "revoked_families": "logins that ended because of these, or by revocation",
     "revocations": "revocation requests",
-    "refused_tokens": "requests to the API refused for their token",
-    "streams": "streamed answers begun",
-    "open_streams": "streamed answers under way",
-    "cancelled_streams": "streamed answers whose client left before the end",
+    "refused_tokens": "requests to the API refused because of their token",
+    "streams": "streamed responses begun",
+    "open_streams": "streamed responses in progress",
+    "cancelled_streams": "streamed responses whose client closed before the end",
     "websockets": "WebSockets opened",
     "open_websockets": "WebSockets that are open",
-    "cancelled_websockets": "WebSockets whose client left without closing them",
-    "cancelled_requests": "requests whose client left before the answer's head",
+    "cancelled_websockets": "WebSockets whose connection ended without a Close frame",
+    "cancelled_requests": "requests whose client closed before the response's head",
 }
 SECRET = {"authorization", "proxy-authorization", "x-api-key", "cookie"}
 KEPT = 1000  # requests
@@ -44,7 +44,7 @@ class Witness:
         self.reset()
 
     def reset(self) -> None:
-        """Begin again; a stream still open goes on counting in the former counters, which nobody reads."""
+        """Reset all; streams that are still open count in the former counters."""
         self.counters = dict.fromkeys(COUNTERS, 0)
         self.requests: collections.deque[dict[str, Any]] = collections.deque(maxlen=KEPT)
         self._connections: set[int] = set()
@@ -54,7 +54,10 @@ class Witness:
 
     @contextlib.contextmanager
     def open(self, what: str) -> Iterator[None]:
-        """Count one of these as begun, then as open, and at an end that the sandbox did not bring as cancelled."""
+        """Count one as begun, as open meanwhile, and as cancelled if an exception ends it.
+
+        Not if that is Cut, which is the sandbox's own doing.
+        """
         counters = self.counters
         counters[what] += 1
         counters[f"open_{what}"] += 1
@@ -69,7 +72,7 @@ class Witness:
             counters[f"open_{what}"] -= 1
 
     def begin(self, handler: Handler) -> dict[str, Any]:
-        """Record a request's head; the record grows as its body comes and its answer goes."""
+        """Record a request's head; length of the body and status are added later."""
         self.count("requests")
         if handler.connection not in self._connections:
             self._connections.add(handler.connection)
@@ -89,7 +92,7 @@ class Witness:
         return record
 
     def read_body(self, handler: Handler, record: dict[str, Any]) -> bytes:
-        """Read the whole body; its length so far can be seen meanwhile. Raises ClientGone."""
+        """Read the whole body and record its length meanwhile. Raises ClientGone."""
         digest, parts = hashlib.sha256(), []
         try:
             while part := handler.wsgi_input.read(16384):
@@ -103,7 +106,7 @@ class Witness:
 
 
 def _hidden(name: str, value: str) -> str:
-    """A secret's SHA-256 in its place, with the scheme, if any, kept."""
+    """The value with the SHA-256 of a secret in its place; a scheme before it stays."""
     if name.lower() == "sec-websocket-protocol":
         return re.sub(r"(?<=xai-client-secret\.)[^, ]+", lambda found: _digest(found[0]), value)
     if name.lower() not in SECRET:

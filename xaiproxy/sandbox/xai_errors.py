@@ -1,4 +1,4 @@
-"""The errors that xAI has been seen to answer with, word for word."""
+"""Errors of xAI as observed, word for word."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ from xaiproxy.sandbox.replies import Answer, page, reply
 
 TEAM = "00000000-0000-4000-8000-00000000beef"
 CAPACITY = (
-    "The model is currently at capacity due to high demand. Please try again in a few minutes, or use a "
+    "The model is currently at capacity due to high demand. Please try again in a few minutes, "
+    "or use a "
     "higher service tier for priority processing: "
     "https://docs.x.ai/developers/advanced-api-usage/priority-processing"
 )
 _NO_CREDITS = (
-    "You have run out of credits or need a Grok subscription. Add credits at https://grok.com/?_s=usage or "
+    "You have run out of credits or need a Grok subscription. Add credits at "
+    "https://grok.com/?_s=usage or "
     "upgrade at https://grok.com/supergrok."
 )
 _TEAM_SPENT = (
-    f"Your team {TEAM} has either used all available credits or reached its monthly spending limit. To "
+    f"Your team {TEAM} has either used all available credits or reached its monthly spending "
+    "limit. To "
     "continue making API requests, please purchase more credits or raise your spending limit."
 )
 _NOT_FOUND = "Some requested entity was not found"
@@ -46,7 +49,7 @@ def _html(title: str) -> str:
 
 
 # name: (status, body[, headers])
-ERRORS: dict[str, tuple] = {
+ERRORS: dict[str, tuple[Any, ...]] = {
     # the authorization server
     "authorization_pending": (400, oauth("authorization_pending", "User has not yet authorized")),
     "slow_down": (400, oauth("slow_down")),
@@ -99,7 +102,8 @@ ERRORS: dict[str, tuple] = {
         400,
         _coded(
             "invalid-argument",
-            "Incorrect API key provided: xa***. You can obtain an API key from https://console.x.ai.",
+            "Incorrect API key provided: xa***. You can obtain an API key from "
+            "https://console.x.ai.",
         ),
     ),
     # the API: what the account may do
@@ -113,7 +117,8 @@ ERRORS: dict[str, tuple] = {
         403,
         _coded(
             _FORBIDDEN,
-            "You have either run out of available resources or do not have an active Grok subscription. Manage "
+            "You have either run out of available resources or do not have an active Grok "
+            "subscription. Manage "
             "subscriptions at https://grok.com",
         ),
     ),
@@ -123,8 +128,10 @@ ERRORS: dict[str, tuple] = {
         403,
         _coded(
             "permission-denied",
-            "Access to the chat endpoint is denied. Please ensure you're using the correct credentials. If you "
-            "believe this is a mistake, please log into console.x.ai and update the permissions, or contact "
+            "Access to the chat endpoint is denied. Please ensure you're using the correct "
+            "credentials. If you "
+            "believe this is a mistake, please log into console.x.ai and update the permissions, "
+            "or contact "
             "support.",
         ),
     ),
@@ -166,7 +173,8 @@ ERRORS: dict[str, tuple] = {
         404,
         _coded(
             _NOT_FOUND,
-            "No handler found on route. Please double check your URL and consult https://api.x.ai/docs for more "
+            "No handler found on route. Please double check your URL and consult "
+            "https://api.x.ai/docs for more "
             "information.",
         ),
     ),
@@ -174,8 +182,10 @@ ERRORS: dict[str, tuple] = {
         404,
         _coded(
             _NOT_FOUND,
-            f"The model grok-beta does not exist or your team {TEAM} does not have access to it. Please ensure "
-            "you're using the correct API key. If you believe this is a mistake, please contact support and "
+            f"The model grok-beta does not exist or your team {TEAM} does not have access to it. "
+            "Please ensure "
+            "you're using the correct API key. If you believe this is a mistake, please contact "
+            "support and "
             "quote your team ID and the model name.",
         ),
     ),
@@ -184,7 +194,8 @@ ERRORS: dict[str, tuple] = {
         429,
         _coded(
             "resource-exhausted",
-            f"Too many requests for team {TEAM} and model grok-4.5. Your team's rate limit is — Requests per "
+            f"Too many requests for team {TEAM} and model grok-4.5. Your team's rate limit is — "
+            "Requests per "
             "Second (actual/limit): 2/2.",
         ),
         {"Retry-After": "1"},
@@ -199,7 +210,8 @@ ERRORS: dict[str, tuple] = {
         429,
         _coded(
             "subscription:free-usage-exhausted",
-            "You've used all the included free usage for model grok-4.5 for now. Usage resets over a rolling "
+            "You've used all the included free usage for model grok-4.5 for now. Usage resets "
+            "over a rolling "
             "24-hour window — tokens (actual/limit): 100001/100000.",
         ),
     ),
