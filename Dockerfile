@@ -1,15 +1,15 @@
 # docker build -t xaiproxy .
 FROM python:3.13-slim
 
-# supervisord looks for a temporary folder, in which it puts nothing. Where the root file system is read-only, container
-# runtimes still have this one.
+# supervisord requires a temporary folder, although it writes nothing there. Container runtimes provide this one even if
+# the root file system is read-only.
 ENV TMPDIR=/dev/shm
 
 # A fixed number, so that the owner of a mounted folder can be set from outside and runAsNonRoot can be checked.
 RUN groupadd --gid 10001 xaiproxy && useradd --uid 10001 --gid 10001 --create-home xaiproxy \
     && install -d -m 0700 -o 10001 -g 10001 /data
 
-# What xaiproxy needs, in a layer that a change of its code leaves as it is.
+# The requirements, in a layer that does not depend on xaiproxy's code.
 WORKDIR /src
 COPY conf/requirements.txt ./
 RUN pip install --no-cache-dir --require-hashes --only-binary :all: -r requirements.txt
@@ -19,15 +19,15 @@ COPY xaiproxy xaiproxy
 RUN pip install --no-cache-dir --no-deps --no-build-isolation --use-pep517 . && pip check && rm -rf /src/*
 COPY conf/supervisord.conf /etc/xaiproxy/
 
-# The login lives here, and a .env, if there is one: the one place that is written to.
+# The folder of the login and of an optional .env; nothing else is written to.
 USER 10001:10001
 WORKDIR /data
 VOLUME /data
 ENV XAI_PROXY_TOKEN_PATH=/data/tokens.json
 
-# The proxy listens on the container's loopback until XAI_PROXY_BIND says otherwise.
+# The proxy listens on the container's loopback unless XAI_PROXY_BIND is set.
 EXPOSE 9090
 HEALTHCHECK --interval=30s --timeout=5s --start-period=30s CMD ["python", "-c", "import http.client, os, sys; from xaiproxy import config; c = config.from_environ(os.environ); h = http.client.HTTPConnection(c.bind, c.port, timeout=3); h.request('GET', '/healthz'); sys.exit(h.getresponse().status != 200)"]
 
-# At the end open streams get 25 s, and then a refresh that has begun gets 30 s: docker run --stop-timeout 70
+# When stopped, open streams get 25 s, and then a refresh in progress gets 30 s: docker run --stop-timeout 70
 CMD ["supervisord", "-c", "/etc/xaiproxy/supervisord.conf"]

@@ -1,5 +1,5 @@
-# Claude Code, to be sourced (. claude-code.sh) before `claude`. Its API is xAI's /v1/messages, which xAI calls
-# deprecated and which counts no tokens.
+# Claude Code: source it (. claude-code.sh) before `claude`. It uses xAI's /v1/messages, which is deprecated at xAI and
+# has no count_tokens.
 export ANTHROPIC_BASE_URL=http://127.0.0.1:9090  # without /v1
 export ANTHROPIC_AUTH_TOKEN="${XAIPROXY_KEY:-none}"
 unset ANTHROPIC_API_KEY

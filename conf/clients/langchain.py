@@ -1,4 +1,4 @@
-"""LangChain: pip install langchain-openai. Its ChatXAI takes the same address as xai_api_base."""
+"""LangChain: pip install langchain-openai. For its ChatXAI, the same URL is xai_api_base."""
 
 import os
 
@@ -8,8 +8,9 @@ model = ChatOpenAI(
     model="grok-4.5",
     base_url="http://127.0.0.1:9090/v1",
     api_key=os.environ.get("XAIPROXY_KEY", "none"),
+    # Seconds; a reasoning model may be silent for long.
     timeout=3600,
-)  # seconds; a reasoning model may be silent for long
+)
 
 for chunk in model.stream("Say hello."):
     print(chunk.text, end="", flush=True)

@@ -1,7 +1,7 @@
-// OpenAI's library for JavaScript: npm install openai. OPENAI_BASE_URL and OPENAI_API_KEY do the same without a change.
+// OpenAI's library for JavaScript: npm install openai. OPENAI_BASE_URL and OPENAI_API_KEY do the same.
 import OpenAI from "openai";
 
-// The library gives up after ten minutes of itself, and a reasoning model may be silent for longer; milliseconds.
+// Milliseconds. The library's default is ten minutes, and a reasoning model may be silent for longer.
 const client = new OpenAI({
   baseURL: "http://127.0.0.1:9090/v1", apiKey: process.env.XAIPROXY_KEY ?? "none", timeout: 3600_000,
 });

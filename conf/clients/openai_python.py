@@ -1,10 +1,10 @@
-"""OpenAI's Python library: pip install openai. OPENAI_BASE_URL and OPENAI_API_KEY do the same without a change."""
+"""OpenAI's Python library: pip install openai. OPENAI_BASE_URL and OPENAI_API_KEY do the same."""
 
 import os
 
 from openai import OpenAI
 
-# The library gives up after ten minutes of itself, and a reasoning model may be silent for longer; seconds.
+# Seconds. The library's default is ten minutes, and a reasoning model may be silent for longer.
 client = OpenAI(
     base_url="http://127.0.0.1:9090/v1",
     api_key=os.environ.get("XAIPROXY_KEY", "none"),
