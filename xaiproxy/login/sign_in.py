@@ -14,7 +14,13 @@ import time
 from xaiproxy import config, errors, token_store, token_writer, tokens
 from xaiproxy.login.output import Output
 from xaiproxy.login.wording import account_name, count, local_time, outlook
-from xaiproxy.oauth import authorization_code, device_authorization, discovery, loopback
+from xaiproxy.oauth import (
+    authorization_code,
+    device_authorization,
+    discovery,
+    loopback,
+    token_endpoint,
+)
 from xaiproxy.oauth.session import Session
 
 APPROVAL_TIMEOUT = 600.0  # seconds for the approval in a browser; a device code has its own
@@ -208,7 +214,7 @@ def _by_browser(
                 return authorization_code.exchange(session, metadata, settings, attempt, code)
             # A pasted text may be no code, or an old one.
             except errors.GrantRefused as error:
-                reason = ": ".join(filter(None, (error.error, error.description)))
+                reason = token_endpoint.detail(error.error, error.description)
                 message = f"that code was refused ({reason})"
                 out.event("trouble", message=message)
                 out.message(

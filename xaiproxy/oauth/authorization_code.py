@@ -210,9 +210,9 @@ def exchange(
 def _error_response(fields: Mapping[str, str]) -> errors.OAuthError:
     code = token_endpoint.shown(fields["error"])
     description = token_endpoint.shown(fields.get("error_description"))
-    detail = f"{code}: {description}" if description else code
+    reason = token_endpoint.detail(code, description)
     if code == "access_denied":
-        message = f"the login was denied ({detail}); start again to approve it"
+        message = f"the login was denied ({reason}); start again to approve it"
         return errors.AccessDenied(code, description, message)
-    message = f"the issuer ended the login ({detail}); start again"
+    message = f"the issuer ended the login ({reason}); start again"
     return errors.OAuthError(code, description, message)

@@ -1,10 +1,12 @@
 """RFC 6749 sections 5 and 6: the token endpoint for every grant, and what its responses mean."""
 
+from __future__ import annotations
+
 import re
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from xaiproxy import errors, log, tokens
 from xaiproxy.oauth.session import Answer, Session
@@ -37,7 +39,7 @@ ERROR_CODES = frozenset(
 TRANSIENT = frozenset(("server_error", "temporarily_unavailable"))
 # Cloudflare's statuses for a request that did not reach its origin.
 NOT_FORWARDED = frozenset((521, 523, 525, 526))
-WORD = re.compile(r"[a-z][a-z0-9_.:-]*")
+CODE = re.compile(r"[a-z][a-z0-9_.:-]*")
 TEXT_LIMIT = 200  # characters of a server's text in our messages
 # Possibly a token, and too long to be a word.
 LONG_WORD = re.compile(r"[\w~+/=-]{32,}")
@@ -113,6 +115,22 @@ def request(
     return login
 
 
+class _ErrorResponse(NamedTuple):
+    """The error in a response, redacted. `codes`: all texts that may be an error code."""
+
+    code: str
+    description: str
+    codes: list[str]
+
+    @classmethod
+    def of(cls, answer: Answer, form: Mapping[str, str]) -> _ErrorResponse:
+        body = answer.json() or {}
+        codes = [shown(code, form) for code in _codes(body)]
+        code = next(filter(CODE.fullmatch, codes), "") or next(iter(codes), "")
+        others = (other for other in codes if other != code)
+        return cls(code, shown(body.get("error_description"), form) or next(others, ""), codes)
+
+
 def refusal(
     answer: Answer,
     host: str,
@@ -120,76 +138,70 @@ def refusal(
     kinds: Mapping[str, type[errors.OAuthError]] | None = None,
 ) -> errors.Error:
     """The error for a response without tokens. Its `sent`: whether the grant may be spent."""
-    body = answer.json() or {}
-    words = [shown(word, form) for word in _words(body)]
-    code = next(filter(WORD.fullmatch, words), "") or next(iter(words), "")
-    description = shown(body.get("error_description"), form) or next(
-        (word for word in words if word != code), ""
-    )
-    detail = f"{code}: {description}" if description else code
+    found = _ErrorResponse.of(answer, form)
     if answer.status < 500:
-        error = _oauth_error(answer, host, form, kinds or {}, code, description, detail, words)
+        noun = "login" if "refresh_token" in form else "code"
+        error = _oauth_error(answer, found, host, noun, kinds or {})
         if error is not None:
             error.sent = answer.is_success
             return error
+    reason = detail(found.code, found.description)
     if answer.status in (415, 422):
-        detail = "it could not parse the request; please report this as a bug of xaiproxy"
+        reason = "it could not parse the request; please report this as a bug of xaiproxy"
     elif answer.is_html:
-        detail = "an HTML page, as from a firewall or from an endpoint that has moved"
+        reason = "an HTML page, as from a firewall or from an endpoint that has moved"
     elif answer.is_success:
-        detail = detail or "its body is not a JSON object"
+        reason = reason or "its body is not a JSON object"
     return errors.IssuerUnavailable(
-        f"{host} answered {answer.summary}" + (f": {detail}" if detail else ""),
-        sent=_may_be_spent(answer, body),
+        f"{host} answered {answer.summary}" + (f": {reason}" if reason else ""),
+        sent=_may_be_spent(answer),
         retry_after=answer.retry_after,
-        refused=answer.status in (400, 401) and not answer.is_html and code not in TRANSIENT,
+        refused=answer.status in (400, 401) and not answer.is_html and found.code not in TRANSIENT,
         page=answer.is_html,
     )
 
 
 def _oauth_error(
     answer: Answer,
+    found: _ErrorResponse,
     host: str,
-    form: Mapping[str, str],
+    noun: str,
     kinds: Mapping[str, type[errors.OAuthError]],
-    code: str,
-    description: str,
-    detail: str,
-    words: list[str],
 ) -> errors.OAuthError | None:
     """The error for a status below 500, or None if no error code in its body is known."""
-    body = answer.json() or {}
+    body, code, description = answer.json() or {}, found.code, found.description
+    reason = detail(code, description)
     if code in kinds:
-        error = kinds[code](code, description, f"{host} ended the login ({detail}); start again")
+        error = kinds[code](code, description, f"{host} ended the login ({reason}); start again")
         if isinstance(error, errors.SlowDown):
             error.interval = body.get("interval")
         return error
-    if (answer.status in (400, 401, 403) or answer.is_success) and not DEAD_GRANT.isdisjoint(
-        map(str.lower, words)
-    ):
-        noun = "login" if "refresh_token" in form else "code"
-        refused = errors.GrantRefused(
-            code,
-            description,
-            f"{host} no longer accepts this {noun} ({detail}); {errors.SIGN_IN}",
-        )
+    is_dead = not DEAD_GRANT.isdisjoint(map(str.lower, found.codes))
+    if is_dead and (answer.status in (400, 401, 403) or answer.is_success):
+        message = f"{host} no longer accepts this {noun} ({reason}); {errors.SIGN_IN}"
+        refused = errors.GrantRefused(code, description, message)
         refused.certain = answer.status in (400, 401) and body.get("error") == "invalid_grant"
         return refused
-    if answer.status == 403 and WORD.fullmatch(code):
+    if answer.status == 403 and CODE.fullmatch(code):
         return errors.NotEntitled(
             code,
             description,
-            f"{host} refuses this account ({detail}); the login itself is valid: "
+            f"{host} refuses this account ({reason}); the login itself is valid: "
             "see https://grok.com for what the account's plan includes",
         )
     if code in ("invalid_client", "unauthorized_client"):
         return errors.ClientRejected(
             code,
             description,
-            f"{host} rejects the client ID ({detail}); check XAI_PROXY_CLIENT_ID, "
+            f"{host} rejects the client ID ({reason}); check XAI_PROXY_CLIENT_ID, "
             "or try again later",
         )
     return None
+
+
+def detail(code: str, description: str) -> str:
+    """The code, and the description if there is one, for parentheses in a message."""
+    return f"{code}: {description}" if description else code
 
 
 def _has_error(body: Mapping[str, Any]) -> bool:
@@ -197,16 +209,16 @@ def _has_error(body: Mapping[str, Any]) -> bool:
     return isinstance(error, (str, dict)) and error != ""
 
 
-def _words(body: Mapping[str, Any]) -> Iterator[str]:
+def _codes(body: Mapping[str, Any]) -> Iterator[str]:
     """Possible error codes: where RFC 6749 section 5.2 puts one, and where other servers do."""
     error = body.get("error")
     nested = error if isinstance(error, dict) else {}
-    for word in (error, nested.get("code"), nested.get("message"), body.get("code")):
-        if isinstance(word, str) and word:
-            yield word
+    for code in (error, nested.get("code"), nested.get("message"), body.get("code")):
+        if isinstance(code, str) and code:
+            yield code
 
 
-def _may_be_spent(answer: Answer, body: Mapping[str, Any]) -> bool:
+def _may_be_spent(answer: Answer) -> bool:
     """Whether the issuer may have acted on the request.
 
     A 5xx may be a gateway's, sent after the issuer has acted. Only a 5xx whose body is an error
@@ -214,7 +226,7 @@ def _may_be_spent(answer: Answer, body: Mapping[str, Any]) -> bool:
     """
     if answer.is_success:
         return True
-    error = body.get("error")
+    error = (answer.json() or {}).get("error")
     return answer.status >= 500 and not (
         (isinstance(error, str) and error in ERROR_CODES)
         or answer.status in NOT_FORWARDED

@@ -113,12 +113,12 @@ def item_added(item: Any) -> Event:
 
 # Events with an immediate response, or none.
 SIMPLE: dict[str, Callable[[Event], list[Event]]] = {
-    "ping": lambda said: [{"type": "pong", "timestamp": said.get("timestamp")}],
-    "pong": lambda said: [],
-    "conversation.item.create": lambda said: [item_added(said.get("item"))],
-    "input_audio_buffer.append": lambda said: [],
-    "input_audio_buffer.clear": lambda said: [{"type": "input_audio_buffer.cleared"}],
-    "input_audio_buffer.commit": lambda said: [
+    "ping": lambda event: [{"type": "pong", "timestamp": event.get("timestamp")}],
+    "pong": lambda event: [],
+    "conversation.item.create": lambda event: [item_added(event.get("item"))],
+    "input_audio_buffer.append": lambda event: [],
+    "input_audio_buffer.clear": lambda event: [{"type": "input_audio_buffer.cleared"}],
+    "input_audio_buffer.commit": lambda event: [
         {"type": "input_audio_buffer.committed", "previous_item_id": None, "item_id": new("item")}
     ],
 }
