@@ -115,7 +115,7 @@ def test_a_dotenv_that_names_another_host_gets_no_token(
         )
     if "ISSUER" in names:
         done = run(tmp_path, "login.command", "--logout", HTTPS_PROXY=network.url)
-        assert done.returncode == 78 and "is left alone" in done.stderr
+        assert done.returncode == 78 and "was not changed" in done.stderr
     assert stranger.heard == network.heard == []
 
 

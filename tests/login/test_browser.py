@@ -1,6 +1,6 @@
 """xai-login --browser with a real browser.
 
-Chromium presses "allow" on the consent page, whose script then calls the listener, preflight and all.
+Chromium presses "allow" on the consent page, whose script then calls the listener, with preflight.
 """
 
 from __future__ import annotations

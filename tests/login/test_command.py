@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ class Login:
         )
 
     def start(
-        self, *arguments: str, prefix: list[str] = [], **environ: str
+        self, *arguments: str, prefix: Sequence[str] = (), **environ: str
     ) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [*prefix, *COMMAND, *arguments],
@@ -125,7 +126,7 @@ def test_by_device_on_a_terminal(login: Login, sandbox: Sandbox):
         f"\r\x1b[KSigned in as {ACCOUNT} at {sandbox.url}; the login is in {login.path}.\r\n"
         in screen
     )
-    # What the README shows at its top, and no word of a fault: nobody can have started a refresher yet.
+    # As at the top of the README, with no warning that no refresher runs: it cannot run yet.
     readme = (ROOT / "README.md").read_text()
     shown = re.sub(
         r"20[\d-]{8} \d\d:\d\d UTC", "2026-11-23 14:05 CET", screen.rpartition("\x1b[K")[2]
@@ -347,7 +348,8 @@ def test_over_an_existing_login(login: Login, sandbox: Sandbox):
     assert result.returncode == 0
     assert f"replaces the one of former@example.invalid in {login.path}" in result.stderr
     assert result.stderr.splitlines()[-1] == (
-        f"The login that was replaced stays valid at the issuer. To have one revoked, run `{ROOT}/bin/xai-login --logout` "
+        "The login that was replaced stays valid at the issuer. To have one revoked, run "
+        f"`{ROOT}/bin/xai-login --logout` "
         "before you sign in again."
     )
     sandbox.write_login(
@@ -460,10 +462,8 @@ def test_it_waits_for_whoever_is_writing(login: Login, sandbox: Sandbox):
 def open_files(pid: int) -> set[str]:
     found = set()
     for fd in Path(f"/proc/{pid}/fd").iterdir():
-        try:
+        with contextlib.suppress(OSError):
             found.add(os.readlink(fd))
-        except OSError:
-            pass
     return found
 
 
@@ -480,11 +480,13 @@ def test_ctrl_c_while_waiting_leaves_nothing(login: Login):
 
 
 def test_ctrl_c_while_the_issuer_says_nothing(login: Login):
-    with ScriptedServer(lambda connection: connection.recv(65536) and connection.recv(1)) as silent:
-        with login.terminal("--device", XAI_PROXY_ISSUER=silent.url) as terminal:
-            until(lambda: silent._threads)
-            terminal.type(CTRL_C)
-            assert terminal.end(5) == 130
+    with (
+        ScriptedServer(lambda connection: connection.recv(65536) and connection.recv(1)) as silent,
+        login.terminal("--device", XAI_PROXY_ISSUER=silent.url) as terminal,
+    ):
+        until(lambda: silent._threads)
+        terminal.type(CTRL_C)
+        assert terminal.end(5) == 130
 
 
 def test_an_interrupt_for_a_program(login: Login):
@@ -501,7 +503,7 @@ def test_an_interrupt_for_a_program(login: Login):
 
 @pytest.fixture
 def mounted(login: Login, tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
-    """xai-login with its token folder on a small file system of its own, in a mount namespace of its own."""
+    """xai-login in a mount namespace of its own, with its token folder on a small file system."""
     if subprocess.run(
         ["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True
     ).returncode:
@@ -572,7 +574,7 @@ def test_a_login_is_saved_though_nobody_reads_of_it(login: Login, sandbox: Sandb
 
 @pytest.fixture
 def browser(login: Login, tmp_path: Path) -> Callable[[], str]:
-    """A browser of the machine, as webbrowser knows them: it notes the address that it is to open."""
+    """A browser for the module webbrowser: it records the address that it is to open."""
     program, opened = tmp_path / "browser", tmp_path / "opened"
     program.write_text(
         '#!/bin/sh\necho "noise"; echo "noise" >&2\n'
@@ -695,7 +697,7 @@ def test_ctrl_c_in_the_browser_login(login: Login, browser):
     ],
 )
 def test_where_a_browser_would_be_seen(environ: dict[str, str], here: bool):
-    code = "import os; from xaiproxy.login import command as login; print(login.has_browser(os.environ))"
+    code = "import os; from xaiproxy.login import command; print(command.has_browser(os.environ))"
     result = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
         env={"PATH": os.environ["PATH"], "BROWSER": "/bin/true", **environ},
@@ -739,7 +741,8 @@ def test_status_while_somebody_writes(login: Login, sandbox: Sandbox):
             {"expires_at": 1000},
             75,
             [
-                "The access token expired at 1970-01-01 00:16 and has not been renewed yet: no refresher runs",
+                "The access token expired at 1970-01-01 00:16 and has not been renewed yet: "
+                "no refresher runs",
                 "the login lapsed at 1970-01-01 00:16 UTC",
             ],
         ),
@@ -891,7 +894,7 @@ def test_logout_of_a_file_that_is_no_login(login: Login, sandbox: Sandbox):
 
 def test_help_comes_with_worked_lines_first_and_without_the_http_client(login: Login):
     code = (
-        "import sys\nfrom xaiproxy.login import command as login\ntry:\n    login.main()\nfinally:\n"
+        "import sys\nfrom xaiproxy.login import command\ntry:\n    command.main()\nfinally:\n"
         "    assert not {'requests', 'ssl', 'dotenv', 'logging'} & set(sys.modules)"
     )
     result = subprocess.run(

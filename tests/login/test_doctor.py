@@ -194,8 +194,8 @@ def test_all_is_well_and_nothing_is_changed(patient: Patient, sandbox: Sandbox, 
     report.says(
         "login",
         "ok",
-        f"^signed in as you@example.org, in {patient.path}. The access token is valid until 20.*, for "
-        "another 5 h 59 min",
+        f"^signed in as you@example.org, in {patient.path}. The access token is valid until 20.*, "
+        "for another 5 h 59 min",
     )
     report.says("proxy", "ok", f"^serving http://127.0.0.1:{proxy.port}/v1, and ready: signed in$")
     asked = [(request["method"], request["target"]) for request in sandbox.requests()]
@@ -218,7 +218,8 @@ def test_a_person_sees_a_line_as_soon_as_it_is_known(patient: Patient):
         with Terminal(COMMAND, env=environ, cwd="/") as terminal:
             terminal.expect(r"ok +settings: .*\r\n")
             terminal.expect(
-                r"FAILED   login: not signed in: .*; run `\S+/bin/xai-login --device` to sign in\r\n"
+                r"FAILED   login: not signed in: .*; run `\S+/bin/xai-login --device` to sign "
+                r"in\r\n"
             )
             terminal.expect(r"\r\x1b\[K\.\.\.      issuer$", 5)  # while it waits
             terminal.type(CTRL_C)
@@ -537,7 +538,8 @@ def test_a_folder_that_others_may_write_in(patient: Patient, mode: int, told: bo
         ),
         ("mount -t tmpfs -o size=32k none {0}", "the disk of .* is full.*make room"),
         (
-            "touch {0}/tokens.json && mount -t tmpfs none /mnt && touch /mnt/t && mount --bind /mnt/t {0}/tokens.json",
+            "touch {0}/tokens.json && mount -t tmpfs none /mnt && touch /mnt/t && "
+            "mount --bind /mnt/t {0}/tokens.json",
             "is a mount of its own and.*mount .*/login instead",
         ),
     ],
@@ -588,7 +590,8 @@ def test_a_secrets_folder_need_not_be_writable(patient: Patient):
         (
             65,
             "warning",
-            r"^not running \(last heartbeat 20.*start `.*supervisord -c .*conf/.*, or `\S*bin/xai-refresher`",
+            r"^not running \(last heartbeat 20.*start `.*supervisord -c .*conf/.*, "
+            r"or `\S*bin/xai-refresher`",
         ),
         (-3600, "warning", "^not running"),
         (None, "warning", "no heartbeat so far"),
@@ -678,7 +681,10 @@ def test_nobody_to_be_reached(patient: Patient):
 
 # upstream
 
-REFUSED = "it refuses the access token, which has not expired; unless a request .*, run `\\S*bin/xai-login --device`"
+REFUSED = (
+    "it refuses the access token, which has not expired; unless a request .*, "
+    r"run `\S*bin/xai-login --device`"
+)
 PLAN = "the login is valid, but the account's plan or credit .*signing in again does not help"
 PAGE = "with an HTML page: Cloudflare, or a proxy of your network"
 
@@ -852,7 +858,8 @@ def settings(**environ: str) -> config.Config:
     [
         (
             {},
-            "auth.x.ai directly and api.x.ai directly; CA certificates of .* (certifi, the default)",
+            "auth.x.ai directly and api.x.ai directly; CA certificates of .* "
+            "(certifi, the default)",
         ),
         (
             {"ALL_PROXY": "socks5h://me:secret@[::2]:1", "NO_PROXY": "api.x.ai"},
@@ -973,7 +980,8 @@ KEY = "laptop " + "0" * 64 + "\n"
             "hush hush\n",
             {},
             "failure",
-            r"cannot be used \(line 1 is not a name and the SHA-256 of a key\), so no caller is admitted",
+            r"cannot be used \(line 1 is not a name and the SHA-256 of a key\), "
+            "so no caller is admitted",
         ),
     ],
 )
@@ -1022,7 +1030,8 @@ def test_no_proxy(bind: str, url: str):
     finding = doctor_network.proxy(settings(XAI_PROXY_BIND=bind, XAI_PROXY_PORT="1"), True)
     assert finding.result == "warning"
     assert re.search(
-        f"^not running: nothing is listening on {url}; start `.*supervisord .*, or `\\S*bin/xai-proxy` alone$",
+        f"^not running: nothing is listening on {url}; start `.*supervisord .*, "
+        r"or `\S*bin/xai-proxy` alone$",
         finding.message,
     )
 

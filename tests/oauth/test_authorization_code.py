@@ -1,4 +1,4 @@
-"""oauth/authorization_code.py: the request, the response as it comes or is pasted, and the exchange."""
+"""oauth/authorization_code.py: the request, the response, received or pasted, and the exchange."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_an_authorization_endpoint_with_a_query_keeps_it():
 
 
 def test_an_issuer_without_browser_login():
-    with pytest.raises(errors.IssuerUnavailable, match="use `\\S*bin/xai-login --device`"):
+    with pytest.raises(errors.IssuerUnavailable, match=r"use `\S*bin/xai-login --device`"):
         authorization_url(
             discovery.Metadata("https://a.example", "https://a.example/t"),
             SETTINGS,

@@ -91,9 +91,11 @@ def test_a_document_that_is_not_the_issuers(document: dict[str, Any], told: str)
     ],
 )
 def test_no_document(reply: bytes, retry_after: float | None):
-    with ScriptedServer(reply) as server:
-        with pytest.raises(errors.IssuerUnavailable, match="check XAI_PROXY_ISSUER") as caught:
-            discover(server.url)
+    with (
+        ScriptedServer(reply) as server,
+        pytest.raises(errors.IssuerUnavailable, match="check XAI_PROXY_ISSUER") as caught,
+    ):
+        discover(server.url)
     assert (caught.value.retry_after, caught.value.sent) == (retry_after, False)
     assert len(server.requests) == 1
 

@@ -1,4 +1,4 @@
-"""oauth/loopback.py over raw sockets: what a browser, and whatever else connects, does to the listener."""
+"""oauth/loopback.py over raw sockets: browsers, and other programs that connect to the listener."""
 
 from __future__ import annotations
 
@@ -257,7 +257,7 @@ ADDRESS = f"http://127.0.0.1:1/callback?code=code-0002&state={STATE}"
 @pytest.mark.parametrize(
     "lines, complaints",
     [
-        # A URL that a narrow window, an e-mail or another program broke into lines, at each kind of place.
+        # A URL that a narrow window, an e-mail or another program has split into lines.
         *(([ADDRESS[:at], ADDRESS[at:]], 1) for at in range(len("http://"), len(ADDRESS))),
         ([ADDRESS[at : at + 9] for at in range(0, len(ADDRESS), 9)], 6),
         ([f"'{ADDRESS[:40]}\r", f"    {ADDRESS[40:]}'\r"], 1),

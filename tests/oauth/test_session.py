@@ -89,9 +89,11 @@ def test_the_environments_own_proxies_and_netrc_have_no_say(tmp_path: Path):
 
 
 def test_a_redirect_is_not_followed():
-    with ScriptedServer(answer(200, {})) as elsewhere:
-        with ScriptedServer(answer(307, "", Location=elsewhere.url + "/token")) as server:
-            assert session().post(server.url, FORM).status == 307
+    with (
+        ScriptedServer(answer(200, {})) as elsewhere,
+        ScriptedServer(answer(307, "", Location=elsewhere.url + "/token")) as server,
+    ):
+        assert session().post(server.url, FORM).status == 307
     assert elsewhere.requests == []
 
 
@@ -352,7 +354,7 @@ def test_through_a_proxy(tls: ssl.SSLContext, certificate: Path):
 
 
 def test_a_form_that_was_given_up_is_never_sent(tls: ssl.SSLContext, certificate: Path):
-    """Whoever is told that nothing was sent sends the refresh token again, and sent twice it is revoked."""
+    """After `sent=False` the caller sends the refresh token again; sent twice, it is revoked."""
     received: list[bytes] = []
     with ScriptedServer(
         tunnel(tls, received, pace=0.03)
@@ -371,7 +373,8 @@ def test_a_form_that_was_given_up_is_never_sent(tls: ssl.SSLContext, certificate
         (answer(407), "could not reach auth.x.ai through the proxy {} (HTTP 407)"),
         (
             lambda connection: None,
-            "auth.x.ai (through the proxy {}) closed the connection before its response was complete",
+            "auth.x.ai (through the proxy {}) closed the connection before its response was "
+            "complete",
         ),
     ],
 )
@@ -389,12 +392,13 @@ POST = """
 import os, sys
 from xaiproxy import config
 from xaiproxy.oauth.session import Session
-print(Session(config.from_environ(os.environ)).post(sys.argv[1], {"refresh_token": "rt-1+/="}, deadline=4).status)
+session = Session(config.from_environ(os.environ))
+print(session.post(sys.argv[1], {"refresh_token": "rt-1+/="}, deadline=4).status)
 """
 
 
 def status_of_post(folder: Path, url: str, names: dict[str, str], **environ: str) -> str:
-    """What a process prints to which `names` are the names of these addresses, of the first one first."""
+    """The output of a process for which `names` resolve to these addresses, in this order."""
     prefix = hosts(folder, *(f"{address} {name}" for address, name in names.items()))
     return subprocess.run(
         [*prefix, sys.executable, "-W", "error", "-c", POST, url],
@@ -416,7 +420,7 @@ def test_an_address_that_swallows_packets_does_not_use_up_the_time(tmp_path: Pat
 
 
 def proxy_that_is_told(tls: ssl.SSLContext, received: list[bytes], asked: dict[bytes, bytes]):
-    """A proxy that is also the server behind it. `asked`: the answer to what the client says first, and so on."""
+    """A proxy that is the server as well. `asked`: its answers to the client, in order."""
 
     def script(connection: socket.socket) -> None:
         for said, told in asked.items():

@@ -109,7 +109,8 @@ def test_refusals_in_another_status_and_shape(sandbox: Sandbox) -> None:
         401,
         {
             "code": "The caller does not have permission to execute the specified operation",
-            "error": "The OAuth2 access token could not be validated. [WKE=unauthenticated:bad-credentials]",
+            "error": "The OAuth2 access token could not be validated. "
+            "[WKE=unauthenticated:bad-credentials]",
         },
     )
     assert sandbox.get("/v1/me")[1]["error"].endswith("[WKE=unauthenticated:no-credentials]")
@@ -333,7 +334,8 @@ def test_a_stream_cut_by_a_reset(sandbox: Sandbox, token: str) -> None:
         (
             "/v1/responses",
             {"model": "grok-4.5", "input": "x", "stream": True},
-            b'event: error\ndata: {"sequence_number":0,"type":"error","code":null,"message":"The model is',
+            b'event: error\ndata: {"sequence_number":0,"type":"error","code":null,'
+            b'"message":"The model is',
         ),
     ],
 )
