@@ -20,7 +20,8 @@ from proxy_process import ROOT
 from scripted_server import ScriptedServer, answer, read_request
 
 from xaiproxy import __version__, config, errors
-from xaiproxy.oauth.session import BODY_LIMIT, Answer, Session, parse_retry_after
+from xaiproxy.oauth.causes import BODY_LIMIT
+from xaiproxy.oauth.session import Answer, Session, parse_retry_after
 
 FORM = {"grant_type": "refresh_token", "refresh_token": "rt-1+/="}
 

@@ -166,7 +166,7 @@ def status(store: TokenStore, out: Output, now: Callable[[], float] = time.time)
 def log_out(store: TokenStore, out: Output) -> int:
     """Revoke the login at the issuer, then remove all its files, even if the revocation failed."""
     from xaiproxy import token_writer
-    from xaiproxy.login import sign_in
+    from xaiproxy.login.existing_login import LOCK_TIMEOUT, existing_login
     from xaiproxy.login.wording import account_name
     from xaiproxy.oauth import discovery, revocation, session
 
@@ -175,8 +175,8 @@ def log_out(store: TokenStore, out: Output) -> int:
         out.event("signed_out", text, revoked=False, account=None)
         return 0
     failure = None
-    with token_writer.locked(store, sign_in.LOCK_TIMEOUT) as writer:
-        login = sign_in.existing_login(store)
+    with token_writer.locked(store, LOCK_TIMEOUT) as writer:
+        login = existing_login(store)
         if login:
             web = session.Session(store.settings)
             try:

@@ -9,7 +9,8 @@ from xaiproxy import config, errors, token_store, tokens
 from xaiproxy.login.finding import Finding, failure, ok, skipped, warning
 from xaiproxy.login.wording import count, duration, local_time, printable
 from xaiproxy.oauth import discovery
-from xaiproxy.oauth.session import Answer, Session, causes_of, parse_date
+from xaiproxy.oauth.causes import causes_of
+from xaiproxy.oauth.session import Answer, Session, parse_date
 
 DEADLINE = 10.0  # seconds for each request to the issuer and the API, of which there are up to four
 LOCAL_DEADLINE = 3.0  # seconds for each of the two requests to the proxy

@@ -4,7 +4,6 @@ Whatever may fail on this machine is tried before the user approves, because unt
 approved login exists only in this process.
 """
 
-import os
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import threading
 import time
 
 from xaiproxy import config, errors, token_store, token_writer, tokens
+from xaiproxy.login.existing_login import LOCK_TIMEOUT, existing_login
 from xaiproxy.login.output import Output
 from xaiproxy.login.wording import account_name, count, local_time, outlook
 from xaiproxy.oauth import (
@@ -24,7 +24,6 @@ from xaiproxy.oauth import (
 from xaiproxy.oauth.session import Session
 
 APPROVAL_TIMEOUT = 600.0  # seconds for the approval in a browser; a device code has its own
-LOCK_TIMEOUT = 45.0  # seconds; a refresh in progress holds the lock for 30 at most
 SAVE_TIMEOUT = 600.0  # seconds of trying to save an approved login
 SAVE_PAUSE = 2.0  # seconds between two of these tries
 
@@ -92,36 +91,6 @@ def _not_granted(requested: str, granted: str | None) -> str:
     """The scopes in `requested` that are not in `granted` (RFC 6749 section 5.1)."""
     given = (requested if granted is None else granted).split()
     return " ".join(name for name in requested.split() if name not in given)
-
-
-def existing_login(store: token_store.TokenStore) -> tokens.Tokens | None:
-    """The login in the file, or None if there is no file or no valid login in it.
-
-    Raises ConfigurationError for a login of another issuer or client, StorageError if the file
-    cannot be read or belongs to another user.
-    """
-    settings = store.settings
-    try:
-        text, file = store.read()
-        login = token_store.parse(text, store.path)
-    except errors.LoginUnusable as error:
-        if error.state in ("missing", "corrupt"):
-            return None
-        raise errors.StorageError(str(error)) from error
-    if (login.issuer, login.client_id) != (settings.issuer, settings.client_id):
-        raise errors.ConfigurationError(
-            f"{store.path} holds a login of {login.issuer} for client {login.client_id} and was "
-            f"not changed, since the settings are {settings.issuer} and {settings.client_id}; "
-            "name another file with --token-path, or set XAI_PROXY_ISSUER and "
-            "XAI_PROXY_CLIENT_ID to match"
-        )
-    # A file of ours in its place would be unreadable for the refresher of that user.
-    if login.refresh_token is not None and file.st_uid != os.geteuid():
-        raise errors.StorageError(
-            f"{store.path} belongs to user {file.st_uid}, but this is user {os.geteuid()}; "
-            "run the same command as that user"
-        )
-    return login
 
 
 def _prepare(store: token_store.TokenStore) -> tokens.Tokens | None:

@@ -17,7 +17,8 @@ import urllib3
 
 from xaiproxy import config, errors, tokens
 from xaiproxy.oauth import discovery, token_endpoint
-from xaiproxy.oauth.session import Session, causes_of
+from xaiproxy.oauth.causes import causes_of
+from xaiproxy.oauth.session import Session
 
 GRANT_TYPE = "urn:ietf:params:oauth:grant-type:device_code"
 DEFAULT_INTERVAL = 5.0  # seconds, section 3.2

@@ -10,8 +10,6 @@ response instead. Each connection gets one answer; number, size and time of conn
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import html
 import math
 import os
 import re
@@ -25,27 +23,15 @@ from typing import Any
 
 from xaiproxy import addresses, errors
 from xaiproxy.oauth import authorization_code
+from xaiproxy.oauth.callback_request import HEAD_LIMIT, ORIGIN, REQUEST, CallbackRequest, respond
 
 PATH = "/callback"
 XAI_ORIGINS = frozenset(("https://accounts.x.ai", "https://auth.x.ai"))
-# Bytes of a request head. Browsers include the cookies of all other servers on 127.0.0.1.
-HEAD_LIMIT = 65536
 READ_SIZE = 16384  # bytes
 CONNECTION_LIMIT = 64  # at once; beyond it, a new connection closes the oldest
 REQUEST_TIMEOUT = 10.0  # seconds for a connection to send its request
-REASONS = {
-    200: "OK",
-    204: "No Content",
-    400: "Bad Request",
-    403: "Forbidden",
-    404: "Not Found",
-    405: "Method Not Allowed",
-    431: "Request Header Fields Too Large",
-}
 # Bracketed paste: some terminals put these around pasted text.
 PASTE_MARK = re.compile("\x1b\\[20[01]~")
-REQUEST = re.compile(rb"([A-Z]+) (\S+) HTTP/1\.[01]\r?\n((?:.*\n)*?)\r?\n")
-ORIGIN = re.compile(rb"^origin:[ \t]*(\S+)[ \t]*\r?$", re.IGNORECASE | re.MULTILINE)
 
 
 class Listener:
@@ -64,7 +50,7 @@ class Listener:
             self._origins |= {f"{parts.scheme}://{parts.netloc.lower()}"}
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._socket, selectors.EVENT_READ)
-        self._connections: dict[Any, _Connection] = {}  # by socket, oldest first
+        self._connections: dict[Any, CallbackRequest] = {}  # by socket, oldest first
         self._request_timeout = request_timeout
         self._typed = b""
         self._incomplete = ""  # the beginning of a pasted URL
@@ -171,7 +157,7 @@ class Listener:
             if len(self._connections) >= CONNECTION_LIMIT:
                 self._drop(next(iter(self._connections)))
             end = time.monotonic() + self._request_timeout
-            self._connections[connection] = _Connection(connection, end)
+            self._connections[connection] = CallbackRequest(connection, end)
             self._selector.register(connection, selectors.EVENT_READ)
 
     def _drop(self, connection: socket.socket) -> None:
@@ -202,7 +188,7 @@ class Listener:
                 self._drop(connection)
         elif len(request.head) >= HEAD_LIMIT:
             request.refused = True
-            _send(
+            respond(
                 connection,
                 431,
                 f"The request is longer than {HEAD_LIMIT} bytes, most probably because of "
@@ -227,72 +213,25 @@ class Listener:
         origin = next((found[1].decode("latin-1") for found in ORIGIN.finditer(fields)), None)
         origin = origin if origin in self._origins else None
         if path != PATH:
-            _send(connection, 404, "Not found.")
+            respond(connection, 404, "Not found.")
         elif method == b"OPTIONS":
-            _send(connection, 204 if origin else 403, "This origin is not allowed.", origin)
+            respond(connection, 204 if origin else 403, "This origin is not allowed.", origin)
         elif method != b"GET":
-            _send(connection, 405, "Only GET is allowed.", origin)
+            respond(connection, 405, "Only GET is allowed.", origin)
         else:
             try:
                 code = authorization_code.code_from_query(query, state)
             except authorization_code.InvalidResponse as error:
-                _send(connection, 400, f"This is not the response to sign in: {error}.", origin)
+                respond(connection, 400, f"This is not the response to sign in: {error}.", origin)
                 report(
                     f"A request to {self.redirect_uri} was not the response: {error}. "
                     "Still waiting."
                 )
             except errors.OAuthError:
-                _send(connection, 200, "The login was denied. You can close this window.", origin)
+                respond(connection, 200, "The login was denied. You can close this window.", origin)
                 raise
             else:
                 text = "Approved. You can close this window and go back to the terminal."
-                _send(connection, 200, text, origin)
+                respond(connection, 200, text, origin)
                 return code
         return None
-
-
-@dataclasses.dataclass
-class _Connection:
-    socket: socket.socket
-    end: float
-    head: bytearray = dataclasses.field(default_factory=bytearray)
-    refused: bool = False
-
-    def add(self, received: bytes) -> bool:
-        """Returns whether the head is complete."""
-        begin = max(0, len(self.head) - 2)
-        self.head += received
-        return self.head.find(b"\n\r\n", begin) >= 0 or self.head.find(b"\n\n", begin) >= 0
-
-
-def _send(connection: socket.socket, status: int, text: str, origin: str | None = None) -> None:
-    body = (
-        ""
-        if status == 204
-        else (
-            '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>xaiproxy</title>'
-            '<body style="font-family: sans-serif; margin: 4em"><h1>xaiproxy</h1>'
-            f"<p>{html.escape(text)}</p></body></html>\n"
-        )
-    )
-    lines = [
-        f"HTTP/1.1 {status} {REASONS[status]}",
-        "Connection: close",
-        "Cache-Control: no-store",
-        "Vary: Origin",
-        "Referrer-Policy: no-referrer",
-    ]
-    if body:
-        lines += ["Content-Type: text/html; charset=utf-8", f"Content-Length: {len(body.encode())}"]
-    if origin:
-        lines += [
-            f"Access-Control-Allow-Origin: {origin}",
-            "Access-Control-Allow-Methods: GET, OPTIONS",
-            "Access-Control-Allow-Headers: Content-Type",
-            "Access-Control-Allow-Private-Network: true",
-        ]
-    # The client may be gone; its request counts all the same.
-    with contextlib.suppress(OSError):
-        # Shorter than any socket's buffer.
-        connection.send("\r\n".join([*lines, "", body]).encode())
-        connection.shutdown(socket.SHUT_WR)
