@@ -20,6 +20,7 @@ from xaiproxy import (
     config,
     errors,
     folder_file,
+    token_lock,
     token_writer,
     tokens,
 )
@@ -215,7 +216,7 @@ def test_whatever_lies_in_a_files_place_is_named_and_left_as_it_is(path, kind, c
 
     for place, act in (
         (store.lock_path, lock),
-        (store.lock_path, lambda: token_writer.beat(store)),
+        (store.lock_path, lambda: token_lock.beat(store)),
         (store.new_path, lock),
     ):
         said = said_of(place, act)

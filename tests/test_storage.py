@@ -269,3 +269,23 @@ def test_a_key_file_keeps_the_group_that_may_read_it(service: Service, tmp_path:
     path.chmod(0o640)
     assert service.run("client_key_command", "add", "other", **options)[0] == 0
     assert (path.stat().st_gid, path.stat().st_mode & 0o777) == (OWNER, 0o640)
+
+
+@pytest.mark.parametrize(
+    "owner, mode, said",
+    [
+        (0, 0o700, ""),
+        (0, 0o755, ""),
+        (0, 0o1777, ""),
+        (0, 0o770, "chmod go-w"),
+        (0, 0o702, "chmod go-w"),
+        (12345, 0o700, "belongs to user 12345"),
+        (12345, 0o1777, "belongs to user 12345"),
+    ],
+)
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder to another user")
+def test_who_else_could_replace_what_is_in_a_folder(tmp_path, owner, mode, said):
+    os.chown(tmp_path, owner, 0)
+    tmp_path.chmod(mode)
+    risk = storage.risk_of(os.stat(tmp_path))
+    assert said in risk and bool(risk) is bool(said)

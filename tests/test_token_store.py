@@ -320,26 +320,6 @@ def test_is_xai(url, good):
     assert token_store.is_xai(url) is good
 
 
-@pytest.mark.parametrize(
-    "owner, mode, said",
-    [
-        (0, 0o700, ""),
-        (0, 0o755, ""),
-        (0, 0o1777, ""),
-        (0, 0o770, "chmod go-w"),
-        (0, 0o702, "chmod go-w"),
-        (12345, 0o700, "belongs to user 12345"),
-        (12345, 0o1777, "belongs to user 12345"),
-    ],
-)
-@needs_root
-def test_who_else_could_replace_what_is_in_a_folder(tmp_path, owner, mode, said):
-    os.chown(tmp_path, owner, 0)
-    tmp_path.chmod(mode)
-    risk = token_store.risk_of(os.stat(tmp_path))
-    assert said in risk and bool(risk) is bool(said)
-
-
 # the proxy's request and the refresher's sign of life
 
 

@@ -17,7 +17,7 @@ import time
 
 import pytest
 
-from xaiproxy import config, errors, token_writer, tokens
+from xaiproxy import config, errors, token_lock, token_writer, tokens
 from xaiproxy.token_store import TokenStore
 from xaiproxy.tokens import fingerprint
 
@@ -141,7 +141,7 @@ def test_a_folder_that_exists_is_never_changed_only_warned_about(store, mode, wa
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path):
     (tmp_path / "file").touch()
-    for use in (token_writer.prepare_folder, token_writer.beat, lambda store: save(store, NEW)):
+    for use in (token_writer.prepare_folder, token_lock.beat, lambda store: save(store, NEW)):
         with pytest.raises(errors.StorageError, match=f"{tmp_path}/file.* Not a directory"):
             use(make_store(tmp_path / "file" / "sub"))
 
@@ -237,7 +237,7 @@ def test_an_error_inside_lets_the_lock_go(store):
 def test_the_lock_is_no_sign_of_life_but_a_beat_is(store):
     with token_writer.locked(store, 0):
         assert store.refresher_age(time.time()) is None
-    token_writer.beat(store)
+    token_lock.beat(store)
     assert store.refresher_alive(time.time())
     os.utime(store.lock_path, (1000, 1000))
     with token_writer.locked(store, 0) as writer:
@@ -513,31 +513,6 @@ def test_a_rehearsal_fails_when_the_lock_file_is_gone(store, change):
     assert store.load() == OLD and "tokens.json.new" not in files(store)
 
 
-def test_a_file_that_somebody_makes_where_we_are_about_to_is_not_written_to(store):
-    """It could be read by others, or be open to them."""
-    done = threading.Event()
-
-    def intrude():
-        while not done.is_set():
-            with contextlib.suppress(FileExistsError):
-                os.close(os.open(store.new_path, os.O_CREAT | os.O_EXCL, 0o644))
-
-    intruder = threading.Thread(target=intrude)
-    with token_writer.locked(store, 0):
-        intruder.start()
-        try:
-            end = time.monotonic() + 20
-            with pytest.raises(FileExistsError):
-                while time.monotonic() < end:  # it takes some hundreds to meet
-                    new = token_writer.NewFile(store.new_path)
-                    mode = os.fstat(new._fd).st_mode
-                    new.close()
-                    assert not mode & 0o077
-        finally:
-            done.set()
-            intruder.join()
-
-
 # every system call of it fails
 
 CHILD = """
@@ -567,7 +542,7 @@ strace = pytest.mark.skipif(
 def test_a_beat_sets_our_own_time(store, tmp_path):
     """A file server that sets its own time, two minutes ahead, would have the refresher look dead for ever."""
     code = (
-        "import os, sys; from xaiproxy import config, token_store, token_writer; token_writer.beat("
+        "import os, sys; from xaiproxy import config, token_lock, token_store; token_lock.beat("
         "token_store.TokenStore(config.from_environ(os.environ)))"
     )
     trace = tmp_path / "trace"

@@ -8,8 +8,9 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from xaiproxy import client_keys, command, config, errors, folder_file, storage
+from xaiproxy import client_keys, command, config, durable_file, errors, folder_file, storage
 
+HEADER = "# client keys: a name and the SHA-256 of a key a line; made by xai-client-key"
 EXAMPLES = """\
   xai-client-key add laptop        make a key and print it, this once
   xai-client-key list              who has one
@@ -110,32 +111,28 @@ def _change(
 
     `show`: prints what can be shown only once, when the rename alone is left to do. If it fails, nothing is changed.
     """
-    new = path.with_name(path.name + ".new")
     outcome = "nothing was changed"
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _locked(path.with_name(path.name + ".lock")):
-            if (
-                path.is_symlink()
-            ):  # a mounted Secret, or a file that is kept elsewhere: the rename would cut it off
+            # A mounted Secret, or a file that is kept elsewhere: the rename would replace the link.
+            if path.is_symlink():
                 raise errors.ConfigurationError(
-                    f"{path} is a symbolic link to {os.readlink(path)!r} and is left alone; name that file with "
-                    "XAI_PROXY_CLIENT_KEYS_FILE, or remove the link"
+                    f"{path} is a symbolic link to {os.readlink(path)!r} and is left alone; name "
+                    "that file with XAI_PROXY_CLIENT_KEYS_FILE, or remove the link"
                 )
             keys = edit(_read(path))
-            new.unlink(missing_ok=True)
-            with open(folder_file.opened(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "w") as file:
-                _keep_access(path, file.fileno())
-                file.write(
-                    "# client keys: a name and the SHA-256 of a key a line; made by xai-client-key\n"
-                )
-                file.writelines(f"{name} {digest}\n" for name, digest in keys.items())
-                file.flush()
-                os.fsync(file.fileno())
-            show()
-            os.replace(new, path)
+            lines = [HEADER, *(f"{name} {digest}" for name, digest in keys.items())]
+            new = durable_file.NewFile(path.with_name(path.name + ".new"))
+            try:
+                _keep_access(path, new.fd)
+                new.write("".join(f"{line}\n" for line in lines).encode())
+                show()
+                new.rename(path)
+            finally:
+                new.remove()
             outcome = "it was changed, but a power cut may undo that"
-            _sync_folder(path.parent)
+            durable_file.sync_folder(path.parent)
     except OSError as error:
         raise errors.StorageError(
             f"{error.filename or path} cannot be written: {error.strerror}; {outcome}. "
@@ -158,14 +155,6 @@ def _locked(path: Path) -> Iterator[None]:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(fd)
-
-
-def _sync_folder(folder) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)  # or a removed key might be back after a power cut
     finally:
         os.close(fd)
 

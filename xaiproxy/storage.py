@@ -1,10 +1,13 @@
 """The folder of the login and the client keys: who may write there, and what to do about an error of the system."""
 
+import contextlib
 import errno
 import os
+import stat
+from collections.abc import Iterator
 from pathlib import Path
 
-from xaiproxy import errors
+from xaiproxy import errors, folder_file
 
 FULL = "Make room on the disk that {folder} is on"
 NO_LOCKS = "The file system of {folder} has no locks: mount it with locks (NFS version 4 has them), or {elsewhere}"
@@ -47,6 +50,35 @@ def check_owner(file: Path) -> None:
         )
 
 
+def risk_of(folder: os.stat_result) -> str:
+    """Which other users could replace the files of a folder, and what to do about it; "" if none."""
+    if folder.st_uid not in (0, os.geteuid()):
+        return (
+            f"belongs to user {folder.st_uid}, who could replace the login; run as that user"
+            f"{or_chown('it')}"
+        )
+    if folder.st_mode & 0o022 and not folder.st_mode & stat.S_ISVTX:
+        return "may be written by other users, who could then replace the login; chmod go-w it"
+    return ""
+
+
+def or_chown(what: str) -> str:
+    """The advice to chown; "" for root, whose files would be closed to the user of the service."""
+    return f", or chown {what} to user {os.geteuid()}" if os.geteuid() else ""
+
+
+@contextlib.contextmanager
+def translated(path: Path) -> Iterator[None]:
+    """Raise a StorageError that names `path` in place of an OSError from inside."""
+    try:
+        yield
+    except OSError as error:
+        name = error.filename if isinstance(error, folder_file.NotAFile) else path
+        raise errors.StorageError(
+            f"{name} cannot be written: {error.strerror}. {advice(Path(name), error)}"
+        ) from error
+
+
 def advice(path: os.PathLike[str], error: OSError, setting: str = "XAI_PROXY_TOKEN_PATH") -> str:
     """What to do about an error that came when `path` was written: a sentence without its full stop.
 
@@ -59,9 +91,8 @@ def advice(path: os.PathLike[str], error: OSError, setting: str = "XAI_PROXY_TOK
     elsewhere = f"set {setting} to a file elsewhere"
     if error.errno in (errno.EACCES, errno.EPERM):
         return _permit(place, user, setting)
-    return ADVICE.get(error.errno, "Check {folder} and the disk that it is on").format(
-        place=place, folder=folder, elsewhere=elsewhere
-    )
+    known = ADVICE.get(error.errno or 0, "Check {folder} and the disk that it is on")
+    return known.format(place=place, folder=folder, elsewhere=elsewhere)
 
 
 def _permit(place: Path, user: int, setting: str) -> str:

@@ -14,12 +14,11 @@ import errno
 import math
 import os
 import secrets
-import stat
 import time
 import urllib.parse
 from pathlib import Path
 
-from xaiproxy import config, errors, folder_file, tokens
+from xaiproxy import config, errors, folder_file, storage, tokens
 
 SIZE_LIMIT = 1 << 20  # bytes; a real file has about 2,000
 FINGERPRINT_LENGTH = 64  # characters
@@ -75,7 +74,7 @@ class TokenStore:
                 raise errors.LoginUnusable(
                     "not_ours",
                     f"{self.path} belongs to user {status.st_uid}, and this process "
-                    f"runs as user {os.geteuid()}; run as that user{_or_chown('the file')}",
+                    f"runs as user {os.geteuid()}; run as that user{storage.or_chown('the file')}",
                 )
         self._check_fits(login)
         return login
@@ -241,20 +240,6 @@ def parse(text: bytes, path: Path) -> tokens.Tokens:
         raise errors.LoginUnusable(
             "corrupt", f"{path} {error}; {errors.SIGN_IN} (the file is then kept aside)"
         ) from None
-
-
-def risk_of(folder: os.stat_result) -> str:
-    """Who else could replace what is in a folder, and what to do; "" when nobody could."""
-    if folder.st_uid not in (0, os.geteuid()):
-        return f"belongs to user {folder.st_uid}, who could replace the login; run as that user{_or_chown('it')}"
-    if folder.st_mode & 0o022 and not folder.st_mode & stat.S_ISVTX:
-        return "may be written by other users, who could then replace the login; chmod go-w it"
-    return ""
-
-
-def _or_chown(what: str) -> str:
-    """Not for root, whose files would be closed to the user who serves."""
-    return f", or chown {what} to user {os.geteuid()}" if os.geteuid() else ""
 
 
 def is_xai(url: str) -> bool:

@@ -1,70 +1,52 @@
-"""Everything that is ever written to tokens.json, under its lock.
+"""Everything that is ever written to tokens.json, under its lock (token_lock.py).
 
-The rules that a change must keep:
+A change must keep these rules:
 
-1. Nobody writes, and nobody reads a refresh token in order to spend it, without the lock. It is a flock on the
-   sibling tokens.json.lock, which is never removed: a lock on tokens.json itself would not stop a second one on
-   the file renamed over it. Since a removed lock file would let two processes hold two locks, it is one on the folder
-   as well.
-2. There is one way onto the disk: tokens.json.new, fsync, rename, fsync of the folder. A reader sees the old
-   file or the new one.
-3. tokens.json.new says in `replaces` which refresh token it succeeds. Whoever takes the lock first looks for such
-   a left-over: one that is whole and succeeds what tokens.json holds is the only copy of a login whose writer was
-   killed, and is put into place; any other is rubbish.
-4. Before a refresh token is spent the save of its successor is rehearsed, so that a full disk, a read-only folder
-   or a bind-mounted file is found out while the old token is still good.
+1. No process writes tokens.json, or reads a refresh token in order to spend it, without the lock.
+2. There is one way onto the disk, that of durable_file.py through tokens.json.new, so a reader
+   sees either the former file or the new one.
+3. tokens.json.new names in `replaces` the refresh token that it succeeds. A process that has taken
+   the lock first checks for a left-over of that name. A left-over that is whole and succeeds what
+   tokens.json holds is the only copy of a login whose writer was killed: it is renamed into place.
+   Any other left-over is removed.
+4. Before a refresh token is spent, the save of its successor is rehearsed: a full disk, a read-only
+   folder or a bind-mounted file fails while the former token is still valid.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import logging
 import os
 import stat
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
-from xaiproxy import errors, folder_file, storage, token_store, tokens
+from xaiproxy import durable_file, errors, folder_file, storage, token_lock, token_store, tokens
+from xaiproxy.token_store import TokenStore
 
 logger = logging.getLogger(__name__)
 
 RESERVE = 65536  # bytes, really written; a login has about 2,000
-POLL = 0.1  # seconds between two looks at a lock that somebody else holds
 
 
-def prepare_folder(store: token_store.TokenStore) -> None:
-    """Make the token folder when it does not exist; warn when others may write into it. Raises StorageError."""
+def prepare_folder(store: TokenStore) -> None:
+    """Make the token folder if it is missing; warn if other users may write to it.
+
+    Raises StorageError.
+    """
     folder = store.path.parent
     storage.check_owner(store.path)
-    try:
+    with storage.translated(folder):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        risk = token_store.risk_of(folder.stat())
-    except OSError as error:
-        raise _storage_error(folder, error) from error
+        risk = storage.risk_of(folder.stat())
     if risk:
         logger.warning("%s %s", folder, risk)
 
 
-def beat(store: token_store.TokenStore) -> None:
-    """The refresher's sign of life: the time of the lock file. Raises StorageError."""
-    try:
-        fd = _open_lock(store)
-        try:
-            now = time.time()
-            os.utime(
-                fd, (now, now)
-            )  # our own time: a file server's clock may differ from that of the proxy's machine
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise _storage_error(store.lock_path, error) from error
-
-
-def tighten(store: token_store.TokenStore) -> str:
-    """Take away others' access to a file whose mode is wider than 0600; return the warning that is due, or ""."""
+def tighten(store: TokenStore) -> str:
+    """Reduce a mode of tokens.json wider than 0600; return the warning about it, or ""."""
     try:
         fd = folder_file.opened(store.path, os.O_RDONLY)
         try:
@@ -84,133 +66,76 @@ def tighten(store: token_store.TokenStore) -> str:
 
 @contextlib.contextmanager
 def locked(
-    store: token_store.TokenStore,
-    wait: float,
+    store: TokenStore,
+    timeout: float,
     pause: Callable[[float], object] = time.sleep,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[TokenWriter]:
-    """Hold the lock. Raises LockBusy after `wait` seconds and StorageError when there can be no lock.
-
-    `pause` is called with the seconds until the next look; what it raises ends the wait.
-    """
-    lock = Lock(store)
-    try:
-        end = clock() + wait
-        while not lock.take():
-            if clock() >= end:
-                raise errors.LockBusy(
-                    f"{store.lock_path} has been held by another process for {wait:g} s; look for a refresher "
-                    "or xai-login that hangs (fuser shows it)"
-                )
-            pause(POLL)
+    """Hold the lock, with any left-over dealt with. Raises StorageError, and as token_lock.held."""
+    with token_lock.held(store, timeout, pause, clock) as lock:
         writer = TokenWriter(store, lock)
         writer.adopt_leftover()
         yield writer
-    finally:
-        lock.release()
-
-
-class Lock:
-    """A flock on tokens.json.lock and one on the folder, so that removing the file does not let a second process in.
-
-    The order is the same for everybody: the file first. Where the file system refuses a flock on a folder, the file's
-    has to do.
-    """
-
-    def __init__(self, store: token_store.TokenStore):
-        self._store = store
-        self._file = self._folder = -1
-
-    def take(self) -> bool:
-        """Whether both are held now; to be called again if not. Raises StorageError when there can be no lock."""
-        path = self._store.lock_path
-        try:
-            if self._file < 0:
-                self._file = _open_lock(self._store)
-            if not _flock(self._file):
-                return False
-            if self._folder < 0:
-                self._folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as error:
-            raise _storage_error(path, error) from error
-        try:
-            if not _flock(self._folder):
-                return False
-        except OSError:
-            pass
-        if not self.is_real():
-            self.release()
-            return False
-        return True
-
-    def is_real(self) -> bool:
-        """Whether the locked file is still the one at its path."""
-        return _is_at(self._store.lock_path, self._file)
-
-    def release(self) -> None:
-        for fd in (self._file, self._folder):
-            if fd >= 0:
-                os.close(fd)
-        self._file = self._folder = -1
 
 
 class TokenWriter:
-    """What may be done with the lock held; made by `locked` only."""
+    """What a process may do while it holds the lock. Only `locked` makes one."""
 
-    def __init__(self, store: token_store.TokenStore, lock: Lock):
+    def __init__(self, store: TokenStore, lock: token_lock.Lock):
         self.store = store
         self._lock = lock
 
     def adopt_leftover(self) -> None:
-        """Put a killed writer's tokens.json.new into place if it succeeds what is there, else remove it."""
-        store = self.store
-        try:
-            fd = folder_file.opened(store.new_path, os.O_RDONLY)
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise _storage_error(store.new_path, error) from error
-        try:
-            with open(fd, "rb", closefd=False) as file:
-                text = file.read(token_store.SIZE_LIMIT + 1)
-            owner = os.fstat(fd).st_uid
-            if owner != os.geteuid():  # it may be the only copy of that user's login
-                raise errors.StorageError(
-                    f"{store.new_path} belongs to user {owner}, and this process runs as user "
-                    f"{os.geteuid()}; run as that user, or remove it"
-                )
+        """Rename a left-over tokens.json.new into place if it is the successor, else remove it.
+
+        Raises StorageError.
+        """
+        path = self.store.new_path
+        with storage.translated(path):
             try:
-                token_store.parse(text, store.new_path)
-                fits = tokens.replaces(text) == self.successor_mark()
-                whole = fits and not store.path.is_symlink()
-            except errors.LoginUnusable:
-                whole = False
-            if whole:
-                os.fsync(fd)  # its writer may have been killed before it did
-                self._keep_corrupt()
-                os.rename(store.new_path, store.path)
-                self.sync_folder()
-                logger.warning(
-                    "%s was left behind by a process that was killed; it is now %s",
-                    store.new_path,
-                    store.path,
-                )
-            else:
-                store.new_path.unlink()
-        except OSError as error:
-            raise _storage_error(store.new_path, error) from error
-        finally:
-            os.close(fd)
+                fd = folder_file.opened(path, os.O_RDONLY)
+            except FileNotFoundError:
+                return
+            with open(fd, "rb") as file:
+                content = file.read(token_store.SIZE_LIMIT + 1)
+                owner = os.fstat(fd).st_uid
+                # It may be the only copy of the other user's login.
+                if owner != os.geteuid():
+                    raise errors.StorageError(
+                        f"{path} belongs to user {owner}, and this process runs as user "
+                        f"{os.geteuid()}; run as that user, or remove it"
+                    )
+                if not self._is_successor(content):
+                    path.unlink()
+                    return
+                # Its writer may have been killed before its own fsync.
+                os.fsync(fd)
+            self._keep_corrupt()
+            os.rename(path, self.store.path)
+        _sync_folder(self.store)
+        logger.warning(
+            "%s was left behind by a process that was killed; it is now %s", path, self.store.path
+        )
+
+    def _is_successor(self, content: bytes) -> bool:
+        """Whether a left-over is whole and succeeds what tokens.json holds."""
+        try:
+            token_store.parse(content, self.store.new_path)
+            fits = tokens.replaces(content) == _mark_in_file(self.store)
+            return fits and not self.store.path.is_symlink()
+        except errors.LoginUnusable:
+            return False
 
     def save(self, login: tokens.Tokens, over: tokens.Tokens | None = None) -> None:
-        """Make `login` the file's content, durably. Raises StorageError.
+        """Make `login` the content of tokens.json, durably. Raises StorageError.
 
-        A file that does not parse is kept aside as tokens.json.corrupt-<unix time>. `over`: the login that it is to
-        take the place of; raises LoginUnusable when somebody who takes no lock has put another one there.
+        A file that does not parse is kept as tokens.json.corrupt-<unix time>.
+        `over`: the login that tokens.json must hold; if a program that takes no lock has put
+        another one there, LoginUnusable is raised.
         """
-        with self.writing():
-            mark = self.successor_mark() if over is None else _mark_of(over)
-            new = NewFile(self.store.new_path)
+        with storage.translated(self.store.path):
+            mark = _mark_in_file(self.store) if over is None else _mark_of(over)
+            new = durable_file.NewFile(self.store.new_path)
             try:
                 new.write(login.to_json(mark).encode())
                 if over is not None:
@@ -219,10 +144,13 @@ class TokenWriter:
                 new.rename(self.store.path)
             finally:
                 new.remove()
-            self.sync_folder()
+        _sync_folder(self.store)
 
     def rehearse(self, login: tokens.Tokens) -> Reserved:
-        """Do the whole save with the login in hand, and reserve room for its successor. Raises as `save` does."""
+        """Save the login that tokens.json holds once more, and reserve room for its successor.
+
+        Raises as `save` does.
+        """
         self.save(login, over=login)
         reserved = self.reserve()
         try:
@@ -239,190 +167,104 @@ class TokenWriter:
 
     def reserve(self) -> Reserved:
         """Make tokens.json.new, with room for a login. Raises StorageError."""
-        with self.writing():
-            mark = self.successor_mark()
-            new = NewFile(self.store.new_path)
+        with storage.translated(self.store.path):
+            mark = _mark_in_file(self.store)
+            new = durable_file.NewFile(self.store.new_path)
             try:
-                # Spaces: should we be killed between writing the login over them and cutting off the rest,
-                # what is left is still whole JSON.
+                # Spaces, because JSON may end with them: the file parses even if this process is
+                # killed after writing the login over them and before cutting off the rest.
                 new.write(b" " * RESERVE)
             except BaseException:
                 new.remove()
                 raise
-            return Reserved(self, new, mark)
+            return Reserved(self.store, new, mark)
 
     def remove(self) -> None:
-        """Remove every file of the login but the lock. Raises StorageError."""
-        with self.writing():
-            # The left-over goes first: should we be killed in between, it must not come back as a login.
-            self.store.new_path.unlink(missing_ok=True)
-            for path in self.store.path.parent.iterdir():
-                if path.name.startswith(
-                    (self.store.refused_path.name, self.store.path.name + ".corrupt-")
-                ):
+        """Remove every file of the login except the lock. Raises StorageError."""
+        store = self.store
+        with storage.translated(store.path):
+            # The left-over is removed first: after a kill in between it must not become the login.
+            store.new_path.unlink(missing_ok=True)
+            for path in store.path.parent.iterdir():
+                if path.name.startswith((store.refused_path.name, store.path.name + ".corrupt-")):
                     path.unlink(missing_ok=True)
-            self.store.path.unlink(missing_ok=True)
-            self.store.status_path.unlink(missing_ok=True)
-            self.sync_folder()
-
-    def successor_mark(self) -> str | None:
-        """Fingerprint of the refresh token that tokens.json holds; None when there is none to succeed."""
-        try:
-            login = token_store.parse(self.store.read()[0], self.store.path)
-        except errors.LoginUnusable as error:
-            if error.state == "unreadable":
-                raise errors.StorageError(str(error)) from error
-            return None
-        return _mark_of(login)
+            store.path.unlink(missing_ok=True)
+            store.status_path.unlink(missing_ok=True)
+        _sync_folder(store)
 
     def _check_holds(self, mark: str | None) -> None:
-        if self.successor_mark() != mark:
-            raise errors.LoginUnusable(
-                "replaced",
-                f"{self.store.path} was replaced or removed while its login was "
-                "refreshed, and is left as it is",
-            )
+        if _mark_in_file(self.store) != mark:
+            raise _replaced(self.store, "and is left as it is")
 
     def _keep_corrupt(self) -> None:
+        path = self.store.path
         try:
-            token_store.parse(self.store.read()[0], self.store.path)
+            token_store.parse(self.store.read()[0], path)
         except errors.LoginUnusable as error:
             if error.state == "corrupt":
-                aside = self.store.path.with_name(
-                    f"{self.store.path.name}.corrupt-{int(time.time())}"
-                )
-                os.rename(self.store.path, aside)
-                logger.warning(
-                    "%s could not be read as a login and is kept as %s", self.store.path, aside
-                )
-
-    def sync_folder(self) -> None:
-        """Make a rename in it durable. Raises StorageError."""
-        folder = self.store.path.parent
-        try:
-            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-        except OSError as error:
-            if (
-                error.errno != errno.EINVAL
-            ):  # some network file systems cannot sync a folder, and need not
-                raise errors.StorageError(
-                    f"{folder} cannot be synced: {error.strerror}; the change of {self.store.path} "
-                    "is made, but a power cut could undo it. Check the disk"
-                ) from error
-
-    @contextlib.contextmanager
-    def writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise _storage_error(self.store.path, error) from error
-
-
-class NewFile:
-    """tokens.json.new, made by this process and open. What is at the path already is removed first."""
-
-    def __init__(self, path: Path):
-        self._path = path
-        path.unlink(missing_ok=True)
-        self._fd = folder_file.opened(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-
-    def is_in_place(self) -> bool:
-        """Whether it is still what is at its path: a process that takes no lock may have removed or replaced it."""
-        return _is_at(self._path, self._fd)
-
-    def write(self, content: bytes) -> None:
-        """Make `content` all of it, and sync it. Raises OSError."""
-        os.lseek(self._fd, 0, os.SEEK_SET)
-        view = memoryview(content)
-        while view:
-            view = view[os.write(self._fd, view) :]
-        os.ftruncate(self._fd, len(content))
-        os.fsync(self._fd)
-
-    def rename(self, path: Path) -> None:
-        """Raises OSError."""
-        if not self.is_in_place():
-            raise FileNotFoundError(
-                errno.ENOENT, "it was removed or replaced by another process", os.fspath(self._path)
-            )
-        os.rename(self._path, path)
-        self.close()
-
-    def remove(self) -> None:
-        """If this fails, the next process that takes the lock removes it."""
-        if self.is_in_place():
-            with contextlib.suppress(OSError):
-                self._path.unlink()
-        self.close()
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+                aside = path.with_name(f"{path.name}.corrupt-{int(time.time())}")
+                os.rename(path, aside)
+                logger.warning("%s could not be read as a login and is kept as %s", path, aside)
 
 
 class Reserved:
-    """tokens.json.new, open and with room: where the successor of a refresh token that is being spent goes."""
+    """tokens.json.new, open and with room for the successor of a refresh token that is being spent.
 
-    def __init__(self, writer: TokenWriter, new: NewFile, mark: str | None):
-        self._writer = writer
+    `renamed`: whether tokens.json holds the successor.
+    """
+
+    def __init__(self, store: TokenStore, new: durable_file.NewFile, mark: str | None):
+        """`mark`: fingerprint of the refresh token that is being spent."""
+        self._store = store
         self._new = new
         self._mark = mark
-        self.renamed = False  # whether tokens.json holds the successor
+        self.renamed = False
 
     def commit(self, login: tokens.Tokens) -> None:
-        """Write, sync and rename. Raises StorageError, and is then to be called again: `login` is the only copy.
+        """Write, sync and rename. After a StorageError call it again: `login` is the only copy.
 
-        Raises LoginUnusable when tokens.json is not what it was: whoever removes it by hand is signing out, and
-        whoever puts another login there, as programs that know no lock do, wants that one kept.
+        Raises LoginUnusable if tokens.json no longer holds the login that was spent. A user who
+        removed it was signing out, and a program that put another login there, without knowing of
+        the lock, wants that one kept.
         """
-        with self._writer.writing():
+        with storage.translated(self._store.path):
             if not self.renamed:
                 self._write(login)
-                # From here on a kill loses nothing, so not before here may anything else be looked at.
+                # The login is on the disk, so a kill loses nothing from here on. No check comes
+                # before this point.
                 self._check_holds(login)
                 if not self.renamed:
-                    self._new.rename(self._writer.store.path)
+                    self._new.rename(self._store.path)
                     self.renamed = True
-        self._writer.sync_folder()  # all that is left to do when this failed the first time
+        # Outside the condition: this alone is left to do if it failed the first time.
+        _sync_folder(self._store)
 
     def _write(self, login: tokens.Tokens) -> None:
         try:
             if not self._new.is_in_place():
                 self._new.close()
-                self._new = NewFile(self._writer.store.new_path)
+                self._new = durable_file.NewFile(self._store.new_path)
             self._new.write(login.to_json(self._mark).encode())
-        except FileNotFoundError:  # the folder is gone
+        except FileNotFoundError:
+            # The folder is gone.
             self._check_holds(login)
             raise
         except OSError as error:
-            if error.errno not in (
-                errno.ENOSPC,
-                errno.EDQUOT,
-            ):  # then the room that it has must not be given up
+            # On a full disk the room that the file has must not be given up.
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 self._new.close()
             raise
 
     def _check_holds(self, login: tokens.Tokens) -> None:
-        """Raise LoginUnusable unless tokens.json still holds the login that was spent.
-
-        Or `login` itself: a network file system may do a rename and report that it failed.
-        """
-        mark = self._writer.successor_mark()
-        if mark != self._mark and mark == _mark_of(login):
-            self.renamed = True
-            self._new.remove()
-        elif mark != self._mark:
-            self.discard()
-            raise errors.LoginUnusable(
-                "replaced",
-                f"{self._writer.store.path} was replaced or removed while its login was "
-                "refreshed, so the new tokens of that login are dropped",
-            )
+        """Raise LoginUnusable unless tokens.json holds the login that was spent, or `login`."""
+        mark = _mark_in_file(self._store)
+        if mark == self._mark:
+            return
+        self.discard()
+        if mark != _mark_of(login):
+            raise _replaced(self._store, "so the new tokens of that login are dropped")
+        # A network file system may rename a file and report that it failed.
+        self.renamed = True
 
     def discard(self) -> None:
         """Free the room: nothing was spent, or nothing is to be saved."""
@@ -433,36 +275,29 @@ def _mark_of(login: tokens.Tokens) -> str | None:
     return tokens.fingerprint(login.refresh_token) if login.refresh_token else None
 
 
-def _is_at(path: Path, fd: int) -> bool:
-    """Whether the open file `fd` is what is at `path`, which is not followed."""
+def _mark_in_file(store: TokenStore) -> str | None:
+    """Fingerprint of the refresh token in tokens.json, or None. Raises StorageError."""
     try:
-        at_path, opened = os.lstat(path), os.fstat(fd)
-    except OSError:
-        return False
-    return (at_path.st_dev, at_path.st_ino) == (opened.st_dev, opened.st_ino)
+        return _mark_of(token_store.parse(store.read()[0], store.path))
+    except errors.LoginUnusable as error:
+        if error.state == "unreadable":
+            raise errors.StorageError(str(error)) from error
+        return None
 
 
-def _flock(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _open_lock(store: token_store.TokenStore) -> int:
-    storage.check_owner(store.path)
-    try:
-        fd = folder_file.opened(store.lock_path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-        os.utime(fd, (0, 0))  # that we made it is no sign of the refresher's life
-        return fd
-    except FileExistsError:
-        return folder_file.opened(store.lock_path, os.O_RDWR)
-
-
-def _storage_error(path: os.PathLike[str], error: OSError) -> errors.StorageError:
-    if isinstance(error, folder_file.NotAFile):
-        path = error.filename
-    return errors.StorageError(
-        f"{path} cannot be written: {error.strerror}. {storage.advice(path, error)}"
+def _replaced(store: TokenStore, consequence: str) -> errors.LoginUnusable:
+    return errors.LoginUnusable(
+        "replaced",
+        f"{store.path} was replaced or removed while its login was refreshed, {consequence}",
     )
+
+
+def _sync_folder(store: TokenStore) -> None:
+    folder = store.path.parent
+    try:
+        durable_file.sync_folder(folder)
+    except OSError as error:
+        raise errors.StorageError(
+            f"{folder} cannot be synced: {error.strerror}; the change of {store.path} is made, but "
+            "a power cut could undo it. Check the disk"
+        ) from error

@@ -19,7 +19,7 @@ import time
 
 import pytest
 
-from xaiproxy import config, errors, judgement, refresher_status, token_writer, tokens
+from xaiproxy import config, errors, judgement, refresher_status, token_lock, token_writer, tokens
 from xaiproxy.refresher import process as refresher
 from xaiproxy.token_store import TokenStore
 from xaiproxy.tokens import State, fingerprint
@@ -895,7 +895,7 @@ def test_a_sign_of_life_is_given_every_ten_seconds(day, make):
     seen = beats(day)
     day.pass_(60)
     assert gaps(seen) == [10] * 5
-    token_writer.beat(day.store)
+    token_lock.beat(day.store)
     assert day.store.refresher_alive(time.time())
 
 

@@ -29,6 +29,7 @@ from xaiproxy import (
     judgement,
     log,
     refresher_status,
+    token_lock,
     token_store,
     token_writer,
     tokens,
@@ -407,7 +408,7 @@ class Refresher:
         self._next_beat, self._clock_offset = uptime + BEAT, offset
         self._publish()
         try:
-            token_writer.beat(self.store)
+            token_lock.beat(self.store)
             if self._said.get("folder"):
                 self._publish(no_room="")
             self._say("folder", "")
