@@ -276,6 +276,26 @@ def test_a_link_to_nothing_that_appears_later_admits_nobody_until_its_target_is_
     assert admits(keys) == ["a", None] and not keys.unread
 
 
+def test_a_folder_on_the_way_that_becomes_a_link_to_nothing_or_unreadable_admits_nobody(
+    open_folder, complaints
+):
+    folder = open_folder / "folder"
+    keys = ClientKeys(folder / "client-keys")
+    admits(keys)
+    assert not keys.required
+    folder.symlink_to("not-mounted")
+    assert admits(keys) == [None, None] and keys.required
+    folder.unlink()
+    folder.mkdir()
+    keys = ClientKeys(folder / "client-keys")
+    assert not keys.required
+    folder.chmod(0)
+    with without_root():
+        assert admits(keys) == [None, None] and keys.required
+    folder.chmod(0o700)
+    assert ["link to nothing" in line for line in complaints()] == [True, False]
+
+
 @pytest.mark.parametrize(
     "link, way", [("folder", "folder/client-keys"), ("way", "way/folder/client-keys")]
 )

@@ -1,5 +1,6 @@
-"""The key file: who may call. A name and the SHA-256 of a key a line; `#` begins a comment line."""
+"""The key file: one client key a line, as its name and SHA-256; `#` begins a comment line."""
 
+import errno
 import hashlib
 import hmac
 import logging
@@ -8,6 +9,7 @@ import re
 from pathlib import Path
 
 from xaiproxy import errors, folder_file
+from xaiproxy.cached_file import CachedFile
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +23,7 @@ def digest(key: str) -> str:
 
 
 def parse(text: str) -> dict[str, str]:
-    """Name to digest. Raises ValueError naming the line, never its content."""
+    """Return name to digest. Raises ValueError, which names the line and never quotes it."""
     keys: dict[str, str] = {}
     for number, line in enumerate(text.splitlines(), 1):
         line = line.strip()
@@ -37,62 +39,64 @@ def parse(text: str) -> dict[str, str]:
 
 
 def load(path: Path) -> dict[str, str]:
-    """Name to digest. Raises FileNotFoundError if nothing is there, else OSError or ValueError if it is unusable."""
-    _identity_at(path)
-    return _parsed(_read(path)[0])
+    """Return name to digest.
 
-
-def _identity_at(path: Path) -> tuple[int, ...]:
-    """Of the file that is there now. Needs no descriptor, and so finds nothing there even if none is free."""
+    Raises FileNotFoundError if there is no file, ValueError if it does not parse, and any other
+    OSError if it cannot be read.
+    """
     try:
-        return _identity(os.stat(path))
+        content, _ = folder_file.read(path, SIZE_LIMIT + 1, follow=True)
     except FileNotFoundError:
-        if _is_absent(path):
+        if _is_absent(path, *path.parents):
             raise
-        raise ValueError("it is a link to nothing") from None
-
-
-def _read(path: Path) -> tuple[bytes, os.stat_result]:
-    return folder_file.read(path, SIZE_LIMIT + 1, follow=True)
-
-
-def _is_absent(path: Path) -> bool:
-    """Whether nothing is there. A link to nothing is something, also as a folder on the way to the file."""
-    for place in (path, *path.parents):
-        if os.path.lexists(place):
-            return place != path and os.path.exists(place)
-    return True
-
-
-def _parsed(content: bytes) -> dict[str, str]:
+        reason = "it is a link to nothing"
+        raise folder_file.NotAFile(errno.EINVAL, reason, os.fspath(path)) from None
     if len(content) > SIZE_LIMIT:
         raise ValueError(f"it is longer than {SIZE_LIMIT} bytes")
     return parse(content.decode("utf-8"))
 
 
-def _identity(status: os.stat_result) -> tuple[int, ...]:
-    return status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size
+def _is_absent(path: str | Path, *folders: str | Path) -> bool:
+    """Whether there is no file; a link to nothing counts as one, also as a folder of the path.
+
+    `folders`: the path's parents, innermost first. Raises PermissionError, for one.
+    """
+    try:
+        os.lstat(path)
+        return False
+    except FileNotFoundError:
+        pass
+    for folder in folders:
+        if os.path.exists(folder):
+            return True
+        if os.path.lexists(folder):
+            return False
+    return True
 
 
 class ClientKeys:
-    """The file as the proxy sees it: read again when it changes.
+    """The keys as the proxy knows them: read again when the file changes.
 
-    Once there were keys, or a file for them, a key is required until the process ends: a file that is then empty,
-    gone, unreadable or does not parse admits nobody. The former keys do not serve while a changed file cannot be
-    read, since one of them may have been removed.
+    Once there has been a key file, a key is required until the process ends. While that file is
+    empty, missing, unreadable or does not parse, no key is valid: a key that the last readable
+    version held may have been removed since.
     """
 
     def __init__(self, path: Path, required: bool = False):
-        """`required`: require a key even while the file does not exist."""
+        """`required`: whether a key is required even before there is a file.
+
+        `unread`: whether the last read failed, so that the next may succeed without a change of the
+        file. `version`: a number that grows with each change of the keys.
+        """
         self.path = path
         self.required = required
-        self.unread = (
-            False  # whether the last read failed; the next may succeed without a change of the file
-        )
-        self._seen: tuple[int, ...] | None = None
+        self.unread = False
+        self.version = 0
+        self._file = CachedFile(path, self._load)
+        self._places = tuple(map(str, (path, *path.parents)))
+        self._absent = False
         self._keys: dict[str, str] = {}
         self._complaint = ""
-        self.version = 0  # another with each change
         self.refresh()
 
     @property
@@ -100,39 +104,42 @@ class ClientKeys:
         return self.required and not self._keys
 
     def refresh(self) -> None:
-        """Look at the file; a stat when it has not changed."""
+        """Read the file if it has changed: one os.stat if it has not, two if there is none."""
         keys: dict[str, str] = {}
-        required, seen, complaint = True, None, ""
+        required, absent, unread = True, False, True
         try:
-            if _identity_at(self.path) == self._seen:
+            if self._absent and _is_absent(*self._places):
                 return
-            content, status = _read(self.path)
-            seen = _identity(status)
-            keys = _parsed(content)
-            if not keys:
-                complaint = f"{self.path} holds no key"
+            keys, complaint = self._file.get()
+            if keys is self._keys:
+                return
+            unread = False
         except FileNotFoundError:
-            required = self.required
-            if required:
-                complaint = f"{self.path} does not exist"
-        except (OSError, ValueError) as error:
-            complaint = f"{self.path} cannot be used: {error.strerror if isinstance(error, OSError) else error}"
+            required, absent = self.required, True
+            complaint = f"{self.path} does not exist" if required else ""
+            unread = required
+        except OSError as error:
+            complaint = f"{self.path} cannot be used: {error.strerror}"
         self.version += (keys, required) != (self._keys, self.required)
-        self.unread = seen is None and bool(complaint)
-        self._keys, self._seen, self.required = keys, seen, required
-        self._complain(complaint)
-
-    def _complain(self, complaint: str) -> None:
+        self._keys, self.required, self._absent, self.unread = keys, required, absent, unread
         if complaint and complaint != self._complaint:
             logger.error(
-                "%s; nobody is admitted until it is put right: %s",
+                "%s; all clients are refused until that is corrected: %s",
                 complaint,
                 errors.typed("xai-client-key add NAME"),
             )
         self._complaint = complaint
 
+    def _load(self) -> tuple[dict[str, str], str]:
+        """Return the keys and what is wrong with them, if anything. Raises OSError."""
+        try:
+            keys = load(self.path)
+        except ValueError as error:
+            return {}, f"{self.path} cannot be used: {error}"
+        return keys, "" if keys else f"{self.path} holds no key"
+
     def name_of(self, key: str) -> str | None:
-        """Whose key this is; None for nobody's. Takes as long for every key."""
+        """Return the name of a key, or None if it is not valid, in the same time for every key."""
         presented, found = digest(key), None
         for name, known in self._keys.items():
             if hmac.compare_digest(presented, known):

@@ -19,6 +19,7 @@ import urllib.parse
 from pathlib import Path
 
 from xaiproxy import config, errors, folder_file, storage, tokens
+from xaiproxy.cached_file import CachedFile
 
 SIZE_LIMIT = 1 << 20  # bytes; a real file has about 2,000
 FINGERPRINT_LENGTH = 64  # characters
@@ -50,8 +51,8 @@ class TokenStore:
         self.lock_path = self.path.with_name(self.path.name + ".lock")
         self.status_path = self.path.with_name(self.path.name + ".status")
         self.refused_path = self.path.with_name(self.path.name + ".refused")
-        self._seen: tuple | None = None
-        self._latest: tokens.Tokens | errors.LoginUnusable | None = None
+        self._file = CachedFile(self.path, self._outcome)
+        self._last_login: tokens.Tokens | None = None
         self.refused: str | None = (
             None  # fingerprint of the access token that upstream refused to this process last
         )
@@ -80,40 +81,40 @@ class TokenStore:
         return login
 
     def current(self) -> tokens.Tokens:
-        """What the file says now: a stat, and a read only if the file changed since the last one. Raises LoginUnusable.
+        """Return the login in the file, read again only after the file has changed.
 
-        The content is remembered, usable or not. A failed read is not: the next call reads again.
+        Raises LoginUnusable.
         """
-        try:
-            status = os.stat(self.path)
-            seen = (status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size)
-        except OSError:
-            seen = None
-        if seen is None or seen != self._seen:
-            try:
-                self._latest = self.load()
-            except errors.LoginUnread:
-                raise
-            except errors.LoginUnusable as error:
-                self._latest = error
-                if error.state == "unreadable":
-                    seen = None  # what permits a read can change without a trace in the file's own status
-            self._seen = seen
-        if isinstance(self._latest, errors.LoginUnusable):
-            raise self._latest.with_traceback(None)
-        return self._latest
+        found = self._file.get()
+        if isinstance(found, errors.LoginUnusable):
+            raise found.with_traceback(None)
+        return found
 
     def last_known(self) -> tokens.Tokens:
-        """As `current`, but while LoginUnread prevents a read, the login that the last read found.
+        """As `current`, but if LoginUnread prevents a read, return the login of the last read.
 
-        Its access token is most probably still good, and upstream is asked in any case.
+        Its access token is probably still valid, and upstream checks it in any case.
         """
         try:
             return self.current()
         except errors.LoginUnread:
-            if isinstance(self._latest, tokens.Tokens):
-                return self._latest
+            if self._last_login is None:
+                raise
+            return self._last_login
+
+    def _outcome(self) -> tokens.Tokens | errors.LoginUnusable:
+        """Return what a read of the file found; raise LoginUnusable if the next one may differ."""
+        try:
+            self._last_login = self.load()
+        except errors.LoginUnread:
             raise
+        except errors.LoginUnusable as error:
+            self._last_login = None
+            # Permission for a read can come without a change of the file's own status.
+            if error.state == "unreadable":
+                raise
+            return error
+        return self._last_login
 
     def read(self) -> tuple[bytes, os.stat_result]:
         """The file's bytes and status. Raises LoginUnusable (missing, unreadable), LoginUnread."""
