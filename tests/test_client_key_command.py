@@ -132,7 +132,7 @@ def test_when_the_last_key_is_removed_the_file_stays_so_that_nobody_is_admitted(
     status, _, said = folder.run("remove", "a")
     assert (
         status == 0
-        and "nobody is admitted now" in said
+        and "all clients are refused now" in said
         and f"remove {folder.path} and restart" in said
     )
     seen.refresh()
@@ -216,7 +216,7 @@ def test_a_name_that_the_file_could_not_hold_is_64(folder):
 
 def test_a_name_is_given_once_and_removed_once(folder):
     folder.put(f"a {DIGEST}\n")
-    assert "a has a key already; remove it first" in folder.refusal("add", "a", code=64)
+    assert "a already has a key; remove it first" in folder.refusal("add", "a", code=64)
     assert "b has no key" in folder.refusal("remove", "b", code=64)
 
 
@@ -229,7 +229,7 @@ def test_a_file_that_does_not_parse_is_78_and_not_written_over(folder, text):
     for code, out, sentence in folder.run_all(["add", "b"], ["remove", "a"], ["list"]):
         assert (code, out, sentence.count("\n")) == (78, "", 1)
         assert (
-            f"{folder.path} cannot be used" in sentence and "put it right or remove it" in sentence
+            f"{folder.path} cannot be used" in sentence and "correct or remove it" in sentence
         )
         assert "half a" not in sentence
     assert folder.path.read_bytes() == text

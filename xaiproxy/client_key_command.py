@@ -1,4 +1,4 @@
-"""xai-client-key: add, list and remove client keys. The proxy sees a change at its next request."""
+"""xai-client-key: add, list and remove client keys. The proxy reads them at its next request."""
 
 import contextlib
 import fcntl
@@ -13,8 +13,8 @@ from xaiproxy import client_keys, command, config, durable_file, errors, folder_
 HEADER = "# client keys: a name and the SHA-256 of a key a line; made by xai-client-key"
 EXAMPLES = """\
   xai-client-key add laptop        make a key and print it, this once
-  xai-client-key list              who has one
-  xai-client-key remove laptop     it is refused from the next request on
+  xai-client-key list              print the names of all keys
+  xai-client-key remove laptop     refuse the key from the next request on
 """
 
 
@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = command.ArgumentParser(
         prog="xai-client-key",
         usage="xai-client-key {add NAME, list, remove NAME}",
-        description="Keys that clients show to the proxy.",
+        description="Keys that clients send to the proxy.",
         epilog=EXAMPLES,
     )
     actions = parser.add_subparsers(
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     actions.add_parser("list")
     arguments = parser.parse_args(argv)
 
-    def body() -> int | None:
+    def body() -> None:
         settings = config.from_environ(os.environ)
         path = settings.client_keys_file
         if arguments.action != "list":
@@ -57,8 +57,8 @@ def main(argv: list[str] | None = None) -> int:
             command.say(f"The key of {arguments.name} is refused from now on.")
             if not _read(path):
                 command.say(
-                    f"It was the last one: nobody is admitted now. To serve without keys again, remove {path} and "
-                    "restart the proxy."
+                    "It was the last one: all clients are refused now. To serve without keys "
+                    f"again, remove {path} and restart the proxy."
                 )
 
     return command.run(parser.prog, body)
@@ -77,7 +77,7 @@ def _added(keys: dict[str, str], name: str, key: str) -> dict[str, str]:
         )
     if name in keys:
         raise errors.UsageError(
-            f"{name} has a key already; remove it first, or choose another name"
+            f"{name} already has a key; remove it first, or choose another name"
         )
     return keys | {name: client_keys.digest(key)}
 
@@ -85,7 +85,7 @@ def _added(keys: dict[str, str], name: str, key: str) -> dict[str, str]:
 def _removed(keys: dict[str, str], name: str) -> dict[str, str]:
     if name not in keys:
         raise errors.UsageError(
-            f"{name} has no key; {errors.typed('xai-client-key list')} shows who has"
+            f"{name} has no key; {errors.typed('xai-client-key list')} prints the names"
         )
     return {other: digest for other, digest in keys.items() if other != name}
 
@@ -98,7 +98,7 @@ def _read(path: Path) -> dict[str, str]:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise errors.ConfigurationError(
-            f"{path} cannot be used: {reason}; put it right or remove it"
+            f"{path} cannot be used: {reason}; correct or remove it"
         ) from error
 
 
@@ -107,9 +107,10 @@ def _change(
     edit: Callable[[dict[str, str]], dict[str, str]],
     show: Callable[[], None] = lambda: None,
 ) -> None:
-    """Replace the file by an atomic rename, so that the proxy never reads half of it; one command at a time.
+    """Replace the key file under its lock: no change is lost, and the proxy reads whole files.
 
-    `show`: prints what can be shown only once, when the rename alone is left to do. If it fails, nothing is changed.
+    `edit`: returns the new keys, from the former ones.
+    `show`: called when only the rename is left to do; if it raises, nothing is changed.
     """
     outcome = "nothing was changed"
     try:
@@ -141,7 +142,7 @@ def _change(
 
 
 def _keep_access(path: Path, fd: int) -> None:
-    """Let the group of the file at `path` read the new one too, if that is another group: the proxy may be a member."""
+    """Let the group of the file at `path` read the new one as well: it may be the proxy's."""
     with contextlib.suppress(FileNotFoundError):
         status = os.stat(path)
         if status.st_gid != os.fstat(fd).st_gid:

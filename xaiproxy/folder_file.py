@@ -1,7 +1,8 @@
-"""Opening the files of the token folder: only a regular file is opened, and only so much of it is read.
+"""Opening the files of the token folder: regular files only, with a limit to what is read of them.
 
-Other users may be able to put things into that folder. Opening a FIFO would wait for its other end, reading from a
-link to /dev/zero never ends, and a link would have another file written.
+Other users may be able to put things into that folder. Opening a FIFO would block until its other
+end is opened, reading from a link to /dev/zero never ends, and through a link another file would be
+written.
 """
 
 import errno
@@ -11,21 +12,23 @@ from pathlib import Path
 
 
 class NotAFile(OSError):
-    """What is at the path is not a regular file, or a link to follow where none may be followed."""
+    """The path does not name a regular file, or it names a link that may not be followed."""
 
 
 def opened(path: Path, flags: int, *, follow: bool = False) -> int:
-    """Return a descriptor of the regular file at `path`; a new file gets mode 0600. Raises NotAFile, OSError.
+    """Return a descriptor of the regular file at `path`; a new file gets mode 0600.
 
-    `follow`: whether `path` may be a symbolic link, as in a mounted Secret. Never for what is written or locked.
+    `follow`: whether `path` may be a symbolic link, as in a mounted Secret; never true for a file
+    that is written or locked. Raises NotAFile, OSError.
     """
-    # stat(2) first: opening a device can have effects, and without a free descriptor a missing file is still found out.
+    # stat(2) first: opening a device can have effects, and without a free descriptor an open would
+    # not find out that a file is missing.
     try:
         _check(path, os.stat(path, follow_symlinks=follow))
     except FileNotFoundError:
         if not flags & os.O_CREAT:
             raise
-    # O_NONBLOCK: what is there may have been replaced by a FIFO since.
+    # O_NONBLOCK: a FIFO may have replaced the file since.
     fd = os.open(
         path,
         flags | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY | (0 if follow else os.O_NOFOLLOW),
@@ -40,7 +43,7 @@ def opened(path: Path, flags: int, *, follow: bool = False) -> int:
 
 
 def read(path: Path, limit: int, *, follow: bool = False) -> tuple[bytes, os.stat_result]:
-    """Return the first `limit` bytes and the status of the file that they are from. Raises as `opened` does."""
+    """Return the first `limit` bytes of the file, and its status. Raises as `opened` does."""
     with open(opened(path, os.O_RDONLY, follow=follow), "rb", buffering=0) as file:
         content = b""
         while len(content) < limit and (part := file.read(limit - len(content))):

@@ -1,4 +1,4 @@
-"""The folder of the login and the client keys: who may write there, and what to do about an error of the system."""
+"""The folder of the login and the client keys: who may write there, and advice about its errors."""
 
 import contextlib
 import errno
@@ -10,13 +10,18 @@ from pathlib import Path
 from xaiproxy import errors, folder_file
 
 FULL = "Make room on the disk that {folder} is on"
-NO_LOCKS = "The file system of {folder} has no locks: mount it with locks (NFS version 4 has them), or {elsewhere}"
+NO_LOCKS = (
+    "The file system of {folder} has no locks: mount it with locks (NFS version 4 has them), "
+    "or {elsewhere}"
+)
 OPEN_FILES = "Raise the limit of open files"
 ADVICE = {
     errno.ENOSPC: FULL,
     errno.EDQUOT: FULL,
     errno.EROFS: "Mount {folder} writable, or {elsewhere}",
-    errno.EBUSY: "Mount {folder} itself, not the file in it: a file that is a mount cannot be replaced",
+    errno.EBUSY: (
+        "Mount {folder} itself, not the file in it: a file that is a mount cannot be replaced"
+    ),
     errno.ENOLCK: NO_LOCKS,
     errno.EOPNOTSUPP: NO_LOCKS,
     errno.ENOSYS: NO_LOCKS,
@@ -34,10 +39,10 @@ ADVICE = {
 
 
 def check_owner(file: Path) -> None:
-    """Refuse to let root make files for another user's service, which could not open them. Raises StorageError.
+    """Raise StorageError if root would make files that another user's service could not open.
 
-    `file`: the token file or the key file. Its owner is who serves; as long as there is none, the owner of its folder, or of the
-    folder in which that has yet to be made.
+    `file`: token file or key file. The service is its owner's; as long as it is missing, the owner's
+    of its folder, or of the folder in which that is to be made.
     """
     if os.geteuid() != 0:
         return
@@ -45,13 +50,14 @@ def check_owner(file: Path) -> None:
     owner = os.lstat(place).st_uid
     if owner != 0:
         raise errors.StorageError(
-            f"{place} belongs to user {owner}, and this is user 0 (root), whose files would be closed to that user; nothing "
-            f"was changed. Run the same as user {owner}, as with `docker exec -u {owner}` or `sudo -u '#{owner}'`"
+            f"{place} belongs to user {owner}, and this is user 0 (root), whose files would be "
+            f"closed to that user; nothing was changed. Run the same as user {owner}, as with "
+            f"`docker exec -u {owner}` or `sudo -u '#{owner}'`"
         )
 
 
 def risk_of(folder: os.stat_result) -> str:
-    """Which other users could replace the files of a folder, and what to do about it; "" if none."""
+    """Return which other users could replace files in a folder, and what to do; "" if none."""
     if folder.st_uid not in (0, os.geteuid()):
         return (
             f"belongs to user {folder.st_uid}, who could replace the login; run as that user"
@@ -63,7 +69,7 @@ def risk_of(folder: os.stat_result) -> str:
 
 
 def or_chown(what: str) -> str:
-    """The advice to chown; "" for root, whose files would be closed to the user of the service."""
+    """Return the advice to chown; "" for root, whose files the service could not open."""
     return f", or chown {what} to user {os.geteuid()}" if os.geteuid() else ""
 
 
@@ -80,9 +86,9 @@ def translated(path: Path) -> Iterator[None]:
 
 
 def advice(path: os.PathLike[str], error: OSError, setting: str = "XAI_PROXY_TOKEN_PATH") -> str:
-    """What to do about an error that came when `path` was written: a sentence without its full stop.
+    """Return what to do about an error in writing `path`: a sentence without its full stop.
 
-    `setting`: the one that names the file.
+    `setting`: setting that names the file.
     """
     named = [
         name for name in (error.filename2, error.filename) if isinstance(name, (str, os.PathLike))
@@ -98,10 +104,17 @@ def advice(path: os.PathLike[str], error: OSError, setting: str = "XAI_PROXY_TOK
 def _permit(place: Path, user: int, setting: str) -> str:
     try:
         owner = os.lstat(place).st_uid
-    except OSError:  # it is to be made, and its folder does not permit that
-        if place.parent == Path("/"):  # as with HOME=/
-            return f"User {user} cannot write in /: set {setting} to a file in a folder where that user can"
+    except OSError:
+        # The file is missing, and its folder does not permit making it. With HOME=/ that is /.
+        if place.parent == Path("/"):
+            return (
+                f"User {user} cannot write in /: set {setting} to a file in a folder where that "
+                "user can"
+            )
         return f"Let user {user} write in {place.parent}"
     if owner != user:
-        return f"{place} belongs to user {owner}, and this is user {user}: run as user {owner}, or chown it to user {user}"
+        return (
+            f"{place} belongs to user {owner}, and this is user {user}: run as user {owner}, "
+            f"or chown it to user {user}"
+        )
     return f"Let user {user} write {place}, and in {place.parent}"
