@@ -1,4 +1,4 @@
-"""The judgement of a login, made in one place for /readyz, the proxy's log, `xai-login --status` and `--doctor`."""
+"""The judgement of a login: made here alone, for /readyz, the logs, --status and --doctor."""
 
 import dataclasses
 import enum
@@ -9,31 +9,55 @@ from collections.abc import Callable
 from xaiproxy import errors, log, refresher_status, tokens
 from xaiproxy.token_store import ALIVE, TokenStore
 
-# Everybody may read this one: no path of the checkout.
+# Anybody may read this one, so it has no path of the checkout.
 SIGN_IN = "run `xai-login --device` to sign in"
-CODE = re.compile(r"[A-Za-z0-9_.-]{1,60}")  # what of an issuer's codes is repeated
+CODE = re.compile(r"[A-Za-z0-9_.-]{1,60}")  # an issuer's codes that are repeated
 
 
 class Verdict(enum.Enum):
     GOOD = "good"
-    FAILING = "failing"  # the token is valid, its renewal fails
-    NO_ROOM = "no_room"  # no renewed login can be saved
+    # The token is valid, and its renewal fails.
+    FAILING = "failing"
+    # No renewed login can be saved.
+    NO_ROOM = "no_room"
     NO_REFRESHER = "no_refresher"
     NO_REFRESH_TOKEN = "no_refresh_token"
-    REFUSED = "refused"  # by the API, though not expired
-    EXPIRED = "expired"  # and a renewal is still tried
-    ENDED = "ended"  # only signing in helps
+    # By the API, though it has not expired.
+    REFUSED = "refused"
+    # And renewal is still being tried.
+    EXPIRED = "expired"
+    # Only a new login helps.
+    ENDED = "ended"
     NO_LOGIN = "no_login"
-    UNUSABLE = "unusable"  # the file is no login, another user's, or another issuer's
-    UNREAD = "unread"  # for a reason that passes
+    # The file holds no login, or one of another user or issuer.
+    UNUSABLE = "unusable"
+    # For a reason that may pass.
+    UNREAD = "unread"
+
+
+WHILE_VALID = {
+    Verdict.NO_REFRESH_TOKEN: "the token file holds no refresh token; the login lapses at {expiry}",
+    Verdict.NO_REFRESHER: "no refresher; the login lapses at {expiry}",
+    Verdict.NO_ROOM: "the token is good until {expiry}, but no renewed login can be saved",
+    Verdict.FAILING: "the token is good until {expiry}, but its renewal fails ({code})",
+    Verdict.GOOD: "signed in",
+}
+AFTERWARDS = {
+    Verdict.NO_REFRESH_TOKEN: "{fault}, and the token file holds no refresh token; "
+    f"{SIGN_IN}, or replace the file",
+    Verdict.NO_REFRESHER: "{fault} and has not been renewed yet: no refresher runs",
+    Verdict.NO_ROOM: "{fault} and no renewed login can be saved",
+    Verdict.REFUSED: "{fault} and has not been renewed yet",
+    Verdict.EXPIRED: "{fault} and has not been renewed yet",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Judgement:
-    """`ready`: whether a request can be served now. `exit_code`: that of `--status`, 0 when the login is usable.
+    """`ready`: whether a request can be served now. `exit_code`: `--status`'s, 0 if ready.
 
-    `reason`: a sentence without its full stop. Everybody may read it: it holds states and codes, but no path and
-    nothing that others wrote.
+    `reason`: a sentence without its full stop. Anybody may read it: it has states and codes, but no
+    path, and no text that a server or another user wrote.
     """
 
     verdict: Verdict
@@ -46,108 +70,8 @@ class Judgement:
         return f"{self.reason[0].upper()}{self.reason[1:]}."
 
 
-def judge(
-    login: tokens.Tokens | errors.LoginUnusable,
-    now: float,
-    refresher_age: float | None,
-    refused: bool,
-    status: refresher_status.Status | None,
-) -> Judgement:
-    """`refused`: whether the API refused the access token; `status`: the refresher's own, if there is a recent one."""
-    if isinstance(login, errors.LoginUnusable):
-        return _of_unusable(login)
-    error = login.refresh_error
-    if error is not None and error.code == tokens.UPSTREAM_REFUSES and not refused:
-        error = None  # it was, and upstream takes the access token again
-    code = error.code if error is not None else status.failure if status is not None else ""
-    if code and not CODE.fullmatch(code):
-        code = "unknown error"
-    alive = refresher_age is not None and abs(refresher_age) < ALIVE
-    expiry = time.strftime("%Y-%m-%d %H:%M", time.localtime(login.expires_at))
-    valid = login.expires_at > now and not refused
-
-    if error is not None and error.terminal:
-        ended = f"the login has ended ({code}); {SIGN_IN}"
-        if valid:
-            ended = f"the token is good until {expiry}, but {ended}"
-        elif refused:
-            ended = f"the API refuses the access token, and {ended}"
-        return Judgement(Verdict.ENDED, valid, errors.EXIT_SIGN_IN, ended)
-    if valid:
-        if login.refresh_token is None:
-            return _usable(
-                Verdict.NO_REFRESH_TOKEN,
-                f"the token file holds no refresh token; the login lapses at {expiry}",
-            )
-        if not alive:
-            return _usable(Verdict.NO_REFRESHER, f"no refresher; the login lapses at {expiry}")
-        if status is not None and status.no_room:
-            return _usable(
-                Verdict.NO_ROOM,
-                f"the token is good until {expiry}, but no renewed login can be saved",
-            )
-        if code:
-            return _usable(
-                Verdict.FAILING, f"the token is good until {expiry}, but its renewal fails ({code})"
-            )
-        return _usable(Verdict.GOOD, "signed in")
-
-    fault = (
-        "the API refuses the access token" if refused else f"the access token expired at {expiry}"
-    )
-    if login.refresh_token is None:
-        verdict, exit_code = Verdict.NO_REFRESH_TOKEN, errors.EXIT_SIGN_IN
-        fault += f", and the token file holds no refresh token; {SIGN_IN}, or replace the file"
-    else:
-        verdict, exit_code = Verdict.REFUSED if refused else Verdict.EXPIRED, errors.EXIT_TRY_AGAIN
-        if not alive:
-            verdict, fault = (
-                Verdict.NO_REFRESHER,
-                f"{fault} and has not been renewed yet: no refresher runs",
-            )
-        elif status is not None and status.no_room:
-            verdict, fault = Verdict.NO_ROOM, f"{fault} and no renewed login can be saved"
-        else:
-            fault += f" and cannot be renewed ({code})" if code else " and has not been renewed yet"
-    return Judgement(verdict, False, exit_code, fault)
-
-
-def _of_unusable(error: errors.LoginUnusable) -> Judgement:
-    if isinstance(error, errors.LoginUnread):
-        return Judgement(
-            Verdict.UNREAD,
-            False,
-            error.exit_code,
-            "the token file cannot be read at the moment; see the log",
-        )
-    verdict = Verdict.NO_LOGIN if error.state == "missing" else Verdict.UNUSABLE
-    return Judgement(
-        verdict,
-        False,
-        error.exit_code,
-        f"no login that can be used ({error.state}); {SIGN_IN}, or see the log",
-    )
-
-
-def _usable(verdict: Verdict, reason: str) -> Judgement:
-    return Judgement(verdict, True, 0, reason)
-
-
-def reported_failure(store: TokenStore, login: tokens.Tokens, now: float) -> list[str]:
-    """The last failure in the refresher's own status, in sentences; for when tokens.json could not take it."""
-    status = refresher_status.read(store, login, now)
-    if status is None:
-        return []
-    texts = status.no_room, status.reason if status.failure else ""
-    return [
-        f"The refresher says: {log.CONTROLS.sub(' ', text)}."
-        for text in dict.fromkeys(texts)
-        if text
-    ]
-
-
 def of(store: TokenStore, now: float, read: Callable[[], tokens.Tokens] | None = None) -> Judgement:
-    """Judge what the files say now. `read`: how the login is read, if not as the proxy does."""
+    """Judge by the files. `read`: how to read the login; by default as the proxy does."""
     try:
         login = (read or store.last_known)()
     except errors.LoginUnusable as error:
@@ -159,3 +83,81 @@ def of(store: TokenStore, now: float, read: Callable[[], tokens.Tokens] | None =
         store.is_refused(login, now),
         refresher_status.read(store, login, now),
     )
+
+
+def judge(
+    login: tokens.Tokens | errors.LoginUnusable,
+    now: float,
+    refresher_age: float | None,
+    refused: bool,
+    status: refresher_status.Status | None,
+) -> Judgement:
+    """`refused`: whether the API refused the access token; `status`: a recent one, if any."""
+    if isinstance(login, errors.LoginUnusable):
+        return _of_unusable(login)
+    expiry = time.strftime("%Y-%m-%d %H:%M", time.localtime(login.expires_at))
+    fault = f"the access token expired at {expiry}"
+    if refused:
+        fault = "the API refuses the access token"
+    valid = login.expires_at > now and not refused
+    code = _failure(login, refused, status)
+
+    if login.refresh_error is not None and login.refresh_error.terminal:
+        reason = f"the login has ended ({code}); {SIGN_IN}"
+        if valid:
+            reason = f"the token is good until {expiry}, but {reason}"
+        elif refused:
+            reason = f"{fault}, and {reason}"
+        return Judgement(Verdict.ENDED, valid, errors.EXIT_SIGN_IN, reason)
+
+    exit_code = 0 if valid else errors.EXIT_TRY_AGAIN
+    if login.refresh_token is None:
+        verdict = Verdict.NO_REFRESH_TOKEN
+        exit_code = 0 if valid else errors.EXIT_SIGN_IN
+    elif refresher_age is None or abs(refresher_age) >= ALIVE:
+        verdict = Verdict.NO_REFRESHER
+    elif status is not None and status.no_room:
+        verdict = Verdict.NO_ROOM
+    elif valid:
+        verdict = Verdict.FAILING if code else Verdict.GOOD
+    else:
+        verdict = Verdict.REFUSED if refused else Verdict.EXPIRED
+    template = (WHILE_VALID if valid else AFTERWARDS)[verdict]
+    if code and verdict in (Verdict.REFUSED, Verdict.EXPIRED):
+        template = "{fault} and cannot be renewed ({code})"
+    reason = template.format(expiry=expiry, fault=fault, code=code)
+    return Judgement(verdict, valid, exit_code, reason)
+
+
+def _failure(login: tokens.Tokens, refused: bool, status: refresher_status.Status | None) -> str:
+    """Return the code of the failure that lasts, or ""."""
+    error = login.refresh_error
+    if error is not None and (error.code != tokens.UPSTREAM_REFUSES or refused):
+        code = error.code
+    else:
+        # No failure, or upstream accepts the access token again.
+        code = status.failure if status is not None else ""
+    return code if not code or CODE.fullmatch(code) else "unknown error"
+
+
+def _of_unusable(error: errors.LoginUnusable) -> Judgement:
+    if isinstance(error, errors.LoginUnread):
+        verdict = Verdict.UNREAD
+        reason = "the token file cannot be read at the moment; see the log"
+    else:
+        verdict = Verdict.NO_LOGIN if error.state == "missing" else Verdict.UNUSABLE
+        reason = f"no login that can be used ({error.state}); {SIGN_IN}, or see the log"
+    return Judgement(verdict, False, error.exit_code, reason)
+
+
+def reported_failure(store: TokenStore, login: tokens.Tokens, now: float) -> list[str]:
+    """Return the last failure by the refresher's status, in sentences: tokens.json may lack it."""
+    status = refresher_status.read(store, login, now)
+    if status is None:
+        return []
+    texts = status.no_room, status.reason if status.failure else ""
+    return [
+        f"The refresher reports: {log.CONTROLS.sub(' ', text)}."
+        for text in dict.fromkeys(texts)
+        if text
+    ]

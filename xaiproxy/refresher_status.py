@@ -1,7 +1,8 @@
-"""The refresher's own status: what its last try brought, when the next one is due, and whether it can save a login.
+"""The refresher's status: the result of its last try, the time of the next, and room for a login.
 
-tokens.json cannot tell any of that while the disk is full. tokens.json.status is made when the refresher starts and then
-overwritten in place, always with the same number of bytes, for which the disk already has room.
+While the disk is full none of that can be written to tokens.json. tokens.json.status is made when
+the refresher starts and then overwritten in place, always with the same number of bytes, for which
+the disk already has room.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from xaiproxy.tokens import Tokens, fingerprint
 
 SIZE = 4096  # bytes: one block of most file systems
 TEXT_LIMIT = 400  # characters of a sentence
-UNSAFE = re.compile(r"[^ -~]")  # JSON may need six bytes for one of these
+UNSAFE = re.compile(r"[^ -~]")  # characters for which JSON may need six bytes
 OK = "ok"
 
 
@@ -23,9 +24,11 @@ OK = "ok"
 class Status:
     """Times are unix seconds.
 
-    `login`: the fingerprint of the access token that it is about.
-    `result`: OK, the code of the last try's failure, or "" before the first try. `reason`: the failure in a sentence.
-    `next_try`: None when none is planned. `no_room`: why no login can be saved, in a sentence; "" when one can.
+    `result`: OK, the code of the last try's failure, or "" before the first try.
+    `reason`: the failure in a sentence.
+    `next_try`: time of the next try; None if none is planned.
+    `no_room`: why no login can be saved, in a sentence; "" if one can.
+    `login`: fingerprint of the login's access token.
     """
 
     at: float
@@ -42,18 +45,17 @@ class Status:
 
 
 def write(store: TokenStore, status: Status) -> bool:
-    """Write the status file; return whether that was possible. To be called at least every ALIVE / 2 seconds."""
+    """Write the status file, at least every ALIVE / 2 seconds; return whether that was possible."""
     values = dataclasses.asdict(status)
     for name in ("result", "reason", "no_room"):
         values[name] = UNSAFE.sub("?", values[name])[:TEXT_LIMIT]
     content = json.dumps(values).encode().ljust(SIZE - 1) + b"\n"
     try:
-        storage.check_owner(store.path)  # a file of root's would be closed to the user who serves
+        storage.check_owner(store.path)
         fd = folder_file.opened(store.status_path, os.O_WRONLY | os.O_CREAT)
         try:
-            return (
-                os.pwrite(fd, content, 0) == SIZE
-            )  # in one call: a reader sees the old or the new bytes
+            # In one call, so that a reader sees either the former bytes or the new ones.
+            return os.pwrite(fd, content, 0) == SIZE
         finally:
             os.close(fd)
     except (OSError, errors.StorageError):
@@ -61,16 +63,14 @@ def write(store: TokenStore, status: Status) -> bool:
 
 
 def read(store: TokenStore, login: Tokens, now: float) -> Status | None:
-    """The latest status, if it is about this login and not older than ALIVE seconds."""
+    """Return the status if it is this login's and not older than ALIVE seconds."""
     try:
         status = Status(**json.loads(folder_file.read(store.status_path, SIZE)[0]))
         if abs(now - status.at) >= ALIVE or status.login != fingerprint(login.access_token):
             return None
-        texts = (
-            isinstance(status.result, str)
-            and isinstance(status.reason, str)
-            and isinstance(status.no_room, str)
-        )
-        return status if texts and isinstance(status.next_try, (int, float, type(None))) else None
+        texts = (status.result, status.reason, status.no_room)
+        valid = all(isinstance(text, str) for text in texts)
+        return status if valid and isinstance(status.next_try, (int, float, type(None))) else None
     except (OSError, ValueError, TypeError, RecursionError):
-        return None  # there is none, it is half-written, or it is another program's file
+        # Missing, half-written, or another program's.
+        return None

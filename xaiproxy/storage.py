@@ -39,10 +39,10 @@ ADVICE = {
 
 
 def check_owner(file: Path) -> None:
-    """Raise StorageError if root would make files that another user's service could not open.
+    """Raise StorageError if root would make files that another user's service cannot open.
 
-    `file`: token file or key file. The service is its owner's; as long as it is missing, the owner's
-    of its folder, or of the folder in which that is to be made.
+    `file`: token file or key file. The service is its owner's; while it is missing, the owner's of
+    its folder, or of the folder in which that is to be made.
     """
     if os.geteuid() != 0:
         return

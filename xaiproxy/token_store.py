@@ -1,13 +1,14 @@
-"""tokens.json as its readers see it, and the two small files beside it by which the processes talk.
+"""tokens.json as its readers see it, and the files beside it through which processes communicate.
 
-Readers take no lock: the file is only ever replaced by an atomic rename (token_writer.py). Nothing here imports
-fcntl, locks or syncs, so all of it is safe to call between two greenlets.
+A reader takes no lock: tokens.json is only ever replaced by an atomic rename (token_writer.py).
+Nothing here locks or syncs, so a greenlet may call all of it.
 
     tokens.json          the login
-    tokens.json.new      its successor while it is written
-    tokens.json.lock     held by whoever writes; its time is the refresher's sign of life
-    tokens.json.status   the refresher's own (refresher_status.py)
-    tokens.json.refused  fingerprint of an access token that upstream refused: the proxy's request for a new one
+    tokens.json.new      its successor while that is written
+    tokens.json.lock     held by the process that writes; its time is the refresher's heartbeat
+    tokens.json.status   the refresher's status (refresher_status.py)
+    tokens.json.refused  the proxy's request for a refresh: the fingerprint of an access token that
+                         upstream refused
 """
 
 import errno
@@ -23,9 +24,9 @@ from xaiproxy.cached_file import CachedFile
 
 SIZE_LIMIT = 1 << 20  # bytes; a real file has about 2,000
 FINGERPRINT_LENGTH = 64  # characters
-REFUSAL_TIME = 60  # seconds
-NOTE_TIME = 10  # seconds in which the refresher has surely seen what the proxy reported
-# Errors of a read that come from the machine, not from the file or its permissions.
+REFUSAL_TIME = 60  # seconds for which a refusal counts
+NOTE_TIME = 10  # seconds after which the refresher must have read tokens.json.refused
+# Errors of a read that are the machine's, not the file's or its permissions'.
 PASSING = frozenset(
     (
         errno.EMFILE,
@@ -39,11 +40,13 @@ PASSING = frozenset(
     )
 )
 ALIVE = 60  # seconds without a heartbeat after which the refresher counts as gone
-# Seconds for which the heartbeat has to be found overdue: after a suspend it is, until the refresher's next tick.
+# Seconds for which a heartbeat may be overdue, as after a suspend, until the refresher runs.
 OVERDUE = 1.0
 
 
 class TokenStore:
+    """`refused`: fingerprint of the last access token that upstream refused to this process."""
+
     def __init__(self, settings: config.Config):
         self.settings = settings
         self.path: Path = settings.token_path
@@ -53,23 +56,20 @@ class TokenStore:
         self.refused_path = self.path.with_name(self.path.name + ".refused")
         self._file = CachedFile(self.path, self._outcome)
         self._last_login: tokens.Tokens | None = None
-        self.refused: str | None = (
-            None  # fingerprint of the access token that upstream refused to this process last
-        )
+        self.refused: str | None = None
         self._refused_at = 0.0
 
     def load(self) -> tokens.Tokens:
-        """Read the file, whatever was read before. Raises LoginUnusable."""
-        text, status = self.read()
-        login = parse(text, self.path)
-        if (
-            login.refresh_token is not None
-        ):  # without one it may be a mounted Secret: linked, and another user's
+        """Read the login from the file, not from the cache. Raises LoginUnusable."""
+        content, status = self.read()
+        login = parse(content, self.path)
+        # Without a refresh token it may be a mounted Secret: a link, and another user's.
+        if login.refresh_token is not None:
             if os.path.islink(self.path):
                 raise errors.LoginUnusable(
                     "symlink",
-                    f"{self.path} is a symbolic link and holds a refresh token, which "
-                    "cannot be kept up to date through a link; put the file itself there",
+                    f"{self.path} is a symbolic link and holds a refresh token, which cannot be "
+                    "kept up to date through a link; put the file itself there",
                 )
             if status.st_uid != os.geteuid():
                 raise errors.LoginUnusable(
@@ -117,7 +117,7 @@ class TokenStore:
         return self._last_login
 
     def read(self) -> tuple[bytes, os.stat_result]:
-        """The file's bytes and status. Raises LoginUnusable (missing, unreadable), LoginUnread."""
+        """Return the file's bytes and status. Raises LoginUnusable (missing, unreadable)."""
         try:
             return folder_file.read(self.path, SIZE_LIMIT + 1, follow=True)
         except FileNotFoundError:
@@ -128,7 +128,7 @@ class TokenStore:
             raise errors.LoginUnusable(
                 "unreadable", f"{self.path} is not a file; move it away and {errors.SIGN_IN}"
             ) from error
-        except OSError as error:  # also a network file system's ESTALE, a broken disk
+        except OSError as error:
             raise self._unreadable(error) from error
 
     def _unreadable(self, error: OSError) -> errors.LoginUnusable:
@@ -148,10 +148,10 @@ class TokenStore:
         if (login.issuer, login.client_id) != (settings.issuer, settings.client_id):
             raise errors.LoginUnusable(
                 "foreign",
-                f"{self.path} holds a login of {login.issuer} for client "
-                f"{login.client_id}, but the settings say {settings.issuer} and "
-                f"{settings.client_id}; set XAI_PROXY_ISSUER and XAI_PROXY_CLIENT_ID to match it, "
-                "or XAI_PROXY_TOKEN_PATH to another file",
+                f"{self.path} holds a login of {login.issuer} for client {login.client_id}, but "
+                f"the settings are {settings.issuer} and {settings.client_id}; set "
+                "XAI_PROXY_ISSUER and XAI_PROXY_CLIENT_ID to match it, or XAI_PROXY_TOKEN_PATH to "
+                "another file",
             )
         if login.issuer == config.DEFAULT_ISSUER and not is_xai(settings.upstream):
             raise errors.LoginUnusable(
@@ -161,31 +161,32 @@ class TokenStore:
             )
 
     def ask_refresh(self, access_token: str) -> None:
-        """Tell the refresher that upstream refused this token. Raises OSError when the folder cannot be written."""
-        self.remember_refusal(access_token)
+        """Ask the refresher for another token, since upstream refused this one. Raises OSError."""
+        refused = self.remember_refusal(access_token)
         temporary = self.refused_path.with_name(self.refused_path.name + f".{secrets.token_hex(4)}")
         fd = folder_file.opened(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
             with open(fd, "w") as file:
-                file.write(self.refused)
+                file.write(refused)
             os.replace(temporary, self.refused_path)
         except OSError:
-            os.unlink(temporary)  # a full disk, which must not fill up with these
+            # On a full disk such files must not pile up.
+            os.unlink(temporary)
             raise
 
     def asked_for(self) -> str | None:
-        """Fingerprint of the access token that the proxy last reported as refused, if any."""
+        """Return the fingerprint in tokens.json.refused, or None if there is no request."""
         try:
-            return folder_file.read(self.refused_path, FINGERPRINT_LENGTH + 1)[0].decode(
-                "ascii", "replace"
-            )
+            content, _ = folder_file.read(self.refused_path, FINGERPRINT_LENGTH + 1)
         except OSError:
             return None
+        return content.decode("ascii", "replace")
 
     def is_refused(self, login: tokens.Tokens, now: float) -> bool:
-        """Whether upstream refused this access token within the last REFUSAL_TIME: this process or a proxy saw it.
+        """Whether upstream refused this access token to a proxy within the last REFUSAL_TIME.
 
-        No longer: a proxy that is not ready may get no request, and so would not find out that upstream takes it again.
+        A refusal counts no longer than that: a proxy that is not ready may get no request, and so
+        would not find out that upstream accepts the token again.
         """
         mark = tokens.fingerprint(login.access_token)
         if self.refused == mark and time.monotonic() - self._refused_at < REFUSAL_TIME:
@@ -193,19 +194,22 @@ class TokenStore:
         return self.asked_for() == mark and self._note_age(now) < REFUSAL_TIME
 
     def _note_age(self, now: float) -> float:
-        """Seconds; of a note from the future, as after the clock was set back, how far that is ahead."""
+        """Return the distance in seconds to the last request, which a clock step can put ahead."""
         try:
             return abs(now - os.stat(self.refused_path).st_mtime)
         except OSError:
             return math.inf
 
-    def remember_refusal(self, access_token: str) -> None:
+    def remember_refusal(self, access_token: str) -> str:
+        """Note that upstream refused this token; return the token's fingerprint."""
         self.refused, self._refused_at = tokens.fingerprint(access_token), time.monotonic()
+        return self.refused
 
     def withdraw(self, now: float) -> None:
-        """Forget what this process reported: upstream has taken a token since.
+        """Forget the refusal of this process: upstream has accepted a token since.
 
-        A note that the refresher may not have seen yet stays for a later call, and so does one about another token.
+        A request that the refresher may not have read yet is left for a later call. A request about
+        another token is left alone.
         """
         try:
             if self.asked_for() == self.refused:
@@ -213,11 +217,12 @@ class TokenStore:
                     return
                 os.unlink(self.refused_path)
         except OSError:
-            pass  # it is gone, or the folder is read-only
+            # Removed already, or in a read-only folder.
+            pass
         self.refused = None
 
     def refresher_age(self, now: float) -> float | None:
-        """Seconds since the refresher's last sign of life; None when there was never one."""
+        """Return the seconds since the refresher's last heartbeat; None if there has been none."""
         try:
             touched = os.stat(self.lock_path).st_mtime
         except OSError:
@@ -226,17 +231,16 @@ class TokenStore:
 
     def refresher_alive(self, now: float) -> bool:
         age = self.refresher_age(now)
-        return (
-            age is not None and abs(age) < ALIVE
-        )  # a time far ahead is from before the clock was set back
+        # A heartbeat far ahead is from before the clock was set back.
+        return age is not None and abs(age) < ALIVE
 
 
-def parse(text: bytes, path: Path) -> tokens.Tokens:
-    """Raises LoginUnusable (corrupt)."""
+def parse(content: bytes, path: Path) -> tokens.Tokens:
+    """Return the login in the content of the file at `path`. Raises LoginUnusable (corrupt)."""
     try:
-        if len(text) > SIZE_LIMIT:
+        if len(content) > SIZE_LIMIT:
             raise ValueError(f"is longer than {SIZE_LIMIT} bytes")
-        return tokens.from_json(text)
+        return tokens.from_json(content)
     except ValueError as error:
         raise errors.LoginUnusable(
             "corrupt", f"{path} {error}; {errors.SIGN_IN} (the file is then kept aside)"
@@ -244,7 +248,7 @@ def parse(text: bytes, path: Path) -> tokens.Tokens:
 
 
 def is_xai(url: str) -> bool:
-    """Whether `url` is https on x.ai or a name below it, on the standard port, with no user part."""
+    """Whether `url` is https on x.ai or a name below it, on the standard port, without a user."""
     parts = urllib.parse.urlsplit(url)
     host = parts.hostname or ""
     return (

@@ -374,7 +374,7 @@ def test_no_login(patient: Patient, sandbox: Sandbox):
             78,
             "holds a login of https://auth.x.ai for client .*set XAI_PROXY_ISSUER",
         ),
-        ({"client_id": "another"}, 78, "for client another, but the settings say"),
+        ({"client_id": "another"}, 78, "for client another, but the settings are"),
         (
             {"access_token": "two words"},
             77,

@@ -259,7 +259,7 @@ def test_no_room_is_told_though_tokens_json_cannot_take_it(scene):
     assert status == 200 and reason.endswith("but no renewed login can be saved")
     code, event = scene.status()
     assert (code, event["usable"], event["verdict"]) == (0, True, "no_room")
-    assert "The refresher says: No space left on device." in scene.status_text()
+    assert "The refresher reports: No space left on device." in scene.status_text()
     assert scene.doctor().result == "warning" and "No space left" in scene.doctor().message
     scene.proxy.sign_in(expires_in=-5)
     assert (
