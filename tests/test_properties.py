@@ -19,7 +19,7 @@ import urllib3
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from xaiproxy import config, errors, token_store, tokens
+from xaiproxy import config, errors, token_json, token_store, tokens
 from xaiproxy.http1 import framing, headers, message_head, response_head
 from xaiproxy.oauth import discovery, session, token_endpoint
 from xaiproxy.proxy import event_stream
@@ -139,11 +139,13 @@ def test_any_token_file_is_a_login_or_a_state_and_a_rewrite_keeps_all_of_it(cont
     )
     assert login.refresh_token == (values.get("refresh_token") or None)
     assert login.state(NOW, 120) in tokens.State and login.age(NOW) >= 0
-    rewritten = json.loads(login.to_json("mark"))
-    assert {name: rewritten[name] for name in values if name not in tokens.KEYS} == NanIsNan(
-        {name: value for name, value in values.items() if name not in tokens.KEYS}
+    rewritten = json.loads(token_json.to_json(login, "mark"))
+    assert {name: rewritten[name] for name in values if name not in token_json.KEYS} == NanIsNan(
+        {name: value for name, value in values.items() if name not in token_json.KEYS}
     )
-    assert tokens.from_json(login.to_json("mark")).to_json(None) == login.to_json(None)
+    assert token_json.to_json(
+        token_json.from_json(token_json.to_json(login, "mark")), None
+    ) == token_json.to_json(login, None)
 
 
 class NanIsNan(dict):
@@ -166,15 +168,17 @@ LOGINS = st.builds(
     account=st.none() | PRINTABLE,
     refresh_error=st.none()
     | st.builds(tokens.RefreshError, TEXT, TEXT, TIMES, st.booleans(), st.none() | TIMES),
-    extra=st.dictionaries(TEXT.filter(lambda name: name not in tokens.KEYS), FINITE, max_size=3),
+    extra=st.dictionaries(
+        TEXT.filter(lambda name: name not in token_json.KEYS), FINITE, max_size=3
+    ),
 )
 
 
 @given(LOGINS, st.none() | PRINTABLE)
 def test_a_login_survives_the_file(login, mark):
-    text = login.to_json(mark)
-    assert tokens.from_json(text) == tokens.from_json(text.encode()) == login
-    assert tokens.replaces(text) == mark
+    text = token_json.to_json(login, mark)
+    assert token_json.from_json(text) == token_json.from_json(text.encode()) == login
+    assert token_json.replaces(text) == mark
 
 
 # Settings
@@ -538,7 +542,7 @@ def test_any_token_answer_gives_a_login_that_can_be_kept_or_says_whether_it_was_
             new if isinstance(new, str) and new else former and former.refresh_token
         )
         assert not body.get("error")
-        assert tokens.from_json(login.to_json(None)) == login
+        assert token_json.from_json(token_json.to_json(login, None)) == login
 
 
 DATES = st.datetimes(

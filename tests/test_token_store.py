@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from xaiproxy import config, errors, token_store, tokens
+from xaiproxy import config, errors, token_json, token_store, tokens
 from xaiproxy.token_store import TokenStore
 
 LOGIN = {"access_token": "access", "refresh_token": "refresh", "expires_at": 2000}
@@ -55,7 +55,7 @@ def state(store) -> str:
 
 def test_a_login_is_loaded(store):
     put(store)
-    assert store.load() == store.current() == tokens.from_json(json.dumps(LOGIN))
+    assert store.load() == store.current() == token_json.from_json(json.dumps(LOGIN))
 
 
 def test_current_reads_again_only_when_the_file_is_another(store):

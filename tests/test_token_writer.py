@@ -17,7 +17,7 @@ import time
 
 import pytest
 
-from xaiproxy import config, errors, token_lock, token_writer, tokens
+from xaiproxy import config, errors, token_json, token_lock, token_writer, tokens
 from xaiproxy.token_store import TokenStore
 from xaiproxy.tokens import fingerprint
 
@@ -85,7 +85,7 @@ def test_unknown_keys_survive_a_rewrite(store):
 def test_a_file_that_does_not_parse_is_kept_aside(store, leftover, caplog):
     store.path.write_text("{corrupt")
     if leftover:  # of a login that was killed before its rename
-        leave_behind(store, NEW.to_json(None))
+        leave_behind(store, token_json.to_json(NEW, None))
         with token_writer.locked(store, 0):
             pass
     else:
@@ -107,7 +107,7 @@ def test_remove_leaves_only_the_lock(store):
     (store.path.parent / "tokens.json.txt").touch()
     with token_writer.locked(store, 0) as writer:
         writer.save(NEW)
-        leave_behind(store, OLD.to_json(fingerprint("new-refresh")))
+        leave_behind(store, token_json.to_json(OLD, fingerprint("new-refresh")))
         writer.remove()
     assert files(store) == ["client-keys", "tokens.json.lock", "tokens.json.txt"]
     with token_writer.locked(store, 0) as writer:
@@ -259,14 +259,17 @@ def test_a_link_in_the_locks_place_is_told_and_not_followed(store, tmp_path):
 @pytest.mark.parametrize(
     "text, adopted",
     [
-        (NEW.to_json(fingerprint("old-refresh")), True),
+        (token_json.to_json(NEW, fingerprint("old-refresh")), True),
         (
-            NEW.to_json(fingerprint("old-refresh")) + " " * token_writer.RESERVE,
+            token_json.to_json(NEW, fingerprint("old-refresh")) + " " * token_writer.RESERVE,
             True,
         ),  # killed before it was cut off
-        (NEW.to_json(fingerprint("another")), False),  # of a login that has been replaced since
-        (NEW.to_json(None), False),
-        (NEW.to_json(fingerprint("old-refresh"))[:-3], False),
+        (
+            token_json.to_json(NEW, fingerprint("another")),
+            False,
+        ),  # of a login that has been replaced since
+        (token_json.to_json(NEW, None), False),
+        (token_json.to_json(NEW, fingerprint("old-refresh"))[:-3], False),
         (" " * token_writer.RESERVE, False),
         ("", False),
     ],
@@ -286,7 +289,7 @@ def test_a_leftover_is_adopted_only_if_it_is_whole_and_succeeds_what_is_there(
 def test_a_leftover_first_login_is_adopted_but_no_refreshed_one_comes_back_after_signing_out(
     store, mark, adopted
 ):
-    leave_behind(store, NEW.to_json(mark))
+    leave_behind(store, token_json.to_json(NEW, mark))
     with token_writer.locked(store, 0):
         assert store.path.exists() is adopted
     assert not store.new_path.exists()
@@ -295,7 +298,7 @@ def test_a_leftover_first_login_is_adopted_but_no_refreshed_one_comes_back_after
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
 def test_another_users_leftover_is_left_alone(store):
     save(store, OLD)
-    leave_behind(store, NEW.to_json(fingerprint("old-refresh")))
+    leave_behind(store, token_json.to_json(NEW, fingerprint("old-refresh")))
     os.chown(store.new_path, 12345, 12345)
     with pytest.raises(errors.StorageError, match="user 12345"), token_writer.locked(store, 0):
         pass
@@ -305,9 +308,9 @@ def test_another_users_leftover_is_left_alone(store):
 
 
 def test_a_leftover_is_not_put_in_the_place_of_a_link(store):
-    (store.path.parent / "real.json").write_text(OLD.to_json(None))
+    (store.path.parent / "real.json").write_text(token_json.to_json(OLD, None))
     store.path.symlink_to("real.json")
-    leave_behind(store, NEW.to_json(fingerprint("old-refresh")))
+    leave_behind(store, token_json.to_json(NEW, fingerprint("old-refresh")))
     with token_writer.locked(store, 0):
         assert store.path.is_symlink()
 
@@ -367,7 +370,7 @@ def test_a_login_put_there_without_the_lock_meanwhile_is_kept(store):
     with token_writer.locked(store, 0) as writer:
         reserved = writer.rehearse(OLD)
         theirs = store.path.with_name("theirs")
-        theirs.write_text(tokens.Tokens("theirs", 4000, "their-refresh").to_json(None))
+        theirs.write_text(token_json.to_json(tokens.Tokens("theirs", 4000, "their-refresh"), None))
         theirs.rename(store.path)
         with pytest.raises(errors.LoginUnusable, match="replaced or"):
             reserved.commit(NEW)
@@ -403,7 +406,9 @@ def moved(store):
 
 def replaced_by_a_strangers(store):
     store.new_path.unlink()
-    store.new_path.write_text(tokens.Tokens("theirs", 4000, "their-refresh").to_json(None))
+    store.new_path.write_text(
+        token_json.to_json(tokens.Tokens("theirs", 4000, "their-refresh"), None)
+    )
 
 
 def replaced_by_a_link(store):
@@ -604,7 +609,7 @@ def test_a_leftover_is_synced_before_it_is_adopted(tmp_path):
     """Its writer may have been killed before it did so."""
     (tmp_path / "left").mkdir()
     store = make_store(tmp_path / "left")
-    done, calls = run_child(store, leftover=NEW.to_json(fingerprint("old-refresh")))
+    done, calls = run_child(store, leftover=token_json.to_json(NEW, fingerprint("old-refresh")))
     assert done.returncode == 0, done.stderr
     assert [name for name in calls if name not in ("openat", "unlink")][:3] == [
         "fsync",

@@ -19,7 +19,7 @@ import time
 import urllib.parse
 from pathlib import Path
 
-from xaiproxy import config, errors, folder_file, storage, tokens
+from xaiproxy import config, errors, folder_file, storage, token_json, tokens
 from xaiproxy.cached_file import CachedFile
 
 SIZE_LIMIT = 1 << 20  # bytes; a real file has about 2,000
@@ -240,7 +240,7 @@ def parse(content: bytes, path: Path) -> tokens.Tokens:
     try:
         if len(content) > SIZE_LIMIT:
             raise ValueError(f"is longer than {SIZE_LIMIT} bytes")
-        return tokens.from_json(content)
+        return token_json.from_json(content)
     except ValueError as error:
         raise errors.LoginUnusable(
             "corrupt", f"{path} {error}; {errors.SIGN_IN} (the file is then kept aside)"

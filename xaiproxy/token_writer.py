@@ -23,7 +23,16 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 
-from xaiproxy import durable_file, errors, folder_file, storage, token_lock, token_store, tokens
+from xaiproxy import (
+    durable_file,
+    errors,
+    folder_file,
+    storage,
+    token_json,
+    token_lock,
+    token_store,
+    tokens,
+)
 from xaiproxy.token_store import TokenStore
 
 logger = logging.getLogger(__name__)
@@ -121,7 +130,7 @@ class TokenWriter:
         """Whether a left-over is whole and succeeds what tokens.json holds."""
         try:
             token_store.parse(content, self.store.new_path)
-            fits = tokens.replaces(content) == _mark_in_file(self.store)
+            fits = token_json.replaces(content) == _mark_in_file(self.store)
             return fits and not self.store.path.is_symlink()
         except errors.LoginUnusable:
             return False
@@ -137,7 +146,7 @@ class TokenWriter:
             mark = _mark_in_file(self.store) if over is None else _mark_of(over)
             new = durable_file.NewFile(self.store.new_path)
             try:
-                new.write(login.to_json(mark).encode())
+                new.write(token_json.to_json(login, mark).encode())
                 if over is not None:
                     self._check_holds(mark)
                 self._keep_corrupt()
@@ -244,7 +253,7 @@ class Reserved:
             if not self._new.is_in_place():
                 self._new.close()
                 self._new = durable_file.NewFile(self._store.new_path)
-            self._new.write(login.to_json(self._mark).encode())
+            self._new.write(token_json.to_json(login, self._mark).encode())
         except FileNotFoundError:
             # The folder is gone.
             self._check_holds(login)

@@ -19,7 +19,16 @@ import time
 
 import pytest
 
-from xaiproxy import config, errors, judgement, refresher_status, token_lock, token_writer, tokens
+from xaiproxy import (
+    config,
+    errors,
+    judgement,
+    refresher_status,
+    token_json,
+    token_lock,
+    token_writer,
+    tokens,
+)
 from xaiproxy.refresher import process as refresher
 from xaiproxy.token_store import TokenStore
 from xaiproxy.tokens import State, fingerprint
@@ -60,9 +69,9 @@ class Day:
         """A login written by another process, with the lock, as xai-login does."""
         login = self.sandbox.write_login(self.path.with_name("login"), **members)
         code = (
-            "import os, sys; from xaiproxy import config, token_store, token_writer, tokens\n"
+            "import os, sys; from xaiproxy import config, token_json, token_store, token_writer\n"
             "store = token_store.TokenStore(config.from_environ(os.environ))\n"
-            "with token_writer.locked(store, 5) as writer: writer.save(tokens.from_json(open(sys.argv[1]).read()))"
+            "with token_writer.locked(store, 5) as writer: writer.save(token_json.from_json(open(sys.argv[1]).read()))"
         )
         subprocess.run(
             [sys.executable, "-c", code, self.path.with_name("login")],
@@ -242,14 +251,14 @@ def test_a_clock_set_back_is_put_right_when_a_token_is_refused(day):
 def test_a_leftover_of_a_killed_refresher_is_used_instead_of_the_spent_token(day):
     old = day.put()
     answer = day.sandbox.refresh(old["refresh_token"])[1]
-    login = tokens.from_response(
+    login = token_json.from_response(
         answer,
         now=day.now(),
         issuer=old["issuer"],
         client_id=old["client_id"],
         token_endpoint=old["token_endpoint"],
     )
-    day.store.new_path.write_text(login.to_json(fingerprint(old["refresh_token"])))
+    day.store.new_path.write_text(token_json.to_json(login, fingerprint(old["refresh_token"])))
     day.start()
     assert day.login() == login
     day.pass_(60)

@@ -39,7 +39,7 @@ from refresher_process import (
 )
 from scripted_server import ScriptedServer, answer, read_request
 
-from xaiproxy import token_store, token_writer, tokens
+from xaiproxy import token_json, token_store, token_writer, tokens
 from xaiproxy.login import command as login
 from xaiproxy.login import output
 from xaiproxy.proxy import app
@@ -234,14 +234,17 @@ class Case:
         now = time.time()
         written = self.folder / "written"
         written.write_text(
-            tokens.Tokens(
-                access_token,
-                now + expires_in,
-                refresh_token,
-                f"{self.issuer.url}/token",
-                now - 1000 * (expires_in < LIFETIME),
-                self.issuer.url,
-            ).to_json(None)
+            token_json.to_json(
+                tokens.Tokens(
+                    access_token,
+                    now + expires_in,
+                    refresh_token,
+                    f"{self.issuer.url}/token",
+                    now - 1000 * (expires_in < LIFETIME),
+                    self.issuer.url,
+                ),
+                None,
+            )
         )
         written.chmod(0o600)
         written.replace(self.path)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from xaiproxy import errors, tokens
+from xaiproxy import errors, token_json, tokens
 from xaiproxy.refresher.schedule import Decision, Schedule
 
 NOTHING, REFRESH, DECLINE = Decision.NOTHING, Decision.REFRESH, Decision.DECLINE
@@ -18,7 +18,7 @@ LOST = errors.IssuerUnavailable("lost", sent=True)
 
 
 def reread(login: tokens.Tokens) -> tokens.Tokens:
-    return tokens.from_json(login.to_json(None))
+    return token_json.from_json(token_json.to_json(login, None))
 
 
 def code_of(error: errors.Error) -> str:

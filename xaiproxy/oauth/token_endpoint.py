@@ -8,7 +8,7 @@ import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from xaiproxy import errors, log, tokens
+from xaiproxy import errors, log, token_json, tokens
 from xaiproxy.oauth.session import Answer, Session
 
 # Codes that servers are known to use for a dead grant, in lower case. Only the first is RFC 6749's.
@@ -97,7 +97,7 @@ def request(
     if body is None or not answer.is_success or _has_error(body):
         raise refusal(answer, host, form, kinds or {})
     try:
-        login = tokens.from_response(
+        login = token_json.from_response(
             body,
             now=sent_at,
             issuer=issuer,
