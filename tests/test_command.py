@@ -18,7 +18,7 @@ COMMANDS = {
     name: [*PYTHON, "-c", f"import sys; from xaiproxy.{module} import main; sys.exit(main())"]
     for name, module in [
         ("login", "login.command"),
-        ("refresher", "refresher.process"),
+        ("refresher", "refresher.command"),
         ("key", "client_key_command"),
     ]
 }

@@ -30,7 +30,7 @@ CREDENTIAL = [
     "oauth.revocation",
     "login.command",
     "login.doctor",
-    "refresher.process",
+    "refresher.command",
     "token_writer",
 ]
 SPENDERS = {"xaiproxy.oauth", "xaiproxy.login", "xaiproxy.refresher", "xaiproxy.token_writer"}
@@ -78,7 +78,7 @@ def loaded_by(*modules: str) -> set[str]:
 
 
 def test_the_sources_are_followed():
-    ours, everything = reachable(["refresher.process"])
+    ours, everything = reachable(["refresher.command"])
     assert {
         "xaiproxy.refresher.process",
         "xaiproxy.token_writer",

@@ -107,7 +107,7 @@ def test_a_dotenv_that_names_another_host_gets_no_token(
             answer = proxy.ask("GET", "/v1/models", *fields)
             assert answer.status == 401 and answer.value("X-XAI-Proxy-Error") == "login_required"
     put(tmp_path)
-    for module, *arguments in (("refresher.process", "--once"), ("login.command", "--status")):
+    for module, *arguments in (("refresher.command", "--once"), ("login.command", "--status")):
         done = run(tmp_path, module, *arguments, HTTPS_PROXY=network.url)
         assert (
             done.returncode == 77
@@ -134,7 +134,7 @@ def test_a_dotenv_turns_no_connection_elsewhere(
         proxy.sign_in(**XAI)
         assert proxy.ask("GET", "/v1/models").status == 502
     put(tmp_path)
-    assert run(tmp_path, "refresher.process", "--once", ALL_PROXY=network.url).returncode == 69
+    assert run(tmp_path, "refresher.command", "--once", ALL_PROXY=network.url).returncode == 69
     assert stranger.heard == []
     assert [heard.split()[:2] for heard in network.heard] == [
         ["CONNECT", "api.x.ai:443"],
@@ -159,7 +159,7 @@ def test_a_token_endpoint_elsewhere_is_not_used(
 ) -> None:
     stranger, network = servers
     path = put(tmp_path, token_endpoint=endpoint.replace("STRANGER", stranger.url))
-    assert run(tmp_path, "refresher.process", "--once", HTTPS_PROXY=network.url).returncode == 69
+    assert run(tmp_path, "refresher.command", "--once", HTTPS_PROXY=network.url).returncode == 69
     assert stranger.heard == [] and {heard.split()[1] for heard in network.heard} == {
         "auth.x.ai:443"
     }
@@ -187,7 +187,7 @@ def test_a_token_file_of_a_strangers_is_not_used(
         tmp_path, issuer="", upstream="", environ={"HTTPS_PROXY": network.url}
     ) as proxy:
         assert proxy.ask("GET", "/v1/models").value("X-XAI-Proxy-Error") == "login_required"
-    for module, *arguments in (("refresher.process", "--once"), ("login.command", "--status")):
+    for module, *arguments in (("refresher.command", "--once"), ("login.command", "--status")):
         assert run(tmp_path, module, *arguments, HTTPS_PROXY=network.url).returncode == 77
     assert stranger.heard == network.heard == []
 
@@ -201,7 +201,7 @@ def test_a_dotenv_of_another_user_starts_nothing(tmp_path: Path) -> None:
     assert code == 78 and f"{tmp_path}/.env belongs to user {NOBODY}" in said
     put(tmp_path)
     for module, *arguments in (
-        ("refresher.process",),
+        ("refresher.command",),
         ("login.command", "--device"),
         ("login.command", "--status"),
         ("client_key_command", "list"),
@@ -217,7 +217,7 @@ def test_a_dotenv_of_another_user_starts_nothing(tmp_path: Path) -> None:
 def test_a_folder_of_another_user_is_told_at_the_start(tmp_path: Path) -> None:
     put(tmp_path, refresh_token=None, expires_at=4e9)
     os.chown(tmp_path, NOBODY, NOBODY)
-    done = run(tmp_path, "refresher.process", "--once")
+    done = run(tmp_path, "refresher.command", "--once")
     assert (
         done.returncode == 0
         and f"{tmp_path} belongs to user {NOBODY}, who could replace the login" in done.stderr

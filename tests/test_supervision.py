@@ -22,7 +22,7 @@ from supervised import BIN, CONF, Supervised
 from terminal import Terminal
 
 from xaiproxy import config
-from xaiproxy.refresher import process as refresher
+from xaiproxy.refresher import renewal
 
 CHAT = json.dumps({"model": "grok-4.5", "messages": [], "stream": True}).encode()
 
@@ -304,7 +304,7 @@ def test_documented_stop_timeouts_are_long_enough():
     """The proxy drains, and then a refresh that has begun is finished and saved."""
     needed = (
         float(config.SETTINGS["XAI_PROXY_DRAIN_TIMEOUT"].metadata["default"])
-        + refresher.DEADLINE
+        + renewal.DEADLINE
         + 10
     )
     pattern = re.compile(
@@ -319,7 +319,7 @@ def test_documented_stop_timeouts_are_long_enough():
     assert min(itertools.chain.from_iterable(found.values())) >= needed, (needed, found)
     conf = configparser.RawConfigParser()
     conf.read(CONF)
-    assert conf.getfloat("program:refresher", "stopwaitsecs") >= refresher.DEADLINE + 10
+    assert conf.getfloat("program:refresher", "stopwaitsecs") >= renewal.DEADLINE + 10
     assert (
         conf.getfloat("program:proxy", "stopwaitsecs") >= 3500 + 10
     )  # the most that XAI_PROXY_DRAIN_TIMEOUT takes

@@ -182,6 +182,10 @@ class TokenStore:
             return None
         return content.decode("ascii", "replace")
 
+    def is_asked(self, login: tokens.Tokens) -> bool:
+        """Whether the proxy asks for a refresh of this login."""
+        return self.asked_for() == tokens.fingerprint(login.access_token)
+
     def is_refused(self, login: tokens.Tokens, now: float) -> bool:
         """Whether upstream refused this access token to a proxy within the last REFUSAL_TIME.
 

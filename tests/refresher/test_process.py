@@ -98,7 +98,7 @@ class Day:
             with contextlib.suppress(errors.LoginUnusable):
                 error = self.login().refresh_error
                 if error is not None and error not in [failure for _, failure in self.failures]:
-                    self.failures.append((self.uptime - refresher.TICK, error))
+                    self.failures.append((self.uptime - refresher.POLL_INTERVAL, error))
 
     def login(self) -> tokens.Tokens:
         return self.store.load()
@@ -295,7 +295,7 @@ def test_a_definite_failure_backs_off_and_the_old_login_stays(day, answer, caplo
         longest = max(0, 50 - at) + 10  # after expiry, 10
         assert min(2**nth / 2, 30, longest) <= wait <= min(2**nth, 60, longest)
         if nth + 1 < len(times):
-            assert 0 <= times[nth + 1] - at - wait <= refresher.TICK
+            assert 0 <= times[nth + 1] - at - wait <= refresher.POLL_INTERVAL
     assert tries(day) == len(times)
     assert (day.login().access_token, day.login().refresh_token) == (
         old["access_token"],

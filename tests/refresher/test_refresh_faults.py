@@ -908,7 +908,7 @@ def test_an_upstream_that_refuses_every_new_token_costs_one_refresh(served):
     ask_for(1)
     assert (
         len(case.issuer.calls) == 2
-        and case.said("the API refuses access tokens soon after they are made") == 1
+        and case.said("the API refuses access tokens soon after they are issued") == 1
     )
     status, readiness = case.seen()
     assert readiness == (

@@ -21,20 +21,6 @@ def reread(login: tokens.Tokens) -> tokens.Tokens:
     return token_json.from_json(token_json.to_json(login, None))
 
 
-def code_of(error: errors.Error) -> str:
-    if isinstance(error, errors.OAuthError):
-        return error.error
-    if isinstance(error, errors.IssuerUnavailable):
-        return (
-            tokens.ANSWER_LOST
-            if error.sent
-            else "refused_for_now"
-            if error.refused
-            else "issuer_unavailable"
-        )
-    return "storage"
-
-
 class Desk:
     """A schedule and its two clocks, which start at different times."""
 
@@ -62,10 +48,9 @@ class Desk:
         if killed:
             self.restart()
             return None
-        self.login = reread(
-            self.schedule.failed(error, code_of(error), before, begun, self.now, self.uptime)
-        )
-        record = self.login.refresh_error
+        failed, record = self.schedule.failed(error, before, begun, self.now, self.uptime)
+        self.login = reread(failed)
+        assert self.login.refresh_error == record
         return None if record.retry_at is None else record.retry_at - self.now
 
     def restart(self) -> None:

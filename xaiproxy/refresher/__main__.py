@@ -2,6 +2,6 @@
 
 import sys
 
-from xaiproxy.refresher.process import main
+from xaiproxy.refresher.command import main
 
 sys.exit(main())
