@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from sandbox import Sandbox
 
-from xaiproxy import errors, storage, token_store, token_writer
+from xaiproxy import errors, storage, token_folder, token_store, token_writer
 
 OWNER = 10001
 COMMAND = [sys.executable, "-W", "error", "-m"]
@@ -245,7 +245,7 @@ def test_what_is_in_the_way_is_named(tmp_path: Path, prepare, told: str):
         config.from_environ({"XAI_PROXY_TOKEN_PATH": f"{folder}/tokens.json"})
     )
     with pytest.raises(errors.StorageError) as caught:
-        token_writer.prepare_folder(store)
+        token_folder.prepare(store)
         with token_writer.locked(store, 0):
             pass
     assert told.format(folder=folder) in str(caught.value) and "Let user" not in str(caught.value)

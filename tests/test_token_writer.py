@@ -1,10 +1,9 @@
-"""What is written to tokens.json, under its lock: one way onto the disk, left-overs, the rehearsed save.
+"""What is written to tokens.json: one way onto the disk, left-overs, the rehearsed save.
 
-System calls fail for real here: strace makes the kernel return the error, or kill the process, at the n-th call.
+System calls fail for real here: strace makes the kernel return the error at the n-th call.
 """
 
 import concurrent.futures
-import contextlib
 import json
 import os
 import re
@@ -12,12 +11,10 @@ import shutil
 import stat
 import subprocess
 import sys
-import threading
-import time
 
 import pytest
 
-from xaiproxy import config, errors, token_json, token_lock, token_writer, tokens
+from xaiproxy import config, errors, token_json, token_writer, tokens
 from xaiproxy.token_store import TokenStore
 from xaiproxy.tokens import fingerprint
 
@@ -118,139 +115,6 @@ def test_a_folder_in_the_files_place_is_told(store):
     os.mkdir(store.path)
     with pytest.raises(errors.StorageError, match="is not a file"):
         save(store, NEW)
-
-
-# the folder
-
-
-def test_the_folder_is_made_for_us_alone(tmp_path):
-    store = make_store(tmp_path / "a" / "b")
-    token_writer.prepare_folder(store)
-    assert stat.S_IMODE((tmp_path / "a" / "b").stat().st_mode) == 0o700
-
-
-@pytest.mark.parametrize(
-    "mode, warned", [(0o700, 0), (0o755, 0), (0o770, 1), (0o707, 1), (0o1777, 0)]
-)
-def test_a_folder_that_exists_is_never_changed_only_warned_about(store, mode, warned, caplog):
-    store.path.parent.chmod(mode)
-    token_writer.prepare_folder(store)
-    assert stat.S_IMODE(store.path.parent.stat().st_mode) == mode
-    assert len(caplog.records) == warned
-
-
-def test_a_folder_that_cannot_be_made_is_told(tmp_path):
-    (tmp_path / "file").touch()
-    for use in (token_writer.prepare_folder, token_lock.beat, lambda store: save(store, NEW)):
-        with pytest.raises(errors.StorageError, match=f"{tmp_path}/file.* Not a directory"):
-            use(make_store(tmp_path / "file" / "sub"))
-
-
-@pytest.mark.parametrize(
-    "mode, said",
-    [
-        (0o600, ""),
-        (0o400, ""),
-        (0o640, "(mode 0640); its mode is now 0600"),
-        (0o604, "(mode 0604); its mode is now 0600"),
-    ],
-)
-def test_a_mode_that_lets_others_in_is_put_right(store, mode, said):
-    save(store, OLD)
-    store.path.chmod(mode)
-    assert token_writer.tighten(store).endswith(said)
-    assert not stat.S_IMODE(store.path.stat().st_mode) & 0o077
-    assert token_writer.tighten(store) == ""
-
-
-# the lock
-
-HOLDER = """
-import fcntl, os, sys, time
-fd = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
-fcntl.flock(fd, fcntl.LOCK_EX)
-print("held", flush=True)
-sys.stdin.read()
-"""
-
-
-@pytest.fixture
-def holder(store):
-    """Another process that holds the lock until its stdin ends, or it is killed."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, store.lock_path],
-        text=True,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    assert process.stdout.readline() == "held\n"
-    yield process
-    process.kill()
-    process.wait()
-    process.stdin.close()
-    process.stdout.close()
-
-
-def test_a_lock_held_elsewhere_is_busy_after_the_wait(store, holder):
-    pauses = []
-    begin = time.monotonic()
-    with pytest.raises(
-        errors.LockBusy, match=r"tokens.json.lock has been held .* for 0.3 s"
-    ) as caught:
-        with token_writer.locked(
-            store, 0.3, lambda seconds: (pauses.append(seconds), time.sleep(seconds))
-        ):
-            pytest.fail("two held it")
-    assert caught.value.exit_code == 75
-    assert 0.3 <= time.monotonic() - begin < 2 and 2 <= len(pauses) <= 4 and max(pauses) <= 0.1
-
-
-@pytest.mark.parametrize("end", ["killed", "let go"])
-def test_a_lock_is_had_as_soon_as_its_holder_ends(store, holder, end):
-    threading.Timer(0.2, holder.kill if end == "killed" else holder.stdin.close).start()
-    with token_writer.locked(store, 10):
-        assert holder.wait(5) == (-9 if end == "killed" else 0)
-
-
-def test_what_pause_raises_ends_the_wait(store, holder):
-    def pause(seconds):
-        raise InterruptedError
-
-    before = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(InterruptedError):
-        with token_writer.locked(store, 10, pause):
-            pytest.fail("two held it")
-    assert len(os.listdir("/proc/self/fd")) == before
-
-
-def test_an_error_inside_lets_the_lock_go(store):
-    with pytest.raises(ZeroDivisionError):
-        with token_writer.locked(store, 0):
-            with pytest.raises(errors.LockBusy):
-                with token_writer.locked(store, 0):
-                    pytest.fail("two held it")
-            1 / 0
-    with token_writer.locked(store, 0):
-        pass
-
-
-def test_the_lock_is_no_sign_of_life_but_a_beat_is(store):
-    with token_writer.locked(store, 0):
-        assert store.refresher_age(time.time()) is None
-    token_lock.beat(store)
-    assert store.refresher_alive(time.time())
-    os.utime(store.lock_path, (1000, 1000))
-    with token_writer.locked(store, 0) as writer:
-        writer.save(NEW)
-        writer.remove()
-    assert store.lock_path.stat().st_mtime == 1000
-
-
-def test_a_link_in_the_locks_place_is_told_and_not_followed(store, tmp_path):
-    store.lock_path.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(errors.StorageError, match="tokens.json.lock cannot be written"):
-        save(store, NEW)
-    assert not (tmp_path / "elsewhere").exists()
 
 
 # left-overs
@@ -475,49 +339,6 @@ def test_a_removed_folder_is_a_sign_out(store):
     assert not store.path.parent.exists()
 
 
-# the lock, and somebody who removes its file
-
-
-def test_a_lock_file_that_is_removed_lets_nobody_else_in(store):
-    save(store, OLD)
-    with token_writer.locked(store, 0):
-        for change in (store.lock_path.unlink, store.lock_path.touch):
-            change()
-            with pytest.raises(errors.LockBusy), token_writer.locked(store, 0.2):
-                pass
-    with token_writer.locked(store, 0.2):
-        pass
-
-
-def test_a_lock_file_that_is_replaced_while_it_is_waited_for_is_locked_anew(store):
-    save(store, OLD)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(token_writer.locked(store, 0))
-
-        def pause(_):
-            store.lock_path.unlink(missing_ok=True)
-            stack.close()
-
-        with token_writer.locked(store, 10, pause) as writer:
-            assert writer._lock.is_real()
-            with pytest.raises(errors.LockBusy), token_writer.locked(store, 0):
-                pass
-
-
-@pytest.mark.parametrize(
-    "change", [lambda path: path.unlink(), lambda path: (path.unlink(), path.touch())]
-)
-def test_a_rehearsal_fails_when_the_lock_file_is_gone(store, change):
-    save(store, OLD)
-    with token_writer.locked(store, 0) as writer:
-        change(store.lock_path)
-        with pytest.raises(
-            errors.StorageError, match="was removed or replaced while it was locked"
-        ):
-            writer.rehearse(OLD)
-    assert store.load() == OLD and "tokens.json.new" not in files(store)
-
-
 # every system call of it fails
 
 CHILD = """
@@ -541,26 +362,6 @@ strace = pytest.mark.skipif(
     or subprocess.run(["strace", "-o", os.devnull, "true"], capture_output=True).returncode,
     reason="strace is not installed, or not permitted here",
 )
-
-
-@strace
-def test_a_beat_sets_our_own_time(store, tmp_path):
-    """A file server that sets its own time, two minutes ahead, would have the refresher look dead for ever."""
-    code = (
-        "import os, sys; from xaiproxy import config, token_lock, token_store; token_lock.beat("
-        "token_store.TokenStore(config.from_environ(os.environ)))"
-    )
-    trace = tmp_path / "trace"
-    subprocess.run(
-        ["strace", "-e", "utimensat", "-o", trace, sys.executable, "-W", "error", "-c", code],
-        check=True,
-        timeout=20,
-        env={"XAI_PROXY_TOKEN_PATH": str(store.path), "PYTHONPATH": os.getcwd()},
-        cwd="/",
-    )
-    beat = [line for line in trace.read_text().splitlines() if line.startswith("utimensat")][-1]
-    times = [int(seconds) for seconds in re.findall(r"tv_sec=(\d+)", beat)]
-    assert len(times) == 2 and all(abs(time.time() - seconds) < 60 for seconds in times)
 
 
 def run_child(store, *inject, leftover=""):

@@ -10,17 +10,9 @@ import sys
 import threading
 import time
 
-from xaiproxy import config, errors, token_store, token_writer, tokens
-from xaiproxy.login.existing_login import LOCK_TIMEOUT, existing_login
-from xaiproxy.login.output import Output
-from xaiproxy.login.wording import account_name, count, local_time, outlook
-from xaiproxy.oauth import (
-    authorization_code,
-    device_authorization,
-    discovery,
-    loopback,
-    token_endpoint,
-)
+from xaiproxy import config, errors, token_folder, token_store, token_writer, tokens
+from xaiproxy.login.conversation import Conversation, local_time, outlook, who
+from xaiproxy.oauth import authorization_code, device_authorization, discovery, loopback
 from xaiproxy.oauth.session import Session
 
 APPROVAL_TIMEOUT = 600.0  # seconds for the approval in a browser; a device code has its own
@@ -94,10 +86,10 @@ def _not_granted(requested: str, granted: str | None) -> str:
 
 
 def _prepare(store: token_store.TokenStore) -> tokens.Tokens | None:
-    """Check that a login can be saved; return the existing one."""
-    token_writer.prepare_folder(store)
-    with token_writer.locked(store, LOCK_TIMEOUT) as writer:
-        former = existing_login(store)
+    """Find out whether a login can be saved; return the one that is there."""
+    token_folder.prepare(store)
+    with token_writer.locked(store, LOCK_WAIT) as writer:
+        former = login_in(store)
         # A link is replaced, but not before the approval.
         if former is None or store.path.is_symlink():
             reserved = writer.reserve()

@@ -14,7 +14,7 @@ import signal
 import time
 from collections.abc import Callable
 
-from xaiproxy import config, errors, judgement, token_writer, tokens
+from xaiproxy import config, errors, judgement, token_folder, token_writer, tokens
 from xaiproxy.refresher.renewal import Renewal
 from xaiproxy.refresher.report import Report, date, next_try
 from xaiproxy.refresher.runtime import Ending, Runtime, uptime
@@ -90,12 +90,12 @@ class Refresher:
     # The loop
 
     def begin(self) -> None:
-        """Make the folder, and put what a killed writer left behind into place."""
+        """Make the folder, and adopt the left-over of a killed writer."""
         self._report.publish()
         # If another process holds the lock, it has done so.
         with contextlib.suppress(errors.LockBusy):
             try:
-                token_writer.prepare_folder(self.store)
+                token_folder.prepare(self.store)
                 with token_writer.locked(self.store, 0):
                     pass
             except errors.StorageError as error:
@@ -123,7 +123,7 @@ class Refresher:
         self._report.log("login", "")
         if login is not self._seen:
             self._seen = login
-            self._report.log("mode", token_writer.tighten(self.store))
+            self._report.log("mode", token_folder.tighten(self.store))
         self._renewal.failure = None
         if self._decide(login) is not Decision.NOTHING:
             self._act(login)

@@ -1,0 +1,69 @@
+"""The token folder, and the access of other users to it and to tokens.json."""
+
+import os
+import stat
+
+import pytest
+
+from xaiproxy import config, errors, token_folder, token_lock, token_writer, tokens
+from xaiproxy.token_store import TokenStore
+
+OLD = tokens.Tokens("old", 2000, "old-refresh", extra={"theirs": 1})
+
+
+def make_store(folder) -> TokenStore:
+    return TokenStore(
+        config.from_environ(
+            {"XAI_PROXY_TOKEN_PATH": str(folder / "tokens.json")}, dotenv_path=os.devnull
+        )
+    )
+
+
+@pytest.fixture
+def store(tmp_path):
+    return make_store(tmp_path)
+
+
+def save(store, login):
+    with token_writer.locked(store, 0) as writer:
+        writer.save(login)
+
+
+def test_the_folder_is_made_for_us_alone(tmp_path):
+    store = make_store(tmp_path / "a" / "b")
+    token_folder.prepare(store)
+    assert stat.S_IMODE((tmp_path / "a" / "b").stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize(
+    "mode, warned", [(0o700, 0), (0o755, 0), (0o770, 1), (0o707, 1), (0o1777, 0)]
+)
+def test_a_folder_that_exists_is_never_changed_only_warned_about(store, mode, warned, caplog):
+    store.path.parent.chmod(mode)
+    token_folder.prepare(store)
+    assert stat.S_IMODE(store.path.parent.stat().st_mode) == mode
+    assert len(caplog.records) == warned
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path):
+    (tmp_path / "file").touch()
+    for use in (token_folder.prepare, token_lock.beat, lambda store: save(store, OLD)):
+        with pytest.raises(errors.StorageError, match=f"{tmp_path}/file.* Not a directory"):
+            use(make_store(tmp_path / "file" / "sub"))
+
+
+@pytest.mark.parametrize(
+    "mode, said",
+    [
+        (0o600, ""),
+        (0o400, ""),
+        (0o640, "(mode 0640); its mode is now 0600"),
+        (0o604, "(mode 0604); its mode is now 0600"),
+    ],
+)
+def test_a_mode_that_lets_others_in_is_put_right(store, mode, said):
+    save(store, OLD)
+    store.path.chmod(mode)
+    assert token_folder.tighten(store).endswith(said)
+    assert not stat.S_IMODE(store.path.stat().st_mode) & 0o077
+    assert token_folder.tighten(store) == ""
