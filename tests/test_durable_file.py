@@ -75,7 +75,7 @@ def test_a_folder_that_its_file_system_cannot_sync_needs_no_sync(tmp_path, file,
         "from xaiproxy import command, config, token_store, token_writer, tokens\n"
         "def save():\n"
         "    store = token_store.TokenStore(config.from_environ(os.environ))\n"
-        "    with token_writer.locked(store, 0) as writer: writer.save(tokens.Tokens('a', 9))\n"
+        "    with token_writer.locked(store, 0) as writer: writer.save(tokens.Login('a', 9))\n"
         "sys.exit(command.run('save', save))"
     )
     add = "from xaiproxy import client_key_command; sys.exit(client_key_command.main(['add', 'a']))"

@@ -27,7 +27,7 @@ from xaiproxy import (
 from xaiproxy.token_store import TokenStore
 
 SPARSE = 1 << 30  # bytes, none of which is on the disk
-LOGIN = tokens.Tokens("access", 4e9, "refresh")
+LOGIN = tokens.Login("access", 4e9, "refresh")
 
 
 def make_socket(path: Path) -> None:

@@ -25,7 +25,7 @@ def judge(
     refused=False,
     status=None,
 ):
-    about = tokens.Tokens("access", expires_at, refresh_token, refresh_error=refresh_error)
+    about = tokens.Login("access", expires_at, refresh_token, refresh_error=refresh_error)
     return judgement.judge(about, NOW, refresher_age, refused, status)
 
 

@@ -156,7 +156,7 @@ class NanIsNan(dict):
 TIMES = st.integers(0, 10**11 - 1) | st.floats(0, 1e11, exclude_max=True)
 FINITE = json_of(st.none() | st.integers() | st.floats(allow_nan=False) | TEXT)
 LOGINS = st.builds(
-    tokens.Tokens,
+    tokens.Login,
     access_token=TOKENS,
     expires_at=TIMES,
     refresh_token=st.none() | PRINTABLE,

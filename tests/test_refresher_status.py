@@ -31,7 +31,7 @@ def store(tmp_path) -> TokenStore:
     return make_store(tmp_path)
 
 
-LOGIN = tokens.Tokens("access", NOW)
+LOGIN = tokens.Login("access", NOW)
 
 
 def read(store: TokenStore, now: float = NOW) -> Status | None:
@@ -136,7 +136,7 @@ try:
     sys.exit("there is room")
 except OSError:
     pass
-login = tokens.Tokens("access", 9)
+login = tokens.Login("access", 9)
 status = rs.Status(2.0, "storage", "a reason", 3.0, "no room", tokens.fingerprint("access"))
 assert rs.write(store, status) and rs.read(store, login, 2.0) == status
 """

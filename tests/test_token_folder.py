@@ -8,7 +8,7 @@ import pytest
 from xaiproxy import config, errors, token_folder, token_lock, token_writer, tokens
 from xaiproxy.token_store import TokenStore
 
-OLD = tokens.Tokens("old", 2000, "old-refresh", extra={"theirs": 1})
+OLD = tokens.Login("old", 2000, "old-refresh", extra={"theirs": 1})
 
 
 def make_store(folder) -> TokenStore:

@@ -23,8 +23,8 @@ def jwt(**claims) -> str:
     return f"{part({'alg': 'none'})}.{part(claims)}.sig"
 
 
-def make(**members) -> tokens.Tokens:
-    return tokens.Tokens(
+def make(**members) -> tokens.Login:
+    return tokens.Login(
         **{
             "access_token": "access",
             "refresh_token": "refresh",
@@ -120,7 +120,7 @@ def test_the_rust_programs_file_loads_as_it_is():
         '  "token_endpoint": "https://auth.x.ai/oauth2/token"\n}'
     )
     login = token_json.from_json(text)
-    assert login == tokens.Tokens(
+    assert login == tokens.Login(
         access_token="eyJ.a.b",
         refresh_token="r",
         expires_at=1780402551,
@@ -199,7 +199,7 @@ def test_a_file_that_is_no_login_is_a_value_error_that_repeats_no_value(text):
 )
 def test_a_member_that_cannot_be_used_and_need_not_is_left_out(members, scope):
     login = token_json.from_json(json.dumps({"access_token": "a", "expires_at": 1, **members}))
-    assert login == tokens.Tokens("a", 1, scope=scope)
+    assert login == tokens.Login("a", 1, scope=scope)
 
 
 def test_what_is_about_another_refresh_token_is_left_out():

@@ -14,8 +14,8 @@ import pytest
 from xaiproxy import config, errors, token_lock, token_writer, tokens
 from xaiproxy.token_store import TokenStore
 
-OLD = tokens.Tokens("old", 2000, "old-refresh", extra={"theirs": 1})
-NEW = tokens.Tokens("new", 3000, "new-refresh", extra={"theirs": 1})
+OLD = tokens.Login("old", 2000, "old-refresh", extra={"theirs": 1})
+NEW = tokens.Login("new", 3000, "new-refresh", extra={"theirs": 1})
 
 
 def make_store(folder) -> TokenStore:

@@ -101,7 +101,7 @@ from xaiproxy import config, token_store, token_writer, tokens
 store = token_store.TokenStore(config.from_environ({"XAI_PROXY_TOKEN_PATH": sys.argv[1]}, dotenv_path=os.devnull))
 for number in range(500):
     with token_writer.locked(store, 5) as writer:
-        writer.save(tokens.Tokens(f"access{number}", 2000, f"refresh{number}", extra={"filling": str(number) * 6000}))
+        writer.save(tokens.Login(f"access{number}", 2000, f"refresh{number}", extra={"filling": str(number) * 6000}))
 """
 READER = """
 import os, sys

@@ -18,8 +18,8 @@ from xaiproxy import config, errors, token_json, token_writer, tokens
 from xaiproxy.token_store import TokenStore
 from xaiproxy.tokens import fingerprint
 
-OLD = tokens.Tokens("old", 2000, "old-refresh", extra={"theirs": 1})
-NEW = tokens.Tokens("new", 3000, "new-refresh", extra={"theirs": 1})
+OLD = tokens.Login("old", 2000, "old-refresh", extra={"theirs": 1})
+NEW = tokens.Login("new", 3000, "new-refresh", extra={"theirs": 1})
 
 
 def make_store(folder) -> TokenStore:
@@ -234,7 +234,7 @@ def test_a_login_put_there_without_the_lock_meanwhile_is_kept(store):
     with token_writer.locked(store, 0) as writer:
         reserved = writer.rehearse(OLD)
         theirs = store.path.with_name("theirs")
-        theirs.write_text(token_json.to_json(tokens.Tokens("theirs", 4000, "their-refresh"), None))
+        theirs.write_text(token_json.to_json(tokens.Login("theirs", 4000, "their-refresh"), None))
         theirs.rename(store.path)
         with pytest.raises(errors.LoginUnusable, match="replaced or"):
             reserved.commit(NEW)
@@ -271,7 +271,7 @@ def moved(store):
 def replaced_by_a_strangers(store):
     store.new_path.unlink()
     store.new_path.write_text(
-        token_json.to_json(tokens.Tokens("theirs", 4000, "their-refresh"), None)
+        token_json.to_json(tokens.Login("theirs", 4000, "their-refresh"), None)
     )
 
 
@@ -351,7 +351,7 @@ with token_writer.locked(store, 0) as writer:
     store.path.with_name("spent").touch()
     for attempt in range(3):
         try:
-            reserved.commit(tokens.Tokens("new", 3000, "new-refresh", extra={"theirs": 1}))
+            reserved.commit(tokens.Login("new", 3000, "new-refresh", extra={"theirs": 1}))
             break
         except errors.StorageError as error:
             print("again:", error)

@@ -18,8 +18,8 @@ def jwt(**claims) -> str:
     return f"{part({'alg': 'none'})}.{part(claims)}.sig"
 
 
-def make(**members) -> tokens.Tokens:
-    return tokens.Tokens(
+def make(**members) -> tokens.Login:
+    return tokens.Login(
         **{
             "access_token": "access",
             "refresh_token": "refresh",

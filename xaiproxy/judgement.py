@@ -70,7 +70,7 @@ class Judgement:
         return f"{self.reason[0].upper()}{self.reason[1:]}."
 
 
-def of(store: TokenStore, now: float, read: Callable[[], tokens.Tokens] | None = None) -> Judgement:
+def of(store: TokenStore, now: float, read: Callable[[], tokens.Login] | None = None) -> Judgement:
     """Judge by the files. `read`: how to read the login; by default as the proxy does."""
     try:
         login = (read or store.last_known)()
@@ -86,7 +86,7 @@ def of(store: TokenStore, now: float, read: Callable[[], tokens.Tokens] | None =
 
 
 def judge(
-    login: tokens.Tokens | errors.LoginUnusable,
+    login: tokens.Login | errors.LoginUnusable,
     now: float,
     refresher_age: float | None,
     refused: bool,
@@ -129,7 +129,7 @@ def judge(
     return Judgement(verdict, valid, exit_code, reason)
 
 
-def _failure(login: tokens.Tokens, refused: bool, status: refresher_status.Status | None) -> str:
+def _failure(login: tokens.Login, refused: bool, status: refresher_status.Status | None) -> str:
     """Return the code of the failure that lasts, or ""."""
     error = login.refresh_error
     if error is not None and (error.code != tokens.UPSTREAM_REFUSES or refused):
@@ -150,7 +150,7 @@ def _of_unusable(error: errors.LoginUnusable) -> Judgement:
     return Judgement(verdict, False, error.exit_code, reason)
 
 
-def reported_failure(store: TokenStore, login: tokens.Tokens, now: float) -> list[str]:
+def reported_failure(store: TokenStore, login: tokens.Login, now: float) -> list[str]:
     """Return the last failure by the refresher's status, in sentences: tokens.json may lack it."""
     status = refresher_status.read(store, login, now)
     if status is None:

@@ -12,7 +12,7 @@ import re
 
 from xaiproxy import errors, folder_file, storage
 from xaiproxy.token_store import ALIVE, TokenStore
-from xaiproxy.tokens import Tokens, fingerprint
+from xaiproxy.tokens import Login, fingerprint
 
 SIZE = 4096  # bytes: one block of most file systems
 TEXT_LIMIT = 400  # characters of a sentence
@@ -62,7 +62,7 @@ def write(store: TokenStore, status: Status) -> bool:
         return False
 
 
-def read(store: TokenStore, login: Tokens, now: float) -> Status | None:
+def read(store: TokenStore, login: Login, now: float) -> Status | None:
     """Return the status if it is this login's and not older than ALIVE seconds."""
     try:
         status = Status(**json.loads(folder_file.read(store.status_path, SIZE)[0]))

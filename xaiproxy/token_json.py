@@ -12,7 +12,7 @@ from xaiproxy.tokens import (
     Asked,
     RefreshError,
     RefreshTry,
-    Tokens,
+    Login,
     fingerprint,
     jwt_claims,
     number,
@@ -46,8 +46,8 @@ def from_response(
     client_id: str,
     token_endpoint: str,
     scope: str | None = None,
-    former: Tokens | None = None,
-) -> Tokens:
+    former: Login | None = None,
+) -> Login:
     """Return the login in a successful response. Raises ValueError without a usable access_token.
 
     Every other member is optional, and is left out if it cannot be used.
@@ -62,7 +62,7 @@ def from_response(
     account = jwt_claims(id_token).get("email") if isinstance(id_token, str) else None
     if not (isinstance(account, str) and 0 < len(account) <= 254 and PRINTABLE.fullmatch(account)):
         account = former.account if former else None
-    return Tokens(
+    return Login(
         access_token=access_token,
         refresh_token=refresh_token,
         expires_at=_expiry(response.get("expires_in"), access_token, now),
@@ -95,7 +95,7 @@ def _expiry(expires_in: Any, access_token: str, now: float) -> int:
     return int(now + lifetime)
 
 
-def from_json(text: str | bytes) -> Tokens:
+def from_json(text: str | bytes) -> Login:
     """Return the login in the file's text. Raises ValueError, which never quotes a value.
 
     A file of the Rust program (access_token, refresh_token, expires_at, token_endpoint) loads as it
@@ -125,7 +125,7 @@ def from_json(text: str | bytes) -> Tokens:
     if refresh_try is None and refresh_error and refresh_error.code == ANSWER_LOST and mark:
         # A file of version 0.1: how often the refresh token was sent is unknown.
         refresh_try = RefreshTry(mark, refresh_error.at, 3, refresh_error.at)
-    return Tokens(
+    return Login(
         access_token=access_token,
         expires_at=expires_at,
         refresh_token=refresh_token,
@@ -142,7 +142,7 @@ def from_json(text: str | bytes) -> Tokens:
     )
 
 
-def to_json(login: Tokens, replaces: str | None) -> str:
+def to_json(login: Login, replaces: str | None) -> str:
     """Return the file's text. `replaces`: fingerprint of the refresh token before this login's."""
     known = dataclasses.asdict(dataclasses.replace(login, extra={})) | {"replaces": replaces}
     return json.dumps({name: known[name] for name in KEYS} | dict(login.extra), indent=2) + "\n"

@@ -55,11 +55,11 @@ class TokenStore:
         self.status_path = self.path.with_name(self.path.name + ".status")
         self.refused_path = self.path.with_name(self.path.name + ".refused")
         self._file = CachedFile(self.path, self._outcome)
-        self._last_login: tokens.Tokens | None = None
+        self._last_login: tokens.Login | None = None
         self.refused: str | None = None
         self._refused_at = 0.0
 
-    def load(self) -> tokens.Tokens:
+    def load(self) -> tokens.Login:
         """Read the login from the file, not from the cache. Raises LoginUnusable."""
         content, status = self.read()
         login = parse(content, self.path)
@@ -80,7 +80,7 @@ class TokenStore:
         self._check_fits(login)
         return login
 
-    def current(self) -> tokens.Tokens:
+    def current(self) -> tokens.Login:
         """Return the login in the file, read again only after the file has changed.
 
         Raises LoginUnusable.
@@ -90,7 +90,7 @@ class TokenStore:
             raise found.with_traceback(None)
         return found
 
-    def last_known(self) -> tokens.Tokens:
+    def last_known(self) -> tokens.Login:
         """As `current`, but if LoginUnread prevents a read, return the login of the last read.
 
         Its access token is probably still valid, and upstream checks it in any case.
@@ -102,7 +102,7 @@ class TokenStore:
                 raise
             return self._last_login
 
-    def _outcome(self) -> tokens.Tokens | errors.LoginUnusable:
+    def _outcome(self) -> tokens.Login | errors.LoginUnusable:
         """Return what a read of the file found; raise LoginUnusable if the next one may differ."""
         try:
             self._last_login = self.load()
@@ -143,7 +143,7 @@ class TokenStore:
             f"for user {os.geteuid()}",
         )
 
-    def _check_fits(self, login: tokens.Tokens) -> None:
+    def _check_fits(self, login: tokens.Login) -> None:
         settings = self.settings
         if (login.issuer, login.client_id) != (settings.issuer, settings.client_id):
             raise errors.LoginUnusable(
@@ -182,11 +182,11 @@ class TokenStore:
             return None
         return content.decode("ascii", "replace")
 
-    def is_asked(self, login: tokens.Tokens) -> bool:
+    def is_asked(self, login: tokens.Login) -> bool:
         """Whether the proxy asks for a refresh of this login."""
         return self.asked_for() == tokens.fingerprint(login.access_token)
 
-    def is_refused(self, login: tokens.Tokens, now: float) -> bool:
+    def is_refused(self, login: tokens.Login, now: float) -> bool:
         """Whether upstream refused this access token to a proxy within the last REFUSAL_TIME.
 
         A refusal counts no longer than that: a proxy that is not ready may get no request, and so
@@ -239,7 +239,7 @@ class TokenStore:
         return age is not None and abs(age) < ALIVE
 
 
-def parse(content: bytes, path: Path) -> tokens.Tokens:
+def parse(content: bytes, path: Path) -> tokens.Login:
     """Return the login in the content of the file at `path`. Raises LoginUnusable (corrupt)."""
     try:
         if len(content) > SIZE_LIMIT:

@@ -101,7 +101,7 @@ class TokenWriter:
         except errors.LoginUnusable:
             return False
 
-    def save(self, login: tokens.Tokens, over: tokens.Tokens | None = None) -> None:
+    def save(self, login: tokens.Login, over: tokens.Login | None = None) -> None:
         """Make `login` the content of tokens.json, durably. Raises StorageError.
 
         A file that does not parse is kept as tokens.json.corrupt-<unix time>.
@@ -121,7 +121,7 @@ class TokenWriter:
                 new.remove()
         _sync_folder(self.store)
 
-    def rehearse(self, login: tokens.Tokens) -> Reserved:
+    def rehearse(self, login: tokens.Login) -> Reserved:
         """Save the login that tokens.json holds once more, and reserve room for its successor.
 
         Raises as `save` does.
@@ -195,7 +195,7 @@ class Reserved:
         self._mark = mark
         self.renamed = False
 
-    def commit(self, login: tokens.Tokens) -> None:
+    def commit(self, login: tokens.Login) -> None:
         """Write, sync and rename. After a StorageError call it again: `login` is the only copy.
 
         Raises LoginUnusable if tokens.json no longer holds the login that was spent. A user who
@@ -214,7 +214,7 @@ class Reserved:
         # Outside the condition: this alone is left to do if it failed the first time.
         _sync_folder(self._store)
 
-    def _write(self, login: tokens.Tokens) -> None:
+    def _write(self, login: tokens.Login) -> None:
         try:
             if not self._new.is_in_place():
                 self._new.close()
@@ -230,7 +230,7 @@ class Reserved:
                 self._new.close()
             raise
 
-    def _check_holds(self, login: tokens.Tokens) -> None:
+    def _check_holds(self, login: tokens.Login) -> None:
         """Raise LoginUnusable unless tokens.json holds the login that was spent, or `login`."""
         mark = _mark_in_file(self._store)
         if mark == self._mark:
@@ -246,7 +246,7 @@ class Reserved:
         self._new.remove()
 
 
-def _mark_of(login: tokens.Tokens) -> str | None:
+def _mark_of(login: tokens.Login) -> str | None:
     return tokens.fingerprint(login.refresh_token) if login.refresh_token else None
 
 

@@ -74,7 +74,7 @@ class Asked:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tokens:
+class Login:
     """Times are unix seconds. `extra`: unknown keys of the file, which survive a rewrite."""
 
     access_token: str = dataclasses.field(repr=False)

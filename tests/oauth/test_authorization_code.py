@@ -217,7 +217,7 @@ def id_token(**claims: Any) -> str:
     return f"e30.{payload}.c2ln"
 
 
-def trade(*answers: Any, sleeps: list[float] | None = None) -> tuple[tokens.Tokens, list[bytes]]:
+def trade(*answers: Any, sleeps: list[float] | None = None) -> tuple[tokens.Login, list[bytes]]:
     attempt = Attempt(CALLBACK, STATE, "nonce-1", "verifier-1")
     with ScriptedServer(*answers) as server:
         metadata = discovery.Metadata("https://auth.x.ai", server.url + "/t")

@@ -60,7 +60,7 @@ def poll(
     on_error: Any = lambda error: None,
     deadline: float = 15,
     **members: Any,
-) -> tokens.Tokens:
+) -> tokens.Login:
     device = device_authorization.Device(
         **{
             "device_code": "dc-1",

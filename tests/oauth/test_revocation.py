@@ -10,10 +10,10 @@ from xaiproxy import config, errors, tokens
 from xaiproxy.oauth import discovery, revocation
 from xaiproxy.oauth.session import Session
 
-LOGIN = tokens.Tokens("at-1", 1000, refresh_token="rt-1")
+LOGIN = tokens.Login("at-1", 1000, refresh_token="rt-1")
 
 
-def revoke(reply: bytes, login: tokens.Tokens = LOGIN) -> bytes:
+def revoke(reply: bytes, login: tokens.Login = LOGIN) -> bytes:
     with ScriptedServer(reply) as server:
         metadata = discovery.Metadata(
             server.url, server.url + "/t", revocation_endpoint=server.url + "/revoke"
@@ -30,7 +30,7 @@ def test_the_refresh_token_is_revoked():
 
 
 def test_without_one_the_access_token_is():
-    sent = revoke(answer(200), tokens.Tokens("at-1", 1000))
+    sent = revoke(answer(200), tokens.Login("at-1", 1000))
     assert sent.endswith(
         f"\r\n\r\ntoken=at-1&token_type_hint=access_token&client_id={CLIENT_ID}".encode()
     )
@@ -71,6 +71,6 @@ def test_the_sandbox(sandbox: Sandbox):
         revocation.revoke(
             web,
             metadata,
-            tokens.Tokens(minted["access_token"], 1000, refresh_token=minted["refresh_token"]),
+            tokens.Login(minted["access_token"], 1000, refresh_token=minted["refresh_token"]),
         )
     assert sandbox.refresh(minted["refresh_token"])[0] == 400

@@ -18,8 +18,8 @@ HTML = "text/html; charset=UTF-8"
 TEXT = "text/plain; charset=utf-8"
 
 
-def make_login(**members: Any) -> tokens.Tokens:
-    return tokens.Tokens(
+def make_login(**members: Any) -> tokens.Login:
+    return tokens.Login(
         **{
             "access_token": "at-old",
             "expires_at": 1000,
@@ -32,7 +32,7 @@ def make_login(**members: Any) -> tokens.Tokens:
     )
 
 
-def refresh(reply: bytes, login: tokens.Tokens | None = None) -> tokens.Tokens:
+def refresh(reply: bytes, login: tokens.Login | None = None) -> tokens.Login:
     with ScriptedServer(reply) as server:
         return token_endpoint.refresh(
             Session(config.from_environ({})),

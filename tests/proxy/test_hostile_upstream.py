@@ -85,7 +85,6 @@ SPLIT = {  # one answer to some, another or two to others
     "coding with a tab in it": START + b"Transfer-Encoding: \x0bchunked\r\n\r\n0\r\n\r\n",
     "chunks in HTTP/1.0": CHUNKED.replace(b"1.1", b"1.0") + b"0\r\n\r\n",
     "201 lines": START + b"X: y\r\n" * 201 + END,
-    "name of 257 bytes": START + b"x" * 257 + b": y\r\n" + END,
     "101 that nobody asked for": SWITCH + b"Upgrade: websocket\r\n\r\nevil",
     "101 to h2c": SWITCH + b"Upgrade: h2c\r\n\r\nPRI * HTTP/2.0\r\n\r\n",
     "bad interim one": b"HTTP/1.1 103 Early Hints\r\nX: a\0b\r\n\r\n" + OK,

@@ -100,7 +100,7 @@ class Day:
                 if error is not None and error not in [failure for _, failure in self.failures]:
                     self.failures.append((self.uptime - refresher.POLL_INTERVAL, error))
 
-    def login(self) -> tokens.Tokens:
+    def login(self) -> tokens.Login:
         return self.store.load()
 
     def times(self) -> list[float]:

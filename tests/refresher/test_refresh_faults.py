@@ -235,7 +235,7 @@ class Case:
         written = self.folder / "written"
         written.write_text(
             token_json.to_json(
-                tokens.Tokens(
+                tokens.Login(
                     access_token,
                     now + expires_in,
                     refresh_token,
@@ -1082,7 +1082,7 @@ def test_sigterm_during_discovery_spends_nothing(tmp_path):
     with ScriptedServer(hold) as issuer:
         issuer.env = {"XAI_PROXY_ISSUER": issuer.url, "XAI_PROXY_UPSTREAM": issuer.url}
         store = make_store(issuer, tmp_path / "tokens.json")
-        login = tokens.Tokens(
+        login = tokens.Login(
             "old", time.time() + 100, "refresh", None, time.time() - 1000, issuer.url
         )
         with token_writer.locked(store, 0) as writer:

@@ -9,7 +9,7 @@ from xaiproxy import errors, token_json, tokens
 from xaiproxy.refresher.schedule import Decision, Schedule
 
 NOTHING, REFRESH, DECLINE = Decision.NOTHING, Decision.REFRESH, Decision.DECLINE
-LOGIN = tokens.Tokens(
+LOGIN = tokens.Login(
     "access", expires_at=22600, refresh_token="refresh", obtained_at=1000
 )  # six hours, stale at 18280
 UNAVAILABLE = errors.IssuerUnavailable("down")
@@ -17,14 +17,14 @@ LAST_TRY_AT = 22000  # of a token that may be spent
 LOST = errors.IssuerUnavailable("lost", sent=True)
 
 
-def reread(login: tokens.Tokens) -> tokens.Tokens:
+def reread(login: tokens.Login) -> tokens.Login:
     return token_json.from_json(token_json.to_json(login, None))
 
 
 class Desk:
     """A schedule and its two clocks, which start at different times."""
 
-    def __init__(self, login: tokens.Tokens = LOGIN, jitter: float = 0.0):
+    def __init__(self, login: tokens.Login = LOGIN, jitter: float = 0.0):
         self.schedule = Schedule(120, lambda: jitter)
         self.jitter = jitter
         self.now, self.uptime, self.login = 2000.0, 50.0, login
@@ -61,7 +61,7 @@ class Desk:
         number = int(self.login.access_token.removeprefix("access") or 0) + 1
         self.schedule.watch(self.login, self.now, self.uptime)
         begun = self.schedule.begun(self.login, asked, self.now, self.uptime)
-        successor = tokens.Tokens(
+        successor = tokens.Login(
             f"access{number}",
             refresh_token=f"refresh{number}",
             obtained_at=self.now,

@@ -411,7 +411,7 @@ def test_the_device_page_takes_no_form_of_another_page(sandbox: Sandbox) -> None
     assert sandbox.post("/oauth2/device", {**form, "user_code": "AAAA-AAAA"})[0] == 404
 
 
-# Tokens
+# Login
 
 
 def claims(jwt: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import os
 import resource
 from collections.abc import Iterator
 
-from xaiproxy import client_keys, config, errors, judgement, storage, token_store, tokens
+from xaiproxy import addresses, client_keys, config, errors, judgement, storage, token_store, tokens
 from xaiproxy.judgement import Verdict
 from xaiproxy.login.finding import Finding, failure, ok, skipped, warning
 from xaiproxy.login.wording import account_name, last_failure, local_time, outlook, validity
@@ -30,7 +30,7 @@ def unusable_login(error: errors.LoginUnusable) -> Finding:
 
 
 def of_login(
-    store: token_store.TokenStore, login: tokens.Tokens, mode: int, now: float
+    store: token_store.TokenStore, login: tokens.Login, mode: int, now: float
 ) -> Iterator[Finding]:
     yield lifetime(login, store, now)
     if login.refresh_token is not None and mode & 0o077:
@@ -40,7 +40,7 @@ def of_login(
         )
 
 
-def lifetime(login: tokens.Tokens, store: token_store.TokenStore, now: float) -> Finding:
+def lifetime(login: tokens.Login, store: token_store.TokenStore, now: float) -> Finding:
     verdict = judgement.of(store, now, lambda: login)
     # A token that the API refuses is not called valid.
     expired = login.expires_at <= now
@@ -69,10 +69,10 @@ def lifetime(login: tokens.Tokens, store: token_store.TokenStore, now: float) ->
     return failure(verdict.exit_code, " ".join(sentences))
 
 
-def token_folder(store: token_store.TokenStore, login: tokens.Tokens | None) -> Iterator[Finding]:
+def token_folder(store: token_store.TokenStore, login: tokens.Login | None) -> Iterator[Finding]:
     folder, user = store.path.parent, os.geteuid()
     try:
-        risk, disk = token_store.risk_of(os.stat(folder)), os.statvfs(folder)
+        risk, disk = storage.risk_of(os.stat(folder)), os.statvfs(folder)
         storage.check_owner(store.path)
     except FileNotFoundError:
         yield skipped(f"{folder} does not exist; signing in creates it")
@@ -106,7 +106,7 @@ def token_folder(store: token_store.TokenStore, login: tokens.Tokens | None) -> 
 
 
 def refresher(
-    store: token_store.TokenStore, login: tokens.Tokens | None, now: float
+    store: token_store.TokenStore, login: tokens.Login | None, now: float
 ) -> Iterator[Finding]:
     lock, age, user = store.lock_path, store.refresher_age(now), os.geteuid()
     # A lock file that does not exist is created when it is needed.
@@ -162,7 +162,7 @@ def _no_key_file(settings: config.Config, make: str) -> Finding:
         return failure(
             errors.EXIT_CONFIGURATION, f"{path} does not exist, so no caller is admitted; {make}"
         )
-    if config.is_loopback(settings.bind):
+    if addresses.is_loopback(settings.bind):
         return ok("no client key required: every program on this machine may call")
     if settings.allow_anonymous:
         return warning(

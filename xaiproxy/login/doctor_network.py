@@ -5,7 +5,7 @@ import re
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
 
-from xaiproxy import config, errors, token_store, tokens
+from xaiproxy import addresses, config, errors, token_store, tokens
 from xaiproxy.login.finding import Finding, failure, ok, skipped, warning
 from xaiproxy.login.wording import count, duration, local_time, printable
 from xaiproxy.oauth import discovery
@@ -49,7 +49,7 @@ def routes(settings: config.Config) -> Finding:
     def route(url: str) -> str:
         host, proxy = urllib.parse.urlsplit(url), egress.proxy_for(url)
         if proxy is None:
-            loopback = " (loopback)" if config.is_loopback(host.hostname) else ""
+            loopback = " (loopback)" if addresses.is_loopback(host.hostname) else ""
             exempt = " (NO_PROXY)" if egress.proxy else ""
             return f"{host.netloc} directly{loopback or exempt}"
         parts = urllib.parse.urlsplit(proxy)
@@ -74,7 +74,7 @@ def issuer(session: Session, url: str) -> Finding:
 def upstream(
     session: Session,
     store: token_store.TokenStore,
-    login: tokens.Tokens | None,
+    login: tokens.Login | None,
     pause: Callable[[float], object],
 ) -> Iterator[Finding]:
     """`login`: a login whose access token has not expired, or None."""
@@ -98,11 +98,11 @@ def upstream(
         yield failure(error.exit_code, str(error))
 
 
-def _bearer(login: tokens.Tokens) -> dict[str, str]:
+def _bearer(login: tokens.Login) -> dict[str, str]:
     return {"Authorization": f"Bearer {login.access_token}"}
 
 
-def _reloaded(store: token_store.TokenStore, login: tokens.Tokens) -> tokens.Tokens:
+def _reloaded(store: token_store.TokenStore, login: tokens.Login) -> tokens.Login:
     try:
         return store.load()
     except errors.LoginUnusable:

@@ -7,7 +7,7 @@ from xaiproxy import errors, token_store, tokens
 LOCK_TIMEOUT = 45.0  # seconds; a refresh in progress holds the lock for 30 at most
 
 
-def existing_login(store: token_store.TokenStore) -> tokens.Tokens | None:
+def existing_login(store: token_store.TokenStore) -> tokens.Login | None:
     """The login in the file, or None if there is no file or no valid login in it.
 
     Raises ConfigurationError for a login of another issuer or client, StorageError if the file

@@ -11,8 +11,16 @@ import threading
 import time
 
 from xaiproxy import config, errors, token_folder, token_store, token_writer, tokens
-from xaiproxy.login.conversation import Conversation, local_time, outlook, who
-from xaiproxy.oauth import authorization_code, device_authorization, discovery, loopback
+from xaiproxy.login.existing_login import LOCK_TIMEOUT, existing_login
+from xaiproxy.login.output import Output
+from xaiproxy.login.wording import account_name, count, local_time, outlook
+from xaiproxy.oauth import (
+    authorization_code,
+    device_authorization,
+    discovery,
+    loopback,
+    token_endpoint,
+)
 from xaiproxy.oauth.session import Session
 
 APPROVAL_TIMEOUT = 600.0  # seconds for the approval in a browser; a device code has its own
@@ -43,7 +51,7 @@ def sign_in(store: token_store.TokenStore, out: Output, way: str) -> None:
 
 
 def _report(
-    store: token_store.TokenStore, login: tokens.Tokens, former: tokens.Tokens | None, out: Output
+    store: token_store.TokenStore, login: tokens.Login, former: tokens.Login | None, out: Output
 ) -> None:
     """Print the result, and what to do next."""
     now = time.time()
@@ -85,11 +93,11 @@ def _not_granted(requested: str, granted: str | None) -> str:
     return " ".join(name for name in requested.split() if name not in given)
 
 
-def _prepare(store: token_store.TokenStore) -> tokens.Tokens | None:
-    """Find out whether a login can be saved; return the one that is there."""
+def _prepare(store: token_store.TokenStore) -> tokens.Login | None:
+    """Check that a login can be saved; return the existing one."""
     token_folder.prepare(store)
-    with token_writer.locked(store, LOCK_WAIT) as writer:
-        former = login_in(store)
+    with token_writer.locked(store, LOCK_TIMEOUT) as writer:
+        former = existing_login(store)
         # A link is replaced, but not before the approval.
         if former is None or store.path.is_symlink():
             reserved = writer.reserve()
@@ -101,7 +109,7 @@ def _prepare(store: token_store.TokenStore) -> tokens.Tokens | None:
 
 def _by_device(
     session: Session, metadata: discovery.Metadata, settings: config.Config, out: Output
-) -> tokens.Tokens:
+) -> tokens.Login:
     device = device_authorization.request(session, metadata, settings)
     url = device.verification_uri_complete
     out.event(
@@ -144,7 +152,7 @@ def _by_device(
 
 def _by_browser(
     session: Session, metadata: discovery.Metadata, settings: config.Config, out: Output
-) -> tokens.Tokens:
+) -> tokens.Login:
     with loopback.Listener(settings.redirect_port, metadata.issuer) as listener:
         attempt = authorization_code.Attempt.begin(listener.redirect_uri)
         url = authorization_code.authorization_url(metadata, settings, attempt)
@@ -193,7 +201,7 @@ def _open_browser(url: str) -> None:
     threading.Thread(target=subprocess.run, args=(command,), kwargs=options, daemon=True).start()
 
 
-def _save(store: token_store.TokenStore, login: tokens.Tokens, out: Output) -> None:
+def _save(store: token_store.TokenStore, login: tokens.Login, out: Output) -> None:
     """Save an approved login, with many retries: there is no other copy of it."""
     end = time.monotonic() + SAVE_TIMEOUT
     reported = False

@@ -5,11 +5,11 @@ import datetime
 from xaiproxy import errors, log, tokens
 
 
-def account_name(login: tokens.Tokens) -> str:
+def account_name(login: tokens.Login) -> str:
     return login.account or "an unnamed account"
 
 
-def validity(login: tokens.Tokens, now: float) -> str:
+def validity(login: tokens.Login, now: float) -> str:
     """Until when the access token is valid, in a sentence."""
     left, end = login.expires_at - now, local_time(login.expires_at)
     if left > 0:
@@ -17,7 +17,7 @@ def validity(login: tokens.Tokens, now: float) -> str:
     return f"The access token expired at {end}, {duration(-left)} ago."
 
 
-def last_failure(login: tokens.Tokens) -> list[str]:
+def last_failure(login: tokens.Login) -> list[str]:
     """Sentences about the last refresh, if it failed."""
     failure = login.refresh_error
     if failure is None:
@@ -31,7 +31,7 @@ def last_failure(login: tokens.Tokens) -> list[str]:
     return sentences
 
 
-def outlook(login: tokens.Tokens, refresher_alive: bool, now: float) -> str:
+def outlook(login: tokens.Login, refresher_alive: bool, now: float) -> str:
     """Whether the login is renewed, in a sentence."""
     if refresher_alive and login.refresh_token is not None:
         return "The refresher is running and renews it."

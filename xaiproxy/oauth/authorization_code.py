@@ -166,7 +166,7 @@ def exchange(
     code: str,
     *,
     sleep: Callable[[float], Any] = time.sleep,
-) -> tokens.Tokens:
+) -> tokens.Login:
     """Exchange the code for tokens (section 4.1.3).
 
     Raises GrantRefused, ForeignLogin, ClientRejected, NotEntitled, and IssuerUnavailable after

@@ -3,20 +3,12 @@
 import contextlib
 import dataclasses
 import html
+import http
 import re
 import socket
 
 # Bytes of a request head. Browsers include the cookies of all other servers on 127.0.0.1.
 HEAD_LIMIT = 65536
-REASONS = {
-    200: "OK",
-    204: "No Content",
-    400: "Bad Request",
-    403: "Forbidden",
-    404: "Not Found",
-    405: "Method Not Allowed",
-    431: "Request Header Fields Too Large",
-}
 REQUEST = re.compile(rb"([A-Z]+) (\S+) HTTP/1\.[01]\r?\n((?:.*\n)*?)\r?\n")
 ORIGIN = re.compile(rb"^origin:[ \t]*(\S+)[ \t]*\r?$", re.IGNORECASE | re.MULTILINE)
 
@@ -46,7 +38,7 @@ def respond(connection: socket.socket, status: int, text: str, origin: str | Non
         )
     )
     lines = [
-        f"HTTP/1.1 {status} {REASONS[status]}",
+        f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}",
         "Connection: close",
         "Cache-Control: no-store",
         "Vary: Origin",

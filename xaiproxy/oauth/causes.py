@@ -11,13 +11,14 @@ from typing import Any
 import requests
 import urllib3
 
-from xaiproxy import config, trust
+from xaiproxy import trust
+from xaiproxy.egress import Egress
 
 BODY_LIMIT = 1 << 20  # bytes of a response
 
 
 def explain(
-    error: Exception, url: str, egress: config.Egress, deadline: float, address_from: str
+    error: Exception, url: str, egress: Egress, deadline: float, address_from: str
 ) -> str:
     """One sentence. It does not quote the exceptions: they may contain the proxy's password."""
     host = urllib.parse.urlsplit(url).netloc

@@ -103,7 +103,7 @@ def poll(
     clock: Callable[[], float] = time.monotonic,
     on_error: Callable[[errors.IssuerUnavailable], Any] = lambda error: None,
     deadline: float = POLL_DEADLINE,
-) -> tokens.Tokens:
+) -> tokens.Login:
     """Wait for the approval (sections 3.4, 3.5). Raises AccessDenied, ExpiredToken, as `refusal`.
 
     A failed poll (no network, 5xx, an HTML page) counts as pending and calls `on_error`. A timeout

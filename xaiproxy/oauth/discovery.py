@@ -66,13 +66,13 @@ def _is_allowed(issuer: str, url: str) -> bool:
         host, _ = parts.hostname or "", parts.port
     except ValueError:
         return False
-    if not config.is_authority(parts.netloc):
+    if not addresses.is_authority(parts.netloc):
         return False
     if issuer == config.DEFAULT_ISSUER:
         return token_store.is_xai(url)
     if parts.scheme == "http":
         issuer_host = urllib.parse.urlsplit(issuer).hostname
-        return config.is_loopback(host) and config.is_loopback(issuer_host)
+        return addresses.is_loopback(host) and addresses.is_loopback(issuer_host)
     return parts.scheme == "https"
 
 

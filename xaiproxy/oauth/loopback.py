@@ -46,7 +46,7 @@ class Listener:
         self.redirect_uri = f"http://127.0.0.1:{self._socket.getsockname()[1]}{PATH}"
         parts = urllib.parse.urlsplit(issuer)
         self._origins = XAI_ORIGINS
-        if config.is_loopback(parts.hostname):
+        if addresses.is_loopback(parts.hostname):
             self._origins |= {f"{parts.scheme}://{parts.netloc.lower()}"}
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._socket, selectors.EVENT_READ)

@@ -8,7 +8,7 @@ from xaiproxy.oauth.session import Session
 
 
 def revoke(
-    session: Session, metadata: discovery.Metadata, login: tokens.Tokens, *, deadline: float = 15.0
+    session: Session, metadata: discovery.Metadata, login: tokens.Login, *, deadline: float = 15.0
 ) -> None:
     """Revoke the refresh token, and with it all tokens of the same grant (section 2.1).
 

@@ -48,11 +48,11 @@ LONG_WORD = re.compile(r"[\w~+/=-]{32,}")
 def refresh(
     session: Session,
     endpoint: str,
-    login: tokens.Tokens,
+    login: tokens.Login,
     *,
     deadline: float = 30.0,
     now: Callable[[], float] = time.time,
-) -> tokens.Tokens:
+) -> tokens.Login:
     """Spend the refresh token of `login`, which has one (RFC 6749 section 6).
 
     The caller holds the lock and has checked the endpoint. Raises GrantRefused, ClientRejected,
@@ -76,12 +76,12 @@ def request(
     *,
     issuer: str,
     scope: str | None = None,
-    former: tokens.Tokens | None = None,
+    former: tokens.Login | None = None,
     kinds: Mapping[str, type[errors.OAuthError]] | None = None,
     check_id_token: Callable[[dict[str, Any]], None] = lambda claims: None,
     deadline: float = 30.0,
     now: Callable[[], float] = time.time,
-) -> tokens.Tokens:
+) -> tokens.Login:
     """Post a grant and return the tokens of the response (sections 5.1, 5.2). Raises as `refresh`.
 
     `scope`: requested scope, which a response without scope grants.

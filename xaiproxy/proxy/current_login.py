@@ -42,7 +42,7 @@ class CurrentLogin:
     def __init__(self, store: token_store.TokenStore):
         self._store = store
 
-    def valid(self) -> tokens.Tokens:
+    def valid(self) -> tokens.Login:
         """A login whose token has not expired. Raises LoginRequired, TokenUnavailable."""
         deadline = time.monotonic() + WAIT
         refresher = None
@@ -58,7 +58,7 @@ class CurrentLogin:
                 )
             gevent.sleep(POLL_INTERVAL)
 
-    def _check_hope(self, login: tokens.Tokens, now: float, refresher: RefresherWatch) -> None:
+    def _check_hope(self, login: tokens.Login, now: float, refresher: RefresherWatch) -> None:
         """Raise unless a new token may come within seconds."""
         error = login.refresh_error
         _check_ended(error)
@@ -82,7 +82,7 @@ class CurrentLogin:
                 10,
             )
 
-    def other_than(self, refused: tokens.Tokens, wait: float) -> tokens.Tokens | None:
+    def other_than(self, refused: tokens.Login, wait: float) -> tokens.Login | None:
         """A login to repeat a refused request with, or None if the refusal is to be passed on.
 
         `wait`: seconds; also with 0 the refresher is asked, for later requests. Raises
@@ -116,7 +116,7 @@ class CurrentLogin:
                 return login
         return None
 
-    def _may_come(self, login: tokens.Tokens, asked_at: float, refresher: RefresherWatch) -> bool:
+    def _may_come(self, login: tokens.Login, asked_at: float, refresher: RefresherWatch) -> bool:
         """Whether to wait for another token.
 
         Not if the refresher has failed since it was asked, waits itself, or is gone."""
@@ -138,7 +138,7 @@ def _check_ended(error: tokens.RefreshError | None) -> None:
         raise errors.LoginRequired(f"the login has ended ({error.code}); {errors.SIGN_IN}")
 
 
-def _login_by(read: Callable[[], tokens.Tokens]) -> tokens.Tokens:
+def _login_by(read: Callable[[], tokens.Login]) -> tokens.Login:
     """Raises TokenUnavailable if the next read may succeed, else LoginRequired."""
     try:
         return read()

@@ -113,7 +113,7 @@ class Proxy:
             sent.close()
             raise
 
-    def _send(self, request: ClientRequest, login: tokens.Tokens) -> Exchange:
+    def _send(self, request: ClientRequest, login: tokens.Login) -> Exchange:
         head = request.head
 
         def on_interim(interim: response_head.Head) -> None:

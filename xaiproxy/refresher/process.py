@@ -20,7 +20,7 @@ from xaiproxy.refresher.report import Report, date, next_try
 from xaiproxy.refresher.runtime import Ending, Runtime, uptime
 from xaiproxy.refresher.schedule import Decision, Schedule
 from xaiproxy.token_store import TokenStore
-from xaiproxy.tokens import Tokens, fingerprint
+from xaiproxy.tokens import Login, fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class Refresher:
         self._schedule = Schedule(settings.refresh_skew)
         self._report = Report(self.store, self._runtime)
         self._renewal = Renewal(settings, self.store, self._schedule, self._report, self._runtime)
-        self._seen: Tokens | None = None
+        self._seen: Login | None = None
 
     def run(self) -> int:
         logger.info("started; the login of %s is kept in %s", self.settings.issuer, self.store.path)
@@ -131,7 +131,7 @@ class Refresher:
                 return
         self._report.outage(login)
 
-    def _decide(self, login: Tokens) -> Decision:
+    def _decide(self, login: Login) -> Decision:
         if self._schedule.watch(login, self._runtime.now(), self._runtime.uptime()):
             mark = fingerprint(login.access_token)
             self._report.publish(login=mark, result="", reason="", next_try=None, no_room="")
@@ -154,7 +154,7 @@ class Refresher:
         self._runtime.pause(seconds)
         self._runtime.check_ending()
 
-    def _act(self, login: Tokens) -> None:
+    def _act(self, login: Login) -> None:
         try:
             with token_writer.locked(
                 self.store, LOCK_TIMEOUT, self._pause_for_lock, self._runtime.uptime

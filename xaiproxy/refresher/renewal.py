@@ -20,7 +20,7 @@ from xaiproxy.refresher.runtime import Ending, Runtime
 from xaiproxy.refresher.schedule import Schedule
 from xaiproxy.token_store import TokenStore
 from xaiproxy.token_writer import Reserved, TokenWriter
-from xaiproxy.tokens import Tokens, fingerprint
+from xaiproxy.tokens import Login, fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class Renewal:
         self._runtime = runtime
         self._endpoint_in_doubt = False
 
-    def refresh(self, writer: TokenWriter, login: Tokens) -> None:
+    def refresh(self, writer: TokenWriter, login: Login) -> None:
         """Refresh `login`, which tokens.json holds.
 
         Raises Ending, and LoginUnusable if another program has replaced the login meanwhile.
@@ -85,11 +85,11 @@ class Renewal:
         else:
             self._save(reserved, begun, successor, asked)
 
-    def _holds(self, login: Tokens) -> bool:
+    def _holds(self, login: Login) -> bool:
         """Whether the file still holds this login; a program that takes no lock may replace it."""
         return self._store.load().refresh_token == login.refresh_token
 
-    def _token_endpoint(self, login: Tokens) -> str:
+    def _token_endpoint(self, login: Login) -> str:
         """Return the remembered endpoint, or if that is in doubt or invalid, a discovered one."""
         remembered = login.token_endpoint
         try:
@@ -106,7 +106,7 @@ class Renewal:
             return remembered
         return found.token_endpoint
 
-    def _save(self, reserved: Reserved, begun: Tokens, successor: Tokens, asked: bool) -> None:
+    def _save(self, reserved: Reserved, begun: Login, successor: Login, asked: bool) -> None:
         # Until it is committed, the new login is in this process only: nothing that could fail
         # comes first.
         self._endpoint_in_doubt = False
@@ -130,7 +130,7 @@ class Renewal:
             with contextlib.suppress(OSError):
                 self._store.refused_path.unlink()
 
-    def _commit(self, reserved: Reserved, successor: Tokens) -> None:
+    def _commit(self, reserved: Reserved, successor: Login) -> None:
         """Save the login, again and again if need be. Raises LoginUnusable if it was replaced."""
         while True:
             try:
@@ -149,7 +149,7 @@ class Renewal:
             self._runtime.pause(SAVE_INTERVAL)
         self._report.log("unsaved", "")
 
-    def decline(self, writer: TokenWriter, login: Tokens) -> None:
+    def decline(self, writer: TokenWriter, login: Login) -> None:
         now, uptime = self._runtime.now(), self._runtime.uptime()
         text = (
             "the API refuses access tokens soon after they are issued; the next refresh may begin "
@@ -161,8 +161,8 @@ class Renewal:
     def failed(
         self,
         error: errors.Error,
-        login: Tokens,
-        begun: Tokens | None = None,
+        login: Login,
+        begun: Login | None = None,
         writer: TokenWriter | None = None,
     ) -> None:
         """Plan the next try, report the failure, and record it if there is a writer.
@@ -192,8 +192,8 @@ class Renewal:
     def _record(
         self,
         writer: TokenWriter,
-        login: Tokens,
-        recorded: Tokens,
+        login: Login,
+        recorded: Login,
         **changes: Any,
     ) -> None:
         """Save the records of a try over `login`; publish `changes`, and whether there was room."""

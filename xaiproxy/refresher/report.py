@@ -90,7 +90,7 @@ class Report:
             f"{kind} {record.terminal} {waiting} {plain}",
         )
 
-    def outage(self, login: tokens.Tokens) -> None:
+    def outage(self, login: tokens.Login) -> None:
         """Log an error while a failing renewal keeps requests from being served."""
         found = judgement.judge(login, self._runtime.now(), 0.0, False, self.status)
         failing = login.refresh_error is not None or self.status.failure or self.status.no_room

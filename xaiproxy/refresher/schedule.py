@@ -22,7 +22,7 @@ import random
 from collections.abc import Callable
 
 from xaiproxy import errors, tokens
-from xaiproxy.tokens import Tokens, fingerprint
+from xaiproxy.tokens import Login, fingerprint
 
 # Seconds; the first wait, doubled for each further failure, and its limit.
 BACKOFF, BACKOFF_LIMIT = 1.0, 60.0
@@ -84,7 +84,7 @@ class Schedule:
         self._random = random
         self._begin(None)
 
-    def _begin(self, login: Tokens | None) -> None:
+    def _begin(self, login: Login | None) -> None:
         self._known = login and (login.access_token, login.refresh_token)
         # The records of the file when it was last read.
         self._filed: Records | None = None
@@ -99,7 +99,7 @@ class Schedule:
         self._asked_not_before = -math.inf
         self._declined = False
 
-    def watch(self, login: Tokens, now: float, uptime: float) -> bool:
+    def watch(self, login: Login, now: float, uptime: float) -> bool:
         """Follow the records of the file; return whether its login is a new one."""
         new = self._known != (login.access_token, login.refresh_token)
         if new:
@@ -110,7 +110,7 @@ class Schedule:
         self._filed = records
         return new
 
-    def _take_over(self, login: Tokens, now: float, uptime: float) -> None:
+    def _take_over(self, login: Login, now: float, uptime: float) -> None:
         error, refresh_try, asked = _records(login)
         waits = [0.0]
         self.failures = error.failures if error else 0
@@ -142,7 +142,7 @@ class Schedule:
             uptime + min(asked.next_at - now, asked.wait, ASKED_WAIT_LIMIT) if asked else -math.inf
         )
 
-    def decide(self, login: Tokens, asked: bool, now: float, uptime: float) -> Decision:
+    def decide(self, login: Login, asked: bool, now: float, uptime: float) -> Decision:
         """`asked`: whether upstream has refused this login's access token."""
         if self._terminal or login.refresh_token is None or uptime < self._not_before:
             return Decision.NOTHING
@@ -157,7 +157,7 @@ class Schedule:
             return Decision.DECLINE
         return Decision.NOTHING
 
-    def begun(self, login: Tokens, asked: bool, now: float, uptime: float) -> Tokens:
+    def begun(self, login: Login, asked: bool, now: float, uptime: float) -> Login:
         """Return the login with the records that the file must hold before the token is sent."""
         former, sent = login.refresh_try, self._sent
         self._sent_before = sent
@@ -172,7 +172,7 @@ class Schedule:
             record = tokens.Asked(now + wait, wait)
         return self._note(dataclasses.replace(login, refresh_try=refresh_try, asked=record))
 
-    def withdrawn(self, login: Tokens, now: float) -> Tokens:
+    def withdrawn(self, login: Login, now: float) -> Login:
         """Return the login without the try that `begun` counted.
 
         The refresh token was not sent, or got a definite answer. `login`: as it was before `begun`.
@@ -183,18 +183,18 @@ class Schedule:
             refresh_try = self._try(login, login.refresh_try.next_at if login.refresh_try else now)
         return self._note(dataclasses.replace(login, refresh_try=refresh_try))
 
-    def _try(self, login: Tokens, next_at: float) -> tokens.RefreshTry:
+    def _try(self, login: Login, next_at: float) -> tokens.RefreshTry:
         sent = self._sent
         return tokens.RefreshTry(_mark(login), sent.first_at, sent.tries, next_at)
 
     def failed(
         self,
         error: errors.Error,
-        login: Tokens,
-        begun: Tokens | None,
+        login: Login,
+        begun: Login | None,
         now: float,
         uptime: float,
-    ) -> tuple[Tokens, tokens.RefreshError]:
+    ) -> tuple[Login, tokens.RefreshError]:
         """Return the login with the failure, and the failure itself with the time of the next try.
 
         `login`: as it was before the try. `begun`: the result of `begun`; None if the try ended
@@ -236,8 +236,8 @@ class Schedule:
         return self._note(login), record
 
     def succeeded(
-        self, successor: Tokens, begun: Tokens, asked: bool, now: float, uptime: float
-    ) -> Tokens:
+        self, successor: Login, begun: Login, asked: bool, now: float, uptime: float
+    ) -> Login:
         """Return the new login as the file is to hold it.
 
         `asked`: whether upstream had refused the former access token; if not, that one has lasted,
@@ -265,7 +265,7 @@ class Schedule:
             successor = dataclasses.replace(successor, refresh_error=record)
         return self._note(successor)
 
-    def declined(self, login: Tokens, description: str, now: float, uptime: float) -> Tokens:
+    def declined(self, login: Login, description: str, now: float, uptime: float) -> Login:
         """Return the login with the decision not to refresh it, and when that may be done again."""
         self._declined = True
         record = tokens.RefreshError(
@@ -281,7 +281,7 @@ class Schedule:
         """End the current wait."""
         self._not_before = -math.inf
 
-    def _note(self, login: Tokens) -> Tokens:
+    def _note(self, login: Login) -> Login:
         self._written = (*self._written[-2:], _records(login))
         return login
 
@@ -298,7 +298,7 @@ class Schedule:
         return min(BACKOFF * 2.0 ** min(failures - 1, 16), BACKOFF_LIMIT) * (1 - self._random() / 2)
 
 
-def last_try_at(login: Tokens) -> float:
+def last_try_at(login: Login) -> float:
     """Return when a refresh token that may be spent is sent once more: little is left to lose."""
     lifetime = login.lifetime()
     return login.expires_at - (LAST_TRY if lifetime is None else min(LAST_TRY, lifetime / 10))
@@ -315,11 +315,11 @@ def code_of(error: errors.Error) -> str:
     return REFUSED_FOR_NOW if error.refused else "issuer_unavailable"
 
 
-def _records(login: Tokens) -> Records:
+def _records(login: Login) -> Records:
     return login.refresh_error, login.refresh_try, login.asked
 
 
-def _mark(login: Tokens) -> str:
+def _mark(login: Login) -> str:
     # A login without a refresh token is not refreshed: see `decide`.
     assert login.refresh_token is not None
     return fingerprint(login.refresh_token)
