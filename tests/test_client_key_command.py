@@ -228,9 +228,7 @@ def test_a_file_that_does_not_parse_is_78_and_not_written_over(folder, text):
     folder.path.write_bytes(text)
     for code, out, sentence in folder.run_all(["add", "b"], ["remove", "a"], ["list"]):
         assert (code, out, sentence.count("\n")) == (78, "", 1)
-        assert (
-            f"{folder.path} cannot be used" in sentence and "correct or remove it" in sentence
-        )
+        assert f"{folder.path} cannot be used" in sentence and "correct or remove it" in sentence
         assert "half a" not in sentence
     assert folder.path.read_bytes() == text
 

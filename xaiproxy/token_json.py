@@ -10,9 +10,9 @@ from xaiproxy import config
 from xaiproxy.tokens import (
     ANSWER_LOST,
     Asked,
+    Login,
     RefreshError,
     RefreshTry,
-    Login,
     fingerprint,
     jwt_claims,
     number,

@@ -25,7 +25,7 @@ from sandbox import Sandbox
 from scripted_server import ScriptedServer, answer
 from terminal import CTRL_C, Terminal
 
-from xaiproxy import config, token_writer
+from xaiproxy import config, dotenv_file, token_writer
 from xaiproxy.login import doctor, doctor_files, doctor_network, finding
 from xaiproxy.login.output import Output
 

@@ -17,9 +17,7 @@ from xaiproxy.egress import Egress
 BODY_LIMIT = 1 << 20  # bytes of a response
 
 
-def explain(
-    error: Exception, url: str, egress: Egress, deadline: float, address_from: str
-) -> str:
+def explain(error: Exception, url: str, egress: Egress, deadline: float, address_from: str) -> str:
     """One sentence. It does not quote the exceptions: they may contain the proxy's password."""
     host = urllib.parse.urlsplit(url).netloc
     causes = list(causes_of(error))
