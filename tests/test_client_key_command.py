@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import signal
 import stat
 import subprocess
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from checkout import ROOT
+from strace import needs_strace, strace
 
 from xaiproxy import client_keys
 
@@ -318,21 +318,18 @@ def test_a_full_disk_is_75_and_leaves_the_file_as_it_was(folder):
     assert before == after and names == "first\nsecond\n"
 
 
-@pytest.mark.skipif(
-    shutil.which("strace") is None
-    or subprocess.run(["strace", "-o", os.devnull, "true"], capture_output=True).returncode,
-    reason="strace is not permitted here",
-)
+@needs_strace
 @pytest.mark.parametrize("call", ["write", "fsync", "rename"])
 def test_a_command_that_is_killed_leaves_the_old_file_and_no_lock(folder, call):
     folder.put(f"a {DIGEST}\n")
-    kill = (
-        "strace",
-        "-o",
+    kill = strace(
         os.devnull,
-        f"-P{folder.path}.new",
+        "-e",
+        f"trace={call}",
         "-e",
         f"inject={call}:signal=KILL:when=1",
+        paths=[folder.path.with_name("client-keys.new")],
+        few_stops=False,
     )
     code, out, _ = folder.run("add", "b", prefix=kill)
     assert (code, bool(out)) == (

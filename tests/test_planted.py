@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from proxy_process import PYTHON, ProxyProcess, environment, refuse_to_start
+from proxy_process import COMMAND, PYTHON, ProxyProcess, environment, refuse_to_start
 from sandbox import Sandbox, until
 from scripted_upstream import ScriptedUpstream
 
@@ -100,7 +100,7 @@ def test_a_dotenv_that_names_another_host_gets_no_token(
     stranger, network = servers
     (tmp_path / ".env").write_text("".join(f"XAI_PROXY_{name}={stranger.url}\n" for name in names))
     with ProxyProcess(
-        tmp_path, issuer="", upstream="", environ={"HTTPS_PROXY": network.url}
+        tmp_path, command=COMMAND, issuer="", upstream="", environ={"HTTPS_PROXY": network.url}
     ) as proxy:
         proxy.sign_in(**XAI)
         for fields in ([], ["Connection: Upgrade", "Upgrade: websocket"]):
@@ -129,7 +129,7 @@ def test_a_dotenv_turns_no_connection_elsewhere(
         + "SSL_CERT_FILE=/none\nNO_PROXY=*\nAUTH_PROXY_TOKEN_PATH=/none\n"
     )
     with ProxyProcess(
-        tmp_path, issuer="", upstream="", environ={"ALL_PROXY": network.url}
+        tmp_path, command=COMMAND, issuer="", upstream="", environ={"ALL_PROXY": network.url}
     ) as proxy:
         proxy.sign_in(**XAI)
         assert proxy.ask("GET", "/v1/models").status == 502
@@ -184,7 +184,7 @@ def test_a_token_file_of_a_strangers_is_not_used(
         path.rename(tmp_path / "elsewhere.json")
         path.symlink_to("elsewhere.json")
     with ProxyProcess(
-        tmp_path, issuer="", upstream="", environ={"HTTPS_PROXY": network.url}
+        tmp_path, command=COMMAND, issuer="", upstream="", environ={"HTTPS_PROXY": network.url}
     ) as proxy:
         assert proxy.ask("GET", "/v1/models").value("X-XAI-Proxy-Error") == "login_required"
     for module, *arguments in (("refresher.command", "--once"), ("login.command", "--status")):
@@ -230,7 +230,7 @@ def test_a_redirect_of_upstream_is_passed_on_and_not_followed(
     stranger, _ = servers
     with (
         ScriptedUpstream() as upstream,
-        ProxyProcess(tmp_path, upstream=upstream.origin) as proxy,
+        ProxyProcess(tmp_path, command=COMMAND, upstream=upstream.origin) as proxy,
         proxy.client() as client,
     ):
         proxy.sign_in()

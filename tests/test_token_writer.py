@@ -13,6 +13,7 @@ import subprocess
 import sys
 
 import pytest
+from strace import needs_strace, strace
 
 from xaiproxy import config, errors, token_json, token_writer, tokens
 from xaiproxy.token_store import TokenStore
@@ -357,11 +358,26 @@ with token_writer.locked(store, 0) as writer:
             print("again:", error)
 """
 SAVING = "openat,write,fsync,ftruncate,rename,unlink"
-strace = pytest.mark.skipif(
-    shutil.which("strace") is None
-    or subprocess.run(["strace", "-o", os.devnull, "true"], capture_output=True).returncode,
-    reason="strace is not installed, or not permitted here",
-)
+
+
+@needs_strace
+def test_a_beat_sets_our_own_time(store, tmp_path):
+    """A file server that sets its own time, two minutes ahead, would have the refresher look dead for ever."""
+    code = (
+        "import os, sys; from xaiproxy import config, token_store, token_writer; token_writer.beat("
+        "token_store.TokenStore(config.from_environ(os.environ)))"
+    )
+    trace = tmp_path / "trace"
+    subprocess.run(
+        [*strace(trace, "-e", "trace=utimensat"), sys.executable, "-W", "error", "-c", code],
+        check=True,
+        timeout=20,
+        env={"XAI_PROXY_TOKEN_PATH": str(store.path), "PYTHONPATH": os.getcwd()},
+        cwd="/",
+    )
+    beat = [line for line in trace.read_text().splitlines() if "utimensat(" in line][-1]
+    times = [int(seconds) for seconds in re.findall(r"tv_sec=(\d+)", beat)]
+    assert len(times) == 2 and all(abs(time.time() - seconds) < 60 for seconds in times)
 
 
 def run_child(store, *inject, leftover=""):
@@ -372,13 +388,7 @@ def run_child(store, *inject, leftover=""):
     log = store.path.parent.parent / f"{store.path.parent.name}.strace"
     done = subprocess.run(
         [
-            "strace",
-            "-o",
-            log,
-            *(f"-P{path}" for path in paths),
-            "-e",
-            f"trace={SAVING}",
-            *inject,
+            *strace(log, "-e", f"trace={SAVING}", *inject, paths=paths),
             sys.executable,
             "-c",
             CHILD,
@@ -388,7 +398,7 @@ def run_child(store, *inject, leftover=""):
         text=True,
         timeout=30,
     )
-    return done, re.findall(rf"^({SAVING.replace(',', '|')})\(", log.read_text(), re.MULTILINE)
+    return done, re.findall(rf"^\d+ +({SAVING.replace(',', '|')})\(", log.read_text(), re.MULTILINE)
 
 
 def every_call(tmp_path):
@@ -398,14 +408,14 @@ def every_call(tmp_path):
     return [(name, calls[: index + 1].count(name)) for index, name in enumerate(calls)]
 
 
-@strace
+@needs_strace
 def test_a_successor_is_synced_whole_before_its_rename_and_the_folder_after_it(tmp_path):
     (tmp_path / "whole").mkdir()
     calls = [name for name, _ in every_call(tmp_path) if name not in ("openat", "unlink")]
     assert calls[-5:] == ["write", "ftruncate", "fsync", "rename", "fsync"]
 
 
-@strace
+@needs_strace
 def test_a_leftover_is_synced_before_it_is_adopted(tmp_path):
     """Its writer may have been killed before it did so."""
     (tmp_path / "left").mkdir()
@@ -419,7 +429,7 @@ def test_a_leftover_is_synced_before_it_is_adopted(tmp_path):
     ]
 
 
-@strace
+@needs_strace
 def test_where_a_folder_cannot_be_locked_the_file_is(tmp_path):
     (tmp_path / "folder").mkdir()
     done, _ = run_child(
@@ -438,7 +448,7 @@ def test_where_a_folder_cannot_be_locked_the_file_is(tmp_path):
     assert "tokens.json.lock cannot be written: Operation not supported" in done.stderr
 
 
-@strace
+@needs_strace
 def test_a_folder_that_cannot_be_synced_after_the_rename_is_told_as_that(tmp_path):
     """The login is in the file then, and the second attempt syncs it."""
     (tmp_path / "whole").mkdir()
@@ -450,7 +460,7 @@ def test_a_folder_that_cannot_be_synced_after_the_rename_is_told_as_that(tmp_pat
     assert done.returncode == 0 and "is made, but a power cut could undo it" in done.stdout
 
 
-@strace
+@needs_strace
 def test_an_error_of_any_system_call_loses_nothing(tmp_path):
     (tmp_path / "whole").mkdir()
     calls = every_call(tmp_path)

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from checkout import SUPPORT
 from namespaces import Network, needs_network
-from proxy_process import PYTHON, Client, ProxyProcess
+from proxy_process import COMMAND, PYTHON, Client, ProxyProcess
 from raw_connection import Message, RawConnection, readable
 from scripted_upstream import OK, PATTERN, Request, ScriptedUpstream, make_certificate, pour
 from websocket_handshake import handshake
@@ -44,7 +44,7 @@ class Site:
         with self.network.proxy.entered():
             self.proxy = ProxyProcess(
                 folder,
-                command=command,
+                command=command or COMMAND,
                 bind=Network.ADDRESSES["proxy"],
                 allow_anonymous=1,
                 upstream=self.upstream.origin,

@@ -34,10 +34,10 @@ from refresher_process import (
     mounted,
     mounts,
     seen_from,
-    strace,
     wait_until,
 )
 from scripted_server import ScriptedServer, answer, read_request
+from strace import attach, needs_strace
 
 from xaiproxy import token_json, token_store, token_writer, tokens
 from xaiproxy.login import command as login
@@ -249,8 +249,8 @@ class Case:
         written.chmod(0o600)
         written.replace(self.path)
 
-    def start(self, *before: str) -> Process:
-        process = Process(self.issuer, self.path, before=[*self._before, *before], **self.environ)
+    def start(self, trace: Callable[[int], subprocess.Popen] | None = None) -> Process:
+        process = Process(self.issuer, self.path, before=self._before, trace=trace, **self.environ)
         self.processes.append(process)
         return process
 
@@ -261,7 +261,7 @@ class Case:
             process.signal(signal.SIGSTOP)
             wait_until(lambda: state_of(process) == "T", PATIENCE)
             return process
-        process = self.start(*self.traced("signal=STOP"))
+        process = self.start(self.traced("signal=STOP"))
         wait_until(
             lambda: self.log.exists() and "stopped by SIGSTOP" in self.log.read_text(),
             PATIENCE,
@@ -269,26 +269,14 @@ class Case:
         )
         return process
 
-    def traced(self, injected: str) -> list[str]:
-        """strace, which does that at the step's system call. -D: the refresher, not strace, is our child."""
+    def traced(self, injected: str) -> Callable[[int], subprocess.Popen]:
+        """strace, which does that at the step's system call."""
         suffix, call, nth = STEPS[self.step]
-        path = (
-            []
-            if suffix is None
-            else ["-P", str(self.path) + suffix if suffix else str(self.folder)]
-        )
-        return [
-            "strace",
-            "-D",
-            "-f",
-            "-o",
-            str(self.log),
-            *path,
-            "-e",
-            f"trace={call}",
-            "-e",
-            f"inject={call}:{injected}:when={nth}",
-        ]
+        paths = []
+        if suffix is not None:
+            paths = [pathlib.Path(f"{self.path}{suffix}") if suffix else self.folder]
+        inject = f"inject={call}:{injected}:when={nth}"
+        return lambda pid: attach(pid, self.log, "-e", f"trace={call}", "-e", inject, paths=paths)
 
     def go_on(self) -> None:
         self.held.released.set()
@@ -468,7 +456,7 @@ def disk_full(case: Case) -> None:
 
 
 def disk_broken(case: Case) -> None:
-    case.start(*case.traced("error=EIO"))
+    case.start(case.traced("error=EIO"))
     wait_until(lambda: case.said("Input/output error") == 1, PATIENCE)
 
 
@@ -577,18 +565,18 @@ def check_table(tmp_path, chosen, **options) -> None:
     assert together(outcome, expected) == expected
 
 
-@strace
+@needs_strace
 def test_a_fault_at_any_step_of_a_refresh(tmp_path):
     check_table(tmp_path, lambda fault: fault not in CLOCKS and "mount" not in HOW.get(fault, {}))
 
 
-@strace
+@needs_strace
 @mounts
 def test_a_disk_that_takes_nothing_at_any_step_of_a_refresh(tmp_path):
     check_table(tmp_path, lambda fault: "mount" in HOW.get(fault, {}))
 
 
-@strace
+@needs_strace
 def test_a_clock_that_is_set_at_any_step_of_a_refresh(tmp_path, clock):
     check_table(tmp_path, lambda fault: fault in CLOCKS, clock=clock)
 
@@ -648,7 +636,7 @@ def test_an_answer_that_is_none(tmp_path):
 # others
 
 
-@strace
+@needs_strace
 def test_a_stopped_holder_of_the_lock_is_waited_for(tmp_path, clock):
     """Nobody refreshes without it; both ends of the wait are in the log, and then one refresh follows."""
     with Case(tmp_path / "folder", "locked", clock=clock) as case:
@@ -754,17 +742,14 @@ def stopped(case: Case) -> Callable[[], object]:
 def stuck(case: Case) -> Callable[[], object]:
     """In a sync that takes a minute, or until strace is gone."""
     case.step = "reserved"
-    process = case.start(*case.traced(f"delay_enter={60 * 10**6}"))
+    process = case.start(case.traced(f"delay_enter={60 * 10**6}"))
     wait_until(
         lambda: case.store.new_path.exists() and case.store.new_path.stat().st_size, PATIENCE
     )
-    tracer = re.search(
-        r"TracerPid:\s+(\d+)", pathlib.Path(f"/proc/{process.pid}/status").read_text()
-    )[1]
-    return lambda: os.kill(int(tracer), signal.SIGKILL)
+    return process.tracer.kill
 
 
-@strace
+@needs_strace
 def test_a_refresher_that_is_gone_stopped_or_stuck_is_seen(tmp_path, clock):
     """A minute after its last sign of life, which is made a minute old here; and so is its return."""
 
@@ -832,7 +817,7 @@ def test_a_refresh_goes_on_when_the_client_that_needed_it_leaves(tmp_path):
         assert case.outcome() == "1" and served.proxy.ask().status == 200
 
 
-@strace
+@needs_strace
 def test_a_dead_login_is_presented_once_by_all_refreshers_together(tmp_path):
     with Case(tmp_path / "folder", "locked") as case:
         case.issuer.ended = True

@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import pytest
 from refresher_process import (
@@ -19,9 +20,9 @@ from refresher_process import (
     mounted,
     mounts,
     seen_from,
-    strace,
     wait_until,
 )
+from strace import attach, needs_strace
 
 from xaiproxy import errors, token_writer
 from xaiproxy.refresher import process as refresher
@@ -244,27 +245,14 @@ def test_a_stopped_refresher_catches_up_when_it_goes_on(sandbox, start, tmp_path
 SAVING = "openat,write,fsync,ftruncate,rename,unlink"
 
 
-def traced(path, log, *inject) -> list[str]:
-    """strace, for the system calls that touch the token files. -D: the refresher, not strace, is our child."""
-    paths = [
-        path,
-        *(path.with_name(path.name + suffix) for suffix in (".new", ".lock", ".refused")),
-        path.parent,
-    ]
-    return [
-        "strace",
-        "-D",
-        "-f",
-        "-o",
-        str(log),
-        *(f"-P{each}" for each in paths),
-        "-e",
-        f"trace={SAVING}",
-        *inject,
-    ]
+def traced(path, log, *inject) -> Callable[[int], subprocess.Popen]:
+    """strace, for the system calls that touch the token files."""
+    suffixes = "", ".new", ".lock", ".refused"
+    paths = [*(path.with_name(path.name + suffix) for suffix in suffixes), path.parent]
+    return lambda pid: attach(pid, log, "-e", f"trace={SAVING}", *inject, paths=paths)
 
 
-@strace
+@needs_strace
 def test_a_refresher_killed_at_any_system_call_of_its_save_loses_no_login_that_can_be_kept(
     sandbox, tmp_path
 ):
@@ -277,7 +265,7 @@ def test_a_refresher_killed_at_any_system_call_of_its_save_loses_no_login_that_c
         store = make_store(sandbox, path)
         store.ask_refresh(store.load().access_token)
         log = tmp_path / f"{name}.strace"
-        killed = Process(sandbox, path, "--once", before=traced(path, log, *inject))
+        killed = Process(sandbox, path, "--once", trace=traced(path, log, *inject))
         ended = killed.wait(30)
         sent = store.load().refresh_try
         time.sleep(max(0.0, sent.next_at - time.time()) if sent else 0)
@@ -310,14 +298,14 @@ def test_a_refresher_killed_at_any_system_call_of_its_save_loses_no_login_that_c
     assert sandbox.counters()["reuses"] == 1
 
 
-@strace
+@needs_strace
 def test_a_refreshed_login_that_cannot_be_saved_is_kept_in_memory_and_saved_when_it_can_be(
     sandbox, start, tmp_path
 ):
     path = tmp_path / "tokens.json"
     put_stale(sandbox, path)
     inject = ["-e", "inject=rename:error=ENOSPC:when=2..3"]  # the first is the rehearsal's
-    process = start(path, before=traced(path, tmp_path / "strace", *inject))
+    process = start(path, trace=traced(path, tmp_path / "strace", *inject))
     process.wait_for("the refreshed login is in this process's memory only: do not end it")
     process.signal(signal.SIGTERM)
     assert process.wait() == 0

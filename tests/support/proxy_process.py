@@ -9,7 +9,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -17,15 +16,16 @@ from typing import Any
 
 import pytest
 from checkout import ROOT, SUPPORT
+from forked_process import PYTHON, start_python
 from raw_connection import PATIENCE, Message, RawConnection
 
 from xaiproxy import config
 
 ISSUER = "http://127.0.0.1:1"  # of the logins here; nothing asks it
-PYTHON = [sys.executable, "-W", "error"]
-COMMAND = [*PYTHON, "-m", "xaiproxy"]
+ARGUMENTS = ["-m", "xaiproxy"]
+COMMAND = [*PYTHON, *ARGUMENTS]
 # An answer's body goes from socket to socket, or is iterated: see Handler._can_relay.
-WAYS = {"relayed": COMMAND, "iterated": [*PYTHON, str(SUPPORT / "plain_proxy.py")]}
+WAYS = {"relayed": ARGUMENTS, "iterated": [str(SUPPORT / "plain_proxy.py")]}
 both_ways = pytest.mark.parametrize("way", WAYS)
 
 
@@ -77,12 +77,15 @@ class ProxyProcess:
         self.token_path = folder / "tokens.json"
         self._lines: list[dict[str, Any]] = []
         self._changed = threading.Condition()
-        self.process = subprocess.Popen(
-            [*prefix, *(command or WAYS[way])],
-            cwd=folder,
-            stderr=subprocess.PIPE,
-            env=environment(folder, environ, **settings),
-        )
+        environ = environment(folder, environ, **settings)
+        if command is not None:
+            self.process = subprocess.Popen(
+                command, cwd=folder, stderr=subprocess.PIPE, env=environ
+            )
+        else:
+            self.process = start_python(
+                "xaiproxy", WAYS[way], prefix=prefix, cwd=folder, environ=environ
+            )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reading = threading.Event()
         self._reading.set()

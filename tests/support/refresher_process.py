@@ -5,11 +5,12 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import threading
 import time
+from collections.abc import Callable, Iterable
 
 import pytest
+from forked_process import start_python
 
 from xaiproxy import config
 from xaiproxy.token_store import TokenStore
@@ -27,31 +28,38 @@ def make_store(sandbox, path) -> TokenStore:
 
 
 class Process:
-    """A refresher; `before` is a command that executes it, such as strace, and `code` what it runs.
+    """A refresher, whose log is read as it comes.
 
-    Its log is read as it comes.
+    `before`: a command that executes it. `trace`: a function that attaches a tracer to a process ID; the
+    refresher waits for it before its first own system call.
     """
 
-    def __init__(self, sandbox, path, *options: str, before=(), code: str = "", **more: str):
+    def __init__(
+        self,
+        sandbox,
+        path,
+        *options: str,
+        before: Iterable[object] = (),
+        trace: Callable[[int], subprocess.Popen[bytes]] | None = None,
+        **more: str,
+    ):
         self.path = path
-        self.process = subprocess.Popen(
-            [
-                *map(str, before),
-                sys.executable,
-                "-W",
-                "error",
-                *(["-c", code] if code else ["-m", "xaiproxy.refresher"]),
-                *options,
-            ],
-            env=environment(sandbox, path, **more),
+        self.process = start_python(
+            "xaiproxy.refresher.process",
+            ["-m", "xaiproxy.refresher", *options],
+            prefix=tuple(map(str, before)),
+            environ=environment(sandbox, path, **more),
             cwd="/",
-            text=True,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )  # without a terminal, whose end is what SIGHUP would mean
+            # Without a terminal, whose end is what SIGHUP would mean.
+            new_session=True,
+            traced=trace is not None,
+        )
         self.pid = self.process.pid
+        self.tracer = trace(self.pid) if trace is not None else None
         self.lines: list[str] = []
-        self._reader = threading.Thread(target=lambda: self.lines.extend(self.process.stderr))
+        self._reader = threading.Thread(
+            target=lambda: self.lines.extend(map(bytes.decode, self.process.stderr))
+        )
         self._reader.start()
 
     def messages(self) -> list[str]:
@@ -71,6 +79,8 @@ class Process:
         status = self.process.wait(seconds)
         self._reader.join()
         self.process.stderr.close()
+        if self.tracer is not None:
+            self.tracer.wait(seconds)
         return status
 
     def close(self) -> None:
@@ -86,11 +96,6 @@ def wait_until(true, seconds: float = 10, why=lambda: "it did not happen") -> No
         time.sleep(0.02)
 
 
-strace = pytest.mark.skipif(
-    shutil.which("strace") is None
-    or subprocess.run(["strace", "-o", os.devnull, "true"], capture_output=True).returncode,
-    reason="strace is not installed, or not permitted here",
-)
 mounts = pytest.mark.skipif(
     shutil.which("unshare") is None
     or subprocess.run(

@@ -1,0 +1,138 @@
+"""Starts a Python program by a fork of a process that has its modules already, which saves most of its start.
+
+Not for a test about the start itself, and not for what only counts at an exec: see `start_python`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import os
+import resource
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import IO, Any
+
+from checkout import ROOT, SUPPORT
+
+PYTHON = [sys.executable, "-W", "error"]
+PRELOADED = str(SUPPORT / "preloaded.py")
+
+
+class ForkServer:
+    """A running `preloaded.py MODULE fork`."""
+
+    def __init__(self, module: str):
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._mutex = threading.Lock()
+        with theirs:
+            self._process = subprocess.Popen(
+                [*PYTHON, PRELOADED, module, "fork", str(theirs.fileno())],
+                env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)},
+                pass_fds=[theirs.fileno()],
+            )
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        self._socket.close()
+        self._process.wait()
+
+    def ask(self, request: dict[str, Any], streams: list[int] | None = None) -> int:
+        with self._mutex:
+            socket.send_fds(self._socket, [json.dumps(request).encode()], streams or [])
+            answer = self._socket.recv(100)
+        assert answer, "the fork server has ended; its stderr is that of the tests"
+        return int(answer)
+
+
+fork_server = functools.cache(ForkServer)
+
+
+class ForkedProcess:
+    """What tests use of a subprocess.Popen with `stderr=PIPE`."""
+
+    def __init__(self, server: ForkServer, arguments: list[str], **request: Any):
+        self.args = arguments
+        self.returncode: int | None = None
+        self._server = server
+        self._mutex = threading.Lock()
+        read, write = os.pipe()
+        self.stderr: IO[bytes] = open(read, "rb")
+        request["files"] = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.pid = server.ask({"arguments": arguments, **request}, [0, 1, write])
+        os.close(write)
+
+    def poll(self) -> int | None:
+        try:
+            return self.wait(0)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def wait(self, timeout: float | None = None) -> int:
+        with self._mutex:
+            if self.returncode is not None:
+                return self.returncode
+            descriptor = os.pidfd_open(self.pid)
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        ended = poll.poll(None if timeout is None else timeout * 1000)
+        os.close(descriptor)
+        if not ended:
+            raise subprocess.TimeoutExpired(self.args, timeout)
+        with self._mutex:
+            if self.returncode is None:
+                status = self._server.ask({"ended": self.pid})
+                self.returncode = os.waitstatus_to_exitcode(status)
+            return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        with self._mutex:
+            if self.returncode is None:
+                os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def start_python(
+    module: str,
+    arguments: list[str],
+    *,
+    prefix: tuple[str, ...] = (),
+    cwd: Path | str,
+    environ: dict[str, str],
+    new_session: bool = False,
+    traced: bool = False,
+) -> subprocess.Popen[bytes] | ForkedProcess:
+    """Start `python -W error ARGUMENT...` by a fork of a process that has the modules that `module` imports.
+
+    It is executed instead if `prefix` is a command to run it under, or if `environ` has a variable that
+    counts while a program is loaded. `traced`: whether it first waits for a tracer, after its imports.
+    """
+    if not prefix and not any(name.startswith(("LD_", "GEVENT_")) for name in environ):
+        return ForkedProcess(
+            fork_server(module),
+            arguments,
+            cwd=str(cwd),
+            environ=environ,
+            new_session=new_session,
+            traced=traced,
+        )
+    if traced:
+        arguments = [PRELOADED, module, "traced", *arguments]
+    return subprocess.Popen(
+        [*prefix, *PYTHON, *arguments],
+        cwd=cwd,
+        env=environ,
+        stderr=subprocess.PIPE,
+        start_new_session=new_session,
+    )

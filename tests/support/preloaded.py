@@ -1,0 +1,98 @@
+"""Runs Python programs from a process that has their modules already; forked_process.py uses it.
+
+`preloaded.py MODULE fork FD` forks a child for each request on the SEQPACKET socket FD.
+`preloaded.py MODULE traced ARGUMENT...` becomes `python -W error ARGUMENT...` once it is traced.
+
+It imports what MODULE imports, as its child would, and then waits: it starts no thread and no event
+loop, so that a child is what `python -W error -m MODULE` is after its imports. A child takes over the
+directory, the environment, the arguments and the standard streams that came with the request. It stays
+a zombie until the client asks for its status, as a child of the client's own does, so that its process
+ID cannot become another's.
+"""
+
+from __future__ import annotations
+
+import _socket
+import array
+import ctypes
+import json
+import os
+import resource
+import runpy
+import sys
+import time
+
+# Before MODULE, which may have gevent replace these.
+from os import fork, waitpid
+from typing import Any
+
+STREAMS = 3  # file descriptors that come with a request for a child
+PR_SET_PTRACER, PR_SET_PTRACER_ANY = 0x59616D61, ctypes.c_ulong(-1)
+
+
+def serve(connection: _socket.socket) -> dict[str, Any] | None:
+    """Answer requests. Return None after the last one, and in a child what it is to be."""
+    while True:
+        message, ancillary, _flags, _address = connection.recvmsg(
+            1 << 20, _socket.CMSG_SPACE(STREAMS * 4)
+        )
+        if not message:
+            return None
+        request = json.loads(message)
+        if "ended" in request:
+            answer = waitpid(request["ended"], 0)[1]
+        else:
+            streams = array.array("i", ancillary[0][2])
+            answer = fork()
+            if answer == 0:
+                connection.close()
+                for number, stream in enumerate(streams):
+                    os.dup2(stream, number)
+            for stream in streams:
+                os.close(stream)
+            if answer == 0:
+                return request
+        connection.send(b"%d" % answer)
+
+
+def become(request: dict[str, Any]) -> None:
+    if request["new_session"]:
+        os.setsid()
+    resource.setrlimit(resource.RLIMIT_NOFILE, request["files"])
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(request["environ"])
+    if request["traced"]:
+        wait_for_tracer()
+    run(request["arguments"])
+
+
+def wait_for_tracer() -> None:
+    # Where only a parent may trace, the tracer is not ours (Yama, ptrace_scope 1).
+    ctypes.CDLL(None).prctl(PR_SET_PTRACER, PR_SET_PTRACER_ANY, 0, 0, 0)
+    while "TracerPid:\t0\n" in open("/proc/self/status").read():
+        time.sleep(0.005)
+
+
+def run(arguments: list[str]) -> None:
+    """`-m MODULE ARGUMENT...` or `SCRIPT ARGUMENT...`."""
+    if arguments[0] == "-m":
+        sys.path[0] = os.getcwd()
+        sys.argv = arguments[1:]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.path[0] = os.path.dirname(arguments[0])
+        sys.argv = arguments
+        runpy.run_path(arguments[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    _, module, how, *rest = sys.argv
+    runpy.run_module(module, run_name="preloaded")
+    if how == "traced":
+        wait_for_tracer()
+        run(rest)
+    else:
+        request = serve(_socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0, int(rest[0])))
+        if request is not None:
+            become(request)
