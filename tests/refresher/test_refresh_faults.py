@@ -444,13 +444,10 @@ def disk_full(case: Case) -> None:
         "rehearsed",
     ):  # before there is room for the successor
         process.wait_for("No space left on device. Make room", PATIENCE)
-        wait_until(lambda: case.store.load().refresh_error, PATIENCE)
-        status, readiness = case.seen()
-        assert (
-            "No space left on device" in status
-            and readiness[0]
-            and readiness[1].endswith("(storage)")
-        )
+        # The failure is recorded first, and then that it could be.
+        wait_until(lambda: case.seen()[1][1].endswith("(storage)"), PATIENCE)
+        status, (ready, _reason) = case.seen()
+        assert "No space left on device" in status and ready
         assert case.store.load().access_token == "old" and not case.issuer.calls
         filling.unlink()
 

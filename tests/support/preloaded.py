@@ -3,11 +3,11 @@
 `preloaded.py MODULE fork FD` forks a child for each request on the SEQPACKET socket FD.
 `preloaded.py MODULE traced ARGUMENT...` becomes `python -W error ARGUMENT...` once it is traced.
 
-It imports what MODULE imports, as its child would, and then waits: it starts no thread and no event
-loop, so that a child is what `python -W error -m MODULE` is after its imports. A child takes over the
-directory, the environment, the arguments and the standard streams that came with the request. It stays
-a zombie until the client asks for its status, as a child of the client's own does, so that its process
-ID cannot become another's.
+It imports what MODULE imports and then waits. It starts no thread and no event loop, so that a
+child is what `python -W error -m MODULE` is after its imports. A child takes over the directory,
+the environment, the arguments and the standard streams that came with the request. It stays a
+zombie until the client asks for its status, as a child of the client's own does: its process ID
+cannot become another's.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import time
 
 # Before MODULE, which may have gevent replace these.
 from os import fork, waitpid
+from pathlib import Path
 from typing import Any
 
 STREAMS = 3  # file descriptors that come with a request for a child
@@ -31,7 +32,7 @@ PR_SET_PTRACER, PR_SET_PTRACER_ANY = 0x59616D61, ctypes.c_ulong(-1)
 
 
 def serve(connection: _socket.socket) -> dict[str, Any] | None:
-    """Answer requests. Return None after the last one, and in a child what it is to be."""
+    """Answer requests. Return None after the last one, and in a child its request."""
     while True:
         message, ancillary, _flags, _address = connection.recvmsg(
             1 << 20, _socket.CMSG_SPACE(STREAMS * 4)
@@ -70,7 +71,8 @@ def become(request: dict[str, Any]) -> None:
 def wait_for_tracer() -> None:
     # Where only a parent may trace, the tracer is not ours (Yama, ptrace_scope 1).
     ctypes.CDLL(None).prctl(PR_SET_PTRACER, PR_SET_PTRACER_ANY, 0, 0, 0)
-    while "TracerPid:\t0\n" in open("/proc/self/status").read():
+    status = Path("/proc/self/status")
+    while "TracerPid:\t0\n" in status.read_text():
         time.sleep(0.005)
 
 

@@ -59,8 +59,8 @@ class Client(RawConnection):
 class ProxyProcess:
     """A running `python -m xaiproxy` on a free port, another of WAYS, or what `command` runs.
 
-    Settings are keywords, `idle_timeout=0.5` for XAI_PROXY_IDLE_TIMEOUT; `environ` is for others. The
-    token file is `folder`/tokens.json, which sign_in() writes. close() asserts a clean exit.
+    Settings are keywords, `idle_timeout=0.5` for XAI_PROXY_IDLE_TIMEOUT; `environ` is for others.
+    The token file is `folder`/tokens.json, which sign_in() writes. close() asserts a clean exit.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class ProxyProcess:
                 seen = len(self._lines)
                 left = deadline - time.monotonic()
                 assert left > 0 and self.process.poll() is None, (
-                    f"no such line among {self._lines[-10:]}"
+                    f"no such line, exit status {self.process.returncode}: {self._lines[-10:]}"
                 )
                 self._changed.wait(min(left, 0.2))
 

@@ -30,8 +30,8 @@ def make_store(sandbox, path) -> TokenStore:
 class Process:
     """A refresher, whose log is read as it comes.
 
-    `before`: a command that executes it. `trace`: a function that attaches a tracer to a process ID; the
-    refresher waits for it before its first own system call.
+    `before`: a command that executes it. `trace`: a function that attaches a tracer to a process
+    ID; the refresher waits for it before its first own system call.
     """
 
     def __init__(

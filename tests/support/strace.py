@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-# Only the system calls that are traced stop the process. Under a strace that stops it at all of them,
-# Python takes four times as long to start.
+# Only the system calls that are traced stop the process. If all of them do, Python takes four
+# times as long to start.
 FEW_STOPS = ["-f", "--seccomp-bpf"]
 
 needs_strace = pytest.mark.skipif(
@@ -29,7 +29,7 @@ def strace(
 ) -> list[str]:
     """Return what to put before a command, which stays the caller's child.
 
-    `paths`: files that the traced system calls are about, or any file if there are none. `few_stops`:
+    `paths`: files that the traced system calls are about, or any file if empty. `few_stops`:
     False if a signal is injected, which strace cannot do otherwise.
     """
     how = FEW_STOPS if few_stops else ["-f"]
