@@ -172,22 +172,34 @@ NAMES = (
 )
 
 
-@pytest.mark.parametrize("page", ["127.0.0.1", "localhost", "rebound.test"])
+PLACES = [(name, path) for name in NAMES for path in PATHS]
+# Each name and each path, but not each pair: a browser takes ten seconds for all pairs.
+SOME_PLACES = [place for place in PLACES if place[0] == NAMES[0] or place[1] == PATHS[0]]
+
+
+@pytest.mark.parametrize(
+    ("page", "places"),
+    [("127.0.0.1", SOME_PLACES), ("localhost", SOME_PLACES), ("rebound.test", PLACES)],
+    ids=["127.0.0.1", "localhost", "rebound.test"],
+)
 def test_page_of_another_site_gets_nowhere(
-    tmp_path: Path, upstream: RecordingUpstream, site: Site, visit: Callable, page: str
+    tmp_path: Path,
+    upstream: RecordingUpstream,
+    site: Site,
+    visit: Callable,
+    page: str,
+    places: list[tuple[str, str]],
 ) -> None:
     with ProxyProcess(tmp_path, upstream=upstream.origin) as proxy:
         proxy.sign_in()
-        assert (
-            visit(page, [f"http://{name}:{proxy.port}{path}" for name in NAMES for path in PATHS])
-            == []
-        )
+        assert visit(page, [f"http://{name}:{proxy.port}{path}" for name, path in places]) == []
         proxy.ask("GET", "/afterwards")
         proxy.wait_for_request("/afterwards")
         assert upstream.taken() == [] and upstream.received == 0
         for path in PATHS[:-1]:  # it did come
             statuses = [line["status"] for line in proxy.log_lines() if line.get("path") == path]
-            assert len(statuses) > len(NAMES) * SIMPLE and {*statuses} == {403}
+            names = [name for name, asked_path in places if asked_path == path]
+            assert len(statuses) > len(names) * SIMPLE and {*statuses} == {403}
 
 
 def test_page_of_a_listed_site_gets_there(
