@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import segno
 from checkout import ROOT
+from forked_process import run_python
 from sandbox import Sandbox
 from scripted_server import ScriptedServer
 from terminal import CTRL_C, Terminal
@@ -46,13 +47,12 @@ class Login:
         self.options = {"env": self.env, "cwd": folder}
 
     def run(self, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*COMMAND, *arguments],
-            text=True,
-            capture_output=True,
+        return run_python(
+            "xaiproxy.login.command",
+            ["-m", "xaiproxy.login", *arguments],
+            cwd=self.options["cwd"],
+            environ=self.env | environ,
             timeout=30,
-            stdin=subprocess.DEVNULL,
-            **self.options | {"env": self.env | environ},
         )
 
     def start(

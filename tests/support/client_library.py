@@ -1,4 +1,7 @@
-"""Libraries of real clients, imported by the first test that uses one: that takes seconds, and each worker collects all files."""
+"""Libraries of real clients, imported by the first test that uses one.
+
+Their import takes seconds, and each worker collects all files.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,16 @@ import pytest
 
 
 class ClientLibrary:
-    """Stands for the module of that name. Skips the test file that makes one when it is not installed."""
+    """Stands for the module of that name. If that is not installed, the test file is skipped."""
 
     def __init__(self, name: str):
-        if importlib.util.find_spec(name) is None:
+        # Of the package alone: to find a submodule would import it.
+        if importlib.util.find_spec(name.partition(".")[0]) is None:
             pytest.skip(f"{name}, of the extra clients, is not installed", allow_module_level=True)
         self._name = name
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # asked for by pytest, which searches every module for fixtures
+        # pytest searches every module for fixtures.
+        if name.startswith("_"):
             raise AttributeError(name)
         return getattr(importlib.import_module(self._name), name)

@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -56,18 +57,16 @@ fork_server = functools.cache(ForkServer)
 
 
 class ForkedProcess:
-    """What tests use of a subprocess.Popen with `stderr=PIPE`."""
+    """What tests use of a subprocess.Popen. `streams`: its standard input, output and error."""
 
-    def __init__(self, server: ForkServer, arguments: list[str], **request: Any):
+    def __init__(self, module: str, arguments: list[str], streams: list[int], **request: Any):
         self.args = arguments
         self.returncode: int | None = None
-        self._server = server
+        self.stderr: Any = None
         self._mutex = threading.Lock()
-        read, write = os.pipe()
-        self.stderr = os.fdopen(read, "rb")
+        self._server = fork_server(module, request["environ"].get("LD_PRELOAD", ""))
         request["files"] = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self.pid = server.ask({"arguments": arguments, **request}, [0, 1, write])
-        os.close(write)
+        self.pid = self._server.ask({"arguments": arguments, **request}, streams)
 
     def poll(self) -> int | None:
         try:
@@ -121,14 +120,19 @@ def start_python(
     imports.
     """
     if not prefix:
-        return ForkedProcess(
-            fork_server(module, environ.get("LD_PRELOAD", "")),
+        read, write = os.pipe()
+        process = ForkedProcess(
+            module,
             arguments,
+            [0, 1, write],
             cwd=str(cwd),
             environ=environ,
             new_session=new_session,
             traced=traced,
         )
+        os.close(write)
+        process.stderr = os.fdopen(read, "rb")
+        return process
     if traced:
         arguments = [PRELOADED, module, "traced", *arguments]
     return subprocess.Popen(
@@ -138,3 +142,32 @@ def start_python(
         stderr=subprocess.PIPE,
         start_new_session=new_session,
     )
+
+
+def run_python(
+    module: str, arguments: list[str], *, cwd: Path | str, environ: dict[str, str], timeout: float
+) -> subprocess.CompletedProcess[str]:
+    """Run `python -W error ARGUMENT...` to its end, without input, as start_python starts it."""
+    with (
+        open(os.devnull) as nothing,
+        tempfile.TemporaryFile("w+") as out,
+        tempfile.TemporaryFile("w+") as err,
+    ):
+        process = ForkedProcess(
+            module,
+            arguments,
+            [nothing.fileno(), out.fileno(), err.fileno()],
+            cwd=str(cwd),
+            environ=environ,
+            new_session=False,
+            traced=False,
+        )
+        try:
+            process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            raise
+        out.seek(0)
+        err.seek(0)
+        return subprocess.CompletedProcess(arguments, process.wait(), out.read(), err.read())

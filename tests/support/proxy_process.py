@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from checkout import ROOT, SUPPORT
-from forked_process import PYTHON, start_python
+from forked_process import PYTHON, run_python, start_python
 from raw_connection import PATIENCE, Message, RawConnection
 
 from xaiproxy import config
@@ -267,13 +267,7 @@ def refuse_to_start(
     folder: pathlib.Path, environ: dict[str, str] | None = None, **settings: Any
 ) -> tuple[int, str]:
     """Run a proxy that cannot start; its exit code and stderr."""
-    done = subprocess.run(
-        COMMAND,
-        cwd=folder,
-        env=environment(folder, environ, **settings),
-        capture_output=True,
-        text=True,
-        timeout=20,
-    )
+    environ = environment(folder, environ, **settings)
+    done = run_python("xaiproxy", ARGUMENTS, cwd=folder, environ=environ, timeout=20)
     assert done.stdout == ""
     return done.returncode, done.stderr
