@@ -48,7 +48,8 @@ class Login:
 
     def run(self, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
         return run_python(
-            "xaiproxy.login.command",
+            # xaiproxy.login.command imports late; a sign-in needs most of it.
+            "xaiproxy.login.sign_in",
             ["-m", "xaiproxy.login", *arguments],
             cwd=self.options["cwd"],
             environ=self.env | environ,

@@ -15,6 +15,7 @@ from __future__ import annotations
 import _socket
 import array
 import ctypes
+import gc
 import json
 import os
 import resource
@@ -38,6 +39,7 @@ def serve(connection: _socket.socket) -> dict[str, Any] | None:
             1 << 20, _socket.CMSG_SPACE(STREAMS * 4)
         )
         if not message:
+            connection.close()
             return None
         request = json.loads(message)
         if "ended" in request:
@@ -91,6 +93,8 @@ def run(arguments: list[str]) -> None:
 if __name__ == "__main__":
     _, module, how, *rest = sys.argv
     runpy.run_module(module, run_name="preloaded")
+    # A collection in a child would write to, and so copy, most of the memory that it shares with us.
+    gc.freeze()
     if how == "traced":
         wait_for_tracer()
         run(rest)
