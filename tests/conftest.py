@@ -13,7 +13,8 @@ from typing import Any
 import hypothesis
 import pytest
 
-# The same examples every time: a change fails its own tests and not somebody else's. bin/fuzz looks for new ones.
+# The same examples every time: a change fails its own tests and not somebody else's. bin/fuzz looks
+# for new ones.
 hypothesis.settings.register_profile(
     "suite",
     derandomize=True,
@@ -29,7 +30,8 @@ from rotating_load import rotating_load  # noqa: F401  (a fixture)
 from sandbox import Sandbox
 from scripted_upstream import ScriptedUpstream, make_certificate
 
-# The files that take longest, which begin first so that no worker is left alone with one at the end.
+# The files that take longest, which begin first so that no worker is left alone with one at the
+# end.
 LONGEST = (
     "test_supervision",
     "test_server",
@@ -64,7 +66,10 @@ def shared_sandbox() -> Iterator[Sandbox]:
 
 @pytest.fixture
 def sandbox(shared_sandbox: Sandbox) -> Iterator[Sandbox]:
-    """A simulated xAI as good as new: default knobs, counters at zero. One process serves all tests."""
+    """A simulated xAI as good as new: default knobs, counters at zero.
+
+    One process serves all tests.
+    """
     shared_sandbox.reset()
     yield shared_sandbox
     shared_sandbox.reset()
@@ -148,7 +153,9 @@ def start_either(
 def either(
     start_either: Callable[..., tuple],
 ) -> Iterator[Callable[..., tuple[ProxyProcess, ScriptedUpstream]]]:
-    """Gives the module's one proxy for these settings, signed in anew, and its upstream: in the clear, and over TLS."""
+    """Gives the module's one proxy for these settings, signed in anew, and its upstream: in the
+    clear, and over TLS.
+    """
     used = []
 
     def start(**settings: Any) -> tuple[ProxyProcess, ScriptedUpstream]:

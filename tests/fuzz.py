@@ -1,7 +1,8 @@
-"""The properties of tests/ for as long as one likes, led by which lines of xaiproxy are reached (atheris, libFuzzer).
+"""The properties of tests/ for as long as one likes, led by which lines of xaiproxy are reached
+(atheris, libFuzzer).
 
-What reached new lines stays in .fuzz, and the next run goes on from there. An input that fails is kept there, too, and
-told as the call of the test that it is, as small as it can be made.
+What reached new lines stays in .fuzz, and the next run goes on from there. An input that fails is
+kept there, too, and told as the call of the test that it is, as small as it can be made.
 """
 
 import argparse

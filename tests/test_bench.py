@@ -1,4 +1,6 @@
-"""The benchmark: its arithmetic, its load client's honesty, and a small run of both against the program."""
+"""The benchmark: its arithmetic, its load client's honesty, and a small run of both against the
+program.
+"""
 
 from __future__ import annotations
 
@@ -287,7 +289,9 @@ def test_the_upstream_refuses_tls_1_2(api: targets.Upstream) -> None:
 
 
 class Forwarder:
-    """A proxy that opens a TLS connection for each request; `resumes`: whether it resumes the session of the first."""
+    """A proxy that opens a TLS connection for each request; `resumes`: whether it resumes the
+    session of the first.
+    """
 
     def __init__(self, api: targets.Upstream, resumes: bool):
         self._port, self._resumes = api.tls_port, resumes

@@ -267,7 +267,9 @@ def test_a_fifo_in_the_files_place_is_78_and_not_waited_for(folder):
 
 @pytest.mark.parametrize("target", ["kept-elsewhere", "nowhere"])
 def test_a_link_is_left_alone(folder, target):
-    """Neither is what it leads to written, nor the link replaced, whose target the proxy would then not see."""
+    """Neither is what it leads to written, nor the link replaced, whose target the proxy would then
+    not see.
+    """
     folder.path.parent.mkdir()
     kept = folder.path.with_name("kept-elsewhere")
     kept.write_text(f"a {DIGEST}\n")

@@ -1,4 +1,6 @@
-"""Replacing a file durably: the new file is the process's own, and its folder is synced if possible."""
+"""Replacing a file durably: the new file is the process's own, and its folder is synced if
+possible.
+"""
 
 import contextlib
 import os

@@ -1,4 +1,6 @@
-"""What lies in the token folder under the name of one of our files neither hangs a program nor fills its memory."""
+"""What lies in the token folder under the name of one of our files neither hangs a program nor
+fills its memory.
+"""
 
 import json
 import os

@@ -1,4 +1,6 @@
-"""What a checkout and an installation promise: the commands are there, and bin/ makes a .venv that can be trusted."""
+"""What a checkout and an installation promise: the commands are there, and bin/ makes a .venv that
+can be trusted.
+"""
 
 import configparser
 import contextlib
@@ -55,7 +57,8 @@ def test_the_package_imports_nothing_so_that_main_can_patch_first():
 
 
 def test_the_package_needs_no_data_files_and_every_folder_of_it_is_installed():
-    # Otherwise setup.cfg would have to say package_data, and only an installed copy would show that it does not.
+    # Otherwise setup.cfg would have to say package_data, and only an installed copy would show that
+    # it does not.
     files = [
         path
         for path in (ROOT / "xaiproxy").rglob("*")
@@ -109,7 +112,8 @@ def numbers(version):
     return [int(number) for number in re.findall("[0-9]+", version)]
 
 
-# An interpreter that makes a .venv at once. What its pip does is in $PIP; each call of it leaves a line in $CALLS.
+# An interpreter that makes a .venv at once. What its pip does is in $PIP; each call of it leaves a
+# line in $CALLS.
 PYTHON = """#!/bin/sh
 here=$(dirname "$0")
 case "$*" in
@@ -273,7 +277,7 @@ def test_what_cannot_be_installed_is_said_in_one_sentence(checkout, pip, environ
 
 MODELS = '{"object":"list","data":[{"id":"grok-image","object":"model"},{"id":"grok-4.5","object":"model"}]}'
 STREAM = "".join(
-    'data: {"choices":[{"index":0,"delta":{"content":"%s"}}]}\n\n' % word
+    f'data: {{"choices":[{{"index":0,"delta":{{"content":"{word}"}}}}]}}\n\n'
     for word in ("one ", "two")
 )
 DONE = "data: [DONE]\n\n"

@@ -1,4 +1,6 @@
-"""What a stranger has put in the way, in the working directory or in the token folder, sends no token to another host."""
+"""What a stranger has put in the way, in the working directory or in the token folder, sends no
+token to another host.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,7 @@ class Server(socketserver.ThreadingTCPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.url = "http://127.0.0.1:%d" % self.server_address[1]
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.heard: list[str] = []
 
 
@@ -256,7 +258,8 @@ def test_a_module_in_the_working_directory_is_not_run(tmp_path: Path, sandbox: S
     browser = tmp_path / "browser"
     browser.write_text('#!/bin/sh\necho "$1" >opening && mv opening opened\n')
     browser.chmod(0o755)
-    code = "import sys; del sys.path[0]; from xaiproxy.login.command import main; sys.exit(main())"  # as a console script has it
+    # As a console script has it.
+    code = "import sys; del sys.path[0]; from xaiproxy.login.command import main; sys.exit(main())"
     process = subprocess.Popen(
         [*PYTHON, "-c", code, "--browser"],
         cwd=tmp_path,

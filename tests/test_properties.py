@@ -1,7 +1,9 @@
-"""What holds for anything that comes from outside: the token file, settings, the issuer's answers, headers, streams.
+"""What holds for anything that comes from outside: the token file, settings, the issuer's answers,
+headers, streams.
 
-bin/test tries the same few hundred examples of each every time; bin/fuzz goes on for as long as it is told, led by the
-lines of xaiproxy that an example reaches. What it finds is mended and becomes an @example here.
+bin/test tries the same few hundred examples of each every time; bin/fuzz goes on for as long as it
+is told, led by the lines of xaiproxy that an example reaches. What it finds is mended and becomes
+an @example here.
 """
 
 import base64
@@ -551,7 +553,26 @@ DATES = st.datetimes(
     timezones=st.just(datetime.timezone.utc),
 )
 DATE_FORMS = ("%a, %d %b %Y %H:%M:%S GMT", "%a %b %d %H:%M:%S %Y")  # RFC 9110 section 5.6.7
-DATE_WORDS = 'Mon , Jan 1 31 99 1994 9999999999 : 00 08:49:37 GMT +0000 -9999 ( ) " \\'.split(" ")
+DATE_WORDS = [
+    "Mon",
+    ",",
+    "Jan",
+    "1",
+    "31",
+    "99",
+    "1994",
+    "9999999999",
+    ":",
+    "00",
+    "08:49:37",
+    "GMT",
+    "+0000",
+    "-9999",
+    "(",
+    ")",
+    '"',
+    "\\",
+]
 DATE_TEXTS = st.lists(st.sampled_from(DATE_WORDS) | TEXT, max_size=8).map(" ".join)
 
 
@@ -754,7 +775,9 @@ STREAM_PARTS = st.lists(
 
 
 def events(stream: bytes) -> list[list[bytes]]:
-    """The events that a client makes of a stream: lines of fields, without comments (WHATWG HTML section 9.2.6)."""
+    """The events that a client makes of a stream: lines of fields, without comments (WHATWG HTML
+    section 9.2.6).
+    """
     found, event = [], []
     for line in re.split(rb"\r\n|\n|\r", stream.removeprefix(BOM))[:-1]:
         if line and not line.startswith(b":"):

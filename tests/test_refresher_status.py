@@ -1,4 +1,6 @@
-"""The refresher's status file: overwritten in place, so that a full disk cannot hide that the disk is full."""
+"""The refresher's status file: overwritten in place, so that a full disk cannot hide that the disk
+is full.
+"""
 
 import dataclasses
 import json

@@ -1,4 +1,6 @@
-"""No secret leaves but where it must: all that a run of everything has said, left and shown is searched for each."""
+"""No secret leaves but where it must: all that a run of everything has said, left and shown is
+searched for each.
+"""
 
 from __future__ import annotations
 
@@ -261,7 +263,8 @@ class Run:
                 ("--doctor", "--json"),
             ):
                 self.command(*options, XAI_PROXY_PORT=str(port))
-            # tokens that are soon to end, and an issuer with troubles of its own, which quotes what it got
+            # tokens that are soon to end, and an issuer with troubles of its own, which quotes what
+            # it got
             refresher = int(supervised.said(r"spawned: 'refresher' with pid (\d+)")[1])
             sandbox.set(access_token_lifetime=4)
             self.sign_in_by_device()
@@ -335,7 +338,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 
 
 def traces(secret: str) -> Iterator[str]:
-    """What betrays it: itself and its first characters, also in the encodings in which such things travel."""
+    """What betrays it: itself and its first characters, also in the encodings in which such things
+    travel.
+    """
     distinct = secret.rpartition(".")[2].removeprefix("xaip_")  # the rest of a JWT is alike in many
     distinct = re.sub("^(query|body|cookie|basic|frame)-", "", distinct)
     yield distinct[:12]

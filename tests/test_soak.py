@@ -1,4 +1,7 @@
-"""bin/soak as a command: what it takes, and that Ctrl-C leaves nothing behind. What it finds takes minutes."""
+"""bin/soak as a command: what it takes, and that Ctrl-C leaves nothing behind.
+
+What it finds takes minutes.
+"""
 
 import contextlib
 import os
@@ -34,10 +37,9 @@ def of_folder(folder: pathlib.Path) -> list[str]:
     """The processes that work in it."""
     found = []
     for process in pathlib.Path("/proc").glob("[0-9]*"):
-        try:
+        # OSError: it has ended.
+        with contextlib.suppress(OSError):
             found += [process.name] * os.readlink(process / "cwd").startswith(str(folder))
-        except OSError:
-            pass  # it has ended
     return found
 
 

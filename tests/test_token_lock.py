@@ -3,13 +3,13 @@
 import contextlib
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
 import time
 
 import pytest
+from strace import needs_strace, strace
 
 from xaiproxy import config, errors, token_lock, token_writer, tokens
 from xaiproxy.token_store import TokenStore
@@ -38,13 +38,6 @@ def save(store, login):
 
 def files(store) -> list[str]:
     return sorted(os.listdir(store.path.parent))
-
-
-strace = pytest.mark.skipif(
-    shutil.which("strace") is None
-    or subprocess.run(["strace", "-o", os.devnull, "true"], capture_output=True).returncode,
-    reason="strace is not installed, or not permitted here",
-)
 
 
 # the lock
@@ -78,13 +71,15 @@ def holder(store):
 def test_a_lock_held_elsewhere_is_busy_after_the_wait(store, holder):
     pauses = []
     begin = time.monotonic()
-    with pytest.raises(
-        errors.LockBusy, match=r"tokens.json.lock has been held .* for 0.3 s"
-    ) as caught:
-        with token_writer.locked(
+    with (
+        pytest.raises(
+            errors.LockBusy, match=r"tokens.json.lock has been held .* for 0.3 s"
+        ) as caught,
+        token_writer.locked(
             store, 0.3, lambda seconds: (pauses.append(seconds), time.sleep(seconds))
-        ):
-            pytest.fail("two held it")
+        ),
+    ):
+        pytest.fail("two held it")
     assert caught.value.exit_code == 75
     assert 0.3 <= time.monotonic() - begin < 2 and 2 <= len(pauses) <= 4 and max(pauses) <= 0.1
 
@@ -101,19 +96,16 @@ def test_what_pause_raises_ends_the_wait(store, holder):
         raise InterruptedError
 
     before = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(InterruptedError):
-        with token_writer.locked(store, 10, pause):
-            pytest.fail("two held it")
+    with pytest.raises(InterruptedError), token_writer.locked(store, 10, pause):
+        pytest.fail("two held it")
     assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_an_error_inside_lets_the_lock_go(store):
-    with pytest.raises(ZeroDivisionError):
-        with token_writer.locked(store, 0):
-            with pytest.raises(errors.LockBusy):
-                with token_writer.locked(store, 0):
-                    pytest.fail("two held it")
-            1 / 0
+    with pytest.raises(ZeroDivisionError), token_writer.locked(store, 0):
+        with pytest.raises(errors.LockBusy), token_writer.locked(store, 0):
+            pytest.fail("two held it")
+        raise ZeroDivisionError
     with token_writer.locked(store, 0):
         pass
 
@@ -180,7 +172,7 @@ def test_a_rehearsal_fails_when_the_lock_file_is_gone(store, change):
     assert store.load() == OLD and "tokens.json.new" not in files(store)
 
 
-@strace
+@needs_strace
 def test_a_heartbeat_has_this_machines_time(store, tmp_path):
     """If a file server set its own time, minutes ahead, the refresher would look dead for ever."""
     code = (
@@ -189,7 +181,7 @@ def test_a_heartbeat_has_this_machines_time(store, tmp_path):
     )
     trace = tmp_path / "trace"
     subprocess.run(
-        ["strace", "-e", "utimensat", "-o", trace, sys.executable, "-W", "error", "-c", code],
+        [*strace(trace, "-e", "trace=utimensat"), sys.executable, "-W", "error", "-c", code],
         check=True,
         timeout=20,
         env={"XAI_PROXY_TOKEN_PATH": str(store.path), "PYTHONPATH": os.getcwd()},

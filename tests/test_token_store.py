@@ -1,4 +1,6 @@
-"""tokens.json as readers see it: states of a login that cannot be used, no torn read, and the files beside it."""
+"""tokens.json as readers see it: states of a login that cannot be used, no torn read, and the files
+beside it.
+"""
 
 import contextlib
 import json
@@ -371,7 +373,9 @@ def no_descriptor():
 
 @contextlib.contextmanager
 def disk_error(store):
-    """Every read of the file fails with EIO: nothing is mapped at the beginning of a process's memory."""
+    """Every read of the file fails with EIO: nothing is mapped at the beginning of a process's
+    memory.
+    """
     kept = store.path.rename(store.path.with_name("kept"))
     store.path.symlink_to("/proc/self/mem")
     try:

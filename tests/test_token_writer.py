@@ -11,7 +11,6 @@ import shutil
 import stat
 import subprocess
 import sys
-import time
 
 import pytest
 from strace import needs_strace, strace
@@ -361,26 +360,6 @@ with token_writer.locked(store, 0) as writer:
 SAVING = "openat,write,fsync,ftruncate,rename,unlink"
 
 
-@needs_strace
-def test_a_beat_sets_our_own_time(store, tmp_path):
-    """A file server that sets its own time, two minutes ahead, would have the refresher look dead for ever."""
-    code = (
-        "import os, sys; from xaiproxy import config, token_store, token_writer; token_writer.beat("
-        "token_store.TokenStore(config.from_environ(os.environ)))"
-    )
-    trace = tmp_path / "trace"
-    subprocess.run(
-        [*strace(trace, "-e", "trace=utimensat"), sys.executable, "-W", "error", "-c", code],
-        check=True,
-        timeout=20,
-        env={"XAI_PROXY_TOKEN_PATH": str(store.path), "PYTHONPATH": os.getcwd()},
-        cwd="/",
-    )
-    beat = [line for line in trace.read_text().splitlines() if "utimensat(" in line][-1]
-    times = [int(seconds) for seconds in re.findall(r"tv_sec=(\d+)", beat)]
-    assert len(times) == 2 and all(abs(time.time() - seconds) < 60 for seconds in times)
-
-
 def run_child(store, *inject, leftover=""):
     paths = [store.path, store.new_path, store.lock_path, store.path.parent]
     save(store, OLD)
@@ -473,7 +452,8 @@ def test_an_error_of_any_system_call_loses_nothing(tmp_path):
         store = make_store(tmp_path / f"{name}{n}")
         done, _ = run_child(store, "-e", f"inject={name}:error=EIO:when={n}")
         spent = (store.path.parent / "spent").exists()
-        # Either nothing was spent and one sentence says why, or it was saved, by the second attempt at the latest.
+        # Either nothing was spent and one sentence says why, or it was saved, by the second attempt
+        # at the latest.
         if done.returncode:
             assert re.search(
                 r"^xaiproxy\.errors\.\w+: .*Input/output error", done.stderr, re.MULTILINE

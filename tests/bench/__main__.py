@@ -1,7 +1,9 @@
-"""bin/bench: measure xaiproxy beside nginx (and LiteLLM); print a table, write bench.json and bench.svg.
+"""bin/bench: measure xaiproxy beside nginx (and LiteLLM); print a table, write bench.json and
+bench.svg.
 
-Everything runs on loopback, the proxy that is measured on core 0, load client and upstream on core 1; proxies
-whose turn it is not are stopped. What is needed is installed (Debian, as root) or named. Ctrl-C ends it all.
+Everything runs on loopback, the proxy that is measured on core 0, load client and upstream on core
+1; proxies whose turn it is not are stopped. What is needed is installed (Debian, as root) or named.
+Ctrl-C ends it all.
 """
 
 from __future__ import annotations
@@ -97,7 +99,9 @@ def all_runs() -> list[Run]:
 
 
 def runs_of_round(options: argparse.Namespace, round: int, main: bool) -> list[Run]:
-    """`main`: whether this is the kind of upstream that users have, the only one for what takes long."""
+    """`main`: whether this is the kind of upstream that users have, the only one for what takes
+    long.
+    """
     runs = [*measurements.RUNS]
     runs += measurements.HELD if round == 1 else []
     runs += measurements.FLATNESS if round == 1 and main else []
@@ -208,7 +212,9 @@ class Bench:
             machine.say(f"[{count}/{len(plan)}, {clock} left] {report.where(record)}: {shown}")
 
     def age(self, seconds: int) -> list[dict[str, float]]:
-        """Memory and CPU of one process under load, in slots of 10 s: short requests and streams in turn."""
+        """Memory and CPU of one process under load, in slots of 10 s: short requests and streams in
+        turn.
+        """
         slots = []
         with self.turn("xaiproxy", not self.options.plain, fresh=True) as target:
             began = time.monotonic()

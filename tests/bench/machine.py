@@ -130,7 +130,10 @@ def pinned(core: int, *command: str | os.PathLike[str]) -> list[str]:
 
 
 class Process:
-    """A process, with its children, that ends when this object is closed. Its output goes to `log`."""
+    """A process, with its children, that ends when this object is closed.
+
+    Its output goes to `log`.
+    """
 
     def __init__(
         self,
@@ -174,7 +177,10 @@ class Process:
             os.killpg(self.popen.pid, number)
 
     def wait_for(self, what: str, happened: Callable[[], Any], seconds: float = 60) -> Any:
-        """What `happened()` returns, as soon as it is true. Raises Unavailable when it does not get so."""
+        """What `happened()` returns, as soon as it is true.
+
+        Raises Unavailable when it does not get so.
+        """
         end = time.monotonic() + seconds
         while not (outcome := happened()):
             if self.popen.poll() is not None or time.monotonic() > end:
@@ -186,10 +192,8 @@ class Process:
     def close(self) -> None:
         self.send(signal.SIGTERM)
         self.send(signal.SIGCONT)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self.popen.wait(5)
-        except subprocess.TimeoutExpired:
-            pass
         self.send(signal.SIGKILL)  # children that outlived it
         self.popen.wait()
         if self.popen.stdout:

@@ -7,7 +7,7 @@ import json
 import resource
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from . import machine
@@ -20,7 +20,9 @@ class Wrong(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Goal:
-    """What a figure should be: at most (or at least) `limit` times that of `against`; `limit` itself if ""."""
+    """What a figure should be: at most (or at least) `limit` times that of `against`; `limit`
+    itself if "".
+    """
 
     limit: float
     against: str = "nginx"
@@ -48,8 +50,8 @@ class Figure:
 class Run:
     """One run of the load client.
 
-    `seconds` is about how long it takes; `fresh`: against a proxy just started; `saturates`: the proxy should
-    be the limit, so that its core should be busy.
+    `seconds` is about how long it takes; `fresh`: against a proxy just started; `saturates`: the
+    proxy should be the limit, so that its core should be busy.
     """
 
     name: str
@@ -398,7 +400,7 @@ def load(
     port: int,
     mode: str,
     arguments: dict[str, Any],
-    pids: list[int] = [],
+    pids: Sequence[int] = (),
     on_begin: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
     """Run the load client; `on_begin` is called when its window begins. Raises Wrong."""
@@ -426,7 +428,10 @@ def load(
 
 
 def measure(run: Run, target: Target, seconds: float) -> dict[str, Any]:
-    """Run it against `target`, whose turn it is. Windows last `seconds` unless the run says otherwise."""
+    """Run it against `target`, whose turn it is.
+
+    Windows last `seconds` unless the run says otherwise.
+    """
     result: dict[str, Any] = {}
     pids = target.pids()
     if run.fresh:

@@ -31,8 +31,9 @@ class Spread:
 
 
 class Records:
-    """What was measured: a dict a run, with `tls`, `run`, `round`, `target`, `figures` and either `busy` and
-    `disturbed` or `wrong`."""
+    """What was measured: a dict a run, with `tls`, `run`, `round`, `target`, `figures` and either
+    `busy` and `disturbed` or `wrong`.
+    """
 
     def __init__(self, records: list[dict[str, Any]]):
         self.records = records
@@ -115,7 +116,10 @@ def number(value: float | None) -> str:
 
 
 def table(records: Records, tls: bool) -> list[str]:
-    """Markdown: a line a figure. The last column says how busy core 0 was with nginx and with xaiproxy."""
+    """Markdown: a line a figure.
+
+    The last column says how busy core 0 was with nginx and with xaiproxy.
+    """
     targets = records.targets(tls)
     beside = [name for name in ("nginx", "other") if name in targets and "xaiproxy" in targets]
     heads = ["", *targets, *(f"xaiproxy : {name}" for name in beside), "goal", "", "core 0 busy"]

@@ -69,7 +69,9 @@ class Upstream:
 
 
 class Target:
-    """A proxy in front of `upstream`, stopped between rest() and wake(), so that it disturbs no other."""
+    """A proxy in front of `upstream`, stopped between rest() and wake(), so that it disturbs no
+    other.
+    """
 
     name = ""
 
@@ -226,7 +228,9 @@ class Other(Xaiproxy):
 
 
 class Rotating(Xaiproxy):
-    """xaiproxy whose access tokens last 3 s: its refresher renews them, and the sandbox plays the issuer."""
+    """xaiproxy whose access tokens last 3 s: its refresher renews them, and the sandbox plays the
+    issuer.
+    """
 
     name = "rotating"
 

@@ -1,4 +1,6 @@
-"""OpenAI's Python library through the proxy: what it asks for, what it is told, and what it does by itself."""
+"""OpenAI's Python library through the proxy: what it asks for, what it is told, and what it does by
+itself.
+"""
 
 from __future__ import annotations
 
@@ -328,16 +330,20 @@ def test_it_waits_and_tries_again_when_xai_limits_the_rate(
 
 def test_an_error_within_a_stream_is_raised(client: openai.OpenAI, sandbox: Sandbox) -> None:
     sandbox.set(capacity_error_after=2)
-    with client.chat.completions.create(model=MODEL, messages=HELLO, stream=True) as stream:
-        with pytest.raises(openai.APIError, match="at capacity due to high demand"):
-            list(stream)
+    with (
+        client.chat.completions.create(model=MODEL, messages=HELLO, stream=True) as stream,
+        pytest.raises(openai.APIError, match="at capacity due to high demand"),
+    ):
+        list(stream)
 
 
 def test_a_stream_that_breaks_looks_broken(client: openai.OpenAI, sandbox: Sandbox) -> None:
     sandbox.set(cut_after=5)
-    with client.chat.completions.create(model=MODEL, messages=HELLO, stream=True) as stream:
-        with pytest.raises(openai.APIConnectionError):
-            list(stream)
+    with (
+        client.chat.completions.create(model=MODEL, messages=HELLO, stream=True) as stream,
+        pytest.raises(openai.APIConnectionError),
+    ):
+        list(stream)
 
 
 def test_it_does_not_repeat_what_timed_out(sandbox: Sandbox, tmp_path: Path) -> None:
@@ -345,11 +351,12 @@ def test_it_does_not_repeat_what_timed_out(sandbox: Sandbox, tmp_path: Path) -> 
     sandbox.write_login(tmp_path / "tokens.json")
     sandbox.reset()
     sandbox.set(answers=[{"path": "/v1/responses", "delay": 60}])
-    with ProxyProcess(
-        tmp_path, issuer=sandbox.url, upstream=sandbox.url, idle_timeout=0.2
-    ) as proxy:
-        with openai_client(proxy) as client, pytest.raises(openai.InternalServerError) as error:
-            client.responses.create(model=MODEL, input="Hello")
+    with (
+        ProxyProcess(tmp_path, issuer=sandbox.url, upstream=sandbox.url, idle_timeout=0.2) as proxy,
+        openai_client(proxy) as client,
+        pytest.raises(openai.InternalServerError) as error,
+    ):
+        client.responses.create(model=MODEL, input="Hello")
     assert error.value.code == "upstream_timeout"
     until(lambda: sandbox.counters()["cancelled_requests"] == 1)
     assert sandbox.counters()["requests"] == 1

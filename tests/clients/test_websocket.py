@@ -120,7 +120,7 @@ def test_a_close_code_comes_through(way: Way, sandbox: Sandbox) -> None:
     with way.connect("/v1/realtime") as connection, pytest.raises(ConnectionClosedError) as closed:
         while True:
             connection.recv(5)
-    assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (4001, "as the sandbox was told")
+    assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (4001, "the sandbox's close_code")
 
 
 @pytest.mark.parametrize("cut", ["close", "reset"])

@@ -1,6 +1,9 @@
-"""A connection that waits first and tries then, in a greenlet or in the hub; and TLS in memory over one."""
+"""A connection that waits first and tries then, in a greenlet or in the hub; and TLS in memory over
+one.
+"""
 
 import contextlib
+import itertools
 import os
 import select
 import socket
@@ -120,7 +123,9 @@ def test_the_limit_of_a_read(pair, limit):
 
 
 def test_work_before_a_wait_takes_nothing_from_its_limit(pair):
-    """The loop's clock stands still within a turn, and a long turn must not end the waits that begin in it early."""
+    """The loop's clock stands still within a turn, and a long turn must not end the waits that
+    begin in it early.
+    """
     connection, peer = pair
 
     def wait_after_work() -> float:
@@ -193,7 +198,7 @@ def test_a_reset_is_an_oserror(tcp):
 
 def test_it_may_be_closed_twice_and_the_peer_sees_it(pair):
     connection, peer = pair
-    connection.writable
+    assert connection.writable
     connection.close()
     connection.close()
     assert peer.recv(1) == b""
@@ -619,7 +624,9 @@ def test_a_session_is_resumed(certificates, context):
 
 
 def test_tls_in_tls(tls, context, certificates):
-    """Through a proxy on the way that speaks TLS itself, the origin's TLS is content of the proxy's."""
+    """Through a proxy on the way that speaks TLS itself, the origin's TLS is content of the
+    proxy's.
+    """
     outer, proxy = tls
 
     class Through:
@@ -731,7 +738,7 @@ def test_a_peer_that_sends_without_a_pause_leaves_others_their_turn():
     other.join()
     theirs.close()
     connection.close()
-    assert max(later - earlier for earlier, later in zip(turns, turns[1:])) <= BURST
+    assert max(later - earlier for earlier, later in itertools.pairwise(turns)) <= BURST
 
 
 def test_a_head_that_takes_too_long_can_be_waited_for_again(pair):
@@ -744,7 +751,9 @@ def test_a_head_that_takes_too_long_can_be_waited_for_again(pair):
 
 
 def test_a_tunnel_sends_on_what_tls_holds_back(tls):
-    """The records of the last bytes, which the kernel did not take at once, though nothing comes behind them."""
+    """The records of the last bytes, which the kernel did not take at once, though nothing comes
+    behind them.
+    """
     ours, theirs = tls
     ours.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     source, far = socket.socketpair()

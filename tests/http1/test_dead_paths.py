@@ -1,7 +1,7 @@
 """Network paths that die in silence, on either side of the proxy.
 
-Peers that are alive and read nothing keep their connections. The proxy, its client and upstream each have a network of their own. The sweep's limits are shorter
-than the real ones.
+Peers that are alive and read nothing keep their connections. The proxy, its client and upstream
+each have a network of their own. The sweep's limits are shorter than the real ones.
 """
 
 from __future__ import annotations

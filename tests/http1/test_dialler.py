@@ -1,4 +1,6 @@
-"""How upstream is reached: names, addresses, TLS, a proxy on the way; and what is said when it is not."""
+"""How upstream is reached: names, addresses, TLS, a proxy on the way; and what is said when it is
+not.
+"""
 
 from __future__ import annotations
 
@@ -468,8 +470,8 @@ def another(folder: Path, version: ssl.TLSVersion) -> ssl.SSLContext:
     return context
 
 
-# SSL_OP_NO_EXTENDED_MASTER_SECRET of OpenSSL 3, which Python has no name for. A session from before it was set cannot
-# be resumed any more (RFC 7627 section 5.3).
+# SSL_OP_NO_EXTENDED_MASTER_SECRET of OpenSSL 3, which Python has no name for. A session from before
+# it was set cannot be resumed any more (RFC 7627 section 5.3).
 NO_EXTENDED_MASTER_SECRET = 1
 
 
@@ -586,7 +588,7 @@ def test_untrusted_certificate(
     with (
         listener,
         ProxyProcess(
-            tmp_path, upstream="https://%s:%d" % listener.getsockname(), environ=environ
+            tmp_path, upstream=f"https://127.0.0.1:{listener.getsockname()[1]}", environ=environ
         ) as proxy,
     ):
         proxy.sign_in()
@@ -831,7 +833,9 @@ def test_tunnel_that_does_not(
 
 
 class TLSInTLS:
-    """A server's side of TLS on a connection that speaks TLS already; as much of a socket as RawConnection needs."""
+    """A server's side of TLS on a connection that speaks TLS already; as much of a socket as
+    RawConnection needs.
+    """
 
     def __init__(self, outer: ssl.SSLSocket, context: ssl.SSLContext):
         self._outer = outer

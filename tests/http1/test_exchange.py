@@ -1,4 +1,6 @@
-"""What upstream sees of a request and what becomes of its answer, byte by byte; and its connections."""
+"""What upstream sees of a request and what becomes of its answer, byte by byte; and its
+connections.
+"""
 
 from __future__ import annotations
 
@@ -725,7 +727,9 @@ def answered(pool: Pool, scripted: ScriptedUpstream) -> Request:
 
 @pytest.mark.parametrize("body", [b"", b"{}"])
 def test_broken_pooled_connection_that_took_no_byte_is_replaced_for_all(body: bytes) -> None:
-    """The close comes between the check of the connection and its use, which no other process could time."""
+    """The close comes between the check of the connection and its use, which no other process could
+    time.
+    """
     with ScriptedUpstream() as scripted, concurrent.futures.ThreadPoolExecutor(1) as threads:
 
         class Broken(Pool):
@@ -748,7 +752,10 @@ def test_broken_pooled_connection_that_took_no_byte_is_replaced_for_all(body: by
 
 
 def test_time_out_of_the_kernel_is_no_silence() -> None:
-    """Of a peer that does not answer any more. It is told once, and an end, which would be a good one here, comes behind it."""
+    """Of a peer that does not answer any more.
+
+    It is told once, and an end, which would be a good one here, comes behind it.
+    """
     with ScriptedUpstream() as scripted:
         _, sent = perform(make_pool(scripted), scripted, CLOSED)
         sent.connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1)
@@ -792,7 +799,7 @@ def test_a_thousand_streams_at_once(
             connection.send(CHUNKED)
         for client in clients:  # all are open, none waits for another
             assert client.head().status == 200
-        for number, client in enumerate(clients):
+        for number in range(len(clients)):
             data = b"%d" % number
             streams[f"/v1/{number}"].send(b"%x\r\n%b\r\n" % (len(data), data))
         for number, client in enumerate(clients):
@@ -845,7 +852,9 @@ def test_bytes_after_an_answer_end_the_connection(
 def test_connection_closed_while_idle_is_not_used(
     client: Client, upstream: ScriptedUpstream, how: str
 ) -> None:
-    """A POST that fails is not sent again, so each of these shows that the close was seen before the use."""
+    """A POST that fails is not sent again, so each of these shows that the close was seen before
+    the use.
+    """
     for _ in range(20):
         client.request("POST", "/v1/x", body=b"{}")
         request = upstream.receive().answer()
@@ -886,7 +895,9 @@ def test_close_that_comes_with_a_request_is_seen_before_it(
 def test_closes_that_come_with_many_requests_are_seen_before_them(
     running: ProxyProcess, upstream: ScriptedUpstream, many_files: None
 ) -> None:
-    """More at a time than libev has epoll report, so that its watchers hear of most closes too late."""
+    """More at a time than libev has epoll report, so that its watchers hear of most closes too
+    late.
+    """
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(running.client()) for _ in range(200)]
 
@@ -1101,7 +1112,9 @@ def test_pooled_connection_that_breaks_amid_the_body(
 
 @both_ways
 def test_small_requests_are_not_delayed(client: Client, upstream: ScriptedUpstream) -> None:
-    """Without TCP_NODELAY on both sides each of these would wait 40 ms for a delayed acknowledgement."""
+    """Without TCP_NODELAY on both sides each of these would wait 40 ms for a delayed
+    acknowledgement.
+    """
     start = time.monotonic()
     for _ in range(40):
         client.request("POST", "/v1/x", "Transfer-Encoding: chunked")

@@ -13,7 +13,9 @@ BEHIND = b"GET /the-next-request HTTP/1.1\r\n"
 def fed(
     body: Sized | Chunked | UntilClose, data: bytes, size: int = 1 << 30
 ) -> tuple[bytes, bytes]:
-    """The content of `data`, fed `size` bytes at a time, and what of `data` is behind the body's end."""
+    """The content of `data`, fed `size` bytes at a time, and what of `data` is behind the body's
+    end.
+    """
     content, at = b"", 0
     while at < len(data) and not body.ended:
         part = data[at : at + size]

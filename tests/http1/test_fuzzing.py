@@ -1,8 +1,8 @@
 """Whole conversations, good and bad, in pieces of any size: read as h11 reads them, or not taken.
 
-What we are stricter about is fine. What we take, h11 must take too, with the same content and the same end:
-the bytes behind that would otherwise be another message to one of two servers. FUZZ=20000 tries that many of
-each kind instead of the suite's few, FUZZ_SEED=n other ones.
+What we are stricter about is fine. What we take, h11 must take too, with the same content and the
+same end: the bytes behind that would otherwise be another message to one of two servers. FUZZ=20000
+tries that many of each kind instead of the suite's few, FUZZ_SEED=n other ones.
 """
 
 import os
@@ -169,7 +169,9 @@ BLANK_BEFORE_EXTENSION = re.compile(rb"(?<=[0-9A-Fa-f])[ \t]+(?=;)")
 
 
 def without_blanks(data: bytes) -> bytes:
-    """The first message without blanks behind chunk sizes, which RFC 9112 section 7.1.1 lets be, h11 not."""
+    """The first message without blanks behind chunk sizes, which RFC 9112 section 7.1.1 lets be,
+    h11 not.
+    """
     at, is_interim = 0, True
     while is_interim:
         is_interim = re.match(rb"HTTP/1\.[01] 1", data[at:])
@@ -361,7 +363,8 @@ GOOD_REQUESTS = [  # the bytes, the content of each, what becomes of the connect
         b"",
     ),
 ]
-BAD_HEADS = [  # between the first line with Host (or the status line) and the empty line; refused in both
+# Between the first line with Host (or the status line) and the empty line; refused in both.
+BAD_HEADS = [
     b" folded: first\r\n",
     b"\tfolded: first\r\n",
     b"X: a\n",
@@ -449,7 +452,8 @@ BAD_REQUESTS = [
     b"POST / HTTP/1.0\r\n" + CHUNKED + b"\r\n0\r\n\r\n",
     b"A" * 70000,
 ]
-GOOD_ANSWERS = [  # the bytes, the method, the content of each, what becomes of the connection, what is left
+# The bytes, the method, the content of each, what becomes of the connection, what is left.
+GOOD_ANSWERS = [
     (b"", "GET", [], END, b""),
     (NEXT_OK + NEXT_OK, "GET", [b"next"] * 2, CLOSED, b""),
     (OK + b"\r\nhello", "GET", [b"hello"], CLOSED, b""),

@@ -332,7 +332,9 @@ def test_empty_line_after_a_body_is_no_request(
     way: str,
     steps: list[bytes],
 ) -> None:
-    """Old clients send one after a POST: the connection stays idle, and ends as such, without a 408."""
+    """Old clients send one after a POST: the connection stays idle, and ends as such, without a
+    408.
+    """
     with start_proxy(way=way, client_timeout=0.2, keepalive_timeout=1.2).client() as client:
         for _ in range(2):
             client.request("POST", "/v1/x", body=b"{}").send(steps[0])
@@ -441,7 +443,9 @@ def test_client_may_take_longer_to_read_an_answer_of_upstream(
 
 
 def test_silent_connections_are_closed(short_timeout_proxy: ProxyProcess) -> None:
-    """New ones after CLIENT_TIMEOUT, those between two requests after KEEPALIVE_TIMEOUT; without a word."""
+    """New ones after CLIENT_TIMEOUT, those between two requests after KEEPALIVE_TIMEOUT; without a
+    word.
+    """
     with short_timeout_proxy.client() as new, short_timeout_proxy.client() as used:
         start = time.monotonic()
         assert used.ask("GET", "/healthz").status == 200
@@ -562,7 +566,9 @@ def test_cancelled_request_ends_upstream(
 def test_cancelled_request_with_a_large_body_ends_upstream_at_once(
     proxy: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
-    """The watcher that the body had stopped watches again: to look twice a second would take two seconds."""
+    """The watcher that the body had stopped watches again: to look twice a second would take two
+    seconds.
+    """
     waited = 0.0
     for _ in range(8):
         with proxy.client() as client:

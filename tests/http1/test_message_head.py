@@ -1,4 +1,6 @@
-"""What the heads of requests and answers have in common: where they end, and what their lines may hold."""
+"""What the heads of requests and answers have in common: where they end, and what their lines may
+hold.
+"""
 
 import time
 

@@ -1,4 +1,6 @@
-"""The body of an answer on its way, sent either way: where it ends, who holds it up, what is left of it."""
+"""The body of an answer on its way, sent either way: where it ends, who holds it up, what is left
+of it.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +81,9 @@ def test_framing_is_upstream_s_own_or_ours(
     way: str,
     split: Callable[[bytes], list[bytes]],
 ) -> None:
-    """Relayed, extensions and trailers stay; that they do not when iterated shows that there are two ways."""
+    """Relayed, extensions and trailers stay; that they do not when iterated shows that there are
+    two ways.
+    """
     client.request("GET", f"/v1/{split.__name__}")
     request = upstream.receive()
     parts = split(CHUNKED + DECORATED)
@@ -267,7 +271,9 @@ def test_answer_that_comes_beside_the_upload_waits_upstream(
 def test_time_that_the_client_takes_is_no_silence_of_upstream(
     start_proxy: Callable[..., ProxyProcess], upstream: ScriptedUpstream, way: str
 ) -> None:
-    """The limit stands still while the client does not read, and then begins anew: also for the client, at each byte."""
+    """The limit stands still while the client does not read, and then begins anew: also for the
+    client, at each byte.
+    """
     short_timeout_proxy = start_proxy(way=way, idle_timeout=1.5)
     with short_timeout_proxy.client() as client:
         client.request("GET", "/v1/slow-reader")
@@ -289,7 +295,9 @@ def test_time_that_the_client_takes_is_no_silence_of_upstream(
 
 
 def test_byte_that_came_in_time_counts_though_the_limit_is_over(upstream: ScriptedUpstream) -> None:
-    """In this process, whose loop is held up: it finds the byte and the end of the time in the same turn."""
+    """In this process, whose loop is held up: it finds the byte and the end of the time in the same
+    turn.
+    """
     settings = config.from_environ(
         {"HOME": "/", "XAI_PROXY_UPSTREAM": upstream.origin, "XAI_PROXY_IDLE_TIMEOUT": "0.5"}
     )
@@ -414,7 +422,9 @@ def test_delete_with_a_body(client: Client, upstream: ScriptedUpstream, body: by
 def test_upload_takes_no_more_memory_for_being_longer(
     tmp_path: Path, upstream: ScriptedUpstream, chunked: bool
 ) -> None:
-    """But for the copy for a replay, which is begun of a chunked one before its length shows, and is none here."""
+    """But for the copy for a replay, which is begun of a chunked one before its length shows, and
+    is none here.
+    """
     with (
         ProxyProcess(tmp_path, upstream=upstream.origin, replay_limit=0) as proxy,
         proxy.client() as client,
@@ -520,7 +530,8 @@ def test_nothing_is_left_of_a_thousand_cancelled_streams(tmp_path: Path, many_fi
     def objects() -> tuple[int, int]:
         gc.collect()
         every = gc.get_objects()
-        # not isinstance, which asks the object: a client's library in this process then loads what it has put off
+        # not isinstance, which asks the object: a client's library in this process then loads what
+        # it has put off
         return sum(issubclass(type(one), greenlet.greenlet) for one in every), len(every)
 
     with (

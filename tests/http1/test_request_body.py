@@ -1,4 +1,6 @@
-"""The body of a request: read strictly, handed on as it arrives, and kept within limits to be sent again."""
+"""The body of a request: read strictly, handed on as it arrives, and kept within limits to be sent
+again.
+"""
 
 import contextlib
 import select
@@ -28,7 +30,10 @@ def head(*lines: str, version: str = "HTTP/1.1") -> request_head.Head:
 
 
 class Came:
-    """A connection. The first piece came with the head; then come the others, one by one, and the end."""
+    """A connection.
+
+    The first piece came with the head; then come the others, one by one, and the end.
+    """
 
     def __init__(self, first: bytes, *others: bytes):
         self.unread = first

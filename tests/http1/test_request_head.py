@@ -1,4 +1,6 @@
-"""The head of a request: what two servers could read differently is refused, the rest is kept as it came."""
+"""The head of a request: what two servers could read differently is refused, the rest is kept as it
+came.
+"""
 
 import re
 import time

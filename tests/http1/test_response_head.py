@@ -1,5 +1,8 @@
-"""The head of an answer: what two readers could end at different bytes is refused, or ends its connection."""
+"""The head of an answer: what two readers could end at different bytes is refused, or ends its
+connection.
+"""
 
+import contextlib
 import time
 
 import pytest
@@ -371,8 +374,6 @@ def test_what_is_wrong_repeats_nothing_of_it():
 )
 def test_a_long_line_takes_no_longer_than_its_length(lines):
     began = time.process_time()
-    try:
+    with contextlib.suppress(Malformed):
         parse(b"X: a", b" b", *lines)
-    except Malformed:
-        pass
     assert time.process_time() - began < 0.2

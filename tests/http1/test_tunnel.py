@@ -1,4 +1,6 @@
-"""WebSockets: the handshake passed through with the token, then bytes both ways until either side ends."""
+"""WebSockets: the handshake passed through with the token, then bytes both ways until either side
+ends.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,9 @@ def test_handshake_passes_with_the_token_added(
 
 
 def test_handshake_tells_no_length(client: Client, upstream: ScriptedUpstream) -> None:
-    """RFC 9110 section 8.6 forbids one, and clients wait for that body, or take the 101 for the whole answer."""
+    """RFC 9110 section 8.6 forbids one, and clients wait for that body, or take the 101 for the
+    whole answer.
+    """
     client.request("GET", "/v1/realtime", *HANDSHAKE)
     request = upstream.receive().answer(
         ACCEPTED.replace(b"Upgrade: websocket", b"Content-Length: 0\r\nUpgrade: websocket")
@@ -282,7 +286,9 @@ def test_client_that_takes_nothing_is_given_up(
 
 
 class NarrowClient(Client):
-    """The kernel takes about as much for one as for another, when it may not size their buffers as it likes."""
+    """The kernel takes about as much for one as for another, when it may not size their buffers as
+    it likes.
+    """
 
     def __init__(self, port: int):
         sock = socket.socket()
@@ -295,7 +301,9 @@ class NarrowClient(Client):
 def test_client_that_takes_no_handshake_is_given_up(
     start_proxy: Callable[..., ProxyProcess], upstream: ScriptedUpstream
 ) -> None:
-    """An answer before it has filled all that is on the way, but for less than the handshake's head."""
+    """An answer before it has filled all that is on the way, but for less than the handshake's
+    head.
+    """
     short_timeout_proxy = start_proxy(idle_timeout=1)
     with NarrowClient(short_timeout_proxy.port) as client:
         client.request()

@@ -1,4 +1,6 @@
-"""The two directions of one exchange move at the same time, and neither waits for the other or ends it."""
+"""The two directions of one exchange move at the same time, and neither waits for the other or ends
+it.
+"""
 
 from __future__ import annotations
 
@@ -258,8 +260,10 @@ def test_malformed_body_is_told_before(client: Client, upstream: ScriptedUpstrea
 def test_slow_upload_that_is_refused_gets_its_answer(
     running: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
-    """Many clients read no answer before they have sent everything: for more than 5 s here. The refusal is upstream's
-    in one, and ours in the other."""
+    """Many clients read no answer before they have sent everything: for more than 5 s here.
+
+    The refusal is upstream's in one, and ours in the other.
+    """
     refusal = b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 2\r\n\r\nno"
     with running.client() as one, running.client() as other:
         request = upload(one, upstream, 16 * len(PATTERN))

@@ -1,6 +1,8 @@
-"""Upstream cut at every byte of its answer, in every framing: what the client gets is whole, or shows that it is not.
+"""Upstream cut at every byte of its answer, in every framing: what the client gets is whole, or
+shows that it is not.
 
-Two strangers say what a client would take for whole: http.client, which forgives more than it should, and h11.
+Two strangers say what a client would take for whole: http.client, which forgives more than it
+should, and h11.
 """
 
 from __future__ import annotations
@@ -170,7 +172,10 @@ def cut(
     offsets: range,
     first: int = 0,
 ) -> list[tuple[int, Verdict]]:
-    """What clients get of `answer`, each of them up to another byte. `first`: bytes that they have before the rest is sent."""
+    """What clients get of `answer`, each of them up to another byte.
+
+    `first`: bytes that they have before the rest is sent.
+    """
     version, *fields = CLIENTS[client]
     clients = [proxy.client() for _ in offsets]
     try:
@@ -285,7 +290,9 @@ def test_so_it_is_behind_tls(
     client: str,
     how: Callable[[Connection], None],
 ) -> None:
-    """Where a FIN without a close_notify is what anybody on the way could send (RFC 9112 section 9.8)."""
+    """Where a FIN without a close_notify is what anybody on the way could send (RFC 9112 section
+    9.8).
+    """
     assert_cuts(tls_proxy, tls_upstream, name, client, how, how is close_notify)
 
 
@@ -306,7 +313,11 @@ def test_what_is_malformed_behind_a_zero_that_was_passed_on(
 def test_reset_that_a_write_has_met_is_no_end(
     running: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
-    """It is told once. The answer, of which nothing but the end of the connection is the end, came before all of the body."""
+    """It is told once.
+
+    The answer, of which nothing but the end of the connection is the end, came before all of the
+    body.
+    """
     answer, size = OK.replace(b"200 OK", b"413 Too Large") + b"\r\ndata: on", 30_000_000
 
     def upload() -> None:

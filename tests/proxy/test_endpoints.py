@@ -21,7 +21,9 @@ FORM = (
 
 @pytest.fixture
 def call(endpoint: ProxyProcess, sandbox: Sandbox) -> Call:
-    """One request through the proxy: its status, and its body, parsed if it is JSON; its path came as it was sent."""
+    """One request through the proxy: its status, and its body, parsed if it is JSON; its path came
+    as it was sent.
+    """
 
     def call(method: str, path: str, body: dict[str, Any] | bytes | None = None) -> tuple[int, Any]:
         fields = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
 from collections.abc import Callable
@@ -22,7 +23,7 @@ def events(stream: bytes) -> list[tuple[str, str, str, str]]:
     found = []
     kind, data, last_id, retry = "", "", "", ""
     for line in re.split("\r\n|\n|\r", stream.decode("utf-8").removeprefix("\ufeff"))[:-1]:
-        name, colon, value = line.partition(":")
+        name, _colon, value = line.partition(":")
         value = value.removeprefix(" ")
         if not line:
             if data:
@@ -74,7 +75,7 @@ STREAMS["mixed"] = b"data: 1\r\ndata: 2\rdata: 3\n\r\ndata: 4\r\r\ndata: 5\n\rda
 def silent_at(stream: bytes, *places: int, times: int = 1) -> list[bytes]:
     """Its parts, with as many empty ones at each place."""
     cuts = [0, *places, len(stream)]
-    parts = [stream[start:end] for start, end in zip(cuts, cuts[1:])]
+    parts = [stream[start:end] for start, end in itertools.pairwise(cuts)]
     return [
         part
         for number, data in enumerate(parts)
@@ -96,7 +97,9 @@ def test_the_judge_knows_an_empty_line_in_the_middle_of_an_event() -> None:
 
 @pytest.mark.parametrize("name", STREAMS)
 def test_comments_at_any_place_change_no_event(name: str) -> None:
-    """Silence at each byte, once and twice, and at each two bytes of a stream; every line begins with a comment."""
+    """Silence at each byte, once and twice, and at each two bytes of a stream; every line begins
+    with a comment.
+    """
     stream = STREAMS[name]
     expected = events(stream)
     assert len(expected) >= 4

@@ -622,7 +622,8 @@ def test_nothing_is_waited_for_that_cannot_come(
     upstream.receive().answer(REFUSED)
     assert_as_it_came(client.message(), REFUSED)
     assert time.monotonic() - start < 3 and upstream.quiet()
-    # A refresher that comes back still learns of it; without a refresh token there is nothing to ask.
+    # A refresher that comes back still learns of it; without a refresh token there is nothing to
+    # ask.
     assert note(proxy).exists() is (
         json.loads(proxy.token_path.read_text())["refresh_token"] is not None
     )

@@ -1,6 +1,8 @@
-"""Answers of an upstream that means harm: they are refused, or reach the client as what they are, and bounded.
+"""Answers of an upstream that means harm: they are refused, or reach the client as what they are,
+and bounded.
 
-After each one another request is answered as itself: nothing of a bad answer is left on a connection.
+After each one another request is answered as itself: nothing of a bad answer is left on a
+connection.
 """
 
 from __future__ import annotations
@@ -145,7 +147,8 @@ def test_fold_is_undone(
     )
 
 
-OF_UPSTREAM = [  # what a client would keep as said of the proxy's origin, or take for the proxy's own
+# What a client would keep as said of the proxy's origin, or take for the proxy's own.
+OF_UPSTREAM = [
     b"Set-Cookie: evil=1\r\n",
     b"set-cookie: evil=1\r\nSET-COOKIE: evil=2\r\n",
     b"Connection: set-cookie\r\nSet-Cookie: evil=1\r\n",

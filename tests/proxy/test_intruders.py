@@ -1,4 +1,6 @@
-"""Callers that a running proxy must not serve: pages of other sites in a real browser, and whoever has no key."""
+"""Callers that a running proxy must not serve: pages of other sites in a real browser, and whoever
+has no key.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,8 @@ def upstream() -> Iterator[RecordingUpstream]:
 # Pages
 
 PATHS = ("/v1/chat/completions", "/v1/models", "/", "/metrics", "/healthz")
-# All that a page can do without a click. Each gives what it could read, or that it got on better than refused.
+# All that a page can do without a click. Each gives what it could read, or that it got on better
+# than refused.
 PAGE = """<!DOCTYPE html><body><script>
 const text = async answer => (await answer).text();
 const element = (name, attributes) => new Promise(end => {

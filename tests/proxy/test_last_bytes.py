@@ -1,4 +1,6 @@
-"""An end does not overtake the bytes before it: on a client's connection, from upstream, and through a tunnel."""
+"""An end does not overtake the bytes before it: on a client's connection, from upstream, and
+through a tunnel.
+"""
 
 from __future__ import annotations
 
@@ -104,7 +106,9 @@ def test_half_a_head_does_not_hold_up_a_drain(tmp_path: Path, upstream: Scripted
 def test_what_came_before_a_cut_arrives_before_it(
     running: ProxyProcess, upstream: ScriptedUpstream, framing: str
 ) -> None:
-    """The end is a reset where nothing else tells that the answer is cut, and is sent when the bytes have arrived."""
+    """The end is a reset where nothing else tells that the answer is cut, and is sent when the
+    bytes have arrived.
+    """
     with running.client() as client:
         version = "HTTP/1.0" if framing == "until close" else "HTTP/1.1"
         head = (
@@ -258,7 +262,8 @@ def test_client_that_takes_nothing_after_the_end_of_upstream_is_reset(
 ) -> None:
     short_timeout_proxy = start_proxy(client_timeout=0.5)
     with short_timeout_proxy.client() as client:
-        # Less would wait in the client's kernel, and more in that of upstream, where its end cannot be seen.
+        # Less would wait in the client's kernel, and more in that of upstream, where its end cannot
+        # be seen.
         handshake(client, upstream, "/v1/takes-none").answer(PATTERN * 64).connection.close()
         start = time.monotonic()
         short_timeout_proxy.wait_for_request("/v1/takes-none")

@@ -17,7 +17,9 @@ from xaiproxy.http1.handler import LINGER_WHOLE
 
 COUNT = 250  # of each kind
 LIMIT = 4.0  # seconds: CLIENT_TIMEOUT and KEEPALIVE_TIMEOUT
-PROMPT = 3.0  # seconds for two good requests, on a machine that does other things, too; mostly they take hundredths
+# Seconds for two good requests, on a machine that does other things, too; mostly they take
+# hundredths.
+PROMPT = 3.0
 HEAD = b"POST /v1/files HTTP/1.1\r\nHost: localhost\r\n"
 
 
@@ -42,7 +44,9 @@ def proxy(
 
 
 class GoodClient:
-    """Asks one thing after the other, for as long as it is entered; `slowest`: seconds that an answer took."""
+    """Asks one thing after the other, for as long as it is entered; `slowest`: seconds that an
+    answer took.
+    """
 
     def __init__(self, proxy: ProxyProcess):
         self._proxy = proxy
@@ -95,7 +99,8 @@ def one_request(client: Client) -> None:
 
 
 STAYS = "stays"
-KINDS = [  # how each begins, what it goes on to send now and then, and the status that it gets in the end
+# How each begins, what it goes on to send now and then, and the status that it gets in the end.
+KINDS = [
     (nothing, b"", None),
     (one_request, b"", None),
     (half_a_head, b"", 408),
@@ -128,7 +133,8 @@ def test_good_client_notices_nothing_of_thousands_of_slow_ones(
             client = stack.enter_context(proxy.client())
             begin(client)
             slow[client.sock] = client, drip, status
-        # Half of the kinds have a connection upstream as well. The first may be gone again on a slow machine.
+        # Half of the kinds have a connection upstream as well. The first may be gone again on a
+        # slow machine.
         wait_for(lambda: proxy.open_files() - before > COUNT * len(KINDS), LIMIT)
         end = time.monotonic() + 3 * LIMIT
         while {status for _, _, status in slow.values()} != {STAYS}:

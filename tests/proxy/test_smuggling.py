@@ -1,8 +1,9 @@
-"""Requests made to be read differently by two servers, sent to a real proxy before an upstream that keeps them.
+"""Requests made to be read differently by two servers, sent to a real proxy before an upstream that
+keeps them.
 
-Each is refused and its connection closed, or upstream gets exactly what it means, and what is behind it on the
-connection is answered as itself. One proxy and one upstream serve all, and another client asks in between:
-whatever is left on a connection would show there.
+Each is refused and its connection closed, or upstream gets exactly what it means, and what is
+behind it on the connection is answered as itself. One proxy and one upstream serve all, and another
+client asks in between: whatever is left on a connection would show there.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ def chunk(data: bytes) -> bytes:
 
 
 def both(*lines: bytes) -> bytes:
-    """A body that is empty in chunks, and the smuggled request by its length; or the other way round."""
+    """A body that is empty in chunks, and the smuggled request by its length; or the other way
+    round.
+    """
     body = LAST + EVIL
     return post(*(line.replace(b"{}", b"%d" % len(body)) for line in lines), body=body)
 
@@ -696,7 +699,10 @@ def witness(proxy: ProxyProcess) -> Iterator[Client]:
 
 @pytest.fixture
 def client(proxy: ProxyProcess, witness: Client, upstream: RecordingUpstream) -> Iterator[Client]:
-    """One of its own. Afterwards another's next request is answered as itself, and nothing else came upstream."""
+    """One of its own.
+
+    Afterwards another's next request is answered as itself, and nothing else came upstream.
+    """
     with proxy.client() as client:
         yield client
         target = f"/v1/witness?{next(numbers)}"

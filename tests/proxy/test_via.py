@@ -1,4 +1,6 @@
-"""Via (RFC 9110 section 7.6.3): proxies that send to each other answer at once; xAI's servers get none."""
+"""Via (RFC 9110 section 7.6.3): proxies that send to each other answer at once; xAI's servers get
+none.
+"""
 
 from __future__ import annotations
 

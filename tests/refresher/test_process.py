@@ -1,10 +1,13 @@
-"""The refresher's loop in this process, with clocks that run only while it waits, so that hours pass in a moment.
+"""The refresher's loop in this process, with clocks that run only while it waits, so that hours
+pass in a moment.
 
-The issuer is the sandbox, over real sockets; the lock and the file are real. Its processes: test_refresher_process.py.
+The issuer is the sandbox, over real sockets; the lock and the file are real. Its processes:
+test_refresher_process.py.
 """
 
 import base64
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -37,7 +40,10 @@ TOKEN_ENDPOINT = "/oauth2/token"
 
 
 class Day:
-    """A refresher and its day. `failures` are those that were recorded in the file: (seconds since the start, error)."""
+    """A refresher and its day.
+
+    `failures` are those that were recorded in the file: (seconds since the start, error).
+    """
 
     def __init__(self, sandbox, folder, clock_error: float = 0.0, **settings):
         environ = {**sandbox.env, "XAI_PROXY_TOKEN_PATH": str(folder / "tokens.json"), **settings}
@@ -893,7 +899,7 @@ def beats(day) -> list[float]:
 
 
 def gaps(seen) -> list[float]:
-    return [round(later - earlier) for earlier, later in zip(seen, seen[1:])]
+    return [round(later - earlier) for earlier, later in itertools.pairwise(seen)]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What a refresh survives, as a table: steps of a refresh, and what goes wrong at each.
 
-Each cell is a refresher of its own, stopped at a system call of that step, with a login and an issuer of its own.
+Each cell is a refresher of its own, stopped at a system call of that step, with a login and an
+issuer of its own.
 """
 
 from __future__ import annotations
@@ -50,10 +51,13 @@ PATIENCE = 12  # seconds; a dozen cells share the cores
 
 
 class Issuer(ScriptedServer):
-    """An issuer of one login. It rotates the refresh token and ends the login when a former one comes again.
+    """An issuer of one login.
 
-    `faults`: what becomes of the first requests to the token endpoint: bytes that are answered instead, or a function
-    of the connection and of another, which spends the token and returns the answer. `grace`: former ones are taken.
+    It rotates the refresh token and ends the login when a former one comes again.
+
+    `faults`: what becomes of the first requests to the token endpoint: bytes that are answered
+    instead, or a function of the connection and of another, which spends the token and returns the
+    answer. `grace`: former ones are taken.
     """
 
     def __init__(self, *faults, grace: bool = False):
@@ -153,8 +157,9 @@ class Held:
         connection.sendall(whole)
 
 
-# Where a refresher is stopped: the file of the login that a system call is about, its name, and which such call. The
-# signal comes when the call is done. At `awaiting` the issuer holds the answer back instead.
+# Where a refresher is stopped: the file of the login that a system call is about, its name, and
+# which such call. The signal comes when the call is done. At `awaiting` the issuer holds the answer
+# back instead.
 STEPS = {
     "starting": (
         ".lock",
@@ -173,9 +178,10 @@ STEPS = {
     "synced": ("", "fsync", 2),  # of the folder
 }
 
-# A number: the login is kept, with so many requests to the token endpoint. "lost": nobody could keep it, and the former
-# refresh token was presented once more. "-": it cannot happen there (the kernel makes nothing read-only while a file in
-# it is open for writing), or is another fault's cell.
+# A number: the login is kept, with so many requests to the token endpoint. "lost": nobody could
+# keep it, and the former refresh token was presented once more. "-": it cannot happen there (the
+# kernel makes nothing read-only while a file in it is open for writing), or is another fault's
+# cell.
 TABLE = """
                    starting locked rehearsing rehearsed reserved connected awaiting answered written renamed synced
 killed             1        1      1          1         1        1         lost     lost     1       1       1
@@ -578,8 +584,8 @@ def test_a_clock_that_is_set_at_any_step_of_a_refresh(tmp_path, clock):
     check_table(tmp_path, lambda fault: fault in CLOCKS, clock=clock)
 
 
-# What the issuer answers the first time; whether it takes former refresh tokens; the least seconds until the second
-# time; the code that is shown until then; what becomes of the login.
+# What the issuer answers the first time; whether it takes former refresh tokens; the least seconds
+# until the second time; the code that is shown until then; what becomes of the login.
 ANSWERS = {
     "cut before it spends": (cut_before, False, 0.5, "answer_lost", "2"),
     "cut when it has spent": (cut_after, False, 0.5, "answer_lost", "lost"),
@@ -635,7 +641,9 @@ def test_an_answer_that_is_none(tmp_path):
 
 @needs_strace
 def test_a_stopped_holder_of_the_lock_is_waited_for(tmp_path, clock):
-    """Nobody refreshes without it; both ends of the wait are in the log, and then one refresh follows."""
+    """Nobody refreshes without it; both ends of the wait are in the log, and then one refresh
+    follows.
+    """
     with Case(tmp_path / "folder", "locked", clock=clock) as case:
         holder = case.stop_at_step()
         others = [case.start(), case.start()]
@@ -837,7 +845,9 @@ def served(tmp_path):
 
 
 def test_an_issuer_that_is_down_for_long(served):
-    """Requests are served until the token expires, then refused at once, and served again when it is back."""
+    """Requests are served until the token expires, then refused at once, and served again when it
+    is back.
+    """
     case, proxy = served.case, served.proxy
     case.issuer.lifetime = 3
     case.start()

@@ -1,4 +1,6 @@
-"""The refresher as a process: two at once, signals, a kill at every system call of its save, disks that take nothing."""
+"""The refresher as a process: two at once, signals, a kill at every system call of its save, disks
+that take nothing.
+"""
 
 import concurrent.futures
 import fcntl
@@ -259,7 +261,9 @@ def test_a_refresher_killed_at_any_system_call_of_its_save_loses_no_login_that_c
     sandbox.set(device_interval=0)
 
     def run(name: str, *inject: str):
-        """Run `--once` on a stale login of its own; its end, and whether a second one brought a login that lasts."""
+        """Run `--once` on a stale login of its own; its end, and whether a second one brought a
+        login that lasts.
+        """
         path = tmp_path / name / "tokens.json"
         put_stale(sandbox, path)
         store = make_store(sandbox, path)
@@ -292,8 +296,9 @@ def test_a_refresher_killed_at_any_system_call_of_its_save_loses_no_login_that_c
 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         lost = [call for call, kept in zip(calls, pool.map(kill, calls)) if not kept]
-    # The first two writes are the rehearsal's. At the third the issuer has answered, and the only copy of the new
-    # login is in the memory of the process that is killed: that one login nobody can keep.
+    # The first two writes are the rehearsal's. At the third the issuer has answered, and the only
+    # copy of the new login is in the memory of the process that is killed: that one login nobody
+    # can keep.
     assert lost == [("write", 3)]
     assert sandbox.counters()["reuses"] == 1
 

@@ -40,7 +40,10 @@ class Desk:
     def fail(
         self, error: errors.Error, took: float = 0.0, asked: bool = False, killed: bool = False
     ) -> float | None:
-        """One try that fails, as the refresher makes it; the seconds to the next. `killed`: amid the call, by -9."""
+        """One try that fails, as the refresher makes it; the seconds to the next.
+
+        `killed`: amid the call, by -9.
+        """
         self.schedule.watch(self.login, self.now, self.uptime)
         before, begun = self.login, self.schedule.begun(self.login, asked, self.now, self.uptime)
         self.login = self.begun = reread(begun)

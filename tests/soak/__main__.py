@@ -1,7 +1,8 @@
-"""bin/soak: run xaiproxy for long against the simulated xAI while things go wrong, and count what was lost.
+"""bin/soak: run xaiproxy for long against the simulated xAI while things go wrong, and count what
+was lost.
 
-Everything runs on loopback, in a temporary folder, without your settings and logins. Exit status: 0 nothing was lost;
-1 something was; 130 interrupted. Ctrl-C ends everything that was started.
+Everything runs on loopback, in a temporary folder, without your settings and logins. Exit status: 0
+nothing was lost; 1 something was; 130 interrupted. Ctrl-C ends everything that was started.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""More connections than there is use for: thousands a second that come and go, and thousands that stay."""
+"""More connections than there is use for: thousands a second that come and go, and thousands that
+stay.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +76,9 @@ def churn(run: Load) -> Iterator[Row]:
 
 
 def hold(port: int, count: int) -> None:
-    """The program of a process: hold so many connections, every other one with half a head, until stdin ends."""
+    """The program of a process: hold so many connections, every other one with half a head, until
+    stdin ends.
+    """
     held = []
     for number in range(count):
         sock = socket.socket()

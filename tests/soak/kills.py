@@ -1,7 +1,9 @@
-"""Refreshers of one login, killed at any point of a refresh: which kills cost the login, and at which point they came.
+"""Refreshers of one login, killed at any point of a refresh: which kills cost the login, and at
+which point they came.
 
-Only one may: while the successor of the refresh token is in the killed process, on its way to it, or not yet asked for
-(docs/login-safety.md, property 3). The folder shows the point; a process is stopped while it is looked at.
+Only one may: while the successor of the refresh token is in the killed process, on its way to it,
+or not yet asked for (docs/login-safety.md, property 3). The folder shows the point; a process is
+stopped while it is looked at.
 """
 
 from __future__ import annotations

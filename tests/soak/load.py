@@ -1,4 +1,6 @@
-"""One proxy and its refresher under all the load that is to be borne, phase by phase, and a table of what was lost."""
+"""One proxy and its refresher under all the load that is to be borne, phase by phase, and a table
+of what was lost.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +33,13 @@ def table(rows: list[Row]) -> str:
 
 
 def soak(
-    folder: pathlib.Path, running: contextlib.ExitStack, seconds: float, counts: Counts = Counts()
+    folder: pathlib.Path,
+    running: contextlib.ExitStack,
+    seconds: float,
+    counts: Counts | None = None,
 ) -> int:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    counts = counts or Counts()
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < counts.files():
         print(
             f"soak: the file descriptor limit of {hard} is too low; raise it with ulimit -Hn {counts.files()}"

@@ -20,10 +20,13 @@ from tests.bench import machine
 from .login import Client, get
 from .processes import PROXY, REFRESHER, Process, await_, environment
 
-LIFETIME = 8  # seconds of an access token: the sandbox, busy with thousands of streams, takes some to hand one out
+# Seconds of an access token: the sandbox, busy with thousands of streams, takes some to hand one
+# out.
+LIFETIME = 8
 CLIENTS = 10  # of short requests, ten a second each
 RAMP = 500  # streams opened a second
-FLAT = 4096  # KiB that memory may grow by in the last half of a phase: a leak of a few bytes an event is more
+# KiB that memory may grow by in the last half of a phase: a leak of a few bytes an event is more.
+FLAT = 4096
 
 
 class Counts(NamedTuple):
@@ -85,7 +88,9 @@ class Streams:
         return self._process.poll() is not None
 
     def result(self) -> dict[str, Any]:
-        """answers: streams that came whole; errors, and the first of them: those that visibly did not."""
+        """answers: streams that came whole; errors, and the first of them: those that visibly did
+        not.
+        """
         if self._result is None:
             self._result = json.loads(self._process.communicate()[0].splitlines()[-1])
         return self._result

@@ -24,7 +24,8 @@ LIFETIME = 3  # seconds of an access token
 PACE = 0.1  # seconds between two requests through each proxy
 KILLS = (2.0, 8.0)  # seconds from one kill to the next, at random
 PROGRESS = 10  # seconds between two lines of progress
-SEEN_WITHIN = 61  # seconds from the stop of the refreshers until everybody says so: token_store.ALIVE and a look
+# Seconds from the stop of the refreshers until everybody says so: token_store.ALIVE and a look.
+SEEN_WITHIN = 61
 HELP = (
     f"{REFRESHERS} refreshers and {PROXIES} proxies on one token file, with tokens of {LIFETIME} s at an issuer "
     "that ends the login when a former refresh token comes again; a refresher is killed every few seconds; then "
@@ -138,7 +139,9 @@ class Soak:
         return one
 
     def holds_only_copy(self, one: Process) -> bool:
-        """Whether a new login may be in this process's memory alone: nobody could keep it if that were killed."""
+        """Whether a new login may be in this process's memory alone: nobody could keep it if that
+        were killed.
+        """
         try:
             with open(self.path.with_name("tokens.json.new"), "rb") as file:
                 return one is lock_holder(self.path, self.refreshers) and file.read(1) in (
@@ -149,7 +152,9 @@ class Soak:
             return False
 
     def stop_all(self) -> None:
-        """Stop the refreshers, as if they hung, and take the time until a proxy and xai-login say so."""
+        """Stop the refreshers, as if they hung, and take the time until a proxy and xai-login say
+        so.
+        """
         self.sandbox.set(access_token_lifetime=3600)
         refreshes = self.sandbox.counters()["refreshes"]
         self.sandbox.wait(lambda seen: seen["refreshes"] > refreshes)

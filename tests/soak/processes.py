@@ -29,8 +29,8 @@ class Process:
         *command: str,
     ):
         self.log = log
-        # An interrupt between the start and the callback would leave the process behind; one that came waits till then.
-        # The child must not inherit the mask: a handler does the waiting.
+        # An interrupt between the start and the callback would leave the process behind; one that
+        # came waits till then. The child must not inherit the mask: a handler does the waiting.
         came: list[int] = []
         before = {
             number: signal.signal(number, lambda number, _: came.append(number))

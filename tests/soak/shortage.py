@@ -1,4 +1,6 @@
-"""A proxy without file descriptors: too few for its settings from the start, or none left while it runs."""
+"""A proxy without file descriptors: too few for its settings from the start, or none left while it
+runs.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ LINES = 10  # that it may log meanwhile
 
 
 def few_descriptors(run: Load) -> Iterator[Row]:
-    """More clients than the limit has room for: those that ask for nothing make room for one that does."""
+    """More clients than the limit has room for: those that ask for nothing make room for one that
+    does.
+    """
     limit = run.counts.descriptors
     proxy = run.start("limited", *LIMITED, str(limit))
     port = proxy.port()
@@ -86,7 +90,9 @@ def none_left(run: Load) -> Iterator[Row]:
 
 
 def idle_cost(proxy: Process) -> tuple[float, int]:
-    """The share of a core that it takes, and the lines that it logs beside those of requests, in the time of a look."""
+    """The share of a core that it takes, and the lines that it logs beside those of requests, in
+    the time of a look.
+    """
 
     def lines() -> int:
         return sum(

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -78,7 +79,7 @@ class Namespace:
 class Network:
     """`client`, `proxy` and `upstream`, at the addresses of ADDRESSES, joined by a router."""
 
-    ADDRESSES = {"client": "10.0.1.2", "proxy": "10.0.2.2", "upstream": "10.0.3.2"}
+    ADDRESSES: ClassVar = {"client": "10.0.1.2", "proxy": "10.0.2.2", "upstream": "10.0.3.2"}
 
     def __init__(self) -> None:
         self._router = Namespace()
@@ -109,7 +110,8 @@ class Network:
     def cut(self, name: str, port: int | None = None, action: str = "blackhole") -> None:
         """Drop all packets from and to a host, or one port of it.
 
-        `action`: "blackhole", which drops packets without an ICMP error, or "unreachable", which sends one.
+        `action`: "blackhole", which drops packets without an ICMP error, or "unreachable", which
+        sends one.
         """
         rules = f"from {self.ADDRESSES[name]}", f"to {self.ADDRESSES[name]}"
         if port is not None:

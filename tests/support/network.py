@@ -1,4 +1,6 @@
-"""Networks with faults, for the processes of one test: names, name servers, and addresses that do not answer."""
+"""Networks with faults, for the processes of one test: names, name servers, and addresses that do
+not answer.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,8 @@ def hosts(folder: Path, *lines: str, resolv_conf: str | None = None) -> tuple[st
 
 
 class NameServer:
-    """Answers every query with `addresses`, `delay` seconds late, or not at all while it is `silent`.
+    """Answers every query with `addresses`, `delay` seconds late, or not at all while it is
+    `silent`.
 
     `prefix`: what to put before a command that shall ask it.
     """

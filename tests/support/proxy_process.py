@@ -43,7 +43,10 @@ class Client(RawConnection):
         body: bytes = b"",
         version: str = "HTTP/1.1",
     ) -> Client:
-        """Send a whole request. `fields`: whole lines, beside Host and the Content-Length of `body`."""
+        """Send a whole request.
+
+        `fields`: whole lines, beside Host and the Content-Length of `body`.
+        """
         lines = [f"{method} {target} {version}", "Host: localhost", *fields]
         if body:
             lines.append(f"Content-Length: {len(body)}")
@@ -219,7 +222,10 @@ class ProxyProcess:
         self.wait()
 
     def close(self) -> None:
-        """End it with SIGTERM; a second one cuts open answers. Asserts that nothing unexpected was logged."""
+        """End it with SIGTERM; a second one cuts open answers.
+
+        Asserts that nothing unexpected was logged.
+        """
         if self.process.poll() is None:
             self.terminate()
             self.wait_for_log(lambda line: line["message"].startswith(("stopping", "stopped")))

@@ -1,4 +1,6 @@
-"""One end of a raw HTTP/1.1 connection: bytes in, bytes out, and every wait ends after a few seconds."""
+"""One end of a raw HTTP/1.1 connection: bytes in, bytes out, and every wait ends after a few
+seconds.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 
-KEPT = b"Connection: keep-alive\r\nKeep-Alive: timeout=595\r\n"  # by default, in answers whose connection stays
+# By default, in answers whose connection stays.
+KEPT = b"Connection: keep-alive\r\nKeep-Alive: timeout=595\r\n"
 PATIENCE = 8.0  # seconds that a test waits for what must come
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER that turns close into a reset
 
@@ -27,7 +30,10 @@ def readable(sockets: Iterable[socket.socket], seconds: float = 0) -> list[socke
 
 @dataclasses.dataclass
 class Message:
-    """A request or an answer. `head` is as it came, with its empty line; `body` is without framing."""
+    """A request or an answer.
+
+    `head` is as it came, with its empty line; `body` is without framing.
+    """
 
     head: bytes
     body: bytes = b""
@@ -137,7 +143,9 @@ class RawConnection:
         return Message(self.until(b"\r\n\r\n"))
 
     def chunk(self) -> bytes:
-        """The next chunk's data; b"" for the last one, whose trailers and empty line are then read too."""
+        """The next chunk's data; b"" for the last one, whose trailers and empty line are then read
+        too.
+        """
         size = int(self.until(b"\r\n").partition(b";")[0], 16)
         if size == 0:
             while self.until(b"\r\n") != b"\r\n":
@@ -164,7 +172,10 @@ class RawConnection:
         return message
 
     def rest(self) -> bytes:
-        """All until the end of the connection. Raises ConnectionResetError when that is no clean one."""
+        """All until the end of the connection.
+
+        Raises ConnectionResetError when that is no clean one.
+        """
         end = time.monotonic() + 5 * PATIENCE
         while self._more():
             assert time.monotonic() < end, "bytes come and no end"
@@ -176,7 +187,9 @@ class RawConnection:
         return not self.buffer and not readable([self.sock])
 
     def closed_within(self, seconds: float = 1.0) -> bool:
-        """Wait for the other side to close, also by a reset; False when it did not, or sent something."""
+        """Wait for the other side to close, also by a reset; False when it did not, or sent
+        something.
+        """
         try:
             self.sock.settimeout(seconds)
             return not self.buffer and not self.sock.recv(1)

@@ -1,6 +1,7 @@
 """An upstream that answers every request at once with its own line, and keeps it.
 
-It reads more strictly than any server: what is not just as the proxy writes it, byte for byte, is a fault.
+It reads more strictly than any server: what is not just as the proxy writes it, byte for byte, is a
+fault.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ CHUNK = re.compile(rb"([1-9a-f][0-9a-f]*)\r\n")
 LAST = b"0\r\n\r\n"
 OURS = ("host", "user-agent", "authorization", "content-length", "transfer-encoding", "via")
 VIA = re.compile("1[.]1 xaiproxy-[0-9a-f]{16}(, 1[.]1 xaiproxy-[0-9a-f]{16})*")
-# Whatever the client says: of its own connection, of who it is, of its way to the proxy, or of how to read the message.
+# Whatever the client says: of its own connection, of who it is, of its way to the proxy, or of how
+# to read the message.
 NEVER = {
     "connection",
     "keep-alive",
@@ -77,10 +79,11 @@ class Fault(Exception):
 
 
 class RecordingUpstream:
-    """`requests`: those that came whole, in the order of their last bytes; `faults`: what else came, and why it is one.
+    """`requests`: those that came whole, in the order of their last bytes; `faults`: what else
+    came, and why it is one.
 
-    A request is there before it is answered, and so is every one whose bytes were sent before: in each turn all that
-    has come is read before anything is answered.
+    A request is there before it is answered, and so is every one whose bytes were sent before: in
+    each turn all that has come is read before anything is answered.
     """
 
     def __init__(self, token: str = "the-token"):
@@ -195,9 +198,9 @@ class RecordingUpstream:
         if len(values.get("via", ())) != 1 or not VIA.fullmatch(values["via"][0]):
             raise Fault("not one Via, of proxies such as this one")
         names = {name.lower() for name, _ in others if (name, _) not in HANDSHAKE}
-        if {("Upgrade", "websocket"), ("Connection", "Upgrade")} & {*others}:
-            if others[-2:] != HANDSHAKE or method != "GET" or body:
-                raise Fault("half a handshake, or one with a body")
+        is_handshake = bool({("Upgrade", "websocket"), ("Connection", "Upgrade")} & {*others})
+        if is_handshake and (others[-2:] != HANDSHAKE or method != "GET" or body):
+            raise Fault("half a handshake, or one with a body")
         for name in names | {name.replace("_", "-") for name in names if "_" in name}:
             if name in NEVER or name in OURS or name.startswith(NEVER_BEGINS):
                 raise Fault(f"{name} came through")

@@ -106,7 +106,9 @@ mounts = pytest.mark.skipif(
 
 
 def mounted(script: str, folder) -> list[str]:
-    """A shell script that mounts something on "$1", in a mount namespace of the refresher's own, and then runs it."""
+    """A shell script that mounts something on "$1", in a mount namespace of the refresher's own,
+    and then runs it.
+    """
     return ["unshare", "-rm", "sh", "-ec", script + '; shift; exec "$@"', "sh", str(folder)]
 
 

@@ -1,4 +1,6 @@
-"""The sandbox as a process of its own, for tests: started on a free port, watched and steered over HTTP."""
+"""The sandbox as a process of its own, for tests: started on a free port, watched and steered over
+HTTP.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ import sys
 import tempfile
 import time
 import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from checkout import ROOT
@@ -29,15 +31,16 @@ DEVICE_CODE = "urn:ietf:params:oauth:grant-type:device_code"
 class Sandbox:
     """A running sandbox. Its keywords are knobs: ``Sandbox(access_token_lifetime=3)``.
 
-    close() ends it with SIGTERM and asserts that it left with 0 and had no fault to tell of on stderr.
+    close() ends it with SIGTERM and asserts that it left with 0 and had no fault to tell of on
+    stderr.
     """
 
-    program = ["-m", "xaiproxy.sandbox"]
+    program: Sequence[str] = ("-m", "xaiproxy.sandbox")
 
     def __init__(self, *options: str, **knobs: Any) -> None:
         for name, value in knobs.items():
             options += (f"--{name.replace('_', '-')}", json.dumps(value))
-        self._stderr = tempfile.TemporaryFile()
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (close() closes it)
         self.process = subprocess.Popen(
             [sys.executable, "-W", "error", *self.program, "--port", "0", *options],
             stdout=subprocess.PIPE,
@@ -82,8 +85,8 @@ class Sandbox:
     ) -> tuple[int, Any]:
         """One request on a connection of its own: the status and the body, parsed if it is JSON.
 
-        A dict is sent as a form to the authorization server and as JSON to the rest; User_Agent="x" is
-        a header.
+        A dict is sent as a form to the authorization server and as JSON to the rest; User_Agent="x"
+        is a header.
         """
         fields = {
             "User-Agent": "tests",
@@ -150,13 +153,15 @@ class Sandbox:
     @contextlib.contextmanager
     def streaming(self, request: bytes) -> Iterator[tuple[socket.socket, Any]]:
         """A connection and its answer, a 200, as a file read up to the end of the head."""
-        with socket.create_connection((self.host, self.port), timeout=10) as connection:
-            with connection.makefile("rb") as answer:
-                connection.sendall(request)
-                assert status(answer.readline()) == 200
-                while answer.readline() != b"\r\n":
-                    pass
-                yield connection, answer
+        with (
+            socket.create_connection((self.host, self.port), timeout=10) as connection,
+            connection.makefile("rb") as answer,
+        ):
+            connection.sendall(request)
+            assert status(answer.readline()) == 200
+            while answer.readline() != b"\r\n":
+                pass
+            yield connection, answer
 
     def set(self, **knobs: Any) -> None:
         status, body = self.post("/_sandbox", knobs)
@@ -201,7 +206,8 @@ class Sandbox:
         return answer["url"]
 
     def visit(self, authorization_url: str, decision: str = "allow") -> bool:
-        """What a person and the browser do: consent(), then fetch that URL as the page may, preflight first.
+        """What a person and the browser do: consent(), then fetch that URL as the page may,
+        preflight first.
 
         False is the page's "Enter this code to finish signing in".
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import socket
@@ -27,8 +28,8 @@ def answer(
 class ScriptedServer:
     """Each connection gets the next of the answers, and the last one is repeated.
 
-    An answer is bytes, sent after one whole request was read, or a function of the socket, called at once.
-    With `tls`, an SSLContext, it speaks TLS.
+    An answer is bytes, sent after one whole request was read, or a function of the socket, called
+    at once. With `tls`, an SSLContext, it speaks TLS.
     """
 
     def __init__(
@@ -56,10 +57,9 @@ class ScriptedServer:
         self._acceptor.join()
         self._listener.close()
         for connection in self._connections:
-            try:
-                connection.shutdown(socket.SHUT_RDWR)  # wakes what still reads or writes
-            except OSError:
-                pass
+            # Wakes the threads that still read or write.
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
         for thread in self._threads:
             thread.join()
         for connection in self._connections:

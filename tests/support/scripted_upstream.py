@@ -1,7 +1,8 @@
 """An upstream that does step by step what the test says, down to the byte.
 
-It needs no thread: the kernel takes connections and bytes by itself, and the proxy is another process. So a
-test reads as the sequence of events that it is, and nothing in it happens at the wrong moment.
+It needs no thread: the kernel takes connections and bytes by itself, and the proxy is another
+process. So a test reads as the sequence of events that it is, and nothing in it happens at the
+wrong moment.
 """
 
 from __future__ import annotations
@@ -60,7 +61,9 @@ class ScriptedUpstream:
             self.listener.close()
 
     def hang_up(self) -> None:
-        """Close all connections, also those that nobody took yet: to the proxy its pool is then empty."""
+        """Close all connections, also those that nobody took yet: to the proxy its pool is then
+        empty.
+        """
         while readable([self.listener]):
             self.listener.accept()[0].close()
         while self.connections:
@@ -76,7 +79,10 @@ class ScriptedUpstream:
         return connection
 
     def receive(self, *, body: bool = True, seconds: float = PATIENCE) -> Request:
-        """The next request, on whatever connection. `body`: False leaves it to the test to read that."""
+        """The next request, on whatever connection.
+
+        `body`: False leaves it to the test to read that.
+        """
         deadline = time.monotonic() + seconds
         while True:
             connection = self._next(deadline)
@@ -135,7 +141,9 @@ def _has_bytes(sock: socket.socket) -> bool:
 
 
 def make_certificate(folder: Path, *names: str) -> tuple[Path, ssl.SSLContext]:
-    """A CA made for the moment, and a server's context with its certificate for `names` or IP addresses."""
+    """A CA made for the moment, and a server's context with its certificate for `names` or IP
+    addresses.
+    """
 
     def openssl(*arguments: str) -> None:
         subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)

@@ -1,4 +1,6 @@
-"""The sandbox as it is, but that it writes every secret which it gives out or gets to a file, its first argument."""
+"""The sandbox as it is, but that it writes every secret which it gives out or gets to a file, its
+first argument.
+"""
 
 from gevent import monkey
 

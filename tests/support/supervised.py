@@ -18,7 +18,9 @@ BIN = Path(sys.executable).parent
 
 
 class Supervised:
-    """supervisord with the real conf, and its output: `lines`. It has no controlling terminal, nor its folder on PATH.
+    """supervisord with the real conf, and its output: `lines`.
+
+    It has no controlling terminal, nor its folder on PATH.
 
     `pipe`: where it writes, and where that comes out. `conf`: another configuration.
     """

@@ -18,7 +18,10 @@ CTRL_C = "\x03"
 
 
 class Terminal:
-    """stdin, stdout and stderr are the terminal. Used as a context manager, it kills what is left."""
+    """stdin, stdout and stderr are the terminal.
+
+    Used as a context manager, it kills what is left.
+    """
 
     def __init__(
         self, command: list[str], rows: int = 50, columns: int = 100, **options: Any
