@@ -95,10 +95,6 @@ def test_further_headers_come_after_those_of_the_kind_and_belong_to_one_refusal(
     assert errors.ClientTimeout("x").rendered()[1][-1] == ("x-should-retry", "false")
 
 
-def test_whether_the_connection_ends_with_it():
-    assert errors.BadRequest("x", close=True).close and not errors.BadRequest("x").close
-
-
 def test_what_ends_a_request_from_outside_is_no_refusal_and_no_error_of_a_command():
     for kind in (errors.ClientGone, errors.UpstreamBroken):
         assert not issubclass(kind, errors.Error)

@@ -106,8 +106,13 @@ def test_the_doctor_can_neither_spend_nor_write_nor_lock():
     }
 
 
+def test_the_credential_side_has_nothing_of_the_web_side():
+    ours, _ = reachable(CREDENTIAL)
+    assert not {name for name in ours if name.startswith(("xaiproxy.http1", "xaiproxy.proxy."))}
+
+
 def test_the_http_engine_knows_nothing_of_logins_keys_or_flask():
-    shared = {"__version__", "addresses", "config", "errors", "log", "trust"}
+    shared = {"__version__", "addresses", "config", "errors", "log", "socks_proxy", "trust"}
     allowed = {"xaiproxy", "xaiproxy.http1", *(f"xaiproxy.{name}" for name in shared)}
     for path in (PACKAGE / "http1").glob("*.py"):
         module = "xaiproxy.http1" if path.stem == "__init__" else f"xaiproxy.http1.{path.stem}"

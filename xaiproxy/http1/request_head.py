@@ -87,15 +87,13 @@ def parse(data: bytes) -> Head:
 
 def refusal(error: message_head.Malformed) -> errors.BadRequest:
     kind = errors.HeadTooLarge if isinstance(error, message_head.TooLong) else errors.BadRequest
-    return kind(f"the request head {error}", close=True)
+    return kind(f"the request head {error}")
 
 
 def _request_line(line: str) -> tuple[str, str, str]:
     match = REQUEST_LINE.fullmatch(line)
     if match is None:
-        raise errors.BadRequest(
-            "the request line is malformed: expected METHOD /target HTTP/1.1", close=True
-        )
+        raise errors.BadRequest("the request line is malformed: expected METHOD /target HTTP/1.1")
     return match[1], match[2], match[3]
 
 
@@ -107,14 +105,14 @@ def _origin_form(target: str, version: str, values: dict[str, list[str]]) -> str
     """
     match = ABSOLUTE_FORM.fullmatch(target)
     if match is None:
-        raise errors.BadRequest("the request target must be a path, such as /v1/models", close=True)
+        raise errors.BadRequest("the request target must be a path, such as /v1/models")
     scheme, authority, rest = match.groups("")
     if version == "HTTP/1.0":
         values.setdefault("host", [authority])
     hosts = [message_head.normal_authority(scheme.lower(), host) for host in values.get("host", ())]
     if hosts != [message_head.normal_authority(scheme.lower(), authority)]:
         raise errors.BadRequest(
-            "an absolute request target must name the same host as one Host header", close=True
+            "an absolute request target must name the same host as one Host header"
         )
     return rest if rest.startswith("/") else "/" + rest
 
@@ -125,29 +123,23 @@ def _check_names(names: dict[str, list[str]]) -> None:
         if "_" in name:
             twin = name.replace("_", "-")
             if twin in RESERVED or twin.startswith(headers.PREFIXES_NOT_SENT):
-                raise errors.BadRequest(
-                    f"a header with _ in its name could be taken for {twin}", close=True
-                )
+                raise errors.BadRequest(f"a header with _ in its name could be taken for {twin}")
 
 
 def _frame(head: Head, values: dict[str, list[str]]) -> None:
     """RFC 9112 section 6.3, for requests."""
     hosts = values.get("host", ())
     if len(hosts) > 1 or (not hosts and head.version == "HTTP/1.1"):
-        raise errors.BadRequest("a request needs exactly one Host header", close=True)
+        raise errors.BadRequest("a request needs exactly one Host header")
     lengths, codings = values.get("content-length", ()), values.get("transfer-encoding", ())
     if len(lengths) + len(codings) > 1:
-        raise errors.BadRequest(
-            "a request may have one Content-Length or one Transfer-Encoding", close=True
-        )
+        raise errors.BadRequest("a request may have one Content-Length or one Transfer-Encoding")
     if codings:
         if codings[0].lower() != "chunked" or head.version == "HTTP/1.0":
-            raise errors.BadRequest(
-                "the only Transfer-Encoding taken is chunked, in HTTP/1.1", close=True
-            )
+            raise errors.BadRequest("the only Transfer-Encoding taken is chunked, in HTTP/1.1")
         head.chunked = True
     if lengths:
         if not re.fullmatch("[0-9]{1,18}", lengths[0]):
-            raise errors.BadRequest("Content-Length must be a number", close=True)
+            raise errors.BadRequest("Content-Length must be a number")
         head.content_length = int(lengths[0])
     head.keep_alive = message_head.keep_alive(values, head.version == "HTTP/1.0")

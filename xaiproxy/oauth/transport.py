@@ -11,8 +11,7 @@ from typing import Any
 import requests
 import urllib3
 
-from xaiproxy import addresses
-from xaiproxy.http1 import socks_proxy
+from xaiproxy import addresses, socks_proxy
 
 
 class _Connects:
