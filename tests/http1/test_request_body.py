@@ -129,9 +129,7 @@ def test_chunks_that_two_servers_could_read_differently_are_refused(data, reason
             if before:
                 assert body.read1() == b"hello"
             client.sendall(data + BEHIND)
-            with pytest.raises(
-                errors.BadRequest, match="the request body has .*" + reason
-            ) as caught:
+            with pytest.raises(errors.BadRequest, match="the request body has .*" + reason):
                 whole(body)
             assert not body.ended
 
