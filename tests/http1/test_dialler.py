@@ -414,7 +414,8 @@ def test_address_whose_handshake_fails_is_followed_by_the_next(
         ProxyProcess(
             tmp_path,
             upstream=f"https://upstream.test:{third.port}",
-            connect_timeout=1,
+            # Half of it is for the address that says nothing, and the rest must do for a handshake.
+            connect_timeout=4,
             environ={"SSL_CERT_FILE": str(authority)},
             prefix=hosts(tmp_path, "127.0.0.2 upstream.test", "127.0.0.3 upstream.test"),
         ) as proxy,
