@@ -26,36 +26,40 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("suite")
 pytest.register_assert_rewrite("sandbox")
 from proxy_process import ProxyProcess
-from rotating_load import rotating_load  # noqa: F401  (a fixture)
 from sandbox import Sandbox
 from scripted_upstream import ScriptedUpstream, make_certificate
 
-# The files that take longest, which begin first so that no worker is left alone with one at the
-# end.
+# The files that take longest, in that order, which begin first: no worker is left alone with one at
+# the end.
 LONGEST = (
-    "test_supervision",
-    "test_server",
-    "test_running",
-    "test_refresh_faults",
-    "test_handler",
-    "test_dialler",
-    "test_properties",
-    "test_intruders",
-    "test_dead_paths",
-    "test_relay",
-    "test_planted",
-    "test_soak",
-    "test_slow_clients",
-    "test_secrets",
+    "test_supervision.py",
+    "proxy/test_server.py",
+    "refresher/test_refresh_faults.py",
+    "http1/test_dead_paths.py",
+    "login/test_command.py",
+    "http1/test_handler.py",
+    "http1/test_dialler.py",
+    "proxy/test_slow_clients.py",
+    "proxy/test_cut_streams.py",
+    "refresher/test_running.py",
+    "http1/test_relay.py",
+    "proxy/test_intruders.py",
+    "http1/test_tunnel.py",
+    "proxy/test_both_directions.py",
+    "refresher/test_model.py",
+    "proxy/test_rotation.py",
+    "refresher/test_process.py",
+    "test_secrets.py",
+    "test_soak.py",
+    "proxy/test_last_bytes.py",
+    "login/test_doctor.py",
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(
-        key=lambda item: (
-            LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST)
-        )
-    )
+    here = Path(__file__).parent
+    ranks = {here / name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path, len(LONGEST)))
 
 
 @pytest.fixture(scope="session")

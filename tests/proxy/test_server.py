@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 from proxy_process import Client, ProxyProcess, both_ways
 from raw_connection import Message, readable
-from rotating_load import RotatingLoad
 from scripted_upstream import Request, ScriptedUpstream, pour
 
 from xaiproxy import config
@@ -559,12 +558,3 @@ def test_requests_that_wait_for_a_token_are_cut_too(tmp_path: Path) -> None:
         proxy.terminate()
         assert client.rest() == b"" and proxy.wait() == 0
         assert proxy.wait_for_request("/v1/waits")["ended_by"] == "proxy"
-
-
-def test_no_request_failed_while_tokens_expired(rotating_load: RotatingLoad) -> None:
-    """The load began in test_forward.py, or begins now."""
-    rotating_load.join()
-    counters = rotating_load.sandbox.counters()
-    assert rotating_load.faults == [] and rotating_load.done > 40
-    assert counters["refreshes"] >= 9 and counters["reuses"] == counters["cancelled_streams"] == 0
-    assert {line["status"] for line in rotating_load.proxy.log_lines() if "status" in line} == {200}

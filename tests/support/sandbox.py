@@ -293,7 +293,7 @@ def until(happened: Callable[[], Any], seconds: float = 5) -> Any:
     end = time.monotonic() + seconds
     while not (outcome := happened()):
         assert time.monotonic() < end, f"not within {seconds} s"
-        time.sleep(0.02)
+        time.sleep(0.05)
     return outcome
 
 
