@@ -187,6 +187,6 @@ def test_a_heartbeat_has_this_machines_time(store, tmp_path):
         env={"XAI_PROXY_TOKEN_PATH": str(store.path), "PYTHONPATH": os.getcwd()},
         cwd="/",
     )
-    beat = [line for line in trace.read_text().splitlines() if line.startswith("utimensat")][-1]
+    beat = [line for line in trace.read_text().splitlines() if "utimensat(" in line][-1]
     times = [int(seconds) for seconds in re.findall(r"tv_sec=(\d+)", beat)]
     assert len(times) == 2 and all(abs(time.time() - seconds) < 60 for seconds in times)

@@ -589,7 +589,7 @@ def test_untrusted_certificate(
     with (
         listener,
         ProxyProcess(
-            tmp_path, upstream=f"https://127.0.0.1:{listener.getsockname()[1]}", environ=environ
+            tmp_path, upstream="https://{}:{}".format(*listener.getsockname()), environ=environ
         ) as proxy,
     ):
         proxy.sign_in()
