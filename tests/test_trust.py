@@ -342,8 +342,8 @@ def test_a_file_of_ca_certificates_that_is_gone_is_named(
         assert "the CA certificate that it needs" in of_issuer(about)
         path.unlink()
         assert of_issuer(about) == (
-            f"the CA certificates of {path} cannot be read (No such file or directory); put "
-            "that file right, or set SSL_CERT_FILE"
+            f"the CA certificates of {path} cannot be read (No such file or directory); correct "
+            "that file, or set SSL_CERT_FILE"
         )
         path.write_bytes(
             authority.path("ca").read_bytes()
