@@ -271,9 +271,9 @@ def test_a_link_to_nothing_that_appears_later_admits_nobody_until_its_target_is_
     keys = ClientKeys(path)
     assert not keys.required
     path.symlink_to("elsewhere")
-    assert admits(keys) == [None, None] and keys.required and keys.unread
+    assert admits(keys) == [None, None] and keys.required
     put(path.with_name("elsewhere"), f"a {DIGEST}")
-    assert admits(keys) == ["a", None] and not keys.unread
+    assert admits(keys) == ["a", None]
 
 
 def test_a_folder_on_the_way_that_becomes_a_link_to_nothing_or_unreadable_admits_nobody(
@@ -326,13 +326,13 @@ def test_a_failed_read_admits_nobody_and_is_not_remembered(path, complaints):
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))  # so that nothing can be opened
     try:
-        assert admits(keys) == ["a", None] and not keys.unread  # it has not changed
+        assert admits(keys) == ["a", None]  # it has not changed
         path.rename(path.with_name("other"))
         path.with_name("other").rename(path)  # another time of change
-        assert admits(keys) == admits(keys) == [None, None] and keys.unread
+        assert admits(keys) == admits(keys) == [None, None]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    assert admits(keys) == ["a", None] and not keys.unread
+    assert admits(keys) == ["a", None]
     assert len(complaints()) == 1 and "Too many open files" in complaints()[0]
 
 
@@ -342,22 +342,10 @@ def test_without_a_file_and_a_descriptor_no_key_is_required(path, complaints):
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
     try:
-        assert admits(keys) == [None, None] and not keys.required and not keys.unread
+        assert admits(keys) == [None, None] and not keys.required
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert complaints() == []
-
-
-def test_the_version_is_another_with_each_change_and_no_other_time(path):
-    put(path, f"a {DIGEST}")
-    keys = ClientKeys(path)
-    for change in (lambda: put(path, f"a {OTHER}"), path.unlink, lambda: put(path, f"a {OTHER}")):
-        before = keys.version
-        change()
-        keys.refresh()
-        now = keys.version
-        keys.refresh()
-        assert before != now == keys.version
 
 
 def test_a_file_that_is_gone_admits_nobody_and_is_logged_once(path, complaints):

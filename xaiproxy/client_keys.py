@@ -83,15 +83,9 @@ class ClientKeys:
     """
 
     def __init__(self, path: Path, required: bool = False):
-        """`required`: whether a key is required even before there is a file.
-
-        `unread`: whether the last read failed, so that the next may succeed without a change of the
-        file. `version`: a number that grows with each change of the keys.
-        """
+        """`required`: whether a key is required even before there is a file."""
         self.path = path
         self.required = required
-        self.unread = False
-        self.version = 0
         self._file = CachedFile(path, self._load)
         self._places = tuple(map(str, (path, *path.parents)))
         self._absent = False
@@ -106,22 +100,19 @@ class ClientKeys:
     def refresh(self) -> None:
         """Read the file if it has changed: one os.stat if it has not, two if there is none."""
         keys: dict[str, str] = {}
-        required, absent, unread = True, False, True
+        required, absent = True, False
         try:
             if self._absent and _is_absent(*self._places):
                 return
             keys, complaint = self._file.get()
             if keys is self._keys:
                 return
-            unread = False
         except FileNotFoundError:
             required, absent = self.required, True
             complaint = f"{self.path} does not exist" if required else ""
-            unread = required
         except OSError as error:
             complaint = f"{self.path} cannot be used: {error.strerror}"
-        self.version += (keys, required) != (self._keys, self.required)
-        self._keys, self.required, self._absent, self.unread = keys, required, absent, unread
+        self._keys, self.required, self._absent = keys, required, absent
         if complaint and complaint != self._complaint:
             logger.error(
                 "%s; all clients are refused until that is corrected: %s",
@@ -140,6 +131,8 @@ class ClientKeys:
 
     def name_of(self, key: str) -> str | None:
         """Return the name of a key, or None if it is not valid, in the same time for every key."""
+        if not self._keys:
+            return None
         presented, found = digest(key), None
         for name, known in self._keys.items():
             if hmac.compare_digest(presented, known):

@@ -8,8 +8,8 @@ the proxy's own or a listed one.
 
 from __future__ import annotations
 
-import ipaddress
 import re
+import socket
 
 from xaiproxy import client_keys, config, errors
 from xaiproxy.http1.request_head import Head
@@ -21,6 +21,8 @@ TRUSTWORTHY = re.compile(
     r"(([a-z0-9_-]+\.)*localhost|127\.[0-9.]+|\[::1\])(:[0-9]*)?", re.IGNORECASE
 )
 CONTAINER_HOSTS = frozenset(("host.docker.internal", "host.containers.internal"))
+OWN_SITES = frozenset(("same-origin", "none"))
+IPV4_MAPPED = bytes(10) + b"\xff\xff"  # RFC 4291 section 2.5.5.2
 PREFLIGHT_AGE = 600  # seconds that a browser may remember a preflight
 
 
@@ -101,25 +103,27 @@ class Access:
 
     def _check_origin(self, head: Head) -> None:
         origins = [value.lower() for value in head.values("origin")]
-        if origins and origins[0] in self._origins and len(origins) == 1:
+        sites = [value.lower() for value in head.values("sec-fetch-site")]
+        if not origins and not sites:
+            if _may_be_of_any_page(head):
+                raise errors.OriginNotAllowed(
+                    "under this Host a browser does not name the page that its GET is for; use "
+                    "localhost, or send a client key"
+                )
             return
-        sites = {value.lower() for value in head.values("sec-fetch-site")}
+        if len(origins) == 1 and origins[0] in self._origins:
+            return
         own = {
             f"{scheme}://{host.lower().removesuffix(':')}"
             for scheme in ("http", "https")
             for host in head.values("host")
         }
-        if len(origins) > 1 or not set(origins) <= own or not sites <= {"same-origin", "none"}:
+        if len(origins) > 1 or not own.issuperset(origins) or not OWN_SITES.issuperset(sites):
             # The origin of any sandboxed page is null, which cannot be listed.
             origin = origins[0][:200] if origins and origins[0] != "null" else "the page's origin"
             raise errors.OriginNotAllowed(
                 "web pages of other sites may not call this proxy; to allow this one, add "
                 f"{origin} to XAI_PROXY_ALLOWED_ORIGINS"
-            )
-        if not (origins or sites) and _may_be_of_any_page(head):
-            raise errors.OriginNotAllowed(
-                "under this Host a browser does not name the page that its GET is for; use "
-                "localhost, or send a client key"
             )
 
     def cors_headers(self, head: Head) -> list[tuple[str, str]]:
@@ -175,10 +179,11 @@ def _may_be_of_any_page(head: Head) -> bool:
 
 
 def _is_address(name: str) -> bool:
+    family = socket.AF_INET6 if ":" in name else socket.AF_INET
     try:
-        address = ipaddress.ip_address(name)
-    except ValueError:
+        packed = socket.inet_pton(family, name)
+    except OSError:
         return False
-    # These lead to loopback too, which browsers do not know: a request of an <img> to them has
-    # neither Origin nor Sec-Fetch-Site.
-    return not address.is_unspecified and getattr(address, "ipv4_mapped", None) is None
+    # The unspecified address and IPv4-mapped ones lead to loopback too, which browsers do not know:
+    # a request of an <img> to them has neither Origin nor Sec-Fetch-Site.
+    return any(packed) and not (len(packed) == 16 and packed.startswith(IPV4_MAPPED))
