@@ -774,7 +774,7 @@ def test_tunnel_that_opens(
         (
             b"HTTP/1.1 403 Forbidden\r\nContent-Length: 13\r\n\r\nsecret-reason",
             None,
-            b"the proxy on the way answered 403 Forbidden",
+            b"the egress proxy responded 403 Forbidden",
         ),
         (
             b"HTTP/1.1 502 Bad Gateway\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nsecret",

@@ -8,6 +8,7 @@ import concurrent.futures
 import contextlib
 import gzip
 import inspect
+import os
 import signal
 import socket
 import subprocess
@@ -1123,3 +1124,56 @@ def test_small_requests_are_not_delayed(client: Client, upstream: ScriptedUpstre
         upstream.receive().answer(CHUNKED).answer(b"2\r\nok\r\n").answer(b"0\r\n\r\n")
         assert client.message().body == b"ok"
     assert time.monotonic() - start < 1.2  # of 1.6 at the least
+
+
+# What ends a request leaves no connection to upstream
+
+
+def test_a_malformed_chunk_that_came_with_its_head_leaves_no_connection(
+    tmp_path: Path, upstream: ScriptedUpstream
+) -> None:
+    with ProxyProcess(tmp_path, upstream=upstream.origin) as proxy:
+        proxy.sign_in()
+        files = []
+        for _ in range(4):
+            with proxy.client() as client:
+                client.request()
+                upstream.receive().answer()
+                assert client.message().status == 200
+            with proxy.client() as client:
+                client.send(
+                    b"POST /v1/x HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n"
+                )
+                assert client.message().status == 400
+                assert client.rest() == b""
+            files.append(proxy.open_files())
+        assert max(files[1:]) <= files[0]
+
+
+@pytest.mark.parametrize("first", ["upstream", "client"])
+def test_a_client_that_closes_while_an_error_stops_the_upload_leaves_no_connection(
+    tmp_path: Path, upstream: ScriptedUpstream, first: str
+) -> None:
+    """Both are found in the same turn of the event loop."""
+    with ProxyProcess(tmp_path, upstream=upstream.origin) as proxy:
+        proxy.sign_in()
+        assert proxy.ask("GET", "/healthz").status == 200
+        before = proxy.open_files()
+        for number in range(10):
+            client = proxy.client()
+            client.send(
+                b"POST /v1/%d HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n" % number
+            )
+            request = upstream.receive(body=False)
+            os.kill(proxy.process.pid, signal.SIGSTOP)
+            if first == "client":
+                client.close()
+            request.answer(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 2\r\n\r\nno")
+            client.close()
+            os.kill(proxy.process.pid, signal.SIGCONT)
+            proxy.wait_for_request(f"/v1/{number}")
+        upstream.hang_up()
+        deadline = time.monotonic() + PATIENCE
+        while proxy.open_files() > before:
+            assert time.monotonic() < deadline, f"{proxy.open_files()} descriptors, {before} before"
+            time.sleep(0.05)

@@ -339,15 +339,14 @@ def test_the_name_of_the_key_is_logged(keyed):
     assert keyed.wait_for_request("/nobody-asks")["key"] is None
 
 
-def test_a_preflight_is_answered_by_us(proxy, keyed):
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1//models", "/v2/"])
+def test_a_preflight_is_answered_by_us(proxy, keyed, path):
     asked = "Access-Control-Request-Method: POST"
     for running in (proxy, keyed):
-        answer = ask(running, "/v1/chat/completions", f"Origin: {LISTED}", asked, method="OPTIONS")
+        answer = ask(running, path, f"Origin: {LISTED}", asked, method="OPTIONS")
         assert (answer.status, answer.value("Access-Control-Allow-Origin")) == (204, LISTED)
         assert answer.value("Content-Length") is None and answer.value("Transfer-Encoding") is None
-        refused = ask(
-            running, "/v1/chat/completions", "Origin: http://evil.example", asked, method="OPTIONS"
-        )
+        refused = ask(running, path, "Origin: http://evil.example", asked, method="OPTIONS")
         assert error_of(refused)[:2] == (403, "origin_not_allowed")
 
 

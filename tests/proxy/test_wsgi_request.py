@@ -30,6 +30,7 @@ def served(
         command=command,
         upstream=scripted.origin,
         allowed_origins="https://chat.example",
+        replay_memory=100_000,
     )
     proxy.sign_in()
     yield proxy
@@ -61,7 +62,7 @@ def test_any_method_is_forwarded(client: Client, upstream: ScriptedUpstream, met
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-@pytest.mark.parametrize("size", [1, 200_000])
+@pytest.mark.parametrize("size", [1, 90_000])
 def test_a_body_is_sent_again_with_the_newer_token(
     served: ProxyProcess, client: Client, upstream: ScriptedUpstream, size: int, chunked: bool
 ) -> None:
@@ -111,3 +112,28 @@ def test_refusals_and_preflights_are_the_proxys_own(served: ProxyProcess, client
     assert client.ask("GET", "/healthz").status == 200
     served.token_path.unlink()
     assert client.ask("GET", "/v1/models").value("X-XAI-Proxy-Error") == "login_required"
+
+
+def test_a_refusal_gives_the_memory_of_its_body_back(
+    served: ProxyProcess, client: Client, upstream: ScriptedUpstream
+) -> None:
+    body = b"x" * 60_000
+    for _ in range(2):
+        client.request("POST", "/v1/x", body=body)
+        upstream.receive().connection.reset()
+        assert client.message().status == 502
+    client.request("POST", "/v1/x", body=body)
+    first = upstream.receive()
+    served.sign_in("newer")
+    first.answer(REFUSED)
+    assert upstream.receive().answer().body == body
+    assert client.message().status == 200
+
+
+@pytest.mark.parametrize("path", ["/v1//models", "/v1/", "/v1/a//b/", "/v2//"])
+def test_a_path_is_forwarded_in_its_spelling(
+    client: Client, upstream: ScriptedUpstream, path: str
+) -> None:
+    client.request("GET", path)
+    assert upstream.receive().answer().target == path
+    assert client.message().status == 200

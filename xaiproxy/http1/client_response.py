@@ -23,7 +23,7 @@ HEALTH_CHECKS = ("/healthz", "/readyz")
 
 
 class Answer(NamedTuple):
-    """Upstream's answer, ready to be passed on.
+    """Upstream's response, ready to be forwarded.
 
     `text`: the lines of the head for the client, each but the first preceded by a CRLF. `content`:
     what is sent instead of the content as it comes, or None.
@@ -88,7 +88,7 @@ class ClientResponse:
 
     @property
     def is_end_ambiguous(self) -> bool:
-        """Whether a client could take the cut content for complete if it sees no reset."""
+        """Whether, without a reset, a client could take the cut content for complete."""
         return self.cut_short and self.headers_sent and self._ends_with_connection
 
     # From a WSGI application
@@ -142,7 +142,7 @@ class ClientResponse:
             self._send(f"{text}\r\n\r\n".encode("latin-1"))
 
     def pass_on(self, answer: Answer) -> None:
-        """Send upstream's answer as it arrives. Raises ClientGone, UpstreamBroken."""
+        """Forward upstream's response as it arrives. Raises ClientGone, UpstreamBroken."""
         exchange = answer.exchange
         head = exchange.head
         self.send_limit = exchange.idle_timeout
@@ -166,7 +166,7 @@ class ClientResponse:
             exchange.finish()
 
     def _framing(self) -> type:
-        """The framing that upstream's bytes must have to be passed on as they are."""
+        """The framing that upstream's bytes must have to be forwarded unchanged."""
         return framing.Chunked if self._chunks else framing.Sized
 
     def _relay(self, relay: Relay | Tunnel, answer: Answer) -> None:
@@ -191,7 +191,7 @@ class ClientResponse:
         self._chunks = not (has_length or no_content or self._is_1_0)
         # The only end that content of unknown length has in HTTP/1.0.
         self._ends_with_connection = not (has_length or self._chunks or no_content)
-        # What is unread of the body would be taken for the next request.
+        # Unread bytes of the body would be parsed as the next request.
         has_body_left = self._body is not None and not (self._body.ended or is_uploaded)
         self.close |= self._ends_with_connection or has_body_left or self._server.draining
         if not has_date:

@@ -23,7 +23,10 @@ INFO = struct.Struct("=2xBB52xI")
 
 
 def sweep(interval: float = INTERVAL, silence: float = SILENCE) -> None:
-    """Abort dead connections, for ever. Returns at once on systems without TCP_INFO (macOS)."""
+    """Abort dead connections, in an endless loop.
+
+    Returns at once on systems without TCP_INFO (macOS).
+    """
     while hasattr(socket, "TCP_INFO"):
         gevent.sleep(interval)
         connections = list(OPEN)

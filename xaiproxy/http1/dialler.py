@@ -43,7 +43,7 @@ class Dialler:
         # Seconds for an attempt that may hang: the second attempt has the other half.
         self._attempt_timeout = settings.connect_timeout / 2
         self._target = Resolver(*_address(self._proxy or self._upstream), self._attempt_timeout)
-        # For a SOCKS proxy that takes no names.
+        # For a SOCKS proxy that does not resolve names.
         self._destination = Resolver(*_address(self._upstream), self._attempt_timeout)
 
     def connect(self) -> Connection:
@@ -185,7 +185,7 @@ class Dialler:
                 raise EOFError
             answer = response_head.parse(head, "CONNECT")
         if answer.status >= 300:
-            raise OSError(f"the proxy on the way answered {answer.status} {answer.reason}")
+            raise OSError(f"the egress proxy responded {answer.status} {answer.reason}")
 
 
 def _address(url: urllib.parse.SplitResult) -> tuple[str, int]:

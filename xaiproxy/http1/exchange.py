@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from xaiproxy import errors
 from xaiproxy.http1 import response_head
-from xaiproxy.http1.connection import BROKEN, Connection, DeadPath, reason
+from xaiproxy.http1.connection import BROKEN, DeadPath, reason
 from xaiproxy.http1.framing import LAST, content_of
 from xaiproxy.http1.message_head import Malformed
 from xaiproxy.http1.pool import Pool
@@ -73,7 +73,7 @@ def perform(
     failed: Exception | None = None
     while True:
         try:
-            upload, pooled = _send(pool, request, on_sent, pool.take() if failed is None else None)
+            upload, pooled = _send(pool, request, on_sent, may_reuse=failed is None)
         except errors.UpstreamUnreachable as error:
             if failed is None:
                 raise
@@ -81,6 +81,10 @@ def perform(
             raise _broke_off(pool, request, failed) from error
         try:
             head = _receive_head(pool, request, upload, on_interim)
+            upload.answered = True
+            if head.status >= 400:
+                # Lets other greenlets run, which may throw into this one.
+                upload.stop()
         except TimeoutError as error:
             upload.close()
             raise pool.timed_out() from error
@@ -100,13 +104,15 @@ def perform(
 
 
 def _send(
-    pool: Pool, request: Request, on_sent: Callable[[], object], connection: Connection | None
+    pool: Pool, request: Request, on_sent: Callable[[], object], *, may_reuse: bool
 ) -> tuple[Upload, bool]:
-    """Begin to send, on `connection` from the pool if there is one; and whether it was used.
+    """Begin to send; and whether on a pooled connection.
 
     A pooled connection that takes no byte is replaced by a new one.
     """
     begin = request.beginning()
+    # After what may raise: it is no longer in the pool.
+    connection = pool.take() if may_reuse else None
     sent = 0
     if connection is not None:
         try:
@@ -215,9 +221,6 @@ class Exchange:
         self.client_timeout = pool.settings.client_timeout
         self._pool = pool
         self._closed = False
-        upload.answered = True
-        if head.status >= 400:
-            upload.stop()
 
     def time_left(self, received_at: float) -> float:
         """Seconds until IDLE_TIMEOUT without progress in either direction.
@@ -284,7 +287,7 @@ class Exchange:
                 if not more:
                     break
         except BROKEN:
-            # Whether it has ended for ever, or only does not come in time, `parts` will meet.
+            # `parts` will raise if the connection has ended, and wait if bytes are only late.
             pass
         connection.unread = data
         return content[:PEEK_LIMIT]

@@ -97,7 +97,6 @@ class Handler:
             self._respond(request, response)
         finally:
             server.busy -= 1
-            self._watch.stop()
             body.close()
             response.log(head.method, head.path, request.key, started_at)
         self._send_limit = response.send_limit
@@ -174,7 +173,8 @@ class Handler:
             response.refuse(refusal)
         except errors.ClientGone as error:
             response.abort(error)
-        response.log("-", "-", None, started_at)
+        finally:
+            response.log("-", "-", None, started_at)
         self._linger(response)
 
     # The response
@@ -188,6 +188,7 @@ class Handler:
                 else:
                     self._run_application(request, response)
             except errors.ErrorResponse as refusal:
+                request.body.close()
                 response.refuse(refusal)
         except (errors.ClientGone, errors.UpstreamBroken, Cut, gevent.GreenletExit) as error:
             response.abort(error)

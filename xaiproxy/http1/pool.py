@@ -42,7 +42,7 @@ class Pool:
         return None
 
     def keep(self, connection: Connection) -> None:
-        """Pool a connection whose last answer was read to its end."""
+        """Pool a connection whose last response was read to its end."""
         kept = (time.monotonic(), connection)
         self._idle.append(kept)
         connection.readable.start(self._on_readable, kept)
@@ -50,7 +50,7 @@ class Pool:
             self._sweeper = gevent.spawn(self._sweep)
 
     def _on_readable(self, kept: tuple[float, Connection]) -> None:
-        """Drop a pooled connection that was closed, or that brings bytes which answer nothing."""
+        """Drop a pooled connection that was closed, or that sends bytes without a request."""
         if not kept[1].is_quiet():
             self._idle.remove(kept)
             kept[1].close()
@@ -70,7 +70,7 @@ class Pool:
             self._idle.pop()[1].close()
 
     def answered(self, connection: Connection) -> None:
-        """To be called after the first answer on a new connection."""
+        """To be called after the first response on a new connection."""
         self._dialler.answered(connection)
 
     def timed_out(self) -> errors.UpstreamTimeout:

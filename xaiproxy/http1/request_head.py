@@ -136,7 +136,7 @@ def _frame(head: Head, values: dict[str, list[str]]) -> None:
         raise errors.BadRequest("a request may have one Content-Length or one Transfer-Encoding")
     if codings:
         if codings[0].lower() != "chunked" or head.version == "HTTP/1.0":
-            raise errors.BadRequest("the only Transfer-Encoding taken is chunked, in HTTP/1.1")
+            raise errors.BadRequest("the only Transfer-Encoding supported is chunked, in HTTP/1.1")
         head.chunked = True
     if lengths:
         if not re.fullmatch("[0-9]{1,18}", lengths[0]):

@@ -136,8 +136,7 @@ class Upload:
 
     def join(self) -> None:
         """Wait until it has ended, which an end of upstream brings about too."""
-        if self._greenlet is None:
-            return
+        assert self._greenlet is not None
         readable, greenlet = self.connection.readable, self._greenlet
 
         def on_readable() -> None:

@@ -13,9 +13,9 @@ from typing import Any
 
 import flask
 import werkzeug.exceptions
-import werkzeug.routing
 
 from xaiproxy import errors, judgement, token_store
+from xaiproxy.http1.client_request import ClientRequest
 from xaiproxy.http1.client_response import Answer
 from xaiproxy.proxy import access, wsgi_request
 from xaiproxy.proxy.forward import PREFIXES, Proxy
@@ -31,17 +31,40 @@ class Passed(flask.Response):
 
 def create_app(proxy: Proxy, store: token_store.TokenStore, gate: access.Access) -> flask.Flask:
     app = flask.Flask("xaiproxy", static_folder=None, template_folder=None)
-    app.url_map.merge_slashes = False
 
     @app.before_request
-    def check_access() -> None:
+    def check_access() -> flask.Response | None:
         request = wsgi_request.of(flask.request.environ)
-        if request.head.path not in OPEN_TO_ALL and not request.head.path.startswith(PREFIXES):
+        if request.head.path.startswith(PREFIXES):
+            # Here, since the path that counts is the raw one, which Flask's routes do not see.
+            return api(request)
+        if request.head.path not in OPEN_TO_ALL:
             request.key = gate.check(request.head, key_needed=False)
             request.check_room()
             if flask.request.path in OPEN_TO_ALL:
                 # In another spelling, such as /%68ealthz.
                 flask.abort(404)
+        return None
+
+    def api(request: ClientRequest) -> flask.Response:
+        preflight = gate.preflight(request.head)
+        if preflight is not None:
+            return Passed(status="204 No Content", headers=preflight)
+        try:
+            answer = proxy.forward(request)
+        except BaseException:
+            request.body.close()
+            raise
+        status_line, *lines = answer.text.split("\r\n")
+        fields = [line.partition(":")[::2] for line in lines]
+        response = Passed(
+            _content(answer),
+            status_line.partition(" ")[2],
+            [(name, value.strip(" \t")) for name, value in fields],
+        )
+        response.call_on_close(answer.exchange.close)
+        response.call_on_close(request.body.close)
+        return response
 
     @app.get("/healthz", provide_automatic_options=False)
     def health() -> dict[str, str]:
@@ -54,30 +77,6 @@ def create_app(proxy: Proxy, store: token_store.TokenStore, gate: access.Access)
             "status": "ready" if ready else "not ready",
             "reason": reason,
         }, 200 if ready else 503
-
-    def api(rest: str = "") -> flask.Response:
-        request = wsgi_request.of(flask.request.environ)
-        if not request.head.path.startswith(PREFIXES):
-            # In another spelling, such as /%76%31/models.
-            flask.abort(404)
-        preflight = gate.preflight(request.head)
-        if preflight is not None:
-            return Passed(status=204, headers=preflight)
-        answer = proxy.forward(request)
-        status_line, *lines = answer.text.split("\r\n")
-        fields = [
-            (name, value.strip(" \t")) for name, _, value in (line.partition(":") for line in lines)
-        ]
-        response = Passed(_content(answer), status_line.partition(" ")[2], fields)
-        response.call_on_close(answer.exchange.close)
-        response.call_on_close(request.body.close)
-        return response
-
-    app.view_functions["api"] = api
-    for prefix in PREFIXES:
-        # Without `methods` a rule takes all of them.
-        for path in (prefix, prefix + "<path:rest>"):
-            app.url_map.add(werkzeug.routing.Rule(path, endpoint="api", strict_slashes=False))
 
     @app.errorhandler(errors.ErrorResponse)
     def refuse(refusal: errors.ErrorResponse) -> flask.Response:

@@ -51,14 +51,14 @@ class CurrentLogin:
             if login.expires_at > now:
                 return login
             refresher = refresher or RefresherWatch(self._store)
-            self._check_hope(login, now, refresher)
+            self._check_renewable(login, now, refresher)
             if time.monotonic() >= deadline:
                 raise errors.TokenUnavailable(
                     f"the access token has expired and {WAIT:g} s brought no new one; try again", 1
                 )
             gevent.sleep(POLL_INTERVAL)
 
-    def _check_hope(self, login: tokens.Login, now: float, refresher: RefresherWatch) -> None:
+    def _check_renewable(self, login: tokens.Login, now: float, refresher: RefresherWatch) -> None:
         """Raise unless a new token may come within seconds."""
         error = login.refresh_error
         _check_ended(error)
@@ -83,7 +83,7 @@ class CurrentLogin:
             )
 
     def other_than(self, refused: tokens.Login, wait: float) -> tokens.Login | None:
-        """A login to repeat a refused request with, or None if the refusal is to be passed on.
+        """A login to repeat a refused request with, or None if the refusal is to be forwarded.
 
         `wait`: seconds; also with 0 the refresher is asked, for later requests. Raises
         LoginRequired when the login has ended.
@@ -122,7 +122,7 @@ class CurrentLogin:
         Not if the refresher has failed since it was asked, waits itself, or is gone."""
         error = login.refresh_error
         _check_ended(error)
-        # After a lost answer the refresher tries again as soon as it is asked.
+        # After a lost response the refresher retries as soon as it is asked.
         waits = (
             error is not None
             and error.code != tokens.ANSWER_LOST

@@ -1,4 +1,4 @@
-"""A request under /v1 or /v2: to upstream with the access token, and the answer back as it comes.
+"""A request under /v1 or /v2: sent upstream with the access token, its response streamed back.
 
 The life of a request: who may call (access.py); a token, waited for when it has just expired
 (current_login.py); the request to upstream; upstream's head, and once, if it means that the token
@@ -166,7 +166,7 @@ class Proxy:
 
 
 def check_method(method: str) -> None:
-    """Refuse TRACE, whose answer repeats the request with the token in it, and CONNECT.
+    """Refuse TRACE, whose response repeats the request with the token in it, and CONNECT.
 
     Raises MethodNotAllowed.
     """

@@ -11,7 +11,7 @@ from xaiproxy.http1.connection import READ
 from xaiproxy.http1.framing import LAST
 from xaiproxy.http1.request_body import RequestBody
 
-# Such servers answer Expect themselves, and pass no WebSocket on.
+# Other servers handle Expect themselves, and do not forward WebSockets.
 NOT_TAKEN = frozenset(("expect", "upgrade", "transfer-encoding", "content-length"))
 
 
