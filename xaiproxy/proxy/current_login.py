@@ -21,7 +21,7 @@ YOUNG = 120  # seconds
 YOUNG_PAUSE = 1.0  # seconds
 
 
-class RefresherWatch:
+class RefresherPresence:
     """Whether there is a refresher, for one request that waits for it."""
 
     def __init__(self, store: token_store.TokenStore):
@@ -50,7 +50,7 @@ class CurrentLogin:
             login, now = _login_by(self._store.last_known), time.time()
             if login.expires_at > now:
                 return login
-            refresher = refresher or RefresherWatch(self._store)
+            refresher = refresher or RefresherPresence(self._store)
             self._check_renewable(login, now, refresher)
             if time.monotonic() >= deadline:
                 raise errors.TokenUnavailable(
@@ -58,7 +58,7 @@ class CurrentLogin:
                 )
             gevent.sleep(POLL_INTERVAL)
 
-    def _check_renewable(self, login: tokens.Login, now: float, refresher: RefresherWatch) -> None:
+    def _check_renewable(self, login: tokens.Login, now: float, refresher: RefresherPresence) -> None:
         """Raise unless a new token may come within seconds."""
         error = login.refresh_error
         _check_ended(error)
@@ -108,7 +108,7 @@ class CurrentLogin:
                 error.strerror,
             )
             return None
-        deadline, refresher = time.monotonic() + wait, RefresherWatch(self._store)
+        deadline, refresher = time.monotonic() + wait, RefresherPresence(self._store)
         while self._may_come(login, asked_at, refresher) and time.monotonic() < deadline:
             gevent.sleep(POLL_INTERVAL)
             login = _login_by(self._store.last_known)
@@ -116,7 +116,7 @@ class CurrentLogin:
                 return login
         return None
 
-    def _may_come(self, login: tokens.Login, asked_at: float, refresher: RefresherWatch) -> bool:
+    def _may_come(self, login: tokens.Login, asked_at: float, refresher: RefresherPresence) -> bool:
         """Whether to wait for another token.
 
         Not if the refresher has failed since it was asked, waits itself, or is gone."""
