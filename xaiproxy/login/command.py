@@ -23,8 +23,8 @@ DESCRIPTION = """\
   xai-login --status    show who is signed in and until when
   xai-login --doctor    find out why the login or the proxy does not work, and what to do
 
-Exit status of --status: 0 the login can be used; 75 its access token has expired or is refused,
-and the refresher still tries to renew it; 77 sign in.
+Exit status of --status: 0 the login can be used; 75 its access token has expired or is refused
+and may still be renewed, or the token file cannot be read at the moment; 77 sign in.
 Of --doctor: that of the first failure, or 0 if there are only warnings. 69 the issuer, the API or
 the proxy does not answer; 75 a file or folder cannot be written, or the problem is temporary;
 77 sign in, or the account's plan does not allow it; 78 wrong settings.
