@@ -1,6 +1,6 @@
 /*
  * The refresh protocol: what xaiproxy's token_writer.py, token_lock.py, refresher/renewal.py and
- * refresher/schedule.py do with tokens.json, its lock and the issuer, checked by spin in every interleaving. tests/test_model.py runs it; docs/login-safety.md says what
+ * refresher/schedule.py do with tokens.json, its lock and the issuer, checked by spin in every interleaving. test_model.py runs it; docs/login-safety.md says what
  * follows from it and what does not.
  *
  * A label is a point at which the process can be killed, or any other process can run; what stands in one atomic is one

@@ -1,5 +1,5 @@
-"""The refresh protocol, checked by spin in every interleaving: tests/model/refresh.pml, whole and
-without each rule.
+"""The refresh protocol, checked by spin in every interleaving: refresh.pml beside this file, as a
+whole and without each rule.
 
 docs/login-safety.md says what the properties are and what the model leaves out.
 """
