@@ -40,7 +40,6 @@ needs_two_cores = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def load() -> pathlib.Path:
-    machine.FOLDER.mkdir(exist_ok=True)
     return machine.compile_program("load", [])
 
 
@@ -187,6 +186,18 @@ SMALL = {
 }
 
 
+def check_small_runs(load: pathlib.Path, port: int, pid: int) -> None:
+    runs = {
+        mode: result(start(load, mode, port, pids=pid, **arguments))
+        for mode, arguments in SMALL.items()
+    }
+    assert {code for code, _ in runs.values()} == {0}, runs
+    assert all(found["answers"] and found["cpu"] > 0 for _, found in runs.values()), runs
+    streams = runs["streams"][1]
+    assert 300 < streams["events"] < 900  # 2,000 a second
+    assert 0 < streams["delay_p50"] < streams["delay_p99"] < 1_000_000
+
+
 @needs_gcc
 @needs_openssl
 @needs_two_cores
@@ -198,15 +209,27 @@ def test_a_small_run_through_the_program(
         tmp_path, upstream=api.origin(tls), environ={"SSL_CERT_FILE": str(api.certificate)}
     ) as proxy:
         proxy.sign_in()
-        runs = {
-            mode: result(start(load, mode, proxy.port, pids=proxy.process.pid, **arguments))
-            for mode, arguments in SMALL.items()
-        }
-    assert {code for code, _ in runs.values()} == {0}, runs
-    assert all(found["answers"] and found["cpu"] > 0 for _, found in runs.values()), runs
-    streams = runs["streams"][1]
-    assert 300 < streams["events"] < 900  # 2,000 a second
-    assert 0 < streams["delay_p50"] < streams["delay_p99"] < 1_000_000
+        check_small_runs(load, proxy.port, proxy.process.pid)
+
+
+@needs_gcc
+@needs_openssl
+@needs_two_cores
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "TLS"])
+@pytest.mark.parametrize("kind", targets.REVERSE_PROXIES)
+def test_a_small_run_through_a_reverse_proxy(
+    load: pathlib.Path,
+    api: targets.Upstream,
+    tmp_path: pathlib.Path,
+    tls: bool,
+    kind: type[targets.ReverseProxy],
+) -> None:
+    try:
+        kind.build()
+    except machine.Unavailable as missing:
+        pytest.skip(f"{kind.name} {missing}")
+    with contextlib.closing(kind(api, tls, tmp_path / "proxy").start()) as proxy:
+        check_small_runs(load, proxy.port, *proxy.pids())
 
 
 # The upstream

@@ -1,4 +1,4 @@
-"""The benchmark: xaiproxy beside nginx and LiteLLM, between one load client and one upstream.
+"""The benchmark: xaiproxy beside other proxies, between one load client and one upstream.
 
-docs/performance.md says what is measured and how.
+docs/performance.md describes what is measured and how.
 """

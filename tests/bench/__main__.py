@@ -1,5 +1,6 @@
-"""bin/bench: measure xaiproxy beside nginx (and LiteLLM); print a table, write bench.json and
-bench.svg.
+"""bin/bench: measure xaiproxy beside nginx, reverse proxies in Go and Rust, and LiteLLM.
+
+It prints a table and writes bench.json, bench.svg and bench.png.
 
 Everything runs on loopback, the proxy that is measured on core 0, load client and upstream on core
 1; proxies whose turn it is not are stopped. What is needed is installed (Debian, as root) or named.
@@ -23,7 +24,17 @@ from typing import Any
 
 from . import check, machine, measurements, report
 from .measurements import Run
-from .targets import Direct, LiteLLM, Nginx, Other, Rotating, Target, Upstream, Xaiproxy
+from .targets import (
+    REVERSE_PROXIES,
+    Direct,
+    LiteLLM,
+    Nginx,
+    Other,
+    Rotating,
+    Target,
+    Upstream,
+    Xaiproxy,
+)
 
 USAGE, FAILED, INTERRUPTED = 64, 1, 130
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -68,6 +79,11 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="LiteLLM with --quick, too (its installation takes a while)",
     )
+    options.add_argument(
+        "--reverse-proxies",
+        action="store_true",
+        help="reverse proxies in Go and Rust with --quick or --only, too",
+    )
     options.add_argument("--plain", action="store_true", help="only with the upstream in the clear")
     options.add_argument(
         "--age",
@@ -92,6 +108,27 @@ def parser() -> argparse.ArgumentParser:
         "--table", action="store_true", help="instead: print the table of the bench.json in --out"
     )
     return options
+
+
+def whole(options: argparse.Namespace) -> bool:
+    """Whether everything is measured that this machine can."""
+    return not (options.quick or options.check or options.only)
+
+
+def targets(options: argparse.Namespace) -> dict[str, type[Target]]:
+    """By name. Reverse proxies that cannot be compiled are left out, with a line each."""
+    kinds: list[type[Target]] = [Direct, Nginx, Xaiproxy, Rotating, LiteLLM]
+    if options.against:
+        Other.checkout = options.against.resolve()
+        kinds.append(Other)
+    if options.reverse_proxies or whole(options):
+        for kind in REVERSE_PROXIES:
+            try:
+                kind.build()
+                kinds.append(kind)
+            except machine.Unavailable as missing:
+                machine.say(f"without {kind.name}, which {missing}")
+    return {kind.name: kind for kind in kinds}
 
 
 def all_runs() -> list[Run]:
@@ -120,15 +157,10 @@ class Bench:
 
     def __init__(self, folder: pathlib.Path, options: argparse.Namespace):
         self.folder, self.options = folder, options
+        self.classes = targets(options)
         self.upstream = Upstream(folder)
         self.running: dict[tuple[str, bool], Target] = {}
         self.records: list[dict[str, Any]] = []
-        self.classes: dict[str, type[Target]] = {
-            kind.name: kind for kind in (Direct, Nginx, Xaiproxy, Rotating, LiteLLM)
-        }
-        if options.against:
-            Other.checkout = options.against.resolve()
-            self.classes["other"] = Other
 
     def close(self) -> None:
         for target in (*self.running.values(), self.upstream):
@@ -162,13 +194,14 @@ class Bench:
 
     def plan(self) -> list[tuple[int, bool, Run, str]]:
         plan = []
+        standard = [kind.name for kind in REVERSE_PROXIES]
         kinds = (False,) if self.options.plain else (True,) if self.options.quick else (True, False)
         for round in range(1, self.options.rounds + 1):
             for tls in kinds:
                 for run in runs_of_round(self.options, round, tls == kinds[0]):
                     plan += [
                         (round, tls, run, name)
-                        for name in run.targets
+                        for name in (*run.targets, *(standard if run.quick else ()))
                         if name in self.classes and not (name == "direct" and tls)
                     ]
         return plan
@@ -255,6 +288,9 @@ def bench(options: argparse.Namespace) -> int:
         found: dict[str, Any] = {"machine": machine.description(), "records": running.records}
         if options.against:
             found["machine"]["other"] = machine.commit(options.against)
+        for kind in REVERSE_PROXIES:
+            if kind.name in running.classes:
+                found["machine"][kind.name] = machine.version(*kind.version)
         if not options.only:
             with running.turn("xaiproxy", not options.plain, fresh=False) as target:
                 assert isinstance(target, Xaiproxy)
@@ -302,7 +338,7 @@ def main() -> int:
         machine.prepare()
         if options.against:
             subprocess.run([options.against / "bin/.venv-run", "python", "-c", ""], check=True)
-        if options.litellm or not (options.quick or options.check or options.only):
+        if options.litellm or whole(options):
             machine.venv("litellm", "litellm[proxy]")
         return bench(options)
     except machine.Unavailable as missing:

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -36,6 +36,10 @@ PROGRAMS = {
     "load": [],
     "upstream": ["-lssl", "-lcrypto"],
 }  # C sources and the libraries that they want
+
+# Where Debian's librust-*-dev packages install, and the versions that Cargo.toml asks for.
+CRATES = pathlib.Path("/usr/share/cargo/registry")
+RUST_PROXY_CRATES = ("hyper-rustls-0.23.*", "rustls-pemfile-1.*")
 
 
 class Unavailable(Exception):
@@ -70,7 +74,6 @@ def prepare() -> None:
         with _no_services():
             for arguments in (["apt-get", "update"], command):
                 subprocess.run(arguments, check=True, stdout=sys.stderr, env=environ)
-    FOLDER.mkdir(exist_ok=True)
     for name, libraries in PROGRAMS.items():
         compile_program(name, libraries)
 
@@ -91,12 +94,43 @@ def _no_services() -> Iterator[None]:
 
 
 def compile_program(name: str, libraries: list[str], folder: pathlib.Path = FOLDER) -> pathlib.Path:
-    """Compile NAME.c unless that has been done since it was changed."""
-    source, program = SOURCES / f"{name}.c", folder / name
-    if not program.exists() or program.stat().st_mtime < source.stat().st_mtime:
-        subprocess.run(
-            ["gcc", "-O2", "-Wall", "-o", f"{program}.new", source, *libraries], check=True
+    """Compile NAME.c."""
+    return _compile(SOURCES / f"{name}.c", folder / name, ["gcc", "-O2", "-Wall"], libraries)
+
+
+def go_proxy() -> pathlib.Path:
+    """Compile the reverse proxy in Go. Raises Unavailable."""
+    if not shutil.which("go"):
+        raise Unavailable("needs Go: apt-get install golang-go")
+    source, program = SOURCES / "reverse_proxy.go", FOLDER / "go_proxy"
+    return _compile(source, program, ["env", f"GOCACHE={FOLDER / 'go'}", "go", "build"])
+
+
+def rust_proxy() -> pathlib.Path:
+    """Compile the reverse proxy in Rust with Debian's crates. Raises Unavailable."""
+    if not shutil.which("cargo") or not all(any(CRATES.glob(crate)) for crate in RUST_PROXY_CRATES):
+        raise Unavailable(
+            "needs Rust and the crates of Debian 12: "
+            "apt-get install cargo librust-hyper-rustls-dev librust-rustls-pemfile-dev"
         )
+    folder = FOLDER / "rust"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("Cargo.toml", "reverse_proxy.rs"):
+        shutil.copy2(SOURCES / name, folder)
+    options = ("crates-io.replace-with='debian'", f"debian.directory='{CRATES}'")
+    command = ["cargo", "build", "--quiet", "--release", "--offline"]
+    command += [f"--config=source.{option}" for option in options]
+    subprocess.run(command, cwd=folder, check=True)
+    return folder / "target/release/reverse_proxy"
+
+
+def _compile(
+    source: pathlib.Path, program: pathlib.Path, command: list[str], libraries: Sequence[str] = ()
+) -> pathlib.Path:
+    """Run the compiler unless `program` is newer than its source."""
+    if not program.exists() or program.stat().st_mtime < source.stat().st_mtime:
+        program.parent.mkdir(exist_ok=True)
+        subprocess.run([*command, "-o", f"{program}.new", source, *libraries], check=True)
         os.replace(f"{program}.new", program)
     return program
 
@@ -189,6 +223,14 @@ class Process:
             time.sleep(0.01)
         return outcome
 
+    def port(self) -> int:
+        """The port that the process names in its log as soon as it listens."""
+        found = self.wait_for(
+            "'listening on' in the log",
+            lambda: re.search(r"listening on \S*127\.0\.0\.1:(\d+)", self.log.read_text()),
+        )
+        return int(found[1])
+
     def close(self) -> None:
         self.send(signal.SIGTERM)
         self.send(signal.SIGCONT)
@@ -248,6 +290,11 @@ def description() -> dict[str, str]:
         "openssl": _first_line("openssl", "version").split()[1],
         "xaiproxy": commit(ROOT),
     }
+
+
+def version(program: str, option: str = "--version") -> str:
+    found = re.search(r"\d+(\.\d+)+", _first_line(program, option))
+    return found[0] if found else "of unknown version"
 
 
 def commit(checkout: pathlib.Path) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from .measurements import FLATNESS, HELD, LITELLM, RUNS, Figure
 
-ORDER = ("direct", "nginx", "xaiproxy", "other", "rotating", "litellm")
+ORDER = ("direct", "nginx", "go", "rust", "xaiproxy", "other", "rotating", "litellm")
 UNDISTURBED = (
     0.1  # of the time; what other processes may take of both cores before a run is called disturbed
 )

@@ -6,12 +6,14 @@ import json
 import os
 import pathlib
 import re
+import resource
 import signal
 import socket
 import subprocess
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 
 from . import machine
 
@@ -41,6 +43,9 @@ class Upstream:
                 "/CN=localhost",
                 "-addext",
                 "subjectAltName=DNS:localhost,IP:127.0.0.1",
+                # rustls rejects a server whose certificate is a CA's
+                "-addext",
+                "basicConstraints=critical,CA:FALSE",
                 "-out",
                 self.certificate,
                 "-keyout",
@@ -174,6 +179,44 @@ http {{
         self.measured.wait_for("nginx", lambda: answers(self.port))
 
 
+class ReverseProxy(Target):
+    """A program in this folder that does what nginx's configuration does."""
+
+    build: Callable[[], pathlib.Path]
+    version: tuple[str, str]
+
+    def _start(self) -> None:
+        _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.measured = proxy = self._run(
+            "prlimit",
+            f"--nofile={files}",
+            type(self).build(),
+            self.upstream.origin(self.tls).replace("localhost", "127.0.0.1"),
+            self.upstream.certificate,
+            TOKEN,
+        )
+        self.port = proxy.port()
+
+
+class Go(ReverseProxy):
+    """net/http/httputil's ReverseProxy."""
+
+    name = "go"
+    build = staticmethod(machine.go_proxy)
+    version = ("go", "version")
+
+
+class Rust(ReverseProxy):
+    """hyper with rustls."""
+
+    name = "rust"
+    build = staticmethod(machine.rust_proxy)
+    version = ("cargo", "--version")
+
+
+REVERSE_PROXIES = (Go, Rust)
+
+
 class Xaiproxy(Target):
     """xaiproxy of a checkout, by its own .venv, with its log lines on and a token that lasts."""
 
@@ -213,12 +256,8 @@ class Xaiproxy(Target):
 
     def _start(self) -> None:
         self._sign_in()
-        self.measured = proxy = self._run(self.command("xai-proxy"), environ=self._settings())
-        found = proxy.wait_for(
-            "'listening on' in the log",
-            lambda: re.search(r"listening on http://127\.0\.0\.1:(\d+)", proxy.log.read_text()),
-        )
-        self.port = int(found[1])
+        self.measured = self._run(self.command("xai-proxy"), environ=self._settings())
+        self.port = self.measured.port()
 
 
 class Other(Xaiproxy):

@@ -58,7 +58,9 @@ class CurrentLogin:
                 )
             gevent.sleep(POLL_INTERVAL)
 
-    def _check_renewable(self, login: tokens.Login, now: float, refresher: RefresherPresence) -> None:
+    def _check_renewable(
+        self, login: tokens.Login, now: float, refresher: RefresherPresence
+    ) -> None:
         """Raise unless a new token may come within seconds."""
         error = login.refresh_error
         _check_ended(error)
