@@ -13,8 +13,8 @@ from typing import Any
 import hypothesis
 import pytest
 
-# The same examples every time: a change fails its own tests and not somebody else's. bin/fuzz looks
-# for new ones.
+# The same examples every time: a change fails its own tests and no others. bin/fuzz
+# tries new ones.
 hypothesis.settings.register_profile(
     "suite",
     derandomize=True,
@@ -95,14 +95,14 @@ def scripted() -> Iterator[ScriptedUpstream]:
 
 @pytest.fixture
 def upstream(scripted: ScriptedUpstream) -> Iterator[ScriptedUpstream]:
-    """One that does step by step what the test says; what `start_proxy` starts sends to it."""
+    """An upstream that a test scripts step by step; the proxies of `start_proxy` send to it."""
     yield scripted
     scripted.hang_up()
 
 
 @pytest.fixture
 def way() -> str:
-    """How the proxy sends answers; a test marked with both_ways runs once for each."""
+    """How the proxy sends responses; a test marked with both_ways runs once for each way."""
     return "relayed"
 
 
@@ -110,7 +110,7 @@ def way() -> str:
 def start_proxy(
     scripted: ScriptedUpstream, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[..., ProxyProcess]]:
-    """Gives the module's one proxy for these settings, signed in."""
+    """Start the module's one proxy for these settings, signed in."""
     with contextlib.ExitStack() as stack:
 
         @functools.cache
@@ -157,8 +157,9 @@ def start_either(
 def either(
     start_either: Callable[..., tuple],
 ) -> Iterator[Callable[..., tuple[ProxyProcess, ScriptedUpstream]]]:
-    """Gives the module's one proxy for these settings, signed in anew, and its upstream: in the
-    clear, and over TLS.
+    """Start the module's one proxy for these settings, signed in anew, and its upstream.
+
+    Once with an upstream in the clear, and once over TLS.
     """
     used = []
 
@@ -183,7 +184,7 @@ def shared_endpoint(
 
 @pytest.fixture
 def endpoint(sandbox: Sandbox, shared_endpoint: ProxyProcess) -> ProxyProcess:
-    """The proxy in front of `sandbox`, for real clients: signed in anew, and without client keys."""
+    """The proxy before `sandbox`, for real clients: signed in anew, and without client keys."""
     sandbox.write_login(shared_endpoint.token_path)
     sandbox.reset()
     return shared_endpoint

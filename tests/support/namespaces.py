@@ -79,7 +79,11 @@ class Namespace:
 class Network:
     """`client`, `proxy` and `upstream`, at the addresses of ADDRESSES, joined by a router."""
 
-    ADDRESSES: ClassVar = {"client": "10.0.1.2", "proxy": "10.0.2.2", "upstream": "10.0.3.2"}
+    ADDRESSES: ClassVar[dict[str, str]] = {
+        "client": "10.0.1.2",
+        "proxy": "10.0.2.2",
+        "upstream": "10.0.3.2",
+    }
 
     def __init__(self) -> None:
         self._router = Namespace()

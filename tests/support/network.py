@@ -1,6 +1,4 @@
-"""Networks with faults, for the processes of one test: names, name servers, and addresses that do
-not answer.
-"""
+"""Networks with faults, for the processes of one test: names, name servers, dead addresses."""
 
 from __future__ import annotations
 
@@ -34,7 +32,7 @@ def black_hole(address: str = "127.0.0.1", port: int = 0) -> Iterator[int]:
 
 
 def hosts(folder: Path, *lines: str, resolv_conf: str | None = None) -> tuple[str, ...]:
-    """What to put before a command that shall see these lines as its /etc/hosts."""
+    """Return what to put before a command that is to have these lines as its /etc/hosts."""
     files = {"hosts": "".join(line + "\n" for line in lines)}
     if resolv_conf is not None:
         files["resolv.conf"] = resolv_conf
@@ -48,10 +46,9 @@ def hosts(folder: Path, *lines: str, resolv_conf: str | None = None) -> tuple[st
 
 
 class NameServer:
-    """Answers every query with `addresses`, `delay` seconds late, or not at all while it is
-    `silent`.
+    """Answers every query with `addresses`, `delay` seconds late, or with nothing while `silent`.
 
-    `prefix`: what to put before a command that shall ask it.
+    `prefix`: what to put before a command that is to query it.
     """
 
     def __init__(self, folder: Path, *addresses: str):

@@ -93,8 +93,8 @@ def run(arguments: list[str]) -> None:
 if __name__ == "__main__":
     _, module, how, *rest = sys.argv
     runpy.run_module(module, run_name="preloaded")
-    # A collection in a child would write to, and so copy, most of the memory that it shares with
-    # us.
+    # A garbage collection in a child would write to most of the memory that it shares with this
+    # process, and so copy it.
     gc.freeze()
     if how == "traced":
         wait_for_tracer()

@@ -24,7 +24,7 @@ from xaiproxy import config
 ISSUER = "http://127.0.0.1:1"  # of the logins here; nothing asks it
 ARGUMENTS = ["-m", "xaiproxy"]
 COMMAND = [*PYTHON, *ARGUMENTS]
-# An answer's body goes from socket to socket, or is iterated: see Handler._can_relay.
+# A response's body goes from socket to socket, or is iterated: see Handler._can_relay.
 WAYS = {"relayed": ARGUMENTS, "iterated": [str(SUPPORT / "plain_proxy.py")]}
 both_ways = pytest.mark.parametrize("way", WAYS)
 
@@ -45,7 +45,7 @@ class Client(RawConnection):
     ) -> Client:
         """Send a whole request.
 
-        `fields`: whole lines, beside Host and the Content-Length of `body`.
+        `fields`: whole lines, in addition to Host and the Content-Length of `body`.
         """
         lines = [f"{method} {target} {version}", "Host: localhost", *fields]
         if body:
@@ -179,7 +179,7 @@ class ProxyProcess:
         new.replace(self.token_path)
 
     def refresher_lives(self, lives: bool = True) -> None:
-        """Give the refresher's sign of life, or that of one which died two minutes ago."""
+        """Write the heartbeat of a refresher, or of one that died two minutes ago."""
         lock = self.token_path.with_name("tokens.json.lock")
         lock.touch(0o600)
         at = time.time() - (0 if lives else 120)
@@ -222,7 +222,7 @@ class ProxyProcess:
         self.wait()
 
     def close(self) -> None:
-        """End it with SIGTERM; a second one cuts open answers.
+        """End it with SIGTERM, and abort open responses with a second one.
 
         Asserts that nothing unexpected was logged.
         """

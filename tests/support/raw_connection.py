@@ -1,6 +1,4 @@
-"""One end of a raw HTTP/1.1 connection: bytes in, bytes out, and every wait ends after a few
-seconds.
-"""
+"""One end of a raw HTTP/1.1 connection: bytes in, bytes out, and every wait has a timeout."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 
-# By default, in answers whose connection stays.
+# By default, in responses whose connection stays open.
 KEPT = b"Connection: keep-alive\r\nKeep-Alive: timeout=595\r\n"
 PATIENCE = 8.0  # seconds that a test waits for what must come
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER that turns close into a reset
@@ -30,9 +28,9 @@ def readable(sockets: Iterable[socket.socket], seconds: float = 0) -> list[socke
 
 @dataclasses.dataclass
 class Message:
-    """A request or an answer.
+    """A request or a response.
 
-    `head` is as it came, with its empty line; `body` is without framing.
+    `head`: as it came, with its empty line. `body`: without framing.
     """
 
     head: bytes
@@ -143,9 +141,7 @@ class RawConnection:
         return Message(self.until(b"\r\n\r\n"))
 
     def chunk(self) -> bytes:
-        """The next chunk's data; b"" for the last one, whose trailers and empty line are then read
-        too.
-        """
+        """Return the next chunk's data, or b"" after the last one and its trailers."""
         size = int(self.until(b"\r\n").partition(b";")[0], 16)
         if size == 0:
             while self.until(b"\r\n") != b"\r\n":
@@ -172,10 +168,7 @@ class RawConnection:
         return message
 
     def rest(self) -> bytes:
-        """All until the end of the connection.
-
-        Raises ConnectionResetError when that is no clean one.
-        """
+        """Read until the end of the connection. Raises ConnectionResetError if that is a reset."""
         end = time.monotonic() + 5 * PATIENCE
         while self._more():
             assert time.monotonic() < end, "bytes come and no end"
@@ -187,9 +180,7 @@ class RawConnection:
         return not self.buffer and not readable([self.sock])
 
     def closed_within(self, seconds: float = 1.0) -> bool:
-        """Wait for the other side to close, also by a reset; False when it did not, or sent
-        something.
-        """
+        """Wait for the other side to close or reset. Return False if it did not, or sent bytes."""
         try:
             self.sock.settimeout(seconds)
             return not self.buffer and not self.sock.recv(1)

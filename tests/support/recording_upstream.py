@@ -1,7 +1,6 @@
 """An upstream that answers every request at once with its own line, and keeps it.
 
-It reads more strictly than any server: what is not just as the proxy writes it, byte for byte, is a
-fault.
+It reads more strictly than any server: every byte that the proxy would not write is a fault.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ CHUNK = re.compile(rb"([1-9a-f][0-9a-f]*)\r\n")
 LAST = b"0\r\n\r\n"
 OURS = ("host", "user-agent", "authorization", "content-length", "transfer-encoding", "via")
 VIA = re.compile("1[.]1 xaiproxy-[0-9a-f]{16}(, 1[.]1 xaiproxy-[0-9a-f]{16})*")
-# Whatever the client says: of its own connection, of who it is, of its way to the proxy, or of how
-# to read the message.
+# Whatever fields the client sends: about its own connection, its identity, its way to the proxy, or
+# how to read the message.
 NEVER = {
     "connection",
     "keep-alive",
@@ -79,11 +78,11 @@ class Fault(Exception):
 
 
 class RecordingUpstream:
-    """`requests`: those that came whole, in the order of their last bytes; `faults`: what else
-    came, and why it is one.
+    """Records requests.
 
-    A request is there before it is answered, and so is every one whose bytes were sent before: in
-    each turn all that has come is read before anything is answered.
+    `requests`: those that came whole, in the order of their last bytes. `faults`: whatever else
+    came, and why it is one. In each turn it reads all that has come before it answers, so that a
+    request is recorded before its response, and so is every one whose bytes were sent before.
     """
 
     def __init__(self, token: str = "the-token"):

@@ -106,8 +106,9 @@ mounts = pytest.mark.skipif(
 
 
 def mounted(script: str, folder) -> list[str]:
-    """A shell script that mounts something on "$1", in a mount namespace of the refresher's own,
-    and then runs it.
+    """Return what to put before a refresher to run a script in its own mount namespace first.
+
+    `script`: shell commands that mount something on "$1", which is `folder`.
     """
     return ["unshare", "-rm", "sh", "-ec", script + '; shift; exec "$@"', "sh", str(folder)]
 

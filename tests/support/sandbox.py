@@ -1,6 +1,4 @@
-"""The sandbox as a process of its own, for tests: started on a free port, watched and steered over
-HTTP.
-"""
+"""The sandbox as a process of its own, on a free port, observed and controlled over HTTP."""
 
 from __future__ import annotations
 
@@ -31,8 +29,7 @@ DEVICE_CODE = "urn:ietf:params:oauth:grant-type:device_code"
 class Sandbox:
     """A running sandbox. Its keywords are knobs: ``Sandbox(access_token_lifetime=3)``.
 
-    close() ends it with SIGTERM and asserts that it left with 0 and had no fault to tell of on
-    stderr.
+    close() ends it with SIGTERM and asserts exit code 0 and an empty stderr.
     """
 
     program: Sequence[str] = ("-m", "xaiproxy.sandbox")
@@ -85,8 +82,9 @@ class Sandbox:
     ) -> tuple[int, Any]:
         """One request on a connection of its own: the status and the body, parsed if it is JSON.
 
-        A dict is sent as a form to the authorization server and as JSON to the rest; User_Agent="x"
-        is a header.
+        A dict is sent as a form to the authorization server, and as JSON to the rest.
+
+        `headers`: User_Agent="x" is User-Agent.
         """
         fields = {
             "User-Agent": "tests",
@@ -206,8 +204,7 @@ class Sandbox:
         return answer["url"]
 
     def visit(self, authorization_url: str, decision: str = "allow") -> bool:
-        """What a person and the browser do: consent(), then fetch that URL as the page may,
-        preflight first.
+        """Do what a person and the browser do: consent(), a preflight, and then fetch that URL.
 
         False is the page's "Enter this code to finish signing in".
         """
@@ -234,7 +231,7 @@ class Sandbox:
             return False
 
     def _fetch(self, method: str, url: str, fields: dict[str, str]) -> tuple[int, dict[str, str]]:
-        """One cross-origin request: its status, and what its Access-Control-Allow-… headers allow."""
+        """Send a cross-origin request. Return its status and its Access-Control-Allow headers."""
         parts = urllib.parse.urlsplit(url)
         connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=10)
         try:

@@ -28,8 +28,8 @@ def answer(
 class ScriptedServer:
     """Each connection gets the next of the answers, and the last one is repeated.
 
-    An answer is bytes, sent after one whole request was read, or a function of the socket, called
-    at once. With `tls`, an SSLContext, it speaks TLS.
+    An answer is bytes, sent after a whole request was read, or a function of the socket, called at
+    once. `tls`: an SSLContext, or None for none.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class ScriptedServer:
         self._acceptor.join()
         self._listener.close()
         for connection in self._connections:
-            # Wakes the threads that still read or write.
+            # This wakes the threads that still read or write.
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
         for thread in self._threads:

@@ -1,8 +1,7 @@
-"""An upstream that does step by step what the test says, down to the byte.
+"""An upstream that a test scripts step by step, down to the byte.
 
 It needs no thread: the kernel takes connections and bytes by itself, and the proxy is another
-process. So a test reads as the sequence of events that it is, and nothing in it happens at the
-wrong moment.
+process. A test therefore reads as a sequence of events, in which nothing happens in between.
 """
 
 from __future__ import annotations
@@ -61,9 +60,7 @@ class ScriptedUpstream:
             self.listener.close()
 
     def hang_up(self) -> None:
-        """Close all connections, also those that nobody took yet: to the proxy its pool is then
-        empty.
-        """
+        """Close all connections, accepted or not, so that the pool of the proxy is empty."""
         while readable([self.listener]):
             self.listener.accept()[0].close()
         while self.connections:
@@ -79,9 +76,9 @@ class ScriptedUpstream:
         return connection
 
     def receive(self, *, body: bool = True, seconds: float = PATIENCE) -> Request:
-        """The next request, on whatever connection.
+        """Return the next request, on whatever connection.
 
-        `body`: False leaves it to the test to read that.
+        `body`: whether its body is read as well, or left to the test.
         """
         deadline = time.monotonic() + seconds
         while True:
@@ -141,9 +138,7 @@ def _has_bytes(sock: socket.socket) -> bool:
 
 
 def make_certificate(folder: Path, *names: str) -> tuple[Path, ssl.SSLContext]:
-    """A CA made for the moment, and a server's context with its certificate for `names` or IP
-    addresses.
-    """
+    """Make a CA, and a server's context with its certificate for `names` or IP addresses."""
 
     def openssl(*arguments: str) -> None:
         subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)

@@ -1,5 +1,6 @@
-"""The sandbox as it is, but that it writes every secret which it gives out or gets to a file, its
-first argument.
+"""The sandbox, which also writes every secret that it issues or receives to a file.
+
+The file is its first argument.
 """
 
 from gevent import monkey

@@ -20,9 +20,8 @@ BIN = Path(sys.executable).parent
 class Supervised:
     """supervisord with the real conf, and its output: `lines`.
 
-    It has no controlling terminal, nor its folder on PATH.
-
-    `pipe`: where it writes, and where that comes out. `conf`: another configuration.
+    It has no controlling terminal, and its folder is not on PATH. `pipe`: a function that returns
+    the descriptors where its output comes out and where it writes. `conf`: another configuration.
     """
 
     def __init__(self, folder, sandbox, *, prefix=(), pipe=os.pipe, conf=CONF, **settings):
@@ -84,7 +83,7 @@ class Supervised:
         os.dup2(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC), self._output)
 
     def says(self, pattern, times=1, seconds=30):
-        """Wait until `pattern` was said so often; the last match, or None when that takes too long."""
+        """Wait for so many lines that match `pattern`. Return the last match, or None."""
 
         def matches():
             return [match for match in map(re.compile(pattern).search, self.lines) if match]

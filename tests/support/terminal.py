@@ -18,9 +18,9 @@ CTRL_C = "\x03"
 
 
 class Terminal:
-    """stdin, stdout and stderr are the terminal.
+    """A program whose stdin, stdout and stderr are the terminal.
 
-    Used as a context manager, it kills what is left.
+    As a context manager, it kills the program if that still runs.
     """
 
     def __init__(
