@@ -50,7 +50,7 @@ class Dialler:
         """Raises OSError, EOFError, Malformed, and what is thrown in. Has no time limit of its own.
 
         An address that cannot be used is followed by the next one; after the last comes what a new
-        look-up finds.
+        lookup finds.
         """
         session = self._session
         tried: list[addresses.Address] = []

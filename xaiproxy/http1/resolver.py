@@ -1,8 +1,8 @@
 """The addresses of one name under gevent, in the order in which to try them.
 
-One look-up serves all greenlets that wait. It runs in a native thread of its own, because
+One lookup serves all greenlets that wait. It runs in a native thread of its own, because
 getaddrinfo cannot be interrupted: in gevent's pool ten that hang would block all others. While a
-look-up hangs or fails, the addresses of the former one are used.
+lookup hangs or fails, the addresses of the former one are used.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from gevent import monkey
 from xaiproxy import addresses
 from xaiproxy.addresses import Address
 
-REMEMBERED = 60  # seconds that the result of a look-up is used without asking again
-STALE_AFTER = 1.0  # seconds of a look-up until the former addresses are used; RFC 8767: 1.8
-THREADS = 8  # look-ups that hang at the same time, at most
+REMEMBERED = 60  # seconds that the result of a lookup is used without asking again
+STALE_AFTER = 1.0  # seconds of a lookup until the former addresses are used; RFC 8767: 1.8
+THREADS = 8  # lookups that hang at the same time, at most
 
 _getaddrinfo = monkey.get_original("socket", "getaddrinfo")
 _start_new_thread = monkey.get_original("_thread", "start_new_thread")
@@ -29,20 +29,20 @@ _start_new_thread = monkey.get_original("_thread", "start_new_thread")
 
 class Resolver:
     def __init__(self, host: str, port: int, timeout: float):
-        """`timeout`: seconds after which another look-up may start beside one that hangs."""
+        """`timeout`: seconds after which another lookup may start beside one that hangs."""
         self._host, self._port, self._timeout = host, port, timeout
         self._known: list[Address] = []
-        # When the look-up that found them began, and when the latest look-up began.
+        # When the lookup that found them began, and when the latest lookup began.
         self._known_at = self._began_at = -math.inf
         self._threads = 0
-        # For all greenlets that wait, whichever look-up ends first.
+        # For all greenlets that wait, whichever lookup ends first.
         self._pending: gevent.event.AsyncResult | None = None
         # Lowest first; 0 for those that were not tried.
         self._rank: dict[Address, int] = {}
         self._count = itertools.count(1)
 
     def addresses(self) -> list[Address]:
-        """Raises OSError if the look-up fails and no address is known; has no time limit then."""
+        """Raises OSError if the lookup fails and no address is known; has no time limit then."""
         now = time.monotonic()
         if now - self._known_at > REMEMBERED:
             pending = self._look_up(now)
@@ -65,7 +65,7 @@ class Resolver:
         self._known_at = -math.inf
 
     def _look_up(self, now: float) -> gevent.event.AsyncResult:
-        """Start a look-up, unless one is running."""
+        """Start a lookup, unless one is running."""
         if self._pending is None:
             self._pending = gevent.event.AsyncResult()
         elif now - self._began_at < self._timeout:
@@ -97,7 +97,7 @@ class Resolver:
             _start_new_thread(work, ())
         except RuntimeError as error:
             # No more threads.
-            outcome.append(OSError(f"no thread for the name look-up: {error}"))
+            outcome.append(OSError(f"no thread for the name lookup: {error}"))
             finish()
         return pending
 
@@ -106,7 +106,7 @@ class Resolver:
         if not isinstance(outcome, Exception) and began_at > self._known_at:
             self._known, self._known_at = outcome, began_at
             self._rank = {one: self._rank[one] for one in outcome if one in self._rank}
-        # After a failure a later look-up may still succeed.
+        # After a failure a later lookup may still succeed.
         if self._pending is not None and (error is None or began_at >= self._began_at):
             pending, self._pending = self._pending, None
             if error is None:
