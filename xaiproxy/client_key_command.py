@@ -107,10 +107,10 @@ def _change(
     edit: Callable[[dict[str, str]], dict[str, str]],
     show: Callable[[], None] = lambda: None,
 ) -> None:
-    """Replace the key file under its lock: no change is lost, and the proxy reads whole files.
+    """Replace the key file under its lock: no change is lost, and the proxy never reads a partial file.
 
-    `edit`: returns the new keys, from the former ones.
-    `show`: called when only the rename is left to do; if it raises, nothing is changed.
+    `edit`: returns the new keys, from the former ones. `show`: called when only the rename is left
+    to do; if it raises, nothing is changed.
     """
     outcome = "nothing was changed"
     try:

@@ -66,12 +66,13 @@ def is_at(path: Path, fd: int) -> bool:
 
 def sync_folder(folder: Path) -> None:
     """Make the renames and removals in `folder` durable. Raises OSError."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(fd)
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
     except OSError as error:
         # Some network file systems cannot sync a folder, and need not.
         if error.errno != errno.EINVAL:
             raise
-    finally:
-        os.close(fd)

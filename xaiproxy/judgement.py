@@ -9,7 +9,7 @@ from collections.abc import Callable
 from xaiproxy import errors, log, refresher_status, tokens
 from xaiproxy.token_store import ALIVE, TokenStore
 
-# Anybody may read this one, so it has no path of the checkout.
+# Any client gets to see this one, so it has no path of the checkout.
 SIGN_IN = "run `xai-login --device` to sign in"
 CODE = re.compile(r"[A-Za-z0-9_.-]{1,60}")  # an issuer's codes that are repeated
 
@@ -56,8 +56,8 @@ AFTERWARDS = {
 class Judgement:
     """`ready`: whether a request can be served now. `exit_code`: `--status`'s, 0 if ready.
 
-    `reason`: a sentence without its full stop. Anybody may read it: it has states and codes, but no
-    path, and no text that a server or another user wrote.
+    `reason`: a sentence without its full stop. Any client gets to see it: it has states and codes,
+    but no path, and no text that a server or another user wrote.
     """
 
     verdict: Verdict

@@ -1,4 +1,4 @@
-"""The folder of the login and the client keys: who may write there, and advice about its errors."""
+"""The folder of the login and the client keys: its owners, and advice about errors of writing."""
 
 import contextlib
 import errno

@@ -74,7 +74,7 @@ def held(
             if clock() >= end:
                 raise errors.LockBusy(
                     f"{store.lock_path} has been held by another process for {timeout:g} s; "
-                    "look for a refresher or xai-login that hangs (fuser shows it)"
+                    "check for a refresher or xai-login that hangs (fuser shows it)"
                 )
             pause(POLL_INTERVAL)
         yield lock

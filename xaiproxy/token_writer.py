@@ -198,9 +198,8 @@ class Reserved:
     def commit(self, login: tokens.Login) -> None:
         """Write, sync and rename. After a StorageError call it again: `login` is the only copy.
 
-        Raises LoginUnusable if tokens.json no longer holds the login that was spent. A user who
-        removed it was signing out, and a program that put another login there, without knowing of
-        the lock, wants that one kept.
+        Raises LoginUnusable if tokens.json no longer holds the login that was spent: its removal is
+        a sign-out, and a login that was put there without the lock must stay.
         """
         with storage.translated(self._store.path):
             if not self.renamed:

@@ -679,7 +679,7 @@ def tells_of_the_lock(case: Case) -> bool:
     return ready and reason.endswith("but its renewal fails (locked)")
 
 
-HELD = "tokens.json.lock has been held by another process for 60 s; look for a refresher"
+HELD = "tokens.json.lock has been held by another process for 60 s; check for a refresher"
 REFUSED = answer(
     403,
     {

@@ -74,7 +74,7 @@ class CurrentLogin:
         if login.refresh_token is None:
             raise errors.TokenUnavailable(
                 f"the access token has expired and {self._store.path} holds no refresh token; "
-                "whoever puts the file there has to replace it",
+                "whatever put the file there has to replace it",
                 10,
             )
         if refresher.is_gone():

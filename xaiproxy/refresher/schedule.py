@@ -32,7 +32,7 @@ EXPIRED_LIMIT = 10.0
 RETRY_AFTER_LIMIT = 300.0  # seconds up to which an issuer's Retry-After is honoured
 # Seconds after a refusal of the client or the plan, which heals by itself or not at all.
 STANDING_WAIT = 300.0
-# Tries, and seconds from the first of them, when answers are lost.
+# Tries, and seconds from the first of them, when responses are lost.
 LOST_TRIES, LOST_WINDOW = 3, 30.0
 # Seconds before expiry, or a tenth of the lifetime if that is less, at which a refresh token that
 # may be spent is sent once more.
