@@ -107,7 +107,7 @@ def _change(
     edit: Callable[[dict[str, str]], dict[str, str]],
     show: Callable[[], None] = lambda: None,
 ) -> None:
-    """Replace the key file under its lock: no change is lost, and the proxy never reads a partial file.
+    """Replace the key file under its lock, so that no change is lost.
 
     `edit`: returns the new keys, from the former ones. `show`: called when only the rename is left
     to do; if it raises, nothing is changed.

@@ -157,7 +157,7 @@ class Output:
 
 
 class ProgramLines:
-    """The output of one program, as a stream for log handlers, which `output` gets in complete lines.
+    """The output of one program, as a stream for log handlers. `output` gets complete lines.
 
     A traceback comes in pieces, and lines of the other program must not come between them.
     """

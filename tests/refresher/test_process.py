@@ -2,7 +2,7 @@
 pass in a moment.
 
 The issuer is the sandbox, over real sockets; the lock and the file are real. Its processes:
-test_refresher_process.py.
+test_running.py.
 """
 
 import base64
