@@ -779,9 +779,9 @@ def test_tunnel_that_opens(
         (
             b"HTTP/1.1 502 Bad Gateway\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nsecret",
             None,
-            b"answered 502 Bad Gateway",
+            b"responded 502 Bad Gateway",
         ),
-        (b"HTTP/1.1 302 Found\r\nLocation: /secret\r\n\r\n", None, b"answered 302 Found"),
+        (b"HTTP/1.1 302 Found\r\nLocation: /secret\r\n\r\n", None, b"responded 302 Found"),
         (b"SSH-2.0-dropbear\r\n\r\n", None, b"is not HTTP/1.1"),
         (b"HTTP/1.1 200 OK\n\n", None, b"is not HTTP/1.1"),
         (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 12000, None, b"is longer than 65536 bytes"),

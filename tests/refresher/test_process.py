@@ -780,7 +780,7 @@ def test_an_ask_that_comes_too_early_is_declined_once_and_done_when_it_may_be(da
 def test_an_upstream_that_refuses_every_token_costs_six_refreshes_in_two_hours(day):
     def pass_on() -> None:
         """Make a tick last a second, of which the refresher sleeps a quarter."""
-        day.uptime += 1 - refresher.TICK
+        day.uptime += 1 - refresher.POLL_INTERVAL
 
     day.put_fresh()
     day.during_pause = pass_on

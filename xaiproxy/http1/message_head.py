@@ -82,7 +82,7 @@ def fields(lines: list[str]) -> tuple[list[tuple[str, str]], dict[str, list[str]
 
 def connection_options(connection: str) -> set[str]:
     """The names in a value of Connection, in lower case (RFC 9110 section 7.6.1)."""
-    return {option.strip(" \t") for option in connection.lower().split(",")} - {""}
+    return {option.strip(" \t") for option in {*connection.lower().split(",")}} - {""}
 
 
 def keep_alive(values: dict[str, list[str]], is_1_0: bool) -> bool:
