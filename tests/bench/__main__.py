@@ -163,8 +163,9 @@ class Bench:
         self.records: list[dict[str, Any]] = []
 
     def close(self) -> None:
-        for target in (*self.running.values(), self.upstream):
+        for target in self.running.values():
             target.close()
+        self.upstream.close()
 
     def new(self, name: str, tls: bool) -> Target:
         return self.classes[name](self.upstream, tls, self.folder / f"{name}-{time.monotonic_ns()}")

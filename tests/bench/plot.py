@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import matplotlib
@@ -107,7 +109,9 @@ def main() -> None:
     bench = json.loads(pathlib.Path(sys.argv[1]).read_text())
     records = report.Records(bench["records"])
     kinds = [tls for tls in (True, False) if "xaiproxy" in records.targets(tls)]
-    panels = [lambda axes, tls=tls: ratios(axes, records, tls) for tls in kinds]
+    panels: list[Callable[[Any], None]] = [
+        functools.partial(ratios, records=records, tls=tls) for tls in kinds
+    ]
     if kinds and records.spread("flat_streams_100", "xaiproxy", kinds[0]):
         panels.append(
             lambda axes: flatness(

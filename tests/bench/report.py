@@ -109,9 +109,7 @@ def figures() -> Iterator[Figure]:
         yield from run.figures
 
 
-def number(value: float | None) -> str:
-    if value is None:
-        return ""
+def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
@@ -125,10 +123,10 @@ def table(records: Records, tls: bool) -> list[str]:
     heads = ["", *targets, *(f"xaiproxy : {name}" for name in beside), "goal", "", "core 0 busy"]
     lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
     for figure in figures():
-        medians = [records.spread(figure.name, target, tls) for target in targets]
-        if not any(medians):
+        spreads = [records.spread(figure.name, target, tls) for target in targets]
+        if not any(spreads):
             continue
-        cells = [figure.title, *(number(spread and spread.median) for spread in medians)]
+        cells = [figure.title, *(number(spread.median) if spread else "" for spread in spreads)]
         for name in beside:
             ratio = records.ratio(figure.name, "xaiproxy", name, tls)
             cells.append(f"{ratio.median:.2f} ({ratio.low:.2f}–{ratio.high:.2f})" if ratio else "")
