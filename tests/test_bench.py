@@ -66,6 +66,7 @@ def result(client: subprocess.Popen[str]) -> tuple[int, dict[str, Any]]:
 
 EVENT = b'data: {"content":"T=%019d "}\n\n'
 STREAM = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+STREAM_ON = b"HTTP/1.1 200 OK\r\nX-Bench-Connection: %s\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
 def chunk(data: bytes) -> bytes:
@@ -115,6 +116,18 @@ def test_a_wrong_answer_is_counted_and_fails_the_run(
 
 
 @needs_gcc
+def test_a_stream_on_a_pooled_connection_is_wrong(
+    load: pathlib.Path, upstream: ScriptedUpstream
+) -> None:
+    client = start(load, "streams", upstream.port, repeat=1, close=1)
+    request = upstream.receive()
+    assert request.head.startswith(b"POST /v1/chat/completions?close ")
+    request.answer(STREAM_ON % b"reused" + chunk(EVENT % 1) + DONE + END)
+    code, found = result(client)
+    assert (code, found["errors"]) == (1, 1) and "is reused, not new" in found["error"]
+
+
+@needs_gcc
 def test_a_delay_is_counted_from_the_stamp_of_an_event_that_comes_in_pieces(
     load: pathlib.Path, upstream: ScriptedUpstream
 ) -> None:
@@ -133,7 +146,7 @@ def test_a_delay_is_counted_from_the_stamp_of_an_event_that_comes_in_pieces(
 
 def small_answer(mode: str, request: Message) -> bytes:
     if mode == "streams":
-        return STREAM + chunk(EVENT % 1) + DONE + END
+        return STREAM_ON % b"new" + chunk(EVENT % 1) + DONE + END
     body = b'{"bytes":%d}' % len(request.body) if mode == "upload" else b"7 bytes"
     return b"HTTP/1.1 200 OK\r\nX-Bench-Connection: new\r\nContent-Length: %d\r\n\r\n%b" % (
         len(body),
@@ -149,6 +162,7 @@ def small_answer(mode: str, request: Message) -> bytes:
         ("reconnects", {}, "GET", False),
         ("completions", {}, "POST", True),
         ("streams", {}, "POST", True),
+        ("streams", {"close": 1}, "POST", True),
         ("upload", {"size": 7}, "POST", True),
         ("upload", {"size": 7, "chunked": 1}, "POST", False),
         ("download", {"size": 7}, "GET", False),
@@ -176,7 +190,7 @@ def test_no_two_requests_have_the_same_head(
     assert len(lengths) > 1 if sized else lengths == {None}
 
 
-SMALL = {
+SMALL: dict[str, dict[str, Any]] = {
     "requests": {"connections": 4, "seconds": 0.3},
     "reconnects": {"connections": 4, "seconds": 0.3},
     "completions": {"connections": 4, "seconds": 0.3},

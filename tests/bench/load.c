@@ -4,7 +4,8 @@
  *     load reconnects  PORT connections=16 seconds=2   the same, each by a new connection to upstream
  *     load completions PORT connections=16 seconds=2   POST requests
  *     load streams     PORT connections=100 events=100 interval=20000 seconds=3
- *                                                      stamps=0: of the sandbox, whose events have no time stamps
+ *                                                      stamps=0: of the sandbox, whose events have no time stamps;
+ *                                                      close=1: each by a new connection to upstream
  *     load upload      PORT size=20000000 chunked=1 repeat=5
  *     load download    PORT size=200000000 repeat=1
  *     load head        PORT                            only prints the head of a short request
@@ -17,8 +18,8 @@
  * No two requests have the same head: each has a random X-Client-Request-Id, and a body with a Content-Length is up to
  * 127 bytes longer than its mode and `size` say, by a random number of bytes.
  *
- * In the window of `reconnects`, an answer is wrong unless the proxy opened a connection to upstream for it and, over
- * TLS, resumed a session: the upstream says so in X-Bench-Connection.
+ * In the window of `reconnects` and of streams with close=1, an answer is wrong unless the proxy opened a connection to
+ * upstream for it and, over TLS, resumed a session. Upstream's X-Bench-Connection names the kind of connection.
  *
  * A line "begin" when the window begins; then one JSON object: times in microseconds, `seconds` and CPU in
  * seconds. Every answer is checked to its end; exit status 1 when one was wrong or missing.
@@ -48,7 +49,8 @@ static const char *const mode_names[] = {"requests", "reconnects", "completions"
 static struct {
     enum mode mode;
     int port;
-    long connections, repeat, events, interval /* us between events */, event_size, size, chunked, stamps;
+    long connections, repeat, events, interval /* us between events */, event_size, size, chunked, stamps,
+        close; /* upstream closes the connection after each answer */
     double seconds, warm;
     double ramp;  /* connections opened a second; 0: all at once */
     double limit; /* seconds for everything */
@@ -106,10 +108,10 @@ static uint64_t random_bits(void) { /* xorshift64 */
 }
 
 static void prepare_requests(void) {
-    const char *path = options.mode == RECONNECTS ? "/v1/models?close" : "/v1/models";
+    const char *path = options.close ? "/v1/models?close" : "/v1/models";
     char download[64];
     if (options.mode == STREAMS || options.mode == COMPLETIONS) {
-        path = "/v1/chat/completions";
+        path = options.close ? "/v1/chat/completions?close" : "/v1/chat/completions";
         memset(pattern, ' ', sizeof pattern); /* JSON may end in spaces: for bodies of different lengths */
         least_size = sprintf(pattern, "{\"model\":\"grok-4.5\",\"stream\":%s,"
                              "\"messages\":[{\"role\":\"user\",\"content\":"
@@ -350,7 +352,7 @@ static int take_head(struct connection *connection, char *answer) {
         return 0;
     }
     value = field(answer, "\nx-bench-connection:");
-    if (options.mode == RECONNECTS && in_window && (!value || strncmp(value, "new\r", 4))) {
+    if (options.close && in_window && (!value || strncmp(value, "new\r", 4))) {
         wrong("answer over an upstream connection that is %.*s, not new with its session resumed",
               value ? (int)strcspn(value, "\r") : 7, value ? value : "unknown");
         return 0;
@@ -547,6 +549,7 @@ static void parse_arguments(int count, char **arguments) {
         {"events", .whole = &options.events}, {"interval", .whole = &options.interval},
         {"event_size", .whole = &options.event_size}, {"size", .whole = &options.size},
         {"chunked", .whole = &options.chunked}, {"stamps", .whole = &options.stamps},
+        {"close", .whole = &options.close},
         {"seconds", .real = &options.seconds},
         {"warm", .real = &options.warm}, {"ramp", .real = &options.ramp}, {"limit", .real = &options.limit},
         {"key", .text = &options.key}, {"pids", .text = &options.pids}};
@@ -554,6 +557,7 @@ static void parse_arguments(int count, char **arguments) {
     while (strcmp(arguments[1], mode_names[options.mode]))
         if (++options.mode > HEAD_ONLY) usage(arguments[1]);
     options.port = atoi(arguments[2]);
+    options.close = options.mode == RECONNECTS;
     for (int i = 3; i < count; i++) {
         size_t k = 0, length = strcspn(arguments[i], "=");
         while (k < sizeof known / sizeof *known &&

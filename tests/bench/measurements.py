@@ -155,6 +155,26 @@ RUNS = (
         ),
     ),
     Run(
+        "first_new_1",
+        "streams",
+        {"connections": 1, "events": 1, "close": 1, "warm": 0.5},
+        quick=True,
+        targets=PROXIES,
+        figures=(
+            Figure(
+                "first_new_1_p50",
+                "first event p50 µs, c=1, new connection each",
+                of("first_event_p50"),
+                at_most(1.5),
+            ),
+            Figure(
+                "first_new_1_p99",
+                "first event p99 µs, c=1, new connection each",
+                of("first_event_p99"),
+            ),
+        ),
+    ),
+    Run(
         "first_100",
         "streams",
         {**EACH_50, "events": 25, "warm": 1},
