@@ -1,6 +1,4 @@
-"""The benchmark: its arithmetic, its load client's honesty, and a small run of both against the
-program.
-"""
+"""The benchmark: its arithmetic, its load client and upstream, and small runs against proxies."""
 
 from __future__ import annotations
 
@@ -177,7 +175,8 @@ def test_no_two_requests_have_the_same_head(
     sized: bool,
 ) -> None:
     requests = []
-    for _ in range(2):  # a proxy remembers the heads of the run before, too
+    # A proxy may cache the heads of the run before, too.
+    for _ in range(2):
         client = start(load, mode, upstream.port, repeat=4, **arguments)
         for _ in range(4):
             requests.append(upstream.receive())
@@ -248,6 +247,7 @@ def test_a_small_run_through_a_reverse_proxy(
 
 # The upstream
 
+# Header fields that differ between answers of api.x.ai.
 DIFFER = {
     "x-ratelimit-remaining-tokens",
     "x-ratelimit-remaining-requests",
@@ -255,7 +255,7 @@ DIFFER = {
     "traceparent",
     "Set-Cookie",
     "CF-RAY",
-}  # in answers of api.x.ai
+}
 
 
 def connect(
@@ -285,7 +285,7 @@ def test_no_two_answers_have_the_same_head(api: targets.Upstream) -> None:
 @needs_gcc
 @needs_openssl
 @needs_two_cores
-def test_an_answer_says_whether_its_connection_is_new_and_its_session_resumed(
+def test_an_answer_names_the_kind_of_its_connection(
     api: targets.Upstream,
 ) -> None:
     context = ssl.create_default_context(cafile=str(api.certificate))
@@ -427,7 +427,7 @@ def test_a_goal_is_a_limit_on_one_side() -> None:
     )
 
 
-def test_wrong_and_disturbed_runs_are_told() -> None:
+def test_the_report_names_wrong_and_disturbed_runs() -> None:
     records = report.Records(
         [
             record("nginx", 1, 1, disturbed=0.2),
@@ -446,7 +446,7 @@ def test_the_names_of_figures_are_unique() -> None:
     )
 
 
-# What the machine tells
+# What processes cost
 
 
 def test_the_cpu_time_of_another_process() -> None:

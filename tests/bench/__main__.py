@@ -127,7 +127,7 @@ def targets(options: argparse.Namespace) -> dict[str, type[Target]]:
                 kind.build()
                 kinds.append(kind)
             except machine.Unavailable as missing:
-                machine.say(f"without {kind.name}, which {missing}")
+                machine.log(f"without {kind.name}, which {missing}")
     return {kind.name: kind for kind in kinds}
 
 
@@ -172,11 +172,10 @@ class Bench:
 
     @contextlib.contextmanager
     def turn(self, name: str, tls: bool, fresh: bool) -> Iterator[Target]:
-        """The target, awake. All others rest."""
+        """The target, running. All others are stopped."""
         if fresh:
-            while (
-                self.running
-            ):  # shared pages would be divided among more processes than in service
+            # Shared pages would be divided among more processes than in service.
+            while self.running:
                 self.running.popitem()[1].close()
             target = self.new(name, tls).start()
             try:
@@ -243,7 +242,7 @@ class Bench:
             done += run.seconds
             left = (time.monotonic() - began) / done * (planned - done)
             clock = f"{int(left) // 60}:{int(left) % 60:02}"
-            machine.say(f"[{count}/{len(plan)}, {clock} left] {report.where(record)}: {shown}")
+            machine.log(f"[{count}/{len(plan)}, {clock} left] {report.where(record)}: {shown}")
 
     def age(self, seconds: int) -> list[dict[str, float]]:
         """Memory and CPU of one process under load, in slots of 10 s: short requests and streams in
@@ -270,7 +269,7 @@ class Bench:
                         "cpu_event": 1e6 * streams["cpu"] / streams["events"],
                     }
                 )
-                machine.say(
+                machine.log(
                     f"age {now:.0f} of {seconds} s: {slots[-1]['pss']:.0f} KiB, "
                     f"{slots[-1]['cpu_request']:.1f} µs a request"
                 )
@@ -312,13 +311,12 @@ def write(found: dict[str, Any], folder: pathlib.Path) -> None:
         check=True,
         cwd=machine.ROOT,
     )
-    machine.say(f"wrote {folder / 'bench.json'}, bench.svg and bench.png")
+    machine.log(f"wrote {folder / 'bench.json'}, bench.svg and bench.png")
 
 
 def interrupt(*_: Any) -> None:
-    for (
-        number
-    ) in SIGNALS:  # a second one must not keep the first from ending everything that was started
+    # A second signal must not keep the first from ending everything that was started.
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
@@ -343,10 +341,10 @@ def main() -> int:
             machine.venv("litellm", "litellm[proxy]")
         return bench(options)
     except machine.Unavailable as missing:
-        machine.say(str(missing))
+        machine.log(str(missing))
         return machine.UNAVAILABLE
     except KeyboardInterrupt:
-        machine.say("interrupted")
+        machine.log("interrupted")
         return INTERRUPTED
 
 

@@ -71,7 +71,7 @@ def _rows(bench: Any) -> Iterator[str]:
                     theirs.append(ask_with_wrk(target, connections))
             rate, busy = map(statistics.median, zip(*ours))
             wrk_rate, wrk_busy = map(statistics.median, zip(*theirs))
-            machine.say(f"{name} c={connections}: {rate:,.0f} and {wrk_rate:,.0f} requests/s")
+            machine.log(f"{name} c={connections}: {rate:,.0f} and {wrk_rate:,.0f} requests/s")
             yield (
                 f"| {'TLS' if tls else 'plain'}, {name} | {connections} | {rate:,.0f} | {wrk_rate:,.0f} | "
                 f"{rate / wrk_rate:.2f} | {busy:.0%} / {wrk_busy:.0%} |"

@@ -16,7 +16,7 @@
  * measured, and the CPU time of the processes in `pids` is taken at both of its ends.
  *
  * No two requests have the same head: each has a random X-Client-Request-Id, and a body with a Content-Length is up to
- * 127 bytes longer than its mode and `size` say, by a random number of bytes.
+ * 127 bytes longer than that of its mode and `size`, by a random number of bytes.
  *
  * In the window of `reconnects` and of streams with close=1, an answer is wrong unless the proxy opened a connection to
  * upstream for it and, over TLS, resumed a session. Upstream's X-Bench-Connection names the kind of connection.
@@ -50,7 +50,7 @@ static struct {
     enum mode mode;
     int port;
     long connections, repeat, events, interval /* us between events */, event_size, size, chunked, stamps,
-        close; /* upstream closes the connection after each answer */
+        close; /* each request asks upstream for Connection: close */
     double seconds, warm;
     double ramp;  /* connections opened a second; 0: all at once */
     double limit; /* seconds for everything */
@@ -187,7 +187,7 @@ struct connection {
     enum expecting expecting;
     long left;                /* bytes of the content or chunk that are still to come */
     long received, arrived;   /* body bytes, and events with a time stamp, of this answer */
-    int closing, ended;       /* the server said Connection: close; [DONE] was seen */
+    int closing, ended;       /* the answer has Connection: close; [DONE] was seen */
     char *in, *text;          /* what was read and not parsed; body text up to the next end of an event */
     size_t in_size, text_size;
 };
@@ -230,7 +230,7 @@ static void send_body(struct connection *connection) {
             size = pattern_size - offset < left ? pattern_size - offset : left;
         }
         ssize_t sent = send(connection->fd, from, size, MSG_NOSIGNAL);
-        if (sent < 0) { /* what is wrong with the connection, reading will tell */
+        if (sent < 0) { /* if the connection is broken, the next read fails */
             watch(connection, EPOLL_CTL_MOD, errno == EAGAIN ? EPOLLIN | EPOLLOUT : EPOLLIN);
             return;
         }

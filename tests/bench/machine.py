@@ -16,14 +16,15 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[2]
-FOLDER = (
-    ROOT / ".bench"
-)  # what is compiled and installed for the benchmark; may be removed at any time
+# What is compiled and installed for the benchmark. It may be removed at any time.
+FOLDER = ROOT / ".bench"
 SOURCES = pathlib.Path(__file__).parent
-TARGET_CORE, OTHER_CORE = 0, 1  # the proxy that is measured; load client and upstream
-UNAVAILABLE = 69  # sysexits.h
+# The core of the proxy that is measured; that of load client and upstream.
+TARGET_CORE, OTHER_CORE = 0, 1
+# EX_UNAVAILABLE of sysexits.h
+UNAVAILABLE = 69
 
-# What must be there, and the Debian package that has it.
+# What must be installed, and the Debian package that has it.
 DEBIAN = {
     "nginx": "nginx",
     "gcc": "gcc",
@@ -32,10 +33,8 @@ DEBIAN = {
     "wrk": "wrk",
     "/usr/include/openssl/ssl.h": "libssl-dev",
 }
-PROGRAMS = {
-    "load": [],
-    "upstream": ["-lssl", "-lcrypto"],
-}  # C sources and the libraries that they want
+# C programs and the libraries that they are linked with.
+PROGRAMS = {"load": [], "upstream": ["-lssl", "-lcrypto"]}
 
 # Where Debian's librust-*-dev packages install, and the versions that Cargo.toml asks for.
 CRATES = pathlib.Path("/usr/share/cargo/registry")
@@ -43,10 +42,10 @@ RUST_PROXY_CRATES = ("hyper-rustls-0.23.*", "rustls-pemfile-1.*")
 
 
 class Unavailable(Exception):
-    """Something that the benchmark needs is missing; the text says what to do."""
+    """Something that the benchmark needs is missing. The message names the remedy."""
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     print(f"bench: {text}", file=sys.stderr, flush=True)
 
 
@@ -69,7 +68,7 @@ def prepare() -> None:
             raise Unavailable(
                 f"{', '.join(missing)} must be installed first: sudo {' '.join(command)}"
             )
-        say(f"installing {', '.join(missing)}")
+        log(f"installing {', '.join(missing)}")
         environ = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
         with _no_services():
             for arguments in (["apt-get", "update"], command):
@@ -140,7 +139,7 @@ def venv(name: str, *requirements: str) -> pathlib.Path:
     folder = FOLDER / name
     done = folder / "installed"
     if not done.exists() or done.read_text() != " ".join(requirements):
-        say(f"installing {' '.join(requirements)} into {folder}")
+        log(f"installing {' '.join(requirements)} into {folder}")
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
         subprocess.run(
             [
@@ -211,9 +210,9 @@ class Process:
             os.killpg(self.popen.pid, number)
 
     def wait_for(self, what: str, happened: Callable[[], Any], seconds: float = 60) -> Any:
-        """What `happened()` returns, as soon as it is true.
+        """Return the result of `happened()` as soon as it is true.
 
-        Raises Unavailable when it does not get so.
+        Raises Unavailable if that takes more than `seconds` or the process exits.
         """
         end = time.monotonic() + seconds
         while not (outcome := happened()):
@@ -236,7 +235,8 @@ class Process:
         self.send(signal.SIGCONT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.popen.wait(5)
-        self.send(signal.SIGKILL)  # children that outlived it
+        # children that outlived it
+        self.send(signal.SIGKILL)
         self.popen.wait()
         if self.popen.stdout:
             self.popen.stdout.close()
@@ -249,7 +249,7 @@ def cpu_seconds(pids: list[int]) -> float:
 
 
 def memory(pids: list[int]) -> dict[str, float]:
-    """KiB of `pss` (shared pages divided among those who share them) and `rss`."""
+    """KiB of `pss` (shared pages divided among the processes that share them) and `rss`."""
     sizes = {"pss": 0.0, "rss": 0.0}
     for pid in pids:
         for line in pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():

@@ -50,8 +50,9 @@ class Figure:
 class Run:
     """One run of the load client.
 
-    `seconds` is about how long it takes; `fresh`: against a proxy just started; `saturates`: the
-    proxy should be the limit, so that its core should be busy.
+    `seconds`: its approximate duration; `quick`: a standard row, measured with --quick and for all
+    reverse proxies; `fresh`: against a proxy just started; `saturates`: the proxy should be the
+    limit, so that its core should be busy.
     """
 
     name: str
@@ -88,11 +89,8 @@ def per_stream(streams: int) -> Callable[[dict[str, Any]], float]:
 PROXIES = ("nginx", "xaiproxy", "other")
 RIVALS = ("litellm", "xaiproxy", "other")
 MB = 1_000_000
-EACH_50 = {
-    "connections": 100,
-    "interval": 20_000,
-    "ramp": 500,
-}  # 100 streams of 50 events a second each
+# 100 streams of 50 events a second each
+EACH_50 = {"connections": 100, "interval": 20_000, "ramp": 500}
 
 RUNS = (
     Run(
@@ -373,7 +371,8 @@ LITELLM = (
     ),
 )
 
-STREAMS = (1, 10, 100, 1000, 5000)  # that share 5,000 events a second
+# Numbers of streams that share 5,000 events a second
+STREAMS = (1, 10, 100, 1000, 5000)
 BODIES = (1_000, 10_000, 100_000, 1 * MB, 20 * MB)
 FLATNESS = tuple(
     Run(
@@ -450,14 +449,13 @@ def load(
 def measure(run: Run, target: Target, seconds: float) -> dict[str, Any]:
     """Run it against `target`, whose turn it is.
 
-    Windows last `seconds` unless the run says otherwise.
+    Windows last `seconds` unless the run has a length of its own.
     """
     result: dict[str, Any] = {}
     pids = target.pids()
     if run.fresh:
-        load(
-            target.port, "requests", {"connections": 4, "repeat": 50}
-        )  # so that all is loaded that will be
+        # The first requests load what a process loads lazily.
+        load(target.port, "requests", {"connections": 4, "repeat": 50})
         result |= {f"idle_{name}": value for name, value in machine.memory(pids).items()}
         result["startup_cpu"] = target.startup_cpu
     rotated = target.refreshes() if isinstance(target, Rotating) else 0

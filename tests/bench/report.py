@@ -10,10 +10,10 @@ from typing import Any
 from .measurements import FLATNESS, HELD, LITELLM, RUNS, Figure
 
 ORDER = ("direct", "nginx", "go", "rust", "xaiproxy", "other", "rotating", "litellm")
-UNDISTURBED = (
-    0.1  # of the time; what other processes may take of both cores before a run is called disturbed
-)
-SATURATED = 0.85  # of core 0's time, from which on its proxy was the limit
+# Share of the time that other processes may take of both cores before a run counts as disturbed.
+UNDISTURBED = 0.1
+# Share of core 0's time from which on its proxy was the limit.
+SATURATED = 0.85
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +116,7 @@ def number(value: float) -> str:
 def table(records: Records, tls: bool) -> list[str]:
     """Markdown: a line a figure.
 
-    The last column says how busy core 0 was with nginx and with xaiproxy.
+    The last column is the share of core 0 that nginx and xaiproxy used.
     """
     targets = records.targets(tls)
     beside = [name for name in ("nginx", "other") if name in targets and "xaiproxy" in targets]

@@ -17,13 +17,16 @@ from collections.abc import Callable
 
 from . import machine
 
-TOKEN = "bench-" + "t" * 800  # as long as an access token
-ISSUER = "http://127.0.0.1:1"  # of the login; nothing asks it while the token lasts
-CLIENT_ID = "b1a00492-073a-47ea-816f-4c329264a828"  # the only one that the sandbox takes
+# As long as an access token.
+TOKEN = "bench-" + "t" * 800
+# The login's issuer, which is not contacted while the token is valid.
+ISSUER = "http://127.0.0.1:1"
+# The only client ID that the sandbox accepts.
+CLIENT_ID = "b1a00492-073a-47ea-816f-4c329264a828"
 
 
 class Upstream:
-    """The server behind them all. Its certificate is made for this run."""
+    """The server that all proxies forward to, with a certificate made for this run."""
 
     def __init__(self, folder: pathlib.Path):
         self.certificate, key = folder / "certificate.pem", folder / "key.pem"
@@ -74,8 +77,9 @@ class Upstream:
 
 
 class Target:
-    """A proxy in front of `upstream`, stopped between rest() and wake(), so that it disturbs no
-    other.
+    """A proxy in front of `upstream`.
+
+    It is stopped between rest() and wake(), so that it does not disturb another's run.
     """
 
     name = ""
@@ -362,7 +366,7 @@ class LiteLLM(Target):
 
 
 def free_port() -> int:
-    """For programs that cannot say which port they took."""
+    """A port for programs that cannot listen on port 0 and print the one they got."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])
 

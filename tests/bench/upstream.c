@@ -8,16 +8,16 @@
  *     GET  /v1/models                     about 4.6 KB of JSON
  *     POST /v1/chat/completions           a completion; or, if the body has "stream":true and "bench events=N
  *                                         interval=US size=BYTES", that many server-sent events and [DONE]
- *     POST /v1/files                      takes a body of any size and says how many bytes it had
+ *     POST /v1/files                      takes a body of any size and answers with its number of bytes
  *     GET  /v1/files/bench-SIZE/content   that many bytes
  *
- * Any of these paths with "?close" after it: the same with `Connection: close`, and X-Bench-Connection says what
- * connection it is: "new" if the request was its first and its TLS session, if any, was resumed; else "reused", or
+ * Any of these paths with "?close" after it: the same with `Connection: close`, and X-Bench-Connection names
+ * the kind of connection: "new" if the request was its first and its TLS session, if any, was resumed; else "reused", or
  * "new by a full handshake". The proxy closes the connection.
  *
  * No two answers have the same head: those of api.x.ai differ in the fields that are random here, too.
  *
- * Each event leaves in a write of its own, at its own time, stamped with CLOCK_MONOTONIC in nanoseconds.
+ * Each event is sent in a write of its own, at its own time, stamped with CLOCK_MONOTONIC in nanoseconds.
  * Streams start at a random phase: events that came in bunches would cost a proxy half as much as those that
  * real streams bring. (That is why this is not nginx with Lua: its timers tick in milliseconds.)
  */
@@ -99,13 +99,13 @@ static void place(struct connection *connection, int at) {
     connection->place = at;
 }
 
-static void remind(struct connection *connection, int64_t time) {
+static void schedule(struct connection *connection, int64_t time) {
     if (heap_size == heap_room) heap = realloc(heap, (heap_room = 2 * heap_room + 64) * sizeof *heap);
     connection->next = time;
     place(connection, heap_size++);
 }
 
-static void forget(struct connection *connection) {
+static void unschedule(struct connection *connection) {
     int at = connection->place;
     if (at < 0) return;
     connection->place = -1;
@@ -113,7 +113,7 @@ static void forget(struct connection *connection) {
 }
 
 static void drop(struct connection *connection) {
-    forget(connection);
+    unschedule(connection);
     SSL_free(connection->ssl);
     close(connection->fd);
     free(connection->in);
@@ -281,7 +281,7 @@ static int continue_stream(struct connection *connection) {
     if (connection->sent_events == connection->events) return end_stream(connection);
     int sent = send_event(connection);
     connection->sent_events++;
-    if (sent > 0) remind(connection, connection->begin + connection->sent_events * connection->interval);
+    if (sent > 0) schedule(connection, connection->begin + connection->sent_events * connection->interval);
     return sent; /* 0: on_writable goes on */
 }
 
@@ -416,7 +416,7 @@ static int on_writable(struct connection *connection) {
     if (sent <= 0) return sent;
     watch(connection, EPOLL_CTL_MOD, EPOLLIN | EPOLLRDHUP);
     if (connection->events && connection->place < 0)
-        remind(connection, connection->begin + connection->sent_events * connection->interval);
+        schedule(connection, connection->begin + connection->sent_events * connection->interval);
     return serve(connection);
 }
 
@@ -506,7 +506,7 @@ int main(int count, char **arguments) {
         int64_t time = now();
         for (int due = 0; due < 1024 && heap_size && heap[0]->next <= time; due++) {
             struct connection *connection = heap[0];
-            forget(connection);
+            unschedule(connection);
             if (continue_stream(connection) < 0 || (idle(connection) && serve(connection) < 0))
                 drop(connection);
         }
