@@ -9,6 +9,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"fmt"
+	"io"
 	"log"
 	"net"
 	"net/http"
@@ -18,6 +19,23 @@ import (
 	"runtime"
 	"sync"
 )
+
+// A request body that still returns io.EOF after it was closed. Go's server closes it when the response begins. If
+// Transport checks only then that nothing follows the body, it takes any other error for a broken request and closes
+// the upstream connection in the middle of the response.
+type requestBody struct {
+	io.ReadCloser
+	ended bool
+}
+
+func (body *requestBody) Read(buffer []byte) (int, error) {
+	if body.ended {
+		return 0, io.EOF
+	}
+	size, err := body.ReadCloser.Read(buffer)
+	body.ended = err == io.EOF
+	return size, err
+}
 
 type bufferPool struct{ sync.Pool }
 
@@ -47,6 +65,9 @@ func main() {
 		Director: func(request *http.Request) {
 			request.URL.Scheme, request.URL.Host, request.Host = upstream.Scheme, upstream.Host, "localhost"
 			request.Header.Set("Authorization", "Bearer "+token)
+			if request.Body != nil {
+				request.Body = &requestBody{ReadCloser: request.Body}
+			}
 			request.Header["X-Forwarded-For"] = nil // nil: ReverseProxy adds none
 		},
 		Transport: &http.Transport{
