@@ -29,20 +29,20 @@ CALLBACK = "http://127.0.0.1:56121/callback"
 STATE = "state-1"
 
 
-def test_s256():
+def test_the_challenge_is_s256_of_the_verifier():
     """The example of RFC 7636 appendix B."""
     attempt = Attempt("", "", "", verifier="dBjftJeZ4CVP-mB92K27uhbUJU1p1r_wW1gFWFOEjXk")
     assert attempt.code_challenge() == "E9Melhoa2OwvFrEMTJguCHaoeK1t8URWbuGJSstw-cM"
 
 
-def test_every_attempt_is_another():
+def test_every_attempt_has_its_own_state_and_verifier():
     first, second = Attempt.begin(CALLBACK), Attempt.begin(CALLBACK)
     values = [first.state, first.nonce, first.verifier, second.state, second.nonce, second.verifier]
     assert len(set(values)) == 6 and all(43 <= len(value) <= 128 for value in values)
     assert not any(value in repr(first) for value in values)
 
 
-def test_the_authorization_request():
+def test_the_authorization_request_has_every_parameter():
     attempt = Attempt.begin(CALLBACK)
     metadata = discovery.Metadata(
         "https://auth.x.ai", "https://auth.x.ai/t", "https://auth.x.ai/oauth2/authorize"
@@ -77,7 +77,7 @@ def test_an_authorization_endpoint_with_a_query_keeps_it():
     )
 
 
-def test_an_issuer_without_browser_login():
+def test_an_issuer_without_authorization_endpoint_is_refused():
     with pytest.raises(errors.IssuerUnavailable, match=r"use `\S*bin/xai-login --device`"):
         authorization_url(
             discovery.Metadata("https://a.example", "https://a.example/t"),
@@ -86,12 +86,12 @@ def test_an_issuer_without_browser_login():
         )
 
 
-def test_the_code_comes_with_our_state():
+def test_a_redirect_with_our_state_gives_the_code():
     assert code_from_query("code=c-1&state=state-1&iss=https%3A%2F%2Fauth.x.ai", STATE) == "c-1"
 
 
 @pytest.mark.parametrize(
-    "query, told",
+    "query, message",
     [
         ("code=c-1&state=other", "another attempt"),
         ("code=c-1", "another attempt"),
@@ -107,12 +107,12 @@ def test_the_code_comes_with_our_state():
         ("&".join(f"a{n}=1" for n in range(99)), "too many"),
     ],
 )
-def test_what_is_not_the_answer(query: str, told: str):
-    with pytest.raises(InvalidResponse, match=told):
+def test_a_redirect_without_our_state_or_a_code_is_invalid(query: str, message: str):
+    with pytest.raises(InvalidResponse, match=message):
         code_from_query(query, STATE)
 
 
-def test_a_denial():
+def test_a_denied_redirect_is_access_denied():
     with pytest.raises(
         errors.AccessDenied, match=r"denied \(access_denied: User denied\)"
     ) as caught:
@@ -120,7 +120,7 @@ def test_a_denial():
     assert caught.value.exit_code == 77
 
 
-def test_another_error():
+def test_another_error_in_the_redirect_is_reported():
     with pytest.raises(errors.OAuthError, match=r"invalid_scope: Unknown scope: x \[31m") as caught:
         code_from_query(
             "error=invalid_scope&error_description=Unknown+scope%3A+x%1b[31m&state=state-1", STATE
@@ -145,21 +145,21 @@ def test_another_error():
         '"nqnd-q3_Y"',
     ],
 )
-def test_what_may_be_pasted(text: str):
+def test_an_address_or_its_query_may_be_pasted(text: str):
     assert code_from_paste(text, STATE) == "nqnd-q3_Y"
 
 
 @pytest.mark.parametrize("code", ["abcdefg=", "abcdef==", "a.b~c+d/e", "12345678", "x" * 4096])
-def test_a_bare_code_may_look_odd(code: str):
+def test_a_bare_code_may_have_padding_and_punctuation(code: str):
     assert code_from_paste(code, STATE) == code
 
 
-def test_an_empty_line_is_nothing():
+def test_an_empty_line_gives_no_code():
     assert code_from_paste(" \r\n", STATE) is None
 
 
 @pytest.mark.parametrize(
-    "text, told",
+    "text, message",
     [
         (f"{CALLBACK}?state=state-1", "no 'code'"),
         ("?state=state-1", "no 'code'"),
@@ -175,8 +175,8 @@ def test_an_empty_line_is_nothing():
         ("https://auth.x.ai/oauth2/authorize?response_type=code&state=state-1", "no 'code'"),
     ],
 )
-def test_what_does_not_help(text: str, told: str):
-    with pytest.raises(InvalidResponse, match=told):
+def test_a_pasted_text_without_a_code_is_invalid(text: str, message: str):
+    with pytest.raises(InvalidResponse, match=message):
         code_from_paste(text, STATE)
 
 
@@ -200,7 +200,7 @@ def test_an_address_without_our_whole_state_is_incomplete(text: str):
         code_from_paste(text, STATE)
 
 
-def test_a_pasted_refusal_is_one():
+def test_a_pasted_denial_is_access_denied():
     with pytest.raises(errors.AccessDenied):
         code_from_paste(f"{CALLBACK}?error=access_denied", STATE)
 
@@ -232,7 +232,7 @@ def trade(*answers: Any, sleeps: list[float] | None = None) -> tuple[tokens.Logi
     return login, server.requests
 
 
-def test_what_the_exchange_sends_and_gives():
+def test_the_exchange_sends_the_verifier_and_returns_a_login():
     login, requests = trade(
         answer(
             200,
@@ -252,17 +252,17 @@ def test_what_the_exchange_sends_and_gives():
     )
 
 
-def test_an_answer_without_id_token_will_do():
+def test_a_response_without_id_token_is_a_login():
     assert trade(answer(200, {"access_token": "at"}))[0].account is None
 
 
 @pytest.mark.parametrize("token", [id_token(nonce="nonce-2"), id_token(), "nonsense"])
-def test_an_id_token_of_another_attempt(token: str):
+def test_an_id_token_with_another_nonce_is_refused(token: str):
     with pytest.raises(errors.ForeignLogin, match="nonce"):
         trade(answer(200, {"access_token": "at", "id_token": token}))
 
 
-def test_an_approval_is_not_given_up_for_one_bad_answer():
+def test_an_exchange_is_retried_after_a_bad_response():
     sleeps: list[float] = []
     trade(
         answer(502, "<html>", "text/html"),
@@ -290,7 +290,7 @@ def test_a_refusal_is_final(status: int, body: dict[str, str], kind: type):
     assert sleeps == []
 
 
-def test_the_sandbox(sandbox: Sandbox):
+def test_the_sandbox_exchanges_a_code_once(sandbox: Sandbox):
     web = Session(SETTINGS)
     metadata = discovery.discover(web, sandbox.url)
     attempt = Attempt.begin(CALLBACK)

@@ -1,4 +1,4 @@
-"""oauth/device_authorization.py: what is shown, how often is asked, when it ends."""
+"""oauth/device_authorization.py: the user code, the poll interval, and when polling ends."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def poll(
             clock.requests = server.requests
 
 
-def test_what_is_shown():
+def test_the_code_and_its_address_are_shown():
     device = ask(GOOD)
     assert (
         device.user_code,
@@ -111,7 +111,9 @@ def test_what_is_shown():
     "without, interval, expires_in",
     [(("interval",), 5, 900), (("expires_in",), 5, 600), (("verification_uri_complete",), 5, 900)],
 )
-def test_what_the_answer_may_leave_out(without: tuple[str], interval: float, expires_in: float):
+def test_a_response_may_omit_optional_members(
+    without: tuple[str], interval: float, expires_in: float
+):
     device = ask({name: value for name, value in GOOD.items() if name not in without})
     assert (device.interval, device.expires_in) == (interval, expires_in)
 
@@ -119,7 +121,7 @@ def test_what_the_answer_may_leave_out(without: tuple[str], interval: float, exp
 @pytest.mark.parametrize(
     "value", ["five", "-5", "", "\u0661", "9" * 5000, True, -1, None, float("nan"), 1e300, [5]]
 )
-def test_times_that_are_none(value: Any):
+def test_a_time_that_is_no_number_has_its_default(value: Any):
     device = ask(GOOD | {"interval": value, "expires_in": value})
     assert (device.interval, device.expires_in) == (5, 600)
 
@@ -138,13 +140,13 @@ def test_times_that_are_none(value: Any):
         ({"interval": 1, "expires_in": 1}, 0.5, 1),
     ],
 )
-def test_times_within_bounds(named: dict[str, Any], interval: float, expires_in: float):
+def test_times_are_kept_within_bounds(named: dict[str, Any], interval: float, expires_in: float):
     """Numbers may be strings; no poll in a hot loop; and at least one before the code expires."""
     device = ask(GOOD | named)
     assert (device.interval, device.expires_in) == (interval, expires_in)
 
 
-def test_verification_url_is_an_older_name():
+def test_verification_url_is_accepted_as_an_older_name():
     body = GOOD | {"verification_url": GOOD["verification_uri"]}
     del body["verification_uri"]
     assert ask(body).verification_uri == GOOD["verification_uri"]
@@ -160,15 +162,16 @@ def test_verification_url_is_an_older_name():
         "http://127.0.0.1/?code=" + "A" * 4096,
     ],
 )
-def test_a_complete_address_that_is_not_shown(complete: Any):
+def test_an_unsafe_complete_address_is_not_shown(complete: Any):
     assert ask(GOOD | {"verification_uri_complete": complete}).verification_uri_complete is None
 
 
 def test_the_pages_of_xai_are_on_xai():
     xai = {"verification_uri": "https://accounts.x.ai/oauth2/device"}
     assert (
+        # This complete address is on loopback.
         ask(GOOD | xai, "https://auth.x.ai").verification_uri_complete is None
-    )  # it is on loopback
+    )
     with pytest.raises(errors.IssuerUnavailable, match="not https on"):
         ask(GOOD, "https://auth.x.ai")
 
@@ -189,14 +192,14 @@ def test_the_pages_of_xai_are_on_xai():
         {"verification_uri": "http://127.0.0.1/" + "A" * 4096},
     ],
 )
-def test_an_answer_that_cannot_be_shown(change: dict[str, Any]):
+def test_a_response_that_cannot_be_shown_is_refused(change: dict[str, Any]):
     with pytest.raises(errors.IssuerUnavailable) as caught:
         ask(GOOD | change)
     assert "\x1b" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    "reply, kind, exit_code, told",
+    "reply, kind, exit_code, message",
     [
         (
             answer(
@@ -226,13 +229,15 @@ def test_an_answer_that_cannot_be_shown(change: dict[str, Any]):
         (answer(200, []), errors.IssuerUnavailable, 69, "HTTP 200"),
     ],
 )
-def test_no_code(reply: bytes, kind: type, exit_code: int, told: str):
-    with pytest.raises(kind, match=told) as caught:
+def test_a_refused_authorization_request_is_reported(
+    reply: bytes, kind: type, exit_code: int, message: str
+):
+    with pytest.raises(kind, match=message) as caught:
         ask(reply)
     assert caught.value.exit_code == exit_code
 
 
-def test_an_issuer_without_device_login():
+def test_an_issuer_without_device_endpoint_is_refused():
     with pytest.raises(
         errors.IssuerUnavailable, match=r"offers no device login; use `\S*bin/xai-login --browser`"
     ):
@@ -246,7 +251,7 @@ def test_an_issuer_without_device_login():
 # polling
 
 
-def test_it_sleeps_before_every_poll():
+def test_every_poll_comes_after_the_interval():
     clock = Clock()
     login = poll(PENDING, PENDING, TOKENS, clock=clock)
     assert clock.sleeps == [5, 5, 5] and len(clock.requests) == 3
@@ -261,7 +266,7 @@ def test_it_sleeps_before_every_poll():
     )
 
 
-def test_slow_down_adds_five_seconds_for_good():
+def test_slow_down_adds_five_seconds_to_every_further_interval():
     clock = Clock()
     poll(SLOW_DOWN, PENDING, answer(200, {"error": "slow_down"}), TOKENS, clock=clock)
     assert clock.sleeps == [5, 10, 10, 15]
@@ -292,7 +297,7 @@ def test_slow_down_may_name_a_longer_interval(named: Any, interval: float):
     assert clock.sleeps == [5, interval]
 
 
-def test_what_is_no_answer_counts_as_pending():
+def test_an_unusable_response_counts_as_pending():
     clock, troubles = Clock(), []
     poll(
         answer(502, "<html>", "text/html"),
@@ -309,13 +314,13 @@ def test_what_is_no_answer_counts_as_pending():
 
 
 def silent(connection: socket.socket) -> None:
-    """Takes the request and answers nothing until the client gives up."""
+    """Read the request, and send nothing until the client closes the connection."""
     while connection.recv(65536):
         pass
 
 
 def test_a_timeout_halves_the_frequency_of_polls():
-    """RFC 8628 section 3.5, a MUST; an answer ends the slowing."""
+    """RFC 8628 section 3.5, a MUST; after a response the interval is the usual one."""
     clock, refused = Clock(), answer(502, "<html>", "text/html")
     poll(
         silent,
@@ -330,7 +335,7 @@ def test_a_timeout_halves_the_frequency_of_polls():
         silent,
         TOKENS,
         clock=clock,
-        # Long enough for the answers that do come.
+        # Long enough for the responses that are sent.
         deadline=0.5,
     )
     assert clock.sleeps == [5, 10, 20, 5, 10, 5, 10, 20, 40, 60, 60]
@@ -348,7 +353,7 @@ def test_retry_after_is_honoured_within_bounds_and_never_shortens_the_interval()
     assert clock.sleeps == [5, 30, 5, 300]
 
 
-def test_what_lengthens_the_wait_leaves_one_poll_before_the_end():
+def test_a_lengthened_interval_leaves_one_poll_before_the_code_expires():
     clock = Clock()
     poll(answer(503, Retry_After="300"), TOKENS, clock=clock, expires_in=60)
     assert clock.sleeps == [5, 54]
@@ -371,21 +376,21 @@ def test_what_lengthens_the_wait_leaves_one_poll_before_the_end():
     ],
 )
 @pytest.mark.parametrize("status", [400, 200])
-def test_what_ends_it(body: dict[str, str], kind: type, status: int):
+def test_a_final_error_ends_the_polling(body: dict[str, str], kind: type, status: int):
     clock = Clock()
     with pytest.raises(kind) as caught:
         poll(PENDING, answer(status, body), TOKENS, clock=clock)
     assert len(clock.requests) == 2 and caught.value.exit_code == 77
 
 
-def test_the_code_is_not_asked_for_after_it_expired():
+def test_an_expired_code_is_not_polled_for():
     clock = Clock()
     with pytest.raises(errors.ExpiredToken, match="expired before it was approved"):
         poll(PENDING, clock=clock, expires_in=12)
     assert clock.sleeps == [5, 5, 2] and len(clock.requests) == 2
 
 
-def test_the_sandbox(sandbox: Sandbox):
+def test_the_sandbox_issues_a_login_after_the_approval(sandbox: Sandbox):
     sandbox.set(device_interval=0.05)
     metadata = discovery.discover(Session(SETTINGS), sandbox.url)
     device = device_authorization.request(Session(SETTINGS), metadata, SETTINGS)

@@ -1,4 +1,4 @@
-"""oauth/discovery.py: whose endpoints are used, and whose never."""
+"""oauth/discovery.py: which endpoints are used, and which are refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def discover(issuer: str) -> discovery.Metadata:
     return discovery.discover(Session(config.from_environ({})), issuer)
 
 
-def test_the_sandbox(sandbox: Sandbox):
+def test_the_sandbox_has_every_endpoint(sandbox: Sandbox):
     assert discover(sandbox.url) == discovery.Metadata(
         issuer=sandbox.url,
         token_endpoint=f"{sandbox.url}/oauth2/token",
@@ -42,7 +42,7 @@ def test_only_a_token_endpoint_is_required():
 
 
 @pytest.mark.parametrize(
-    "document, told",
+    "document, message",
     [
         ({"issuer": XAI}, f"is for the issuer '{XAI}', not ISSUER"),
         ({"issuer": "http://user:pass@127.0.0.1/"}, "is for the issuer 'http://***@127.0.0.1/'"),
@@ -68,7 +68,7 @@ def test_only_a_token_endpoint_is_required():
         ),
     ],
 )
-def test_a_document_that_is_not_the_issuers(document: dict[str, Any], told: str):
+def test_a_document_that_is_not_the_issuers_is_refused(document: dict[str, Any], message: str):
     with ScriptedServer() as server:
         document = {
             name: value.replace("ISSUER", server.url) if isinstance(value, str) else value
@@ -77,7 +77,7 @@ def test_a_document_that_is_not_the_issuers(document: dict[str, Any], told: str)
         server.answers.append(answer(200, document))
         with pytest.raises(errors.IssuerUnavailable) as caught:
             discover(server.url)
-        assert told.replace("ISSUER", server.url) in str(caught.value) and not caught.value.sent
+        assert message.replace("ISSUER", server.url) in str(caught.value) and not caught.value.sent
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_a_document_that_is_not_the_issuers(document: dict[str, Any], told: str)
         (answer(503, "", Retry_After="9"), 9),
     ],
 )
-def test_no_document(reply: bytes, retry_after: float | None):
+def test_a_missing_document_is_issuer_unavailable(reply: bytes, retry_after: float | None):
     with (
         ScriptedServer(reply) as server,
         pytest.raises(errors.IssuerUnavailable, match="check XAI_PROXY_ISSUER") as caught,
@@ -112,7 +112,7 @@ def test_no_document(reply: bytes, retry_after: float | None):
         ("http://127.0.0.1:9191", "https://login.example/t"),
     ],
 )
-def test_an_address_that_may_be_used(issuer: str, url: str):
+def test_an_address_of_the_issuers_site_may_be_used(issuer: str, url: str):
     discovery.check_endpoint(issuer, url)
 
 
@@ -146,7 +146,7 @@ def test_an_address_that_may_be_used(issuer: str, url: str):
         ("http://127.0.0.1:9191", "http://localhost.evil.example/t"),
     ],
 )
-def test_an_address_that_may_not_be_used(issuer: str, url: object):
+def test_an_address_of_another_site_may_not_be_used(issuer: str, url: object):
     with pytest.raises(errors.IssuerUnavailable) as caught:
         discovery.check_endpoint(issuer, url)
     assert "\x1b" not in str(caught.value) and "user@" not in str(caught.value)

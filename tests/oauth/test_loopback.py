@@ -44,7 +44,7 @@ class Waiting:
         return socket.create_connection(("127.0.0.1", self.port), timeout=5)
 
     def ask(self, request: str) -> str:
-        """The whole answer to a request."""
+        """The whole response to a request."""
         with self.connect() as connection:
             connection.sendall(request.encode())
             return read(connection)
@@ -78,14 +78,14 @@ def waiting(listener: loopback.Listener) -> Iterator[Waiting]:
     waiting.result()
 
 
-def test_the_answer(waiting: Waiting):
+def test_the_redirect_gives_the_code(waiting: Waiting):
     reply = waiting.ask(GOOD)
     assert reply.startswith("HTTP/1.1 200 OK\r\n") and "c-1" not in reply
     assert "You can close this window" in reply
     assert waiting.result() == "c-1" and waiting.reported == []
 
 
-def test_a_preflight_is_answered_and_does_not_use_up_the_login(waiting: Waiting):
+def test_a_preflight_is_answered_and_does_not_end_the_wait(waiting: Waiting):
     reply = waiting.ask(
         "OPTIONS /callback?code=c-1 HTTP/1.1\r\nHost: 127.0.0.1:56121\r\n"
         f"Origin: {XAI}\r\nAccess-Control-Request-Method: GET\r\n"
@@ -125,7 +125,7 @@ def test_no_other_origin_may_read_or_preflight(waiting: Waiting, origin: str):
     assert reply.startswith("HTTP/1.1 400 Bad Request\r\n") and "Access-Control" not in reply
 
 
-def test_a_loopback_issuers_own_page_may():
+def test_a_loopback_issuers_own_page_may_read_the_response():
     with loopback.Listener(0, "http://127.0.0.1:9191") as listener:
         waiting = Waiting(listener)
         reply = waiting.ask("OPTIONS /callback HTTP/1.1\r\norigin:http://127.0.0.1:9191\r\n\r\n")
@@ -151,16 +151,15 @@ def test_a_loopback_issuers_own_page_may():
         ("GET /callback?state=state-1", 400),
     ],
 )
-def test_what_is_not_the_answer_is_answered_and_waited_past(
+def test_another_request_is_answered_and_does_not_end_the_wait(
     waiting: Waiting, request_line: str, status: int
 ):
     reply = waiting.ask(f"{request_line} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
     assert reply.startswith(f"HTTP/1.1 {status} ")
     waiting.ask(GOOD)
     assert waiting.result() == "c-1"
-    assert len(waiting.reported) == (
-        status == 400
-    )  # what looks like the answer and is not is worth a sentence
+    # Only a bad redirect is reported; other requests are not.
+    assert len(waiting.reported) == (status == 400)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +173,7 @@ def test_what_is_not_the_answer_is_answered_and_waited_past(
         b"",
     ],
 )
-def test_stray_connections(waiting: Waiting, nonsense: bytes):
+def test_stray_connections_do_not_end_the_wait(waiting: Waiting, nonsense: bytes):
     with waiting.connect() as silent, waiting.connect() as stray, waiting.connect() as rude:
         with contextlib.suppress(ConnectionError):
             stray.sendall(nonsense)
@@ -186,7 +185,7 @@ def test_stray_connections(waiting: Waiting, nonsense: bytes):
         silent.close()
 
 
-def test_one_byte_at_a_time(waiting: Waiting):
+def test_a_redirect_may_arrive_byte_by_byte(waiting: Waiting):
     with waiting.connect() as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for byte in GOOD.encode():
@@ -195,17 +194,18 @@ def test_one_byte_at_a_time(waiting: Waiting):
     assert waiting.result() == "c-1"
 
 
-def test_a_port_scanner_with_many_connections(waiting: Waiting):
+def test_many_silent_connections_do_not_block_the_redirect(waiting: Waiting):
     with contextlib.ExitStack() as stack:
         many = [
             stack.enter_context(waiting.connect()) for _ in range(3 * loopback.CONNECTION_LIMIT)
         ]
         assert waiting.ask(GOOD).startswith("HTTP/1.1 200 ")
-        assert read(many[0]) == ""  # the oldest made room
+        # The oldest connection was closed to make room.
+        assert read(many[0]) == ""
     assert waiting.result() == "c-1"
 
 
-def test_a_silent_connection_is_closed_after_a_while():
+def test_a_silent_connection_is_closed_after_a_timeout():
     with loopback.Listener(0, "https://auth.x.ai", request_timeout=0.1) as listener:
         waiting = Waiting(listener)
         with waiting.connect() as silent:
@@ -214,7 +214,7 @@ def test_a_silent_connection_is_closed_after_a_while():
         waiting.result()
 
 
-def test_a_denial(waiting: Waiting):
+def test_a_denied_redirect_is_access_denied(waiting: Waiting):
     reply = waiting.ask(
         "GET /callback?error=access_denied&error_description=User+denied&state=state-1 "
         "HTTP/1.1\r\n\r\n"
@@ -232,14 +232,14 @@ def test_a_taken_port_is_replaced():
         assert third.redirect_uri == f"http://127.0.0.1:{port}/callback"
 
 
-def test_nobody_comes(listener: loopback.Listener):
+def test_the_wait_ends_with_expired_token(listener: loopback.Listener):
     waiting = Waiting(listener, seconds=0.2)
     assert isinstance(
         waiting.result(), errors.ExpiredToken
     ) and "the login was not approved in time" in str(waiting.result())
 
 
-def test_pasting(listener: loopback.Listener):
+def test_a_pasted_address_gives_the_code(listener: loopback.Listener):
     theirs, ours = os.openpty()
     with open(theirs, "wb", 0) as keyboard, open(ours, "rb", 0):
         waiting = Waiting(listener, paste_from=ours)
@@ -257,7 +257,7 @@ ADDRESS = f"http://127.0.0.1:1/callback?code=code-0002&state={STATE}"
 @pytest.mark.parametrize(
     "lines, complaints",
     [
-        # A URL that a narrow window, an e-mail or another program has split into lines.
+        # An address that a narrow window, an e-mail or another program has split into lines.
         *(([ADDRESS[:at], ADDRESS[at:]], 1) for at in range(len("http://"), len(ADDRESS))),
         ([ADDRESS[at : at + 9] for at in range(0, len(ADDRESS), 9)], 6),
         ([f"'{ADDRESS[:40]}\r", f"    {ADDRESS[40:]}'\r"], 1),
@@ -265,7 +265,7 @@ ADDRESS = f"http://127.0.0.1:1/callback?code=code-0002&state={STATE}"
         ([f"\x1b[200~{ADDRESS}\x1b[201~"], 0),
         ([f"\x1b[200~{ADDRESS[:40]}", f"{ADDRESS[40:]}\x1b[201~"], 1),
         (["\x1b[200~code-0002\x1b[201~"], 0),
-        # Begun, and then something else.
+        # An incomplete address, and then something else.
         ([ADDRESS[:40], ADDRESS], 1),
         ([ADDRESS[:40], "", "code-0002"], 1),
         (["ls", "what now?", "code-0002"], 2),
@@ -273,7 +273,9 @@ ADDRESS = f"http://127.0.0.1:1/callback?code=code-0002&state={STATE}"
         (["http://" + "x" * 3000] + ["y" * 3000] * 9 + [ADDRESS], 10),
     ],
 )
-def test_pasted_lines(listener: loopback.Listener, lines: list[str], complaints: int):
+def test_pasted_lines_are_joined_or_reported(
+    listener: loopback.Listener, lines: list[str], complaints: int
+):
     theirs, ours = os.pipe()
     with open(theirs, "rb", 0), open(ours, "wb", 0) as keyboard:
         reported: list[str] = []
@@ -285,7 +287,7 @@ def test_pasted_lines(listener: loopback.Listener, lines: list[str], complaints:
         assert len(reported) == complaints, reported
 
 
-def test_what_was_taken_for_the_code_may_have_been_none(listener: loopback.Listener):
+def test_a_refused_code_may_be_followed_by_another_wait(listener: loopback.Listener):
     """The caller waits once more, whether the keyboard has been closed or not."""
     theirs, ours = os.openpty()
     with open(theirs, "wb", 0) as keyboard, open(ours, "rb", 0):
@@ -302,8 +304,8 @@ def test_what_was_taken_for_the_code_may_have_been_none(listener: loopback.Liste
             assert waiting.result() == "c-1"
 
 
-def test_a_request_with_many_cookies(waiting: Waiting):
-    """A browser sends those of every program on 127.0.0.1 along, whatever its port."""
+def test_a_redirect_with_many_cookies_gives_the_code(waiting: Waiting):
+    """A browser sends the cookies of every program on 127.0.0.1, on any port."""
     cookies = "".join(f"Cookie: c{n}={'x' * 4000}\r\n" for n in range(15))
     reply = waiting.ask(GOOD.replace("\r\n\r\n", f"\r\n{cookies}\r\n"))
     assert (
@@ -311,12 +313,13 @@ def test_a_request_with_many_cookies(waiting: Waiting):
     )
 
 
-def test_a_request_with_too_many_cookies_is_told_so(waiting: Waiting):
+def test_a_request_with_too_many_cookies_gets_431_with_advice(waiting: Waiting):
     cookies = "".join(f"Cookie: c{n}={'x' * 4000}\r\n" for n in range(100))
     with waiting.connect() as connection:
         connection.sendall(GOOD.replace("\r\n\r\n", f"\r\n{cookies}\r\n").encode())
         received = b""
-        while more := connection.recv(65536):  # a reset raises
+        # recv raises after a reset.
+        while more := connection.recv(65536):
             received += more
     assert received.startswith(b"HTTP/1.1 431 ") and b"paste it into the terminal" in received
     waiting.ask(GOOD)
@@ -324,16 +327,17 @@ def test_a_request_with_too_many_cookies_is_told_so(waiting: Waiting):
     assert len(waiting.reported) == 1 and "most probably because of cookies" in waiting.reported[0]
 
 
-def test_the_page_may_answer_after_the_keyboard_has_closed(listener: loopback.Listener):
+def test_the_redirect_may_come_after_the_keyboard_has_closed(listener: loopback.Listener):
     theirs, ours = os.openpty()
     with open(theirs, "wb", 0) as keyboard, open(ours, "rb", 0):
         waiting = Waiting(listener, paste_from=ours)
-        keyboard.write(b"\x04")  # Ctrl-D
+        # Ctrl-D.
+        keyboard.write(b"\x04")
         waiting.ask(GOOD)
         assert waiting.result() == "c-1"
 
 
-def test_a_keyboard_that_is_gone_is_not_asked_for_ever(listener: loopback.Listener):
+def test_a_hung_up_keyboard_is_not_read_in_a_loop(listener: loopback.Listener):
     gone, other_side = os.pipe()
     os.close(other_side)
     before = time.thread_time()

@@ -1,4 +1,4 @@
-"""oauth/revocation.py."""
+"""oauth/revocation.py: which token is revoked, and what a refused revocation raises."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_the_refresh_token_is_revoked():
     )
 
 
-def test_without_one_the_access_token_is():
+def test_without_a_refresh_token_the_access_token_is_revoked():
     sent = revoke(answer(200), tokens.Login("at-1", 1000))
     assert sent.endswith(
         f"\r\n\r\ntoken=at-1&token_type_hint=access_token&client_id={CLIENT_ID}".encode()
@@ -48,13 +48,13 @@ def test_without_one_the_access_token_is():
         (answer(401, {"error": "invalid_client"}), errors.ClientRejected),
     ],
 )
-def test_a_refusal(reply: bytes, kind: type):
+def test_a_refused_revocation_is_reported(reply: bytes, kind: type):
     with pytest.raises(kind) as caught:
         revoke(reply)
     assert "rt-1" not in str(caught.value)
 
 
-def test_an_issuer_without_revocation():
+def test_an_issuer_without_revocation_endpoint_is_refused():
     with pytest.raises(errors.IssuerUnavailable, match="offers no revocation"):
         revocation.revoke(
             Session(config.from_environ({})),
@@ -63,11 +63,12 @@ def test_an_issuer_without_revocation():
         )
 
 
-def test_the_sandbox(sandbox: Sandbox):
+def test_the_sandbox_revokes_a_token_twice(sandbox: Sandbox):
     web = Session(config.from_environ({}))
     minted = sandbox.mint()
     metadata = discovery.discover(web, sandbox.url)
-    for _ in range(2):  # a second time, as for any token that is not known, nothing is wrong
+    # Revoking an unknown token succeeds, so the second call does too.
+    for _ in range(2):
         revocation.revoke(
             web,
             metadata,

@@ -1,4 +1,4 @@
-"""oauth/session.py against servers that misbehave as an issuer, or what stands before it, can."""
+"""oauth/session.py against servers that misbehave as an issuer, or a proxy before it, can."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def unavailable(call) -> errors.IssuerUnavailable:
     return caught.value
 
 
-def test_what_goes_over_the_wire():
+def test_a_form_is_sent_as_one_post_with_few_headers():
     with ScriptedServer(answer(200, {"a": 1}, Set_Cookie="id=1; Path=/")) as server:
         web = session()
         assert web.get(server.url + "/x?y=z").json() == {"a": 1}
@@ -57,13 +57,13 @@ def test_what_goes_over_the_wire():
     assert first.startswith("GET /x?y=z HTTP/1.1\r\n")
 
 
-def test_a_request_may_bring_fields_of_its_own():
+def test_a_request_may_add_headers_of_its_own():
     with ScriptedServer(answer(200, {})) as server:
         session().get(server.url, headers={"Authorization": "Bearer t"})
     assert b"\r\nAuthorization: Bearer t\r\n" in server.requests[0]
 
 
-def test_the_environments_own_proxies_and_netrc_have_no_say(tmp_path: Path):
+def test_proxies_and_netrc_of_the_environment_are_ignored(tmp_path: Path):
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login somebody password something\n")
     (tmp_path / "netrc").chmod(0o600)
     with ScriptedServer(answer(200, {})) as server:
@@ -107,7 +107,7 @@ def test_a_body_is_read_up_to_a_limit(size: int, whole: bool):
             assert unavailable(lambda: session().post(server.url, FORM)).sent
 
 
-def test_refused():
+def test_a_refused_connection_is_named_and_nothing_was_sent():
     with socket.create_server(("127.0.0.1", 0)) as closed:
         url = f"http://127.0.0.1:{closed.getsockname()[1]}"
     error = unavailable(lambda: session().post(url, FORM))
@@ -117,7 +117,7 @@ def test_refused():
     assert not error.sent and error.exit_code == 69
 
 
-def test_a_name_that_does_not_exist():
+def test_a_name_that_does_not_resolve_is_named():
     error = unavailable(lambda: session().post("https://auth.invalid/token", FORM))
     assert "auth.invalid cannot be resolved" in str(error) and not error.sent
 
@@ -127,7 +127,7 @@ def reset(connection: socket.socket) -> None:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
-def say(text: bytes):
+def respond(text: bytes):
     def script(connection: socket.socket) -> None:
         read_request(connection)
         connection.sendall(text)
@@ -136,7 +136,7 @@ def say(text: bytes):
 
 
 @pytest.mark.parametrize(
-    "script, told",
+    "script, message",
     [
         (
             lambda connection: read_request(connection) and None,
@@ -144,26 +144,29 @@ def say(text: bytes):
         ),
         (reset, "closed the connection before its response was complete"),
         (
-            say(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n{"),
+            respond(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n{"),
             "closed the connection before its response was complete",
         ),
         (
-            say(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{"),
+            respond(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{"),
             "closed the connection before its response was complete",
         ),
-        (say(b"nonsense\r\n\r\n"), "closed the connection before its response was complete"),
+        (respond(b"nonsense\r\n\r\n"), "closed the connection before its response was complete"),
         (
-            say(b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}"),
+            respond(b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}"),
             "could not be read",
         ),
     ],
     ids=["closed", "reset", "short", "short chunk", "nonsense", "not gzip"],
 )
-def test_no_whole_answer_after_the_form_was_sent(script, told: str):
+def test_an_incomplete_response_is_an_error_after_which_the_form_counts_as_sent(
+    script, message: str
+):
     with ScriptedServer(script) as server:
         error = unavailable(lambda: session().post(server.url, FORM))
-        assert told in str(error) and error.sent
-        assert not unavailable(lambda: session().get(server.url)).sent  # which spends nothing
+        assert message in str(error) and error.sent
+        # A GET spends nothing.
+        assert not unavailable(lambda: session().get(server.url)).sent
 
 
 def drip(text: bytes):
@@ -185,7 +188,7 @@ def drip(text: bytes):
     ],
     ids=["head", "body", "silence"],
 )
-def test_one_deadline_for_all_of_it(script):
+def test_one_deadline_covers_the_whole_request(script):
     with ScriptedServer(script) as server:
         begin = time.monotonic()
         error = unavailable(lambda: session().post(server.url, FORM, deadline=0.3))
@@ -201,7 +204,7 @@ print(Session(config.from_environ({})).post(sys.argv[1], {"a": "b"}, deadline=3)
 """
 
 
-def test_an_answer_that_came_while_the_process_was_stopped_past_the_deadline_is_had():
+def test_a_response_that_arrived_while_the_process_was_stopped_is_read():
     read, released = threading.Event(), threading.Event()
 
     def script(connection: socket.socket) -> None:
@@ -219,30 +222,30 @@ def test_an_answer_that_came_while_the_process_was_stopped_past_the_deadline_is_
         assert read.wait(10)
         process.send_signal(signal.SIGSTOP)
         released.set()
-        time.sleep(4)  # its deadline passes, by as long as it then has for a last read
+        # The deadline passes, and with it the time that a last read has after it.
+        time.sleep(4)
         process.send_signal(signal.SIGCONT)
         assert process.communicate(timeout=10) == ("200\n", None)
 
 
-def test_no_thread_goes_on_reading():
+def test_a_late_thread_stops_reading():
     with ScriptedServer(
         drip(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n" + b" " * 1000)
     ) as server:
-        unavailable(
-            lambda: session().post(server.url, FORM, deadline=1)
-        )  # 40 bytes of head, then some of the body
+        # The server sends 40 bytes of head, then some of the body.
+        unavailable(lambda: session().post(server.url, FORM, deadline=1))
         end_of_late_threads(1)
 
 
 def end_of_late_threads(seconds: float) -> None:
-    """Wait for the threads of calls that were given up."""
+    """Wait for the threads of calls that timed out."""
     for thread in threading.enumerate():
         if thread.name.startswith("POST "):
             thread.join(seconds)
             assert not thread.is_alive()
 
 
-def test_a_connection_that_nobody_accepts():
+def test_a_connection_that_is_not_accepted_times_out():
     with (
         socket.create_server(("127.0.0.1", 0), backlog=0) as full,
         socket.socket() as first,
@@ -299,7 +302,7 @@ def tls(certificate: Path) -> ssl.SSLContext:
     return context
 
 
-def test_a_certificate_that_nobody_vouches_for(tls: ssl.SSLContext, certificate: Path):
+def test_a_self_signed_certificate_is_refused(tls: ssl.SSLContext, certificate: Path):
     with ScriptedServer(answer(200, {}), tls=tls) as server:
         error = unavailable(lambda: session().post(server.url, FORM))
         assert f"the certificate of {server.url[8:]} cannot be verified" in str(error)
@@ -308,7 +311,7 @@ def test_a_certificate_that_nobody_vouches_for(tls: ssl.SSLContext, certificate:
         assert session(SSL_CERT_FILE=str(certificate)).post(server.url, FORM).status == 200
 
 
-def test_a_server_that_does_not_speak_tls():
+def test_a_server_without_tls_is_named():
     with ScriptedServer(
         lambda connection: connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
     ) as server:
@@ -317,20 +320,20 @@ def test_a_server_that_does_not_speak_tls():
 
 
 def tunnel(tls: ssl.SSLContext, received: list[bytes], pace: float = 0):
-    """A proxy that is also the server behind it."""
+    """A proxy that is also the server at the end of its tunnel."""
 
     def script(connection: socket.socket) -> None:
         received.append(read_request(connection))
         for byte in b"HTTP/1.1 200 Connected\r\n\r\n":
             connection.sendall(bytes([byte]))
             time.sleep(pace)
-        with tls.wrap_socket(connection, server_side=True) as behind:
+        with tls.wrap_socket(connection, server_side=True) as tunnelled:
             received.append(b"")
             try:
-                while more := behind.recv(65536):
+                while more := tunnelled.recv(65536):
                     received[1] += more
                     if received[1].endswith(b"%2F%3D"):
-                        behind.sendall(answer(200, {"through": "the proxy"}))
+                        tunnelled.sendall(answer(200, {"through": "the proxy"}))
                         return
             except OSError:
                 pass
@@ -338,7 +341,7 @@ def tunnel(tls: ssl.SSLContext, received: list[bytes], pace: float = 0):
     return script
 
 
-def test_through_a_proxy(tls: ssl.SSLContext, certificate: Path):
+def test_a_request_goes_through_the_proxy(tls: ssl.SSLContext, certificate: Path):
     received: list[bytes] = []
     with ScriptedServer(tunnel(tls, received)) as proxy:
         web = session(
@@ -354,12 +357,11 @@ def test_through_a_proxy(tls: ssl.SSLContext, certificate: Path):
     )
 
 
-def test_a_form_that_was_given_up_is_never_sent(tls: ssl.SSLContext, certificate: Path):
+def test_a_form_is_never_sent_after_a_timeout(tls: ssl.SSLContext, certificate: Path):
     """After `sent=False` the caller sends the refresh token again; sent twice, it is revoked."""
     received: list[bytes] = []
-    with ScriptedServer(
-        tunnel(tls, received, pace=0.03)
-    ) as proxy:  # 26 bytes: longer than the deadline
+    # The 26 bytes of the proxy's response take longer than the deadline.
+    with ScriptedServer(tunnel(tls, received, pace=0.03)) as proxy:
         web = session(HTTPS_PROXY=proxy.url, SSL_CERT_FILE=str(certificate))
         assert not unavailable(
             lambda: web.post("https://auth.x.ai/oauth2/token", FORM, deadline=0.4)
@@ -369,7 +371,7 @@ def test_a_form_that_was_given_up_is_never_sent(tls: ssl.SSLContext, certificate
 
 
 @pytest.mark.parametrize(
-    "script, told",
+    "script, message",
     [
         (answer(407), "could not reach auth.x.ai through the proxy {} (HTTP 407)"),
         (
@@ -379,11 +381,11 @@ def test_a_form_that_was_given_up_is_never_sent(tls: ssl.SSLContext, certificate
         ),
     ],
 )
-def test_a_proxy_that_refuses(script, told: str):
+def test_a_proxy_that_refuses_is_named(script, message: str):
     with ScriptedServer(script) as proxy:
         web = session(HTTPS_PROXY=f"http://user:pass-word@127.0.0.1:{proxy.port}")
         error = unavailable(lambda: web.post("https://auth.x.ai/oauth2/token", FORM))
-    assert told.format(f"127.0.0.1:{proxy.port}") in str(error) and not error.sent
+    assert message.format(f"127.0.0.1:{proxy.port}") in str(error) and not error.sent
     assert "pass-word" not in str(error) and "user" not in str(error)
 
 
@@ -410,7 +412,7 @@ def status_of_post(folder: Path, url: str, names: dict[str, str], **environ: str
     ).stdout
 
 
-def test_an_address_that_swallows_packets_does_not_use_up_the_time(tmp_path: Path):
+def test_a_black_hole_address_does_not_use_up_the_deadline(tmp_path: Path):
     with (
         ScriptedServer(answer(200, {}), address="127.0.0.3") as server,
         black_hole("127.0.0.2", server.port),
@@ -420,21 +422,22 @@ def test_an_address_that_swallows_packets_does_not_use_up_the_time(tmp_path: Pat
     assert len(server.requests) == 1
 
 
-def proxy_that_is_told(tls: ssl.SSLContext, received: list[bytes], asked: dict[bytes, bytes]):
-    """A proxy that is the server as well. `asked`: its answers to the client, in order."""
+def socks_proxy(tls: ssl.SSLContext, received: list[bytes], replies: dict[bytes, bytes]):
+    """A SOCKS proxy that is the server as well. `replies`: its reply to each message, in order."""
 
     def script(connection: socket.socket) -> None:
-        for said, told in asked.items():
-            assert connection.recv(len(said), socket.MSG_WAITALL) == said
-            connection.sendall(told)
-        with tls.wrap_socket(connection, server_side=True) as behind:
-            received.append(read_request(behind))
-            behind.sendall(answer(200, {}))
+        for message, reply in replies.items():
+            assert connection.recv(len(message), socket.MSG_WAITALL) == message
+            connection.sendall(reply)
+        with tls.wrap_socket(connection, server_side=True) as tunnelled:
+            received.append(read_request(tunnelled))
+            tunnelled.sendall(answer(200, {}))
 
     return script
 
 
-PROXIES = {  # what each is told, and what it says
+# The client's messages, each with the proxy's reply.
+PROXIES = {
     "socks5h": {b"\5\1\0": b"\5\0", b"\5\1\0\3\x09auth.x.ai\1\xbb": b"\5\0\0\1" + bytes(6)},
     "socks5": {b"\5\1\0": b"\5\0", b"\5\1\0\1\x7f\0\0\4\1\xbb": b"\5\0\0\1" + bytes(6)},
     "socks4a": {b"\4\1\1\xbb\0\0\0\1\0auth.x.ai\0": b"\0\x5a" + bytes(6)},
@@ -443,15 +446,13 @@ PROXIES = {  # what each is told, and what it says
 
 
 @pytest.mark.parametrize("scheme", ["http", *PROXIES])
-def test_nor_does_one_of_a_proxy(
+def test_a_black_hole_address_of_a_proxy_does_not_use_up_the_deadline(
     tmp_path: Path, tls: ssl.SSLContext, certificate: Path, scheme: str
 ):
     pytest.importorskip("socks", reason="PySocks, of the extra socks, is not installed")
     received: list[bytes] = []
     script = (
-        tunnel(tls, received)
-        if scheme == "http"
-        else proxy_that_is_told(tls, received, PROXIES[scheme])
+        tunnel(tls, received) if scheme == "http" else socks_proxy(tls, received, PROXIES[scheme])
     )
     with ScriptedServer(script, address="127.0.0.3") as proxy, black_hole("127.0.0.2", proxy.port):
         names = {"127.0.0.2": "proxy.test", "127.0.0.3": "proxy.test", "127.0.0.4": "auth.x.ai"}
@@ -477,7 +478,7 @@ def test_json_is_an_object_or_nothing():
     assert Answer(200, {"Content-Type": "text/plain"}, b' {"a": 1}').json() == {"a": 1}
 
 
-def test_a_page_is_known_by_its_type_or_its_looks():
+def test_a_page_is_known_by_its_media_type_or_its_first_bytes():
     assert Answer(403, {"Content-Type": "Text/HTML; charset=utf-8"}, b"").is_html
     assert Answer(403, {}, b"\xef\xbb\xbf\n <!doctype html>").is_html
     assert not Answer(403, {"Content-Type": "text/plain"}, b"error code: 1010").is_html
@@ -500,7 +501,8 @@ def test_the_summary_quotes_nothing_but_a_media_type():
         ("Sun, 06 Nov 1994 08:49:47 GMT", 10),
         ("Sunday, 06-Nov-94 08:49:47 GMT", 10),
         ("Sun Nov  6 08:49:47 1994", 10),
-        ("Sun, 06 Nov 1994 08:49:36 GMT", 0),  # past
+        # A date in the past.
+        ("Sun, 06 Nov 1994 08:49:36 GMT", 0),
         ("", None),
         ("-1", None),
         ("1.5", None),
@@ -509,11 +511,12 @@ def test_the_summary_quotes_nothing_but_a_media_type():
         ("Sun, 99 Nov 1994 08:49:47 GMT", None),
     ],
 )
-def test_retry_after(text: str, seconds: float | None):
-    assert parse_retry_after(text, now=784111777) == seconds  # Sun, 06 Nov 1994 08:49:37 GMT
+def test_retry_after_is_seconds_or_a_date(text: str, seconds: float | None):
+    # One second after the date above that is past: Sun, 06 Nov 1994 08:49:37 GMT.
+    assert parse_retry_after(text, now=784111777) == seconds
 
 
-def test_retry_after_is_counted_from_the_clock_that_was_given():
+def test_retry_after_counts_from_the_clock_of_the_session():
     with ScriptedServer(answer(429, "", Retry_After="Sun, 06 Nov 1994 08:49:47 GMT")) as server:
         web = Session(config.from_environ({}), now=lambda: 784111777)
         assert web.get(server.url).retry_after == 10

@@ -1,4 +1,4 @@
-"""oauth/token_endpoint.py: what every kind of answer means, and what of it reaches a message."""
+"""oauth/token_endpoint.py: what each kind of response means, and what of it a message repeats."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def refused(kind: type[errors.Error], reply: bytes) -> Any:
     return caught.value
 
 
-def test_what_a_refresh_sends_and_gives():
+def test_a_refresh_sends_the_grant_and_returns_a_login():
     body = {
         "access_token": "at-new",
         "refresh_token": "rt-new",
@@ -76,7 +76,7 @@ def test_what_a_refresh_sends_and_gives():
     )
 
 
-def test_an_answer_without_refresh_token_keeps_the_former():
+def test_a_response_without_refresh_token_keeps_the_former():
     assert refresh(answer(201, {"access_token": "at-new"})).refresh_token == "rt-old"
 
 
@@ -92,7 +92,7 @@ def test_an_answer_without_refresh_token_keeps_the_former():
     ],
 )
 @pytest.mark.parametrize("status", [400, 401])
-def test_a_dead_refresh_token(code: str, status: int):
+def test_a_revoked_refresh_token_is_grant_refused(code: str, status: int):
     body = {"error": code, "error_description": "Refresh token has been revoked"}
     error = refused(errors.GrantRefused, answer(status, body))
     assert (error.error, error.description, error.exit_code) == (
@@ -115,12 +115,12 @@ def test_a_dead_refresh_token(code: str, status: int):
         {"error": "Bad_Refresh_Token"},
     ],
 )
-def test_a_dead_refresh_token_in_another_spelling_is_not_certain(body: dict[str, Any], status: int):
+def test_invalid_grant_in_another_spelling_is_not_certain(body: dict[str, Any], status: int):
     error = refused(errors.GrantRefused, answer(status, body))
     assert (error.certain, error.sent) == (False, status == 200)
 
 
-def test_a_success_with_an_error_is_none_whatever_else_it_holds():
+def test_a_200_with_an_error_member_is_no_success():
     error = refused(
         errors.GrantRefused,
         answer(200, {"error": "invalid_grant", "access_token": "at", "expires_in": 60}),
@@ -132,7 +132,7 @@ def test_a_success_with_an_error_is_none_whatever_else_it_holds():
 
 @pytest.mark.parametrize("error", ["invalid_client", "unauthorized_client"])
 @pytest.mark.parametrize("status", [400, 401])
-def test_a_client_that_is_not_known(status: int, error: str):
+def test_an_unknown_client_is_named(status: int, error: str):
     refusal = refused(
         errors.ClientRejected,
         answer(status, {"error": error, "error_description": "Unknown client"}),
@@ -156,7 +156,8 @@ def test_a_403_in_json_is_about_the_account_and_not_the_login(body: dict[str, st
     "reply, retry_after",
     [
         (answer(400, {"error": "temporarily_unavailable"}), None),
-        (answer(400, {"error": "access_denied"}), None),  # means nothing at a refresh
+        # An error code without a meaning at a refresh.
+        (answer(400, {"error": "access_denied"}), None),
         (answer(400, {"error": {"message": "what?"}}), None),
         (answer(403, {"message": "no"}), None),
         (answer(403, {"error": "Blocked by the firewall"}), None),
@@ -183,7 +184,7 @@ def test_a_403_in_json_is_about_the_account_and_not_the_login(body: dict[str, st
         (answer(526, "", TEXT), None),
     ],
 )
-def test_a_definite_answer_that_spent_nothing(reply: bytes, retry_after: float | None):
+def test_a_definite_error_response_spends_no_token(reply: bytes, retry_after: float | None):
     error = refused(errors.IssuerUnavailable, reply)
     assert (error.sent, error.retry_after) == (False, retry_after)
     assert "Just a moment" not in str(error) and error.exit_code == 69
@@ -214,7 +215,7 @@ def test_a_definite_answer_that_spent_nothing(reply: bytes, retry_after: float |
         b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{",
     ],
 )
-def test_an_answer_after_which_the_token_may_be_spent(reply: bytes):
+def test_after_an_uncertain_response_the_token_may_be_spent(reply: bytes):
     error = refused(errors.IssuerUnavailable, reply)
     assert error.sent and error.page is (PAGE.encode() in reply)
 
@@ -238,7 +239,7 @@ def test_an_answer_after_which_the_token_may_be_spent(reply: bytes):
     ],
 )
 @pytest.mark.parametrize("label", ["application/json", HTML, TEXT])
-def test_no_optional_member_and_no_label_makes_an_answer_void(member: dict[str, Any], label: str):
+def test_no_optional_member_and_no_media_type_spoils_a_response(member: dict[str, Any], label: str):
     body = {"access_token": "at-new", "refresh_token": "rt-new", "expires_in": 60, **member}
     login = refresh(answer(200, json.dumps(body), label))
     assert login.access_token == "at-new"
@@ -249,13 +250,13 @@ def test_no_optional_member_and_no_label_makes_an_answer_void(member: dict[str, 
     assert login.account == "a@b.example"
 
 
-def test_415_is_said_to_be_our_fault():
+def test_415_is_reported_as_a_bug_of_xaiproxy():
     assert "a bug of xaiproxy" in str(
         refused(errors.IssuerUnavailable, answer(415, "Form requests must", TEXT))
     )
 
 
-def test_what_the_issuer_says_is_made_safe_before_it_is_repeated():
+def test_an_error_description_is_redacted_before_it_is_repeated():
     description = (
         "rt-old and "
         + "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJ4In0.c2ln and "
@@ -286,5 +287,6 @@ def test_the_sandbox_rotates_and_revokes(sandbox: Sandbox):
     with pytest.raises(errors.GrantRefused, match="has been revoked"):
         token_endpoint.refresh(web, endpoint, first)
     with pytest.raises(errors.GrantRefused, match="has been revoked"):
-        token_endpoint.refresh(web, endpoint, second)  # its family is dead
+        # The whole token family is revoked.
+        token_endpoint.refresh(web, endpoint, second)
     assert sandbox.counters()["reuses"] == 1
