@@ -23,13 +23,12 @@ from chromium import ARGUMENTS
 from sandbox import Sandbox
 from terminal import Terminal
 
-ELEMENT = (
-    "element-6066-11e4-a52e-4f735466cecf"  # the key of an element's id, W3C WebDriver section 12
-)
+# The key of an element's id, W3C WebDriver section 12.
+ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
 
 
 class Browser:
-    """Chromium behind chromedriver, by the few commands of W3C WebDriver that are needed."""
+    """Chromium, driven by chromedriver with the few commands of W3C WebDriver that are needed."""
 
     def __init__(self, folder: Path, *arguments: str) -> None:
         self.driver = subprocess.Popen(
@@ -124,7 +123,7 @@ def login(sandbox: Sandbox, tmp_path: Path) -> Iterator[Terminal]:
 
 
 def allow(browser: Browser, login: Terminal) -> str:
-    """Press "allow" on the consent page; what the page says in the end."""
+    """Press "allow" on the consent page, and return the text that the page then shows."""
     browser.command("POST", "/url", {"url": login.expect(r"    (http://127\S+)\r\n")[1]})
     assert browser.text("h1") == "Authorize Grok Build"
     browser.click("#allow")
@@ -140,9 +139,9 @@ def signed_in(login: Terminal, tmp_path: Path) -> bool:
     return saved["account"] == "sandbox@example.invalid" and "Signed in as" in login.screen
 
 
-def test_the_page_brings_the_answer(start_browser, login: Terminal, tmp_path: Path):
+def test_the_consent_page_delivers_the_code(start_browser, login: Terminal, tmp_path: Path):
     outcome = allow(start_browser(), login)
-    # Else the script was not allowed to read the listener's answer.
+    # The page shows this only if its script was allowed to read the listener's response.
     assert outcome == "Done. You can close this window."
     assert login.end() == 0 and signed_in(login, tmp_path)
 
@@ -150,7 +149,7 @@ def test_the_page_brings_the_answer(start_browser, login: Terminal, tmp_path: Pa
 def test_a_page_that_may_not_reach_this_machine_shows_the_code(
     start_browser, login: Terminal, sandbox: Sandbox, tmp_path: Path
 ):
-    """Chromium asks before a page from the internet may call loopback; headless it says no."""
+    """A page from the internet needs a permission for loopback, which headless Chromium denies."""
     browser = start_browser(f"--ip-address-space-overrides=127.0.0.1:{sandbox.port}=public")
     if allow(browser, login).startswith("Done"):
         pytest.skip("this Chromium lets every page call loopback")

@@ -1,4 +1,4 @@
-"""xai-login as a program: on a terminal, in a pipe, with everything that can be in the way."""
+"""xai-login as a program: on a terminal, in a pipe, and with every fault that can stop it."""
 
 from __future__ import annotations
 
@@ -97,18 +97,18 @@ def until(condition: Callable[[], Any], seconds: float = 10) -> None:
         time.sleep(0.02)
 
 
-def fails(result: subprocess.CompletedProcess[str], code: int, told: str) -> None:
-    """One clear sentence on stderr, nothing on stdout."""
+def fails(result: subprocess.CompletedProcess[str], code: int, message: str) -> None:
+    """Assert that stderr is one clear sentence, and stdout empty."""
     assert (result.returncode, result.stdout) == (code, "")
     *talk, sentence = result.stderr.splitlines()
-    assert sentence.startswith("xai-login: ") and re.search(told, sentence), result.stderr
+    assert sentence.startswith("xai-login: ") and re.search(message, sentence), result.stderr
     assert not any("Traceback" in line for line in talk)
 
 
 # by device
 
 
-def test_by_device_on_a_terminal(login: Login, sandbox: Sandbox):
+def test_device_login_on_a_terminal(login: Login, sandbox: Sandbox):
     sandbox.set(device_interval=1.2)
     with login.terminal("--device") as terminal:
         code = terminal.expect(r"    ([A-Z0-9]{4}-[A-Z0-9]{4})\r\n")[1]
@@ -119,7 +119,8 @@ def test_by_device_on_a_terminal(login: Login, sandbox: Sandbox):
         assert terminal.end() == 0
         screen = terminal.screen
     url = f"{sandbox.url}/oauth2/device?user_code={code}"
-    last_rows = screen.partition("\r\x1b[K")[0].split("\r\n")[-24:]  # of a terminal of 80x24
+    # The rows of a terminal of 80x24.
+    last_rows = screen.partition("\r\x1b[K")[0].split("\r\n")[-24:]
     assert {f"    {sandbox.url}/oauth2/device", f"    {url}", f"    {code}"} <= set(last_rows)
     code = segno.make(url, micro=False, error="l", boost_error=False)
     assert qr_code(screen) == [[module > 0 for module in row] for row in code.matrix_iter(border=2)]
@@ -160,7 +161,8 @@ def qr_code(screen: str) -> list[list[bool]]:
     for line in re.findall(r"\x1b\[38;5;231;48;5;16m(.*)\x1b\[0m", screen):
         rows.append([block in " ▄" for block in line])
         rows.append([block in " ▀" for block in line])
-    return rows[: len(rows[0])]  # an odd number of rows: half of the last line is nothing
+    # With an odd number of rows, half of the last line is empty.
+    return rows[: len(rows[0])]
 
 
 def test_a_narrow_terminal_gets_no_qr_code_and_no_line_that_wraps_each_second(
@@ -183,7 +185,7 @@ def test_a_dumb_terminal_gets_no_escape_sequence(login: Login, sandbox: Sandbox)
         assert "\x1b" not in terminal.screen and "Signed in as" in terminal.screen
 
 
-def test_an_address_that_no_qr_code_can_hold(login: Login, sandbox: Sandbox):
+def test_an_address_too_long_for_a_qr_code_is_printed(login: Login, sandbox: Sandbox):
     url = f"{sandbox.url}/oauth2/device?user_code=4XWJ-JJAZ&{'x' * 3000}"
     page = {
         "device_code": "0f0f",
@@ -208,9 +210,10 @@ def test_an_address_that_no_qr_code_can_hold(login: Login, sandbox: Sandbox):
         assert terminal.end() == 130
 
 
-def test_by_device_in_a_pipe(login: Login, sandbox: Sandbox):
+def test_device_login_in_a_pipe(login: Login, sandbox: Sandbox):
     sandbox.set(**QUICK)
-    result = login.run()  # no display, so no browser: the default is --device
+    # There is no display, so no browser: the default is --device.
+    result = login.run()
     assert result.returncode == 0
     assert (
         result.stdout == f"Signed in as {ACCOUNT} at {sandbox.url}; the login is in {login.path}.\n"
@@ -223,7 +226,7 @@ def test_by_device_in_a_pipe(login: Login, sandbox: Sandbox):
     login.holds_no_secret(result.stdout, result.stderr)
 
 
-def test_by_device_for_a_program(login: Login, sandbox: Sandbox):
+def test_device_login_prints_json_events(login: Login, sandbox: Sandbox):
     sandbox.set(
         device_interval=0.05,
         answers=[
@@ -260,7 +263,7 @@ def test_by_device_for_a_program(login: Login, sandbox: Sandbox):
 
 
 @pytest.mark.parametrize(
-    "knobs, code, told",
+    "knobs, code, message",
     [
         ({"device_lifetime": 1}, 77, "the code expired before it was approved; start again"),
         (
@@ -295,15 +298,17 @@ def test_by_device_for_a_program(login: Login, sandbox: Sandbox):
         ),
     ],
 )
-def test_no_login(login: Login, sandbox: Sandbox, knobs: dict[str, Any], code: int, told: str):
+def test_a_refused_login_is_one_sentence_and_an_exit_code(
+    login: Login, sandbox: Sandbox, knobs: dict[str, Any], code: int, message: str
+):
     sandbox.set(device_interval=0.05, **knobs)
     result = login.run("--device")
-    fails(result, code, told)
+    fails(result, code, message)
     assert login.files() == ["tokens.json.lock"]
     assert "—" not in result.stderr
 
 
-def test_no_issuer(login: Login):
+def test_an_unreachable_issuer_is_one_sentence(login: Login):
     fails(
         login.run("--device", XAI_PROXY_ISSUER="http://127.0.0.1:1"),
         69,
@@ -311,7 +316,7 @@ def test_no_issuer(login: Login):
     )
 
 
-def test_a_failure_for_a_program(login: Login):
+def test_a_failure_is_a_json_event(login: Login):
     result = login.run("--device", "--json", XAI_PROXY_ISSUER="http://127.0.0.1:1")
     error = json.loads(result.stdout)
     assert error.pop("message").startswith("127.0.0.1:1 cannot be reached")
@@ -319,7 +324,7 @@ def test_a_failure_for_a_program(login: Login):
 
 
 @pytest.mark.parametrize(
-    "arguments, environ, code, told",
+    "arguments, environ, code, message",
     [
         (("--device", "--status"), {}, 64, "not allowed with"),
         (("--devize",), {}, 64, "unrecognized"),
@@ -332,17 +337,17 @@ def test_a_failure_for_a_program(login: Login):
         (("--status",), {"XAI_PROXY_ISSUER": "http://192.0.2.1"}, 78, "XAI_PROXY_ISSUER"),
     ],
 )
-def test_a_wrong_line_or_setting(
-    login: Login, arguments: tuple[str], environ: dict[str, str], code: int, told: str
+def test_a_wrong_option_or_setting_is_one_sentence(
+    login: Login, arguments: tuple[str], environ: dict[str, str], code: int, message: str
 ):
-    fails(login.run(*arguments, **environ), code, re.escape(told))
+    fails(login.run(*arguments, **environ), code, re.escape(message))
     assert not login.path.parent.exists()
 
 
-# what is there already
+# an existing file
 
 
-def test_over_an_existing_login(login: Login, sandbox: Sandbox):
+def test_a_sign_in_replaces_an_existing_login(login: Login, sandbox: Sandbox):
     sandbox.set(**QUICK)
     former = sandbox.write_login(login.path, account="former@example.invalid")
     result = login.run("--device")
@@ -371,19 +376,21 @@ def test_scopes_that_were_not_granted_are_named(login: Login, sandbox: Sandbox):
         "scope": "openid api:access extra",
     }
     sandbox.set(**QUICK, answers=[{"path": "/oauth2/token", "body": granted}])
-    told = "the scope offline_access profile was not granted; requests that need it will be refused"
+    message = (
+        "the scope offline_access profile was not granted; requests that need it will be refused"
+    )
     environ = {"XAI_PROXY_SCOPE": "openid offline_access api:access profile"}
-    assert f"Note: {told}.\n" in login.run("--device", **environ).stderr
+    assert f"Note: {message}.\n" in login.run("--device", **environ).stderr
     events = [
         json.loads(line) for line in login.run("--device", "--json", **environ).stdout.splitlines()
     ]
-    assert {"event": "trouble", "message": told} in events and events[-1]["event"] == "trouble"
+    assert {"event": "trouble", "message": message} in events and events[-1]["event"] == "trouble"
 
 
 @pytest.mark.parametrize(
     "members", [{"issuer": "https://auth.x.ai"}, {"client_id": "another"}, {"issuer": None}]
 )
-def test_another_issuers_login_is_left_alone(
+def test_a_login_of_another_issuer_is_not_replaced(
     login: Login, sandbox: Sandbox, members: dict[str, Any]
 ):
     sandbox.write_login(login.path, **members)
@@ -396,18 +403,19 @@ def test_another_issuers_login_is_left_alone(
             "was not changed, since the settings are .*; name another file with --token-path",
         )
     assert login.path.read_bytes() == before
-    assert sandbox.requests() == []  # nobody was asked to approve anything
+    # No approval was requested.
+    assert sandbox.requests() == []
 
 
-def test_another_file_can_be_named(login: Login, sandbox: Sandbox):
+def test_token_path_names_another_file(login: Login, sandbox: Sandbox):
     sandbox.set(**QUICK)
     assert login.run("--device", "--token-path", f"{login.path}2").returncode == 0
     assert login.files() == ["tokens.json2", "tokens.json2.lock"]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
-def test_another_users_login_is_left_alone(login: Login, sandbox: Sandbox):
-    """Ours in its place would be closed to that user's refresher."""
+def test_a_login_of_another_user_is_not_replaced(login: Login, sandbox: Sandbox):
+    """That user's refresher could not read the new file."""
     sandbox.write_login(login.path)
     os.chown(login.path, 12345, 12345)
     sandbox.reset()
@@ -445,7 +453,7 @@ def test_a_file_that_is_no_login_is_kept_aside(login: Login, sandbox: Sandbox):
     )
 
 
-def test_it_waits_for_whoever_is_writing(login: Login, sandbox: Sandbox):
+def test_a_sign_in_waits_for_the_writer_that_holds_the_lock(login: Login, sandbox: Sandbox):
     sandbox.set(**QUICK)
     sandbox.write_login(login.path)
     with open(f"{login.path}.lock", "w") as lock:
@@ -471,7 +479,7 @@ def open_files(pid: int) -> set[str]:
 # Ctrl-C
 
 
-def test_ctrl_c_while_waiting_leaves_nothing(login: Login):
+def test_ctrl_c_while_polling_leaves_no_file(login: Login):
     with login.terminal("--device") as terminal:
         terminal.expect("left to approve")
         terminal.type(CTRL_C)
@@ -480,7 +488,7 @@ def test_ctrl_c_while_waiting_leaves_nothing(login: Login):
     assert login.files() == ["tokens.json.lock"]
 
 
-def test_ctrl_c_while_the_issuer_says_nothing(login: Login):
+def test_ctrl_c_ends_a_login_whose_issuer_does_not_respond(login: Login):
     with (
         ScriptedServer(lambda connection: connection.recv(65536) and connection.recv(1)) as silent,
         login.terminal("--device", XAI_PROXY_ISSUER=silent.url) as terminal,
@@ -490,7 +498,7 @@ def test_ctrl_c_while_the_issuer_says_nothing(login: Login):
         assert terminal.end(5) == 130
 
 
-def test_an_interrupt_for_a_program(login: Login):
+def test_ctrl_c_is_a_json_event(login: Login):
     with login.start("--device", "--json") as process:
         process.stdout.readline()
         process.send_signal(signal.SIGINT)
@@ -522,19 +530,21 @@ def mounted(login: Login, tmp_path: Path) -> Callable[..., subprocess.Popen[str]
 
 
 @pytest.mark.parametrize(
-    "options, told", [("size=32k", "No space left on device"), ("ro", "Read-only file system")]
+    "options, message", [("size=32k", "No space left on device"), ("ro", "Read-only file system")]
 )
-def test_nobody_approves_for_a_disk_that_takes_nothing(
-    mounted, sandbox: Sandbox, options: str, told: str
+def test_a_full_or_read_only_disk_fails_before_the_approval(
+    mounted, sandbox: Sandbox, options: str, message: str
 ):
     with mounted(options, "--device") as process:
         _, stderr = process.communicate(timeout=10)
     assert (process.returncode, sandbox.requests()) == (75, [])
-    assert told in stderr and stderr.count("\n") == 1
+    assert message in stderr and stderr.count("\n") == 1
 
 
-def test_a_disk_that_filled_up_after_the_approval(mounted, login: Login, sandbox: Sandbox):
-    """The approved login is not lost: it says so, and tries until there is room."""
+def test_a_disk_that_fills_up_after_the_approval_is_retried(
+    mounted, login: Login, sandbox: Sandbox
+):
+    """The approved login is not lost: xai-login prints the error and retries until there is room."""
     sandbox.set(device_interval=0.05)
     with mounted("size=128k", "--device", "--json") as process:
         device = json.loads(process.stdout.readline())
@@ -552,7 +562,7 @@ def test_a_disk_that_filled_up_after_the_approval(mounted, login: Login, sandbox
     assert sandbox.counters()["logins"] == 1
 
 
-def test_a_login_is_saved_though_nobody_reads_of_it(login: Login, sandbox: Sandbox):
+def test_a_login_is_saved_though_stdout_is_closed(login: Login, sandbox: Sandbox):
     sandbox.set(device_interval=0.05)
     with login.start("--device", "--json") as process:
         device = json.loads(process.stdout.readline())
@@ -561,9 +571,8 @@ def test_a_login_is_saved_though_nobody_reads_of_it(login: Login, sandbox: Sandb
             device_interval=0.05,
             answers=[{"path": "/oauth2/token", "error": "bad_gateway", "times": 1}],
         )
-        sandbox.wait(
-            lambda seen: seen["token_requests"] > 0
-        )  # the trouble that it told then reached nobody
+        # The line about this fault then went to the closed pipe.
+        sandbox.wait(lambda seen: seen["token_requests"] > 0)
         sandbox.approve(device["user_code"])
         _, stderr = process.communicate(timeout=10)
     assert (process.returncode, login.saved()["account"]) == (75, ACCOUNT)
@@ -575,7 +584,7 @@ def test_a_login_is_saved_though_nobody_reads_of_it(login: Login, sandbox: Sandb
 
 @pytest.fixture
 def browser(login: Login, tmp_path: Path) -> Callable[[], str]:
-    """A browser for the module webbrowser: it records the address that it is to open."""
+    """A browser for the module webbrowser, which records the address that it is given."""
     program, opened = tmp_path / "browser", tmp_path / "opened"
     program.write_text(
         '#!/bin/sh\necho "noise"; echo "noise" >&2\n'
@@ -591,8 +600,9 @@ def browser(login: Login, tmp_path: Path) -> Callable[[], str]:
     return address
 
 
-def test_by_browser_on_a_terminal(login: Login, sandbox: Sandbox, browser):
-    with login.terminal() as terminal:  # a browser is there: the default is --browser
+def test_browser_login_on_a_terminal(login: Login, sandbox: Sandbox, browser):
+    # There is a browser: the default is --browser.
+    with login.terminal() as terminal:
         url = browser()
         terminal.expect(re.escape(f"    {url}\r\n"))
         assert (
@@ -607,7 +617,7 @@ def test_by_browser_on_a_terminal(login: Login, sandbox: Sandbox, browser):
 
 
 @pytest.mark.parametrize("pasted", ["the address", "the code"])
-def test_by_browser_with_the_answer_pasted(login: Login, sandbox: Sandbox, browser, pasted: str):
+def test_browser_login_with_a_pasted_address(login: Login, sandbox: Sandbox, browser, pasted: str):
     with login.terminal("--browser") as terminal:
         redirect = sandbox.consent(browser())
         terminal.expect("paste that here:")
@@ -625,7 +635,7 @@ def test_by_browser_with_the_answer_pasted(login: Login, sandbox: Sandbox, brows
     assert login.saved()["account"] == ACCOUNT
 
 
-def test_what_is_pasted_along_does_not_go_to_the_shell(login: Login, sandbox: Sandbox, browser):
+def test_further_pasted_lines_do_not_reach_the_shell(login: Login, sandbox: Sandbox, browser):
     shell = ["sh", "-c", '"$@" --browser; read -r line; echo "shell: $line"', "sh", *COMMAND]
     with Terminal(shell, **login.options) as terminal:
         redirect = sandbox.consent(browser())
@@ -637,9 +647,7 @@ def test_what_is_pasted_along_does_not_go_to_the_shell(login: Login, sandbox: Sa
         assert terminal.expect("shell: (.*)\r\n")[1] == "typed later"
 
 
-def test_a_code_from_the_page_that_is_refused_is_waited_past(
-    login: Login, sandbox: Sandbox, browser
-):
+def test_a_refused_code_does_not_end_the_browser_login(login: Login, sandbox: Sandbox, browser):
     with login.start("--browser", "--json") as process:
         process.stdout.readline()
         redirect = sandbox.consent(browser())
@@ -654,7 +662,7 @@ def test_a_code_from_the_page_that_is_refused_is_waited_past(
     assert json.loads(rest)["event"] == "done" and process.returncode == 0
 
 
-def test_by_browser_for_a_program(login: Login, sandbox: Sandbox, browser):
+def test_browser_login_prints_json_events(login: Login, sandbox: Sandbox, browser):
     with login.start("--browser", "--json") as process:
         event = json.loads(process.stdout.readline())
         assert event == {
@@ -667,7 +675,7 @@ def test_by_browser_for_a_program(login: Login, sandbox: Sandbox, browser):
     assert json.loads(rest)["event"] == "done" and (process.returncode, stderr) == (0, "")
 
 
-def test_by_browser_denied(login: Login, sandbox: Sandbox, browser):
+def test_a_denied_browser_login_is_one_sentence(login: Login, sandbox: Sandbox, browser):
     with login.terminal("--browser") as terminal:
         urllib.request.urlopen(sandbox.consent(browser(), "deny"), timeout=5).close()
         assert terminal.end() == 77
@@ -678,7 +686,7 @@ def test_by_browser_denied(login: Login, sandbox: Sandbox, browser):
     assert login.files() == ["tokens.json.lock"]
 
 
-def test_ctrl_c_in_the_browser_login(login: Login, browser):
+def test_ctrl_c_ends_the_browser_login(login: Login, browser):
     with login.terminal("--browser") as terminal:
         terminal.expect("paste that here:")
         terminal.type(CTRL_C)
@@ -697,7 +705,7 @@ def test_ctrl_c_in_the_browser_login(login: Login, browser):
         ({"DISPLAY": ":0", "SSH_TTY": "/dev/pts/1"}, False),
     ],
 )
-def test_where_a_browser_would_be_seen(environ: dict[str, str], here: bool):
+def test_a_browser_is_opened_only_where_the_user_sees_it(environ: dict[str, str], here: bool):
     code = "import os; from xaiproxy.login import command; print(command.has_browser(os.environ))"
     result = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
@@ -711,24 +719,25 @@ def test_where_a_browser_would_be_seen(environ: dict[str, str], here: bool):
 # --status
 
 
-def test_status_of_a_good_login(login: Login, sandbox: Sandbox):
+def test_status_of_a_good_login_names_account_expiry_and_refresher(login: Login, sandbox: Sandbox):
     sandbox.write_login(login.path, account=ACCOUNT)
     sandbox.reset()
     result = login.run("--status")
     assert (result.returncode, result.stderr) == (0, "")
-    who, until_when, refresher = result.stdout.splitlines()
-    assert who == f"Signed in as {ACCOUNT} at {sandbox.url}; the login is in {login.path}."
+    account, until_when, refresher = result.stdout.splitlines()
+    assert account == f"Signed in as {ACCOUNT} at {sandbox.url}; the login is in {login.path}."
     assert re.fullmatch(
         r"The access token is valid until 20[\d-]{8} \d\d:\d\d UTC, for another 5 h 59 min\.",
         until_when,
     )
     assert refresher.startswith("No refresher is running: the login lapses at 20")
-    (login.path.parent / "tokens.json.lock").touch()  # the refresher's sign of life
+    # The refresher's heartbeat.
+    (login.path.parent / "tokens.json.lock").touch()
     assert login.run("--status").stdout.splitlines()[2] == "The refresher is running and renews it."
     assert sandbox.requests() == []
 
 
-def test_status_while_somebody_writes(login: Login, sandbox: Sandbox):
+def test_status_does_not_wait_for_the_lock(login: Login, sandbox: Sandbox):
     sandbox.write_login(login.path)
     with open(f"{login.path}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -736,7 +745,7 @@ def test_status_while_somebody_writes(login: Login, sandbox: Sandbox):
 
 
 @pytest.mark.parametrize(
-    "members, code, told",
+    "members, code, message",
     [
         (
             {"expires_at": 1000},
@@ -784,17 +793,17 @@ def test_status_while_somebody_writes(login: Login, sandbox: Sandbox):
         ),
     ],
 )
-def test_status_of_a_login_in_trouble(
-    login: Login, sandbox: Sandbox, members: dict[str, Any], code: int, told: list[str]
+def test_status_of_a_failing_login_names_the_reason(
+    login: Login, sandbox: Sandbox, members: dict[str, Any], code: int, message: list[str]
 ):
     sandbox.write_login(login.path, **members)
     result = login.run("--status")
     assert (result.returncode, result.stderr) == (code, "")
-    for sentence in told:
+    for sentence in message:
         assert sentence in result.stdout
 
 
-def test_status_without_a_login(login: Login):
+def test_status_without_a_login_advises_to_sign_in(login: Login):
     result = login.run("--status")
     assert (result.returncode, result.stderr) == (77, "")
     assert result.stdout == (
@@ -808,7 +817,7 @@ def test_status_without_a_login(login: Login):
     "content, state",
     [("{half", "corrupt"), ('{"access_token": "at", "expires_at": 9e9}', "foreign")],
 )
-def test_status_for_a_program(login: Login, sandbox: Sandbox, content: str, state: str):
+def test_status_is_one_json_object(login: Login, sandbox: Sandbox, content: str, state: str):
     written = sandbox.write_login(login.path, account=ACCOUNT)
     result = login.run("--status", "--json")
     event = json.loads(result.stdout)
@@ -832,11 +841,12 @@ def test_status_for_a_program(login: Login, sandbox: Sandbox, content: str, stat
     assert (result.returncode, event["usable"], event["state"]) == (77, False, state)
 
 
-def test_status_while_the_file_cannot_be_read(login: Login, sandbox: Sandbox):
-    """Which does not mean to sign in again."""
+def test_status_of_an_unreadable_file_names_the_error(login: Login, sandbox: Sandbox):
+    """This does not advise a new sign-in."""
     sandbox.write_login(login.path)
     login.path.unlink()
-    login.path.symlink_to("/proc/self/mem")  # a read of its beginning fails with EIO
+    # A read of its beginning fails with EIO.
+    login.path.symlink_to("/proc/self/mem")
     result = login.run("--status")
     assert (result.returncode, result.stderr) == (75, "")
     assert (
@@ -848,7 +858,7 @@ def test_status_while_the_file_cannot_be_read(login: Login, sandbox: Sandbox):
 # --logout
 
 
-def test_logout(login: Login, sandbox: Sandbox):
+def test_logout_revokes_and_removes_the_login(login: Login, sandbox: Sandbox):
     written = sandbox.write_login(login.path, account=ACCOUNT)
     for name in ("new", "refused", "corrupt-1", "refused.0a1b"):
         (login.path.parent / f"tokens.json.{name}").write_text("")
@@ -868,7 +878,7 @@ def test_logout(login: Login, sandbox: Sandbox):
     )
 
 
-def test_logout_without_the_issuer(login: Login, sandbox: Sandbox):
+def test_logout_without_the_issuer_removes_the_login(login: Login, sandbox: Sandbox):
     sandbox.write_login(login.path)
     sandbox.set(answers=[{"path": "/oauth2/revoke", "error": "bad_gateway"}])
     result = login.run("--logout", "--json")
@@ -881,7 +891,7 @@ def test_logout_without_the_issuer(login: Login, sandbox: Sandbox):
     assert login.files() == ["tokens.json.lock"]
 
 
-def test_logout_of_a_file_that_is_no_login(login: Login, sandbox: Sandbox):
+def test_logout_keeps_a_file_that_is_no_login(login: Login, sandbox: Sandbox):
     login.path.parent.mkdir()
     login.path.write_text("{half")
     result = login.run("--logout")
@@ -890,10 +900,10 @@ def test_logout_of_a_file_that_is_no_login(login: Login, sandbox: Sandbox):
     assert login.files() == ["tokens.json.lock"] and sandbox.requests() == []
 
 
-# being quick
+# start-up time
 
 
-def test_help_comes_with_worked_lines_first_and_without_the_http_client(login: Login):
+def test_help_begins_with_examples_and_does_not_import_the_http_client(login: Login):
     code = (
         "import sys\nfrom xaiproxy.login import command\ntry:\n    command.main()\nfinally:\n"
         "    assert not {'requests', 'ssl', 'dotenv', 'logging'} & set(sys.modules)"

@@ -1,4 +1,4 @@
-"""xai-login --doctor: what it says of each thing that can be wrong, and that it only looks."""
+"""xai-login --doctor: its line about each possible fault, and that it changes nothing."""
 
 from __future__ import annotations
 
@@ -37,12 +37,13 @@ COMMAND = [
     "import sys; from xaiproxy.login import command as login; sys.exit(login.main())",
     "--doctor",
 ]
-CLOSED = "http://127.0.0.1:1"  # nobody listens there
+# Nothing is listening there.
+CLOSED = "http://127.0.0.1:1"
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 
 
 class Report:
-    """What was found, as (result, message, exit code), by check and in order."""
+    """The findings, as (result, message, exit code), by check and in order."""
 
     def __init__(self, lines: str, code: int):
         *events, self.end = map(json.loads, lines.splitlines())
@@ -62,8 +63,8 @@ class Report:
             "warnings": sum(event["result"] == "warning" for event in events),
         }
 
-    def says(self, check: str, result: str, message: str, exit_code: int = 0) -> None:
-        """Whether one of its findings is this one; `message` is searched for."""
+    def shows(self, check: str, result: str, message: str, exit_code: int = 0) -> None:
+        """Assert that there is this finding; `message` is a regular expression."""
         assert [
             found
             for found in self.found[check]
@@ -101,7 +102,7 @@ class Patient:
         return Report(lines.getvalue(), code)
 
     def process(self, prefix: list[str], arguments: tuple[str, ...] = (), **environ: str) -> Report:
-        """The same by the command, under another; an empty value takes a variable away."""
+        """Run the command, after `prefix`; an empty value in `environ` unsets that variable."""
         environ = environment(self.folder) | self.environ | environ
         done = subprocess.run(
             [*prefix, *COMMAND, "--json", *arguments],
@@ -128,14 +129,15 @@ class Patient:
 @pytest.fixture
 def patient(sandbox: Sandbox, tmp_path: Path) -> Iterator[Patient]:
     before = os.getcwd()
-    os.chdir(tmp_path)  # where there is no .env
+    # This folder has no .env.
+    os.chdir(tmp_path)
     yield Patient(sandbox, tmp_path)
     os.chdir(before)
 
 
 @pytest.fixture
-def nobody() -> list[str]:
-    """Runs a command as a user without a name or a privilege, to whom our files belong."""
+def other_user() -> list[str]:
+    """A prefix that runs a command as a user without a name or privileges; our files seem its own."""
     prefix = ["unshare", "--user", "--map-user=12345"]
     if subprocess.run([*prefix, "true"], capture_output=True).returncode:
         pytest.skip("unshare --map-user does not work here")
@@ -151,7 +153,7 @@ def snapshot(folder: Path) -> dict[str, tuple]:
 
 
 def tokens_sent(sandbox: Sandbox) -> list[str]:
-    """Where to."""
+    """The targets of the requests that carried a token."""
     return [
         request["target"]
         for request in sandbox.requests()
@@ -159,10 +161,12 @@ def tokens_sent(sandbox: Sandbox) -> list[str]:
     ]
 
 
-# the whole
+# the whole report
 
 
-def test_all_is_well_and_nothing_is_changed(patient: Patient, sandbox: Sandbox, tmp_path: Path):
+def test_a_sound_setup_has_no_finding_and_stays_unchanged(
+    patient: Patient, sandbox: Sandbox, tmp_path: Path
+):
     login = patient.sign_in(account="you@example.org")
     patient.refresher_lives()
     (patient.folder / "tokens.json.new").write_text("left over")
@@ -170,7 +174,8 @@ def test_all_is_well_and_nothing_is_changed(patient: Patient, sandbox: Sandbox, 
         ProxyProcess(patient.folder, issuer=sandbox.url, upstream=sandbox.url) as proxy,
         open(patient.folder / "tokens.json.lock") as lock,
     ):
-        fcntl.flock(lock, fcntl.LOCK_EX)  # whoever wanted it would wait until the test is over
+        # A writer that took the lock would wait until the end of the test.
+        fcntl.flock(lock, fcntl.LOCK_EX)
         before = snapshot(patient.folder)
         report = patient.examine(PORT=str(proxy.port))
         assert snapshot(patient.folder) == before
@@ -188,16 +193,16 @@ def test_all_is_well_and_nothing_is_changed(patient: Patient, sandbox: Sandbox, 
         "proxy",
     ]
     assert {found[0] for check in report.found.values() for found in check} == {"ok"}
-    report.says(
+    report.shows(
         "settings", "ok", f"^the login of {sandbox.url} in {patient.path}, for {sandbox.url}$"
     )
-    report.says(
+    report.shows(
         "login",
         "ok",
         f"^signed in as you@example.org, in {patient.path}. The access token is valid until 20.*, "
         "for another 5 h 59 min",
     )
-    report.says("proxy", "ok", f"^serving http://127.0.0.1:{proxy.port}/v1, and ready: signed in$")
+    report.shows("proxy", "ok", f"^serving http://127.0.0.1:{proxy.port}/v1, and ready: signed in$")
     asked = [(request["method"], request["target"]) for request in sandbox.requests()]
     assert asked == [
         ("GET", "/.well-known/openid-configuration"),
@@ -208,7 +213,7 @@ def test_all_is_well_and_nothing_is_changed(patient: Patient, sandbox: Sandbox, 
     assert login["access_token"] not in report.text and login["refresh_token"] not in report.text
 
 
-def test_a_person_sees_a_line_as_soon_as_it_is_known(patient: Patient):
+def test_a_terminal_shows_each_line_as_soon_as_it_is_known(patient: Patient):
     with ScriptedServer(lambda connection: connection.recv(65536) and connection.recv(1)) as silent:
         environ = (
             environment(patient.folder)
@@ -221,12 +226,13 @@ def test_a_person_sees_a_line_as_soon_as_it_is_known(patient: Patient):
                 r"FAILED   login: not signed in: .*; run `\S+/bin/xai-login --device` to sign "
                 r"in\r\n"
             )
-            terminal.expect(r"\r\x1b\[K\.\.\.      issuer$", 5)  # while it waits
+            # The line shown while it waits.
+            terminal.expect(r"\r\x1b\[K\.\.\.      issuer$", 5)
             terminal.type(CTRL_C)
             assert terminal.end() == 130 and "Traceback" not in terminal.screen
 
 
-def test_a_person_sees_what_is_waited_for_next(patient: Patient, sandbox: Sandbox):
+def test_a_terminal_names_the_check_that_is_running(patient: Patient, sandbox: Sandbox):
     patient.sign_in()
     sandbox.set(answers=[{"path": "/v1/models", "delay": 60}])
     with Terminal(COMMAND, env=environment(patient.folder) | patient.environ, cwd="/") as terminal:
@@ -241,7 +247,7 @@ def test_a_person_sees_what_is_waited_for_next(patient: Patient, sandbox: Sandbo
     ],
 )
 def test_the_last_line_and_the_exit_code(patient: Patient, well: bool, last: str):
-    """A refresher and a proxy that do not run are warnings."""
+    """A stopped refresher and a stopped proxy are warnings."""
     if well:
         patient.sign_in()
     environ = environment(patient.folder) | patient.environ
@@ -259,7 +265,7 @@ def test_the_last_line_and_the_exit_code(patient: Patient, well: bool, last: str
 
 
 @pytest.mark.parametrize(
-    "environ, told, doubtful",
+    "environ, message, doubtful",
     [
         (
             {"ISSUER": "http://192.0.2.1"},
@@ -294,12 +300,12 @@ def test_the_last_line_and_the_exit_code(patient: Patient, well: bool, last: str
         ({"LOG_LEVEL": "loud"}, "^XAI_PROXY_LOG_LEVEL", set()),
     ],
 )
-def test_a_wrong_setting_is_a_line_and_what_does_not_depend_on_it_is_looked_at(
-    patient: Patient, environ: dict[str, str], told: str, doubtful: set[str]
+def test_a_wrong_setting_is_a_failure_and_independent_checks_still_run(
+    patient: Patient, environ: dict[str, str], message: str, doubtful: set[str]
 ):
     patient.sign_in()
     report = patient.examine(**environ)
-    report.says("settings", "failure", told, 78)
+    report.shows("settings", "failure", message, 78)
     assert (report.code, len(report.found["settings"]), len(report.order)) == (78, 1, 11)
     assert {
         check for check, found in report.found.items() if found[0][0] == "skipped"
@@ -307,7 +313,7 @@ def test_a_wrong_setting_is_a_line_and_what_does_not_depend_on_it_is_looked_at(
     assert "secret" not in report.text
 
 
-def test_every_wrong_setting_is_told(patient: Patient):
+def test_every_wrong_setting_is_reported(patient: Patient):
     report = patient.examine(PORT="x", ISSUER="y", XAI_PROXY_ISUER="z", ALL_PROXY="socks://p")
     assert [found[1].split()[0] for found in report.found["settings"]] == [
         "XAI_PROXY_ISUER",
@@ -317,29 +323,29 @@ def test_every_wrong_setting_is_told(patient: Patient):
     ] or report.found["settings"]
 
 
-def test_with_a_dotenv_that_cannot_be_read_no_setting_is_sure(patient: Patient, sandbox: Sandbox):
+def test_an_unreadable_dotenv_makes_every_setting_doubtful(patient: Patient, sandbox: Sandbox):
     patient.sign_in()
     Path(".env").write_bytes(b"#" * (dotenv_file.SIZE_LIMIT + 1))
     report = patient.examine()
-    report.says("settings", "failure", r"/\.env cannot be read", 78)
+    report.shows("settings", "failure", r"/\.env cannot be read", 78)
     assert {found[0][0] for check, found in report.found.items() if check != "settings"} == {
         "skipped"
     }
     assert sandbox.requests() == []
 
 
-def test_without_a_home_folder_there_is_no_token_file_to_look_at(
-    patient: Patient, nobody: list[str]
+def test_without_a_home_folder_the_token_file_is_not_checked(
+    patient: Patient, other_user: list[str]
 ):
-    report = patient.process(nobody, HOME="", XAI_PROXY_TOKEN_PATH="", XAI_PROXY_PORT="http")
-    report.says(
+    report = patient.process(other_user, HOME="", XAI_PROXY_TOKEN_PATH="", XAI_PROXY_PORT="http")
+    report.shows(
         "settings", "failure", "^XAI_PROXY_TOKEN_PATH must be .* no home directory is known", 78
     )
     assert report.order == ["settings"]
 
 
-def test_a_name_that_is_no_setting_but_a_clients_is_a_warning(patient: Patient):
-    patient.examine(XAI_PROXY_KEY="secret").says(
+def test_a_setting_of_a_client_is_a_warning(patient: Patient):
+    patient.examine(XAI_PROXY_KEY="secret").shows(
         "settings", "warning", "^XAI_PROXY_KEY is not a setting"
     )
 
@@ -347,27 +353,27 @@ def test_a_name_that_is_no_setting_but_a_clients_is_a_warning(patient: Patient):
 # the login
 
 
-def test_the_file_that_the_command_line_names(patient: Patient):
+def test_token_path_names_the_file_that_is_checked(patient: Patient):
     patient.sign_in()
     report = patient.process([], arguments=("--token-path", f"{patient.folder}/other"))
-    report.says("login", "failure", "/other does not exist", 77)
+    report.shows("login", "failure", "/other does not exist", 77)
 
 
-def test_no_login(patient: Patient, sandbox: Sandbox):
+def test_a_missing_login_is_a_failure(patient: Patient, sandbox: Sandbox):
     report = patient.examine()
-    report.says(
+    report.shows(
         "login",
         "failure",
         f"^not signed in: {patient.path} does not exist; run `\\S*bin/xai-login --device`",
         77,
     )
-    report.says("token folder", "skipped", "does not exist; signing in creates it")
-    report.says("upstream", "ok", "answers; no token was sent")
+    report.shows("token folder", "skipped", "does not exist; signing in creates it")
+    report.shows("upstream", "ok", "answers; no token was sent")
     assert not patient.folder.exists() and tokens_sent(sandbox) == []
 
 
 @pytest.mark.parametrize(
-    "members, exit_code, told",
+    "members, exit_code, message",
     [
         (
             {"issuer": "https://auth.x.ai"},
@@ -383,17 +389,17 @@ def test_no_login(patient: Patient, sandbox: Sandbox):
     ],
 )
 def test_a_login_that_is_not_for_these_settings_is_sent_nowhere(
-    patient: Patient, sandbox: Sandbox, members: dict[str, Any], exit_code: int, told: str
+    patient: Patient, sandbox: Sandbox, members: dict[str, Any], exit_code: int, message: str
 ):
     patient.sign_in(**members)
-    patient.examine().says("login", "failure", told, exit_code)
+    patient.examine().shows("login", "failure", message, exit_code)
     assert tokens_sent(sandbox) == []
 
 
-def test_a_token_of_xai_goes_to_xai_only(patient: Patient, sandbox: Sandbox):
+def test_a_token_of_xai_is_sent_to_xai_only(patient: Patient, sandbox: Sandbox):
     patient.sign_in(issuer="https://auth.x.ai")
     report = patient.examine(ISSUER="https://auth.x.ai", HTTPS_PROXY=CLOSED)
-    report.says(
+    report.shows(
         "login",
         "failure",
         r"whose tokens go to https on \*\.x\.ai only, but XAI_PROXY_UPSTREAM is",
@@ -404,37 +410,40 @@ def test_a_token_of_xai_goes_to_xai_only(patient: Patient, sandbox: Sandbox):
     ) == []
 
 
-def test_a_file_that_is_no_login(patient: Patient):
+def test_a_file_that_is_no_login_is_a_failure(patient: Patient):
     patient.sign_in()
     patient.path.write_text("{half")
-    patient.examine().says("login", "failure", "is not JSON: .*kept aside", 77)
+    patient.examine().shows("login", "failure", "is not JSON: .*kept aside", 77)
     patient.path.unlink()
     os.mkfifo(patient.path)
-    patient.examine().says("login", "failure", "is not a file; move it away", 75)
+    patient.examine().shows("login", "failure", "is not a file; move it away", 75)
 
 
-def test_a_link_to_a_login(patient: Patient):
+def test_a_link_to_a_login_is_a_failure(patient: Patient):
     patient.sign_in()
     patient.path.rename(patient.folder / "elsewhere")
     patient.path.symlink_to("elsewhere")
-    patient.examine().says("login", "failure", "is a symbolic link .*put the file itself there", 77)
+    patient.examine().shows(
+        "login", "failure", "is a symbolic link .*put the file itself there", 77
+    )
 
 
 @as_root
-def test_another_users_login(patient: Patient):
+def test_a_login_of_another_user_is_a_failure(patient: Patient):
     patient.sign_in()
     os.chown(patient.path, 12345, 12345)
-    patient.examine().says("login", "failure", "belongs to user 12345.*run as that user", 75)
+    patient.examine().shows("login", "failure", "belongs to user 12345.*run as that user", 75)
 
 
-def test_a_file_that_others_may_read(patient: Patient):
+def test_a_file_that_others_may_read_is_a_warning(patient: Patient):
     patient.sign_in()
     patient.path.chmod(0o640)
     report = patient.examine()
-    report.says("login", "warning", r"is open to other users \(mode 0640\); chmod 600 it")
-    report.says("login", "ok", "is valid until")
+    report.shows("login", "warning", r"is open to other users \(mode 0640\); chmod 600 it")
+    report.shows("login", "ok", "is valid until")
     assert stat.S_IMODE(patient.path.stat().st_mode) == 0o640
-    patient.sign_in(refresh_token=None)  # a mounted Secret is as it is
+    # A mounted Secret has the mode that it was mounted with.
+    patient.sign_in(refresh_token=None)
     assert "other users" not in patient.examine().text
 
 
@@ -443,7 +452,7 @@ ENDED = {"code": "invalid_grant", "description": "revoked\x1b[2J", "at": 2000, "
 
 
 @pytest.mark.parametrize(
-    "members, alive, result, exit_code, told",
+    "members, alive, result, exit_code, message",
     [
         ({}, True, "ok", 0, "is valid until .* for another 5 h 59 min"),
         (
@@ -497,40 +506,39 @@ ENDED = {"code": "invalid_grant", "description": "revoked\x1b[2J", "at": 2000, "
         ),
     ],
 )
-def test_how_long_the_login_lasts(
+def test_the_time_left_of_a_login_is_reported(
     patient: Patient,
     sandbox: Sandbox,
     members: dict[str, Any],
     alive: bool,
     result: str,
     exit_code: int,
-    told: str,
+    message: str,
 ):
     patient.sign_in(**members)
     if alive:
         patient.refresher_lives()
-    patient.examine().says("login", result, told, exit_code)
-    assert bool(tokens_sent(sandbox)) is (
-        "expires_at" not in members
-    )  # an expired one goes nowhere, as in the proxy
+    patient.examine().shows("login", result, message, exit_code)
+    # An expired token is sent nowhere, as in the proxy.
+    assert bool(tokens_sent(sandbox)) is ("expires_at" not in members)
 
 
 # the folder
 
 
 @pytest.mark.parametrize(
-    "mode, told", [(0o770, True), (0o702, True), (0o1777, False), (0o755, False)]
+    "mode, warned", [(0o770, True), (0o702, True), (0o1777, False), (0o755, False)]
 )
-def test_a_folder_that_others_may_write_in(patient: Patient, mode: int, told: bool):
+def test_a_folder_that_others_may_write_in_is_a_warning(patient: Patient, mode: int, warned: bool):
     patient.sign_in()
     patient.folder.chmod(mode)
     report = patient.examine()
-    report.says("token folder", "ok", "is writable, and its disk has room")
-    assert ("may be written by other users" in report.text) is told
+    report.shows("token folder", "ok", "is writable, and its disk has room")
+    assert ("may be written by other users" in report.text) is warned
 
 
 @pytest.mark.parametrize(
-    "script, told",
+    "script, message",
     [
         (
             "mount -t tmpfs -o size=1M none {0} && mount -o remount,ro {0}",
@@ -544,7 +552,7 @@ def test_a_folder_that_others_may_write_in(patient: Patient, mode: int, told: bo
         ),
     ],
 )
-def test_a_folder_that_takes_no_file(patient: Patient, script: str, told: str):
+def test_a_folder_that_cannot_be_written_is_a_failure(patient: Patient, script: str, message: str):
     if subprocess.run(
         ["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True
     ).returncode:
@@ -553,37 +561,37 @@ def test_a_folder_that_takes_no_file(patient: Patient, script: str, told: str):
     report = patient.process(
         ["unshare", "-rm", "sh", "-c", script.format(patient.folder) + ' && exec "$@"', "sh"]
     )
-    report.says("token folder", "failure", told, 75)
+    report.shows("token folder", "failure", message, 75)
 
 
-def test_the_room_is_what_the_refresher_wants():
+def test_the_disk_needs_the_room_that_the_refresher_reserves():
     assert doctor_files.ROOM == token_writer.RESERVE
 
 
-def test_a_folder_that_is_closed_to_us(patient: Patient, nobody: list[str]):
+def test_a_folder_without_access_is_a_failure(patient: Patient, other_user: list[str]):
     patient.sign_in()
-    for path, check, told in (
+    for path, check, message in (
         (patient.folder, "token folder", "user 12345 cannot write in "),
         (patient.folder.parent, "token folder", "cannot be accessed .Permission denied"),
         (patient.folder.parent, "login", "cannot be read .Permission denied"),
     ):
         path.chmod(0)
-        patient.process(nobody).says(check, "failure", told, 75)
+        patient.process(other_user).shows(check, "failure", message, 75)
         path.chmod(0o700)
 
 
-def test_a_secrets_folder_need_not_be_writable(patient: Patient):
+def test_the_folder_of_a_secret_may_be_read_only(patient: Patient):
     patient.sign_in(refresh_token=None)
     report = patient.examine()
     assert "token folder" not in report.order
-    report.says("refresher", "skipped", "no refresh token")
+    report.shows("refresher", "skipped", "no refresh token")
 
 
 # the refresher
 
 
 @pytest.mark.parametrize(
-    "age, result, told",
+    "age, result, message",
     [
         (0, "ok", r"^running; its last heartbeat was \d s ago"),
         (55, "ok", "was 55 s ago"),
@@ -597,11 +605,13 @@ def test_a_secrets_folder_need_not_be_writable(patient: Patient):
         (None, "warning", "no heartbeat so far"),
     ],
 )
-def test_the_refreshers_heartbeat(patient: Patient, age: float | None, result: str, told: str):
+def test_the_age_of_the_heartbeat_is_reported(
+    patient: Patient, age: float | None, result: str, message: str
+):
     patient.sign_in()
     if age is not None:
         patient.refresher_lives(age)
-    patient.examine().says("refresher", result, told)
+    patient.examine().shows("refresher", result, message)
 
 
 @pytest.mark.parametrize(
@@ -613,28 +623,28 @@ def test_the_refreshers_heartbeat(patient: Patient, age: float | None, result: s
     ],
     ids=["link", "folder", "fifo"],
 )
-def test_a_lock_that_is_no_file(patient: Patient, make: Callable[[Path], object]):
+def test_a_lock_that_is_no_file_is_a_failure(patient: Patient, make: Callable[[Path], object]):
     patient.sign_in()
     make(patient.folder / "tokens.json.lock")
-    patient.examine().says(
+    patient.examine().shows(
         "refresher", "failure", "is not a regular file and cannot be locked; remove it", 75
     )
 
 
-def test_a_lock_that_is_closed_to_us(patient: Patient, nobody: list[str]):
+def test_a_lock_without_access_is_a_failure(patient: Patient, other_user: list[str]):
     patient.sign_in()
     patient.refresher_lives()
     (patient.folder / "tokens.json.lock").chmod(0o400)
-    report = patient.process(nobody)
-    report.says("refresher", "failure", "tokens.json.lock is closed to user 12345", 75)
-    report.says("login", "ok", "is valid")
+    report = patient.process(other_user)
+    report.shows("refresher", "failure", "tokens.json.lock is closed to user 12345", 75)
+    report.shows("login", "ok", "is valid")
 
 
 # the issuer
 
 
 @pytest.mark.parametrize(
-    "answers, told",
+    "answers, message",
     [
         (
             [{"path": "/.well-known/*", "error": "cloudflare_challenge"}],
@@ -650,32 +660,32 @@ def test_a_lock_that_is_closed_to_us(patient: Patient, nobody: list[str]):
         ),
     ],
 )
-def test_an_issuer_in_trouble(
-    patient: Patient, sandbox: Sandbox, answers: list[dict[str, Any]], told: str
+def test_an_issuer_that_does_not_work_is_a_failure(
+    patient: Patient, sandbox: Sandbox, answers: list[dict[str, Any]], message: str
 ):
     patient.sign_in()
     sandbox.set(answers=answers)
     report = patient.examine()
-    report.says("issuer", "failure", told, 69)
-    report.says("upstream", "ok", "accepts the token")
+    report.shows("issuer", "failure", message, 69)
+    report.shows("upstream", "ok", "accepts the token")
 
 
-def test_nobody_to_be_reached(patient: Patient):
+def test_unreachable_servers_are_failures(patient: Patient):
     patient.sign_in(issuer=CLOSED)
     report = patient.examine(ISSUER=CLOSED, UPSTREAM=CLOSED)
-    report.says(
+    report.shows(
         "issuer",
         "failure",
         "127.0.0.1:1 cannot be reached .*check the network, or XAI_PROXY_ISSUER$",
         69,
     )
-    report.says(
+    report.shows(
         "upstream",
         "failure",
         "127.0.0.1:1 cannot be reached .*check the network, or XAI_PROXY_UPSTREAM$",
         69,
     )
-    report.says("clock", "skipped", "no server answered to compare it with; it is 20")
+    report.shows("clock", "skipped", "no server answered to compare it with; it is 20")
     assert report.code == 69 and len(report.found["upstream"]) == 1
 
 
@@ -690,7 +700,7 @@ PAGE = "with an HTML page: Cloudflare, or a proxy of your network"
 
 
 @pytest.mark.parametrize(
-    "error, exit_code, told",
+    "error, exit_code, message",
     [
         ("bad_credentials", 77, "HTTP 403, unauthenticated:bad-credentials: " + REFUSED),
         ("bad_credentials_old", 77, "HTTP 403: " + REFUSED),
@@ -710,17 +720,17 @@ PAGE = "with an HTML page: Cloudflare, or a proxy of your network"
         ("no_route", 69, "HTTP 404, which is not a response of the API; check XAI_PROXY_UPSTREAM"),
     ],
 )
-def test_what_upstream_says_of_the_token(
-    patient: Patient, sandbox: Sandbox, error: str, exit_code: int, told: str
+def test_an_upstream_error_about_the_token_is_explained(
+    patient: Patient, sandbox: Sandbox, error: str, exit_code: int, message: str
 ):
     patient.sign_in()
     for path in ("/v1/me", "/v1/models"):
         sandbox.set(answers=[{"path": path, "error": error}])
         report = patient.examine()
-        report.says("upstream", "failure", f"^{sandbox.url}{path} answered {told}", exit_code)
+        report.shows("upstream", "failure", f"^{sandbox.url}{path} answered {message}", exit_code)
         assert report.code == exit_code
         assert len(report.found["upstream"]) == (
-            1 if path == "/v1/me" and told.endswith(REFUSED) else 2
+            1 if path == "/v1/me" and message.endswith(REFUSED) else 2
         )
         for words in (
             "OAuth2",
@@ -729,89 +739,90 @@ def test_what_upstream_says_of_the_token(
             "Cloudflare |",
             "No handler",
         ):
-            assert words not in report.text  # a body is nothing to be printed
+            # No body is printed.
+            assert words not in report.text
 
 
 @pytest.mark.parametrize(
-    "scripted, told",
+    "scripted, message",
     [
         ({"status": 200, "body": "<html>Please log in</html>"}, "HTTP 200 " + PAGE),
         ({"status": 200, "body": "null"}, "HTTP 200, which is not a response of the API"),
         ({"status": 200, "body": {"data": "all"}}, ""),
     ],
 )
-def test_a_200_that_is_not_the_apis(
-    patient: Patient, sandbox: Sandbox, scripted: dict[str, Any], told: str
+def test_a_200_that_is_not_the_apis_is_a_failure(
+    patient: Patient, sandbox: Sandbox, scripted: dict[str, Any], message: str
 ):
     patient.sign_in()
     sandbox.set(answers=[{"path": "/v1/*", **scripted}])
-    patient.examine().says("upstream", "failure", told, 69)
+    patient.examine().shows("upstream", "failure", message, 69)
 
 
-def test_a_redirect_does_not_take_the_token_along(patient: Patient, sandbox: Sandbox):
+def test_a_redirect_is_not_followed_with_the_token(patient: Patient, sandbox: Sandbox):
     patient.sign_in()
     with ScriptedServer(answer(200, {})) as elsewhere:
         sandbox.set(
             answers=[{"path": "/v1/*", "status": 302, "headers": {"Location": elsewhere.url}}]
         )
-        patient.examine().says(
+        patient.examine().shows(
             "upstream", "failure", "HTTP 302, which is not a response of the API", 69
         )
     assert elsewhere.requests == []
 
 
-def test_an_account_that_is_blocked(patient: Patient, sandbox: Sandbox):
+def test_a_blocked_account_is_a_failure(patient: Patient, sandbox: Sandbox):
     patient.sign_in()
     sandbox.set(answers=[{"path": "/v1/me", "body": {"team_blocked": True}}])
-    patient.examine().says(
+    patient.examine().shows(
         "upstream", "failure", "the account is blocked.*signing in again does not help", 77
     )
 
 
-def test_no_models(patient: Patient, sandbox: Sandbox):
+def test_an_empty_list_of_models_is_a_warning(patient: Patient, sandbox: Sandbox):
     patient.sign_in()
     sandbox.set(answers=[{"path": "/v1/models", "body": {"object": "list", "data": []}}])
     report = patient.examine()
-    report.says("upstream", "warning", "/v1/models lists no models, as for some accounts")
+    report.shows("upstream", "warning", "/v1/models lists no models, as for some accounts")
     assert report.code == 0
 
 
-def test_a_token_that_was_refused_for_being_new_is_tried_again(patient: Patient, sandbox: Sandbox):
+def test_a_new_token_that_was_refused_is_retried(patient: Patient, sandbox: Sandbox):
     sandbox.set(refuse_fresh=1)
     sandbox.write_login(patient.path)
     pauses: list[float] = []
-    patient.examine(pause=pauses.append).says("upstream", "ok", "/v1/me accepts the token")
+    patient.examine(pause=pauses.append).shows("upstream", "ok", "/v1/me accepts the token")
     assert pauses == [1]
 
 
-def test_a_token_that_was_renewed_meanwhile_is_tried(patient: Patient, sandbox: Sandbox):
+def test_a_token_that_was_renewed_meanwhile_is_used(patient: Patient, sandbox: Sandbox):
     patient.sign_in()
     sandbox.kill()
-    patient.examine(pause=lambda _: patient.sign_in()).says(
+    patient.examine(pause=lambda _: patient.sign_in()).shows(
         "upstream", "ok", "/v1/me accepts the token"
     )
 
 
-def test_a_login_that_was_removed_meanwhile(patient: Patient, sandbox: Sandbox):
+def test_a_login_that_was_removed_meanwhile_is_a_failure(patient: Patient, sandbox: Sandbox):
     patient.sign_in()
     sandbox.kill()
-    patient.examine(pause=lambda _: patient.path.unlink()).says("upstream", "failure", REFUSED, 77)
+    patient.examine(pause=lambda _: patient.path.unlink()).shows("upstream", "failure", REFUSED, 77)
 
 
 @pytest.mark.parametrize(
-    "error, told", [("cloudflare_challenge", PAGE), ("unavailable", "HTTP 503")]
+    "error, message", [("cloudflare_challenge", PAGE), ("unavailable", "HTTP 503")]
 )
-def test_upstream_in_trouble_while_signed_out(
-    patient: Patient, sandbox: Sandbox, error: str, told: str
+def test_an_upstream_that_does_not_work_is_a_failure_without_a_login(
+    patient: Patient, sandbox: Sandbox, error: str, message: str
 ):
     sandbox.set(answers=[{"path": "/v1/me", "error": error}])
-    patient.examine().says("upstream", "failure", told, 69)
+    patient.examine().shows("upstream", "failure", message, 69)
 
 
-# the way there
+# the route
 
 
-def test_the_proxy_on_the_way_is_named_without_its_password(patient: Patient, tmp_path: Path):
+def test_the_proxy_on_the_route_is_named_without_its_password(patient: Patient, tmp_path: Path):
     ca = str(shutil.copy(certifi.where(), tmp_path / "ca.pem"))
     patient.sign_in(issuer="https://auth.example")
     with ScriptedServer(answer(403)) as proxy:
@@ -824,19 +835,19 @@ def test_the_proxy_on_the_way_is_named_without_its_password(patient: Patient, tm
             SSL_CERT_FILE=ca,
         )
     through = rf"through {proxy.url} \(https_proxy\)"
-    report.says(
+    report.shows(
         "network",
         "ok",
         rf"^auth.example {through} and api.example {through}; CA certificates of {ca} "
         r"\(SSL_CERT_FILE\)$",
     )
-    report.says(
+    report.shows(
         "issuer",
         "failure",
         rf"^could not reach auth.example through the proxy {host} \(HTTP 403\)",
         69,
     )
-    report.says(
+    report.shows(
         "upstream",
         "failure",
         rf"^could not reach api.example through the proxy {host} \(HTTP 403\)",
@@ -854,7 +865,7 @@ def settings(**environ: str) -> config.Config:
 
 
 @pytest.mark.parametrize(
-    "environ, told",
+    "environ, message",
     [
         (
             {},
@@ -871,10 +882,10 @@ def settings(**environ: str) -> config.Config:
         ),
     ],
 )
-def test_the_way(environ: dict[str, str], told: str):
+def test_the_route_is_described(environ: dict[str, str], message: str):
     finding = doctor_network.routes(settings(**environ))
     assert finding.result == "ok" and re.match(
-        re.escape(told).replace(r"\.\*", ".*"), finding.message
+        re.escape(message).replace(r"\.\*", ".*"), finding.message
     ), finding
 
 
@@ -882,7 +893,7 @@ def test_the_way(environ: dict[str, str], told: str):
 
 
 @pytest.mark.parametrize(
-    "ahead, result, told",
+    "ahead, result, message",
     [
         ({"a": 60.0}, "ok", "agrees with that of a"),
         ({"a": 60.1}, "warning", "it is 1 min ahead of that of a"),
@@ -892,19 +903,21 @@ def test_the_way(environ: dict[str, str], told: str):
         ({}, "skipped", "no server answered"),
     ],
 )
-def test_how_far_the_clock_may_be_off(ahead: dict[str, float], result: str, told: str):
+def test_a_clock_that_is_a_minute_off_is_a_warning(
+    ahead: dict[str, float], result: str, message: str
+):
     finding = doctor_network.clock(ahead, time.time())
-    assert finding.result == result and re.search(told, finding.message)
+    assert finding.result == result and re.search(message, finding.message)
 
 
-def test_a_clock_that_is_fast(patient: Patient):
+def test_a_fast_clock_is_a_warning(patient: Patient):
     patient.sign_in()
     report = patient.examine(now=lambda: time.time() + 3600)
-    report.says("clock", "warning", r"^it is (59 min|1 h 0 min) ahead of that of 127.0.0.1:\d+")
+    report.shows("clock", "warning", r"^it is (59 min|1 h 0 min) ahead of that of 127.0.0.1:\d+")
 
 
 @pytest.mark.parametrize("age, ahead", [({}, 3600), ({"Age": "3600"}, 0), ({"Age": "1e3"}, 3600)])
-def test_an_answer_from_a_cache_is_dated_when_it_was_made(age: dict[str, str], ahead: float):
+def test_the_age_of_a_cached_response_counts_for_the_clock(age: dict[str, str], ahead: float):
     with ScriptedServer(
         answer(200, {}, Date=email.utils.formatdate(time.time() - 3600, usegmt=True), **age)
     ) as server:
@@ -914,7 +927,7 @@ def test_an_answer_from_a_cache_is_dated_when_it_was_made(age: dict[str, str], a
 
 
 @pytest.mark.parametrize("date", [{}, {"Date": "yesterday"}])
-def test_an_answer_without_a_date_says_nothing_of_the_clock(date: dict[str, str]):
+def test_a_response_without_a_date_does_not_set_the_clock(date: dict[str, str]):
     with ScriptedServer(answer(200, {}, **date)) as server:
         web = doctor_network.ClockSession(settings(), time.time)
         web.get(server.url)
@@ -925,7 +938,7 @@ def test_an_answer_without_a_date_says_nothing_of_the_clock(date: dict[str, str]
 
 
 @pytest.mark.parametrize(
-    "limit, result, told",
+    "limit, result, message",
     [
         (2080, "ok", "^enough for 1000 client connections$"),
         (resource.RLIM_INFINITY, "ok", "enough"),
@@ -933,16 +946,18 @@ def test_an_answer_without_a_date_says_nothing_of_the_clock(date: dict[str, str]
         (1023, "warning", "room for 471 .*; supervisord needs 1024; raise it"),
     ],
 )
-def test_the_limit_of_file_descriptors(limit: int, result: str, told: str):
+def test_a_low_limit_of_file_descriptors_is_reported(limit: int, result: str, message: str):
     finding = doctor_files.descriptors(1000, limit)
-    assert finding.result == result and re.search(told, finding.message), finding
+    assert finding.result == result and re.search(message, finding.message), finding
 
 
-def test_its_own_hard_limit_is_what_counts(patient: Patient):
-    patient.process(["prlimit", "--nofile=80:99"]).says(
+def test_the_hard_limit_of_the_command_counts(patient: Patient):
+    patient.process(["prlimit", "--nofile=80:99"]).shows(
         "file descriptors", "warning", "limit of 99 has room for 9 "
     )
-    patient.process(["prlimit", "--nofile=80:100"]).says("file descriptors", "ok", "enough for 10 ")
+    patient.process(["prlimit", "--nofile=80:100"]).shows(
+        "file descriptors", "ok", "enough for 10 "
+    )
 
 
 # client keys
@@ -951,7 +966,7 @@ KEY = "laptop " + "0" * 64 + "\n"
 
 
 @pytest.mark.parametrize(
-    "content, environ, result, told",
+    "content, environ, result, message",
     [
         (None, {}, "ok", "^no client key required: every program"),
         (None, {"BIND": "::1"}, "ok", "^no client key required: every program"),
@@ -985,8 +1000,8 @@ KEY = "laptop " + "0" * 64 + "\n"
         ),
     ],
 )
-def test_client_keys(
-    patient: Patient, content: str | None, environ: dict[str, str], result: str, told: str
+def test_the_state_of_the_client_keys_is_reported(
+    patient: Patient, content: str | None, environ: dict[str, str], result: str, message: str
 ):
     patient.sign_in()
     if content is not None:
@@ -994,7 +1009,7 @@ def test_client_keys(
     finding = doctor_files.keys(
         settings(**patient.environ | {f"XAI_PROXY_{name}": text for name, text in environ.items()})
     )
-    assert finding.result == result and re.search(told, finding.message), finding
+    assert finding.result == result and re.search(message, finding.message), finding
     assert (
         finding.exit_code == (78 if result == "failure" else 0)
         and "hush hush" not in finding.message
@@ -1006,10 +1021,12 @@ def test_client_keys(
     [os.mkfifo, os.mkdir, lambda path: os.symlink("nowhere", path)],
     ids=["fifo", "folder", "dangling link"],
 )
-def test_client_keys_that_are_no_file(patient: Patient, make: Callable[[Path], object]):
+def test_client_keys_that_are_no_file_are_a_failure(
+    patient: Patient, make: Callable[[Path], object]
+):
     patient.sign_in()
     make(patient.folder / "client-keys")
-    patient.examine().says(
+    patient.examine().shows(
         "client keys", "failure", r"cannot be used \(it is (not a file|a link to nothing)\)", 78
     )
 
@@ -1026,7 +1043,7 @@ def test_client_keys_that_are_no_file(patient: Patient, make: Callable[[Path], o
         ("127.0.0.2", "http://127.0.0.2:1"),
     ],
 )
-def test_no_proxy(bind: str, url: str):
+def test_a_stopped_proxy_is_a_warning(bind: str, url: str):
     finding = doctor_network.proxy(settings(XAI_PROXY_BIND=bind, XAI_PROXY_PORT="1"), True)
     assert finding.result == "warning"
     assert re.search(
@@ -1036,29 +1053,29 @@ def test_no_proxy(bind: str, url: str):
     )
 
 
-def test_a_proxy_with_other_settings(patient: Patient, tmp_path: Path):
+def test_a_proxy_with_other_settings_is_a_failure(patient: Patient, tmp_path: Path):
     patient.sign_in()
     with ProxyProcess(tmp_path) as other:
-        patient.examine(PORT=str(other.port)).says(
+        patient.examine(PORT=str(other.port)).shows(
             "proxy", "failure", "not ready: .*run with other settings than", 75
         )
 
 
-def test_a_proxy_on_any_free_port_is_not_looked_for(patient: Patient):
-    patient.examine(PORT="0").says("proxy", "skipped", "XAI_PROXY_PORT is 0")
+def test_a_proxy_on_port_0_is_not_checked(patient: Patient):
+    patient.examine(PORT="0").shows("proxy", "skipped", "XAI_PROXY_PORT is 0")
 
 
-def test_a_proxy_that_is_not_ready(tmp_path: Path):
+def test_a_proxy_that_is_not_ready_is_a_failure(tmp_path: Path):
     with ProxyProcess(tmp_path) as running:
         where = settings(XAI_PROXY_PORT=str(running.port))
-        for signed_in, told in (
+        for signed_in, message in (
             (False, r"\(missing\); run `xai-login --device` to sign in, or see the log$"),
             (True, r"\(missing\).*; it seems to run with other settings than these$"),
         ):
             finding = doctor_network.proxy(where, signed_in)
             assert (finding.result, finding.exit_code) == ("failure", 75)
             assert re.search(
-                f"/v1, but not ready: no login that can be used {told}", finding.message
+                f"/v1, but not ready: no login that can be used {message}", finding.message
             )
         running.sign_in()
         finding = doctor_network.proxy(
@@ -1077,9 +1094,9 @@ def test_a_proxy_that_is_not_ready(tmp_path: Path):
         answer(200, {"status": "up"}),
     ],
 )
-def test_another_program_on_the_proxys_port(patient: Patient, reply: bytes):
+def test_another_program_on_the_port_is_a_failure(patient: Patient, reply: bytes):
     with ScriptedServer(reply) as other:
-        patient.examine(PORT=str(other.port)).says(
+        patient.examine(PORT=str(other.port)).shows(
             "proxy",
             "failure",
             f"another program listens on {other.url}; stop that, or set XAI_PROXY_PORT",
@@ -1087,7 +1104,7 @@ def test_another_program_on_the_proxys_port(patient: Patient, reply: bytes):
         )
 
 
-def test_what_does_not_answer_on_the_proxys_port_is_given_up():
+def test_a_silent_program_on_the_port_times_out():
     with ScriptedServer(lambda connection: connection.recv(65536) and connection.recv(1)) as silent:
         begun = time.monotonic()
         finding = doctor_network.proxy(settings(XAI_PROXY_PORT=str(silent.port)), True)
