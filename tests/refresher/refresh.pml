@@ -1,9 +1,9 @@
 /*
  * The refresh protocol: what xaiproxy's token_writer.py, token_lock.py, refresher/renewal.py and
- * refresher/schedule.py do with tokens.json, its lock and the issuer, checked by spin in every interleaving. test_model.py runs it; docs/login-safety.md says what
+ * refresher/schedule.py do with tokens.json, its lock and the issuer, checked by spin in every interleaving. test_model.py runs it; docs/login-safety.md lists what
  * follows from it and what does not.
  *
- * A label is a point at which the process can be killed, or any other process can run; what stands in one atomic is one
+ * A label is a point at which the process can be killed, or any other process can run. One atomic is one
  * system call, or reads that only a writer without a lock could come between. A killed process loses its memory, its
  * flocks and nothing else: the page cache outlives it, so without power loss a rename before the fsync makes no
  * difference, and fsync is no step here.
@@ -25,7 +25,7 @@
 
 #define WAIT_IS_A_STEP (REMOVALS || defined(WITHOUT_REREAD) || defined(WITHOUT_LOCK))
 
-/* Refresh tokens. Those of the login that is in the file at first are 0, 1, …; those of another login follow. */
+/* Refresh tokens. 0, 1, … are those of the login that is in the file at first; those of another login follow. */
 #ifndef TOKENS
 #define TOKENS 3
 #endif
@@ -53,7 +53,7 @@ bool lock_held[REMOVALS + 2], folder_held = false;
 /* The issuer, of each login: the one refresh token that is good, and whether the family was revoked. */
 byte good[2];
 bool revoked[2];
-byte in_flight[TOKENS + 2];     /* requests that nobody waits for any more, and that may still arrive */
+byte in_flight[TOKENS + 2];     /* requests whose sender no longer waits, and that may still arrive */
 
 /* What went wrong so far. */
 byte kills = 0, losses = 0, removals = 0, tidyings = 0, foreign = 0, sign_ins = 0;
@@ -64,7 +64,7 @@ bool durable[TOKENS + 2];       /* its successor is in tokens.json.new or tokens
 byte presented[TOKENS + 2];     /* in time, without a definite answer */
 byte charged[TOKENS + 2];       /* tries that were counted for it, less those given back */
 bool excused[TOKENS + 2];       /* an answer to it was lost, or its sender was killed before the successor was written */
-byte checking = 0;              /* processes between their last look at tokens.json and the rename over it */
+byte checking = 0;              /* processes between their last check of tokens.json and the rename over it */
 bool overtaken = false;         /* a writer without a lock came just there */
 
 #define family(token) (token >= OTHER)
@@ -80,7 +80,7 @@ inline issuer(token) {
     fi
 }
 
-/* Its successor is durable: sending it is against property 1 already, and fewer states are told apart. */
+/* Its successor is durable: sending it is against property 1 already, and the model has fewer states. */
 inline forget(token) {
 #if !TIDYINGS
     presented[token] = 0; charged[token] = 0
@@ -128,7 +128,7 @@ proctype Refresher() {
 #endif
 
 end_idle:
-    /* token_writer.locked: open the lock file, or make it, and wait for both locks. While nobody removes the lock file
+    /* token_writer.locked: open the lock file, or make it, and wait for both locks. While the lock file is not removed,
      * all of that is one step: a process that waits has changed nothing yet. */
     atomic {
 #if WAIT_IS_A_STEP
@@ -252,9 +252,9 @@ save_write:
             if :: !late && !recording -> charged[token]++ :: else fi
         or_killed
     fi }
-save_look:
+save_check:
     atomic { if
-#ifdef WITHOUT_LOOK_BEFORE_RENAME
+#ifdef WITHOUT_CHECK_BEFORE_RENAME
         :: begin_check()
 #else
         :: file_token == token -> begin_check()
@@ -274,7 +274,7 @@ save_rename:
         or_killed
     fi }
 
-    /* TokenWriter.reserve, and the last look before the refresh token is sent. */
+    /* TokenWriter.reserve, and the last check before the refresh token is sent. */
 reserve:
     atomic { if
         :: !disk_full -> new_state = ROOM
@@ -307,7 +307,7 @@ send:
 await:
     atomic { if
         :: issuer(token); sent = false
-        :: sent = false;                                    /* busy: nothing was spent, and the issuer says so */
+        :: sent = false;                                    /* busy: nothing was spent, by the issuer's response */
             if :: !late -> presented[token]-- :: else fi;
 #ifdef WITHOUT_GIVING_BACK
             write_tries = counted(tries);
@@ -357,9 +357,9 @@ commit:
 #endif
         or_killed
     fi }
-commit_look:
+commit_check:
     atomic { if
-#ifdef WITHOUT_LOOK_BEFORE_RENAME
+#ifdef WITHOUT_CHECK_BEFORE_RENAME
         :: begin_check()
 #else
         :: file_token == token -> begin_check()
@@ -378,7 +378,7 @@ commit_rename:
 failed:
     atomic { if :: unlink_new(); recording = true; goto save or_killed fi }
 
-    /* Where a process is killed. A label within an atomic is reached by a jump that lets nobody run in between. */
+    /* Where a process is killed. A label within an atomic is reached by a jump that lets no other process run in between. */
     /* `sent`: its request is on the way; `spent`: the issuer has acted on it. */
     atomic {
         skip;

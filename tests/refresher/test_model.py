@@ -1,7 +1,7 @@
-"""The refresh protocol, checked by spin in every interleaving: refresh.pml beside this file, as a
+"""refresh.pml, the model of the refresh protocol, checked by spin in every interleaving, as a
 whole and without each rule.
 
-docs/login-safety.md says what the properties are and what the model leaves out.
+docs/login-safety.md lists the properties, and what the model leaves out.
 """
 
 import concurrent.futures
@@ -28,13 +28,14 @@ NOTHING = {
     "SIGN_INS": 0,
     "FULL": 0,
 }
-LIMIT = 120  # seconds for one search; the longest takes 4 on a core of its own
+# Seconds for one search; the longest takes 4 on a core of its own.
+LIMIT = 120
 
-# How much of what goes wrong is searched at once. All of it together would take hours.
+# How many faults are searched at once. All of them together would take hours.
 WHOLE = {
     "kills and lost answers": dict(REFRESHERS=3, KILLS=3, LOSSES=4),
     "the lock file is removed": dict(REFRESHERS=3, KILLS=1, LOSSES=1, REMOVALS=1, TOKENS=2),
-    "twice, amid kills": dict(REFRESHERS=2, KILLS=2, LOSSES=0, REMOVALS=2, TOKENS=2),
+    "twice, with kills": dict(REFRESHERS=2, KILLS=2, LOSSES=0, REMOVALS=2, TOKENS=2),
     "tokens.json.new is removed": dict(
         REFRESHERS=2, KILLS=2, LOSSES=1, TIDYINGS=1, FULL=1, TOKENS=2
     ),
@@ -42,7 +43,7 @@ WHOLE = {
     "xai-login signs in": dict(REFRESHERS=2, KILLS=1, LOSSES=2, SIGN_INS=1, FULL=1, TOKENS=2),
 }
 
-# A rule that is left out, the property that fails, and the least that has to go wrong for it.
+# A rule that is left out, the property that fails, and the smallest set of faults that breaks it.
 MUTANTS = {
     "WITHOUT_LOCK": (3, dict(REFRESHERS=2)),
     "WITHOUT_FOLDER_LOCK": (3, dict(REFRESHERS=2, REMOVALS=1)),
@@ -50,7 +51,7 @@ MUTANTS = {
     "WITHOUT_ADOPTION": (1, dict(KILLS=1)),
     "WITHOUT_REPLACES": (4, dict(KILLS=1, FOREIGN=1)),
     "WITHOUT_WHOLENESS": (7, dict(KILLS=1)),
-    "WITHOUT_LOOK_BEFORE_RENAME": (4, dict(FOREIGN=1)),
+    "WITHOUT_CHECK_BEFORE_RENAME": (4, dict(FOREIGN=1)),
     "WITHOUT_COUNT_BEFORE": (2, dict(KILLS=1, LOSSES=3)),
     "WITHOUT_COUNT_IN_RECORD": (2, dict(LOSSES=3)),
     "WITHOUT_SHARED_COUNT": (2, dict(REFRESHERS=2, LOSSES=3)),
@@ -63,7 +64,7 @@ MUTANTS = {
     "WITHOUT_DEAF_TO_SIGTERM": (3, dict()),
 }
 
-# Rules that another one makes up for, as long as that one can be relied on.
+# Rules that another rule replaces, as long as that one holds.
 REDUNDANT = {
     "WITHOUT_IDENTITY_CHECK": dict(REFRESHERS=2, KILLS=1, LOSSES=1, REMOVALS=1, TOKENS=2),
     "WITHOUT_REMOVAL_OF_TRY": dict(REFRESHERS=1, KILLS=2, LOSSES=3),
@@ -71,7 +72,7 @@ REDUNDANT = {
 
 
 def search(folder: pathlib.Path, sizes: dict[str, int], macros: str = "", number: int = 0) -> str:
-    """What spin says about the model of these sizes, with all properties (0) or one."""
+    """The output of spin for the model of these sizes, with all properties (0) or one."""
     folder.mkdir()
     options = [
         f"-D{name}={value}"
@@ -79,8 +80,9 @@ def search(folder: pathlib.Path, sizes: dict[str, int], macros: str = "", number
     ]
     for command in (
         ["spin", *options, *(f"-D{macro}" for macro in macros.split()), "-a", MODEL],
+        # Without -O: compiling with it takes longer than it saves.
         ["gcc", "-w", "-DSAFETY", "-o", "pan", "pan.c"],
-    ):  # -O would take longer than it saves
+    ):
         subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL, timeout=LIMIT)
     done = subprocess.run(
         ["./pan", "-m50000", "-w22"],
@@ -124,7 +126,7 @@ def fails(output: str, number: int) -> bool:
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_the_protocol_has_all_properties(searches, name):
+def test_the_protocol_has_every_property(searches, name):
     output = searches[name].result()
     assert holds(output), output
 
@@ -136,7 +138,7 @@ def test_each_rule_is_needed(searches, name):
 
 
 @pytest.mark.parametrize("name", REDUNDANT)
-def test_a_rule_that_another_one_makes_up_for(searches, name):
+def test_a_redundant_rule_can_be_left_out(searches, name):
     output = searches[name].result()
     assert holds(output), output
 
@@ -145,7 +147,7 @@ def test_a_restored_file_is_beyond_the_protocol(searches):
     assert fails(searches["restored"].result(), 1)
 
 
-def test_every_rule_of_the_model_is_taken_out_somewhere():
+def test_every_rule_of_the_model_is_left_out_in_a_test():
     rules = set(re.findall(r"\bWITHOUT_[A-Z_]+\b", MODEL.read_text()))
     assert rules == {
         rule for names in (MUTANTS, REDUNDANT) for name in names for rule in name.split()

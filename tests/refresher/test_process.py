@@ -1,8 +1,8 @@
-"""The refresher's loop in this process, with clocks that run only while it waits, so that hours
+"""The refresher's loop in this process, with clocks that advance only while it waits, so that hours
 pass in a moment.
 
-The issuer is the sandbox, over real sockets; the lock and the file are real. Its processes:
-test_running.py.
+The issuer is the sandbox, over real sockets; the lock and the file are real. The refresher as a
+process: test_running.py.
 """
 
 import base64
@@ -42,7 +42,7 @@ TOKEN_ENDPOINT = "/oauth2/token"
 class Day:
     """A refresher and its day.
 
-    `failures` are those that were recorded in the file: (seconds since the start, error).
+    `failures`: what was recorded in the file, as (seconds since the start, error).
     """
 
     def __init__(self, sandbox, folder, clock_error: float = 0.0, **settings):
@@ -56,7 +56,7 @@ class Day:
         self.start()
 
     def start(self) -> None:
-        """A new process, as far as its memory goes."""
+        """Start a new refresher, which remembers nothing."""
         self.uptime = 0.0
         self.during_pause = lambda: None
         self.refresher = refresher.Refresher(
@@ -72,7 +72,7 @@ class Day:
         self.during_pause()
 
     def sign_in(self, **members) -> dict:
-        """A login written by another process, with the lock, as xai-login does."""
+        """Write a login in another process, with the lock, as xai-login does."""
         login = self.sandbox.write_login(self.path.with_name("login"), **members)
         code = (
             "import os, sys; from xaiproxy import config, token_json, token_store, token_writer\n"
@@ -88,7 +88,7 @@ class Day:
         return login
 
     def put(self, **members) -> dict:
-        """A login in the file that is stale, unless `members` say otherwise."""
+        """Write a login that is stale, unless `members` set other times."""
         now = self.now()
         return self.sandbox.write_login(
             self.path, **{"obtained_at": now - 1000, "expires_at": now + 100, **members}
@@ -133,7 +133,7 @@ def works(day) -> bool:
     return day.sandbox.request("GET", "/v1/models", token=day.login().access_token)[0] == 200
 
 
-def said(caplog, text: str) -> int:
+def logged(caplog, text: str) -> int:
     """The number of log lines with `text`, except the errors that are repeated each minute."""
     return sum(
         text in record.getMessage() for record in caplog.records if record.levelno < logging.ERROR
@@ -145,7 +145,7 @@ def outage_lines(caplog) -> list[str]:
 
 
 def tries(day) -> int:
-    """How often the refresh token was sent to the sandbox."""
+    """The number of requests to the sandbox with the refresh token."""
     return sum(seen.get("grant_type") == "refresh_token" for seen in day.sandbox.requests())
 
 
@@ -192,14 +192,16 @@ def test_a_stale_login_is_refreshed_once(day, caplog):
 
 def test_a_login_is_renewed_when_a_fifth_of_its_life_is_left_and_not_before(day):
     day.put_fresh()
-    day._begin += 17279 - 5  # the clock is set forward, or the machine slept
+    # The clock was set forward, or the machine was suspended.
+    day._begin += 17279 - 5
     day.pass_(5)
     assert tries(day) == 0
     day.pass_(2)
     assert (tries(day), day.sandbox.counters()["refreshes"]) == (1, 1)
 
 
-def test_a_login_of_the_rust_program_is_kept_alive(day):
+def test_a_login_of_the_rust_program_is_refreshed(day):
+    # This program's issuer is always auth.x.ai.
     whole = day.put_fresh()
     day.path.write_text(
         json.dumps(
@@ -214,15 +216,16 @@ def test_a_login_of_the_rust_program_is_kept_alive(day):
                 )
             }
         )
-    )  # its issuer is always auth.x.ai
+    )
     day.pass_(1)
     assert tries(day) == 0
-    day._begin += 17300  # its lifetime is known from the JWT
+    # The lifetime is known from the JWT.
+    day._begin += 17300
     day.pass_(1)
     assert works(day) and day.sandbox.counters()["refreshes"] == 1
 
 
-def test_an_answer_without_refresh_token_keeps_the_one_there_is(day):
+def test_a_response_without_refresh_token_keeps_the_former(day):
     day.sandbox.set(send_refresh_token=False)
     old = day.put()
     day.pass_(1)
@@ -235,7 +238,7 @@ def test_an_answer_without_refresh_token_keeps_the_one_there_is(day):
     assert day.sandbox.counters()["refreshes"] == 2 and works(day)
 
 
-def test_tokens_of_seconds_are_renewed_in_time(day):
+def test_tokens_with_a_lifetime_of_seconds_are_refreshed_in_time(day):
     day.sandbox.set(access_token_lifetime=4)
     day.put()
     for _ in range(40):
@@ -244,7 +247,7 @@ def test_tokens_of_seconds_are_renewed_in_time(day):
     assert 8 <= day.sandbox.counters()["refreshes"] <= 14
 
 
-def test_a_clock_set_back_is_put_right_when_a_token_is_refused(day):
+def test_a_token_refused_after_the_clock_was_set_back_is_refreshed(day):
     old = day.put_fresh()
     day._begin -= 864000
     day.pass_(60)
@@ -254,7 +257,7 @@ def test_a_clock_set_back_is_put_right_when_a_token_is_refused(day):
     assert tries(day) == 1 and day.login().expires_at == pytest.approx(day.now() + 21600, abs=5)
 
 
-def test_a_leftover_of_a_killed_refresher_is_used_instead_of_the_spent_token(day):
+def test_the_leftover_of_a_killed_refresher_replaces_the_spent_token(day):
     old = day.put()
     answer = day.sandbox.refresh(old["refresh_token"])[1]
     login = token_json.from_response(
@@ -271,7 +274,7 @@ def test_a_leftover_of_a_killed_refresher_is_used_instead_of_the_spent_token(day
     assert day.sandbox.counters()["reuses"] == 0 and works(day)
 
 
-# failing, before anything was spent
+# failures before the refresh token is spent
 
 
 @pytest.mark.parametrize(
@@ -288,7 +291,7 @@ def test_a_leftover_of_a_killed_refresher_is_used_instead_of_the_spent_token(day
     ],
     ids=lambda answer: str(answer.get("error", answer.get("status"))),
 )
-def test_a_definite_failure_backs_off_and_the_old_login_stays(day, answer, caplog):
+def test_a_definite_failure_backs_off_and_keeps_the_old_login(day, answer, caplog):
     old = day.put(expires_at=day.now() + 50)
     script(day, **answer)
     day.pass_(100)
@@ -298,7 +301,8 @@ def test_a_definite_failure_backs_off_and_the_old_login_stays(day, answer, caplo
         assert (error.terminal, error.at, error.failures) == (False, day._begin + at, nth + 1)
         assert error.code == "issuer_unavailable"
         wait = error.retry_at - error.at
-        longest = max(0, 50 - at) + 10  # after expiry, 10
+        # 10 s after expiry at the latest.
+        longest = max(0, 50 - at) + 10
         assert min(2**nth / 2, 30, longest) <= wait <= min(2**nth, 60, longest)
         if nth + 1 < len(times):
             assert 0 <= times[nth + 1] - at - wait <= refresher.POLL_INTERVAL
@@ -307,24 +311,24 @@ def test_a_definite_failure_backs_off_and_the_old_login_stays(day, answer, caplo
         old["access_token"],
         old["refresh_token"],
     )
-    assert said(caplog, "could not be refreshed") == 1
+    assert logged(caplog, "could not be refreshed") == 1
     day.sandbox.set(answers=[])
     day.pass_(60)
     assert works(day) and day.login().refresh_error is None
-    assert said(caplog, f"refreshed after {len(times)} failures") == 1
+    assert logged(caplog, f"refreshed after {len(times)} failures") == 1
 
 
-def test_an_issuer_that_was_down_for_long_is_noticed_within_seconds_of_its_return(day, caplog):
+def test_a_long_outage_of_the_issuer_ends_within_seconds_of_its_return(day, caplog):
     day.put()
     script(day, error="unavailable")
     day.pass_(600)
     assert tries(day) < 600 / 5
     script(day, delay=0)
     day.pass_(10.5)
-    assert works(day) and said(caplog, "could not be refreshed") == 1
+    assert works(day) and logged(caplog, "could not be refreshed") == 1
 
 
-def test_failures_leave_nothing_open(day):
+def test_failures_leave_no_descriptor_open(day):
     day.put()
     script(day, error="unavailable")
     day.pass_(5)
@@ -338,14 +342,14 @@ def test_failures_leave_nothing_open(day):
     ]
 
 
-def test_retry_after_is_honoured(day):
+def test_retry_after_sets_the_next_try(day):
     day.put()
     script(day, error="unavailable", headers={"Retry-After": "40"})
     day.pass_(100)
     assert day.times() == pytest.approx([0, 40, 80], abs=0.5)
 
 
-def test_the_wait_is_over_at_once_on_sighup(day):
+def test_sighup_ends_the_backoff(day):
     day.put()
     script(day, error="unavailable", headers={"Retry-After": "250"}, times=1)
     day.pass_(10)
@@ -358,7 +362,7 @@ def test_the_wait_is_over_at_once_on_sighup(day):
 @pytest.mark.parametrize(
     "error, code", [("tier_denied", "access_denied"), ("invalid_client", "invalid_client")]
 )
-def test_a_refusal_of_plan_or_client_is_tried_every_five_minutes(day, error, code, caplog):
+def test_a_refused_plan_or_client_is_retried_every_five_minutes(day, error, code, caplog):
     day.put()
     script(day, error=error)
     day.pass_(650)
@@ -366,13 +370,13 @@ def test_a_refusal_of_plan_or_client_is_tried_every_five_minutes(day, error, cod
     assert {
         (error.code, error.terminal, round(error.retry_at - error.at)) for _, error in day.failures
     } == {(code, False, 300)}
-    assert said(caplog, "could not be refreshed") == 1
+    assert logged(caplog, "could not be refreshed") == 1
     script(day, delay=0)
     day.pass_(300)
     assert works(day) and day.login().refresh_error is None
 
 
-# failing, when the refresh token may be spent
+# failures after which the refresh token may be spent
 
 
 @pytest.mark.parametrize(
@@ -391,9 +395,7 @@ def test_a_refusal_of_plan_or_client_is_tried_every_five_minutes(day, error, cod
     ],
     ids=str,
 )
-def test_a_lost_answer_is_tried_three_times_and_then_shortly_before_the_token_expires(
-    day, answer, caplog
-):
+def test_a_lost_response_gets_three_tries_and_one_shortly_before_expiry(day, answer, caplog):
     last_try_at = day.now() + 100 - 50
     day.put(obtained_at=day.now() - 400, expires_at=day.now() + 100)
     script(day, **answer)
@@ -401,18 +403,20 @@ def test_a_lost_answer_is_tried_three_times_and_then_shortly_before_the_token_ex
     assert tries(day) == 3 and day.times()[2] <= 3.5
     assert [error.code for _, error in day.failures] == ["answer_lost"] * 3
     assert day.failures[2][1].retry_at == pytest.approx(last_try_at, abs=0.1)
-    day.start()  # nor does another process
+    # Another process does not retry either.
+    day.start()
     day._begin += 45
     day.pass_(4)
     assert tries(day) == 3
     day.pass_(10)
-    assert tries(day) >= 5  # now there is nothing to lose: backoff
+    # The token expired, so there is nothing to lose: backoff.
+    assert tries(day) >= 5
     day.sandbox.set(answers=[])
     day.pass_(60)
     assert works(day) and day.sandbox.counters()["reuses"] == 0
 
 
-def test_a_lost_answer_is_had_again_within_the_issuers_grace(day):
+def test_a_lost_response_is_recovered_within_the_issuers_grace(day):
     day.sandbox.set(grace=60)
     day.put()
     script(day, cut="reset", process=True, times=2)
@@ -421,7 +425,7 @@ def test_a_lost_answer_is_had_again_within_the_issuers_grace(day):
     assert works(day) and day.login().refresh_error is None
 
 
-def test_a_lost_answer_is_tried_again_when_upstream_refuses_the_token(day):
+def test_a_lost_response_is_retried_when_upstream_refuses_the_token(day):
     old = day.put(obtained_at=day.now() - 20000, expires_at=day.now() + 4000)
     script(day, cut="reset")
     day.pass_(60)
@@ -432,7 +436,7 @@ def test_a_lost_answer_is_tried_again_when_upstream_refuses_the_token(day):
     assert tries(day) == 4 and works(day)
 
 
-def test_a_lost_answer_without_grace_ends_the_login_and_says_so(day, caplog):
+def test_a_lost_response_without_grace_ends_the_login(day, caplog):
     day.put()
     script(day, cut="reset", process=True, times=1)
     day.pass_(60)
@@ -440,10 +444,10 @@ def test_a_lost_answer_without_grace_ends_the_login_and_says_so(day, caplog):
     assert day.login().refresh_error.terminal
 
 
-# refused
+# refused grants
 
 
-def test_a_dead_login_is_said_once_and_its_successor_is_used_without_a_restart(day, caplog):
+def test_a_dead_login_is_logged_once_and_a_new_one_is_used_without_restart(day, caplog):
     old = day.put()
     day.sandbox.kill("logins")
     day.pass_(600)
@@ -452,10 +456,11 @@ def test_a_dead_login_is_said_once_and_its_successor_is_used_without_a_restart(d
     [(at, error)] = day.failures
     assert (at, error.code, error.terminal, error.retry_at) == (0, "invalid_grant", True, None)
     assert tries(day) == 1
-    assert said(caplog, errors.SIGN_IN) == 1
-    day.start()  # another process reads it in the file, and says it again
+    assert logged(caplog, errors.SIGN_IN) == 1
+    # Another process reads it in the file, and logs it again.
+    day.start()
     day.pass_(600)
-    assert tries(day) == 1 and said(caplog, errors.SIGN_IN) == 2
+    assert tries(day) == 1 and logged(caplog, errors.SIGN_IN) == 2
     new = day.sign_in(obtained_at=day.now() - 1000, expires_at=day.now() + 100)
     day.pass_(1)
     assert (
@@ -466,12 +471,13 @@ def test_a_dead_login_is_said_once_and_its_successor_is_used_without_a_restart(d
     assert (tries(day), day.sandbox.counters()["reuses"]) == (2, 0)
 
 
-def test_a_login_that_has_ended_is_an_error_each_minute_once_no_request_can_be_served(day, caplog):
+def test_a_dead_login_is_an_error_each_minute_once_no_request_is_served(day, caplog):
     day.put()
     day.sandbox.kill("logins")
     day.pass_(95)
     assert outage_lines(caplog) == []
-    day.pass_(130)  # the access token expires after 100
+    # The access token expires after 100 s.
+    day.pass_(130)
     assert (
         outage_lines(caplog)
         == [f"requests cannot be served: the login has ended (invalid_grant); {judgement.SIGN_IN}"]
@@ -482,7 +488,7 @@ def test_a_login_that_has_ended_is_an_error_each_minute_once_no_request_can_be_s
     assert len(outage_lines(caplog)) == 3
 
 
-def test_an_outage_of_the_issuer_is_an_error_each_minute_once_no_request_can_be_served(day, caplog):
+def test_an_issuer_outage_is_an_error_each_minute_once_no_request_is_served(day, caplog):
     day.put()
     script(day, error="cloudflare_challenge")
     day.pass_(95)
@@ -494,7 +500,7 @@ def test_an_outage_of_the_issuer_is_an_error_each_minute_once_no_request_can_be_
     )
     day.sandbox.set(answers=[])
     day.pass_(100)
-    assert len(outage_lines(caplog)) == 3 and said(caplog, "refreshed after") == 1
+    assert len(outage_lines(caplog)) == 3 and logged(caplog, "refreshed after") == 1
 
 
 def judged(day) -> judgement.Verdict:
@@ -505,7 +511,7 @@ def judged(day) -> judgement.Verdict:
     ).verdict
 
 
-def test_a_failure_is_no_longer_told_when_another_process_has_signed_in(day):
+def test_a_sign_in_by_another_process_clears_a_failure(day):
     script(day, error="unavailable", headers={"Retry-After": "300"})
     day.put()
     day.pass_(3)
@@ -515,9 +521,10 @@ def test_a_failure_is_no_longer_told_when_another_process_has_signed_in(day):
     assert judged(day) is judgement.Verdict.GOOD
 
 
-def test_a_disk_that_was_full_is_no_longer_told_when_another_process_could_save(day):
+def test_a_save_by_another_process_clears_a_full_disk(day):
     day.put()
-    day.store.new_path.mkdir()  # nobody can make a file there
+    # No process can make a file there.
+    day.store.new_path.mkdir()
     day.pass_(3)
     assert judged(day) is judgement.Verdict.NO_ROOM
     day.store.new_path.rmdir()
@@ -526,7 +533,7 @@ def test_a_disk_that_was_full_is_no_longer_told_when_another_process_could_save(
     assert judged(day) is judgement.Verdict.GOOD
 
 
-def test_a_refresh_that_was_declined_is_no_failure_once_upstream_takes_the_token_again(day):
+def test_a_declined_refresh_is_no_failure_once_upstream_accepts_the_token(day):
     old = day.put_fresh()
     day.pass_(1)
     for token in (old["access_token"], None):
@@ -537,12 +544,13 @@ def test_a_refresh_that_was_declined_is_no_failure_once_upstream_takes_the_token
         "upstream_refuses",
         judgement.Verdict.REFUSED,
     )
-    day.store.refused_path.unlink()  # as the proxy does
+    # As the proxy does.
+    day.store.refused_path.unlink()
     day.store.refused = None
     assert judged(day) is judgement.Verdict.GOOD
 
 
-def test_a_file_of_version_0_1_that_waits_after_a_lost_answer_goes_on_waiting(day):
+def test_the_wait_after_a_lost_response_in_a_file_of_version_0_1_holds(day):
     day.put(
         obtained_at=day.now() - 15000,
         expires_at=day.now() + 3000,
@@ -561,7 +569,7 @@ def test_a_file_of_version_0_1_that_waits_after_a_lost_answer_goes_on_waiting(da
     assert tries(day) == 1 and works(day)
 
 
-def test_the_remembered_endpoint_is_trusted_again_after_a_refresh(day):
+def test_the_remembered_endpoint_is_used_again_after_a_refresh(day):
     script(day, {"error": "unavailable", "headers": {"Retry-After": "1"}, "times": 1})
     day.put()
     day.pass_(10)
@@ -571,7 +579,7 @@ def test_the_remembered_endpoint_is_trusted_again_after_a_refresh(day):
     assert sum("openid-configuration" in seen["target"] for seen in day.sandbox.requests()) == 1
 
 
-def test_new_tokens_that_are_dropped_are_told(day, caplog):
+def test_new_tokens_that_are_dropped_are_logged(day, caplog):
     script(day, delay=1.0)
     day.put()
     removal = threading.Timer(0.5, day.path.unlink)
@@ -579,10 +587,10 @@ def test_new_tokens_that_are_dropped_are_told(day, caplog):
     day.pass_(3)
     removal.join()
     assert day.sandbox.counters()["refreshes"] == 1
-    assert said(caplog, "so the new tokens of that login are dropped") == 1
+    assert logged(caplog, "so the new tokens of that login are dropped") == 1
 
 
-def test_a_lock_that_hangs_is_told_by_the_light_and_an_error(day, caplog):
+def test_a_lock_that_hangs_is_in_the_status_and_an_error(day, caplog):
     day.put(obtained_at=day.now() - 2000, expires_at=day.now() + 150)
     with token_writer.locked(day.store, 0):
         day.pass_(70)
@@ -601,7 +609,7 @@ def test_a_folder_that_cannot_be_written_is_an_error_once_the_token_expired(day,
     )
 
 
-def test_once_says_that_a_next_try_is_waited_for(day):
+def test_once_reports_a_backoff(day):
     day.put(expires_at=day.now() - 5)
     script(day, error="unavailable", headers={"Retry-After": "300"})
     for _ in range(2):
@@ -611,7 +619,7 @@ def test_once_says_that_a_next_try_is_waited_for(day):
     assert tries(day) == 1 and "next try in " in str(caught.value)
 
 
-def test_once_tries_when_the_next_try_is_from_before_the_clock_was_set_back(day):
+def test_once_ignores_a_backoff_from_before_the_clock_was_set_back(day):
     day.put(
         expires_at=day.now() - 5,
         refresh_error={
@@ -626,15 +634,15 @@ def test_once_tries_when_the_next_try_is_from_before_the_clock_was_set_back(day)
     assert day.refresher.once() == 0 and works(day)
 
 
-def test_each_dead_login_is_said(day, caplog):
+def test_each_dead_login_is_logged(day, caplog):
     for number in (1, 2):
         day.put()
         day.sandbox.kill("logins")
         day.pass_(10)
-        assert said(caplog, errors.SIGN_IN) == tries(day) == number
+        assert logged(caplog, errors.SIGN_IN) == tries(day) == number
 
 
-def test_an_outage_is_said_once_whatever_it_looks_like(day, caplog):
+def test_an_outage_with_changing_errors_is_logged_once(day, caplog):
     day.put()
     script(
         day,
@@ -645,10 +653,10 @@ def test_an_outage_is_said_once_whatever_it_looks_like(day, caplog):
     )
     day.pass_(60)
     assert works(day) and len(day.failures) == 4
-    assert said(caplog, "could not be refreshed") == 1
+    assert logged(caplog, "could not be refreshed") == 1
 
 
-def test_a_refused_grant_is_not_the_end_when_the_file_holds_another_by_now(day, tmp_path, caplog):
+def test_a_refused_grant_is_ignored_once_the_file_has_another(day, tmp_path, caplog):
     day.put()
     day.sandbox.kill("logins")
     other = day.sandbox.write_login(
@@ -657,19 +665,19 @@ def test_a_refused_grant_is_not_the_end_when_the_file_holds_another_by_now(day, 
     script(day, {"delay": 0.5, "times": 1})
     thread = threading.Thread(target=day.pass_, args=(1,))
     thread.start()
-    day.sandbox.wait(
-        lambda seen: seen["token_requests"] == 3
-    )  # two logins, and the refresh that is on its way
-    os.replace(tmp_path / "other", day.path)  # by somebody who takes no lock
+    # Two logins, and the refresh that is in flight.
+    day.sandbox.wait(lambda seen: seen["token_requests"] == 3)
+    # A writer that does not take the lock.
+    os.replace(tmp_path / "other", day.path)
     thread.join()
     assert day.failures == [] and day.login().access_token != other["access_token"] and works(day)
-    assert said(caplog, "could not be refreshed") == 0
+    assert logged(caplog, "could not be refreshed") == 0
 
 
 # the token endpoint
 
 
-def test_a_page_from_the_remembered_endpoint_leads_to_the_one_that_the_issuer_names(day):
+def test_an_html_page_from_the_remembered_endpoint_starts_discovery(day):
     day.put(token_endpoint=f"{day.sandbox.url}/oauth/token")
     day.sandbox.set(answers=[{"path": "/oauth/token", "error": "cloudflare_challenge"}])
     day.pass_(3)
@@ -712,14 +720,14 @@ def test_a_remembered_endpoint_is_used_when_the_issuer_names_none(day):
 @pytest.mark.parametrize(
     "endpoint", [None, "http://192.0.2.1/token", "https://user@127.0.0.1/token", "nonsense"]
 )
-def test_an_endpoint_that_fails_the_checks_is_never_spoken_to(day, endpoint):
+def test_an_endpoint_that_fails_the_checks_gets_no_request(day, endpoint):
     day.put(token_endpoint=endpoint)
     day.pass_(1)
     assert day.failures == [] and works(day)
     assert day.login().token_endpoint == f"{day.sandbox.url}{TOKEN_ENDPOINT}"
 
 
-def test_an_issuer_that_is_another_gets_no_refresh_token(day, caplog):
+def test_another_issuer_gets_no_refresh_token(day, caplog):
     day.put(token_endpoint=None)
     day.sandbox.set(
         answers=[
@@ -728,10 +736,10 @@ def test_an_issuer_that_is_another_gets_no_refresh_token(day, caplog):
     )
     day.pass_(30)
     assert tries(day) == 0 and day.failures[0][1].code == "issuer_unavailable"
-    assert said(caplog, "XAI_PROXY_ISSUER") == 1
+    assert logged(caplog, "XAI_PROXY_ISSUER") == 1
 
 
-# asked
+# refreshes that the proxy asks for
 
 
 def test_many_refused_requests_cost_one_refresh(day):
@@ -740,12 +748,13 @@ def test_many_refused_requests_cost_one_refresh(day):
         day.store.ask_refresh(old["access_token"])
     day.pass_(1)
     for _ in range(50):
-        day.store.ask_refresh(old["access_token"])  # by a proxy that has not read the file yet
+        # A proxy that has not read the file yet asks once more.
+        day.store.ask_refresh(old["access_token"])
     day.pass_(300)
     assert tries(day) == 1 and works(day) and day.failures == []
 
 
-def test_the_note_is_removed_when_it_has_been_acted_upon(day):
+def test_the_note_is_removed_after_the_refresh(day):
     day.store.ask_refresh(day.put_fresh()["access_token"])
     day.pass_(1)
     assert not day.store.refused_path.exists()
@@ -759,15 +768,16 @@ def test_a_note_about_another_token_does_nothing(day, note):
     assert tries(day) == 0
 
 
-def test_an_ask_that_comes_too_early_is_declined_once_and_done_when_it_may_be(day, caplog):
+def test_an_asked_refresh_that_is_too_early_is_declined_once_and_made_later(day, caplog):
     day.store.ask_refresh(day.put_fresh()["access_token"])
     day.pass_(1)
     day.store.ask_refresh(day.login().access_token)
     day.pass_(100)
-    [(at, error)] = day.failures  # recorded once
+    # It was recorded once.
+    [(at, error)] = day.failures
     assert at == 1 and error.code == "upstream_refuses" and not error.terminal
     assert error.retry_at - day._begin == pytest.approx(120, abs=0.5)
-    assert tries(day) == 1 and said(caplog, "refuses access tokens") == 1
+    assert tries(day) == 1 and logged(caplog, "refuses access tokens") == 1
     day.pass_(30)
     assert tries(day) == 2 and day.login().refresh_error is None and works(day)
     day.store.ask_refresh(day.login().access_token)
@@ -779,7 +789,7 @@ def test_an_ask_that_comes_too_early_is_declined_once_and_done_when_it_may_be(da
 
 def test_an_upstream_that_refuses_every_token_costs_six_refreshes_in_two_hours(day):
     def pass_on() -> None:
-        """Make a tick last a second, of which the refresher sleeps a quarter."""
+        """Run one turn as one second, of which the refresher sleeps a quarter."""
         day.uptime += 1 - refresher.POLL_INTERVAL
 
     day.put_fresh()
@@ -795,7 +805,7 @@ def test_an_upstream_that_refuses_every_token_costs_six_refreshes_in_two_hours(d
 
 
 @pytest.mark.parametrize("clock_error", [864000, -864000])
-def test_a_wrong_clock_costs_nothing_when_the_answer_has_no_expires_in(
+def test_a_wrong_clock_is_harmless_when_the_response_has_no_expires_in(
     sandbox, tmp_path, clock_error
 ):
     sandbox.set(send_expires_in=False)
@@ -806,7 +816,7 @@ def test_a_wrong_clock_costs_nothing_when_the_answer_has_no_expires_in(
     assert day.login().expires_at == pytest.approx(day._begin + 21600, abs=2)
 
 
-def test_a_token_that_is_stale_at_once_is_no_storm(day, caplog):
+def test_a_token_that_is_stale_at_once_backs_off(day, caplog):
     day.put()
     claims = (
         base64.urlsafe_b64encode(json.dumps({"exp": int(day.now()) - 5}).encode())
@@ -817,7 +827,7 @@ def test_a_token_that_is_stale_at_once_is_no_storm(day, caplog):
     day.pass_(100)
     assert 6 <= tries(day) <= 9
     assert {error.code for _, error in day.failures} == {"stale_at_once"}
-    assert said(caplog, "check this machine's clock") == 1
+    assert logged(caplog, "check this machine's clock") == 1
     day.sandbox.set(answers=[])
     day.pass_(100)
     assert day.login().refresh_error is None and day.login().state(day.now(), 120) is State.FRESH
@@ -846,7 +856,7 @@ STATES = {
 
 
 @pytest.mark.parametrize("make, sentence", STATES.values(), ids=STATES)
-def test_a_login_that_cannot_be_used_is_said_once_and_waited_on(day, make, sentence, caplog):
+def test_an_unusable_login_is_logged_once_and_read_again(day, make, sentence, caplog):
     make(day)
     day.pass_(60)
     assert [sentence in record.getMessage() for record in caplog.records] == [True]
@@ -860,18 +870,18 @@ def test_a_login_that_cannot_be_used_is_said_once_and_waited_on(day, make, sente
     assert works(day)
     day.path.unlink()
     day.pass_(60)
-    assert said(caplog, "does not exist") == 1 + (sentence == "does not exist")
+    assert logged(caplog, "does not exist") == 1 + (sentence == "does not exist")
 
 
-def test_a_mode_that_lets_others_in_is_put_right_with_one_warning(day, caplog):
+def test_a_file_open_to_other_users_is_made_private_with_one_warning(day, caplog):
     day.put_fresh()
     day.path.chmod(0o664)
     day.pass_(60)
     assert stat.S_IMODE(day.path.stat().st_mode) == 0o600
-    assert said(caplog, "was open to other users (mode 0664); its mode is now 0600") == 1
+    assert logged(caplog, "was open to other users (mode 0664); its mode is now 0600") == 1
 
 
-# the lock and the sign of life
+# the lock and the heartbeat
 
 
 @pytest.fixture
@@ -890,16 +900,16 @@ def holder(day):
 
 
 def beats(day) -> list[float]:
-    """When the refresher gave a sign of life, from now on."""
+    """The times at which the refresher writes a heartbeat, from now on."""
     seen = []
 
-    def look():
+    def record():
         if day.store.refresher_age(time.time()) is not None:
             seen.append(day.uptime)
             os.utime(day.store.lock_path, (0, 0))
 
     os.utime(day.store.lock_path, (0, 0))
-    day.during_pause = look
+    day.during_pause = record
     return seen
 
 
@@ -910,7 +920,7 @@ def gaps(seen) -> list[float]:
 @pytest.mark.parametrize(
     "make", [lambda day: None, lambda day: day.put_fresh()], ids=["signed out", "signed in"]
 )
-def test_a_sign_of_life_is_given_every_ten_seconds(day, make):
+def test_a_heartbeat_is_written_every_ten_seconds(day, make):
     make(day)
     seen = beats(day)
     day.pass_(60)
@@ -919,7 +929,7 @@ def test_a_sign_of_life_is_given_every_ten_seconds(day, make):
     assert day.store.refresher_alive(time.time())
 
 
-def test_a_sign_of_life_is_given_before_a_refresh_which_may_take_long(day):
+def test_a_heartbeat_is_written_before_a_refresh(day):
     day.put_fresh()
     day.pass_(1)
     os.utime(day.store.lock_path, (0, 0))
@@ -928,24 +938,23 @@ def test_a_sign_of_life_is_given_before_a_refresh_which_may_take_long(day):
     assert tries(day) == 1 and day.store.refresher_age(time.time()) is not None
 
 
-def test_signs_of_life_go_on_while_a_refreshed_login_cannot_be_saved(day):
+def test_heartbeats_continue_while_a_refreshed_login_cannot_be_saved(day):
     day.put()
     script(day, {"delay": 0.5, "times": 1})
     seen, aside = beats(day), day.path.with_name("aside")
-    look = day.during_pause
+    record = day.during_pause
 
-    def mend():
-        look()
+    def repair():
+        record()
         if day.uptime >= 50 and aside.exists():
             day.path.rmdir()
             aside.rename(day.path)
 
-    day.during_pause = mend
+    day.during_pause = repair
     thread = threading.Thread(target=day.pass_, args=(60,))
     thread.start()
-    day.sandbox.wait(
-        lambda seen: seen["token_requests"] == 2
-    )  # the login, and the refresh that is on its way
+    # The sign-in, and the refresh that is in flight.
+    day.sandbox.wait(lambda seen: seen["token_requests"] == 2)
     day.path.rename(aside)
     day.path.mkdir()
     thread.join()
@@ -953,13 +962,13 @@ def test_signs_of_life_go_on_while_a_refreshed_login_cannot_be_saved(day):
     assert tries(day) == 1 and works(day)
 
 
-def test_a_held_lock_is_waited_for_with_signs_of_life_and_said_once(day, holder, caplog):
+def test_heartbeats_continue_while_a_held_lock_is_logged_once(day, holder, caplog):
     day.put()
     seen = beats(day)
-    look = day.during_pause
+    record = day.during_pause
 
     def let_go():
-        look()
+        record()
         if day.uptime >= 150 and not holder.stdin.closed:
             holder.stdin.close()
             holder.wait()
@@ -967,15 +976,15 @@ def test_a_held_lock_is_waited_for_with_signs_of_life_and_said_once(day, holder,
     day.during_pause = let_go
     day.pass_(160)
     assert gaps(seen)[:14] == [10] * 14
-    assert said(caplog, "has been held by another process for 60 s") == 1
+    assert logged(caplog, "has been held by another process for 60 s") == 1
     assert tries(day) == 1 and works(day)
 
 
 @pytest.mark.parametrize(
-    "look", [lambda day: day.pass_(60), lambda day: day.refresher.once()], ids=["running", "once"]
+    "run", [lambda day: day.pass_(60), lambda day: day.refresher.once()], ids=["running", "once"]
 )
-def test_nothing_is_spent_when_another_process_has_done_it_meanwhile(day, holder, look):
-    """Nor is that a failure."""
+def test_no_token_is_sent_when_another_process_has_refreshed_meanwhile(day, holder, run):
+    """This is no failure either."""
     day.put()
     new = day.sandbox.write_login(day.path.with_name("new"))
 
@@ -986,7 +995,7 @@ def test_nothing_is_spent_when_another_process_has_done_it_meanwhile(day, holder
             holder.wait()
 
     day.during_pause = let_go
-    look(day)
+    run(day)
     assert tries(day) == 0 and day.login().access_token == new["access_token"]
 
 
@@ -1007,7 +1016,7 @@ def once(day) -> int:
         return error.exit_code
 
 
-def test_once_refreshes_what_is_due_and_leaves_no_sign_of_life(day):
+def test_once_refreshes_a_stale_login_and_writes_no_heartbeat(day):
     day.put()
     os.utime(day.store.lock_path, (1000, 1000))
     assert once(day) == 0
@@ -1051,15 +1060,14 @@ def test_once_refreshes_what_is_due_and_leaves_no_sign_of_life(day):
         "disk",
     ],
 )
-def test_once_tells_how_it_went(day, make, status, caplog):
+def test_once_returns_the_exit_code_of_the_result(day, make, status, caplog):
     make(day)
     assert once(day) == status
-    assert not [
-        record for record in caplog.records if record.levelname == "WARNING"
-    ]  # the command says the error itself
+    # The command prints the error itself.
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
-def test_once_gives_a_held_lock_up_after_a_minute(day, holder):
+def test_once_waits_a_minute_for_the_lock(day, holder):
     day.put()
     assert once(day) == 75 and day.uptime == pytest.approx(60, abs=1)
 

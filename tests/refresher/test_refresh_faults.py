@@ -1,4 +1,4 @@
-"""What a refresh survives, as a table: steps of a refresh, and what goes wrong at each.
+"""The faults that a refresh survives, as a table: steps of a refresh, and the fault at each.
 
 Each cell is a refresher of its own, stopped at a system call of that step, with a login and an
 issuer of its own.
@@ -47,7 +47,8 @@ from xaiproxy.proxy import app
 from xaiproxy.tokens import State
 
 LIFETIME = 21600
-PATIENCE = 12  # seconds; a dozen cells share the cores
+# Seconds; a dozen cells share the cores.
+TIMEOUT = 12
 
 
 class Issuer(ScriptedServer):
@@ -55,19 +56,21 @@ class Issuer(ScriptedServer):
 
     It rotates the refresh token and ends the login when a former one comes again.
 
-    `faults`: what becomes of the first requests to the token endpoint: bytes that are answered
-    instead, or a function of the connection and of another, which spends the token and returns the
-    answer. `grace`: former ones are taken.
+    `faults`: for each of the first requests to the token endpoint, the bytes of the response, or a
+    function of the connection and of another function, which spends the token and returns the
+    response. `grace`: former refresh tokens are accepted.
     """
 
     def __init__(self, *faults, grace: bool = False):
         super().__init__(self._reply)
         self.env = {"XAI_PROXY_ISSUER": self.url, "XAI_PROXY_UPSTREAM": self.url}
-        self.login = [self.name()]  # its refresh tokens; only the last is good
+        # Its refresh tokens; only the last is good.
+        self.login = [self.name()]
         self.ended = False
         self.calls: list[float] = []
         self.reuses = 0
-        self.lifetime = LIFETIME  # of access tokens, in seconds
+        # The lifetime of access tokens in seconds.
+        self.lifetime = LIFETIME
         self.faults = list(faults)
         self._grace = grace
         self._mutex = threading.Lock()
@@ -79,7 +82,8 @@ class Issuer(ScriptedServer):
     def _reply(self, connection: socket.socket) -> None:
         head, _, body = read_request(connection).partition(b"\r\n\r\n")
         if not head:
-            return  # who connected is gone
+            # The client has closed the connection.
+            return
         if head.startswith(b"GET"):
             connection.sendall(
                 answer(200, {"issuer": self.url, "token_endpoint": f"{self.url}/token"})
@@ -136,7 +140,7 @@ def gateway_after(connection, spend) -> None:
 
 
 def drip(connection, spend) -> None:
-    """The last three bytes take a second each."""
+    """Send each of the last three bytes after a second."""
     whole = spend()
     connection.sendall(whole[:-3])
     for byte in whole[-3:]:
@@ -145,7 +149,7 @@ def drip(connection, spend) -> None:
 
 
 class Held:
-    """A fault that spends the token, and sends the answer when the test lets it."""
+    """A fault that spends the token, and sends the response when the test allows it."""
 
     def __init__(self):
         self.spent, self.released = threading.Event(), threading.Event()
@@ -153,20 +157,22 @@ class Held:
     def __call__(self, connection, spend) -> None:
         whole = spend()
         self.spent.set()
-        self.released.wait(PATIENCE)
+        self.released.wait(TIMEOUT)
         connection.sendall(whole)
 
 
 # Where a refresher is stopped: the file of the login that a system call is about, its name, and
-# which such call. The signal comes when the call is done. At `awaiting` the issuer holds the answer
-# back instead.
+# which such call. The signal comes when the call is done. At `awaiting` the issuer holds the
+# response back instead.
 STEPS = {
+    # The lock file exists, and is opened next; the start opened it three times.
     "starting": (
         ".lock",
         "openat",
         4,
-    ),  # of the lock: it exists, and is opened next; three came at the start
-    "locked": (".lock", "flock", 2),  # the first was that of the start
+    ),
+    # The first call was that of the start.
+    "locked": (".lock", "flock", 2),
     "rehearsing": (".new", "write", 1),
     "rehearsed": (".new", "rename", 1),
     "reserved": (".new", "fsync", 2),
@@ -175,18 +181,19 @@ STEPS = {
     "answered": (".new", "lseek", 3),
     "written": (".new", "ftruncate", 3),
     "renamed": (".new", "rename", 2),
-    "synced": ("", "fsync", 2),  # of the folder
+    # The sync of the folder.
+    "synced": ("", "fsync", 2),
 }
 
-# A number: the login is kept, with so many requests to the token endpoint. "lost": nobody could
-# keep it, and the former refresh token was presented once more. "-": it cannot happen there (the
+# A number: the login is kept, with so many requests to the token endpoint. "lost": the login could
+# not be kept, and the former refresh token was presented once more. "-": it cannot happen there (the
 # kernel makes nothing read-only while a file in it is open for writing), or is another fault's
 # cell.
 TABLE = """
                    starting locked rehearsing rehearsed reserved connected awaiting answered written renamed synced
 killed             1        1      1          1         1        1         lost     lost     1       1       1
 killed_with_grace  -        -      -          -         -        -         2        2        -       -       -
-told_to_end        1        1      1          1         1        1         1        1        1       1       1
+terminated         1        1      1          1         1        1         1        1        1       1       1
 suspended          1        1      1          1         1        1         1        1        1       1       1
 replaced           0        0      0          0         0        1         1        1        1       1       1
 disk_full          1        1      1          1         1        1         1        1        1       1       1
@@ -218,7 +225,8 @@ class Case:
         self.log = folder.with_suffix(".strace")
         self._before = mounted(mount, folder) if mount else []
         self._clock = folder.with_suffix(".clock")
-        self._ahead = [0, 0]  # what tests/clock.c adds
+        # What tests/support/clock.c adds.
+        self._ahead = [0, 0]
         self.environ = {"LD_PRELOAD": clock, "CLOCK": str(self._clock)} if clock else {}
 
     def __enter__(self) -> Case:
@@ -236,7 +244,7 @@ class Case:
         self.issuer.__exit__(*error)
 
     def put(self, access_token: str, refresh_token: str, expires_in: float = LIFETIME) -> None:
-        """A login, by somebody who takes no lock."""
+        """Write a login without the lock."""
         now = time.time()
         written = self.folder / "written"
         written.write_text(
@@ -263,20 +271,20 @@ class Case:
     def stop_at_step(self) -> Process:
         if self.step == "awaiting":
             process = self.start()
-            assert self.held.spent.wait(PATIENCE), process.lines
+            assert self.held.spent.wait(TIMEOUT), process.lines
             process.signal(signal.SIGSTOP)
-            wait_until(lambda: state_of(process) == "T", PATIENCE)
+            wait_until(lambda: state_of(process) == "T", TIMEOUT)
             return process
         process = self.start(self.traced("signal=STOP"))
         wait_until(
             lambda: self.log.exists() and "stopped by SIGSTOP" in self.log.read_text(),
-            PATIENCE,
+            TIMEOUT,
             lambda: f"{self.step} was not reached: {process.lines}",
         )
         return process
 
     def traced(self, injected: str) -> Callable[[int], subprocess.Popen]:
-        """strace, which does that at the step's system call."""
+        """strace, which injects this at the step's system call."""
         suffix, call, nth = STEPS[self.step]
         paths = []
         if suffix is not None:
@@ -289,40 +297,41 @@ class Case:
         self.processes[-1].signal(signal.SIGCONT)
 
     def set_clocks(self, time_of_day: int = 0, uptime: int = 0) -> None:
-        """Both by so many seconds, for all processes that were started here."""
+        """Advance both clocks by so many seconds, for all processes that were started here."""
         self._ahead = [self._ahead[0] + time_of_day, self._ahead[1] + uptime]
-        with open(self._clock, "r+b") as file:  # not truncated: they have it mapped
+        # Not truncated: the processes have it mapped.
+        with open(self._clock, "r+b") as file:
             file.write(struct.pack("2q", *self._ahead))
 
     def now(self) -> float:
         return time.time() + self._ahead[0]
 
     def seen(self) -> tuple[str, tuple[bool, str]]:
-        """What `xai-login --status` and /readyz say of it."""
-        said = io.StringIO()
-        login.status(self.store, output.Output(False, said, said), self.now)
-        return said.getvalue(), app.readiness_of(self.store, self.now())
+        """The output of `xai-login --status`, and the state at /readyz."""
+        lines = io.StringIO()
+        login.status(self.store, output.Output(False, lines, lines), self.now)
+        return lines.getvalue(), app.readiness_of(self.store, self.now())
 
     def status(self) -> str:
-        """What `xai-login --status` says, as a process."""
+        """The output of `xai-login --status`, as a process."""
         done = subprocess.run(
             [sys.executable, "-W", "error", "-m", "xaiproxy.login", "--status"],
             cwd="/",
             text=True,
             env=environment(self.issuer, self.path, **self.environ),
             stdout=subprocess.PIPE,
-            timeout=PATIENCE,
+            timeout=TIMEOUT,
         )
         assert done.returncode in (0, 75), done
         return done.stdout
 
-    def look_a_minute_old(self) -> None:
-        """The refresher's last sign of life, so that nobody has to wait for a minute."""
+    def age_heartbeat(self) -> None:
+        """Make the refresher's last heartbeat a minute old, which saves the wait."""
         at = self.now() - token_store.ALIVE
         os.utime(self.store.lock_path, (at, at))
 
-    def shows_nobody(self) -> None:
-        self.look_a_minute_old()
+    def shows_no_refresher(self) -> None:
+        self.age_heartbeat()
         while True:
             expired = self.store.load().state(self.now(), 120) is State.INVALID
             status, (ready, reason) = self.seen()
@@ -339,29 +348,33 @@ class Case:
     def messages(self) -> list[str]:
         return [message for process in self.processes for message in process.messages()]
 
-    def said(self, text: str) -> int:
+    def logged(self, text: str) -> int:
         return sum(text in message for message in self.messages())
 
     def outcome(self) -> str:
         """Wait until the login is good again, or has ended; return the table's word for it."""
-        self.processes[-1].wait_for("signed in", PATIENCE)  # it has begun, and seen a login
+        # The process has started, and read a login.
+        self.processes[-1].wait_for("signed in", TIMEOUT)
         wait_until(
             lambda: (
                 self.store.load().access_token != "old"
-                or self.said("xai-login --device` to sign in")
+                or self.logged("xai-login --device` to sign in")
             ),
-            PATIENCE,
+            TIMEOUT,
             lambda: f"{self.step}: neither kept nor lost: {self.messages()}",
         )
         if self.issuer.ended:
-            wait_until(lambda: self.store.load().refresh_error, PATIENCE)
+            wait_until(lambda: self.store.load().refresh_error, TIMEOUT)
         else:
-            wait_until(lambda: self.store.load().state(self.now(), 120) is State.FRESH, PATIENCE)
-        time.sleep(0.6)  # two more looks, in which nothing is to happen
+            wait_until(lambda: self.store.load().state(self.now(), 120) is State.FRESH, TIMEOUT)
+        # Two more poll intervals, in which nothing is to happen.
+        time.sleep(0.6)
         status, (ready, reason) = self.seen()
         if self.issuer.ended:
             assert "It will not be tried again; run `" in status and self.issuer.reuses == 1
-            assert self.said("xai-login --device` to sign in") == 1 and "(invalid_grant)" in reason
+            assert (
+                self.logged("xai-login --device` to sign in") == 1 and "(invalid_grant)" in reason
+            )
             return "lost"
         assert (ready, reason) == (True, "signed in"), reason
         assert "The refresher is running and renews it" in status and "failed" not in status
@@ -383,10 +396,10 @@ def killed(case: Case) -> None:
     process = case.stop_at_step()
     process.signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    case.shows_nobody()
+    case.shows_no_refresher()
     case.held.released.set()
     successor = case.start()
-    successor.wait_for("signed in", PATIENCE)
+    successor.wait_for("signed in", TIMEOUT)
     assert successor.said("was left behind by a process that was killed; it is now") == (
         case.step in ("rehearsing", "written")
     )
@@ -396,15 +409,14 @@ def killed_with_grace(case: Case) -> None:
     killed(case)
 
 
-def told_to_end(case: Case) -> None:
+def terminated(case: Case) -> None:
     process = case.stop_at_step()
     process.signal(signal.SIGTERM)
     case.go_on()
-    assert process.wait(PATIENCE) == 0 and process.messages()[-1] == "ended"
-    case.shows_nobody()
-    spent = list(STEPS).index(case.step) >= list(STEPS).index(
-        "connected"
-    )  # or else it is not sent any more
+    assert process.wait(TIMEOUT) == 0 and process.messages()[-1] == "ended"
+    case.shows_no_refresher()
+    # At an earlier step it is not sent any more.
+    spent = list(STEPS).index(case.step) >= list(STEPS).index("connected")
     left = case.store.load()
     assert (left.access_token != "old") is bool(
         case.issuer.calls
@@ -416,9 +428,9 @@ def suspended(case: Case) -> None:
     case.put("old", case.issuer.login[0], expires_in=2)
     expires = time.time() + 2
     case.stop_at_step()
-    case.shows_nobody()
+    case.shows_no_refresher()
     wait_until(lambda: time.time() > expires)
-    case.shows_nobody()
+    case.shows_no_refresher()
     os.utime(case.store.lock_path)
     case.go_on()
 
@@ -428,7 +440,7 @@ def replaced(case: Case) -> None:
     case.put("theirs", "theirs")
     case.go_on()
     wait_until(
-        lambda: process.said("signed in") == 2, PATIENCE, lambda: f"{case.step}: {process.lines}"
+        lambda: process.said("signed in") == 2, TIMEOUT, lambda: f"{case.step}: {process.lines}"
     )
     assert case.store.load().access_token == "theirs", case.step
 
@@ -441,17 +453,19 @@ def disk_full(case: Case) -> None:
         with pytest.raises(OSError, match="No space"):
             while True:
                 file.write(bytes(4096))
-        file.truncate(file.tell() - 16384)  # room for a login, so that the failure can be recorded
+        # Room for a login, so that the failure can be recorded.
+        file.truncate(file.tell() - 16384)
     case.go_on()
+    # At these steps there is no room for the successor yet.
     if case.step in (
         "starting",
         "locked",
         "rehearsing",
         "rehearsed",
-    ):  # before there is room for the successor
-        process.wait_for("No space left on device. Make room", PATIENCE)
+    ):
+        process.wait_for("No space left on device. Make room", TIMEOUT)
         # The failure is recorded first, and then that it could be.
-        wait_until(lambda: case.seen()[1][1].endswith("(storage)"), PATIENCE)
+        wait_until(lambda: case.seen()[1][1].endswith("(storage)"), TIMEOUT)
         status, (ready, _reason) = case.seen()
         assert "No space left on device" in status and ready
         assert case.store.load().access_token == "old" and not case.issuer.calls
@@ -460,7 +474,7 @@ def disk_full(case: Case) -> None:
 
 def disk_broken(case: Case) -> None:
     case.start(case.traced("error=EIO"))
-    wait_until(lambda: case.said("Input/output error") == 1, PATIENCE)
+    wait_until(lambda: case.logged("Input/output error") == 1, TIMEOUT)
 
 
 def read_only(case: Case) -> None:
@@ -482,11 +496,12 @@ def read_only(case: Case) -> None:
             check=True,
         )
 
-    case.look_a_minute_old()
+    case.age_heartbeat()
     mount("ro")
     case.go_on()
-    process.wait_for("Read-only file system. Mount", PATIENCE)
-    status, (ready, reason) = case.seen()  # it can neither record a failure nor give a sign of life
+    process.wait_for("Read-only file system. Mount", TIMEOUT)
+    # It can neither record a failure nor write a heartbeat.
+    status, (ready, reason) = case.seen()
     assert (
         "No refresher is running: the login lapses at " in status
         and ready
@@ -505,14 +520,14 @@ def clock_forward(case: Case) -> None:
 def clock_back(case: Case) -> None:
     case.stop_at_step()
     case.set_clocks(time_of_day=-3600)
-    case.store.ask_refresh(
-        "old"
-    )  # to this clock it is good for another hour, but upstream refuses it
+    # To this clock it is good for another hour, but upstream refuses it.
+    case.store.ask_refresh("old")
     case.go_on()
 
 
 TMPFS = "cp -p $1/tokens.json $1.login; mount -t tmpfs -o size=256k,mode=700 none $1; cp -p $1.login $1/tokens.json"
-HOW = {  # beyond what most of the rows need
+# The options of the rows that need any.
+HOW = {
     killed_with_grace: {"grace": True},
     disk_full: {"mount": TMPFS},
     read_only: {"mount": "mount --bind $1 $1"},
@@ -522,7 +537,7 @@ CLOCKS = (clock_forward, clock_back)
 
 @pytest.fixture(scope="session")
 def clock(tmp_path_factory) -> str:
-    """What to preload for Case.set_clocks."""
+    """The library to preload for Case.set_clocks."""
     if shutil.which("gcc") is None:
         pytest.skip("gcc is not installed")
     library = str(tmp_path_factory.mktemp("clock") / "clock.so")
@@ -535,20 +550,21 @@ def clock(tmp_path_factory) -> str:
 
 
 def together(outcome, cases) -> dict:
-    """The outcome of each, several at the same time: most of them wait most of the time."""
+    """The outcome of each, several at the same time: most cases wait most of the time."""
 
-    def told(case) -> str:
+    def outcome_or_error(case) -> str:
         try:
             return outcome(case)
-        except Exception as error:  # shown beside the others
+        # Shown beside the other outcomes.
+        except Exception as error:
             return f"{type(error).__name__}: {error}"
 
     with concurrent.futures.ThreadPoolExecutor(12) as pool:
-        return dict(zip(cases, pool.map(told, cases)))
+        return dict(zip(cases, pool.map(outcome_or_error, cases)))
 
 
 def check_table(tmp_path, chosen, **options) -> None:
-    """The rows of the faults that were chosen."""
+    """Check the rows of the chosen faults."""
     head, *rows = [line.split() for line in TABLE.strip().splitlines()]
     assert head == list(STEPS)
     expected = {
@@ -569,23 +585,23 @@ def check_table(tmp_path, chosen, **options) -> None:
 
 
 @needs_strace
-def test_a_fault_at_any_step_of_a_refresh(tmp_path):
+def test_a_refresh_survives_a_fault_at_any_step(tmp_path):
     check_table(tmp_path, lambda fault: fault not in CLOCKS and "mount" not in HOW.get(fault, {}))
 
 
 @needs_strace
 @mounts
-def test_a_disk_that_takes_nothing_at_any_step_of_a_refresh(tmp_path):
+def test_a_refresh_survives_a_full_or_read_only_disk_at_any_step(tmp_path):
     check_table(tmp_path, lambda fault: "mount" in HOW.get(fault, {}))
 
 
 @needs_strace
-def test_a_clock_that_is_set_at_any_step_of_a_refresh(tmp_path, clock):
+def test_a_refresh_survives_a_clock_change_at_any_step(tmp_path, clock):
     check_table(tmp_path, lambda fault: fault in CLOCKS, clock=clock)
 
 
-# What the issuer answers the first time; whether it takes former refresh tokens; the least seconds
-# until the second time; the code that is shown until then; what becomes of the login.
+# The issuer's first response; whether it accepts former refresh tokens; the least seconds until
+# the second request; the code that is shown until then; what becomes of the login.
 ANSWERS = {
     "cut before it spends": (cut_before, False, 0.5, "answer_lost", "2"),
     "cut when it has spent": (cut_after, False, 0.5, "answer_lost", "lost"),
@@ -611,18 +627,19 @@ ANSWERS = {
 }
 
 
-def test_an_answer_that_is_none(tmp_path):
+def test_a_refresh_survives_a_response_without_tokens(tmp_path):
     def outcome(name: str) -> str:
         fault, grace, wait, code, _ = ANSWERS[name]
         held = Held()
         with Case(tmp_path / name, faults=[fault, held], grace=grace) as case:
             case.start()
             if code is not None:
-                assert held.spent.wait(PATIENCE)  # the second time; the answer waits
+                # The second request; its response is held back.
+                assert held.spent.wait(TIMEOUT)
                 status, readiness = case.seen()
                 assert readiness[0] and readiness[1].endswith(f"its renewal fails ({code})")
                 assert (
-                    case.said("could not be refreshed") == 1
+                    case.logged("could not be refreshed") == 1
                     and "The last refresh failed at " in status
                 )
                 held.released.set()
@@ -640,41 +657,42 @@ def test_an_answer_that_is_none(tmp_path):
 
 
 @needs_strace
-def test_a_stopped_holder_of_the_lock_is_waited_for(tmp_path, clock):
-    """Nobody refreshes without it; both ends of the wait are in the log, and then one refresh
+def test_refreshers_wait_for_a_stopped_holder_of_the_lock(tmp_path, clock):
+    """No refresher refreshes without it; both ends of the wait are in the log, and then one refresh
     follows.
     """
     with Case(tmp_path / "folder", "locked", clock=clock) as case:
         holder = case.stop_at_step()
         others = [case.start(), case.start()]
         for other in others:
-            other.wait_for("signed in", PATIENCE)
+            other.wait_for("signed in", TIMEOUT)
 
         def ten_seconds_later() -> None:
             case.set_clocks(uptime=10)
-            time.sleep(0.1)  # the next look at the lock
+            # The next try to take the lock.
+            time.sleep(0.1)
 
         wait_until(
-            lambda: (ten_seconds_later(), all(other.said(HELD) for other in others))[1], PATIENCE
+            lambda: (ten_seconds_later(), all(other.said(HELD) for other in others))[1], TIMEOUT
         )
         assert not case.issuer.calls and case.store.load().access_token == "old"
-        case.look_a_minute_old()
-        wait_until(lambda: (ten_seconds_later(), tells_of_the_lock(case))[1], PATIENCE)
+        case.age_heartbeat()
+        wait_until(lambda: (ten_seconds_later(), shows_the_lock(case))[1], TIMEOUT)
         assert "The refresher is running and renews it" in case.seen()[0]
         for other in others:
             other.signal(signal.SIGSTOP)
             wait_until(lambda: state_of(other) == "T")
-        case.shows_nobody()
+        case.shows_no_refresher()
         for other in others:
             other.signal(signal.SIGCONT)
-        wait_until(lambda: (ten_seconds_later(), tells_of_the_lock(case))[1], PATIENCE)
-        assert not case.issuer.calls and case.said(HELD) == 2
+        wait_until(lambda: (ten_seconds_later(), shows_the_lock(case))[1], TIMEOUT)
+        assert not case.issuer.calls and case.logged(HELD) == 2
         holder.signal(signal.SIGKILL)
         assert holder.wait() == -signal.SIGKILL
         assert case.outcome() == "1"
 
 
-def tells_of_the_lock(case: Case) -> bool:
+def shows_the_lock(case: Case) -> bool:
     ready, reason = case.seen()[1]
     return ready and reason.endswith("but its renewal fails (locked)")
 
@@ -745,25 +763,23 @@ def stopped(case: Case) -> Callable[[], object]:
 
 
 def stuck(case: Case) -> Callable[[], object]:
-    """In a sync that takes a minute, or until strace is gone."""
+    """A refresher in a sync that takes a minute, or until strace is killed."""
     case.step = "reserved"
     process = case.start(case.traced(f"delay_enter={60 * 10**6}"))
-    wait_until(
-        lambda: case.store.new_path.exists() and case.store.new_path.stat().st_size, PATIENCE
-    )
+    wait_until(lambda: case.store.new_path.exists() and case.store.new_path.stat().st_size, TIMEOUT)
     return process.tracer.kill
 
 
 @needs_strace
-def test_a_refresher_that_is_gone_stopped_or_stuck_is_seen(tmp_path, clock):
-    """A minute after its last sign of life, which is made a minute old here; and so is its return."""
+def test_a_refresher_that_is_gone_stopped_or_stuck_is_reported(tmp_path, clock):
+    """A minute after its last heartbeat, which is made a minute old here; and so is its return."""
 
     def outcome(fault) -> str:
         with Served(tmp_path / fault.__name__, clock=clock) as served:
             case, proxy = served.case, served.proxy
             come_back = fault(case)
             calls = len(case.issuer.calls)
-            case.look_a_minute_old()
+            case.age_heartbeat()
             proxy.wait_for_log(
                 lambda line: line["message"].startswith("no refresher; the login lapses at ")
             )
@@ -772,8 +788,9 @@ def test_a_refresher_that_is_gone_stopped_or_stuck_is_seen(tmp_path, clock):
             assert "No refresher is running: the login lapses at " in case.status()
             assert proxy.ask().status == 200 and len(case.issuer.calls) == calls
             come_back()
-            case.set_clocks(uptime=10)  # the next is due
-            proxy.wait_for_log(lambda line: line["message"] == "the refresher is back", PATIENCE)
+            # The next heartbeat is due.
+            case.set_clocks(uptime=10)
+            proxy.wait_for_log(lambda line: line["message"] == "the refresher is back", TIMEOUT)
             wait_until(lambda: served.ready() == (200, "signed in"))
             assert "The refresher is running and renews it" in case.status()
             assert served.logged("no refresher") == served.logged("is back") == 1
@@ -784,7 +801,7 @@ def test_a_refresher_that_is_gone_stopped_or_stuck_is_seen(tmp_path, clock):
 
 
 @pytest.mark.parametrize("hour", [3600, -3600], ids=["forward", "back"])
-def test_a_clock_that_is_set_by_an_hour_costs_no_request(tmp_path, clock, hour):
+def test_a_clock_that_is_set_by_an_hour_fails_no_request(tmp_path, clock, hour):
     with Served(tmp_path / "folder", clock=clock) as served:
         case, proxy = served.case, served.proxy
         case.put("old", case.issuer.login[0], expires_in=3000)
@@ -797,18 +814,19 @@ def test_a_clock_that_is_set_by_an_hour_costs_no_request(tmp_path, clock, hour):
         )
         case.set_clocks(time_of_day=hour)
         wait_until(lambda: case.store.refresher_alive(case.now()), 2)
-        if hour < 0:  # to this clock the token is good for longer than to upstream's
+        # To this clock the token is good for longer than to upstream's.
+        if hour < 0:
             served.dead.add("old")
         with proxy.client() as client:
             client.request()
-            assert case.held.spent.wait(PATIENCE)
+            assert case.held.spent.wait(TIMEOUT)
             assert "The refresher is running and renews it" in case.status()
             case.held.released.set()
             assert client.message().status == 200
         assert served.ready() == (200, "signed in") and case.outcome() == "1"
 
 
-def test_a_refresh_goes_on_when_the_client_that_needed_it_leaves(tmp_path):
+def test_a_refresh_continues_when_the_client_that_needed_it_disconnects(tmp_path):
     with Served(tmp_path / "folder", "old") as served:
         case = served.case
         case.put("old", case.issuer.login[0], expires_in=3000)
@@ -816,7 +834,7 @@ def test_a_refresh_goes_on_when_the_client_that_needed_it_leaves(tmp_path):
         case.start().wait_for("signed in")
         with served.proxy.client() as client:
             client.request("GET", "/v1/left")
-            assert case.held.spent.wait(PATIENCE)
+            assert case.held.spent.wait(TIMEOUT)
         assert served.proxy.wait_for_request("/v1/left")["ended_by"] == "client"
         case.held.released.set()
         assert case.outcome() == "1" and served.proxy.ask().status == 200
@@ -828,13 +846,13 @@ def test_a_dead_login_is_presented_once_by_all_refreshers_together(tmp_path):
         case.issuer.ended = True
         holder = case.stop_at_step()
         for other in [case.start(), case.start()]:
-            other.wait_for(
-                "signed in", PATIENCE
-            )  # it has seen that a refresh is due, and now it waits for the lock
+            # It has seen that a refresh is due, and now waits for the lock.
+            other.wait_for("signed in", TIMEOUT)
         time.sleep(0.3)
         holder.signal(signal.SIGCONT)
-        holder.wait_for("xai-login --device` to sign in", PATIENCE)
-        time.sleep(0.6)  # in which the others had the lock
+        holder.wait_for("xai-login --device` to sign in", TIMEOUT)
+        # Time in which the others have the lock.
+        time.sleep(0.6)
         assert len(case.issuer.calls) == 1 and case.store.load().refresh_error.terminal
 
 
@@ -844,19 +862,17 @@ def served(tmp_path):
         yield served
 
 
-def test_an_issuer_that_is_down_for_long(served):
-    """Requests are served until the token expires, then refused at once, and served again when it
-    is back.
-    """
+def test_requests_are_served_until_the_token_expires_while_the_issuer_is_down(served):
+    """After the expiry they are refused at once, and served again when the issuer is back."""
     case, proxy = served.case, served.proxy
     case.issuer.lifetime = 3
     case.start()
-    wait_until(lambda: case.said("refreshed"), PATIENCE)
+    wait_until(lambda: case.logged("refreshed"), TIMEOUT)
     case.issuer.go_down()
     expires = case.store.load().expires_at
     while time.time() < expires - 0.2:
         assert proxy.ask().status == 200
-    assert case.said("could not be refreshed") == 1 and case.seen()[1][1].endswith(
+    assert case.logged("could not be refreshed") == 1 and case.seen()[1][1].endswith(
         "fails (issuer_unavailable)"
     )
     wait_until(lambda: time.time() > expires)
@@ -869,8 +885,9 @@ def test_an_issuer_that_is_down_for_long(served):
     ready = proxy.ask("GET", "/readyz")
     assert ready.status == 503 and b"cannot be renewed (issuer_unavailable)" in ready.body
     case.issuer.come_back()
-    wait_until(lambda: proxy.ask().status == 200, 6)  # the backoff has come to 4 s
-    wait_until(lambda: case.said("refreshed after"))
+    # The backoff has come to 4 s.
+    wait_until(lambda: proxy.ask().status == 200, 6)
+    wait_until(lambda: case.logged("refreshed after"))
     assert (len(case.issuer.calls), case.issuer.reuses) == (2, 0)
 
 
@@ -878,7 +895,7 @@ def test_an_upstream_that_refuses_every_new_token_costs_one_refresh(served):
     case, proxy = served.case, served.proxy
     served.dead.add("all")
     case.start()
-    wait_until(lambda: case.said("refreshed"), PATIENCE)
+    wait_until(lambda: case.logged("refreshed"), TIMEOUT)
 
     def ask_for(seconds: float) -> None:
         end = time.monotonic() + seconds
@@ -889,7 +906,8 @@ def test_an_upstream_that_refuses_every_new_token_costs_one_refresh(served):
                 } == {403}
 
     ask_for(1)
-    assert len(case.issuer.calls) == 1  # a token so young is not complained about
+    # The proxy asks for no refresh of a token so young.
+    assert len(case.issuer.calls) == 1
     old = dataclasses.replace(case.store.load(), obtained_at=time.time() - 1000)
     with token_writer.locked(case.store, 1) as writer:
         writer.save(old)
@@ -900,7 +918,7 @@ def test_an_upstream_that_refuses_every_new_token_costs_one_refresh(served):
     ask_for(1)
     assert (
         len(case.issuer.calls) == 2
-        and case.said("the API refuses access tokens soon after they are issued") == 1
+        and case.logged("the API refuses access tokens soon after they are issued") == 1
     )
     status, readiness = case.seen()
     assert readiness == (
@@ -910,19 +928,18 @@ def test_an_upstream_that_refuses_every_new_token_costs_one_refresh(served):
     assert "The next try is due at " in status
 
 
-# What limits the tries of one process limits those of all, and of those that come after a kill
+# The limits on the tries of one process hold for all, and for those that start after a kill.
 
 
 def lose_all(case: Case) -> None:
-    """Every answer is lost after the token was spent."""
+    """Lose every response after the token was spent."""
     case.issuer.faults.extend([cut_after] * 50)
 
 
-def test_three_refreshers_together_send_a_token_three_times_when_answers_are_lost(tmp_path):
+def test_three_refreshers_send_a_token_three_times_when_responses_are_lost(tmp_path):
     with Case(tmp_path / "folder") as case:
-        case.put(
-            "old", case.issuer.login[0], expires_in=240
-        )  # stale, and the last try is 124 s before expiry
+        # Stale, and the last try is 124 s before expiry.
+        case.put("old", case.issuer.login[0], expires_in=240)
         lose_all(case)
         for _ in range(3):
             case.start()
@@ -930,27 +947,27 @@ def test_three_refreshers_together_send_a_token_three_times_when_answers_are_los
             lambda: (
                 case.store.load().refresh_try.tries == 3 if case.store.load().refresh_try else False
             ),
-            PATIENCE,
+            TIMEOUT,
         )
-        time.sleep(5)  # the next would come after at most 4
+        # Without the limit, another try would come after at most 4 s.
+        time.sleep(5)
         assert len(case.issuer.calls) == 3
         assert case.store.load().refresh_error.retry_at == pytest.approx(
             case.store.load().expires_at - 124, abs=1
         )
 
 
-def test_a_refresher_that_is_killed_amid_the_call_again_and_again_sends_a_token_three_times(
+def test_a_refresher_killed_in_each_request_sends_a_token_three_times(
     tmp_path,
 ):
     with Case(tmp_path / "folder") as case:
-        case.put(
-            "old", case.issuer.login[0], expires_in=240
-        )  # stale, and the last try is 124 s before expiry
+        # Stale, and the last try is 124 s before expiry.
+        case.put("old", case.issuer.login[0], expires_in=240)
         helds = [Held() for _ in range(6)]
         case.issuer.faults.extend(helds)
         for tries, held in enumerate(helds[:3], 1):
             process = case.start()
-            assert held.spent.wait(PATIENCE)
+            assert held.spent.wait(TIMEOUT)
             process.signal(signal.SIGKILL)
             process.wait()
             held.released.set()
@@ -960,27 +977,25 @@ def test_a_refresher_that_is_killed_amid_the_call_again_and_again_sends_a_token_
         assert len(case.issuer.calls) == 3
 
 
-def test_a_token_that_may_be_spent_is_sent_again_when_upstream_refuses_the_access_token(tmp_path):
+def test_a_token_that_may_be_spent_is_sent_again_when_upstream_refuses(tmp_path):
     with Case(tmp_path / "folder", faults=[cut_before] * 3) as case:
-        case.put(
-            "old", case.issuer.login[0], expires_in=240
-        )  # stale, and the last try is 124 s before expiry
+        # Stale, and the last try is 124 s before expiry.
+        case.put("old", case.issuer.login[0], expires_in=240)
         process = case.start()
-        wait_until(lambda: len(case.issuer.calls) == 3, PATIENCE)
+        wait_until(lambda: len(case.issuer.calls) == 3, TIMEOUT)
         process.wait_for("the refresh token may be spent: next try at ")
         case.store.ask_refresh("old")
         assert case.outcome() == "4"
 
 
-def test_a_request_whose_token_is_refused_waits_for_the_try_that_a_lost_answer_had_put_off(
+def test_a_refused_request_waits_for_the_retry_after_a_lost_response(
     tmp_path,
 ):
     with Served(tmp_path / "folder", "old", faults=[cut_before] * 3) as served:
         case = served.case
-        case.put(
-            "old", case.issuer.login[0], expires_in=240
-        )  # stale, and the last try is 124 s before expiry
-        case.start().wait_for("the refresh token may be spent: next try at ", PATIENCE)
+        # Stale, and the last try is 124 s before expiry.
+        case.put("old", case.issuer.login[0], expires_in=240)
+        case.start().wait_for("the refresh token may be spent: next try at ", TIMEOUT)
         wait_until(lambda: case.store.load().refresh_try.next_at < time.time())
         assert served.proxy.ask().status == 200 and len(case.issuer.calls) == 4
 
@@ -989,18 +1004,19 @@ def test_two_refreshers_refresh_once_for_an_upstream_that_refuses_every_token(tm
     with Case(tmp_path / "folder") as case:
         processes = [case.start(), case.start()]
         for process in processes:
-            process.wait_for("signed in", PATIENCE)
-        wait_until(lambda: case.store.load().access_token != "old", PATIENCE)
+            process.wait_for("signed in", TIMEOUT)
+        wait_until(lambda: case.store.load().access_token != "old", TIMEOUT)
         for expected in (2, 2, 2):
             latest = case.store.load().access_token
             case.store.ask_refresh(latest)
-            wait_until(lambda: len(case.issuer.calls) == expected, PATIENCE)
+            wait_until(lambda: len(case.issuer.calls) == expected, TIMEOUT)
             wait_until(
                 lambda: case.store.load().access_token != latest or case.store.load().refresh_error,
-                PATIENCE,
+                TIMEOUT,
             )
             time.sleep(0.6)
-        processes[0].signal(signal.SIGKILL)  # nor does one that has no memory
+        # A new process, which remembers nothing, does not refresh either.
+        processes[0].signal(signal.SIGKILL)
         processes[0].wait()
         case.start().wait_for("signed in")
         time.sleep(0.6)
@@ -1008,53 +1024,53 @@ def test_two_refreshers_refresh_once_for_an_upstream_that_refuses_every_token(tm
         assert case.store.load().refresh_error.code == "upstream_refuses"
 
 
-def test_a_login_that_has_ended_begins_again_with_another_refresh_token_in_its_file(tmp_path):
+def test_a_dead_login_is_refreshed_with_another_refresh_token_in_its_file(tmp_path):
     with Case(tmp_path / "folder") as case:
         good = case.issuer.login[0]
         values = json.loads(case.path.read_text())
         case.put("old", "dead", expires_in=100)
         case.issuer.faults.append(answer(400, {"error": "invalid_grant"}))
         process = case.start()
-        process.wait_for("xai-login --device` to sign in", PATIENCE)
-        wait_until(lambda: case.store.load().refresh_error, PATIENCE)
+        process.wait_for("xai-login --device` to sign in", TIMEOUT)
+        wait_until(lambda: case.store.load().refresh_error, TIMEOUT)
         values = json.loads(case.path.read_text()) | {"refresh_token": good}
         (case.folder / "edited").write_text(json.dumps(values))
         (case.folder / "edited").replace(case.path)
-        wait_until(lambda: case.store.load().access_token != "old", PATIENCE)
+        wait_until(lambda: case.store.load().access_token != "old", TIMEOUT)
         assert case.store.load().refresh_error is None and len(case.issuer.calls) == 2
 
 
-# Signing out, stopping, and a lock file that somebody removes, in the middle of a refresh
+# Sign-out, stop, and a removed lock file, in the middle of a refresh.
 
 
-def test_a_folder_that_is_removed_amid_a_refresh_keeps_nobody_from_ending(tmp_path):
+def test_a_folder_removed_in_a_refresh_does_not_keep_the_refresher_from_ending(tmp_path):
     held = Held()
     with Case(tmp_path / "folder", faults=[held]) as case:
         process = case.start()
-        assert held.spent.wait(PATIENCE)
+        assert held.spent.wait(TIMEOUT)
         shutil.rmtree(case.folder)
         held.released.set()
-        process.wait_for("tokens.json does not exist", PATIENCE)
+        process.wait_for("tokens.json does not exist", TIMEOUT)
         process.signal(signal.SIGTERM)
         assert process.wait(5) == 0 and not case.path.exists()
 
 
-def test_a_lock_file_that_is_removed_amid_a_refresh_lets_no_second_refresher_in(tmp_path):
+def test_a_lock_file_removed_in_a_refresh_admits_no_second_refresher(tmp_path):
     held = Held()
     with Case(tmp_path / "folder", faults=[held]) as case:
         case.start()
-        assert held.spent.wait(PATIENCE)
+        assert held.spent.wait(TIMEOUT)
         case.store.lock_path.unlink()
         second = Process(case.issuer, case.path, "--once")
         case.processes.insert(0, second)
-        wait_until(
-            case.store.lock_path.exists, PATIENCE
-        )  # made anew by the second, which now waits for the folder's
+        # The second made it anew, and now waits for the lock of the folder.
+        wait_until(case.store.lock_path.exists, TIMEOUT)
         time.sleep(0.5)
         assert len(case.issuer.calls) == 1 and case.store.new_path.exists()
         held.released.set()
-        assert second.wait(PATIENCE) == 0
-        os.utime(case.store.lock_path)  # as the first does within 10 s
+        assert second.wait(TIMEOUT) == 0
+        # As the first does within 10 s.
+        os.utime(case.store.lock_path)
         assert case.outcome() == "1"
 
 
@@ -1064,7 +1080,7 @@ def test_sigterm_during_discovery_spends_nothing(tmp_path):
     def hold(connection: socket.socket) -> None:
         head = read_request(connection)
         asked.set()
-        released.wait(PATIENCE)
+        released.wait(TIMEOUT)
         calls.append(head)
         connection.sendall(
             answer(200, {"issuer": issuer.url, "token_endpoint": f"{issuer.url}/token"})
@@ -1081,10 +1097,10 @@ def test_sigterm_during_discovery_spends_nothing(tmp_path):
             writer.save(login)
         process = Process(issuer, store.path)
         try:
-            assert asked.wait(PATIENCE)
+            assert asked.wait(TIMEOUT)
             process.signal(signal.SIGTERM)
             released.set()
-            assert process.wait(PATIENCE) == 0
+            assert process.wait(TIMEOUT) == 0
         finally:
             process.close()
         assert [call.split()[0] for call in calls] == [b"GET"] and store.load() == login

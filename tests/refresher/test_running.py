@@ -1,5 +1,5 @@
-"""The refresher as a process: two at once, signals, a kill at every system call of its save, disks
-that take nothing.
+"""The refresher as a process: two at once, signals, a kill at every system call of its save, full
+and read-only disks.
 """
 
 import concurrent.futures
@@ -61,12 +61,13 @@ def tries(sandbox) -> int:
     return sum(seen.get("grant_type") == "refresh_token" for seen in sandbox.requests())
 
 
-# a whole life
+# life cycle
 
 
-def test_a_line_that_waits_for_room_needs_no_other_line_to_be_written(sandbox, tmp_path):
+def test_a_line_that_waits_for_room_is_written_without_another(sandbox, tmp_path):
     read_end, write_end = os.pipe()
-    size = fcntl.fcntl(write_end, 1031, os.sysconf("SC_PAGE_SIZE"))  # F_SETPIPE_SZ
+    # 1031 is F_SETPIPE_SZ.
+    size = fcntl.fcntl(write_end, 1031, os.sysconf("SC_PAGE_SIZE"))
     os.write(write_end, b"x" * size)
     store = make_store(sandbox, tmp_path / "tokens.json")
     process = subprocess.Popen(
@@ -77,7 +78,8 @@ def test_a_line_that_waits_for_room_needs_no_other_line_to_be_written(sandbox, t
     )
     try:
         os.close(write_end)
-        wait_until(lambda: store.refresher_alive(time.time()))  # it has begun, and has said so
+        # It has started, and written its first lines.
+        wait_until(lambda: store.refresher_alive(time.time()))
         data = os.read(read_end, size)
         while b"not signed in" not in data:
             assert select.select([read_end], [], [], 10)[0], data
@@ -89,7 +91,7 @@ def test_a_line_that_waits_for_room_needs_no_other_line_to_be_written(sandbox, t
         os.close(read_end)
 
 
-def test_a_refresher_makes_its_folder_gives_signs_of_life_waits_and_ends(sandbox, start, tmp_path):
+def test_a_refresher_makes_its_folder_writes_heartbeats_waits_and_ends(sandbox, start, tmp_path):
     path = tmp_path / "made" / "tokens.json"
     process = start(path)
     process.wait_for("not signed in")
@@ -134,7 +136,7 @@ def test_a_refresher_makes_its_folder_gives_signs_of_life_waits_and_ends(sandbox
     ],
     ids=["usage", "configuration", "signed out", "token path"],
 )
-def test_a_refresher_that_cannot_do_its_work_says_so_in_one_sentence(
+def test_a_refresher_that_cannot_start_prints_one_sentence(
     sandbox, start, options, environ, status, sentence
 ):
     process = start("/proc/none/tokens.json", *options, XAI_PROXY_LOG_LEVEL="error", **environ)
@@ -154,12 +156,12 @@ def test_two_refreshers_of_one_login_never_spend_a_token_twice(sandbox, start, t
     with token_writer.locked(store, 0):
         both = [start(path), start(path)]
         for process in both:
-            process.wait_for(
-                "signed in"
-            )  # it has seen that a refresh is due, and now it waits for the lock
+            # It has seen that a refresh is due, and now waits for the lock.
+            process.wait_for("signed in")
         time.sleep(0.3)
     sandbox.wait(lambda seen: seen["refreshes"] == 1)
-    sandbox.wait(lambda seen: seen["refreshes"] == 3, 15)  # each a race, 1.5 s after the last
+    # Each is a race, 1.5 s after the last.
+    sandbox.wait(lambda seen: seen["refreshes"] == 3, 15)
     for process in both:
         process.signal(signal.SIGTERM)
         assert process.wait() == 0
@@ -168,7 +170,7 @@ def test_two_refreshers_of_one_login_never_spend_a_token_twice(sandbox, start, t
     assert works(sandbox, store.load())
 
 
-def test_a_sign_in_during_a_refresh_waits_for_it_and_is_what_stays(sandbox, start, tmp_path):
+def test_a_sign_in_during_a_refresh_waits_for_it_and_then_replaces_it(sandbox, start, tmp_path):
     path = tmp_path / "tokens.json"
     store = make_store(sandbox, path)
     put_stale(sandbox, path)
@@ -180,7 +182,8 @@ def test_a_sign_in_during_a_refresh_waits_for_it_and_is_what_stays(sandbox, star
         answers=[{"path": TOKEN_ENDPOINT, "grant_type": "refresh_token", "delay": 1.5}],
     )
     store.ask_refresh(store.load().access_token)
-    sandbox.wait(lambda seen: seen["refreshes"] == 2)  # its answer is on the way
+    # The response is on its way.
+    sandbox.wait(lambda seen: seen["refreshes"] == 2)
     subprocess.run(
         [sys.executable, "-W", "error", "-m", "xaiproxy.login", "--device"],
         check=True,
@@ -203,7 +206,7 @@ def test_a_sign_in_during_a_refresh_waits_for_it_and_is_what_stays(sandbox, star
 # signals
 
 
-def test_signals_while_the_answer_is_on_its_way_do_not_lose_it(sandbox, start, tmp_path):
+def test_signals_during_a_request_do_not_lose_its_response(sandbox, start, tmp_path):
     path = tmp_path / "tokens.json"
     old = put_stale(sandbox, path)
     sandbox.set(answers=[{"path": TOKEN_ENDPOINT, "grant_type": "refresh_token", "delay": 1}])
@@ -226,7 +229,7 @@ def test_a_signal_ends_an_idle_refresher_within_a_moment(start, tmp_path, number
     assert process.wait() == 0 and time.monotonic() - begin < 3
 
 
-def test_a_stopped_refresher_catches_up_when_it_goes_on(sandbox, start, tmp_path):
+def test_a_stopped_refresher_refreshes_when_it_continues(sandbox, start, tmp_path):
     sandbox.set(access_token_lifetime=2)
     path = tmp_path / "tokens.json"
     store = make_store(sandbox, path)
@@ -242,7 +245,7 @@ def test_a_stopped_refresher_catches_up_when_it_goes_on(sandbox, start, tmp_path
     assert sandbox.counters()["reuses"] == 0 and not process.said("could not")
 
 
-# killed at every system call of its save
+# a kill at every system call of its save
 
 SAVING = "openat,write,fsync,ftruncate,rename,unlink"
 
@@ -255,14 +258,12 @@ def traced(path, log, *inject) -> Callable[[int], subprocess.Popen]:
 
 
 @needs_strace
-def test_a_refresher_killed_at_any_system_call_of_its_save_loses_no_login_that_can_be_kept(
-    sandbox, tmp_path
-):
+def test_a_kill_at_any_system_call_of_a_save_loses_only_the_one_in_memory(sandbox, tmp_path):
     sandbox.set(device_interval=0)
 
     def run(name: str, *inject: str):
-        """Run `--once` on a stale login of its own; its end, and whether a second one brought a
-        login that lasts.
+        """Run `--once` on a stale login of its own; its exit code, the log, and whether a second
+        refresher brought a login that lasts.
         """
         path = tmp_path / name / "tokens.json"
         put_stale(sandbox, path)
@@ -296,20 +297,21 @@ def test_a_refresher_killed_at_any_system_call_of_its_save_loses_no_login_that_c
 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         lost = [call for call, kept in zip(calls, pool.map(kill, calls)) if not kept]
-    # The first two writes are the rehearsal's. At the third the issuer has answered, and the only
-    # copy of the new login is in the memory of the process that is killed: that one login nobody
-    # can keep.
+    # The first two writes are the rehearsal's. At the third the issuer has responded, and the only
+    # copy of the new login is in the memory of the process that is killed: that login alone cannot
+    # be kept.
     assert lost == [("write", 3)]
     assert sandbox.counters()["reuses"] == 1
 
 
 @needs_strace
-def test_a_refreshed_login_that_cannot_be_saved_is_kept_in_memory_and_saved_when_it_can_be(
+def test_a_refreshed_login_that_cannot_be_saved_is_kept_in_memory_until_then(
     sandbox, start, tmp_path
 ):
     path = tmp_path / "tokens.json"
     put_stale(sandbox, path)
-    inject = ["-e", "inject=rename:error=ENOSPC:when=2..3"]  # the first is the rehearsal's
+    # The first rename is the rehearsal's.
+    inject = ["-e", "inject=rename:error=ENOSPC:when=2..3"]
     process = start(path, trace=traced(path, tmp_path / "strace", *inject))
     process.wait_for("the refreshed login is in this process's memory only: do not end it")
     process.signal(signal.SIGTERM)
@@ -323,11 +325,11 @@ def test_a_refreshed_login_that_cannot_be_saved_is_kept_in_memory_and_saved_when
     assert works(sandbox, login) and sandbox.refresh(login.refresh_token)[0] == 200
 
 
-# disks that take nothing
+# full and read-only disks
 
 
 def full(folder, login, room: int = 0) -> list[str]:
-    """On a disk of its own, with the login and `room` bytes free."""
+    """A prefix with a disk of its own, with the login and `room` bytes free."""
     return mounted(
         f"mount -t tmpfs -o size=128k,mode=700 none $1; cp -p {login} $1/tokens.json; "
         f"head -c 1000000 /dev/zero > $1/filling 2>/dev/null || truncate -s -{room} $1/filling",
@@ -339,7 +341,7 @@ def full(folder, login, room: int = 0) -> list[str]:
 @pytest.mark.parametrize(
     "room, recorded", [(0, False), (32768, True)], ids=["no byte is free", "room for a login only"]
 )
-def test_a_full_disk_leaves_the_old_login_working_and_its_refresh_token_unspent(
+def test_a_full_disk_keeps_the_old_login_and_spends_no_token(
     sandbox, start, tmp_path, room, recorded
 ):
     folder, login = tmp_path / "folder", tmp_path / "login"
@@ -347,9 +349,10 @@ def test_a_full_disk_leaves_the_old_login_working_and_its_refresh_token_unspent(
     old = put_stale(sandbox, login)
     process = start(folder / "tokens.json", before=full(folder, login, room))
     process.wait_for("could not be refreshed")
-    [said] = [message for message in process.messages() if "could not be refreshed" in message]
-    assert "No space left on device. Make room" in said
-    time.sleep(1.2)  # another try
+    [failure] = [message for message in process.messages() if "could not be refreshed" in message]
+    assert "No space left on device. Make room" in failure
+    # Time for another try.
+    time.sleep(1.2)
     store = make_store(sandbox, seen_from(process, folder / "tokens.json"))
     login = store.load()
     assert (login.access_token, login.refresh_token) == (old["access_token"], old["refresh_token"])
@@ -364,7 +367,7 @@ def test_a_full_disk_leaves_the_old_login_working_and_its_refresh_token_unspent(
 
 
 @mounts
-def test_a_failure_that_cannot_be_recorded_is_no_other_failure(sandbox, start, tmp_path):
+def test_a_failure_that_cannot_be_recorded_is_logged_as_itself(sandbox, start, tmp_path):
     folder, login = tmp_path / "folder", tmp_path / "login"
     folder.mkdir()
     put_stale(sandbox, login, token_endpoint=None)
@@ -391,27 +394,28 @@ UNWRITABLE = {
 
 @mounts
 @pytest.mark.parametrize("script, reason, sentences", UNWRITABLE.values(), ids=UNWRITABLE)
-def test_a_folder_that_cannot_be_written_is_said_and_nothing_is_spent(
+def test_a_folder_that_cannot_be_written_is_logged_and_no_token_is_spent(
     sandbox, start, tmp_path, script, reason, sentences
 ):
     folder = tmp_path / "folder"
     old = put_stale(sandbox, folder / "tokens.json")
     process = start(folder / "tokens.json", before=mounted(script, folder))
     process.wait_for("could not be refreshed")
-    time.sleep(1.2)  # another try
-    assert process.said(reason) == sentences  # one about the folder, one about the refresh
+    # Time for another try.
+    time.sleep(1.2)
+    # One sentence is about the folder, one about the refresh.
+    assert process.said(reason) == sentences
     assert tries(sandbox) == 0
     login = make_store(sandbox, seen_from(process, folder / "tokens.json")).load()
     assert login.access_token == old["access_token"] and works(sandbox, login)
-    wait_until(
-        lambda: not os.path.exists(seen_from(process, folder / "tokens.json.new"))
-    )  # but for a moment in each try
+    # Each try makes the file for a moment.
+    wait_until(lambda: not os.path.exists(seen_from(process, folder / "tokens.json.new")))
     process.signal(signal.SIGTERM)
     assert process.wait() == 0
 
 
 @mounts
-def test_a_mounted_secret_is_one_sentence(sandbox, start, tmp_path):
+def test_a_read_only_secret_is_logged_in_one_sentence(sandbox, start, tmp_path):
     folder = tmp_path / "folder"
     put_stale(sandbox, folder / "tokens.json", refresh_token=None)
     process = start(

@@ -1,4 +1,4 @@
-"""When the refresh token is spent: every decision, with clocks that the test turns."""
+"""When the refresh token is sent: every decision, with clocks that the test sets."""
 
 import dataclasses
 import math
@@ -9,11 +9,11 @@ from xaiproxy import errors, token_json, tokens
 from xaiproxy.refresher.schedule import Decision, Schedule
 
 NOTHING, REFRESH, DECLINE = Decision.NOTHING, Decision.REFRESH, Decision.DECLINE
-LOGIN = tokens.Login(
-    "access", expires_at=22600, refresh_token="refresh", obtained_at=1000
-)  # six hours, stale at 18280
+# A lifetime of six hours, stale at 18280.
+LOGIN = tokens.Login("access", expires_at=22600, refresh_token="refresh", obtained_at=1000)
 UNAVAILABLE = errors.IssuerUnavailable("down")
-LAST_TRY_AT = 22000  # of a token that may be spent
+# Of a token that may be spent.
+LAST_TRY_AT = 22000
 LOST = errors.IssuerUnavailable("lost", sent=True)
 
 
@@ -40,9 +40,9 @@ class Desk:
     def fail(
         self, error: errors.Error, took: float = 0.0, asked: bool = False, killed: bool = False
     ) -> float | None:
-        """One try that fails, as the refresher makes it; the seconds to the next.
+        """Make one try that fails, as the refresher does; return the seconds to the next.
 
-        `killed`: amid the call, by -9.
+        `killed`: the process is killed with SIGKILL in the middle of the request.
         """
         self.schedule.watch(self.login, self.now, self.uptime)
         before, begun = self.login, self.schedule.begun(self.login, asked, self.now, self.uptime)
@@ -57,7 +57,7 @@ class Desk:
         return None if record.retry_at is None else record.retry_at - self.now
 
     def restart(self) -> None:
-        """Another process, which knows what the file says."""
+        """Start another process, which knows only the file."""
         self.schedule = Schedule(120, lambda: self.jitter)
 
     def succeed(self, asked: bool = False, lifetime: float = 21600) -> float | None:
@@ -95,7 +95,7 @@ def stale():
     return desk
 
 
-# due
+# when a refresh is due
 
 
 def test_a_refresh_is_due_when_the_token_is_stale_and_not_before(desk):
@@ -113,20 +113,22 @@ def test_nothing_is_due_for_a_login_without_refresh_token():
     assert desk.decide() is desk.decide(asked=True) is NOTHING
 
 
-def test_the_wall_clock_is_followed_wherever_it_jumps(desk):
+def test_a_changed_wall_clock_decides_whether_a_refresh_is_due(desk):
     assert desk.decide() is NOTHING
-    desk.now = 20000  # set forward, or the machine slept
+    # Set forward, or the machine was suspended.
+    desk.now = 20000
     assert desk.decide() is REFRESH
-    desk.now = 500  # set back, before the token was made
+    # Set back, before the token was issued.
+    desk.now = 500
     assert desk.decide() is NOTHING
 
 
-def test_a_refresh_that_is_asked_for_is_due_whatever_the_clock_says(desk):
+def test_an_asked_refresh_is_due_at_any_time_of_day(desk):
     desk.now = 500
     assert desk.decide(asked=True) is REFRESH
 
 
-# failing: nothing was spent
+# failures that spend no token
 
 
 def test_backoff_doubles_from_one_second_to_sixty(stale):
@@ -148,12 +150,12 @@ def test_backoff_ends_ten_seconds_after_expiry_at_the_latest(stale, error):
     assert stale.wait_until_due() == 10
 
 
-def test_what_the_issuer_asks_for_is_waited_for_after_expiry_too(stale):
+def test_retry_after_holds_after_expiry_too(stale):
     stale.now = LOGIN.expires_at + 1000
     assert stale.fail(errors.IssuerUnavailable("busy", retry_after=40)) == 40
 
 
-def test_backoff_is_measured_on_the_clock_that_never_jumps(stale):
+def test_backoff_is_measured_on_the_monotonic_clock(stale):
     for _ in range(7):
         stale.fail(UNAVAILABLE)
     stale.now -= 5000
@@ -177,18 +179,18 @@ def test_backoff_is_jittered_down_to_a_half(jitter):
 @pytest.mark.parametrize(
     "retry_after, wait", [(0.0, 1), (0.5, 1), (17.0, 17), (300.0, 300), (301.0, 300), (1e9, 300)]
 )
-def test_retry_after_is_honoured_up_to_five_minutes(stale, retry_after, wait):
+def test_retry_after_sets_the_next_try_up_to_five_minutes(stale, retry_after, wait):
     assert stale.fail(errors.IssuerUnavailable("busy", retry_after=retry_after)) == wait
 
 
-def test_a_full_disk_backs_off_too(stale):
+def test_a_full_disk_backs_off(stale):
     assert [stale.fail(errors.StorageError("full")) for _ in range(3)] == [1, 2, 4]
 
 
 @pytest.mark.parametrize(
     "error", [errors.ClientRejected("invalid_client"), errors.NotEntitled("access_denied")]
 )
-def test_a_refusal_of_client_or_plan_is_tried_every_five_minutes(stale, error):
+def test_a_refused_client_or_plan_is_retried_every_five_minutes(stale, error):
     for _ in range(3):
         assert stale.fail(error) == 300
         assert stale.decide(asked=True) is NOTHING
@@ -217,10 +219,10 @@ def test_a_token_that_is_stale_at_once_backs_off_like_a_failure(stale):
     assert stale.succeed() is None and stale.schedule.failures == 0
 
 
-# failing: sent, but no whole answer
+# lost responses
 
 
-def test_a_lost_answer_is_tried_three_times_and_then_ten_minutes_before_expiry(stale):
+def test_a_lost_response_gets_three_tries_and_one_ten_minutes_before_expiry(stale):
     assert stale.fail(LOST) == 1
     assert stale.wait_until_due() == 1
     assert stale.fail(LOST) == 2
@@ -232,12 +234,14 @@ def test_a_lost_answer_is_tried_three_times_and_then_ten_minutes_before_expiry(s
     stale.now += 0.1
     assert stale.decide() is REFRESH
     waits = [stale.fail(LOST) for _ in range(6)]
-    assert waits == [8, 16, 32, 60, 60, 60]  # then backoff, and no more counting
+    # Then backoff, and no more counting.
+    assert waits == [8, 16, 32, 60, 60, 60]
     assert stale.wait_until_due() == 60
 
 
 def test_the_last_try_of_a_short_token_is_a_tenth_of_its_lifetime_before_expiry():
-    desk = Desk(dataclasses.replace(LOGIN, expires_at=4600))  # an hour
+    # A lifetime of an hour.
+    desk = Desk(dataclasses.replace(LOGIN, expires_at=4600))
     desk.now = 3900.0
     for _ in range(3):
         desk.fail(LOST)
@@ -245,15 +249,16 @@ def test_the_last_try_of_a_short_token_is_a_tenth_of_its_lifetime_before_expiry(
 
 
 @pytest.mark.parametrize("took, next_at", [(29, 29 + 1), (29.1, LAST_TRY_AT - 18281)])
-def test_a_lost_answer_is_not_tried_again_once_thirty_seconds_are_over(stale, took, next_at):
+def test_a_lost_response_is_not_retried_after_thirty_seconds(stale, took, next_at):
     assert took + stale.fail(LOST, took=took) == pytest.approx(next_at)
 
 
-def test_a_try_that_could_begin_in_time_and_did_not_is_too_late(stale):
+def test_a_retry_that_begins_late_is_not_made(stale):
     stale.fail(LOST, took=29)
     assert stale.wait_until_due() == 1
     stale.pass_(0.1)
-    assert stale.decide() is NOTHING  # 30.1 s after the first was sent
+    # 30.1 s after the first was sent.
+    assert stale.decide() is NOTHING
 
 
 def test_a_killed_process_and_its_successors_send_a_token_three_times(stale):
@@ -285,7 +290,7 @@ def test_three_refreshers_of_one_login_send_a_token_three_times_together(stale):
 
 @pytest.mark.parametrize("step", [10000, -10000])
 @pytest.mark.parametrize("restarted", [False, True])
-def test_a_clock_that_is_set_between_two_tries_allows_no_fourth(stale, step, restarted):
+def test_a_clock_change_between_two_tries_allows_no_fourth(stale, step, restarted):
     stale.fail(LOST)
     stale.now += step
     stale.login = dataclasses.replace(
@@ -302,14 +307,14 @@ def test_a_clock_that_is_set_between_two_tries_allows_no_fourth(stale, step, res
     assert tries == (1 if restarted else 3)
 
 
-def test_a_machine_that_slept_between_two_tries_does_not_try_again(stale):
+def test_a_suspended_machine_does_not_retry(stale):
     stale.fail(LOST)
     stale.uptime += 8 * 3600
     stale.now += 100
     assert stale.decide() is NOTHING
 
 
-def test_a_definite_failure_after_a_lost_answer_does_not_make_it_safe(stale):
+def test_a_definite_failure_after_a_lost_response_does_not_make_the_token_safe(stale):
     stale.fail(LOST)
     stale.pass_(1)
     assert stale.fail(errors.IssuerUnavailable("busy", retry_after=60)) == LAST_TRY_AT - stale.now
@@ -318,19 +323,20 @@ def test_a_definite_failure_after_a_lost_answer_does_not_make_it_safe(stale):
     assert stale.decide() is NOTHING
 
 
-def test_a_lost_answer_with_an_expired_token_just_backs_off(stale):
+def test_a_lost_response_with_an_expired_token_backs_off(stale):
     stale.now = LOGIN.expires_at
     assert [stale.fail(LOST) for _ in range(5)] == [1, 2, 4, 8, 16]
 
 
-def test_a_lost_answer_is_tried_again_when_upstream_refuses_the_token(stale):
+def test_a_lost_response_is_retried_when_upstream_refuses_the_token(stale):
     for _ in range(3):
         stale.fail(LOST)
     stale.pass_(1)
+    # This is still within the backoff.
     assert (stale.decide(), stale.decide(asked=True)) == (
         NOTHING,
         NOTHING,
-    )  # still within the backoff
+    )
     stale.pass_(3)
     assert (stale.decide(), stale.decide(asked=True)) == (NOTHING, REFRESH)
     stale.fail(LOST)
@@ -339,22 +345,23 @@ def test_a_lost_answer_is_tried_again_when_upstream_refuses_the_token(stale):
 
 
 @pytest.mark.parametrize("ago, decision", [(-1, NOTHING), (29, REFRESH), (31, NOTHING)])
-def test_an_answer_lost_by_an_earlier_process_is_known_from_the_file(ago, decision):
+def test_a_response_lost_by_an_earlier_process_is_known_from_the_file(ago, decision):
     desk = Desk()
     desk.now = 18281.0
     lost = tokens.RefreshTry(tokens.fingerprint("refresh"), desk.now - ago, 1, desk.now - ago)
     desk.login = dataclasses.replace(LOGIN, refresh_try=lost)
     desk.decide()
-    desk.uptime += 1  # the wait of one that is in the future
+    # The wait for a try that is in the future.
+    desk.uptime += 1
     assert desk.decide() is decision
     desk.now = LAST_TRY_AT
     assert desk.decide() is REFRESH
 
 
-# refused
+# refused grants
 
 
-def test_a_refused_grant_is_never_tried_again(stale):
+def test_a_refused_grant_is_not_retried(stale):
     assert stale.fail(errors.GrantRefused("invalid_grant")) is None
     stale.schedule.hurry()
     stale.now += 1e6
@@ -373,7 +380,7 @@ def test_a_refusal_recorded_by_an_earlier_process_holds(stale):
     "error", [errors.GrantRefused("invalid_grant"), UNAVAILABLE, LOST, errors.NotEntitled("denied")]
 )
 @pytest.mark.parametrize("new", [{"refresh_token": "another"}, {"access_token": "another"}])
-def test_a_new_login_forgets_the_failures_of_the_old_one(stale, error, new):
+def test_a_new_login_clears_the_failures_of_the_old_one(stale, error, new):
     for _ in range(3):
         stale.fail(error)
     assert stale.decide() is NOTHING
@@ -412,7 +419,7 @@ def test_such_refusals_are_counted_by_all_refreshers_together_and_only_in_a_row(
     assert stale.fail(doubted("token_expired")) is None
 
 
-def test_a_refusal_that_stays_the_same_after_expiry_says_to_sign_in_and_goes_on(stale):
+def test_a_lasting_refusal_after_expiry_advises_to_sign_in_and_is_retried(stale):
     unknown = errors.IssuerUnavailable("HTTP 400: no_idea", refused=True)
     descriptions = []
     for now in (18281, 18300, 18400, LOGIN.expires_at + 5, LOGIN.expires_at + 99):
@@ -423,16 +430,15 @@ def test_a_refusal_that_stays_the_same_after_expiry_says_to_sign_in_and_goes_on(
     assert descriptions[3:] == [f"HTTP 400: no_idea; if that lasts, {errors.SIGN_IN}"] * 2
 
 
-def test_a_refusal_is_about_its_refresh_token_and_not_about_another_in_the_file(stale):
+def test_a_refusal_of_one_refresh_token_does_not_block_another(stale):
     stale.fail(errors.GrantRefused("invalid_grant"))
     assert stale.decide() is NOTHING
-    stale.login = reread(
-        dataclasses.replace(stale.login, refresh_token="another")
-    )  # by hand: all else stays
+    # Edited by hand: all else stays.
+    stale.login = reread(dataclasses.replace(stale.login, refresh_token="another"))
     assert stale.decide() is REFRESH
 
 
-def test_a_failure_that_another_refresher_recorded_is_waited_for_too(stale):
+def test_the_backoff_of_another_refresher_holds_too(stale):
     for error, wait in (
         (UNAVAILABLE, 1),
         (UNAVAILABLE, 2),
@@ -444,16 +450,17 @@ def test_a_failure_that_another_refresher_recorded_is_waited_for_too(stale):
         assert stale.wait_until_due() == wait
 
 
-def test_a_definite_answer_whose_record_cannot_be_written_takes_no_try(stale):
+def test_a_definite_response_that_cannot_be_recorded_counts_as_no_try(stale):
     for wait in (1, 2, 4, 8, 16):
         assert stale.fail(UNAVAILABLE) == wait
         assert stale.login.refresh_try is None
-        stale.login = stale.begun  # what was written before the token was sent
+        # What was written before the token was sent.
+        stale.login = stale.begun
         stale.pass_(wait)
     assert stale.decide() is REFRESH
 
 
-def test_a_wait_of_the_file_is_bounded_by_its_own_limit(desk):
+def test_a_wait_in_the_file_is_bounded_by_its_own_limit(desk):
     far = desk.now + 1e6
     failed = tokens.RefreshError("issuer_unavailable", "", desk.now, retry_at=far)
     desk.login = dataclasses.replace(LOGIN, expires_at=desk.now + 10, refresh_error=failed)
@@ -469,7 +476,7 @@ def test_a_wait_of_the_file_is_bounded_by_its_own_limit(desk):
     assert desk.wait_until_due(asked=True) == 3600
 
 
-def test_a_failure_from_before_the_clock_was_set_back_is_not_waited_for(stale):
+def test_a_backoff_from_before_the_clock_was_set_back_is_ignored(stale):
     failed = tokens.RefreshError(
         "issuer_unavailable", "", stale.now + 3600, retry_at=stale.now + 3660
     )
@@ -481,11 +488,12 @@ def test_a_failure_that_could_not_be_recorded_is_remembered(stale):
     for wait in (1, 2, 4, 8):
         before = stale.login
         assert stale.fail(UNAVAILABLE) == wait
-        stale.login = before  # the disk is full
+        # The disk is full.
+        stale.login = before
         assert stale.wait_until_due() == wait
 
 
-# asked
+# refreshes that the proxy asks for
 
 
 def test_asked_refreshes_come_at_most_once_in_two_minutes_doubling_to_an_hour(desk):
@@ -517,13 +525,13 @@ def test_an_asked_refresh_that_comes_too_early_is_declined_once(desk):
     assert desk.decide(asked=True) is DECLINE
 
 
-def test_nothing_is_declined_when_the_file_already_tells_of_a_failure(desk):
+def test_an_asked_refresh_is_not_declined_when_the_file_has_a_failure(desk):
     desk.succeed(asked=True)
     desk.login = dataclasses.replace(desk.login, refresh_error=tokens.RefreshError("x", "", 5))
     assert desk.decide(asked=True) is NOTHING
 
 
-def test_the_wait_is_two_minutes_again_when_a_refreshed_token_has_lasted(desk):
+def test_the_wait_is_two_minutes_again_after_a_refreshed_token_has_lasted(desk):
     for _ in range(4):
         desk.wait_until_due(asked=True, step=1)
         desk.succeed(asked=True)
@@ -563,7 +571,7 @@ def test_the_limit_of_asked_refreshes_holds_for_all_refreshers_and_restarts(desk
     assert refreshes == (3 if step >= 0 else 2)
 
 
-def test_the_limit_of_asked_refreshes_survives_a_kill_amid_the_call(desk):
+def test_the_limit_of_asked_refreshes_survives_a_kill_in_the_request(desk):
     desk.fail(LOST, asked=True, killed=True)
     desk.succeed(asked=True)
     assert desk.login.asked.wait == 120 and desk.login.refresh_try is None
@@ -571,7 +579,7 @@ def test_the_limit_of_asked_refreshes_survives_a_kill_amid_the_call(desk):
     assert desk.wait_until_due(asked=True) == 120
 
 
-def test_an_asked_refresh_whose_answer_is_lost_is_tried_again_like_any_other(desk):
+def test_an_asked_refresh_whose_response_is_lost_is_retried_like_any_other(desk):
     for wait in (1, 2):
         assert desk.fail(LOST, asked=True) == wait
         assert desk.wait_until_due(asked=True) == wait
