@@ -1,4 +1,4 @@
-"""Every knob of the sandbox does what it says."""
+"""The knobs of the sandbox, each with its effect."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from xaiproxy.sandbox.knobs import KNOBS, SCRIPT
 # Knobs
 
 
-def test_every_knob_is_turned_by_a_test() -> None:
+def test_every_knob_has_a_test() -> None:
     files = pathlib.Path(__file__).parent.glob("test_*.py")
     source = "".join(file.read_text() for file in files)
     assert [name for name in KNOBS if f"{name}=" not in source] == []
@@ -58,7 +58,7 @@ def test_a_bad_knob_is_refused_and_changes_nothing(
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
-def test_a_web_page_can_neither_watch_nor_steer(sandbox: Sandbox, method: str) -> None:
+def test_a_web_page_can_neither_read_nor_set_knobs(sandbox: Sandbox, method: str) -> None:
     for field in (
         {"Origin": sandbox.url},
         {"Origin": "null"},
@@ -79,7 +79,7 @@ def test_expires_in_can_be_absent(sandbox: Sandbox) -> None:
     )
 
 
-def test_a_refresh_token_can_be_omitted_and_then_stays(sandbox: Sandbox) -> None:
+def test_an_omitted_refresh_token_stays_valid(sandbox: Sandbox) -> None:
     login = sandbox.mint()
     sandbox.set(send_refresh_token=False)
     for _ in range(2):
@@ -87,7 +87,7 @@ def test_a_refresh_token_can_be_omitted_and_then_stays(sandbox: Sandbox) -> None
         assert accepted == 200 and "refresh_token" not in tokens
 
 
-def test_a_former_refresh_token_is_taken_within_the_grace(sandbox: Sandbox) -> None:
+def test_a_former_refresh_token_is_accepted_within_the_grace(sandbox: Sandbox) -> None:
     sandbox.set(grace=1)
     login = sandbox.mint()
     begun = time.time()
@@ -103,7 +103,7 @@ def test_a_fresh_token_is_refused_at_first(sandbox: Sandbox) -> None:
     assert [sandbox.get("/v1/me", login["access_token"])[0] for _ in range(3)] == [403, 403, 200]
 
 
-def test_refusals_in_another_status_and_shape(sandbox: Sandbox) -> None:
+def test_refusals_can_have_another_status_and_shape(sandbox: Sandbox) -> None:
     sandbox.set(dead_token_status=401, old_shape=True)
     assert sandbox.get("/v1/me", "x") == (
         401,
@@ -116,7 +116,7 @@ def test_refusals_in_another_status_and_shape(sandbox: Sandbox) -> None:
     assert sandbox.get("/v1/me")[1]["error"].endswith("[WKE=unauthenticated:no-credentials]")
 
 
-def test_what_is_compressed(sandbox: Sandbox, token: str) -> None:
+def test_the_gzip_knob_chooses_which_responses_are_compressed(sandbox: Sandbox, token: str) -> None:
     for wanted, compressed in (
         ("none", [False, False]),
         ("refusals", [True, False]),
@@ -150,7 +150,7 @@ def test_an_idle_connection_is_closed(sandbox: Sandbox) -> None:
 
 
 def events(answer: bytes) -> list[bytes]:
-    """The events of a streamed answer, without its framing."""
+    """The events of a streamed response, without its framing."""
     head, _, rest = answer.partition(b"\r\n\r\n")
     if b"chunked" in head:
         parts, rest = rest, b""
@@ -160,39 +160,39 @@ def events(answer: bytes) -> list[bytes]:
     return rest.split(b"\n\n")[:-1]
 
 
-def test_a_chat_stream(sandbox: Sandbox, token: str) -> None:
+def test_a_chat_stream_has_the_events_of_a_real_one(sandbox: Sandbox, token: str) -> None:
     sandbox.set(events=2, event_size=5, keepalives=2)
     first, second, *chunks, done = events(sandbox.raw(sandbox.chat(token)))
     assert (first, second, done) == (b": keepalive", b": keepalive", b"data: [DONE]")
-    said = [json.loads(chunk.removeprefix(b"data: ")) for chunk in chunks]
-    assert [chunk["choices"][0]["delta"] for chunk in said[:-1]] == [
+    sent = [json.loads(chunk.removeprefix(b"data: ")) for chunk in chunks]
+    assert [chunk["choices"][0]["delta"] for chunk in sent[:-1]] == [
         {"reasoning_content": "Hm.", "role": "assistant"},
         {"content": "This "},
         {"content": "is is"},
         {},
     ]
     assert (
-        said[-2]["choices"][0]["finish_reason"] == "stop"
-        and "finish_reason" not in said[0]["choices"][0]
+        sent[-2]["choices"][0]["finish_reason"] == "stop"
+        and "finish_reason" not in sent[0]["choices"][0]
     )
-    assert said[-1]["choices"] == [] and said[-1]["usage"]["completion_tokens"] == 2
+    assert sent[-1]["choices"] == [] and sent[-1]["usage"]["completion_tokens"] == 2
 
 
-def test_a_responses_stream(sandbox: Sandbox, token: str) -> None:
+def test_a_responses_stream_has_the_events_of_a_real_one(sandbox: Sandbox, token: str) -> None:
     _, answer = sandbox.post(
         "/v1/responses", {"model": "grok-4.5", "input": "x", "stream": True}, token
     )
-    said = [json.loads(event.removeprefix(b"data: ")) for event in answer.split(b"\n\n")[:-1]]
-    assert [event["sequence_number"] for event in said] == list(range(len(said)))
+    sent = [json.loads(event.removeprefix(b"data: ")) for event in answer.split(b"\n\n")[:-1]]
+    assert [event["sequence_number"] for event in sent] == list(range(len(sent)))
     assert (
-        list(said[0])[:2] == ["sequence_number", "type"] and said[0]["type"] == "response.created"
+        list(sent[0])[:2] == ["sequence_number", "type"] and sent[0]["type"] == "response.created"
     )
-    assert said[-1]["type"] == "response.completed" and "usage" in said[-1]["response"]
+    assert sent[-1]["type"] == "response.completed" and "usage" in sent[-1]["response"]
     text = "".join(
-        event["delta"] for event in said if event["type"] == "response.output_text.delta"
+        event["delta"] for event in sent if event["type"] == "response.output_text.delta"
     )
-    assert text == said[-1]["response"]["output"][1]["content"][0]["text"]
-    kinds = [event["type"].removeprefix("response.") for event in said]
+    assert text == sent[-1]["response"]["output"][1]["content"][0]["text"]
+    kinds = [event["type"].removeprefix("response.") for event in sent]
     assert [kind for kind, _ in itertools.groupby(kinds)] == [
         "created",
         "in_progress",
@@ -212,10 +212,11 @@ def test_a_responses_stream(sandbox: Sandbox, token: str) -> None:
     ]
 
 
-def test_the_head_of_a_stream_leaves_before_its_first_event(sandbox: Sandbox, token: str) -> None:
+def test_the_head_of_a_stream_is_sent_before_its_first_event(sandbox: Sandbox, token: str) -> None:
     sandbox.set(first_event_delay=60)
     with sandbox.streaming(sandbox.chat(token)):
-        pass  # the head was read
+        # The context manager has read the head.
+        pass
     sandbox.set(first_event_delay=0.3)
     begun = time.monotonic()
     with sandbox.streaming(sandbox.chat(token)) as (_, answer):
@@ -223,7 +224,7 @@ def test_the_head_of_a_stream_leaves_before_its_first_event(sandbox: Sandbox, to
         assert answer.read().endswith(b"0\r\n\r\n")
 
 
-def test_events_leave_one_by_one_at_the_pace_set(sandbox: Sandbox, token: str) -> None:
+def test_events_are_sent_at_events_per_second(sandbox: Sandbox, token: str) -> None:
     sandbox.set(events_per_second=20, events=6)
     begun, times = time.monotonic(), []
     with sandbox.streaming(sandbox.chat(token)) as (_, answer):
@@ -235,7 +236,7 @@ def test_events_leave_one_by_one_at_the_pace_set(sandbox: Sandbox, token: str) -
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_a_client_that_leaves_in_silence_is_noticed(
+def test_a_client_that_disconnects_in_silence_is_noticed(
     sandbox: Sandbox, token: str, half: bool
 ) -> None:
     sandbox.set(silence_after=2)
@@ -250,7 +251,7 @@ def test_a_client_that_leaves_in_silence_is_noticed(
     assert sandbox.wait(lambda seen: seen["cancelled_streams"] == 1, seconds=1)["open_streams"] == 0
 
 
-def test_a_client_that_leaves_amid_events_is_noticed(sandbox: Sandbox, token: str) -> None:
+def test_a_client_that_disconnects_between_events_is_noticed(sandbox: Sandbox, token: str) -> None:
     sandbox.set(events=100000, event_size=1000)
     with sandbox.streaming(sandbox.chat(token)) as (_, answer):
         answer.read(10000)
@@ -259,7 +260,7 @@ def test_a_client_that_leaves_amid_events_is_noticed(sandbox: Sandbox, token: st
     )
 
 
-def test_a_client_that_leaves_before_the_head_is_noticed(sandbox: Sandbox, token: str) -> None:
+def test_a_client_that_disconnects_before_the_head_is_noticed(sandbox: Sandbox, token: str) -> None:
     sandbox.set(answers=[{"path": "/v1/*", "delay": 60}])
     with socket.create_connection(("127.0.0.1", sandbox.port)) as connection:
         connection.sendall(sandbox.chat(token))
@@ -268,7 +269,7 @@ def test_a_client_that_leaves_before_the_head_is_noticed(sandbox: Sandbox, token
     assert seen["streams"] == 0
 
 
-def test_a_pipelined_request_neither_ends_a_stream_nor_burns_cpu(
+def test_a_pipelined_request_neither_ends_a_stream_nor_uses_cpu(
     sandbox: Sandbox, token: str
 ) -> None:
     sandbox.set(silence_after=1, silence=0.6)
@@ -286,7 +287,8 @@ def processor_seconds(sandbox: Sandbox) -> float:
     fields = (
         pathlib.Path(f"/proc/{sandbox.process.pid}/stat").read_text().rpartition(")")[2].split()
     )
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # utime, stime
+    # utime and stime.
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @pytest.mark.parametrize(
@@ -297,7 +299,7 @@ def processor_seconds(sandbox: Sandbox) -> float:
         ("close", b"Connection: close"),
     ],
 )
-def test_framings_and_a_cut_in_each(
+def test_a_stream_can_have_each_framing_and_be_cut(
     sandbox: Sandbox, token: str, framing: str, mark: bytes
 ) -> None:
     sandbox.set(framing=framing, events=3)
@@ -316,7 +318,7 @@ def test_framings_and_a_cut_in_each(
     assert not cut.endswith(b"0\r\n\r\n") and sandbox.counters()["cancelled_streams"] == 0
 
 
-def test_a_stream_cut_by_a_reset(sandbox: Sandbox, token: str) -> None:
+def test_a_stream_can_be_cut_by_a_reset(sandbox: Sandbox, token: str) -> None:
     sandbox.set(cut_after=1, cut="reset")
     with pytest.raises(ConnectionResetError):
         sandbox.raw(sandbox.chat(token))
@@ -340,7 +342,7 @@ def test_a_stream_cut_by_a_reset(sandbox: Sandbox, token: str) -> None:
     ],
 )
 @pytest.mark.parametrize("after", [0, 2])
-def test_a_capacity_error_inside_a_stream(
+def test_a_stream_can_contain_a_capacity_error(
     sandbox: Sandbox, token: str, path: str, sent: dict[str, Any], frame: bytes, after: int
 ) -> None:
     sandbox.set(capacity_error_after=after)
@@ -349,10 +351,10 @@ def test_a_capacity_error_inside_a_stream(
     assert accepted == 200 and len(parts) == after + 1 and parts[-1].startswith(frame)
 
 
-# Scripted answers
+# Scripted responses
 
 
-def test_answers_come_in_order_and_as_often_as_told(sandbox: Sandbox, token: str) -> None:
+def test_scripted_responses_come_in_order_and_as_often_as_set(sandbox: Sandbox, token: str) -> None:
     sandbox.set(
         answers=[
             {
@@ -381,7 +383,7 @@ def test_answers_come_in_order_and_as_often_as_told(sandbox: Sandbox, token: str
     assert sandbox.post("/v1/tts", {"text": "x"}, token)[0] == 200
 
 
-def test_any_endpoint_can_answer_html_or_nothing_or_bytes_of_the_tests_own(
+def test_any_endpoint_can_send_html_or_nothing_or_given_bytes(
     sandbox: Sandbox,
 ) -> None:
     sandbox.set(
@@ -399,7 +401,7 @@ def test_any_endpoint_can_answer_html_or_nothing_or_bytes_of_the_tests_own(
     assert sandbox.raw(sandbox.head("GET /anything")).endswith(b"\r\n\r\n\xef\xbb\xbfdata: x")
 
 
-def test_an_answer_can_be_lost_before_or_after_the_request_is_handled(sandbox: Sandbox) -> None:
+def test_a_response_can_be_lost_before_or_after_the_request_is_handled(sandbox: Sandbox) -> None:
     first = sandbox.mint()["refresh_token"]
     for process, spent in ((False, 0), (True, 1)):
         sandbox.set(
@@ -414,7 +416,7 @@ def test_an_answer_can_be_lost_before_or_after_the_request_is_handled(sandbox: S
         sandbox.refresh(first)
 
 
-def test_an_answer_can_be_late_with_the_token_spent_meanwhile(sandbox: Sandbox) -> None:
+def test_a_response_can_be_delayed_after_the_token_is_spent(sandbox: Sandbox) -> None:
     login = sandbox.mint()
     sandbox.set(
         answers=[
@@ -439,7 +441,7 @@ def test_an_answer_can_be_late_with_the_token_spent_meanwhile(sandbox: Sandbox) 
     assert sandbox.refresh(login["refresh_token"])[0] == 400 and time.monotonic() - begun > 0.3
 
 
-def test_an_answer_can_drip(sandbox: Sandbox) -> None:
+def test_a_response_can_be_sent_byte_by_byte(sandbox: Sandbox) -> None:
     sandbox.set(answers=[{"path": "/v1/me", "drip": 100, "body": "x" * 30}])
     begun = time.monotonic()
     answer = sandbox.raw(sandbox.head("GET /v1/me"))
@@ -450,7 +452,7 @@ def test_an_answer_can_drip(sandbox: Sandbox) -> None:
     )
 
 
-def test_an_answer_can_come_before_the_body(sandbox: Sandbox) -> None:
+def test_a_response_can_be_sent_before_the_body_is_read(sandbox: Sandbox) -> None:
     sandbox.set(answers=[{"path": "/v1/files", "early": True, "error": "too_large"}])
     with streaming_upload(sandbox) as connection:
         assert connection.recv(99).startswith(b"HTTP/1.1 413")

@@ -33,7 +33,7 @@ CHALLENGE = challenge_of(VERIFIER)
 
 
 @pytest.mark.parametrize("path", ["/oauth2/device/code", "/oauth2/token", "/oauth2/revoke"])
-def test_the_authorization_server_takes_forms_only(sandbox: Sandbox, path: str) -> None:
+def test_the_authorization_server_accepts_forms_only(sandbox: Sandbox, path: str) -> None:
     assert sandbox.post(
         path, json.dumps({"client_id": CLIENT_ID}), Content_Type="application/json"
     ) == (415, b"Form requests must have `Content-Type: application/x-www-form-urlencoded`")
@@ -72,7 +72,7 @@ def test_another_client_is_refused(sandbox: Sandbox, path: str, form: dict[str, 
         ),
     ],
 )
-def test_the_device_endpoint_refuses(
+def test_the_device_endpoint_refuses_a_bad_request(
     sandbox: Sandbox, form: dict[str, str], error: str, description: str
 ) -> None:
     refused, answer = sandbox.post("/oauth2/device/code", {"client_id": CLIENT_ID, **form})
@@ -97,7 +97,7 @@ def test_the_device_endpoint_refuses(
         ("authorization_code", {"code": "x", "redirect_uri": CALLBACK}, "invalid_request"),
     ],
 )
-def test_the_token_endpoint_refuses(
+def test_the_token_endpoint_refuses_a_bad_request(
     sandbox: Sandbox, grant_type: str, fields: dict[str, str], error: str
 ) -> None:
     refused, answer = sandbox.token(grant_type, **fields)
@@ -124,7 +124,7 @@ def authorization_url(sandbox: Sandbox, **changed: str | None) -> str:
 
 
 def consented(sandbox: Sandbox, **changed: str | None) -> str:
-    """A fresh authorization code."""
+    """A new authorization code."""
     return parse_qs(urlsplit(sandbox.consent(authorization_url(sandbox, **changed))).query)["code"][
         0
     ]
@@ -165,7 +165,7 @@ def test_a_repeated_parameter_is_refused(sandbox: Sandbox) -> None:
     assert refused == 400 and b"Repeated parameter: state" in page
 
 
-def test_a_code_becomes_a_login_once_and_the_second_time_ends_it(sandbox: Sandbox) -> None:
+def test_a_code_is_exchanged_once_and_a_second_exchange_ends_the_login(sandbox: Sandbox) -> None:
     url = sandbox.consent(authorization_url(sandbox))
     assert url.startswith(CALLBACK + "?code=") and parse_qs(urlsplit(url).query)["state"] == [
         "s t&"
@@ -192,7 +192,7 @@ def test_a_code_becomes_a_login_once_and_the_second_time_ends_it(sandbox: Sandbo
         {"redirect_uri": "http://127.0.0.1:56122/callback"},
     ],
 )
-def test_a_code_is_bound_to_verifier_and_redirect_uri_and_one_try(
+def test_a_code_is_bound_to_verifier_and_redirect_uri_and_one_exchange(
     sandbox: Sandbox, changed: dict[str, str]
 ) -> None:
     code = consented(sandbox)
@@ -213,7 +213,7 @@ def test_an_authorization_code_expires(sandbox: Sandbox) -> None:
     assert exchange(sandbox, consented(sandbox)) == (400, {"error": "invalid_grant"})
 
 
-def test_a_consent_is_given_once_and_by_our_own_page_only(sandbox: Sandbox) -> None:
+def test_a_consent_is_accepted_once_and_from_the_own_page_only(sandbox: Sandbox) -> None:
     page = sandbox.get(authorization_url(sandbox))[1].decode()
     form = {"request": page.split('data-request="')[1].split('"')[0], "decision": "allow"}
     assert sandbox.post("/oauth2/authorize", form, Origin="http://evil.example")[0] == 403
@@ -221,13 +221,13 @@ def test_a_consent_is_given_once_and_by_our_own_page_only(sandbox: Sandbox) -> N
     assert sandbox.post("/oauth2/authorize", form, Origin=sandbox.url)[0] == 400
 
 
-def test_a_denied_consent_says_so(sandbox: Sandbox) -> None:
+def test_a_denied_consent_redirects_with_access_denied(sandbox: Sandbox) -> None:
     url = sandbox.consent(authorization_url(sandbox, state=None), "deny")
     assert url == CALLBACK + "?error=access_denied&error_description=User+denied"
 
 
 class Listener:
-    """A client's callback listener that answers as told and keeps what came."""
+    """A client's callback listener, with these CORS headers, that records the requests."""
 
     def __init__(self, allow: dict[str, str]) -> None:
         self.seen: list[tuple[str, str, str | None]] = []
@@ -272,15 +272,14 @@ def test_the_callback_is_fetched_after_a_preflight(sandbox: Sandbox) -> None:
 
 
 @pytest.mark.parametrize("changed", [{"Origin": "*"}, {"Headers": ""}, {"Private-Network": ""}])
-def test_a_listener_that_forbids_the_page_is_not_fetched(
+def test_a_listener_that_forbids_the_page_gets_only_the_preflight(
     sandbox: Sandbox, changed: dict[str, str]
 ) -> None:
     with Listener(allowing(sandbox, **changed)) as listener:
         assert not sandbox.visit(authorization_url(sandbox, redirect_uri=listener.redirect_uri))
     assert [method for method, *_ in listener.seen] == ["OPTIONS"]
-    assert not sandbox.visit(
-        authorization_url(sandbox, redirect_uri=listener.redirect_uri)
-    )  # nobody listens
+    # By now, nothing is listening there.
+    assert not sandbox.visit(authorization_url(sandbox, redirect_uri=listener.redirect_uri))
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed")
@@ -291,10 +290,10 @@ def test_a_listener_that_forbids_the_page_is_not_fetched(
         ("http://another.example", "Enter this code to finish signing in"),
     ],
 )
-def test_the_page_in_a_real_browser(
+def test_the_consent_page_works_in_a_real_browser(
     sandbox: Sandbox, tmp_path: pathlib.Path, origin: str | None, shown: str
 ) -> None:
-    """auto_approve presses "allow"; what comes of it is read from the page."""
+    """auto_approve presses "allow"; the page then shows the result."""
     sandbox.set(auto_approve=0)
     with Listener(allowing(sandbox, Origin=origin or sandbox.url)) as listener:
         page = subprocess.run(
@@ -327,7 +326,7 @@ def device(sandbox: Sandbox, **fields: str) -> dict[str, Any]:
 
 
 def poll(sandbox: Sandbox, code: dict[str, Any], **fields: str) -> str:
-    """What one poll is told: the error, or "" for tokens."""
+    """The response to one poll: the error, or "" for tokens."""
     return sandbox.token(DEVICE_CODE, device_code=code["device_code"], **fields)[1].get("error", "")
 
 
@@ -352,22 +351,22 @@ def test_a_device_code_waits_for_its_user_and_is_used_once(sandbox: Sandbox) -> 
     assert [poll(sandbox, code), poll(sandbox, code)] == ["", "invalid_grant"]
 
 
-def test_a_poll_too_soon_is_told_to_slow_down_for_good(sandbox: Sandbox) -> None:
+def test_an_early_poll_lengthens_the_interval_for_good(sandbox: Sandbox) -> None:
     code = device(sandbox)
     assert code["interval"] == 5
-    assert [poll(sandbox, code), poll(sandbox, code)] == [
-        "slow_down"
-    ] * 2  # the first one, too, has to wait
+    # The first poll has to wait for the interval, too.
+    assert [poll(sandbox, code), poll(sandbox, code)] == ["slow_down"] * 2
     sandbox.set(device_interval=0, slow_downs=1)
     code = device(sandbox)
-    assert [poll(sandbox, code), poll(sandbox, code)] == ["slow_down"] * 2  # now it is 5 s again
+    # Now the interval is 5 s again.
+    assert [poll(sandbox, code), poll(sandbox, code)] == ["slow_down"] * 2
     sandbox.approve(code["user_code"])
     sandbox.set(slow_downs=1)
     assert [poll(sandbox, code), poll(sandbox, code)] == ["slow_down", ""]
     assert sandbox.counters()["slow_downs"] == 5
 
 
-def test_a_denied_device_code(sandbox: Sandbox) -> None:
+def test_a_denied_device_code_is_refused(sandbox: Sandbox) -> None:
     code = device(sandbox)
     sandbox.approve(code["user_code"], "deny")
     assert sandbox.token(DEVICE_CODE, device_code=code["device_code"]) == (
@@ -376,7 +375,7 @@ def test_a_denied_device_code(sandbox: Sandbox) -> None:
     )
 
 
-def test_an_expired_device_code(sandbox: Sandbox) -> None:
+def test_an_expired_device_code_is_refused(sandbox: Sandbox) -> None:
     sandbox.set(device_lifetime=1, device_interval=0)
     code = device(sandbox)
     assert (
@@ -385,7 +384,7 @@ def test_an_expired_device_code(sandbox: Sandbox) -> None:
     assert sandbox.post("/oauth2/device", {"user_code": code["user_code"]})[0] == 404
 
 
-def test_a_device_code_is_approved_by_itself(sandbox: Sandbox) -> None:
+def test_auto_approve_approves_a_device_code(sandbox: Sandbox) -> None:
     sandbox.set(auto_approve=0.3, device_interval=0)
     begun = time.time()
     code = device(sandbox)
@@ -395,17 +394,17 @@ def test_a_device_code_is_approved_by_itself(sandbox: Sandbox) -> None:
 
 
 def test_a_device_code_with_pkce_needs_its_verifier(sandbox: Sandbox) -> None:
-    for verifier, told in (
+    for verifier, expected in (
         ({}, "invalid_grant"),
         ({"code_verifier": "x"}, "invalid_grant"),
         ({"code_verifier": VERIFIER}, ""),
     ):
         code = device(sandbox, code_challenge=CHALLENGE, code_challenge_method="S256")
         sandbox.approve(code["user_code"])
-        assert poll(sandbox, code, **verifier) == told
+        assert poll(sandbox, code, **verifier) == expected
 
 
-def test_the_device_page_takes_no_form_of_another_page(sandbox: Sandbox) -> None:
+def test_the_device_page_refuses_a_form_of_another_page(sandbox: Sandbox) -> None:
     form = {"user_code": device(sandbox)["user_code"], "decision": "allow"}
     assert sandbox.post("/oauth2/device", form, Origin="http://evil.example")[0] == 403
     assert sandbox.post("/oauth2/device", {**form, "user_code": "AAAA-AAAA"})[0] == 404
@@ -429,11 +428,12 @@ def test_an_access_token_has_the_claims_of_a_real_one(sandbox: Sandbox) -> None:
         "id_token",
         "scope",
     ]
-    said = claims(login["access_token"])
-    assert (said["iss"], said["client_id"]) == (sandbox.url, CLIENT_ID)
-    assert said["exp"] - said["iat"] == login["expires_in"] == 21600
+    issued = claims(login["access_token"])
+    assert (issued["iss"], issued["client_id"]) == (sandbox.url, CLIENT_ID)
+    assert issued["exp"] - issued["iat"] == login["expires_in"] == 21600
     assert claims(login["id_token"])["email"] == "sandbox@example.invalid"
-    assert "refresh_token" not in sandbox.mint(scope="openid")  # it is for offline_access
+    # A refresh token is for offline_access.
+    assert "refresh_token" not in sandbox.mint(scope="openid")
 
 
 def test_a_refresh_token_is_rotated_and_a_former_one_ends_the_login(sandbox: Sandbox) -> None:
@@ -465,14 +465,14 @@ def test_logins_are_independent(sandbox: Sandbox) -> None:
     assert sandbox.refresh(other["refresh_token"])[0] == 200
 
 
-def test_an_unknown_refresh_token(sandbox: Sandbox) -> None:
+def test_an_unknown_refresh_token_is_refused(sandbox: Sandbox) -> None:
     assert sandbox.refresh("never-issued") == (
         400,
         {"error": "invalid_grant", "error_description": "Invalid or unknown refresh token"},
     )
 
 
-def test_revocation(sandbox: Sandbox) -> None:
+def test_a_revoked_token_ends_the_login(sandbox: Sandbox) -> None:
     login = sandbox.mint()
     for refresh_token in (login["refresh_token"], "never-issued"):
         form = {"token": refresh_token, "client_id": CLIENT_ID}
@@ -481,7 +481,7 @@ def test_revocation(sandbox: Sandbox) -> None:
     assert sandbox.get("/v1/models", login["access_token"])[0] == 403
 
 
-def test_userinfo_and_keys(sandbox: Sandbox, token: str) -> None:
+def test_userinfo_and_keys_are_served(sandbox: Sandbox, token: str) -> None:
     assert sandbox.get("/oauth2/userinfo")[0] == 401
     assert sandbox.get("/oauth2/userinfo", "x")[0] == 401
     assert sandbox.get("/oauth2/userinfo", token)[1]["email"] == "sandbox@example.invalid"

@@ -1,4 +1,4 @@
-"""The sandbox refuses what xAI refuses, records what it saw, and ends well."""
+"""The sandbox refuses what xAI refuses, records the requests, and shuts down gracefully."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sandbox import CHAT, DEVICE_CODE, FORM, Sandbox, body, status, until
 
 from xaiproxy.sandbox.knobs import KNOBS
 
-# In front of both
+# Before both servers
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_another_host_is_refused(sandbox: Sandbox, token: str, path: str, host: 
 
 @pytest.mark.parametrize("agent", [None, ""])
 @pytest.mark.parametrize("path", ["/v1/models", "/.well-known/openid-configuration"])
-def test_no_user_agent_is_refused(
+def test_a_request_without_user_agent_is_refused(
     sandbox: Sandbox, token: str, path: str, agent: str | None
 ) -> None:
     answer = sandbox.raw(
@@ -62,14 +62,12 @@ def test_no_user_agent_is_refused(
         b"POST / HTTP/1.1\r\nContent-Length: +1\r\n\r\na",
     ],
 )
-def test_what_two_servers_could_read_differently_is_refused(
-    sandbox: Sandbox, broken: bytes
-) -> None:
+def test_an_ambiguous_message_is_refused(sandbox: Sandbox, broken: bytes) -> None:
     assert status(sandbox.raw(broken)) == 400
     assert sandbox.counters()["malformed"] == 1 and sandbox.counters()["requests"] == 0
 
 
-def test_every_answer_says_that_it_is_not_xai(sandbox: Sandbox, token: str) -> None:
+def test_every_response_has_the_header_not_xai(sandbox: Sandbox, token: str) -> None:
     for path in (
         "/v1/models",
         "/v1/no",
@@ -124,7 +122,7 @@ def test_a_dead_token_is_refused_compressed_only_if_the_client_allows_it(sandbox
         assert json.loads(gzip.decompress(content) if compressed else content) == sentence
 
 
-def test_an_access_token_dies_when_it_expires_and_not_before(sandbox: Sandbox) -> None:
+def test_an_access_token_is_refused_from_its_expiry_on(sandbox: Sandbox) -> None:
     sandbox.set(access_token_lifetime=2)
     begun = time.time()
     login = sandbox.mint()
@@ -188,7 +186,7 @@ def test_an_invalid_body_is_refused(
     assert refused == 422 and problem in answer["error"]
 
 
-def test_responses_looks_at_the_body_before_the_token(sandbox: Sandbox) -> None:
+def test_responses_checks_the_body_before_the_token(sandbox: Sandbox) -> None:
     assert sandbox.post("/v1/responses", {"model": "grok-4.5"})[0] == 422
     assert sandbox.post("/v1/responses", {"model": "grok-4.5", "input": "x"})[0] == 401
 
@@ -214,16 +212,16 @@ def test_another_method_is_not_allowed(sandbox: Sandbox, token: str) -> None:
 # The rest of the API
 
 
-def test_a_chat_completion(sandbox: Sandbox, token: str) -> None:
+def test_a_chat_completion_has_content_and_usage(sandbox: Sandbox, token: str) -> None:
     sandbox.set(events=3)
     answer = sandbox.raw(sandbox.chat(token).replace(b"true", b"   0"))
-    said = body(answer)
+    completion = body(answer)
     assert (
-        said["choices"][0]["message"]["content"] == "This is the "
-        and said["usage"]["total_tokens"] == 18
+        completion["choices"][0]["message"]["content"] == "This is the "
+        and completion["usage"]["total_tokens"] == 18
     )
     for field in (
-        f"x-request-id: {said['id']}",
+        f"x-request-id: {completion['id']}",
         "x-ratelimit-limit-requests: 7200",
         "Server: cloudflare",
         "Set-Cookie: __cf_bm=sandbox; Path=/; HttpOnly",
@@ -261,10 +259,10 @@ def user(content: Any) -> dict[str, Any]:
         ([user("Hello")], {"type": "function", "function": {"name": "weather"}}, True),
     ],
 )
-def test_a_tool_is_called_when_the_user_names_it_or_it_is_demanded(
+def test_a_tool_is_called_only_if_the_user_names_it_or_it_is_required(
     sandbox: Sandbox, token: str, messages: list[Any], choice: Any, called: bool
 ) -> None:
-    """Agents bring tools that run commands: nothing else may set one off."""
+    """Agents bring tools that run commands: no other prompt may call one."""
     properties = {
         "where": {"type": "string"},
         "unit": {"enum": ["K", "C"]},
@@ -301,7 +299,7 @@ def test_a_tool_is_called_when_the_user_names_it_or_it_is_demanded(
         }
 
 
-def test_a_deferred_completion(sandbox: Sandbox, token: str) -> None:
+def test_a_deferred_completion_is_fetched_once(sandbox: Sandbox, token: str) -> None:
     refused = sandbox.post("/v1/chat/completions", {**CHAT, "deferred": True}, token)
     assert refused == (400, "A request may either be streaming or deferred, but not both.")
     deferred = {**CHAT, "stream": False, "deferred": True}
@@ -314,7 +312,7 @@ def test_a_deferred_completion(sandbox: Sandbox, token: str) -> None:
     )
 
 
-def test_files_go_up_and_come_back_byte_by_byte(sandbox: Sandbox, token: str) -> None:
+def test_an_uploaded_file_is_downloaded_unchanged(sandbox: Sandbox, token: str) -> None:
     content = bytes(range(256)) * 5000
     form = (
         b'--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nx\r\n--b\r\n'
@@ -351,7 +349,7 @@ def test_files_go_up_and_come_back_byte_by_byte(sandbox: Sandbox, token: str) ->
         ("POST", "/v1/files:initialize", {"filename": "a"}, '"filename": "a"'),
     ],
 )
-def test_other_paths(
+def test_other_paths_respond_with_a_token_only(
     sandbox: Sandbox, token: str, method: str, path: str, sent: Any, expected: str
 ) -> None:
     accepted, answer = sandbox.request(method, path, sent, token)
@@ -363,10 +361,10 @@ def test_speech_is_binary(sandbox: Sandbox, token: str) -> None:
     assert sandbox.post("/v1/tts", {"text": "x"}, token) == (200, bytes(range(256)) * 64)
 
 
-# What it saw
+# The records
 
 
-def test_requests_are_recorded_as_they_came(sandbox: Sandbox, token: str) -> None:
+def test_requests_are_recorded_as_received(sandbox: Sandbox, token: str) -> None:
     target, sent = "/v1/models/a%2Fb:c%20d?x=%C3%A9&y=+&z", b"5\r\nhello\r\n0\r\n\r\n"
     sandbox.raw(
         sandbox.head(
@@ -397,7 +395,7 @@ def test_requests_are_recorded_as_they_came(sandbox: Sandbox, token: str) -> Non
     assert (seen["body_length"], seen["body_sha256"]) == (5, hashlib.sha256(b"hello").hexdigest())
 
 
-def test_a_body_can_be_watched_as_it_comes(sandbox: Sandbox) -> None:
+def test_a_body_is_recorded_while_it_arrives(sandbox: Sandbox) -> None:
     with socket.create_connection(("127.0.0.1", sandbox.port)) as connection:
         connection.sendall(sandbox.head("POST /v1/files", Content_Length="100000") + b"x" * 50000)
         until(lambda: [seen for seen in sandbox.requests() if seen["body_length"] > 32767])
@@ -406,7 +404,7 @@ def test_a_body_can_be_watched_as_it_comes(sandbox: Sandbox) -> None:
     sandbox.wait(lambda seen: seen["cancelled_requests"] == 1)
 
 
-def test_connections_are_counted_and_told_apart(sandbox: Sandbox) -> None:
+def test_connections_are_counted_and_numbered(sandbox: Sandbox) -> None:
     again = sandbox.head("GET /oauth2/device", Connection="keep-alive")
     sandbox.raw(again, again, sandbox.head("GET /oauth2/device"))
     sandbox.get("/oauth2/device")
@@ -415,8 +413,8 @@ def test_connections_are_counted_and_told_apart(sandbox: Sandbox) -> None:
     assert len({request["connection"] for request in sandbox.requests()[:3]}) == 1
 
 
-def test_no_answer_waits_for_an_acknowledgement(sandbox: Sandbox) -> None:
-    """Without TCP_NODELAY every answer on a connection in use takes 40 ms."""
+def test_no_response_waits_for_an_acknowledgement(sandbox: Sandbox) -> None:
+    """Without TCP_NODELAY every response on a connection in use takes 40 ms."""
     connection = http.client.HTTPConnection(sandbox.host, sandbox.port)
     with contextlib.closing(connection):
         times = []
@@ -428,7 +426,7 @@ def test_no_answer_waits_for_an_acknowledgement(sandbox: Sandbox) -> None:
     assert sorted(times)[5] < 0.03
 
 
-def test_no_token_is_shown_anywhere(sandbox: Sandbox) -> None:
+def test_no_token_is_in_the_records(sandbox: Sandbox) -> None:
     login = sandbox.mint()
     sandbox.refresh(login["refresh_token"])
     sandbox.get("/v1/me", login["access_token"])
@@ -438,7 +436,7 @@ def test_no_token_is_shown_anywhere(sandbox: Sandbox) -> None:
     assert granted == [DEVICE_CODE, "refresh_token"]
 
 
-def test_every_token_can_be_killed_at_once(sandbox: Sandbox) -> None:
+def test_every_token_can_be_revoked_at_once(sandbox: Sandbox) -> None:
     login = sandbox.mint()
     sandbox.kill()
     assert sandbox.get("/v1/me", login["access_token"])[0] == 403
@@ -453,7 +451,8 @@ def test_every_login_can_be_ended_at_once() -> None:
         sandbox.kill("logins")
         assert sandbox.refresh(login["refresh_token"])[0] == 400
         sandbox.set(events=4)
-        sandbox.reset()  # to what the command line said
+        # To the knobs of the command line.
+        sandbox.reset()
         assert sandbox.get("/_sandbox/knobs")[1]["events"] == 3
 
 
@@ -481,13 +480,13 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["--port", "x"], "--port: invalid int value: 'x'"),
     ],
 )
-def test_bad_usage(arguments: list[str], complaint: str) -> None:
+def test_bad_usage_is_one_sentence(arguments: list[str], complaint: str) -> None:
     done = run(*arguments)
     assert (done.returncode, done.stdout) == (64, "")
     assert complaint in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_a_port_that_is_taken(sandbox: Sandbox) -> None:
+def test_a_port_in_use_is_one_sentence(sandbox: Sandbox) -> None:
     done = run("--port", str(sandbox.port))
     assert (done.returncode, done.stdout) == (75, "")
     assert done.stderr == (
@@ -502,7 +501,7 @@ def test_the_help_names_every_knob() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_it_ends_well_with_a_stream_open(number: int) -> None:
+def test_a_signal_ends_the_sandbox_with_a_stream_open(number: int) -> None:
     with Sandbox(silence_after=1) as sandbox:
         folder = pathlib.Path(sandbox.env["XAI_PROXY_TOKEN_PATH"]).parent
         assert folder.stat().st_mode & 0o777 == 0o700
@@ -512,19 +511,18 @@ def test_it_ends_well_with_a_stream_open(number: int) -> None:
         assert not folder.exists()
 
 
-def test_a_folder_given_is_kept_and_a_request_is_logged(tmp_path: pathlib.Path) -> None:
+def test_a_given_folder_is_kept_and_a_request_is_logged(tmp_path: pathlib.Path) -> None:
     with Sandbox("--state", str(tmp_path), "--verbose") as sandbox:
         assert sandbox.env["XAI_PROXY_TOKEN_PATH"] == f"{tmp_path}/tokens.json"
         assert sandbox.env["XAI_PROXY_UPSTREAM"] == sandbox.url
         sandbox.write_login(tmp_path / "tokens.json")
-        until(
-            lambda: sandbox.stderr().count("\n") == 3
-        )  # a line is written after its answer is sent
+        # A line is written after its response is sent.
+        until(lambda: sandbox.stderr().count("\n") == 3)
         assert '"POST /oauth2/token HTTP/1.1" 200' in sandbox.stderr()
     assert (tmp_path / "tokens.json").stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")
-def test_it_listens_on_ipv6_loopback_too() -> None:
+def test_the_sandbox_listens_on_ipv6_loopback_too() -> None:
     with Sandbox("--bind", "::1") as sandbox:
         assert sandbox.url.startswith("http://[::1]:") and sandbox.mint()["token_type"] == "Bearer"

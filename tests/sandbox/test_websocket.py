@@ -1,4 +1,4 @@
-"""The sandbox's WebSockets: the handshake, what is said over them, and how they end."""
+"""The sandbox's WebSockets: the handshake, the events, and the closing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MODEL = {"type": "response.create", "model": "grok-4.5"}
 
 @pytest.fixture
 def connect(sandbox: Sandbox, token: str) -> Iterator[Callable[..., Connection]]:
-    """Gives a connection to a path of the sandbox; all are closed in the end."""
+    """Opens a connection to a path of the sandbox; all are closed in the end."""
     with contextlib.ExitStack() as stack:
 
         def connect(path: str, token: str | None = token, **options: Any) -> Connection:
@@ -47,7 +47,7 @@ def connect(sandbox: Sandbox, token: str) -> Iterator[Callable[..., Connection]]
 def conversation(connect: Callable[..., Connection]) -> Connection:
     """A realtime conversation that has begun."""
     connection = connect("/v1/realtime")
-    assert said(connection, 3) == ["session.created", "conversation.created", "ping"]
+    assert types_of_next(connection, 3) == ["session.created", "conversation.created", "ping"]
     return connection
 
 
@@ -58,7 +58,7 @@ def websocket_url(sandbox: Sandbox, path: str) -> str:
 def handshake(
     sandbox: Sandbox, token: str, path: str = "/v1/realtime", **fields: Any
 ) -> tuple[RawConnection, Message]:
-    """A raw connection on which the sandbox has answered this."""
+    """A raw connection with this handshake, and the sandbox's response."""
     raw = RawConnection(socket.create_connection((sandbox.host, sandbox.port)))
     raw.send(
         sandbox.head(
@@ -79,13 +79,13 @@ def handshake(
     return raw, answer
 
 
-def said(connection: Connection, count: int) -> list[str]:
+def types_of_next(connection: Connection, count: int) -> list[str]:
     """The types of the next events."""
     return [json.loads(connection.recv(5))["type"] for _ in range(count)]
 
 
 def answers(connection: Connection, last: str, event: dict[str, Any]) -> list[dict[str, Any]]:
-    """Send an event; what comes, up to an event of this type."""
+    """Send an event; return the events up to one of type `last`."""
     connection.send(json.dumps(event))
     events: list[dict[str, Any]] = []
     while not events or events[-1]["type"] != last:
@@ -116,7 +116,9 @@ def test_the_token_is_checked_before_the_upgrade(sandbox: Sandbox, path: str) ->
     assert sandbox.counters()["websockets"] == 0
 
 
-def test_the_token_is_checked_at_no_other_time(sandbox: Sandbox, conversation: Connection) -> None:
+def test_the_token_is_not_checked_after_the_upgrade(
+    sandbox: Sandbox, conversation: Connection
+) -> None:
     sandbox.kill()
     assert answers(conversation, "pong", {"type": "ping", "timestamp": 7})[0]["timestamp"] == 7
 
@@ -130,7 +132,7 @@ def test_the_token_is_checked_at_no_other_time(sandbox: Sandbox, conversation: C
         ({"Sec_WebSocket_Version": "12"}, 426, b"Sec-WebSocket-Version: 13"),
     ],
 )
-def test_what_is_no_handshake_is_refused(
+def test_an_incomplete_handshake_is_refused(
     sandbox: Sandbox, token: str, fields: dict[str, Any], status: int, sentence: bytes
 ) -> None:
     raw, answer = handshake(sandbox, token, **fields)
@@ -138,8 +140,8 @@ def test_what_is_no_handshake_is_refused(
     assert answer.status == status and sentence.lower() in (answer.head + answer.body).lower()
 
 
-def test_the_answer_to_a_handshake(sandbox: Sandbox, token: str) -> None:
-    """With xAI's headers and without a body's; no knob compresses it."""
+def test_the_response_to_a_handshake_has_xais_headers(sandbox: Sandbox, token: str) -> None:
+    """And none of a body; no knob compresses it."""
     sandbox.set(gzip="all")
     raw, answer = handshake(sandbox, token, Accept_Encoding="gzip")
     raw.close()
@@ -148,7 +150,8 @@ def test_the_answer_to_a_handshake(sandbox: Sandbox, token: str) -> None:
         "websocket",
         "Upgrade",
     )
-    assert answer.value("Sec-WebSocket-Accept") == "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="  # RFC 6455 1.3
+    # The value of RFC 6455 section 1.3.
+    assert answer.value("Sec-WebSocket-Accept") == "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
     assert (answer.value("Server"), answer.value("X-Sandbox")) == ("cloudflare", "not xAI")
     assert not re.search(rb"\r\n(Content-|Transfer-|Sec-WebSocket-(Ext|Prot))", answer.head)
 
@@ -177,7 +180,9 @@ def test_a_client_secret_opens_one_websocket(
     ]
     assert 50 < secret["expires_at"] - time.time() <= 60
     offered = ["realtime", f"xai-client-secret.{secret['value']}"]
-    assert said(connect("/v1/realtime", None, subprotocols=offered), 1) == ["session.created"]
+    assert types_of_next(connect("/v1/realtime", None, subprotocols=offered), 1) == [
+        "session.created"
+    ]
     with pytest.raises(InvalidStatus, match="HTTP 401"):
         connect("/v1/realtime", None, subprotocols=offered)
     assert secret["value"] not in json.dumps(sandbox.requests())
@@ -188,10 +193,12 @@ def test_a_client_secret_opens_one_websocket(
         connect("/v1/realtime", None, subprotocols=[f"xai-client-secret.{expired}"])
 
 
-# What is said
+# The events
 
 
-def test_a_conversation(sandbox: Sandbox, conversation: Connection) -> None:
+def test_a_conversation_has_the_events_of_a_real_one(
+    sandbox: Sandbox, conversation: Connection
+) -> None:
     sandbox.set(events=3)
     assert (
         answers(
@@ -226,7 +233,7 @@ def test_a_conversation(sandbox: Sandbox, conversation: Connection) -> None:
     )
 
 
-def test_responses_one_after_the_other(
+def test_responses_come_one_after_the_other(
     sandbox: Sandbox, connect: Callable[..., Connection], token: str
 ) -> None:
     sandbox.set(events=2)
@@ -257,9 +264,9 @@ def test_responses_one_after_the_other(
     )
 
 
-def test_speech_both_ways(connect: Callable[..., Connection]) -> None:
+def test_speech_goes_both_ways(connect: Callable[..., Connection]) -> None:
     listening = connect("/v1/stt")
-    assert said(listening, 1) == ["transcript.created"]
+    assert types_of_next(listening, 1) == ["transcript.created"]
     listening.send(b"\0" * 3200)
     heard = json.loads(listening.recv(5))
     assert (heard["type"], heard["is_final"]) == ("transcript.partial", False)
@@ -281,7 +288,7 @@ def test_speech_both_ways(connect: Callable[..., Connection]) -> None:
     ["", b"", "é" * 70_000, bytes(range(256)) * 5000],
     ids=["no text", "nothing", "text", "bytes"],
 )
-def test_an_echo(
+def test_a_message_of_any_size_is_echoed(
     connect: Callable[..., Connection], compression: str | None, message: str | bytes
 ) -> None:
     connection = connect("/v1/realtime?model=echo", compression=compression, max_size=None)
@@ -318,12 +325,11 @@ def resident_kib(sandbox: Sandbox) -> int:
     return int(re.search(r"VmHWM:\s+(\d+)", described)[1])
 
 
-def test_who_does_not_read_is_not_read_from(sandbox: Sandbox, token: str) -> None:
+def test_a_client_that_does_not_read_meets_back_pressure(sandbox: Sandbox, token: str) -> None:
     raw, _ = handshake(sandbox, token, "/v1/realtime?model=echo")
     raw.sock.settimeout(0.3)
-    raw.send(
-        b"\x82\xff" + (1 << 30).to_bytes(8, "big") + bytes(4)
-    )  # a gigabyte follows, masked with zeros
+    # A frame of a gigabyte, masked with zeros.
+    raw.send(b"\x82\xff" + (1 << 30).to_bytes(8, "big") + bytes(4))
     sent = 0
     with pytest.raises(TimeoutError):
         while sent < 100_000_000:
@@ -333,7 +339,7 @@ def test_who_does_not_read_is_not_read_from(sandbox: Sandbox, token: str) -> Non
     sandbox.wait(lambda seen: seen["cancelled_websockets"] == 1, seconds=1)
 
 
-# Ends
+# Closing
 
 
 def test_websockets_are_counted(sandbox: Sandbox, connect: Callable[..., Connection]) -> None:
@@ -356,7 +362,7 @@ def counted(sandbox: Sandbox) -> tuple[int, int, int]:
     [("{", 1007), ("[]", 1007), (b"{}", 1003), ('"' + "x" * (16 << 20) + '"', 1009)],
     ids=["no JSON", "no object", "binary", "too large"],
 )
-def test_what_is_not_understood_ends_it(
+def test_a_message_that_is_no_json_object_closes_the_connection(
     conversation: Connection, message: str | bytes, code: int
 ) -> None:
     conversation.send(message)
@@ -365,19 +371,19 @@ def test_what_is_not_understood_ends_it(
     assert closed.value.rcvd.code == code
 
 
-def test_what_is_no_frame_ends_it(conversation: Connection) -> None:
+def test_bytes_that_are_no_frame_close_the_connection(conversation: Connection) -> None:
     conversation.socket.sendall(b"GET / HTTP/1.1\r\n")
     with pytest.raises(ConnectionClosedError) as closed:
         conversation.recv(5)
     assert closed.value.rcvd.code == 1002
 
 
-def test_it_is_closed_with_the_code_told(
+def test_close_code_closes_the_connection_with_that_code(
     sandbox: Sandbox, connect: Callable[..., Connection]
 ) -> None:
     sandbox.set(close_code=4001)
     connection = connect("/v1/realtime")
-    said(connection, 3)
+    types_of_next(connection, 3)
     with pytest.raises(ConnectionClosedError) as closed:
         connection.recv(5)
     assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (4001, "the sandbox's close_code")
@@ -386,38 +392,39 @@ def test_it_is_closed_with_the_code_told(
 
 
 @pytest.mark.parametrize("cut", ["close", "reset"])
-def test_it_is_cut_amid_an_event(
+def test_cut_after_cuts_the_connection_in_the_middle_of_an_event(
     sandbox: Sandbox, connect: Callable[..., Connection], cut: str
 ) -> None:
     sandbox.set(cut_after=2, cut=cut)
     connection = connect("/v1/realtime")
-    said(connection, 2)
+    types_of_next(connection, 2)
     with pytest.raises(ConnectionClosedError) as closed:
         connection.recv(5)
-    assert closed.value.rcvd is None  # 1006
+    # The code is 1006: there was no Close frame.
+    assert closed.value.rcvd is None
     sandbox.wait(lambda seen: seen["open_websockets"] == 0)
     assert counted(sandbox) == (1, 0, 0)
 
 
-def test_in_silence_pings_are_answered_and_a_leaving_is_noticed(
+def test_in_silence_pings_are_answered_and_a_disconnect_is_noticed(
     sandbox: Sandbox, connect: Callable[..., Connection]
 ) -> None:
     sandbox.set(silence_after=1)
     connection = connect("/v1/realtime")
-    said(connection, 1)
+    types_of_next(connection, 1)
     assert connection.ping().wait(5)
     connection.socket.shutdown(socket.SHUT_RDWR)
     sandbox.wait(lambda seen: seen["cancelled_websockets"] == 1, seconds=1)
 
 
-def test_events_come_at_the_pace_set(sandbox: Sandbox, conversation: Connection) -> None:
+def test_events_come_at_events_per_second(sandbox: Sandbox, conversation: Connection) -> None:
     sandbox.set(events_per_second=50, events=4)
     begun = time.monotonic()
     answers(conversation, "response.done", {"type": "response.create"})
     assert time.monotonic() - begun > 11 / 50
 
 
-def test_a_message_sent_amid_a_response_is_answered_after_it(
+def test_a_message_sent_during_a_response_is_answered_after_it(
     sandbox: Sandbox, conversation: Connection
 ) -> None:
     sandbox.set(events_per_second=50, events=4)
@@ -427,7 +434,7 @@ def test_a_message_sent_amid_a_response_is_answered_after_it(
 
 
 @pytest.mark.parametrize("path", ["/v1/realtime", "/v1/responses"])
-def test_a_capacity_error_amid_a_response(
+def test_capacity_error_after_ends_a_response_with_an_error(
     sandbox: Sandbox, connect: Callable[..., Connection], path: str
 ) -> None:
     sandbox.set(capacity_error_after=1)
@@ -436,7 +443,7 @@ def test_a_capacity_error_amid_a_response(
     assert [event["type"] for event in events[-2:]] == ["response.created", "error"]
 
 
-def test_the_sandbox_ends_well_with_a_websocket_open() -> None:
+def test_sigterm_ends_the_sandbox_with_a_websocket_open() -> None:
     with Sandbox() as sandbox:
         raw, answer = handshake(sandbox, sandbox.mint()["access_token"])
         assert answer.status == 101
