@@ -39,7 +39,7 @@ def client(endpoint: ProxyProcess) -> Iterator[anthropic.Anthropic]:
         yield client
 
 
-def test_a_message(client: anthropic.Anthropic, sandbox: Sandbox) -> None:
+def test_a_message_is_answered(client: anthropic.Anthropic, sandbox: Sandbox) -> None:
     sandbox.set(events=3)
     message = client.messages.create(**ASKED)
     assert message.content[0].text == "This is the " and message.stop_reason == "end_turn"
@@ -47,7 +47,7 @@ def test_a_message(client: anthropic.Anthropic, sandbox: Sandbox) -> None:
     assert "anthropic-version" in [name.lower() for name, _ in seen["headers"]]
 
 
-def test_a_streamed_message(client: anthropic.Anthropic) -> None:
+def test_a_streamed_message_is_complete(client: anthropic.Anthropic) -> None:
     with client.messages.stream(**ASKED) as stream:
         text = "".join(stream.text_stream)
         message = stream.get_final_message()
@@ -56,7 +56,9 @@ def test_a_streamed_message(client: anthropic.Anthropic) -> None:
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_a_tool(client: anthropic.Anthropic, streamed: bool) -> None:
+def test_a_tool_is_called_and_its_result_is_used(
+    client: anthropic.Anthropic, streamed: bool
+) -> None:
     if streamed:
         with client.messages.stream(**WEATHER) as stream:
             message = stream.get_final_message()
@@ -69,7 +71,7 @@ def test_a_tool(client: anthropic.Anthropic, streamed: bool) -> None:
         {"location": "sandbox"},
         "tool_use",
     )
-    told = [
+    messages = [
         *WEATHER["messages"],
         {"role": "assistant", "content": message.content},
         {
@@ -77,10 +79,10 @@ def test_a_tool(client: anthropic.Anthropic, streamed: bool) -> None:
             "content": [{"type": "tool_result", "tool_use_id": call.id, "content": "fog"}],
         },
     ]
-    assert client.messages.create(**{**WEATHER, "messages": told}).stop_reason == "end_turn"
+    assert client.messages.create(**{**WEATHER, "messages": messages}).stop_reason == "end_turn"
 
 
-def test_without_a_login_it_is_told_to_sign_in(
+def test_without_a_login_the_error_advises_to_sign_in(
     client: anthropic.Anthropic, endpoint: ProxyProcess
 ) -> None:
     endpoint.token_path.unlink()

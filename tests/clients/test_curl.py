@@ -1,4 +1,4 @@
-"""curl through the proxy: what people try first."""
+"""curl through the proxy, with the commands that users try first."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def curl(*arguments: str | Path, **more: Any) -> subprocess.CompletedProcess[byt
     return subprocess.run(command(*arguments), capture_output=True, check=True, **more)
 
 
-def test_models(endpoint: ProxyProcess) -> None:
+def test_models_are_listed(endpoint: ProxyProcess) -> None:
     assert json.loads(curl(f"{endpoint.url}/v1/models").stdout)["data"][0]["id"] == "grok-4.6"
 
 
-def test_a_head(endpoint: ProxyProcess) -> None:
+def test_a_head_request_has_the_same_length(endpoint: ProxyProcess) -> None:
     whole, head = (
         curl("-i", f"{endpoint.url}/v1/models").stdout,
         curl("-I", f"{endpoint.url}/v1/models").stdout,
@@ -40,7 +40,7 @@ def test_a_head(endpoint: ProxyProcess) -> None:
     assert f"\r\nContent-Length: {length}\r\n".encode() in head
 
 
-def test_a_stream_is_shown_as_it_comes_and_ends_when_curl_does(
+def test_a_stream_is_shown_at_once_and_cancelled_when_curl_ends(
     endpoint: ProxyProcess, sandbox: Sandbox
 ) -> None:
     sandbox.set(silence_after=3)
@@ -56,7 +56,7 @@ def test_a_stream_is_shown_as_it_comes_and_ends_when_curl_does(
         )
 
 
-def test_a_whole_stream_by_http_1_0_too(endpoint: ProxyProcess) -> None:
+def test_a_stream_is_complete_by_http_1_0_too(endpoint: ProxyProcess) -> None:
     url = f"{endpoint.url}/v1/chat/completions"
     for version in ("--http1.1", "--http1.0"):
         assert curl("-N", version, *JSON, "-d", CHAT, url).stdout.endswith(b"data: [DONE]\n\n")
@@ -71,7 +71,7 @@ def test_a_whole_stream_by_http_1_0_too(endpoint: ProxyProcess) -> None:
     ],
     ids=["expect", "chunked", "at once"],
 )
-def test_an_upload(
+def test_an_uploaded_file_comes_back_unchanged(
     endpoint: ProxyProcess, sandbox: Sandbox, tmp_path: Path, how: list[str]
 ) -> None:
     content = bytes(range(256)) * 8000
@@ -85,7 +85,7 @@ def test_an_upload(
     assert curl(f"{endpoint.url}/v1/files/{file['id']}/content").stdout == content
 
 
-def test_what_is_sent_arrives_byte_by_byte(endpoint: ProxyProcess, sandbox: Sandbox) -> None:
+def test_a_request_arrives_unchanged(endpoint: ProxyProcess, sandbox: Sandbox) -> None:
     body = json.dumps({"model": "v1", "input": "é" * 100_000}).encode()
     curl(
         "--compressed",
@@ -103,7 +103,7 @@ def test_what_is_sent_arrives_byte_by_byte(endpoint: ProxyProcess, sandbox: Sand
     )
 
 
-def test_what_is_compressed_can_be_read(endpoint: ProxyProcess, sandbox: Sandbox) -> None:
+def test_a_compressed_response_is_readable(endpoint: ProxyProcess, sandbox: Sandbox) -> None:
     sandbox.set(gzip="all")
     assert b"grok-4.5" in curl("--compressed", f"{endpoint.url}/v1/models").stdout
     assert curl(
@@ -111,7 +111,7 @@ def test_what_is_compressed_can_be_read(endpoint: ProxyProcess, sandbox: Sandbox
     ).stdout.endswith(b"data: [DONE]\n\n")
 
 
-def test_a_web_page_is_kept_out(endpoint: ProxyProcess, sandbox: Sandbox) -> None:
+def test_a_request_of_a_web_page_is_refused(endpoint: ProxyProcess, sandbox: Sandbox) -> None:
     for field in (
         "Origin: https://evil.example",
         "Host: evil.example",

@@ -1,4 +1,4 @@
-"""conf/clients: every file can be read by whom it is for, and the examples that are programs run."""
+"""conf/clients: every file parses in its format, and the examples that are programs run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FILES = sorted(path.name for path in FOLDER.iterdir() if path.name != "README.md
 BASE_URL = "http://127.0.0.1:9090"
 OPENAI_JS = "openai@7.57.0"
 NEEDS_NODE = pytest.mark.skipif(not shutil.which("node"), reason="node is not installed")
-# Their own words for the key; conf/clients/README.md says which.
+# These have their own names for the key; conf/clients/README.md lists them.
 WITHOUT_VARIABLE = {"n8n.json", "zed.json", "open-webui.env"}
 
 
@@ -53,17 +53,17 @@ CHECKS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if not name.endswith(".mjs")])
-def test_a_file_can_be_read(name: str) -> None:
+def test_a_file_parses_in_its_format(name: str) -> None:
     CHECKS[Path(name).suffix]((FOLDER / name).read_text())
 
 
 @NEEDS_NODE
-def test_the_javascript_can_be_read() -> None:
+def test_the_javascript_parses() -> None:
     subprocess.run(["node", "--check", FOLDER / "openai.mjs"], check=True)
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_names_the_address_and_where_the_key_comes_from(name: str) -> None:
+def test_a_file_names_the_address_and_the_source_of_the_key(name: str) -> None:
     text = (FOLDER / name).read_text()
     assert re.search(
         re.escape(BASE_URL) + (r"(?!/v1)" if name == "claude-code.sh" else r"/v1\b"), text
@@ -71,7 +71,7 @@ def test_a_file_names_the_address_and_where_the_key_comes_from(name: str) -> Non
     assert "XAIPROXY_KEY" in text or name in WITHOUT_VARIABLE or name == "aider.conf.yml"
 
 
-def test_the_table_has_every_file() -> None:
+def test_the_table_lists_every_file() -> None:
     assert (
         sorted(
             re.findall(r"^\| .* \| \[([^]]+)\]\(\1\) \|", (FOLDER / "README.md").read_text(), re.M)
@@ -80,8 +80,8 @@ def test_the_table_has_every_file() -> None:
     )
 
 
-def test_claude_codes_variables(tmp_path: Path) -> None:
-    """The key goes into Authorization, and no other may be left over."""
+def test_claude_codes_variables_have_the_key_once(tmp_path: Path) -> None:
+    """The key goes into Authorization, and no other key may remain."""
     script = f". {FOLDER}/claude-code.sh; env"
     environ = {
         "PATH": os.environ["PATH"],
@@ -97,7 +97,7 @@ def test_claude_codes_variables(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="session")
 def openai_js() -> Path:
-    """A folder in which node finds OpenAI's library; it stays in .venv for the next time."""
+    """A folder in which node finds OpenAI's library; it stays in .venv for the next run."""
     if not (shutil.which("node") and shutil.which("npm")):
         pytest.skip("node or npm is not installed")
     version = subprocess.run(

@@ -1,4 +1,4 @@
-"""A proxy that asks for a client key, and how real clients bring theirs."""
+"""A proxy that requires a client key, and the ways in which real clients send theirs."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def ask_anthropic(url: str, **credential: Any) -> Any:
 
 
 def ask_older_anthropic(url: str, key: str) -> Any:
-    """As it was before 2.0, and as Claude Code is with ANTHROPIC_API_KEY."""
+    """As the library before 2.0 does, and Claude Code with ANTHROPIC_API_KEY."""
     return ask_anthropic(url, default_headers={"X-Api-Key": key, "Authorization": anthropic.Omit()})
 
 
@@ -67,7 +67,7 @@ CLIENTS: dict[str, Callable[[str, str], Any]] = {
 
 
 @pytest.mark.parametrize("client", CLIENTS)
-def test_a_key_is_taken_and_goes_no_further(
+def test_a_key_is_accepted_and_not_forwarded(
     keyed: ProxyProcess, sandbox: Sandbox, client: str
 ) -> None:
     before = len(keyed.log_lines())
@@ -79,10 +79,10 @@ def test_a_key_is_taken_and_goes_no_further(
 
 
 @pytest.mark.parametrize("client", CLIENTS)
-def test_another_key_is_refused_in_a_sentence(
+def test_another_key_is_refused_with_a_sentence(
     keyed: ProxyProcess, sandbox: Sandbox, client: str
 ) -> None:
     with pytest.raises((openai.AuthenticationError, anthropic.AuthenticationError)) as error:
-        CLIENTS[client](keyed.url, "xaip_of-somebody-else")
+        CLIENTS[client](keyed.url, "xaip_of-another-proxy")
     assert "needs a client key" in str(error.value) and "xaip_" not in str(error.value)
     assert sandbox.requests() == []

@@ -14,7 +14,7 @@ langchain_messages = ClientLibrary("langchain_core.messages")
 
 
 def weather(location: str) -> str:
-    """The weather there."""
+    """The weather at a location."""
     return f"fog in {location}"
 
 
@@ -28,13 +28,13 @@ def model(endpoint: ProxyProcess, request: pytest.FixtureRequest) -> langchain_o
     )
 
 
-def test_an_answer(model: langchain_openai.ChatOpenAI, sandbox: Sandbox) -> None:
+def test_a_question_is_answered(model: langchain_openai.ChatOpenAI, sandbox: Sandbox) -> None:
     sandbox.set(events=3)
     answer = model.invoke("Hello")
     assert answer.text == "This is the " and answer.usage_metadata["input_tokens"] == 12
 
 
-def test_a_streamed_answer(model: langchain_openai.ChatOpenAI) -> None:
+def test_a_streamed_answer_is_complete(model: langchain_openai.ChatOpenAI) -> None:
     chunks: list[langchain_messages.AIMessageChunk] = list(model.stream("Hello"))
     whole = chunks[0]
     for chunk in chunks[1:]:
@@ -43,7 +43,9 @@ def test_a_streamed_answer(model: langchain_openai.ChatOpenAI) -> None:
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_a_tool(model: langchain_openai.ChatOpenAI, streamed: bool) -> None:
+def test_a_tool_is_called_and_its_result_is_used(
+    model: langchain_openai.ChatOpenAI, streamed: bool
+) -> None:
     bound = model.bind_tools([weather])
     messages: list[Any] = [{"role": "user", "content": "Ask weather"}]
     if streamed:
@@ -55,17 +57,17 @@ def test_a_tool(model: langchain_openai.ChatOpenAI, streamed: bool) -> None:
         answer = bound.invoke(messages)
     [call] = answer.tool_calls
     assert (call["name"], call["args"]) == ("weather", {"location": "sandbox"})
-    told = bound.invoke(
+    answer = bound.invoke(
         [
             *messages,
             answer,
             langchain_messages.ToolMessage(weather(**call["args"]), tool_call_id=call["id"]),
         ]
     )
-    assert told.text and not told.tool_calls
+    assert answer.text and not answer.tool_calls
 
 
-def test_embeddings(endpoint: ProxyProcess) -> None:
+def test_embeddings_are_returned(endpoint: ProxyProcess) -> None:
     embeddings = langchain_openai.OpenAIEmbeddings(
         model="v1", base_url=f"{endpoint.url}/v1", api_key="none", check_embedding_ctx_length=False
     )

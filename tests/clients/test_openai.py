@@ -1,5 +1,5 @@
-"""OpenAI's Python library through the proxy: what it asks for, what it is told, and what it does by
-itself.
+"""OpenAI's Python library through the proxy: its requests, the errors that it gets, and its
+retries.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ def client(endpoint: ProxyProcess) -> Iterator[openai.OpenAI]:
         yield client
 
 
-# What there is
+# The API
 
 
-def test_models(client: openai.OpenAI) -> None:
+def test_models_are_listed(client: openai.OpenAI) -> None:
     assert MODEL in [model.id for model in client.models.list()]
     assert client.models.retrieve(MODEL).owned_by == "xai"
 
 
-def test_a_chat_completion(client: openai.OpenAI, sandbox: Sandbox) -> None:
+def test_a_chat_completion_is_answered(client: openai.OpenAI, sandbox: Sandbox) -> None:
     sandbox.set(events=3)
     completion = client.chat.completions.create(model=MODEL, messages=HELLO)
     assert (
@@ -57,7 +57,7 @@ def test_a_chat_completion(client: openai.OpenAI, sandbox: Sandbox) -> None:
     assert completion._request_id == completion.id
 
 
-def test_a_streamed_chat_completion(client: openai.OpenAI) -> None:
+def test_a_streamed_chat_completion_is_complete(client: openai.OpenAI) -> None:
     whole = client.chat.completions.create(model=MODEL, messages=HELLO).choices[0].message.content
     with client.chat.completions.create(
         model=MODEL, messages=HELLO, stream=True, stream_options={"include_usage": True}
@@ -73,7 +73,7 @@ def test_a_streamed_chat_completion(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_a_tool_is_called_and_told_of(client: openai.OpenAI, streamed: bool) -> None:
+def test_a_tool_is_called_and_its_result_is_used(client: openai.OpenAI, streamed: bool) -> None:
     tools: Any = [{"type": "function", "function": {"name": "weather", "parameters": PARAMETERS}}]
     if streamed:
         with client.chat.completions.stream(model=MODEL, messages=WEATHER, tools=tools) as stream:
@@ -85,12 +85,16 @@ def test_a_tool_is_called_and_told_of(client: openai.OpenAI, streamed: bool) -> 
     [call] = choice.message.tool_calls
     assert choice.finish_reason == "tool_calls" and call.function.name == "weather"
     assert json.loads(call.function.arguments) == {"location": "sandbox"}
-    told = [*WEATHER, choice.message, {"role": "tool", "tool_call_id": call.id, "content": "fog"}]
-    again = client.chat.completions.create(model=MODEL, messages=told, tools=tools).choices[0]
+    messages = [
+        *WEATHER,
+        choice.message,
+        {"role": "tool", "tool_call_id": call.id, "content": "fog"},
+    ]
+    again = client.chat.completions.create(model=MODEL, messages=messages, tools=tools).choices[0]
     assert again.finish_reason == "stop" and again.message.content
 
 
-def test_a_response(client: openai.OpenAI) -> None:
+def test_a_response_is_answered(client: openai.OpenAI) -> None:
     response = client.responses.create(model=MODEL, input="Hello")
     assert (
         response.output_text.startswith("This is the sandbox")
@@ -103,7 +107,7 @@ def test_a_response(client: openai.OpenAI) -> None:
         client.responses.retrieve(response.id)
 
 
-def test_a_streamed_response(client: openai.OpenAI) -> None:
+def test_a_streamed_response_is_complete(client: openai.OpenAI) -> None:
     with client.responses.stream(model=MODEL, input="Hello") as stream:
         text = "".join(
             event.delta for event in stream if event.type == "response.output_text.delta"
@@ -113,7 +117,7 @@ def test_a_streamed_response(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_a_response_that_calls_a_tool(client: openai.OpenAI, streamed: bool) -> None:
+def test_a_response_calls_a_tool_and_uses_its_result(client: openai.OpenAI, streamed: bool) -> None:
     asked: Any = {
         "model": MODEL,
         "input": "Ask weather",
@@ -132,25 +136,25 @@ def test_a_response_that_calls_a_tool(client: openai.OpenAI, streamed: bool) -> 
         "weather",
         {"location": "sandbox"},
     )
-    told: Any = [{"type": "function_call_output", "call_id": call.call_id, "output": "fog"}]
+    result: Any = [{"type": "function_call_output", "call_id": call.call_id, "output": "fog"}]
     assert client.responses.create(
-        **{**asked, "input": told}, previous_response_id=response.id
+        **{**asked, "input": result}, previous_response_id=response.id
     ).output_text
 
 
-def test_an_older_completion(client: openai.OpenAI) -> None:
+def test_an_older_completion_is_answered(client: openai.OpenAI) -> None:
     whole = client.completions.create(model=MODEL, prompt="Hello").choices[0]
     with client.completions.create(model=MODEL, prompt="Hello", stream=True) as stream:
         assert "".join(chunk.choices[0].text for chunk in stream) == whole.text
     assert whole.finish_reason == "stop" and whole.text
 
 
-def test_embeddings(client: openai.OpenAI) -> None:
+def test_embeddings_are_returned(client: openai.OpenAI) -> None:
     answer = client.embeddings.create(model="v1", input=["Hello", "world"])
     assert [one.embedding for one in answer.data] == [[0.25, -0.5, 0.125]] * 2
 
 
-def test_a_file(client: openai.OpenAI, tmp_path: Path) -> None:
+def test_a_file_is_uploaded_and_downloaded(client: openai.OpenAI, tmp_path: Path) -> None:
     content = bytes(range(256)) * 4000
     (tmp_path / "a.bin").write_bytes(content)
     with open(tmp_path / "a.bin", "rb") as opened:
@@ -170,17 +174,17 @@ def test_a_file(client: openai.OpenAI, tmp_path: Path) -> None:
         client.files.content(file.id)
 
 
-def test_an_image_and_a_client_secret(client: openai.OpenAI) -> None:
+def test_an_image_and_a_client_secret_are_returned(client: openai.OpenAI) -> None:
     assert client.images.generate(model="grok-imagine-image", prompt="a cat", n=2).data[1].url
     assert client.realtime.client_secrets.create(
         expires_after={"anchor": "created_at", "seconds": 60}
     ).value
 
 
-# A client that leaves
+# A client that disconnects
 
 
-def test_a_stream_that_is_closed_is_cancelled(client: openai.OpenAI, sandbox: Sandbox) -> None:
+def test_a_closed_stream_is_cancelled_upstream(client: openai.OpenAI, sandbox: Sandbox) -> None:
     sandbox.set(silence_after=3)
     stream = client.chat.completions.create(model=MODEL, messages=HELLO, stream=True)
     for _ in range(3):
@@ -191,10 +195,8 @@ def test_a_stream_that_is_closed_is_cancelled(client: openai.OpenAI, sandbox: Sa
     )
 
 
-def test_a_task_that_is_cancelled_cancels_its_request(
-    endpoint: ProxyProcess, sandbox: Sandbox
-) -> None:
-    """Also before the answer has begun."""
+def test_a_cancelled_task_cancels_its_request(endpoint: ProxyProcess, sandbox: Sandbox) -> None:
+    """Also before the response has begun."""
     sandbox.set(answers=[{"path": "/v1/responses", "delay": 60}])
 
     async def ask() -> None:
@@ -211,10 +213,10 @@ def test_a_task_that_is_cancelled_cancels_its_request(
     sandbox.wait(lambda seen: seen["cancelled_requests"] == 1, seconds=1)
 
 
-# What it is told
+# Errors and retries
 
 
-def test_without_a_login_it_is_told_to_sign_in(
+def test_without_a_login_the_error_advises_to_sign_in(
     client: openai.OpenAI, endpoint: ProxyProcess
 ) -> None:
     endpoint.token_path.unlink()
@@ -226,7 +228,7 @@ def test_without_a_login_it_is_told_to_sign_in(
     assert "run" in str(error.value) and "xai-login --device" in str(error.value)
 
 
-def test_it_tries_again_by_itself_while_the_token_cannot_be_renewed(
+def test_the_library_retries_while_the_token_cannot_be_renewed(
     client: openai.OpenAI, endpoint: ProxyProcess, sandbox: Sandbox
 ) -> None:
     now = time.time()
@@ -253,7 +255,7 @@ def test_it_tries_again_by_itself_while_the_token_cannot_be_renewed(
     assert statuses == [503, 200]
 
 
-def test_it_gives_up_after_its_own_number_of_tries(
+def test_the_library_stops_after_its_own_number_of_retries(
     endpoint: ProxyProcess, sandbox: Sandbox
 ) -> None:
     now = time.time()
@@ -285,7 +287,7 @@ def test_a_base_url_without_v1_is_explained(endpoint: ProxyProcess) -> None:
     assert error.value.code == "not_found" and "perhaps /v1/models is meant" in str(error.value)
 
 
-def test_what_xai_says_of_a_model_that_does_not_exist_passes(client: openai.OpenAI) -> None:
+def test_xais_error_about_an_unknown_model_passes(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as error:
         client.chat.completions.create(model="grok-0", messages=HELLO)
     assert error.value.response.json()["error"].startswith("The model grok-0 does not exist")
@@ -305,7 +307,7 @@ def test_what_xai_says_of_a_model_that_does_not_exist_passes(client: openai.Open
         ("unavailable", "InternalServerError", "Service temporarily unavailable"),
     ],
 )
-def test_an_error_of_xais_passes(
+def test_an_error_of_xai_passes(
     endpoint: ProxyProcess, sandbox: Sandbox, name: str, error: str, sentence: str
 ) -> None:
     sandbox.set(answers=[{"path": "/v1/chat/completions", "error": name}])
@@ -319,13 +321,12 @@ def test_an_error_of_xais_passes(
     assert sandbox.counters()["requests"] == 1
 
 
-def test_it_waits_and_tries_again_when_xai_limits_the_rate(
-    client: openai.OpenAI, sandbox: Sandbox
-) -> None:
+def test_the_library_retries_after_xais_rate_limit(client: openai.OpenAI, sandbox: Sandbox) -> None:
     sandbox.set(answers=[{"path": "/v1/chat/completions", "error": "rate_limited", "times": 1}])
     assert client.chat.completions.create(model=MODEL, messages=HELLO).choices
     first, second = sandbox.requests()
-    assert second["at"] - first["at"] > 0.9  # xAI's Retry-After, 1 s, has reached it
+    # xAI's Retry-After of 1 s has reached the library.
+    assert second["at"] - first["at"] > 0.9
 
 
 def test_an_error_within_a_stream_is_raised(client: openai.OpenAI, sandbox: Sandbox) -> None:
@@ -337,7 +338,7 @@ def test_an_error_within_a_stream_is_raised(client: openai.OpenAI, sandbox: Sand
         list(stream)
 
 
-def test_a_stream_that_breaks_looks_broken(client: openai.OpenAI, sandbox: Sandbox) -> None:
+def test_a_cut_stream_raises_a_connection_error(client: openai.OpenAI, sandbox: Sandbox) -> None:
     sandbox.set(cut_after=5)
     with (
         client.chat.completions.create(model=MODEL, messages=HELLO, stream=True) as stream,
@@ -346,8 +347,8 @@ def test_a_stream_that_breaks_looks_broken(client: openai.OpenAI, sandbox: Sandb
         list(stream)
 
 
-def test_it_does_not_repeat_what_timed_out(sandbox: Sandbox, tmp_path: Path) -> None:
-    """Work that may have been done, and paid for."""
+def test_the_library_does_not_retry_after_a_timeout(sandbox: Sandbox, tmp_path: Path) -> None:
+    """The work may have been done, and paid for."""
     sandbox.write_login(tmp_path / "tokens.json")
     sandbox.reset()
     sandbox.set(answers=[{"path": "/v1/responses", "delay": 60}])

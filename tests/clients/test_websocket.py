@@ -22,7 +22,7 @@ MODEL = "grok-4.5"
 
 
 class Way:
-    """Where a client connects to, and with which key."""
+    """The address and the key that a client connects with."""
 
     def __init__(self, url: str, key: str):
         self.url, self.key = url, key
@@ -31,7 +31,7 @@ class Way:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.key)
 
     def address(self, path: str) -> tuple[str, dict[str, Any]]:
-        """The arguments with which websockets.connect() goes there."""
+        """The arguments with which websockets.connect() connects to this path."""
         return self.url.replace("http:", "ws:") + path, {
             "additional_headers": {"Authorization": f"Bearer {self.key}"},
             "proxy": None,
@@ -52,7 +52,7 @@ def way(request: pytest.FixtureRequest, sandbox: Sandbox) -> Way:
     return Way(request.getfixturevalue("endpoint").url, "none")
 
 
-def test_openais_realtime_client(way: Way, sandbox: Sandbox) -> None:
+def test_openais_realtime_client_converses(way: Way, sandbox: Sandbox) -> None:
     with way.openai() as client, client.realtime.connect(model="grok-voice") as connection:
         assert connection.recv().type == "session.created"
         connection.session.update(session={"type": "realtime", "instructions": "Be brief."})
@@ -77,7 +77,7 @@ def test_openais_realtime_client(way: Way, sandbox: Sandbox) -> None:
     assert sandbox.counters()["cancelled_websockets"] == 0
 
 
-def test_openais_client_for_responses(way: Way) -> None:
+def test_openais_responses_client_converses(way: Way) -> None:
     with way.openai() as client, client.responses.connect() as connection:
         previous: Any = openai.omit
         for _ in range(2):
@@ -92,7 +92,7 @@ def test_openais_client_for_responses(way: Way) -> None:
             assert text == events[-1].response.output[1].content[0].text
 
 
-def test_a_subprotocol_comes_back(way: Way) -> None:
+def test_the_chosen_subprotocol_is_returned(way: Way) -> None:
     with way.connect(
         "/v1/realtime", subprotocols=["realtime", "xai-client-secret.x"]
     ) as connection:
@@ -100,14 +100,16 @@ def test_a_subprotocol_comes_back(way: Way) -> None:
 
 
 @pytest.mark.parametrize("compression", [None, "deflate"])
-def test_extensions_are_the_two_ends_business(way: Way, compression: str | None) -> None:
+def test_extensions_are_negotiated_by_client_and_upstream(
+    way: Way, compression: str | None
+) -> None:
     with way.connect("/v1/realtime?model=echo", compression=compression) as connection:
         assert bool(connection.protocol.extensions) == bool(compression)
         connection.send("é" * 1000)
         assert connection.recv(5) == "é" * 1000
 
 
-def test_an_event_comes_when_it_is_sent(way: Way, sandbox: Sandbox) -> None:
+def test_an_event_arrives_when_it_is_sent(way: Way, sandbox: Sandbox) -> None:
     sandbox.set(silence_after=1)
     with way.connect("/v1/realtime", close_timeout=1) as connection:
         assert json.loads(connection.recv(5))["type"] == "session.created"
@@ -115,7 +117,7 @@ def test_an_event_comes_when_it_is_sent(way: Way, sandbox: Sandbox) -> None:
         assert connection.ping().wait(5) and time.monotonic() - begun < 1
 
 
-def test_a_close_code_comes_through(way: Way, sandbox: Sandbox) -> None:
+def test_a_close_code_is_forwarded(way: Way, sandbox: Sandbox) -> None:
     sandbox.set(close_code=4001)
     with way.connect("/v1/realtime") as connection, pytest.raises(ConnectionClosedError) as closed:
         while True:
@@ -124,15 +126,18 @@ def test_a_close_code_comes_through(way: Way, sandbox: Sandbox) -> None:
 
 
 @pytest.mark.parametrize("cut", ["close", "reset"])
-def test_what_breaks_upstream_breaks_here(way: Way, sandbox: Sandbox, cut: str) -> None:
+def test_a_cut_upstream_connection_is_cut_for_the_client(
+    way: Way, sandbox: Sandbox, cut: str
+) -> None:
     sandbox.set(cut_after=2, cut=cut)
     with way.connect("/v1/realtime") as connection, pytest.raises(ConnectionClosedError) as closed:
         while True:
             connection.recv(5)
-    assert closed.value.rcvd is None  # 1006
+    # The code is 1006: there was no Close frame.
+    assert closed.value.rcvd is None
 
 
-def test_a_client_that_leaves_is_noticed(way: Way, sandbox: Sandbox) -> None:
+def test_a_client_that_disconnects_is_noticed(way: Way, sandbox: Sandbox) -> None:
     with way.connect("/v1/realtime?model=echo") as connection:
         connection.socket.shutdown(2)
         sandbox.wait(
@@ -152,7 +157,7 @@ def test_a_refusal_comes_before_the_upgrade(way: Way, sandbox: Sandbox) -> None:
 
 
 @pytest.mark.parametrize("size, count", [(100_000_000, 1), (1_000_000, 100)])
-def test_a_hundred_megabytes_each_way(way: Way, size: int, count: int) -> None:
+def test_a_hundred_megabytes_pass_each_way(way: Way, size: int, count: int) -> None:
     async def echo() -> None:
         url, options = way.address("/v1/realtime?model=echo")
         message = bytes(range(250)) * (size // 250)
@@ -172,7 +177,7 @@ def test_a_hundred_megabytes_each_way(way: Way, size: int, count: int) -> None:
     asyncio.run(echo())
 
 
-def test_without_a_login_it_is_told_to_sign_in(endpoint: ProxyProcess) -> None:
+def test_without_a_login_the_refusal_advises_to_sign_in(endpoint: ProxyProcess) -> None:
     endpoint.token_path.unlink()
     with pytest.raises(InvalidStatus) as refused:
         Way(endpoint.url, "none").connect("/v1/realtime")
