@@ -1,6 +1,6 @@
-"""bin/soak as a command: what it takes, and that Ctrl-C leaves nothing behind.
+"""bin/soak as a command: its options, and that Ctrl-C ends all that it started.
 
-What it finds takes minutes.
+Its findings take minutes.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ COMMAND = [sys.executable, "-W", "error", "-m", "tests.soak"]
     [[], ["--login", "0"], ["--login", "x"], ["--load", "0"], ["--nonsense"]],
     ids=" ".join,
 )
-def test_what_cannot_be_run_is_said_in_one_line(options):
+def test_bad_usage_is_one_line(options):
     done = subprocess.run([*COMMAND, *options], cwd=ROOT, capture_output=True, text=True)
     assert (
         done.returncode == 64 and done.stderr.startswith("soak: ") and done.stderr.count("\n") == 1
@@ -34,10 +34,10 @@ def test_what_cannot_be_run_is_said_in_one_line(options):
 
 
 def of_folder(folder: pathlib.Path) -> list[str]:
-    """The processes that work in it."""
+    """The processes that work in `folder`."""
     found = []
     for process in pathlib.Path("/proc").glob("[0-9]*"):
-        # OSError: it has ended.
+        # OSError: the process has ended.
         with contextlib.suppress(OSError):
             found += [process.name] * os.readlink(process / "cwd").startswith(str(folder))
     return found
@@ -84,12 +84,12 @@ def load(tmp_path_factory):
     ],
     ids=["streams", "idle streams", "churn", "few descriptors", "no descriptors", "crowd"],
 )
-def test_little_load_loses_nothing(load, phase):
+def test_a_small_load_loses_nothing(load, phase):
     assert [row.lost for row in phase(load)] == [[]]
 
 
 @pytest.mark.skipif(not shutil.which("gcc"), reason="the load client is compiled with gcc")
-def test_streams_that_break_are_told_from_whole_ones(load):
+def test_broken_streams_are_distinguished_from_complete_ones(load):
     proxy = load.start("killed", "-m", "xaiproxy")
     streams = load.streams(5, 30, proxy.port())
     proxy.kill()

@@ -1,7 +1,7 @@
-"""The soak: xaiproxy for long, while things go wrong. bin/soak --help says what is run and counted."""
+"""The soak: xaiproxy under faults and load for minutes. bin/soak --help describes the runs."""
 
 import pathlib
 import sys
 
-# What the tests share; pytest has it from setup.cfg.
+# The modules that tests share; pytest has this path from setup.cfg.
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "support"))

@@ -1,5 +1,5 @@
-"""bin/soak: run xaiproxy for long against the simulated xAI while things go wrong, and count what
-was lost.
+"""bin/soak: run xaiproxy against the simulated xAI for minutes, under faults or load, and count
+what was lost.
 
 Everything runs on loopback, in a temporary folder, without your settings and logins. Exit status: 0
 nothing was lost; 1 something was; 130 interrupted. Ctrl-C ends everything that was started.
@@ -51,9 +51,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def interrupt(*_: Any) -> None:
-    for (
-        number
-    ) in SIGNALS:  # a second one must not keep the first from ending everything that was started
+    # A second signal must not keep the first from ending everything that was started.
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 

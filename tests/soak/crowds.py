@@ -1,5 +1,5 @@
-"""More connections than there is use for: thousands a second that come and go, and thousands that
-stay.
+"""More connections than the proxy has room for: thousands a second that open and close, and
+thousands that stay open.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from .loaded import Load, Memory, Row, latency
 from .login import get
 from .processes import await_, open_files
 
-ABORT = struct.pack("ii", 1, 0)  # SO_LINGER that turns close into a reset
-NO_PORT = 24  # IP_BIND_ADDRESS_NO_PORT: the port is chosen with the destination in mind
+# SO_LINGER that turns close into a reset.
+ABORT = struct.pack("ii", 1, 0)
+# IP_BIND_ADDRESS_NO_PORT: the port is chosen for the destination.
+NO_PORT = 24
 MODELS = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
 SENT = [
     b"",
@@ -31,12 +33,14 @@ SENT = [
     b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n",
     b"\0\r\n\r\n",
 ]
-PATIENCE = 4  # XAI_PROXY_CLIENT_TIMEOUTs that a client waits for its turn
-SERVED = 1.0  # seconds that the slowest request over an open connection may take beside a crowd
+# Client timeouts (XAI_PROXY_CLIENT_TIMEOUT) that a late client waits for its turn.
+LATE_TIMEOUTS = 4
+# Seconds that the slowest request over an open connection may take beside a crowd.
+SERVED = 1.0
 
 
 def connect(port: int, host: int, timeout: float = 30) -> socket.socket:
-    """From one of several addresses of this machine: each has only so many ports."""
+    """Connect from one of several addresses of this machine: each has only so many ports."""
     sock = socket.socket()
     sock.settimeout(timeout)
     sock.setsockopt(socket.IPPROTO_IP, NO_PORT, 1)
@@ -61,9 +65,8 @@ def churn(run: Load) -> Iterator[Row]:
                     break
     lost = requests.lost() + memory.lost()
     try:
-        await_(
-            lambda: open_files(run.proxy.pid) < files + 50, 2 * run.counts.wait
-        )  # some to upstream are pooled
+        # Some connections to upstream are pooled.
+        await_(lambda: open_files(run.proxy.pid) < files + 50, 2 * run.counts.wait)
     except TimeoutError:
         lost.append(f"{open_files(run.proxy.pid) - files} descriptors")
     yield Row(
@@ -88,7 +91,8 @@ def hold(port: int, count: int) -> None:
         with contextlib.suppress(BlockingIOError):
             sock.connect(("127.0.0.1", port))
         if number % 2:
-            with contextlib.suppress(OSError):  # it waits in the queue, or for a place in it
+            # The connection waits in the queue, or for a place in it.
+            with contextlib.suppress(OSError):
                 sock.send(MODELS[:-2])
         held.append(sock)
         if not number % 50:
@@ -98,7 +102,7 @@ def hold(port: int, count: int) -> None:
 
 
 class Crowd:
-    """Connections that ask for nothing, held by processes that have descriptors of their own."""
+    """Connections without a request, held by processes that have descriptors of their own."""
 
     def __init__(self, run: Load, port: int, count: int):
         self._holders = [
@@ -126,21 +130,21 @@ class Crowd:
 
 
 def crowd(run: Load) -> Iterator[Row]:
-    """A client that asks all the time, and one that comes after the crowd."""
+    """A client that sends requests all the time, and one that connects after the crowd."""
     files = open_files(run.proxy.pid)
     times: list[float] = []
     left = threading.Event()
     good = threading.Thread(target=lambda: times.extend(ask_until(left, run.port)), daemon=True)
     good.start()
     crowd = Crowd(run, run.port, run.counts.crowd)
-    run.say(
+    run.progress(
         f"{run.counts.crowd} clients, for which the proxy has {open_files(run.proxy.pid) - files} descriptors"
     )
     most, lost, waited = run.resident(), [], -1.0
     try:
-        waited = come(run.port, PATIENCE * run.counts.wait)
+        waited = connect_late(run.port, LATE_TIMEOUTS * run.counts.wait)
     except OSError as error:
-        lost.append(f"a client that came later was not answered: {error}")
+        lost.append(f"a later client got no response: {error}")
     left.set()
     good.join()
     crowd.close()
@@ -157,7 +161,7 @@ def crowd(run: Load) -> Iterator[Row]:
     lost += [f"afterwards a request failed: {status}"] if status != "200" else []
     yield Row(
         "crowd",
-        f"{run.counts.crowd} clients that ask nothing or slowly; who comes later waits {waited:.1f} s",
+        f"{run.counts.crowd} clients that send nothing or half a request; a later one waits {waited:.1f} s",
         lost,
         f"{most / 1024:.0f} MiB",
         latency(times),
@@ -165,7 +169,7 @@ def crowd(run: Load) -> Iterator[Row]:
 
 
 def ask_until(left: threading.Event, port: int) -> list[float]:
-    """What each request took over one connection; none when it was closed."""
+    """The duration of each request over one connection; none when it was closed."""
     times = []
     with connect(port, 0) as sock, contextlib.suppress(OSError, EOFError):
         while not left.wait(0.02):
@@ -174,16 +178,16 @@ def ask_until(left: threading.Event, port: int) -> list[float]:
     return []
 
 
-def come(port: int, patience: float) -> float:
-    """Seconds from the wish for a connection to the answer. Raises OSError."""
+def connect_late(port: int, timeout: float) -> float:
+    """The seconds from the connection attempt to the response. Raises OSError."""
     began = time.monotonic()
-    with connect(port, 1, patience) as sock:
+    with connect(port, 1, timeout) as sock:
         ask(sock)
     return time.monotonic() - began
 
 
 def ask(sock: socket.socket) -> float:
-    """Seconds that one request took."""
+    """The seconds that one request took."""
     began = time.monotonic()
     sock.sendall(MODELS)
     answer = b""

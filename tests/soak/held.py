@@ -1,4 +1,4 @@
-"""Streams that stay: many with events beside short requests, and more that say nothing."""
+"""Streams that stay open: many with events beside short requests, and more without events."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ from collections.abc import Iterator
 from .loaded import Load, Memory, Row
 from .processes import await_, open_files
 
-PROGRESS = 10  # seconds between two lines of progress
-SAMPLES = 20  # of memory, at least
+# Seconds between two lines of progress.
+PROGRESS = 10
+# Samples of memory, at least.
+SAMPLES = 20
 
 
 def streams(run: Load, seconds: float) -> Iterator[Row]:
     refreshes, count = run.sandbox.counters()["refreshes"], run.counts.streams
     held, memory = run.streams(count, seconds), Memory()
-    began = told = time.monotonic()
+    began = printed = time.monotonic()
     with run.requests() as requests:
         while time.monotonic() < began + seconds - 1 and not held.over():
             memory.sample(run.resident())
-            if time.monotonic() > told + PROGRESS:
-                told += PROGRESS
-                run.say(
+            if time.monotonic() > printed + PROGRESS:
+                printed += PROGRESS
+                run.progress(
                     f"{count} streams, {requests.count()} requests, of which {requests.failed().total()} failed; "
                     + memory.text()
                 )
@@ -45,9 +47,8 @@ def idle_streams(run: Load) -> Iterator[Row]:
     most = run.resident()
     with run.requests() as requests:
         lost = held.lost()
-    await_(
-        lambda: open_files(run.proxy.pid) < files + count + 50, 20
-    )  # those to upstream are pooled
+    # Connections to upstream are pooled.
+    await_(lambda: open_files(run.proxy.pid) < files + count + 50, 20)
     yield Row(
         "idle streams",
         f"{count}, silent for {quiet:.0f} s",

@@ -1,9 +1,9 @@
-"""Refreshers of one login, killed at any point of a refresh: which kills cost the login, and at
-which point they came.
+"""Refreshers of one login, killed at any point of a refresh: which kills lose the login, and at
+which point.
 
-Only one may: while the successor of the refresh token is in the killed process, on its way to it,
-or not yet asked for (docs/login-safety.md, property 3). The folder shows the point; a process is
-stopped while it is looked at.
+Only one point may: while the successor of the refresh token is in the killed process, on its way to
+it, or not yet requested (docs/login-safety.md, property 3). The folder shows the point; a process is
+stopped while its folder is read.
 """
 
 from __future__ import annotations
@@ -23,10 +23,14 @@ from xaiproxy import tokens
 from .processes import REFRESHER, Process, environment, lock_holder
 
 REFRESHERS = 3
-LIFETIME = 1  # second of an access token: two refreshes in each
-SPREAD = 0.03  # seconds within which a refresh is over, mostly
-PROGRESS = 10  # seconds between two lines of progress
-PATIENCE = 20  # seconds for the next refresh after a kill
+# Second of an access token: two refreshes in each.
+LIFETIME = 1
+# Seconds within which a refresh is over, mostly.
+SPREAD = 0.03
+# Seconds between two lines of progress.
+PROGRESS = 10
+# Seconds for the next refresh after a kill.
+REFRESH_TIMEOUT = 20
 WAITING, PREPARING, SPENDING, WRITTEN = (
     "no lock",
     "lock, nothing sent",
@@ -47,8 +51,10 @@ class Kills:
             folder, {**self.sandbox.env, "XAI_PROXY_TOKEN_PATH": str(self.path)}
         )
         self.refreshers = [self.start(number) for number in range(REFRESHERS)]
-        self.kills: collections.Counter[str] = collections.Counter()  # by point
-        self.lost: collections.Counter[str] = collections.Counter()  # by point of the kill before
+        # Kills by point.
+        self.kills: collections.Counter[str] = collections.Counter()
+        # Lost logins by the point of the kill before.
+        self.lost: collections.Counter[str] = collections.Counter()
         self.killed_at = "before any kill"
         self.reuses_seen = 0
         self.stuck = 0
@@ -57,11 +63,11 @@ class Kills:
         return Process(self.running, self.folder / f"killed-{number}.log", self.environ, *REFRESHER)
 
     def run(self) -> None:
-        began = told = time.monotonic()
+        began = printed = time.monotonic()
         while (now := time.monotonic()) < began + self.seconds:
             self.kill_one()
-            if now >= told + PROGRESS:
-                told = now
+            if now >= printed + PROGRESS:
+                printed = now
                 print(
                     f"[{now - began:.0f} of {self.seconds:.0f} s] kills {self.kills.total()}, "
                     f"logins lost {self.lost.total()}",
@@ -69,9 +75,10 @@ class Kills:
                 )
 
     def kill_one(self) -> None:
-        """The next one that has the lock, most of the time, and see what becomes of the login."""
+        """Kill the next one that has the lock, most of the time, and wait for the next refresh."""
         victim = self.holder() if random.random() < 0.9 else random.choice(self.refreshers)
-        self.account()  # a request of the killed one before may have arrived late
+        # A request of the refresher killed before may have arrived late.
+        self.account()
         victim.signal(signal.SIGSTOP)
         self.killed_at = self.point(victim)
         victim.kill()
@@ -80,12 +87,12 @@ class Kills:
         self.refreshers[number] = self.start(number)
         token = self.token()
         try:
-            until(lambda: self.account() or self.token() != token, PATIENCE)
+            until(lambda: self.account() or self.token() != token, REFRESH_TIMEOUT)
         except AssertionError:
             self.stuck += 1
 
     def account(self) -> bool:
-        """Whether the login was lost; it is then counted, and another one is there."""
+        """Whether the login was lost; the loss is then counted, and replaced by another login."""
         reuses = self.sandbox.counters()["reuses"]
         if reuses == self.reuses_seen:
             return False
@@ -98,8 +105,8 @@ class Kills:
         return json.loads(self.path.read_bytes())["refresh_token"]
 
     def holder(self) -> Process:
-        """The next to have the lock, at some moment of its refresh; any one if none does."""
-        end = time.monotonic() + PATIENCE
+        """The next to have the lock, at some moment of its refresh; a random one if none has it."""
+        end = time.monotonic() + REFRESH_TIMEOUT
         while time.monotonic() < end:
             if one := lock_holder(self.path, self.refreshers):
                 time.sleep(random.uniform(0, SPREAD))

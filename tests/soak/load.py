@@ -1,5 +1,5 @@
-"""One proxy and its refresher under all the load that is to be borne, phase by phase, and a table
-of what was lost.
+"""One proxy and its refresher under every kind of load, phase by phase, and a table of what was
+lost.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from . import crowds, held, restarts, shortage
 from .loaded import Counts, Load, Row
 from .processes import warnings
 
-UNAVAILABLE = 69  # sysexits.h
+# EX_UNAVAILABLE of sysexits.h.
+UNAVAILABLE = 69
 HELP = (
-    "a proxy under load, with tokens that rotate: 1,000 streams for so long (default: 5 minutes) beside 100 "
+    "a proxy under load, with tokens that rotate: 1,000 streams for MINUTES (default: 5) beside 100 "
     "requests a second, 5,000 idle streams, connection churn, no descriptors left, 20,000 clients, and restarts "
     "under supervisord, which take another three minutes; compiles its client with gcc"
 )
@@ -59,7 +60,7 @@ def soak(
     ):
         for row in phase():
             rows.append(row)
-            run.say(f"{row.phase}: {row.done}; lost: {'; '.join(row.lost) or 'nothing'}")
+            run.progress(f"{row.phase}: {row.done}; lost: {'; '.join(row.lost) or 'nothing'}")
     if reuses := run.sandbox.counters()["reuses"]:
         rows.append(
             Row("login", "tokens rotated", [f"{reuses} former refresh tokens presented again"])

@@ -1,4 +1,4 @@
-"""A proxy and its refresher under load, what puts it there, and what is measured of them."""
+"""A proxy and its refresher under load, the clients that cause it, and the measurements."""
 
 from __future__ import annotations
 
@@ -20,25 +20,31 @@ from tests.bench import machine
 from .login import Client, get
 from .processes import PROXY, REFRESHER, Process, await_, environment
 
-# Seconds of an access token: the sandbox, busy with thousands of streams, takes some to hand one
-# out.
+# Seconds of an access token: the sandbox, busy with thousands of streams, takes some to issue
+# one.
 LIFETIME = 8
-CLIENTS = 10  # of short requests, ten a second each
-RAMP = 500  # streams opened a second
+# Clients of short requests, ten a second each.
+CLIENTS = 10
+# Streams opened a second.
+RAMP = 500
 # KiB that memory may grow by in the last half of a phase: a leak of a few bytes an event is more.
 FLAT = 4096
 
 
 class Counts(NamedTuple):
-    """How much of everything."""
+    """How many of each."""
 
     streams: int = 1000
     idle_streams: int = 5000
     crowd: int = 20000
-    descriptors: int = 512  # the limit of the proxy that runs out of them
-    restarted: int = 200  # streams under each restart
-    churn: float = 20.0  # seconds
-    wait: float = 30.0  # XAI_PROXY_CLIENT_TIMEOUT, for which the crowd occupies the proxy
+    # The limit of the proxy that runs out of descriptors.
+    descriptors: int = 512
+    # Streams under each restart.
+    restarted: int = 200
+    # Seconds.
+    churn: float = 20.0
+    # XAI_PROXY_CLIENT_TIMEOUT, for which the crowd occupies the proxy.
+    wait: float = 30.0
 
     def files(self) -> int:
         """Descriptors that a process needs: each stream has two in the proxy."""
@@ -88,8 +94,8 @@ class Streams:
         return self._process.poll() is not None
 
     def result(self) -> dict[str, Any]:
-        """answers: streams that came whole; errors, and the first of them: those that visibly did
-        not.
+        """`answers`: complete streams; `errors`, and `error`, the first of them: streams that broke
+        visibly.
         """
         if self._result is None:
             self._result = json.loads(self._process.communicate()[0].splitlines()[-1])
@@ -106,7 +112,7 @@ class Streams:
 
 
 class Load:
-    """The sandbox, a proxy and a refresher, and what all phases want of them."""
+    """The sandbox, a proxy and a refresher, and what all phases do with them."""
 
     def __init__(self, folder: pathlib.Path, running: contextlib.ExitStack, counts: Counts):
         self.folder, self.running, self.counts = folder, running, counts
@@ -134,11 +140,11 @@ class Load:
             self.running, self.folder / f"{name}.log", {**self.environ, **settings}, *command
         )
 
-    def say(self, text: str) -> None:
+    def progress(self, text: str) -> None:
         print(f"[{time.monotonic() - self._began:.0f} s] {text}", flush=True)
 
     def streams(self, count: int, seconds: float, port: int = 0, **knobs: Any) -> Streams:
-        """Returns when all of them are open; each then stays for `seconds` at least."""
+        """Return when all of them are open; each then stays for at least `seconds`."""
         seconds = round(seconds + count / RAMP)
         knobs = {"events": seconds, "events_per_second": 1, "first_event_delay": 0, **knobs}
         self.sandbox.set(**knobs)
@@ -157,12 +163,12 @@ class Load:
             yield requests
 
     def resident(self) -> int:
-        """KiB."""
+        """The proxy's resident memory in KiB."""
         return round(machine.memory([self.proxy.pid])["rss"])
 
 
 class Requests:
-    """Clients that ask for the models, ten times a second each, until this is closed."""
+    """Clients that request the models, ten times a second each, until this is closed."""
 
     def __init__(self, port: int, count: int):
         self._enough = threading.Event()
@@ -200,7 +206,7 @@ def latency(seconds: list[float]) -> str:
 
 
 class Memory:
-    """Samples of a process's memory."""
+    """Samples of the memory of a process."""
 
     def __init__(self) -> None:
         self._samples: list[tuple[float, int]] = []
@@ -209,7 +215,7 @@ class Memory:
         self._samples.append((time.monotonic(), kib))
 
     def growth(self) -> tuple[float, float]:
-        """KiB a minute over the last half of the samples, and over that half's own time."""
+        """KiB a minute over the last half of the samples, and KiB over that half."""
         half = self._samples[len(self._samples) // 2 :]
         if len(half) < 2:
             return 0.0, 0.0

@@ -20,28 +20,33 @@ from . import kills
 from .processes import PROXY, REFRESHER, STATUS, Process, await_, environment, lock_holder, warnings
 
 REFRESHERS, PROXIES = 4, 8
-LIFETIME = 3  # seconds of an access token
-PACE = 0.1  # seconds between two requests through each proxy
-KILLS = (2.0, 8.0)  # seconds from one kill to the next, at random
-PROGRESS = 10  # seconds between two lines of progress
-# Seconds from the stop of the refreshers until everybody says so: token_store.ALIVE and a look.
-SEEN_WITHIN = 61
+# Seconds of an access token.
+LIFETIME = 3
+# Seconds between two requests through each proxy.
+PACE = 0.1
+# Seconds from one kill to the next, at random.
+KILLS = (2.0, 8.0)
+# Seconds between two lines of progress.
+PROGRESS = 10
+# Seconds from the stop of the refreshers until all report it: token_store.ALIVE and a poll interval.
+REPORTED_WITHIN = 61
 HELP = (
     f"{REFRESHERS} refreshers and {PROXIES} proxies on one token file, with tokens of {LIFETIME} s at an issuer "
     "that ends the login when a former refresh token comes again; a refresher is killed every few seconds; then "
-    "all are stopped until it shows, which takes another minute; then, for as long again, refreshers alone are "
-    "killed at every point of a refresh, and each login lost by that is counted (default: 10 minutes)"
+    "all are stopped until a proxy and xai-login report it, which takes another minute; then, for as long again, "
+    "refreshers alone are killed at every point of a refresh, and each login lost by that is counted (default: 10 minutes)"
 )
 
 
 class Client(threading.Thread):
-    """Asks through one proxy at a steady pace."""
+    """Sends requests through one proxy at a steady pace."""
 
     def __init__(self, port: int, enough: threading.Event):
         super().__init__(daemon=True)
         self.port, self._enough = port, enough
         self.requests = 0
-        self.seconds = array.array("d")  # that each took
+        # The duration of each request.
+        self.seconds = array.array("d")
         self.failed: collections.Counter[str] = collections.Counter()
 
     def run(self) -> None:
@@ -57,7 +62,7 @@ class Client(threading.Thread):
 
 
 def get(port: int, path: str) -> tuple[str, str]:
-    """The status, or the exception, and the body."""
+    """The status, or the name of the exception, and the body."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     try:
         connection.request("GET", path)
@@ -80,8 +85,8 @@ class Soak:
         self.environ = environment(
             folder, {**self.sandbox.env, "XAI_PROXY_TOKEN_PATH": str(self.path)}
         )
-        self.restarts = self.amid = self.spared = 0
-        self.seen_after: float | None = None
+        self.restarts = self.in_refresh = self.spared = 0
+        self.reported_after: float | None = None
         self.refreshers = [self.start(f"refresher-{n}", *REFRESHER) for n in range(REFRESHERS)]
         ports = [
             proxy.port() for proxy in [self.start(f"proxy-{n}", *PROXY) for n in range(PROXIES)]
@@ -97,14 +102,14 @@ class Soak:
         await_(lambda: get(self.clients[0].port, "/readyz")[0] == "200")
         for client in self.clients:
             client.start()
-        began = told = time.monotonic()
+        began = printed = time.monotonic()
         next_kill = began + random.uniform(*KILLS)
         while (now := time.monotonic()) < began + self.seconds:
             if now >= next_kill:
                 self.kill_one()
                 next_kill = time.monotonic() + random.uniform(*KILLS)
-            if now >= told + PROGRESS:
-                told += PROGRESS
+            if now >= printed + PROGRESS:
+                printed += PROGRESS
                 print(
                     f"[{now - began:.0f} of {self.seconds:.0f} s] "
                     + ", ".join(f"{name} {value}" for name, value in self.figures().items()),
@@ -113,7 +118,7 @@ class Soak:
             time.sleep(0.05)
 
     def kill_one(self) -> None:
-        """Any of them, half of the time one that is refreshing."""
+        """Kill any of them, half of the time one that is refreshing."""
         victim = random.choice(self.refreshers)
         if random.random() < 0.5:
             with contextlib.suppress(TimeoutError):
@@ -123,7 +128,7 @@ class Soak:
             victim.signal(signal.SIGCONT)
             self.spared += 1
             return
-        self.amid += victim is lock_holder(self.path, self.refreshers)
+        self.in_refresh += victim is lock_holder(self.path, self.refreshers)
         victim.kill()
         number = self.refreshers.index(victim)
         self.refreshers[number] = self.start(f"refresher-{number}", *REFRESHER)
@@ -139,9 +144,7 @@ class Soak:
         return one
 
     def holds_only_copy(self, one: Process) -> bool:
-        """Whether a new login may be in this process's memory alone: nobody could keep it if that
-        were killed.
-        """
+        """Whether a new login may be in the memory of this process alone: a kill would lose it."""
         try:
             with open(self.path.with_name("tokens.json.new"), "rb") as file:
                 return one is lock_holder(self.path, self.refreshers) and file.read(1) in (
@@ -152,22 +155,25 @@ class Soak:
             return False
 
     def stop_all(self) -> None:
-        """Stop the refreshers, as if they hung, and take the time until a proxy and xai-login say
-        so.
+        """Stop the refreshers, as if they hung, and measure the time until a proxy and xai-login
+        report it.
         """
         self.sandbox.set(access_token_lifetime=3600)
         refreshes = self.sandbox.counters()["refreshes"]
         self.sandbox.wait(lambda seen: seen["refreshes"] > refreshes)
         ready = self.clients[0].port
         await_(lambda: "signed in" in get(ready, "/readyz")[1])
-        print(f"All refreshers are stopped; this is to be seen within {SEEN_WITHIN} s", flush=True)
+        print(
+            f"All refreshers are stopped; a proxy must report it within {REPORTED_WITHIN} s",
+            flush=True,
+        )
         began = time.monotonic()
         for one in self.refreshers:
             one.signal(signal.SIGSTOP)
         with contextlib.suppress(TimeoutError):
-            await_(lambda: "no refresher" in get(ready, "/readyz")[1], SEEN_WITHIN)
+            await_(lambda: "no refresher" in get(ready, "/readyz")[1], REPORTED_WITHIN)
             if "No refresher is running" in self.status():
-                self.seen_after = time.monotonic() - began
+                self.reported_after = time.monotonic() - began
         for one in self.refreshers:
             one.signal(signal.SIGCONT)
         with contextlib.suppress(TimeoutError):
@@ -196,14 +202,14 @@ class Soak:
         figures = self.figures()
         rows = {
             **figures,
-            "of the restarts, amid a refresh": self.amid,
+            "of the restarts, in a refresh": self.in_refresh,
             "not killed, as it had the only copy": self.spared,
             "slowest request, ms": round(
                 1000 * max(max(client.seconds) for client in self.clients)
             ),
-            "stopped refreshers seen after, s": "never"
-            if self.seen_after is None
-            else round(self.seen_after),
+            "stopped refreshers reported after, s": "never"
+            if self.reported_after is None
+            else round(self.reported_after),
         }
         print("\n" + "\n".join(f"{name:<36} {value:>8}" for name, value in rows.items()))
         failed = sum((client.failed for client in self.clients), collections.Counter())
@@ -211,7 +217,7 @@ class Soak:
             print(f"failed {count} times: {text}")
         for text in warnings(self.folder)[:10]:
             print(f"logged: {text}")
-        return 1 if figures["failed"] or figures["reuses"] or self.seen_after is None else 0
+        return 1 if figures["failed"] or figures["reuses"] or self.reported_after is None else 0
 
 
 def soak(folder: pathlib.Path, running: contextlib.ExitStack, seconds: float) -> int:

@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # that end a run
+# The signals that end a run.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 REFRESHER = ("-m", "xaiproxy.refresher")
 PROXY = ("-m", "xaiproxy")
 STATUS = ("-m", "xaiproxy.login", "--status")
@@ -29,8 +30,8 @@ class Process:
         *command: str,
     ):
         self.log = log
-        # An interrupt between the start and the callback would leave the process behind; one that
-        # came waits till then. The child must not inherit the mask: a handler does the waiting.
+        # An interrupt between the start and the callback would leave the process running; one that
+        # arrives waits till then. The child must not inherit the mask: a handler does the waiting.
         came: list[int] = []
         before = {
             number: signal.signal(number, lambda number, _: came.append(number))
@@ -38,6 +39,7 @@ class Process:
         }
         try:
             with open(log, "ab") as file:
+                # In a session of its own, it gets no SIGINT from Ctrl-C.
                 self._process = subprocess.Popen(
                     [sys.executable, *command],
                     env=environ,
@@ -45,7 +47,7 @@ class Process:
                     stdout=file,
                     stderr=file,
                     start_new_session=True,
-                )  # Ctrl-C is for us alone
+                )
             self.pid = self._process.pid
             running.callback(self.kill)
         finally:
@@ -55,7 +57,7 @@ class Process:
             signal.raise_signal(came[0])
 
     def kill(self) -> None:
-        """May be called twice."""
+        """End the process; may be called twice."""
         if self._process.poll() is None:
             self._process.kill()
             self._process.wait()
@@ -67,7 +69,7 @@ class Process:
         return self._process.wait(seconds)
 
     def port(self) -> int:
-        """Where a proxy listens."""
+        """The port on which a proxy is listening."""
         return int(
             await_(
                 lambda: re.search(r"listening on http://[^ ]*?:([0-9]+)/", self.log.read_text())
@@ -76,10 +78,11 @@ class Process:
 
 
 def lock_holder(token_path: pathlib.Path, refreshers: list[Process]) -> Process | None:
-    """Which of them has the lock of the token file (proc_locks(5))."""
+    """The refresher that has the lock of the token file (proc_locks(5)), or None."""
     try:
         inode = token_path.with_name("tokens.json.lock").stat().st_ino
-    except FileNotFoundError:  # none of them has begun
+    # None of them has started.
+    except FileNotFoundError:
         return None
     for line in pathlib.Path("/proc/locks").read_text().splitlines():
         fields = line.split()
@@ -93,7 +96,7 @@ def open_files(pid: int) -> int:
 
 
 def environment(folder: pathlib.Path, settings: dict[str, str]) -> dict[str, str]:
-    """Nothing of what the person who runs this has set."""
+    """An environment with `settings`, and none of the user's own."""
     return {
         "PATH": os.environ["PATH"],
         "HOME": str(folder),
@@ -104,7 +107,7 @@ def environment(folder: pathlib.Path, settings: dict[str, str]) -> dict[str, str
 
 
 def warnings(folder: pathlib.Path) -> list[str]:
-    """What the logs say above info, each once."""
+    """The messages above level info in the logs, each once."""
     lines = [line for log in sorted(folder.glob("*.log")) for line in log.read_text().splitlines()]
     return sorted({message(line) for line in lines if '"level": "info"' not in line})
 

@@ -1,4 +1,4 @@
-"""supervisord restarts either program under load, and only what docs and design allow is lost."""
+"""supervisord restarts either program under load, and only what the documentation allows is lost."""
 
 from __future__ import annotations
 
@@ -18,9 +18,12 @@ from .login import get
 from .processes import await_
 
 CONF = pathlib.Path(__file__).parents[2] / "conf/supervisord.conf"
-DRAIN = 5  # seconds: XAI_PROXY_DRAIN_TIMEOUT
-STEADY = 5.5  # seconds: startsecs of the conf, before which an end counts as a failure to start
-BACK = 15  # seconds until a restarted program serves
+# Seconds: XAI_PROXY_DRAIN_TIMEOUT.
+DRAIN = 5
+# Seconds: startsecs of the conf, before which an end counts as a failure to start.
+STEADY = 5.5
+# Seconds until a restarted program serves.
+BACK = 15
 
 
 class Supervised:
@@ -43,7 +46,7 @@ class Supervised:
         await_(self.serves)
 
     def stop(self) -> None:
-        """May be called twice."""
+        """End supervisord; may be called twice."""
         self._process.signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(60)
@@ -52,7 +55,7 @@ class Supervised:
         return get(self.port, "/v1/models")[0] == "200"
 
     def pids(self, program: str) -> list[int]:
-        """Of all that were started, the latest last."""
+        """The pids of all that were started, the latest last."""
         return [
             int(pid)
             for pid in re.findall(
@@ -61,7 +64,7 @@ class Supervised:
         ]
 
     def end(self, program: str, number: int) -> float:
-        """Seconds until another runs in its place and the proxy serves."""
+        """Signal a program; return the seconds until another runs in its place and the proxy serves."""
         pids, began = self.pids(program), time.monotonic()
         os.kill(pids[-1], number)
         await_(lambda: len(self.pids(program)) > len(pids), BACK + DRAIN)
@@ -70,7 +73,8 @@ class Supervised:
 
 
 def restarts(run: Load) -> Iterator[Row]:
-    run.refresher.kill()  # from here on the supervised ones are the only ones
+    # From here on, only the supervised ones run.
+    run.refresher.kill()
     run.proxy.kill()
     supervised = Supervised(run)
     time.sleep(STEADY)
@@ -83,7 +87,7 @@ def restarts(run: Load) -> Iterator[Row]:
 def kill_proxy(run: Load, supervised: Supervised) -> Row:
     streams = run.streams(run.counts.restarted, 60, supervised.port)
     with run.requests(supervised.port) as requests:
-        away = supervised.end("proxy", signal.SIGKILL)
+        down = supervised.end("proxy", signal.SIGKILL)
         found = streams.result()
     lost = unseen(streams.count, found) + unexpected(
         requests.failed(),
@@ -94,7 +98,7 @@ def kill_proxy(run: Load, supervised: Supervised) -> Row:
     )
     return Row(
         "proxy, SIGKILL",
-        f"all {streams.count} streams broke, as they must; away for {away:.1f} s",
+        f"all {streams.count} streams broke, as they must; down for {down:.1f} s",
         lost,
         "",
         requests.latency(),
@@ -105,12 +109,12 @@ def terminate_proxy(run: Load, supervised: Supervised) -> Row:
     long = run.streams(run.counts.restarted, 60, supervised.port)
     short = run.streams(run.counts.restarted, DRAIN - 3, supervised.port)
     with run.requests(supervised.port) as requests:
-        away = supervised.end("proxy", signal.SIGTERM)
+        down = supervised.end("proxy", signal.SIGTERM)
         found, lost = long.result(), short.lost()
     return Row(
         "proxy, SIGTERM",
-        f"{short.count} streams ended within the drain of {DRAIN} s, {long.count} were cut; "
-        f"away for {away:.1f} s",
+        f"{short.count} streams ended within the drain of {DRAIN} s, {long.count} were aborted; "
+        f"down for {down:.1f} s",
         lost + unseen(long.count, found) + unexpected(requests.failed(), "ConnectionRefusedError"),
         "",
         requests.latency(),
@@ -130,15 +134,14 @@ def refresher(run: Load, supervised: Supervised, number: signal.Signals) -> Row:
     refreshes = run.sandbox.counters()["refreshes"]
     with run.requests(supervised.port) as requests:
         saved = run.path.stat().st_mtime_ns
-        await_(
-            lambda: run.path.stat().st_mtime_ns != saved
-        )  # a new login in memory alone would be lost: see login.py
-        away = supervised.end("refresher", number)
+        # A new login in memory alone would be lost: see login.py.
+        await_(lambda: run.path.stat().st_mtime_ns != saved)
+        down = supervised.end("refresher", number)
         run.sandbox.wait(lambda seen: seen["refreshes"] > refreshes + 1)
         lost = streams.lost()
     return Row(
         f"refresher, {number.name}",
-        f"under {streams.count} streams and short requests; away for {away:.1f} s",
+        f"under {streams.count} streams and short requests; down for {down:.1f} s",
         lost + requests.lost(),
         "",
         requests.latency(),
@@ -146,7 +149,7 @@ def refresher(run: Load, supervised: Supervised, number: signal.Signals) -> Row:
 
 
 def unseen(count: int, found: dict[str, int]) -> list[str]:
-    """Streams that did not break where the proxy did, or that looked whole."""
+    """Streams that did not break where the proxy did, or that seemed complete."""
     broken = found["errors"]
     if (broken, found["answers"]) == (count, 0):
         return []

@@ -21,25 +21,27 @@ LIMITED = (
     "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv.pop()),) * 2); "
     "runpy.run_module('xaiproxy', run_name='__main__', alter_sys=True)",
 )
-LOOK = 2.0  # seconds for which the CPU time is taken
-SPINS = 0.3  # of a core, in a proxy that has nothing to do
-LINES = 10  # that it may log meanwhile
+# Seconds for which the CPU time is measured.
+SAMPLE = 2.0
+# Share of a core, in an idle proxy.
+SPINS = 0.3
+# Lines that an idle proxy may log meanwhile.
+LINES = 10
 
 
 def few_descriptors(run: Load) -> Iterator[Row]:
-    """More clients than the limit has room for: those that ask for nothing make room for one that
-    does.
-    """
+    """More clients than the limit has room for: idle ones are closed for one that sends a request."""
     limit = run.counts.descriptors
     proxy = run.start("limited", *LIMITED, str(limit))
     port = proxy.port()
     lost = (
         []
         if f"limit of {limit} has room for" in proxy.log.read_text()
-        else ["no word of the limit in the log"]
+        else ["the limit is not in the log"]
     )
     with contextlib.ExitStack() as held:
-        for number in range(limit):  # at most half of it has room
+        # The limit has room for at most half of them.
+        for number in range(limit):
             held.enter_context(connect(port, number))
         late = held.enter_context(connect(port, 0))
         began = time.monotonic()
@@ -48,12 +50,12 @@ def few_descriptors(run: Load) -> Iterator[Row]:
         waited = time.monotonic() - began
         busy, lines = idle_cost(proxy)
     lost += after(proxy, port, busy, lines) + (
-        [] if answered else ["one that asked was not answered"]
+        [] if answered else ["a client with a request got no response"]
     )
     yield Row(
         "few descriptors",
-        f"{limit} clients where {limit} descriptors are; {busy:.0%} CPU while they stay; one that "
-        f"asks waits {waited:.1f} s",
+        f"{limit} clients with {limit} descriptors; {busy:.0%} CPU while they stay; one with "
+        f"a request waits {waited:.1f} s",
         lost,
     )
     proxy.kill()
@@ -78,7 +80,7 @@ def none_left(run: Load) -> Iterator[Row]:
             resource.prlimit(proxy.pid, resource.RLIMIT_NOFILE, (soft, hard))
             await_(lambda: "accepted again" in proxy.log.read_text())
     text = proxy.log.read_text()
-    lost += [] if "Too many open files, with" in text else ["no word of descriptors in the log"]
+    lost += [] if "Too many open files, with" in text else ["the descriptors are not in the log"]
     lost += ["a traceback in the log"] if "Traceback" in text else []
     lost += after(proxy, port, busy, lines)
     yield Row(
@@ -90,8 +92,8 @@ def none_left(run: Load) -> Iterator[Row]:
 
 
 def idle_cost(proxy: Process) -> tuple[float, int]:
-    """The share of a core that it takes, and the lines that it logs beside those of requests, in
-    the time of a look.
+    """The share of a core that it uses, and the lines that it logs beside those of requests, in
+    SAMPLE seconds.
     """
 
     def lines() -> int:
@@ -101,14 +103,14 @@ def idle_cost(proxy: Process) -> tuple[float, int]:
 
     time.sleep(0.5)
     before, count = machine.cpu_seconds([proxy.pid]), lines()
-    time.sleep(LOOK)
-    return (machine.cpu_seconds([proxy.pid]) - before) / LOOK, lines() - count
+    time.sleep(SAMPLE)
+    return (machine.cpu_seconds([proxy.pid]) - before) / SAMPLE, lines() - count
 
 
 def after(proxy: Process, port: int, busy: float, lines: int) -> list[str]:
     status = get(port, "/v1/models")[0]
     return (
-        ([f"it spins: {busy:.0%} CPU"] if busy > SPINS else [])
-        + ([f"{lines} lines in {LOOK:g} s"] if lines > LINES else [])
+        ([f"busy loop: {busy:.0%} CPU"] if busy > SPINS else [])
+        + ([f"{lines} lines in {SAMPLE:g} s"] if lines > LINES else [])
         + ([f"afterwards a request failed: {status}"] if status != "200" else [])
     )
