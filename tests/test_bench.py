@@ -104,7 +104,7 @@ WRONG = {
 
 @needs_gcc
 @pytest.mark.parametrize("mode, answer, complaint", WRONG.values(), ids=WRONG)
-def test_a_wrong_answer_is_counted_and_fails_the_run(
+def test_a_wrong_response_is_counted_and_fails_the_run(
     load: pathlib.Path, upstream: ScriptedUpstream, mode: str, answer: bytes, complaint: str
 ) -> None:
     client = start(load, mode, upstream.port, repeat=1, events=2, size=7)
@@ -126,7 +126,7 @@ def test_a_stream_on_a_pooled_connection_is_wrong(
 
 
 @needs_gcc
-def test_a_delay_is_counted_from_the_stamp_of_an_event_that_comes_in_pieces(
+def test_the_delay_of_a_split_event_counts_from_its_time_stamp(
     load: pathlib.Path, upstream: ScriptedUpstream
 ) -> None:
     client = start(load, "streams", upstream.port, repeat=1, events=2)
@@ -275,7 +275,7 @@ def ask(connection: RawConnection, target: str = "/v1/models") -> Message:
 @needs_gcc
 @needs_openssl
 @needs_two_cores
-def test_no_two_answers_have_the_same_head(api: targets.Upstream) -> None:
+def test_no_two_responses_have_the_same_head(api: targets.Upstream) -> None:
     with connect(api.port) as connection:
         answers = [ask(connection) for _ in range(1000)]
     for name in DIFFER:
@@ -285,7 +285,7 @@ def test_no_two_answers_have_the_same_head(api: targets.Upstream) -> None:
 @needs_gcc
 @needs_openssl
 @needs_two_cores
-def test_an_answer_names_the_kind_of_its_connection(
+def test_a_response_names_the_kind_of_its_connection(
     api: targets.Upstream,
 ) -> None:
     context = ssl.create_default_context(cafile=str(api.certificate))
@@ -377,7 +377,7 @@ def test_a_run_whose_sessions_are_not_resumed_is_wrong(
                 measurements.measure(run, target, 0.3)
 
 
-# What the report makes of it
+# The report
 
 
 def record(target: str, round: int, value: float, **members: Any) -> dict[str, Any]:
@@ -393,7 +393,7 @@ def record(target: str, round: int, value: float, **members: Any) -> dict[str, A
     }
 
 
-def test_ratios_are_of_the_same_round_with_median_and_spread() -> None:
+def test_ratios_compare_runs_of_the_same_round() -> None:
     records = report.Records(
         [
             record("nginx", 1, 10),
@@ -411,7 +411,7 @@ def test_ratios_are_of_the_same_round_with_median_and_spread() -> None:
 
 
 @pytest.mark.parametrize("value, verdict", [(39.9, "**missed**"), (40, "met")])
-def test_a_figure_stands_beside_its_goal(value: float, verdict: str) -> None:
+def test_a_figure_is_reported_beside_its_goal(value: float, verdict: str) -> None:
     records = [record("nginx", 1, 100), record("xaiproxy", 1, value)]
     text = report.markdown({"machine": {"cpu": "any"}, "records": records})
     assert f"| ≥ 0.4 x nginx | {verdict} | 97% / 97% |" in text
@@ -446,10 +446,10 @@ def test_the_names_of_figures_are_unique() -> None:
     )
 
 
-# What processes cost
+# The cost of processes
 
 
-def test_the_cpu_time_of_another_process() -> None:
+def test_the_cpu_time_of_another_process_is_measured() -> None:
     with (
         subprocess.Popen(["sh", "-c", "while :; do :; done"]) as busy,
         subprocess.Popen(["sleep", "60"]) as idle,
@@ -462,6 +462,6 @@ def test_the_cpu_time_of_another_process() -> None:
     assert one < 0.1 <= both < 10
 
 
-def test_memory_of_this_process() -> None:
+def test_the_memory_of_this_process_is_measured() -> None:
     sizes = machine.memory([os.getpid()])
     assert 1000 < sizes["pss"] <= sizes["rss"]

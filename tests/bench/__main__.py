@@ -2,9 +2,9 @@
 
 It prints a table and writes bench.json, bench.svg and bench.png.
 
-Everything runs on loopback, the proxy that is measured on core 0, load client and upstream on core
-1; proxies whose turn it is not are stopped. What is needed is installed (Debian, as root) or named.
-Ctrl-C ends it all.
+Everything runs on loopback, the measured proxy on core 0, load client and upstream on core 1; the
+other proxies are stopped meanwhile. What is needed is installed (Debian, as root) or named. Ctrl-C
+ends everything.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def whole(options: argparse.Namespace) -> bool:
-    """Whether everything is measured that this machine can."""
+    """Whether every measurement is made that this machine allows."""
     return not (options.quick or options.check or options.only)
 
 
@@ -136,7 +136,7 @@ def all_runs() -> list[Run]:
 
 
 def runs_of_round(options: argparse.Namespace, round: int, main: bool) -> list[Run]:
-    """`main`: whether this is the kind of upstream that users have, the only one for what takes
+    """`main`: whether this is the kind of upstream that users have, the only one for runs that take
     long.
     """
     runs = [*measurements.RUNS]

@@ -53,7 +53,7 @@ def ask_with_wrk(target: Target, connections: int) -> tuple[float, float]:
 
 
 def report(bench: Any) -> str:
-    """Markdown: requests a second by load and by wrk. `bench` gives the targets their turns."""
+    """Markdown: requests a second by load and by wrk. `bench` runs one target at a time."""
     lines = [
         "| upstream, target | c | load, requests/s | wrk, requests/s | load : wrk | core 0 busy |",
         "| --- | --- | --- | --- | --- | --- |",

@@ -235,7 +235,7 @@ class Process:
         self.send(signal.SIGCONT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.popen.wait(5)
-        # children that outlived it
+        # Children that are still running are killed.
         self.send(signal.SIGKILL)
         self.popen.wait()
         if self.popen.stdout:
@@ -260,7 +260,7 @@ def memory(pids: list[int]) -> dict[str, float]:
 
 
 def busy_seconds() -> dict[int, float]:
-    """Seconds that each core has been busy, with whatever, or was withheld by the hypervisor."""
+    """Seconds that each core was busy, with any process, or was withheld by the hypervisor."""
     seconds = {}
     for line in pathlib.Path("/proc/stat").read_text().splitlines():
         name, *ticks = line.split()
@@ -278,7 +278,7 @@ def _first_line(*command: str | os.PathLike[str]) -> str:
 
 
 def description() -> dict[str, str]:
-    """What the figures hold for."""
+    """The hardware and the versions that the figures hold for."""
     cpuinfo = pathlib.Path("/proc/cpuinfo").read_text()
     models = re.findall(r"model name\s*: (.*)", cpuinfo)
     return {

@@ -1,4 +1,4 @@
-"""What is measured: a table of runs of the load client, and of the figures that each gives."""
+"""The measurements: a table of runs of the load client, and of the figures of each."""
 
 from __future__ import annotations
 
@@ -447,7 +447,7 @@ def load(
 
 
 def measure(run: Run, target: Target, seconds: float) -> dict[str, Any]:
-    """Run it against `target`, whose turn it is.
+    """Run it against `target`, while the other targets are stopped.
 
     Windows last `seconds` unless the run has a length of its own.
     """
