@@ -70,7 +70,7 @@ def shared_sandbox() -> Iterator[Sandbox]:
 
 @pytest.fixture
 def sandbox(shared_sandbox: Sandbox) -> Iterator[Sandbox]:
-    """A simulated xAI as good as new: default knobs, counters at zero.
+    """A simulated xAI in its initial state: default knobs, counters at zero.
 
     One process serves all tests.
     """

@@ -1,8 +1,8 @@
-"""The properties of tests/ for as long as one likes, led by which lines of xaiproxy are reached
+"""The properties of tests/ for as long as one likes, guided by which lines of xaiproxy are reached
 (atheris, libFuzzer).
 
-What reached new lines stays in .fuzz, and the next run goes on from there. An input that fails is
-kept there, too, and told as the call of the test that it is, as small as it can be made.
+Inputs that reached new lines stay in .fuzz, and the next run continues from there. An input that
+fails is kept there, too, and printed as the call of the test, as small as it can be made.
 """
 
 import argparse
@@ -23,7 +23,7 @@ sys.path += [str(ROOT / "tests" / folder) for folder in ("http1", "support")]
 
 
 def targets(modules) -> dict[str, object]:
-    """The tests that take anything, by name."""
+    """The tests that accept any input, by name."""
     return {
         name: test
         for module in modules
@@ -57,7 +57,7 @@ def main() -> int:
 
 
 def run(name: str, seconds: int) -> bool:
-    """Whether nothing was found."""
+    """Run the property; return whether it held."""
     corpus = FOLDER / "corpus" / name
     corpus.mkdir(parents=True, exist_ok=True)
     libfuzzer = [
@@ -103,7 +103,8 @@ def child(what: str, name: str, libfuzzer: list[str]) -> None:
     hypothesis.settings.load_profile("fuzz")
     with atheris.instrument_imports(include=["xaiproxy"]):
         test = targets(map(importlib.import_module, MODULES))[name]
-    if what == "--explain":  # which fuzz_one_input left in the database
+    # fuzz_one_input left the failure in the database.
+    if what == "--explain":
         test()
     else:
         atheris.Setup([name, *libfuzzer], test.hypothesis.fuzz_one_input)

@@ -1,4 +1,4 @@
-"""addresses.py: which address is tried when, and which connection is kept."""
+"""addresses.py: the order in which addresses are tried, and which connection is kept."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def at(host: str, port: int = 443) -> addresses.Address:
     return family, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", target
 
 
-# A host of any family that this machine lacks: what the kernel says of it comes at once.
+# A host of any family that this machine lacks: the kernel's error comes at once.
 IMPOSSIBLE = (socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_UDP, "", ("127.0.0.1", 1))
 
 
@@ -45,12 +45,12 @@ def test_families_alternate_beginning_with_the_resolver_s_choice(
     assert addresses.look_up("upstream.test", 443, getaddrinfo) == [at(one) for one in ordered]
 
 
-def test_name_that_does_not_exist() -> None:
+def test_a_name_that_does_not_exist_is_an_error() -> None:
     with pytest.raises(socket.gaierror):
         addresses.look_up("upstream.invalid", 443)
 
 
-def test_first_that_answers_wins_and_no_other_is_tried() -> None:
+def test_the_first_that_answers_wins_and_no_other_is_tried() -> None:
     failed: list[Any] = []
     with (
         socket.create_server(("127.0.0.1", 0)) as first,
@@ -68,7 +68,7 @@ def test_first_that_answers_wins_and_no_other_is_tried() -> None:
             second.accept()
 
 
-def test_next_starts_at_once_after_a_failure() -> None:
+def test_the_next_starts_at_once_after_a_failure() -> None:
     failed: list[Any] = []
     with socket.create_server(("127.0.0.1", 0)) as listener:
         bad = [IMPOSSIBLE, *(at("127.0.0.1", refused_port()) for _ in range(4))]
@@ -80,7 +80,7 @@ def test_next_starts_at_once_after_a_failure() -> None:
         assert time.monotonic() - start < ATTEMPT_DELAY
 
 
-def test_next_starts_after_a_quarter_of_a_second_of_silence() -> None:
+def test_the_next_starts_after_a_quarter_of_a_second_of_silence() -> None:
     failed: list[Any] = []
     with contextlib.ExitStack() as stack:
         silent = [at("127.0.0.1", stack.enter_context(black_hole())) for _ in range(2)]
@@ -89,14 +89,13 @@ def test_next_starts_after_a_quarter_of_a_second_of_silence() -> None:
         start = time.monotonic()
         sock, address = addresses.connect([*silent, good], 5, failed=failed.append)
         sock.close()
-        assert (
-            address == good and failed == []
-        )  # they may be slow: the winner goes first from now on, and that is all
+        # The silent addresses did not fail: they may be slow, so the winner only goes first from now on.
+        assert address == good and failed == []
         assert 2 * ATTEMPT_DELAY <= time.monotonic() - start < 4 * ATTEMPT_DELAY
 
 
-def test_slow_one_may_still_win() -> None:
-    """It goes on when the next one starts: its second SYN, after a second, is answered."""
+def test_a_slow_address_may_still_win() -> None:
+    """It continues when the next one starts: its second SYN, after a second, is answered."""
     failed: list[Any] = []
     with socket.create_server(("127.0.0.1", 0), backlog=0) as slow, contextlib.ExitStack() as stack:
         for _ in range(8):
@@ -123,7 +122,7 @@ def test_slow_one_may_still_win() -> None:
         assert address == ends[0] and failed == [ends[1]]
 
 
-def test_time_limit_is_for_all_together() -> None:
+def test_the_time_limit_is_for_all_together() -> None:
     failed: list[Any] = []
     with black_hole() as one, black_hole() as two:
         start = time.monotonic()
@@ -132,7 +131,7 @@ def test_time_limit_is_for_all_together() -> None:
         assert 1 <= time.monotonic() - start < 3 and len(failed) == 2
 
 
-def test_last_failure_is_raised() -> None:
+def test_the_last_failure_is_raised() -> None:
     with pytest.raises(OSError) as caught:
         addresses.connect([IMPOSSIBLE, at("127.0.0.1", refused_port())], 5)
     assert caught.value.errno == errno.ECONNREFUSED
@@ -156,5 +155,5 @@ def test_last_failure_is_raised() -> None:
         (None, False),
     ],
 )
-def test_is_loopback(host: str | None, loopback: bool) -> None:
+def test_an_address_is_loopback_or_not(host: str | None, loopback: bool) -> None:
     assert addresses.is_loopback(host) is loopback

@@ -1,4 +1,4 @@
-"""A file's content is loaded once for each change of the file, and failures are not remembered."""
+"""A file is loaded once for each change of it, and failures are not cached."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,7 @@ from xaiproxy.cached_file import CachedFile
 
 
 class Loads:
-    """A cached file, and what was loaded from it."""
+    """A cached file, and the contents that were loaded from it."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -34,7 +34,8 @@ def test_a_file_is_loaded_once_until_it_changes(loads):
     other = loads.path.with_name("other")
     other.write_text("two")
     os.utime(other, ns=(loads.path.stat().st_atime_ns, loads.path.stat().st_mtime_ns))
-    other.rename(loads.path)  # the same size and time of modification
+    # The other file has the same size and time of modification.
+    other.rename(loads.path)
     assert [loads.file.get() for _ in range(3)] == ["two"] * 3
     with loads.path.open("a") as file:
         file.write("!")
@@ -42,7 +43,7 @@ def test_a_file_is_loaded_once_until_it_changes(loads):
     assert loads.all == ["one", "two", "two!"]
 
 
-def test_a_failed_load_is_tried_again(loads):
+def test_a_failed_load_is_retried(loads):
     for _ in range(2):
         with pytest.raises(FileNotFoundError):
             loads.file.get()
@@ -71,7 +72,7 @@ def test_a_change_in_the_middle_of_a_load_is_found_by_the_next_call(loads):
     assert loads.file.get() == "longer"
 
 
-def test_a_link_is_followed_when_it_is_turned(loads):
+def test_a_link_with_a_new_target_is_loaded_again(loads):
     for name in ("1", "2"):
         loads.path.with_name(name).write_text(name)
     loads.path.symlink_to("1")

@@ -39,7 +39,7 @@ print(json.dumps(answers))
 
 
 class Folder:
-    """An empty home with token folder, and the command in it."""
+    """An empty home with a token folder, and the command in it."""
 
     def __init__(self, home: Path):
         self.home = home
@@ -72,13 +72,13 @@ class Folder:
         return process.returncode, out, err
 
     def add(self, name: str) -> str:
-        """The new key."""
+        """Add a key, and return it."""
         code, out, err = self.run("add", name)
         assert (code, out.count("\n"), err.count("\n")) == (0, 1, 1)
         return out.strip()
 
     def run_all(self, *lines: list[str]) -> list[tuple[int, str, str]]:
-        """Several commands in one process, which is ten times as fast."""
+        """Run several commands in one process, which is ten times as fast."""
         done = subprocess.run(
             [*COMMAND[:-2], "-c", RUN_ALL, json.dumps(lines)],
             env=self.environ,
@@ -111,7 +111,8 @@ def folder(tmp_path) -> Folder:
 
 def test_a_key_is_shown_once_on_stdout_and_stored_hashed(folder):
     code, key, err = folder.run("add", "laptop")
-    assert code == 0 and re.fullmatch(r"xaip_[A-Za-z0-9_-]{43}\n", key)  # 256 bits
+    # 256 bits.
+    assert code == 0 and re.fullmatch(r"xaip_[A-Za-z0-9_-]{43}\n", key)
     key = key.strip()
     assert key not in err and "laptop" in err
     text = folder.path.read_text()
@@ -125,7 +126,7 @@ def test_a_key_is_shown_once_on_stdout_and_stored_hashed(folder):
     }
 
 
-def test_add_list_remove(folder):
+def test_keys_are_added_listed_and_removed(folder):
     assert folder.run("list") == (0, "", f"There is no client key in {folder.path}.\n")
     keys = {name: folder.add(name) for name in ("b", "a", "x" * 64)}
     assert len(set(keys.values())) == 3
@@ -136,14 +137,14 @@ def test_add_list_remove(folder):
     assert [seen.name_of(key) for key in keys.values()] == [None, "a", "x" * 64]
 
 
-def test_when_the_last_key_is_removed_the_file_stays_so_that_nobody_is_admitted(folder):
+def test_removing_the_last_key_keeps_the_file_so_that_no_client_is_admitted(folder):
     folder.put(f"a {DIGEST}\n")
     seen = client_keys.ClientKeys(folder.path)
-    status, _, said = folder.run("remove", "a")
+    status, _, err = folder.run("remove", "a")
     assert (
         status == 0
-        and "all clients are refused now" in said
-        and f"remove {folder.path} and restart" in said
+        and "all clients are refused now" in err
+        and f"remove {folder.path} and restart" in err
     )
     seen.refresh()
     assert (
@@ -152,16 +153,17 @@ def test_when_the_last_key_is_removed_the_file_stays_so_that_nobody_is_admitted(
 
 
 @pytest.mark.parametrize("umask", [0, 0o077])
-def test_the_file_is_its_owners_whatever_the_umask(folder, umask):
+def test_the_file_is_private_with_any_umask(folder, umask):
     folder.run("add", "a", umask=umask)
     assert stat.S_IMODE(folder.path.stat().st_mode) == 0o600
     assert stat.S_IMODE(folder.path.parent.stat().st_mode) == 0o700
 
 
-def test_a_file_that_others_could_read_becomes_its_owners(folder):
+def test_a_file_that_others_could_read_becomes_private(folder):
     folder.put(f"a {DIGEST}\n")
     folder.path.chmod(0o644)
-    left = folder.path.with_name("client-keys.new")  # of a command that was killed
+    # The leftover of a command that was killed.
+    left = folder.path.with_name("client-keys.new")
     left.write_text("half")
     left.chmod(0o666)
     folder.add("b")
@@ -169,7 +171,7 @@ def test_a_file_that_others_could_read_becomes_its_owners(folder):
     assert list(client_keys.parse(folder.path.read_text())) == ["a", "b"] and not left.exists()
 
 
-def test_the_file_is_beside_the_token_file_or_where_the_setting_says(folder):
+def test_the_file_is_beside_the_token_file_or_at_the_path_of_the_setting(folder):
     folder.environ["XAI_PROXY_TOKEN_PATH"] = str(folder.home / "elsewhere" / "t.json")
     folder.run("add", "a")
     assert (folder.home / "elsewhere" / "client-keys").exists()
@@ -178,7 +180,7 @@ def test_the_file_is_beside_the_token_file_or_where_the_setting_says(folder):
     assert (folder.home / "named").exists()
 
 
-# what goes wrong
+# errors
 
 WRONG_LINES = [
     ([], "add | list | remove"),
@@ -195,12 +197,12 @@ WRONG_LINES = [
 def test_a_wrong_command_line_is_64(folder):
     assert "add | list | remove" in folder.refusal(code=64)
     answers = folder.run_all(*(arguments for arguments, _ in WRONG_LINES))
-    for (arguments, said), (code, out, err) in zip(WRONG_LINES, answers, strict=True):
-        assert (code, out, err.count("\n")) == (64, "", 1) and said in err, arguments
+    for (arguments, message), (code, out, err) in zip(WRONG_LINES, answers, strict=True):
+        assert (code, out, err.count("\n")) == (64, "", 1) and message in err, arguments
         assert re.fullmatch(r"(xai-client-key( add| remove)?): [^{}]+; see \1 --help\n", err)
 
 
-def test_a_name_that_the_file_could_not_hold_is_64(folder):
+def test_a_name_that_the_file_cannot_hold_is_64(folder):
     assert "'a ' cannot be a name" in folder.refusal("add", "a ", code=64)
     names = [
         "",
@@ -224,7 +226,7 @@ def test_a_name_that_the_file_could_not_hold_is_64(folder):
     assert not folder.path.exists()
 
 
-def test_a_name_is_given_once_and_removed_once(folder):
+def test_a_name_is_added_once_and_removed_once(folder):
     folder.put(f"a {DIGEST}\n")
     assert "a already has a key; remove it first" in folder.refusal("add", "a", code=64)
     assert "b has no key" in folder.refusal("remove", "b", code=64)
@@ -258,7 +260,7 @@ def test_a_directory_in_the_files_place_is_78(folder):
     assert "it is not a file" in folder.refusal("add", "a", code=78)
 
 
-def test_a_fifo_in_the_files_place_is_78_and_not_waited_for(folder):
+def test_a_fifo_in_the_files_place_is_78_at_once(folder):
     folder.path.parent.mkdir()
     os.mkfifo(folder.path)
     for code, out, sentence in folder.run_all(["add", "b"], ["remove", "a"], ["list"]):
@@ -266,8 +268,8 @@ def test_a_fifo_in_the_files_place_is_78_and_not_waited_for(folder):
 
 
 @pytest.mark.parametrize("target", ["kept-elsewhere", "nowhere"])
-def test_a_link_is_left_alone(folder, target):
-    """Neither is what it leads to written, nor the link replaced, whose target the proxy would then
+def test_a_link_is_refused_and_not_changed(folder, target):
+    """Neither is its target written, nor the link replaced, whose target the proxy would then
     not see.
     """
     folder.path.parent.mkdir()
@@ -343,11 +345,12 @@ def test_a_command_that_is_killed_leaves_the_old_file_and_no_lock(folder, call):
         paths=[folder.path.with_name("client-keys.new")],
         few_stops=False,
     )
+    # The key is shown right before the rename.
     code, out, _ = folder.run("add", "b", prefix=kill)
     assert (code, bool(out)) == (
         -signal.SIGKILL,
         call == "rename",
-    )  # the key is shown right before it
+    )
     assert (
         folder.path.with_name("client-keys.new").exists()
         and folder.path.read_text() == f"a {DIGEST}\n"
@@ -356,17 +359,18 @@ def test_a_command_that_is_killed_leaves_the_old_file_and_no_lock(folder, call):
     assert list(client_keys.parse(folder.path.read_text())) == ["a", "c"]
 
 
-# several at once
+# several commands at once
 
 
-def test_twenty_that_add_at_once_lose_none_and_nobody_reads_half(folder):
+def test_twenty_adds_at_once_lose_no_key_and_the_file_is_never_half_written(folder):
     folder.put(f"first {DIGEST}\n")
     seen = client_keys.ClientKeys(folder.path)
     started = [folder.start("add", f"n{number}") for number in range(20)]
     while any(process.poll() is None for process in started):
         seen.refresh()
         assert seen.name_of("a-key") == "first"
-        time.sleep(0.001)  # there are two cores for the twenty and us
+        # This leaves CPU time for the twenty commands.
+        time.sleep(0.001)
     keys = []
     for process in started:
         keys.append(process.communicate()[0].strip())
@@ -375,7 +379,7 @@ def test_twenty_that_add_at_once_lose_none_and_nobody_reads_half(folder):
     assert [seen.name_of(key) for key in keys] == [f"n{number}" for number in range(20)]
 
 
-def test_one_that_waits_for_another_can_be_interrupted(folder):
+def test_a_command_that_waits_for_another_can_be_interrupted(folder):
     folder.put(f"a {DIGEST}\n")
     with open(folder.path.with_name("client-keys.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

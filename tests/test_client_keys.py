@@ -1,4 +1,4 @@
-"""The key file: what it may say, and that it admits nobody when it says anything else."""
+"""The key file: its format, and that no client is admitted with a malformed one."""
 
 import contextlib
 import hashlib
@@ -15,7 +15,7 @@ from xaiproxy.client_keys import ClientKeys, parse
 
 DIGEST = client_keys.digest("key-of-a")
 OTHER = client_keys.digest("key-of-b")
-NOBODY = 65534
+UNPRIVILEGED = 65534
 
 
 @pytest.fixture
@@ -24,18 +24,18 @@ def path(tmp_path) -> Path:
 
 
 def put(path: Path, *lines: str) -> None:
-    """As the command does: by rename."""
+    """Write it by rename, as the command does."""
     new = path.with_suffix(".written")
     new.write_text("".join(line + "\n" for line in lines))
     new.replace(path)
 
 
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 
 
 @pytest.fixture
 def open_folder():
-    """A folder that nobody can look into, unlike tmp_path."""
+    """A folder that an unprivileged user can search, unlike tmp_path."""
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o711)
         yield Path(folder)
@@ -43,10 +43,10 @@ def open_folder():
 
 @contextlib.contextmanager
 def without_root():
-    """The rights of nobody, who may open what nobody may; for everybody but root those of always."""
+    """The privileges of another user if this process has root's; its own otherwise."""
     was_root = os.geteuid() == 0
     if was_root:
-        os.seteuid(NOBODY)
+        os.seteuid(UNPRIVILEGED)
     try:
         yield
     finally:
@@ -61,7 +61,7 @@ def admits(keys: ClientKeys) -> list[str | None]:
 
 @pytest.fixture
 def complaints(caplog):
-    """What was logged: whole lines, and each an error."""
+    """The logged messages, each of which is an error."""
 
     def read() -> list[str]:
         records = [record for record in caplog.records if record.name == client_keys.__name__]
@@ -73,7 +73,7 @@ def complaints(caplog):
     return read
 
 
-# the text
+# parsing
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_a_name_and_the_sha_256_of_a_key_a_line(text):
 
 
 @pytest.mark.parametrize("name", ["a", "A-b_c.9", "-", "..", "x" * 64])
-def test_names(name):
+def test_a_name_may_have_letters_digits_and_punctuation(name):
     assert parse(f"{name} {DIGEST}\nb {OTHER}") == {name: DIGEST, "b": OTHER}
 
 
@@ -128,18 +128,18 @@ def test_a_file_may_be_without_keys(text):
         "a " + "\uff11" * 64,
     ],
 )
-def test_any_other_line_is_a_value_error_that_names_the_line_and_repeats_nothing_of_it(line):
+def test_any_other_line_is_a_value_error_that_only_names_its_number(line):
     with pytest.raises(ValueError) as caught:
         parse(f"b {OTHER}\n\n{line}\n")
     assert str(caught.value) == "line 3 is not a name and the SHA-256 of a key"
 
 
-def test_a_name_stands_once():
+def test_a_name_is_in_the_file_once():
     with pytest.raises(ValueError, match="^line 3 repeats the name a$"):
         parse(f"a {DIGEST}\nb {OTHER}\na {OTHER}\n")
 
 
-# whose key it is
+# the name of a key
 
 
 def test_a_key_is_known_by_its_hash(path):
@@ -150,10 +150,10 @@ def test_a_key_is_known_by_its_hash(path):
         assert keys.name_of(key) is None
 
 
-# the file
+# reading
 
 
-def test_without_a_file_no_key_is_asked_for(path, complaints):
+def test_without_a_file_no_key_is_required(path, complaints):
     keys = ClientKeys(path)
     assert not keys.required and admits(keys) == [None, None] and complaints() == []
 
@@ -167,9 +167,11 @@ def test_a_file_that_appears_later_is_read(path):
 def test_the_file_is_read_again_when_it_changes(path):
     put(path, f"a {DIGEST}")
     keys = ClientKeys(path)
-    put(path, f"b {OTHER}")  # the same size
+    # Another file of the same size.
+    put(path, f"b {OTHER}")
     assert admits(keys) == [None, "b"]
-    with open(path, "a") as file:  # in its place
+    # A change in place, with the same inode.
+    with open(path, "a") as file:
         file.write(f"a {DIGEST}\n")
     assert admits(keys) == ["a", "b"]
 
@@ -181,7 +183,8 @@ def test_the_file_is_not_read_again_when_it_does_not_change(open_folder):
     path.chmod(0o600)
     keys = ClientKeys(path)
     with without_root():
-        assert admits(keys) == ["a", None]  # which to read it would have made impossible
+        # Another read would fail.
+        assert admits(keys) == ["a", None]
         assert admits(ClientKeys(path)) == [None, None]
 
 
@@ -190,11 +193,13 @@ def make_directory(path: Path) -> None:
 
 
 def make_fifo(path: Path) -> None:
-    os.mkfifo(path)  # nobody will ever write to it
+    # No process will open it for writing.
+    os.mkfifo(path)
 
 
 def make_loop(path: Path) -> None:
-    path.symlink_to(path.name)  # which stat itself does not get through
+    # Even stat fails at a loop.
+    path.symlink_to(path.name)
 
 
 def make_dangling(path: Path) -> None:
@@ -238,19 +243,17 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("make, complaint", BROKEN.values(), ids=BROKEN)
-def test_a_file_that_cannot_be_used_admits_nobody_and_is_logged_once(
-    path, complaints, make, complaint
-):
+def test_an_unusable_file_admits_no_client_and_is_logged_once(path, complaints, make, complaint):
     make(path)
     keys = ClientKeys(path)
     for _ in range(3):
         assert admits(keys) == [None, None] and keys.required
-    (said,) = complaints()
-    assert str(path) in said and complaint in said and "xai-client-key add" in said
+    (line,) = complaints()
+    assert str(path) in line and complaint in line and "xai-client-key add" in line
 
 
 @pytest.mark.parametrize("make, complaint", BROKEN.values(), ids=BROKEN)
-def test_a_file_that_broke_admits_nobody_until_it_is_put_right(path, complaints, make, complaint):
+def test_a_broken_file_admits_no_client_until_it_is_corrected(path, complaints, make, complaint):
     put(path, f"a {DIGEST}")
     keys = ClientKeys(path)
     path.unlink()
@@ -264,10 +267,11 @@ def test_a_file_that_broke_admits_nobody_until_it_is_put_right(path, complaints,
     path.unlink()
     make(path)
     assert admits(keys) == [None, None]
-    assert len(complaints()) == 2  # it broke anew
+    # It broke once more.
+    assert len(complaints()) == 2
 
 
-def test_a_link_to_nothing_that_appears_later_admits_nobody_until_its_target_is_there(path):
+def test_a_link_that_appears_later_admits_no_client_until_its_target_exists(path):
     keys = ClientKeys(path)
     assert not keys.required
     path.symlink_to("elsewhere")
@@ -276,7 +280,7 @@ def test_a_link_to_nothing_that_appears_later_admits_nobody_until_its_target_is_
     assert admits(keys) == ["a", None]
 
 
-def test_a_folder_on_the_way_that_becomes_a_link_to_nothing_or_unreadable_admits_nobody(
+def test_a_parent_folder_that_becomes_a_dangling_link_or_closed_admits_no_client(
     open_folder, complaints
 ):
     folder = open_folder / "folder"
@@ -299,9 +303,7 @@ def test_a_folder_on_the_way_that_becomes_a_link_to_nothing_or_unreadable_admits
 @pytest.mark.parametrize(
     "link, way", [("folder", "folder/client-keys"), ("way", "way/folder/client-keys")]
 )
-def test_a_folder_on_the_way_that_is_a_link_to_nothing_admits_nobody(
-    tmp_path, complaints, link, way
-):
+def test_a_parent_folder_that_is_a_dangling_link_admits_no_client(tmp_path, complaints, link, way):
     (tmp_path / link).symlink_to("not-mounted")
     keys = ClientKeys(tmp_path / way)
     assert admits(keys) == [None, None] and keys.required
@@ -320,15 +322,18 @@ def test_without_a_folder_no_key_is_required(tmp_path):
         assert not ClientKeys(tmp_path / way).required
 
 
-def test_a_failed_read_admits_nobody_and_is_not_remembered(path, complaints):
+def test_a_failed_read_admits_no_client_and_is_not_remembered(path, complaints):
     put(path, f"a {DIGEST}")
     keys = ClientKeys(path)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))  # so that nothing can be opened
+    # The process can open nothing.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
     try:
-        assert admits(keys) == ["a", None]  # it has not changed
+        # The file has not changed.
+        assert admits(keys) == ["a", None]
         path.rename(path.with_name("other"))
-        path.with_name("other").rename(path)  # another time of change
+        # The time of change is another.
+        path.with_name("other").rename(path)
         assert admits(keys) == admits(keys) == [None, None]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
@@ -337,7 +342,7 @@ def test_a_failed_read_admits_nobody_and_is_not_remembered(path, complaints):
 
 
 def test_without_a_file_and_a_descriptor_no_key_is_required(path, complaints):
-    """An open fails for want of a descriptor before it looks for the file."""
+    """Without a descriptor, an open fails before it searches for the file."""
     keys = ClientKeys(path)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
@@ -348,7 +353,7 @@ def test_without_a_file_and_a_descriptor_no_key_is_required(path, complaints):
     assert complaints() == []
 
 
-def test_a_file_that_is_gone_admits_nobody_and_is_logged_once(path, complaints):
+def test_a_missing_file_admits_no_client_and_is_logged_once(path, complaints):
     put(path, f"a {DIGEST}")
     keys = ClientKeys(path)
     path.unlink()
@@ -357,7 +362,7 @@ def test_a_file_that_is_gone_admits_nobody_and_is_logged_once(path, complaints):
     assert [line.partition(";")[0] for line in complaints()] == [f"{path} does not exist"]
 
 
-def test_an_unreadable_file_admits_nobody(open_folder, complaints):
+def test_an_unreadable_file_admits_no_client(open_folder, complaints):
     path = open_folder / "client-keys"
     put(path, f"a {DIGEST}")
     path.chmod(0)
@@ -369,7 +374,7 @@ def test_an_unreadable_file_admits_nobody(open_folder, complaints):
     assert admits(keys) == ["a", None]
 
 
-def test_a_folder_that_cannot_be_looked_into_admits_nobody(open_folder, complaints):
+def test_a_folder_that_cannot_be_searched_admits_no_client(open_folder, complaints):
     put(open_folder / "client-keys", f"a {DIGEST}")
     open_folder.chmod(0)
     with without_root():
@@ -379,7 +384,7 @@ def test_a_folder_that_cannot_be_looked_into_admits_nobody(open_folder, complain
     assert len(complaints()) == 1 and "Permission denied" in complaints()[0]
 
 
-def test_each_other_trouble_is_logged(path, complaints):
+def test_each_new_error_is_logged(path, complaints):
     put(path, f"a {DIGEST}")
     keys = ClientKeys(path)
     for make in (make_file("x"), make_directory, make_file("")):
@@ -389,7 +394,7 @@ def test_each_other_trouble_is_logged(path, complaints):
     assert len(complaints()) == 3
 
 
-def test_who_asked_for_a_key_once_asks_until_the_end(path):
+def test_a_proxy_that_has_required_a_key_requires_one_until_its_end(path):
     put(path, f"a {DIGEST}")
     keys = ClientKeys(path)
     put(path, "# the last one was removed")
@@ -398,13 +403,13 @@ def test_who_asked_for_a_key_once_asks_until_the_end(path):
     assert admits(keys) == [None, None] and keys.required
 
 
-def test_a_named_file_that_does_not_exist_admits_nobody(path, complaints):
+def test_a_named_file_that_does_not_exist_admits_no_client(path, complaints):
     keys = ClientKeys(path, required=True)
     assert admits(keys) == [None, None] and keys.required and len(complaints()) == 1
 
 
-def test_a_link_is_followed_when_it_is_turned(path):
-    """A Secret that Kubernetes mounts is a link, and a change turns it to another file."""
+def test_a_link_with_a_new_target_is_read_again(path):
+    """A Secret that Kubernetes mounts is a link, and a change gives it another target."""
     for number, digest in enumerate((DIGEST, OTHER)):
         put(path.with_name(str(number)), f"a {digest}")
     path.symlink_to("0")

@@ -1,4 +1,4 @@
-"""How every command ends: one sentence on stderr and an exit code."""
+"""The end of every command: one sentence on stderr and an exit code."""
 
 import os
 import resource
@@ -47,12 +47,12 @@ def test_an_error_is_one_sentence_and_its_exit_code(error, status, capsys):
 
 
 @pytest.mark.parametrize("returned, status", [(None, 0), (0, 0), (77, 77)])
-def test_without_an_error_the_bodys_own_code_counts(returned, status, capsys):
+def test_without_an_error_the_code_of_the_body_is_the_exit_code(returned, status, capsys):
     assert command.run("xai-test", lambda: returned) == status
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_fault_of_ours_is_not_hidden():
+def test_an_exception_of_our_own_is_not_caught():
     with pytest.raises(ZeroDivisionError):
         command.run("xai-test", lambda: 1 / 0)
 
@@ -74,25 +74,26 @@ def test_an_interrupt_ends_with_130():
 
 
 @pytest.mark.parametrize(
-    "arguments, said",
+    "arguments, message",
     [
         (["--nonsense"], "xai-test: unrecognized arguments: --nonsense; see xai-test --help\n"),
+        # An abbreviated option is not accepted.
         (
             ["--tok", "x"],
             "xai-test: unrecognized arguments: --tok x; see xai-test --help\n",
-        ),  # abbreviations are no promise
+        ),
         (
             ["--token-path"],
             "xai-test: argument --token-path: expected one argument; see xai-test --help\n",
         ),
     ],
 )
-def test_a_wrong_command_line_is_one_sentence_and_64(arguments, said, capsys):
+def test_a_wrong_command_line_is_one_sentence_and_64(arguments, message, capsys):
     parser = command.ArgumentParser(prog="xai-test")
     parser.add_argument("--token-path")
     with pytest.raises(SystemExit) as caught:
         parser.parse_args(arguments)
-    assert (caught.value.code, capsys.readouterr().err) == (64, said)
+    assert (caught.value.code, capsys.readouterr().err) == (64, message)
 
 
 def test_help_keeps_worked_examples_as_they_are_written(capsys):
@@ -104,7 +105,7 @@ def test_help_keeps_worked_examples_as_they_are_written(capsys):
 
 
 @pytest.mark.parametrize("name", [*COMMANDS, "sandbox"])
-def test_every_command_tells_its_version(name):
+def test_every_command_prints_its_version(name):
     command = COMMANDS.get(name, [*PYTHON, "-m", "xaiproxy.sandbox"])
     done = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=20)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{__version__}\n", "")
@@ -136,7 +137,7 @@ def test_a_crash_leaves_no_core(tmp_path):
 
 
 def run(folder, name, *arguments, script='exec "$@"', environ=None, **settings):
-    """What a command does with `script` as the way to start it."""
+    """The result of a command that `script` starts."""
     return subprocess.run(
         ["sh", "-c", script, "sh", *COMMANDS[name], *arguments],
         cwd=folder,
@@ -182,7 +183,7 @@ def test_closed_standard_streams_change_only_what_cannot_be_printed(
 @pytest.mark.parametrize(
     "unbuffered", [{}, {"PYTHONUNBUFFERED": "1"}], ids=["buffered", "unbuffered"]
 )
-def test_a_result_that_cannot_be_printed_is_told(tmp_path, unbuffered):
+def test_a_result_that_cannot_be_printed_is_an_error(tmp_path, unbuffered):
     def failure(*arguments, script='exec "$@" >/dev/full'):
         done = run(tmp_path, *arguments, script=script, environ=unbuffered)
         sentence = done.stderr.splitlines()[-1]
@@ -208,8 +209,8 @@ def test_a_result_that_cannot_be_printed_is_told(tmp_path, unbuffered):
 @pytest.mark.parametrize(
     "where", ["2>/dev/full", "2>&4", "2>&5"], ids=["full disk", "reader gone", "unread and full"]
 )
-def test_the_exit_code_counts_also_where_no_sentence_can_be_read(tmp_path, where):
-    """A pipe without a reader is 4, one that is full 5."""
+def test_the_exit_code_is_right_even_if_no_sentence_can_be_printed(tmp_path, where):
+    """Descriptor 4 is a pipe without a reader, 5 one that is full."""
     script = (
         "mkfifo gone full; exec 3<>gone 4>gone 3<&-; exec 5<>full; head -c 65536 /dev/zero >&5; "
         f'exec "$@" {where}'
@@ -221,7 +222,8 @@ def test_the_exit_code_counts_also_where_no_sentence_can_be_read(tmp_path, where
         (["login", "--nonsense"], 64),
         (["refresher", "--token-path", "/"], 78),
     ]
-    for arguments, status in cases[:2] if "5" in where else cases:  # a second each while it is full
+    # With a full pipe, each takes a second.
+    for arguments, status in cases[:2] if "5" in where else cases:
         done = run(tmp_path, *arguments, script=f"rm -f gone full; {script}")
         assert (arguments, done.returncode) == (arguments, status)
         assert status or done.stdout.startswith("xaip_")
@@ -236,7 +238,7 @@ def test_the_exit_code_counts_also_where_no_sentence_can_be_read(tmp_path, where
         (["proxy", "--bind", "x"], 78),
     ],
 )
-def test_a_deleted_working_directory_does_not_matter_to_absolute_paths(tmp_path, arguments, status):
+def test_absolute_paths_work_in_a_deleted_working_directory(tmp_path, arguments, status):
     done = run(tmp_path, *arguments, script='mkdir gone; cd gone; rmdir ../gone; exec "$@"')
     assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
 
@@ -256,14 +258,14 @@ def test_a_relative_path_needs_the_working_directory(tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [["refresher", "--once"], ["key", "add", "me"]])
-def test_no_folder_can_be_written_by_others_whatever_the_umask(tmp_path, arguments):
+def test_no_folder_is_writable_for_others_with_any_umask(tmp_path, arguments):
     run(tmp_path, *arguments, script='umask 0; exec "$@"')
     modes = [(tmp_path / name).stat().st_mode & 0o777 for name in ("new", "new/login")]
     assert modes == [0o755, 0o700]
 
 
-def test_a_closed_terminal_ends_a_program_unless_nohup_says_otherwise(tmp_path):
-    """The proxy in the foreground ends; a refresher with nohup(1) tries again at the SIGHUP."""
+def test_a_closed_terminal_ends_a_program_unless_nohup_started_it(tmp_path):
+    """The proxy in the foreground ends; a refresher with nohup(1) retries at the SIGHUP."""
     script = (
         f'nohup "$@" --token-path {tmp_path}/login/tokens.json 2>log & '
         f"echo $! >pid; exec {' '.join(COMMAND)}"

@@ -1,4 +1,4 @@
-"""The settings: where they come from, what each takes, and that no secret is repeated."""
+"""The settings: their sources, the values that each accepts, and that no secret is repeated."""
 
 import dataclasses
 import os
@@ -43,10 +43,10 @@ def elsewhere(folder, what: str, **environ) -> str:
     ).stdout.rstrip("\n")
 
 
-# each setting
+# values
 
 
-def test_the_defaults():
+def test_the_settings_have_their_defaults():
     assert elsewhere("/", "token_path", HOME="/home/me") == "/home/me/.xai-proxy/tokens.json"
     defaults = settings()
     assert defaults.client_keys_file == defaults.token_path.parent / "client-keys"
@@ -154,17 +154,17 @@ REFUSES = {
 
 
 @pytest.mark.parametrize("name", [name.removeprefix("XAI_PROXY_") for name in config.SETTINGS])
-def test_each_setting_takes_what_it_allows_and_nothing_beyond_its_bounds(name):
+def test_each_setting_accepts_its_range_and_nothing_beyond(name):
     for text, value in TAKES[name]:
         assert getattr(settings(**{name: text}), name.lower()) == value
     for text in REFUSES[name]:
-        said = refusal(**{name: text})
+        refused = refusal(**{name: text})
         shown = "***@" + text.split("@")[1] if "@" in text else text
-        assert said.startswith(f"XAI_PROXY_{name} must be "), said
-        assert said.endswith(f", not {shown!r}"), said
+        assert refused.startswith(f"XAI_PROXY_{name} must be "), refused
+        assert refused.endswith(f", not {shown!r}"), refused
 
 
-def test_the_client_keys_lie_beside_the_token_file():
+def test_the_client_keys_are_beside_the_token_file():
     assert settings(TOKEN_PATH="/data/login").client_keys_file == pathlib.Path("/data/client-keys")
 
 
@@ -177,11 +177,11 @@ def test_the_settings_cannot_be_changed():
         settings().port = 1
 
 
-def test_the_example_lists_every_setting_as_the_code_has_it():
+def test_the_example_is_generated_from_the_code():
     assert (ROOT / "conf" / "xaiproxy.env.example").read_text() == config.example()
 
 
-def test_the_example_uncommented_is_what_holds_without_it(tmp_path):
+def test_the_example_has_the_defaults(tmp_path):
     lines = (
         line[1:] if line.startswith("#XAI") else line for line in config.example().splitlines()
     )
@@ -189,7 +189,7 @@ def test_the_example_uncommented_is_what_holds_without_it(tmp_path):
     assert settings(dotenv_path=str(tmp_path / "env")) == settings()
 
 
-# where they come from
+# sources
 
 
 def test_an_option_wins_over_the_environment_over_dotenv_over_the_default(tmp_path):
@@ -215,16 +215,16 @@ def test_an_option_wins_over_the_environment_over_dotenv_over_the_default(tmp_pa
 def test_a_value_in_quotes_is_refused(quote):
     """docker's --env-file keeps them; a path would begin with a folder of that name."""
 
-    def said(name):
+    def sentence(name):
         return f"{name} {setting_types.QUOTES_KEPT}"
 
     assert "begins and ends with a quote" in setting_types.QUOTES_KEPT
     quoted = f"{quote}/secret/tokens.json{quote}"
     for name in config.SETTINGS:
-        assert refusal({name: quoted}) == said(name)
+        assert refusal({name: quoted}) == sentence(name)
     for name in ("AUTH_PROXY_TOKEN_PATH", "HTTPS_PROXY", "all_proxy", "NO_PROXY", "SSL_CERT_FILE"):
-        assert refusal({name: quoted}) == said(name)
-    with pytest.raises(errors.ConfigurationError, match=said("XAI_PROXY_TOKEN_PATH")):
+        assert refusal({name: quoted}) == sentence(name)
+    with pytest.raises(errors.ConfigurationError, match=sentence("XAI_PROXY_TOKEN_PATH")):
         settings(options={"XAI_PROXY_TOKEN_PATH": quoted})
 
 
@@ -232,7 +232,7 @@ def test_a_quote_within_a_value_is_a_part_of_it():
     assert settings(TOKEN_PATH='/it\'s/"tokens"').token_path == pathlib.Path('/it\'s/"tokens"')
 
 
-def test_the_older_name_of_the_token_path():
+def test_the_older_name_of_the_token_path_is_accepted():
     assert settings({"AUTH_PROXY_TOKEN_PATH": "/old"}).token_path == pathlib.Path("/old")
     assert settings(
         {"AUTH_PROXY_TOKEN_PATH": "/old"}, TOKEN_PATH="/new"
@@ -258,7 +258,7 @@ def test_an_unknown_name_in_dotenv_is_refused_too(tmp_path):
         settings(dotenv_path=str(tmp_path / "env"))
 
 
-def test_what_kubernetes_adds_for_a_service_of_our_name_is_ignored():
+def test_variables_of_a_kubernetes_service_of_our_name_are_ignored():
     pod = {
         "SERVICE_HOST": "10.0.0.1",
         "SERVICE_PORT": "9090",
@@ -295,11 +295,11 @@ def test_names_of_clients_and_rivals_are_ignored_with_one_warning_each():
 )
 def test_a_password_in_a_url_is_not_repeated(url):
     for name in ("UPSTREAM", "ISSUER", "BIND"):
-        said = refusal(**{name: url})
-        assert "cret" not in said and "me:" not in said
+        refused = refusal(**{name: url})
+        assert "cret" not in refused and "me:" not in refused
 
 
-def test_what_is_wrong_can_be_gathered_and_then_counts_as_not_set(tmp_path):
+def test_every_wrong_setting_can_be_collected_and_then_has_its_default(tmp_path):
     (tmp_path / "env").write_bytes(b"XAI_PROXY_PORT=\xff\n")
     wrong: list[errors.ConfigurationError] = []
     environ = {
@@ -323,8 +323,8 @@ def test_what_is_wrong_can_be_gathered_and_then_counts_as_not_set(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["TOKEN_PATH", "CLIENT_KEYS_FILE"])
-def test_a_folder_is_no_file(tmp_path, name):
-    """Such as a volume; its siblings would be made beside it."""
+def test_a_folder_in_a_files_place_is_refused(tmp_path, name):
+    """Such as a volume; the files beside it would be made outside of it."""
     for text in (str(tmp_path), f"{tmp_path}/not-yet/"):
         with pytest.raises(
             errors.ConfigurationError,

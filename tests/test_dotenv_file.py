@@ -1,4 +1,4 @@
-"""Settings in .env: what is taken from it, and which files are refused."""
+"""Settings in .env: which lines are read, and which files are refused."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ def settings(dotenv_path=os.devnull):
     return config.from_environ({"HOME": "/home/me"}, dotenv_path=dotenv_path)
 
 
-def test_dotenv_values_are_taken_as_they_are(tmp_path):
+def test_dotenv_values_are_not_expanded(tmp_path):
     (tmp_path / "env").write_text(
         "export XAI_PROXY_SCOPE='a b'  # a note\nXAI_PROXY_CLIENT_ID=${HOME}\nXAI_PROXY_PORT\n"
     )
@@ -44,7 +44,7 @@ def test_dotenv_is_read_in_the_working_directory(tmp_path):
     assert done.stdout == b"77\n"
 
 
-def test_a_dotenv_that_cannot_be_read_is_told(tmp_path):
+def test_a_dotenv_that_cannot_be_read_is_an_error(tmp_path):
     (tmp_path / "env").write_bytes(b"XAI_PROXY_PORT=\xff\n")
     with pytest.raises(
         errors.ConfigurationError,
@@ -62,7 +62,7 @@ def test_a_dotenv_that_cannot_be_read_is_told(tmp_path):
         ('A=1\r\n\r\nXAI_PROXY_BIND="x\r\nXAI_PROXY_PORT="1"\r\n', 3, "BIND"),
     ],
 )
-def test_a_line_of_dotenv_that_does_not_parse_is_told(tmp_path, text, line, name):
+def test_a_line_of_dotenv_that_does_not_parse_is_an_error(tmp_path, text, line, name):
     path = tmp_path / "env"
     path.write_bytes(text.encode())
     with pytest.raises(errors.ConfigurationError) as caught:
@@ -70,12 +70,11 @@ def test_a_line_of_dotenv_that_does_not_parse_is_told(tmp_path, text, line, name
     assert str(caught.value) == (
         f"{path} line {line} does not parse: write XAI_PROXY_{name}=VALUE, and close every quote"
     )
-    assert caught.value.setting == (
-        None if name == "BIND" else f"XAI_PROXY_{name}"
-    )  # that takes another with it
+    # The unclosed quote of BIND includes another setting.
+    assert caught.value.setting == (None if name == "BIND" else f"XAI_PROXY_{name}")
 
 
-def test_lines_of_another_program_in_dotenv_do_not_matter(tmp_path, caplog):
+def test_lines_of_another_program_in_dotenv_are_ignored(tmp_path, caplog):
     path = tmp_path / "env"
     path.write_bytes(b'NAME=J\xfcrgen\nSECRET "x\nXAI_PROXY_PORT=77  # sch\xf6n\n')
     assert settings(dotenv_path=str(path)).port == 77 and not caplog.records
@@ -91,14 +90,13 @@ def test_a_dotenv_of_another_user_is_refused(tmp_path):
         match=f"{path} belongs to user 12345, and this process runs as user 0",
     ):
         settings(dotenv_path=str(path))
-    path.write_text(
-        "DATABASE_URL=x\nHTTPS_PROXY=http://evil.example\n"
-    )  # of somebody else's program: nothing is taken
+    # Every line is of another program.
+    path.write_text("DATABASE_URL=x\nHTTPS_PROXY=http://evil.example\n")
     assert settings(dotenv_path=str(path)) == settings()
 
 
 @needs_root
-def test_roots_dotenv_is_taken_by_every_user(tmp_path):
+def test_roots_dotenv_is_read_by_every_user(tmp_path):
     (tmp_path / ".env").write_text("XAI_PROXY_PORT=77\n")
     done = subprocess.run(
         [
@@ -137,7 +135,7 @@ def test_a_dotenv_that_every_user_may_write_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("mode, warned", [(0o600, 0), (0o644, 0), (0o664, 1)])
-def test_a_dotenv_that_its_group_may_write_is_taken_with_a_warning(tmp_path, mode, warned):
+def test_a_dotenv_that_its_group_may_write_is_read_with_a_warning(tmp_path, mode, warned):
     path = tmp_path / "env"
     path.write_text("XAI_PROXY_PORT=77\n")
     path.chmod(mode)

@@ -22,8 +22,8 @@ strace = pytest.mark.skipif(
 )
 
 
-def test_a_file_that_another_process_makes_at_the_same_moment_is_not_written_to(tmp_path):
-    """It could be read by others, or be open to them."""
+def test_a_file_of_another_process_made_at_the_same_moment_is_not_written(tmp_path):
+    """Its content could be read by others, or its mode be open to them."""
     path = tmp_path / "new"
     done = threading.Event()
 
@@ -37,7 +37,8 @@ def test_a_file_that_another_process_makes_at_the_same_moment_is_not_written_to(
     try:
         end = time.monotonic() + 20
         with pytest.raises(FileExistsError):
-            while time.monotonic() < end:  # the two meet after some hundreds
+            # The two threads meet after some hundreds.
+            while time.monotonic() < end:
                 new = NewFile(path)
                 mode = os.fstat(new.fd).st_mode
                 new.close()
@@ -58,7 +59,7 @@ def test_a_new_file_that_was_replaced_is_neither_renamed_nor_removed(tmp_path):
     assert (tmp_path / "new").read_text() == "theirs" and not (tmp_path / "file").exists()
 
 
-def test_a_shorter_content_leaves_nothing_of_the_former_one(tmp_path):
+def test_a_shorter_content_replaces_all_of_the_former_one(tmp_path):
     new = NewFile(tmp_path / "new")
     new.write(b"x" * 100)
     new.write(b"short")
@@ -72,7 +73,9 @@ def test_a_shorter_content_leaves_nothing_of_the_former_one(tmp_path):
     "error, code", [("EINVAL", 0), ("EIO", 75)], ids=["cannot be synced", "failed"]
 )
 @pytest.mark.parametrize("file", ["tokens.json", "client-keys"])
-def test_a_folder_that_its_file_system_cannot_sync_needs_no_sync(tmp_path, file, error, code):
+def test_a_folder_that_cannot_be_synced_on_its_file_system_needs_no_sync(
+    tmp_path, file, error, code
+):
     save = (
         "from xaiproxy import command, config, token_store, token_writer, tokens\n"
         "def save():\n"

@@ -1,4 +1,4 @@
-"""The proxy and the CA certificates: where they come from, and that no password is repeated."""
+"""The proxy and the CA certificates: their sources, and that no password is repeated."""
 
 import shutil
 import subprocess
@@ -39,7 +39,7 @@ def test_the_proxy_is_https_proxy_else_all_proxy_in_lower_case_first():
     )
 
 
-def test_no_proxy_and_loopback_are_reached_directly():
+def test_hosts_of_no_proxy_and_loopback_are_reached_directly():
     chosen = egress({"HTTPS_PROXY": "http://p:1", "NO_PROXY": "x.ai, .example.org,10.0.0.1"})
     for url in (
         "https://x.ai",
@@ -61,7 +61,7 @@ def test_no_proxy_and_loopback_are_reached_directly():
 @pytest.mark.parametrize(
     "proxy", ["http://", "ftp://me:secret@p:1", "http://me:secret@p:99999", "http://me:secret@[::1"]
 )
-def test_a_proxy_that_makes_no_sense_is_refused_without_its_password(proxy):
+def test_a_malformed_proxy_is_refused_without_its_password(proxy):
     assert (
         refusal({"HTTPS_PROXY": proxy})
         == "HTTPS_PROXY must be the URL of a proxy, such as http://proxy.example:3128"
@@ -72,7 +72,7 @@ def test_a_proxys_password_is_in_no_repr():
     assert "secret" not in repr(egress({"ALL_PROXY": "http://me:secret@p:1"}))
 
 
-def test_a_socks_proxy_of_no_version_is_told_which_to_choose():
+def test_a_socks_proxy_without_version_is_refused_with_the_versions():
     with pytest.raises(
         errors.ConfigurationError,
         match=r"all_proxy names a SOCKS proxy, but .* socks5h:// .* socks4a://",

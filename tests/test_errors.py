@@ -11,7 +11,7 @@ import pytest
 
 from xaiproxy import errors
 
-# As the README promises: class, status, code, and whether an SDK may repeat the request.
+# As in the README: class, status, code, and whether an SDK may repeat the request.
 REFUSALS = [
     (errors.ErrorResponse, 500, "internal_error", None),
     (errors.BadRequest, 400, "bad_request", "false"),
@@ -60,7 +60,7 @@ def test_a_refusal_is_json_with_a_message_a_type_and_a_code(kind, status, code, 
     assert values.get("x-should-retry") == repeat and (status >= 500 or repeat == "false")
 
 
-def test_only_what_the_proxy_cannot_help_is_a_server_error():
+def test_only_a_fault_outside_of_the_proxy_is_a_server_error():
     for kind, status, _, _ in REFUSALS:
         error = json.loads(make(kind).rendered()[2])["error"]
         assert (error["type"] == "api_error") is (status >= 500)
@@ -83,19 +83,19 @@ def test_retry_after_is_in_seconds():
     "message",
     ["", '"quoted" \\ \r\n\0', "é € 😀", "\udcff", "<script>alert(1)</script>", "x" * 10000],
 )
-def test_any_message_is_sound_json_in_ascii(message):
+def test_any_message_is_valid_json_in_ascii(message):
     _, fields, body = errors.NotFound(message).rendered()
     assert json.loads(body)["error"]["message"] == message and body.isascii()
     assert dict(fields)["Content-Length"] == str(len(body))
 
 
-def test_further_headers_come_after_those_of_the_kind_and_belong_to_one_refusal():
+def test_further_headers_follow_those_of_the_class_and_belong_to_one_refusal():
     refusal = errors.ClientTimeout("x", headers=(("A", "1"), ("B", "2")))
     assert refusal.rendered()[1][-3:] == [("x-should-retry", "false"), ("A", "1"), ("B", "2")]
     assert errors.ClientTimeout("x").rendered()[1][-1] == ("x-should-retry", "false")
 
 
-def test_what_ends_a_request_from_outside_is_no_refusal_and_no_error_of_a_command():
+def test_an_outside_end_of_a_request_is_no_refusal_and_no_error_of_a_command():
     for kind in (errors.ClientGone, errors.UpstreamBroken):
         assert not issubclass(kind, errors.Error)
 
@@ -109,11 +109,11 @@ def test_only_a_502_that_repeats_no_paid_work_may_be_retried():
 
 # commands in messages
 
-SAYS = '#!/bin/sh\necho "$0 $*"\n'
+PRINTS = '#!/bin/sh\necho "$0 $*"\n'
 
 
 class Installed:
-    """A package with errors.py only, and its commands, which print how they were called."""
+    """A package with errors.py only, and its commands, which print their own command line."""
 
     def __init__(self, package: Path, commands: Path):
         self.commands = commands
@@ -123,18 +123,18 @@ class Installed:
         self.environ = {"PATH": os.defpath, "PYTHONPATH": str(package)}
         commands.mkdir(parents=True)
         for name in ("xai-login", "xai-proxy"):
-            (commands / name).write_text(SAYS)
+            (commands / name).write_text(PRINTS)
             (commands / name).chmod(0o755)
 
     def typed(self, cwd: Path, terminal: bool = False, **environ: str) -> str:
-        """What a program of this installation says to type, in a process started as xai-proxy."""
+        """The command that a message of this installation names, in a process started as xai-proxy."""
         controller, tty = os.openpty()
         code = (
             f"import sys; sys.argv = [{str(self.commands / 'xai-proxy')!r}]\n"
             "from xaiproxy import errors\n"
             "print(errors.typed('xai-login --device'), errors.SIGN_IN, errors.SERVE, sep='\\n')"
         )
-        said = subprocess.run(
+        output = subprocess.run(
             [sys.executable, "-W", "error", "-c", code],
             env=self.environ | environ,
             cwd=cwd,
@@ -145,9 +145,9 @@ class Installed:
         ).stdout.splitlines()
         os.close(controller)
         os.close(tty)
-        assert said[1] == f"run {said[0]} to sign in" and said[0][0] == said[0][-1] == "`"
-        self.serve = said[2]
-        return said[0][1:-1]
+        assert output[1] == f"run {output[0]} to sign in" and output[0][0] == output[0][-1] == "`"
+        self.serve = output[2]
+        return output[0][1:-1]
 
 
 def in_a_new_shell(line: str, cwd: Path, path: str = os.defpath) -> str:
@@ -163,13 +163,12 @@ def test_from_a_checkout_a_message_names_the_script_in_bin(tmp_path):
     here = checkout.typed(tmp_path / "a checkout", terminal=True)
     assert here == "bin/xai-login --device"
     assert in_a_new_shell(here, tmp_path / "a checkout") == "bin/xai-login --device\n"
-    activate = Path(sys.executable).with_name(
-        "activate"
-    )  # not that of another environment, which may not exist
+    # Not the script of another environment, which may not exist.
+    activate = Path(sys.executable).with_name("activate")
     assert checkout.serve == f"`. {activate} && supervisord -c conf/supervisord.conf`"
-    # What goes into a log, or to a client, is read elsewhere.
+    # A log or a client's error is read elsewhere.
     assert checkout.typed(tmp_path / "a checkout") == f"'{checkout.commands}/xai-login' --device"
-    # Activated or not, in another folder: with the checkout's path.
+    # With or without the environment, in another folder: with the checkout's path.
     elsewhere = checkout.typed(
         tmp_path, PATH=f"{checkout.commands}:{os.defpath}", VIRTUAL_ENV=str(tmp_path)
     )
@@ -189,15 +188,15 @@ def test_an_installed_command_is_named_so_that_a_new_shell_finds_it(tmp_path):
         assert in_a_new_shell(line, tmp_path) == f"{installed.commands}/xai-login --device\n"
 
 
-def test_a_working_directory_that_is_gone_is_no_reason_to_fail(tmp_path):
+def test_a_message_can_be_made_in_a_deleted_working_directory(tmp_path):
     checkout = Installed(tmp_path / "checkout", tmp_path / "checkout" / "bin")
     gone = tmp_path / "gone"
     gone.mkdir()
     code = f"import os; os.rmdir({str(gone)!r}); from xaiproxy import errors; print(errors.SIGN_IN)"
-    said = subprocess.run(
+    output = subprocess.run(
         [sys.executable, "-c", code], env=checkout.environ, cwd=gone, text=True, capture_output=True
     )
-    assert (said.stdout, said.stderr) == (
+    assert (output.stdout, output.stderr) == (
         f"run `{checkout.commands}/xai-login --device` to sign in\n",
         "",
     )

@@ -1,5 +1,5 @@
-"""What lies in the token folder under the name of one of our files neither hangs a program nor
-fills its memory.
+"""Any kind of file in the token folder, under a name of ours, neither hangs a program nor fills
+its memory.
 """
 
 import json
@@ -28,18 +28,21 @@ from xaiproxy import (
 )
 from xaiproxy.token_store import TokenStore
 
-SPARSE = 1 << 30  # bytes, none of which is on the disk
+# Bytes, none of which is on the disk.
+SPARSE = 1 << 30
 LOGIN = tokens.Login("access", 4e9, "refresh")
 
 
 def make_socket(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(os.path.relpath(path))  # an address holds 107 bytes
+        # An address holds 107 bytes.
+        listener.bind(os.path.relpath(path))
 
 
 def make_device(path: Path) -> None:
     try:
-        os.mknod(path, 0o600 | stat.S_IFCHR, os.makedev(1, 5))  # as /dev/zero
+        # As /dev/zero.
+        os.mknod(path, 0o600 | stat.S_IFCHR, os.makedev(1, 5))
     except PermissionError:
         pytest.skip("only root can make a device")
 
@@ -74,13 +77,13 @@ def clear(path: Path) -> None:
 
 
 def memory() -> int:
-    """The most that this process ever held, in KiB."""
+    """The maximum of this process's memory so far, in KiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 @pytest.fixture(autouse=True)
 def in_time():
-    """A test that waits for the other end of a FIFO fails instead."""
+    """Fail a test that would wait for the other end of a FIFO."""
     former = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it hangs"))
     signal.alarm(20)
     yield
@@ -116,7 +119,7 @@ def test_only_a_regular_file_is_opened(path, kind, flags):
     )
 
 
-def test_a_link_is_followed_where_it_may_be_one(path):
+def test_a_link_is_followed_where_links_are_allowed(path):
     make_link(path)
     content, status = folder_file.read(path, 100, follow=True)
     assert content == b"precious" and status.st_ino == precious(path).stat().st_ino
@@ -126,8 +129,8 @@ def test_a_link_is_followed_where_it_may_be_one(path):
         folder_file.read(path, 100, follow=True)
 
 
-def test_what_took_the_place_of_the_file_that_was_looked_at_is_not_opened(path):
-    """Between the look and the opening somebody else swaps the file for a FIFO, and back."""
+def test_a_file_that_replaced_the_checked_one_is_not_opened(path):
+    """Between the check and the open, another process swaps the file for a FIFO, and back."""
     path.touch()
     os.mkfifo(path.with_name("fifo"))
     path.with_name("file").touch()
@@ -157,7 +160,7 @@ def test_what_took_the_place_of_the_file_that_was_looked_at_is_not_opened(path):
         os.waitpid(child, 0)
 
 
-def test_a_new_file_is_for_us_alone_and_no_child_inherits_it(path):
+def test_a_new_file_is_private_and_not_inherited(path):
     former = os.umask(0)
     try:
         fd = folder_file.opened(path, os.O_RDWR | os.O_CREAT)
@@ -192,14 +195,16 @@ def make_store(path: Path) -> TokenStore:
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "sparse"])
-def test_whatever_lies_in_a_files_place_is_named_and_left_as_it_is(path, kind, capsys, monkeypatch):
+def test_any_kind_of_file_in_a_files_place_is_named_and_not_changed(
+    path, kind, capsys, monkeypatch
+):
     make = {**KINDS, "sparse": make_sparse}[kind]
     monkeypatch.setenv("XAI_PROXY_TOKEN_PATH", str(path))
     store, usable, before = make_store(path), kind == "sparse", memory()
     with token_writer.locked(store, 0) as writer:
         writer.save(LOGIN)
 
-    def said_of(place: Path, act) -> str:
+    def error_of(place: Path, act) -> str:
         clear(place)
         make(place)
         try:
@@ -221,12 +226,12 @@ def test_whatever_lies_in_a_files_place_is_named_and_left_as_it_is(path, kind, c
         (store.lock_path, lambda: token_lock.beat(store)),
         (store.new_path, lock),
     ):
-        said = said_of(place, act)
-        assert not said if usable else f"move {place} away" in said
-    # The proxy's note is replaced, whatever it is.
-    assert said_of(store.refused_path, store.asked_for) == ""
+        message = error_of(place, act)
+        assert not message if usable else f"move {place} away" in message
+    # The proxy's note is replaced, whatever kind of file it is.
+    assert error_of(store.refused_path, store.asked_for) == ""
     if kind != "directory":
-        assert said_of(store.refused_path, lambda: store.ask_refresh("access")) == ""
+        assert error_of(store.refused_path, lambda: store.ask_refresh("access")) == ""
 
     keys = path.with_name("client-keys")
     for place, fine in (
@@ -237,15 +242,15 @@ def test_whatever_lies_in_a_files_place_is_named_and_left_as_it_is(path, kind, c
         clear(place)
         make(place)
         code = client_key_command.main(["add", "laptop"])
-        said = capsys.readouterr()
-        assert (code == 0) is fine and (fine or place.name in said.err), (place, said)
+        printed = capsys.readouterr()
+        assert (code == 0) is fine and (fine or place.name in printed.err), (place, printed)
         for each in (place, keys, keys.with_name("client-keys.lock")):
             clear(each)
         assert kind != "link" or precious(path).read_text() == "precious"
 
     kept = path.read_bytes()
-    said = said_of(path, store.load)
-    assert said
+    message = error_of(path, store.load)
+    assert message
     path.write_bytes(kept)
     path.chmod(0o600)
     assert store.load() == LOGIN
@@ -277,7 +282,7 @@ def test_a_dotenv_may_begin_with_a_byte_order_mark(path):
 # The programs
 
 
-def test_the_refresher_goes_on_whatever_the_proxys_note_is_and_ends_when_told_to(sandbox, path):
+def test_the_refresher_continues_and_ends_with_any_kind_of_file_as_the_note(sandbox, path):
     sandbox.write_login(path)
     note = path.with_name("tokens.json.refused")
     process = Process(sandbox, path)
@@ -299,12 +304,13 @@ def test_the_refresher_goes_on_whatever_the_proxys_note_is_and_ends_when_told_to
         process.close()
 
 
-def test_the_proxy_says_which_file_it_is_and_serves_once_that_is_put_right(path):
+def test_the_proxy_names_the_file_and_serves_once_it_is_corrected(path):
     keys = path.with_name("client-keys")
     with ProxyProcess(path.parent) as proxy:
         before = proxy.resident_kib()
         for kind, make in {**KINDS, "sparse": make_sparse}.items():
-            if kind in ("device", "link", "nowhere"):  # a link is followed here
+            # A link is followed here.
+            if kind in ("device", "link", "nowhere"):
                 continue
             clear(path)
             make(path)

@@ -1,5 +1,5 @@
-"""The import rules: the web side has nothing that could spend a refresh token or wait for a lock,
-and the credential side is plain Python.
+"""The import rules: the web side imports nothing that could spend a refresh token or wait for a
+lock, and the credential side is plain Python.
 """
 
 import ast
@@ -10,7 +10,7 @@ import pytest
 from checkout import ROOT
 
 PACKAGE = ROOT / "xaiproxy"
-# Where each side begins; what they import belongs to it too.
+# The roots of each side; what they import belongs to it too.
 WEB = [
     "__main__",
     "http1.headers",
@@ -106,12 +106,12 @@ def test_the_doctor_can_neither_spend_nor_write_nor_lock():
     }
 
 
-def test_the_credential_side_has_nothing_of_the_web_side():
+def test_the_credential_side_imports_nothing_of_the_web_side():
     ours, _ = reachable(CREDENTIAL)
     assert not {name for name in ours if name.startswith(("xaiproxy.http1", "xaiproxy.proxy."))}
 
 
-def test_the_http_engine_knows_nothing_of_logins_keys_or_flask():
+def test_the_http_engine_imports_no_logins_keys_or_flask():
     shared = {"__version__", "addresses", "config", "errors", "log", "socks_proxy", "trust"}
     allowed = {"xaiproxy", "xaiproxy.http1", *(f"xaiproxy.{name}" for name in shared)}
     for path in (PACKAGE / "http1").glob("*.py"):
@@ -129,7 +129,7 @@ def test_the_http_engine_knows_nothing_of_logins_keys_or_flask():
         }, module
 
 
-def test_nothing_but_the_sandbox_knows_the_sandbox():
+def test_only_the_sandbox_imports_the_sandbox():
     for path in PACKAGE.rglob("*.py"):
         if PACKAGE / "sandbox" not in path.parents:
             module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)

@@ -38,7 +38,7 @@ CASES = {
         0,
         r"good until .* its renewal fails \(issuer_unavailable\)$",
     ),
-    "failing, as only the refresher can say": (
+    "failing, as only the refresher can report": (
         {"status": Status(NOW, "storage")},
         Verdict.FAILING,
         True,
@@ -169,7 +169,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_judgement(case):
+def test_the_judgement_of_a_login(case):
     members, verdict, ready, exit_code, reason = CASES[case]
     found = judge(**members)
     assert (found.verdict, found.ready, found.exit_code) == (verdict, ready, exit_code)
@@ -180,7 +180,7 @@ def test_the_judgement(case):
     "state, verdict, exit_code",
     [("missing", Verdict.NO_LOGIN, SIGN_IN), ("corrupt", Verdict.UNUSABLE, SIGN_IN)],
 )
-def test_the_judgement_of_what_is_no_login(state, verdict, exit_code):
+def test_the_judgement_of_a_file_that_is_no_login(state, verdict, exit_code):
     found = judgement.judge(errors.LoginUnusable(state, "/path"), NOW, 1.0, False, None)
     assert (found.verdict, found.ready, found.exit_code) == (verdict, False, exit_code)
     assert "/path" not in found.reason
@@ -192,6 +192,6 @@ def test_the_judgement_of_a_file_that_cannot_be_read():
     assert "/path" not in found.reason
 
 
-def test_what_an_issuer_wrote_is_not_repeated_to_everybody():
+def test_the_issuers_description_is_not_in_the_public_sentence():
     error = tokens.RefreshError("<b>x</b>\x1b[2J", "a secret", NOW, retry_at=None)
     assert judge(refresh_error=error).reason.endswith("its renewal fails (unknown error)")

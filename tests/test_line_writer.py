@@ -1,4 +1,4 @@
-"""Lines to readers that are slow, stopped, gone or back: no write waits, and losses are counted."""
+"""Lines to readers that are slow, stopped, gone or back: no write blocks, and losses are counted."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ import pytest
 from xaiproxy.line_writer import CLOSE_TIMEOUT, LINE_LIMIT, WAIT_LIMIT, LineWriter
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
-SET_PIPE_SIZE = 1031  # F_SETPIPE_SZ, which fcntl names from Python 3.10.1 on
+# F_SETPIPE_SZ, which fcntl names from Python 3.10.1 on.
+SET_PIPE_SIZE = 1031
 
 
 def notice(dropped: int) -> bytes:
@@ -40,7 +41,7 @@ def numbers(data: bytes) -> list[int]:
 
 
 def accounted(data: bytes) -> int:
-    """Lines that arrived and lines that were told to be dropped."""
+    """The number of lines that arrived or were counted as dropped."""
     return len(numbers(data)) + sum(
         int(number) for number in re.findall(rb"(\d+) were dropped", data)
     )
@@ -61,7 +62,7 @@ class Pipe:
         return b""
 
     def rest(self) -> bytes:
-        """All that still comes."""
+        """All that still arrives."""
         parts = []
         while (part := self.read()) or self.writer.waiting:
             parts.append(part)
@@ -81,19 +82,19 @@ def pipe() -> Iterator[Pipe]:
     pipe.close()
 
 
-def test_what_fits_is_written_at_once(pipe: Pipe) -> None:
+def test_lines_that_fit_are_written_at_once(pipe: Pipe) -> None:
     pipe.writer.write(lines(0, 100))
     assert pipe.read() == b"".join(lines(0, 100)) and not pipe.writer.waiting
 
 
-def test_what_does_not_fit_waits_and_comes_in_order(pipe: Pipe) -> None:
+def test_lines_that_do_not_fit_wait_and_come_in_order(pipe: Pipe) -> None:
     for start in range(0, 3000, 30):
         pipe.writer.write(lines(start, start + 30))
     assert pipe.writer.waiting and pipe.writer.dropped == 0
     assert pipe.rest() == b"".join(lines(0, 3000))
 
 
-def test_a_reader_that_takes_a_little_at_a_time_gets_all(pipe: Pipe) -> None:
+def test_a_reader_of_small_pieces_gets_every_line(pipe: Pipe) -> None:
     pipe.writer.write(lines(0, 2000))
     seen = b""
     for number in range(2000, 3000):
@@ -103,15 +104,17 @@ def test_a_reader_that_takes_a_little_at_a_time_gets_all(pipe: Pipe) -> None:
 
 
 @pytest.mark.parametrize("beyond", [0, 1])
-def test_the_limit_of_what_waits(beyond: int) -> None:
+def test_lines_wait_up_to_the_limit(beyond: int) -> None:
     """As many bytes as may wait, and one more."""
     pipe = Pipe()
-    pipe.writer.write(lines(0, 1000, 4000))  # each its own page
+    # Each line has a page of its own.
+    pipe.writer.write(lines(0, 1000, 4000))
     arrived = numbers(pipe.read())
     room = WAIT_LIMIT - LINE_LIMIT
     pipe.rest()
     pipe.writer.dropped = 0
-    pipe.writer.write(lines(0, pipe.size // PAGE, 4000))  # the pipe is full, and nothing waits
+    # The pipe is full, and no line waits.
+    pipe.writer.write(lines(0, pipe.size // PAGE, 4000))
     assert arrived == list(range(pipe.size // PAGE)) and not pipe.writer.waiting
     pipe.writer.write(
         [
@@ -126,7 +129,7 @@ def test_the_limit_of_what_waits(beyond: int) -> None:
     pipe.close()
 
 
-def test_what_is_too_much_is_told_where_it_was(pipe: Pipe) -> None:
+def test_dropped_lines_are_counted_in_their_place(pipe: Pipe) -> None:
     pipe.writer.write(lines(0, 10000))
     dropped = pipe.writer.dropped
     assert dropped > 5000
@@ -137,15 +140,16 @@ def test_what_is_too_much_is_told_where_it_was(pipe: Pipe) -> None:
     assert seen == b"".join([*lines(0, kept), notice(dropped), line(10000)])
 
 
-def test_what_was_dropped_is_told_without_another_line(pipe: Pipe) -> None:
+def test_dropped_lines_are_counted_without_another_line(pipe: Pipe) -> None:
     pipe.writer.write(lines(0, 10000))
     dropped = pipe.writer.dropped
     assert pipe.rest().endswith(line(9999 - dropped) + notice(dropped))
     assert pipe.rest() == b"" and pipe.writer.dropped == 0
 
 
-def test_notice_waits_for_room_when_the_last_line_has_filled_the_pipe(pipe: Pipe) -> None:
-    count = 200  # lines of a page each, so that each that is read makes room for one
+def test_the_notice_waits_for_room_when_the_last_line_filled_the_pipe(pipe: Pipe) -> None:
+    # Lines of a page each, so that each one read makes room for one.
+    count = 200
     pipe.writer.write(lines(0, count, LINE_LIMIT))
     assert pipe.writer.dropped
     came = b""
@@ -154,7 +158,8 @@ def test_notice_waits_for_room_when_the_last_line_has_filled_the_pipe(pipe: Pipe
         assert page, "a writer that waits has filled the pipe"
         came += page
         pipe.writer.write([])
-    came += pipe.read()  # nothing more is written
+    # No line is written any more.
+    came += pipe.read()
     assert accounted(came) == count and b"were dropped" in came
 
 
@@ -169,7 +174,7 @@ def test_each_write_has_a_poll_of_its_own() -> None:
     pipe.close()
 
 
-def test_writes_are_as_long_as_they_may_be() -> None:
+def test_writes_are_as_long_as_possible() -> None:
     pipe = Pipe(flags=os.O_DIRECT)
     pipe.writer.write(
         [*lines(0, 40), line(40, LINE_LIMIT - 100), line(41), line(42, LINE_LIMIT), line(43)]
@@ -184,11 +189,11 @@ def test_writes_are_as_long_as_they_may_be() -> None:
     pipe.close()
 
 
-# A reader that is gone
+# a closed reader
 
 
 def test_without_a_reader_lines_are_dropped_and_counted(tmp_path: Path) -> None:
-    """A FIFO may get another one, which is told of all that was lost, also of notices."""
+    """A FIFO may get another reader, which gets the count of all that was lost, also of notices."""
     os.mkfifo(tmp_path / "fifo")
     first = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
     write_end = os.open(tmp_path / "fifo", os.O_WRONLY)
@@ -208,7 +213,7 @@ def test_without_a_reader_lines_are_dropped_and_counted(tmp_path: Path) -> None:
     os.close(second), os.close(write_end)
 
 
-def test_a_reader_that_left_a_full_pipe_behind_is_not_waited_for(pipe: Pipe) -> None:
+def test_a_writer_does_not_wait_for_a_closed_reader_of_a_full_pipe(pipe: Pipe) -> None:
     pipe.writer.write(lines(0, 2000))
     assert pipe.writer.waiting
     os.close(pipe.read_end)
@@ -219,7 +224,7 @@ def test_a_reader_that_left_a_full_pipe_behind_is_not_waited_for(pipe: Pipe) -> 
     assert time.monotonic() - start < CLOSE_TIMEOUT / 2
 
 
-def test_a_terminal_that_is_gone_is_no_error() -> None:
+def test_a_closed_terminal_is_no_error() -> None:
     terminal, its_end = pty.openpty()
     writer = LineWriter(its_end, notice)
     os.close(terminal)
@@ -232,10 +237,10 @@ def test_a_terminal_that_is_gone_is_no_error() -> None:
     os.close(its_end)
 
 
-# Not a pipe
+# terminals and sockets
 
 
-def test_a_terminal_that_takes_half_a_line_gets_the_other_half_later() -> None:
+def test_a_terminal_that_accepts_half_a_line_gets_the_other_half_later() -> None:
     terminal, its_end = pty.openpty()
     writer = LineWriter(its_end, notice)
     os.set_blocking(terminal, False)
@@ -251,15 +256,16 @@ def test_a_terminal_that_takes_half_a_line_gets_the_other_half_later() -> None:
         writer.write(())
     assert data == b"".join(lines(0, 50, 4000)).replace(b"\n", b"\r\n")
     writer.close()
-    writer.write([line(50)])  # opens it anew
+    # This opens it again.
+    writer.write([line(50)])
     assert select.select([terminal], [], [], 5)[0] and os.read(terminal, 1000) == line(50).replace(
         b"\n", b"\r\n"
     )
     writer.close(), os.close(terminal), os.close(its_end)
 
 
-def test_a_socket_that_is_full_is_waited_for() -> None:
-    """As systemd's journal is one."""
+def test_lines_wait_for_a_full_socket() -> None:
+    """The socket of systemd's journal is one."""
     reader, sock = socket.socketpair()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
     writer = LineWriter(sock.fileno(), notice)
@@ -274,7 +280,7 @@ def test_a_socket_that_is_full_is_waited_for() -> None:
 
 
 @pytest.mark.parametrize("make", [os.pipe, pty.openpty], ids=["pipe", "terminal"])
-def test_what_was_handed_in_is_never_made_non_blocking(make) -> None:
+def test_the_given_descriptor_is_never_made_non_blocking(make) -> None:
     reader, fd = make()
     before = fcntl.fcntl(fd, fcntl.F_GETFL)
     writer = LineWriter(fd, notice)
@@ -284,17 +290,17 @@ def test_what_was_handed_in_is_never_made_non_blocking(make) -> None:
     os.close(reader), os.close(fd)
 
 
-def test_what_somebody_else_made_non_blocking_loses_nothing(pipe: Pipe) -> None:
+def test_a_descriptor_that_is_already_non_blocking_loses_nothing(pipe: Pipe) -> None:
     os.set_blocking(pipe.write_end, False)
     pipe.writer.write(lines(0, 3000))
     assert pipe.writer.dropped == 0
     assert pipe.rest() == b"".join(lines(0, 3000))
 
 
-# The end
+# closing
 
 
-def test_at_the_end_a_slow_reader_gets_what_waits(pipe: Pipe) -> None:
+def test_at_the_end_a_slow_reader_gets_the_waiting_lines(pipe: Pipe) -> None:
     os.set_blocking(pipe.read_end, True)
     pipe.writer.write(lines(0, 3000))
     parts: list[bytes] = []
@@ -310,7 +316,7 @@ def test_at_the_end_a_slow_reader_gets_what_waits(pipe: Pipe) -> None:
     assert b"".join(parts) == b"".join(lines(0, 3000))
 
 
-def test_at_the_end_nobody_is_waited_for_longer_than_a_second(pipe: Pipe) -> None:
+def test_at_the_end_the_wait_for_a_reader_is_at_most_a_second(pipe: Pipe) -> None:
     pipe.writer.write(lines(0, 3000))
     start = time.monotonic()
     pipe.writer.close()

@@ -1,4 +1,4 @@
-"""The log: a line an event, that never blocks, never tells a secret, and cannot be forged."""
+"""The log: a line an event, that never blocks, never contains a secret, and cannot be forged."""
 
 import datetime
 import itertools
@@ -17,13 +17,14 @@ from xaiproxy import log
 
 logger = logging.getLogger("xaiproxy.some.module")
 ACCESS = "eyJhbGciOiJFUzI1NiJ9.eyJzdWIiOiJ4In0.c2lnbmF0dXJl"
-REFRESH = "r-" * 43  # 86 characters of base64url
+# 86 characters of base64url.
+REFRESH = "r-" * 43
 KEY = "xaip_AbCdEfGh123"
 FILLING = "x " * 50
 
 
 class Pipe:
-    """The log on a real pipe; read() gives the lines written since."""
+    """The log on a real pipe; read() returns the lines written since."""
 
     def __init__(self, format: str, level: str = "debug", flags: int = 0, **how):
         self.read_end, self.write_end = os.pipe2(flags)
@@ -76,10 +77,10 @@ def text_pipe():
     pipe.close()
 
 
-# what a line says
+# a line
 
 
-def test_a_json_line(json_pipe):
+def test_a_json_line_has_the_fields_of_the_record(json_pipe):
     logger.info(
         "it is %s",
         "done",
@@ -101,7 +102,7 @@ def test_a_json_line(json_pipe):
     }
 
 
-def test_a_text_line(text_pipe):
+def test_a_text_line_has_time_level_and_message(text_pipe):
     logger.warning("it is %s", "done", extra={"fields": {"status": 200, "path": "/v1"}})
     [line] = text_pipe.read()
     assert re.fullmatch(
@@ -147,7 +148,7 @@ def test_auto_is_text_on_a_terminal_and_json_otherwise():
     pipe.close()
 
 
-# whatever it is given
+# any message
 
 NASTY = [
     "",
@@ -203,7 +204,7 @@ def test_any_text_is_one_short_line_without_controls(text, pipe):
             assert json.loads(line)["process"] == "test"
 
 
-def test_what_fits_is_not_cut(json_pipe):
+def test_a_line_that_fits_is_not_cut(json_pipe):
     logger.info("m " * 500, extra={"fields": {"path": "p q" * 170}})
     logger.info("m " * 501, extra={"fields": {"path": "p q" * 171}})
     entries = [json.loads(line) for line in json_pipe.read()]
@@ -240,7 +241,7 @@ def test_a_secret_is_redacted_wherever_it_comes(secret, before, pipe):
             json.loads(line)
 
 
-def test_what_is_no_secret_stays(text_pipe):
+def test_text_that_is_no_secret_is_not_redacted(text_pipe):
     logger.info("a path /home/%s and a fingerprint %s", "long" * 15, "f" * 64)
     assert "[secret]" not in text_pipe.read()[0]
 
@@ -248,27 +249,28 @@ def test_what_is_no_secret_stays(text_pipe):
 # never blocking
 
 
-def test_what_a_full_pipe_does_not_take_waits_and_what_is_too_much_is_dropped_and_counted(pipe):
-    for number in range(5000):  # the alarm of pytest would be a hang here
+def test_lines_wait_for_a_full_pipe_and_too_many_are_dropped_and_counted(pipe):
+    # If logging blocked, pytest's alarm would fail the test.
+    for number in range(5000):
         logger.info("line %d %s", number, FILLING)
     lines = pipe.read()
     assert 100 < len(lines) < 1000
     while more := (log.flush(), pipe.read())[1]:
         lines += more
-    told = lines.pop()
+    counted = lines.pop()
     kept = len(lines)
     assert [int(re.search(r"line (\d+)", line)[1]) for line in lines] == list(
         range(kept)
     ) and kept > 1000
     assert (
-        f"{5000 - kept} log lines were dropped: the log was not read in time" in told
-        and "warning" in told.lower()
+        f"{5000 - kept} log lines were dropped: the log was not read in time" in counted
+        and "warning" in counted.lower()
     )
     logger.info("and no more of that")
     assert len(pipe.read()) == 1
 
 
-def test_lines_that_are_dropped_while_telling_so_are_counted_too():
+def test_lines_dropped_while_the_count_is_logged_are_counted_too():
     pipe = Pipe("text")
     lines = []
     for _ in range(3):
@@ -284,16 +286,16 @@ def test_lines_that_are_dropped_while_telling_so_are_counted_too():
     pipe.close()
 
 
-def test_a_reader_that_is_gone_is_no_error():
+def test_a_closed_reader_is_no_error():
     pipe = Pipe("text")
     os.close(pipe.read_end)
-    logger.info("to nobody")
-    logger.info("to nobody")
+    logger.info("to a closed pipe")
+    logger.info("to a closed pipe")
     pipe.read_end = pipe.write_end
     pipe.close()
 
 
-def test_a_process_whose_stderr_nobody_reads_goes_on():
+def test_a_process_with_an_unread_stderr_continues():
     code = (
         "import logging; from xaiproxy import log; log.setup('p', 'info', 'json')\n"
         "for number in range(20000): logging.getLogger('xaiproxy').info('%s', 'x ' * 100)\n"
@@ -320,14 +322,15 @@ def test_a_stopped_terminal_does_not_block():
 
 
 class Deferred(Pipe):
-    """The log on a pipe that keeps one write apart from the next, written when turn() says so."""
+    """The log on a pipe that keeps one write apart from the next, written by turn()."""
 
     def __init__(self, format: str):
         self.due = []
         super().__init__(format, flags=os.O_DIRECT, defer=self.due.append)
 
     def turn(self):
-        [write] = self.due  # once a turn, however many lines
+        # There is one write a turn, for any number of lines.
+        [write] = self.due
         self.due.clear()
         write()
 
@@ -366,7 +369,7 @@ def test_lines_of_one_turn_are_written_together_and_in_order(deferred, length):
     writes = deferred.writes()
     assert numbers(b"".join(writes)) == list(range(60))
     assert all(write.endswith(b"\n") and len(write) < select.PIPE_BUF for write in writes)
-    # They are as few as possible.
+    # There are as few writes as possible.
     for write, following in itertools.pairwise(writes):
         assert len(write) + following.index(b"\n") + 1 >= select.PIPE_BUF
     logger.info("line 60")
@@ -374,8 +377,8 @@ def test_lines_of_one_turn_are_written_together_and_in_order(deferred, length):
     assert numbers(b"".join(deferred.writes())) == [60]
 
 
-def test_lines_of_a_turn_that_does_not_end_are_written_all_the_same(deferred):
-    """So the reader keeps up, however long the event loop is held up."""
+def test_lines_of_a_turn_that_does_not_end_are_written(deferred):
+    """So the reader keeps up, even if the event loop is blocked."""
     for number in range(10 * log.BATCH):
         logger.info("line %d", number)
         if number % log.BATCH == log.BATCH - 1:
@@ -387,7 +390,7 @@ def test_lines_of_a_turn_that_does_not_end_are_written_all_the_same(deferred):
     assert b"the last" in b"".join(deferred.writes())
 
 
-def test_lines_that_together_are_as_long_as_a_pipe_takes_at_once(deferred):
+def test_lines_of_a_turn_are_split_at_the_length_of_an_atomic_write(deferred):
     """At the limit and one byte beyond."""
     logger.info("line 0")
     deferred.turn()
@@ -402,7 +405,7 @@ def test_lines_that_together_are_as_long_as_a_pipe_takes_at_once(deferred):
         assert numbers(b"".join(writes)) == [0, 1, 2, 3, 4]
 
 
-def test_lines_of_many_turns_that_nobody_reads_are_counted(deferred):
+def test_unread_lines_of_many_turns_are_counted(deferred):
     data = b""
     for _ in range(3):
         for turn in range(100):
@@ -417,7 +420,7 @@ def test_lines_of_many_turns_that_nobody_reads_are_counted(deferred):
 
 
 def test_lines_that_wait_are_written_once_there_is_room():
-    """`when_writable` is asked for that, and for nothing while all is written."""
+    """`when_writable` is called for that, and not called while all is written."""
     asked = []
     pipe = Pipe("json", when_writable=lambda fd, callback: asked.append((fd, callback)))
     logger.info("line 0")
@@ -445,7 +448,7 @@ def test_lines_of_the_last_turn_are_written_at_the_end():
     assert numbers(done.stderr) == list(range(100)) and done.returncode == 0
 
 
-def test_at_the_end_of_a_process_a_slow_reader_gets_what_waits():
+def test_at_the_end_of_a_process_a_slow_reader_gets_the_waiting_lines():
     code = (
         "import logging; from xaiproxy import log\n"
         "log.setup('p', 'info', 'json')\n"
@@ -456,11 +459,12 @@ def test_at_the_end_of_a_process_a_slow_reader_gets_what_waits():
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
-        assert process.stdout.readline() == b"done\n"  # most lines wait
+        # Most lines wait at this point.
+        assert process.stdout.readline() == b"done\n"
         assert numbers(process.stderr.read()) == list(range(1000)) and process.wait(10) == 0
 
 
-def test_an_event_is_the_line_of_a_record(deferred):
+def test_an_event_has_the_same_line_as_a_record(deferred):
     for fields in (
         {"status": 200, "path": "/v1/x", "key": None, "seconds": 0.5, "ok": True},
         {},
@@ -476,7 +480,7 @@ def test_an_event_is_the_line_of_a_record(deferred):
         assert stamp.sub(b"", of_event) == stamp.sub(b"", of_record)
 
 
-def test_a_long_field_is_cut_also_in_a_short_line(pipe):
+def test_a_long_field_is_cut_in_a_short_line_too(pipe):
     logging.getLogger("xaiproxy.x").info("request", extra={"fields": {"path": "/v1/" + "y " * 300}})
     (line,) = pipe.read()
     assert line.count("y") == (512 - len("/v1/")) // 2

@@ -1,5 +1,5 @@
-"""What a checkout and an installation promise: the commands are there, and bin/ makes a .venv that
-can be trusted.
+"""The promises of a checkout and of an installation: the commands are there, and bin/ makes a .venv
+that can be trusted.
 """
 
 import configparser
@@ -31,7 +31,7 @@ SCRIPTS = sorted(path for path in (ROOT / "bin").iterdir())
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_is_installed_and_explains_itself(command):
+def test_every_command_is_installed_and_has_a_help(command):
     script = Path(sys.executable).parent / command
     answer = subprocess.run([script, "--help"], capture_output=True, text=True, timeout=30)
     assert (answer.returncode, answer.stderr) == (0, "")
@@ -39,7 +39,7 @@ def test_every_command_is_installed_and_explains_itself(command):
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_every_script_can_be_run(script):
+def test_every_script_is_executable(script):
     assert os.access(script, os.X_OK)
     assert subprocess.run(["sh", "-n", script]).returncode == 0
 
@@ -57,8 +57,8 @@ def test_the_package_imports_nothing_so_that_main_can_patch_first():
 
 
 def test_the_package_needs_no_data_files_and_every_folder_of_it_is_installed():
-    # Otherwise setup.cfg would have to say package_data, and only an installed copy would show that
-    # it does not.
+    # Otherwise setup.cfg would need package_data, and only an installed copy would show that it is
+    # missing.
     files = [
         path
         for path in (ROOT / "xaiproxy").rglob("*")
@@ -92,7 +92,7 @@ def pins():
     )
 
 
-def test_the_image_is_made_of_exact_versions_that_setup_cfg_allows():
+def test_the_image_has_exact_versions_that_setup_cfg_allows():
     versions = pins()
     for line in requirements("options", "install_requires"):
         name, bound = line.split(">=")
@@ -100,7 +100,8 @@ def test_the_image_is_made_of_exact_versions_that_setup_cfg_allows():
 
 
 def test_the_image_has_all_that_its_packages_need():
-    needed = {"setuptools"}  # installs xaiproxy
+    # It installs xaiproxy.
+    needed = {"setuptools"}
     for name in pins().keys() - needed:
         for need in map(Requirement, importlib.metadata.requires(name) or []):
             if not need.marker or need.marker.evaluate({"extra": ""}):
@@ -112,8 +113,8 @@ def numbers(version):
     return [int(number) for number in re.findall("[0-9]+", version)]
 
 
-# An interpreter that makes a .venv at once. What its pip does is in $PIP; each call of it leaves a
-# line in $CALLS.
+# An interpreter that makes a .venv at once. $PIP is what its pip does; each call of it adds a line
+# to $CALLS.
 PYTHON = """#!/bin/sh
 here=$(dirname "$0")
 case "$*" in
@@ -170,7 +171,7 @@ class Checkout:
         return len(self.calls.read_text().splitlines()) if self.calls.exists() else 0
 
 
-def test_a_command_makes_its_venv_once_and_says_so(checkout):
+def test_a_command_makes_its_venv_once_and_prints_that(checkout):
     code, out, err = checkout.run()
     assert (code, out) == (0, checkout.ran)
     assert "making" in err and "installing" in err
@@ -196,7 +197,7 @@ def test_a_changed_setup_cfg_is_installed_again(checkout):
     "now, installations", [("3.100.0", 2), ("4.9.1", 2), ("3.99.2", 1), ("", 2)]
 )
 def test_a_python_that_was_upgraded_in_place_gets_a_new_venv(checkout, now, installations):
-    """.venv/bin/python is a link to it; where the old one is gone for good, the link leads nowhere."""
+    """.venv/bin/python is a link to it; if the old one was removed, the link is dangling."""
     checkout.run()
     upgraded = PYTHON.replace("3.99.1", now or "3.99.1")
     checkout.python.write_text(upgraded)
@@ -267,13 +268,13 @@ def test_an_installation_killed_in_the_middle_is_not_trusted(checkout, tmp_path)
         (":", {"PYTHON": "false"}, "false is missing, or older than Python 3.10"),
     ],
 )
-def test_what_cannot_be_installed_is_said_in_one_sentence(checkout, pip, environ, sentence):
+def test_a_failed_installation_is_one_sentence(checkout, pip, environ, sentence):
     code, out, err = checkout.run(pip, **environ)
     assert (code, out) == (69, "")
     assert err.splitlines()[-1].startswith(f"xaiproxy: {sentence}")
 
 
-# bin/smoke, against a server that answers as it is told.
+# bin/smoke, against a server with scripted responses.
 
 MODELS = '{"object":"list","data":[{"id":"grok-image","object":"model"},{"id":"grok-4.5","object":"model"}]}'
 STREAM = "".join(
@@ -325,7 +326,7 @@ needs_curl = pytest.mark.skipif(not shutil.which("curl"), reason="bin/smoke need
 
 
 @needs_curl
-def test_smoke_is_content_when_models_and_a_stream_answer():
+def test_smoke_succeeds_when_models_and_a_stream_are_returned():
     with endpoint() as (url, seen):
         answer = smoke(url)
     assert (answer.returncode, answer.stderr) == (0, "")
@@ -334,7 +335,7 @@ def test_smoke_is_content_when_models_and_a_stream_answer():
 
 
 @needs_curl
-def test_smoke_takes_key_and_model_from_the_environment():
+def test_smoke_reads_key_and_model_from_the_environment():
     with endpoint(key="secret") as (url, seen):
         assert smoke(url, XAIPROXY_KEY="secret", XAIPROXY_MODEL="grok-image").returncode == 0
         refused = smoke(url)
@@ -354,7 +355,7 @@ def test_smoke_takes_key_and_model_from_the_environment():
         ({"stream": (429, '{"error":"too many"}')}, 'answered 429: {"error":"too many"}'),
     ],
 )
-def test_smoke_says_what_is_wrong(answers, sentence):
+def test_smoke_names_what_is_wrong(answers, sentence):
     with endpoint(**answers) as (url, _):
         answer = smoke(url)
     assert answer.returncode == 69
@@ -362,7 +363,7 @@ def test_smoke_says_what_is_wrong(answers, sentence):
 
 
 @needs_curl
-def test_smoke_says_how_to_start_what_does_not_answer():
+def test_smoke_names_the_command_that_starts_the_proxy():
     with endpoint() as (url, _):
         pass
     answer = smoke(url)

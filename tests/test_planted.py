@@ -1,5 +1,5 @@
-"""What a stranger has put in the way, in the working directory or in the token folder, sends no
-token to another host.
+"""Files that another user has planted in the working directory or the token folder send no token
+to another host.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from scripted_upstream import ScriptedUpstream
 
 from xaiproxy import config
 
-NOBODY = 12345
+STRANGER = 12345
 XAI = {"issuer": config.DEFAULT_ISSUER, "client_id": config.DEFAULT_CLIENT_ID}
 SECRETS = "the-token", "the-refresh-token"
 needs_root = pytest.mark.skipif(
@@ -28,7 +28,7 @@ needs_root = pytest.mark.skipif(
 
 
 class Server(socketserver.ThreadingTCPServer):
-    """Hears what is sent to it, up to an empty line, and refuses it."""
+    """Records what is sent to it, up to an empty line, and refuses it."""
 
     daemon_threads = True
 
@@ -49,7 +49,7 @@ class Handler(socketserver.StreamRequestHandler):
 
 @pytest.fixture
 def servers() -> Iterator[tuple[Server, Server]]:
-    """A stranger's, and a proxy of the network's through which all https goes."""
+    """Another user's server, and a proxy of the network through which all https goes."""
     running = Server(), Server()
     threads = [
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
@@ -65,7 +65,7 @@ def servers() -> Iterator[tuple[Server, Server]]:
 
 
 def put(folder: Path, **members: object) -> Path:
-    """A login that is to be refreshed at once."""
+    """Write a login that is due for a refresh at once."""
     path = folder / "tokens.json"
     login = {
         "access_token": SECRETS[0],
@@ -121,10 +121,8 @@ def test_a_dotenv_that_names_another_host_gets_no_token(
     assert stranger.heard == network.heard == []
 
 
-def test_a_dotenv_turns_no_connection_elsewhere(
-    tmp_path: Path, servers: tuple[Server, Server]
-) -> None:
-    """Only XAI_PROXY_* of it counts, also where the environment says less."""
+def test_a_dotenv_redirects_no_connection(tmp_path: Path, servers: tuple[Server, Server]) -> None:
+    """Only its XAI_PROXY_* count, also where the environment has no such variable."""
     stranger, network = servers
     (tmp_path / ".env").write_text(
         "".join(f"{name}={stranger.url}\n" for name in ("HTTPS_PROXY", "https_proxy", "http_proxy"))
@@ -156,7 +154,7 @@ ENDPOINTS = [
 
 
 @pytest.mark.parametrize("endpoint", ENDPOINTS)
-def test_a_token_endpoint_elsewhere_is_not_used(
+def test_a_token_endpoint_on_another_site_is_not_used(
     tmp_path: Path, servers: tuple[Server, Server], endpoint: str
 ) -> None:
     stranger, network = servers
@@ -169,10 +167,10 @@ def test_a_token_endpoint_elsewhere_is_not_used(
 
 
 @pytest.mark.parametrize("plant", ["issuer", "link", "owner"])
-def test_a_token_file_of_a_strangers_is_not_used(
+def test_a_token_file_of_another_user_is_not_used(
     tmp_path: Path, servers: tuple[Server, Server], plant: str
 ) -> None:
-    """Whoever signs us in as himself reads what is asked."""
+    """With the account of another user, that user could read the requests."""
     stranger, network = servers
     path = put(
         tmp_path,
@@ -181,7 +179,7 @@ def test_a_token_file_of_a_strangers_is_not_used(
     if plant == "owner":
         if os.geteuid() != 0:
             pytest.skip("only root can give a file to another user")
-        os.chown(path, NOBODY, NOBODY)
+        os.chown(path, STRANGER, STRANGER)
     if plant == "link":
         path.rename(tmp_path / "elsewhere.json")
         path.symlink_to("elsewhere.json")
@@ -196,11 +194,11 @@ def test_a_token_file_of_a_strangers_is_not_used(
 
 @needs_root
 def test_a_dotenv_of_another_user_starts_nothing(tmp_path: Path) -> None:
-    """It would say who may call, and where the next login goes."""
+    """It could set the clients that are admitted, and the issuer of the next login."""
     (tmp_path / ".env").write_text("XAI_PROXY_BIND=0.0.0.0\nXAI_PROXY_ALLOW_ANONYMOUS=1\n")
-    os.chown(tmp_path / ".env", NOBODY, NOBODY)
-    code, said = refuse_to_start(tmp_path)
-    assert code == 78 and f"{tmp_path}/.env belongs to user {NOBODY}" in said
+    os.chown(tmp_path / ".env", STRANGER, STRANGER)
+    code, message = refuse_to_start(tmp_path)
+    assert code == 78 and f"{tmp_path}/.env belongs to user {STRANGER}" in message
     put(tmp_path)
     for module, *arguments in (
         ("refresher.command",),
@@ -210,23 +208,23 @@ def test_a_dotenv_of_another_user_starts_nothing(tmp_path: Path) -> None:
     ):
         done = run(tmp_path, module, *arguments)
         assert (
-            done.returncode == 78 and f"{tmp_path}/.env belongs to user {NOBODY}" in done.stderr
+            done.returncode == 78 and f"{tmp_path}/.env belongs to user {STRANGER}" in done.stderr
         ), done
     assert "belongs to user" in run(tmp_path, "login.command", "--doctor").stdout
 
 
 @needs_root
-def test_a_folder_of_another_user_is_told_at_the_start(tmp_path: Path) -> None:
+def test_a_folder_of_another_user_is_reported_at_the_start(tmp_path: Path) -> None:
     put(tmp_path, refresh_token=None, expires_at=4e9)
-    os.chown(tmp_path, NOBODY, NOBODY)
+    os.chown(tmp_path, STRANGER, STRANGER)
     done = run(tmp_path, "refresher.command", "--once")
     assert (
         done.returncode == 0
-        and f"{tmp_path} belongs to user {NOBODY}, who could replace the login" in done.stderr
+        and f"{tmp_path} belongs to user {STRANGER}, who could replace the login" in done.stderr
     )
 
 
-def test_a_redirect_of_upstream_is_passed_on_and_not_followed(
+def test_a_redirect_of_upstream_is_forwarded_and_not_followed(
     tmp_path: Path, servers: tuple[Server, Server]
 ) -> None:
     stranger, _ = servers
@@ -252,7 +250,7 @@ def test_a_redirect_of_upstream_is_passed_on_and_not_followed(
 
 
 def test_a_module_in_the_working_directory_is_not_run(tmp_path: Path, sandbox: Sandbox) -> None:
-    """What opens the browser is a Python of its own, which would find this one first."""
+    """The browser is opened by a Python process of its own, which would import this module first."""
     for name in ("webbrowser", "sitecustomize", "subprocess", "xaiproxy", "certifi"):
         (tmp_path / f"{name}.py").write_text(f"open('{name}-was-run', 'w')\n")
     browser = tmp_path / "browser"

@@ -1,9 +1,9 @@
-"""What holds for anything that comes from outside: the token file, settings, the issuer's answers,
-headers, streams.
+"""What holds for anything from outside: the token file, settings, the issuer's responses, headers,
+streams.
 
-bin/test tries the same few hundred examples of each every time; bin/fuzz goes on for as long as it
-is told, led by the lines of xaiproxy that an example reaches. What it finds is mended and becomes
-an @example here.
+bin/test tries the same few hundred examples of each every time. bin/fuzz continues for as long as
+it is asked to, guided by the lines of xaiproxy that an example reaches. A failure that it finds is
+fixed, and becomes an @example here.
 """
 
 import base64
@@ -31,16 +31,17 @@ NOW = 1.8e9
 SECRET = "hunter2-hunter2"
 
 
-def said_safely(error: errors.Error) -> None:
-    """One line, for a terminal, that repeats no secret."""
+def check_message(error: errors.Error) -> None:
+    """Check that the error is one line, for a terminal, that repeats no secret."""
     assert re.fullmatch(r"[^\0-\x1f\x7f-\x9f\u202a-\u202e]+", str(error)) and SECRET not in str(
         error
     )
 
 
-# Anything
+# Arbitrary values
 
-TEXT = st.text(st.characters(), max_size=20)  # lone surrogates, too, which JSON can write
+# JSON can contain lone surrogates, too.
+TEXT = st.text(st.characters(), max_size=20)
 PRINTABLE = st.text(st.characters(min_codepoint=32, max_codepoint=126), min_size=1, max_size=20)
 NUMBERS = st.integers(0, 10**12) | st.integers() | st.floats()
 
@@ -73,7 +74,7 @@ def objects(**members: st.SearchStrategy) -> st.SearchStrategy:
 
 
 def nested(value: object, depth: int) -> str:
-    """The JSON of `value` with one member more, as deep as that."""
+    """The JSON of `value` in so many nested members."""
     text = json.dumps(value)
     if depth == 0 or text == "{}":
         return text
@@ -133,7 +134,7 @@ def test_any_token_file_is_a_login_or_a_state_and_a_rewrite_keeps_all_of_it(cont
             login = store.load()
         except errors.LoginUnusable as error:
             assert error.state in ("corrupt", "foreign")
-            said_safely(error)
+            check_message(error)
             return
     values = json.loads(content)
     assert login.access_token == values["access_token"] and re.fullmatch(
@@ -229,22 +230,23 @@ SETTING_NAMES = st.sampled_from(
         "PATH",
     )
 ) | PRINTABLE.filter(lambda name: "=" not in name).map(lambda name: config.PREFIX + name)
+# The two are names of one setting.
 ENVIRONMENTS = st.dictionaries(SETTING_NAMES, SETTING_TEXTS, max_size=6).filter(
     lambda environ: not {"AUTH_PROXY_TOKEN_PATH", "XAI_PROXY_TOKEN_PATH"} <= set(environ)
-)  # two names of one setting
+)
 
 
 def settings(environ, dotenv_path=os.devnull):
-    """The Config, and the names of the variables that were complained of."""
+    """The Config, and the names of the variables in its errors."""
     complaints = []
     chosen = config.from_environ(environ, None, dotenv_path, complaints.append)
     for error in complaints:
-        said_safely(error)
+        check_message(error)
     return chosen, complaints
 
 
 def text_of(value) -> str:
-    """What has to be written for a setting to be this."""
+    """The text that sets a setting to this value."""
     if isinstance(value, frozenset):
         return ",".join(value)
     if isinstance(value, float):
@@ -260,14 +262,14 @@ def test_any_environment_is_a_config_or_an_error_that_names_its_variable(environ
         max((name for name in environ if str(error).startswith(name + " ")), key=len)
         for error in complaints
     }
-    # without them it is the same, and nothing is wrong
+    # Without them it is the same, and nothing is wrong.
     rest = {name: text for name, text in environ.items() if name not in named}
     assert config.from_environ(rest, None, os.devnull) == chosen
     assert SECRET not in repr(chosen.egress).replace(chosen.egress.no_proxy, "")
 
 
 @given(ENVIRONMENTS)
-def test_a_setting_is_taken_for_what_it_says(environ):
+def test_a_valid_text_sets_its_value(environ):
     chosen, _ = settings(environ)
     for origin in (chosen.upstream, chosen.issuer):
         assert re.match(r"https://[^/]|http://(127\.|localhost|\[::1\])", origin)
@@ -299,8 +301,8 @@ def test_any_dotenv_is_a_config_or_an_error_that_names_its_variable_or_the_file(
         _, complaints = settings({}, str(path))
     for error in complaints:
         name = re.match(r"'?(XAI_PROXY_\w*)", str(error))
-        told = (f"{path} cannot be read", f"{path} line ")
-        assert name[1].encode() in content if name else str(error).startswith(told)
+        beginnings = (f"{path} cannot be read", f"{path} line ")
+        assert name[1].encode() in content if name else str(error).startswith(beginnings)
 
 
 @example({"XAI_PROXY_CLIENT_ID": "a${HOME}"})
@@ -311,7 +313,7 @@ def test_any_dotenv_is_a_config_or_an_error_that_names_its_variable_or_the_file(
         max_size=4,
     )
 )
-def test_dotenv_says_what_the_environment_would(environ):
+def test_dotenv_sets_the_same_values_as_the_environment(environ):
     lines = [
         "{}='{}'".format(name, re.sub(r"(['\\])", r"\\\1", text)) for name, text in environ.items()
     ]
@@ -321,11 +323,11 @@ def test_dotenv_says_what_the_environment_would(environ):
         assert settings({}, str(path))[0] == settings(environ)[0]
 
 
-# The issuer's answers
+# The issuer's responses
 
 
-class Told:
-    """A session that is told what the issuer answers."""
+class ScriptedSession:
+    """A session that returns this response of the issuer."""
 
     def __init__(self, answer: session.Answer):
         self._answer = answer
@@ -338,7 +340,7 @@ class Told:
 
 
 def answers(values: st.SearchStrategy) -> st.SearchStrategy:
-    """Answers, mostly with such a value; and with all that a network may put in their place."""
+    """Responses, mostly with such a value; and all that a network may put in their place."""
     pages = st.sampled_from(
         (
             b"<!DOCTYPE html><title>Just a moment...",
@@ -424,8 +426,9 @@ BEYOND_DOUBT = {
 
 
 def check_target(issuer: str, url: str) -> None:
-    """Fail unless what requests would connect to for `url` may have a credential of `issuer`."""
-    assert "\\" not in url  # a slash to browsers
+    """Fail if a request to `url` would go where a credential of `issuer` must not go."""
+    # A slash to browsers.
+    assert "\\" not in url
     target = urllib3.util.parse_url(requests.Request("POST", url).prepare().url)
     assert target.auth is None and target.fragment is None
     if issuer == XAI:
@@ -450,7 +453,7 @@ def test_no_address_is_used_that_is_not_the_issuers(issuer, url):
     try:
         discovery.check_endpoint(issuer, url)
     except errors.IssuerUnavailable as error:
-        said_safely(error)
+        check_message(error)
         assert not re.fullmatch(BEYOND_DOUBT[issuer], url)
     else:
         check_target(issuer, url)
@@ -466,12 +469,12 @@ METADATA = objects(
 
 
 @given(ISSUERS, answers(METADATA))
-def test_any_discovery_answer_gives_the_issuers_endpoints_or_none(issuer, answer):
+def test_any_discovery_response_gives_the_issuers_endpoints_or_none(issuer, answer):
     try:
-        found = discovery.discover(Told(answer), issuer)
+        found = discovery.discover(ScriptedSession(answer), issuer)
     except errors.IssuerUnavailable as error:
         assert not error.sent
-        said_safely(error)
+        check_message(error)
         return
     document = json.loads(answer.body)
     assert answer.status == 200 and document["issuer"].rstrip("/") == issuer == found.issuer
@@ -509,21 +512,25 @@ def lasting(expires_in) -> session.Answer:
 
 
 @example(lasting("9" * 400), None)
-@example(lasting(10**11 - 1), None)  # a time that the file does not take
+# The file does not accept such a time.
+@example(lasting(10**11 - 1), None)
 @given(TOKEN_ANSWERS, st.none() | LOGINS)
-def test_any_token_answer_gives_a_login_that_can_be_kept_or_says_whether_it_was_lost(
-    answer, former
-):
+def test_any_token_response_gives_a_login_or_whether_the_token_was_spent(answer, former):
     form = {"grant_type": "refresh_token", "refresh_token": SECRET, "client_id": "client"}
     taken = 200 <= answer.status < 300
     try:
         login = token_endpoint.request(
-            Told(answer), XAI + "/token", form, issuer=XAI, former=former, now=lambda: NOW
+            ScriptedSession(answer),
+            XAI + "/token",
+            form,
+            issuer=XAI,
+            former=former,
+            now=lambda: NOW,
         )
     except errors.IssuerUnavailable as error:
         assert error.sent or not taken
         assert not error.sent or taken or answer.status >= 500
-        said_safely(error)
+        check_message(error)
     except errors.OAuthError as error:
         assert type(error) in (errors.GrantRefused, errors.ClientRejected, errors.NotEntitled)
         assert answer.status < 500 and not answer.is_html and error.sent == taken
@@ -535,7 +542,7 @@ def test_any_token_answer_gives_a_login_that_can_be_kept_or_says_whether_it_was_
             assert not error.certain or (
                 json.loads(answer.body)["error"] == "invalid_grant" and answer.status in (400, 401)
             )
-        said_safely(error)
+        check_message(error)
     else:
         body = json.loads(answer.body)
         assert taken and login.access_token == body["access_token"]
@@ -552,7 +559,8 @@ DATES = st.datetimes(
     datetime.datetime(2999, 1, 1),
     timezones=st.just(datetime.timezone.utc),
 )
-DATE_FORMS = ("%a, %d %b %Y %H:%M:%S GMT", "%a %b %d %H:%M:%S %Y")  # RFC 9110 section 5.6.7
+# RFC 9110 section 5.6.7.
+DATE_FORMS = ("%a, %d %b %Y %H:%M:%S GMT", "%a %b %d %H:%M:%S %Y")
 DATE_WORDS = [
     "Mon",
     ",",
@@ -582,7 +590,7 @@ def test_a_date_is_read_in_both_its_forms(date, form):
 
 
 @given(DATE_TEXTS | TEXT)
-def test_any_retry_after_is_a_time_to_wait_or_nothing(text):
+def test_any_retry_after_is_seconds_or_none(text):
     seconds = session.parse_retry_after(text, NOW)
     assert seconds is None or 0 <= seconds < 1e12
 
@@ -697,7 +705,7 @@ def sent(fields):
 
 
 @given(FIELDS)
-def test_upstream_gets_all_of_the_request_but_what_is_the_hops_or_secret(fields):
+def test_upstream_gets_every_request_header_except_hop_by_hop_and_secret_ones(fields):
     ours, rest = sent(fields)[:3], sent(fields)[3:]
     assert ours == [("Host", "api.x.ai"), ("User-Agent", "us"), ("Authorization", "Bearer token")]
     dropped = NOT_SENT | named_by_connection(fields)
@@ -719,7 +727,7 @@ def test_upstream_gets_all_of_the_request_but_what_is_the_hops_or_secret(fields)
 @example([("Connection", "close"), ("Close", "x")], None)
 @example([("Connection", "content-length")], "5")
 @given(FIELDS, st.none() | st.from_regex("[0-9]{1,18}", fullmatch=True))
-def test_the_client_gets_all_of_the_answer_but_what_is_the_hops(fields, length):
+def test_the_client_gets_every_response_header_except_hop_by_hop_ones(fields, length):
     fields = [
         field for field in fields if field[0].lower() not in ("content-length", "transfer-encoding")
     ]
@@ -738,7 +746,7 @@ def test_the_client_gets_all_of_the_answer_but_what_is_the_hops(fields, length):
 
 
 def passed(fields) -> list[str]:
-    """The lines that the client gets of an answer with these."""
+    """The header lines of a response with these that the client gets."""
     lines = "".join(f"{name}: {value}\r\n" for name, value in fields)
     head = response_head.parse(f"HTTP/1.1 200 OK\r\n{lines}\r\n".encode("latin-1"), "GET")
     return headers.to_client(
@@ -775,7 +783,7 @@ STREAM_PARTS = st.lists(
 
 
 def events(stream: bytes) -> list[list[bytes]]:
-    """The events that a client makes of a stream: lines of fields, without comments (WHATWG HTML
+    """The events that a client parses from a stream: lines of fields, without comments (WHATWG HTML
     section 9.2.6).
     """
     found, event = [], []
@@ -794,23 +802,24 @@ def events(stream: bytes) -> list[list[bytes]]:
 @example([b"", BOM[:1], b""])
 @given(STREAM_PARTS)
 def test_comments_come_in_every_silence_after_a_line_and_change_no_event(parts):
-    told = [b"x"]
+    latest = [b"x"]
 
     def fed():
         for part in parts:
-            told[0] = part
+            latest[0] = part
             yield part
-        told[0] = b"the end"
+        latest[0] = b"the end"
 
     out, comments = [], []
     for part in event_stream.with_comments(fed()):
         out.append(part)
-        comments.append(not told[0])
+        comments.append(not latest[0])
     silences = []
     for number, part in enumerate(parts):
         if not part:
             begun = b"".join(parts[:number])
-            if not parts[0]:  # a mark behind a comment is waited for and taken away
+            # A mark after a comment is awaited and removed.
+            if not parts[0]:
                 begun = b"" if BOM.startswith(begun) else begun.removeprefix(BOM)
             silences.append(not begun or begun.endswith((b"\r", b"\n")))
     assert sum(comments) == sum(silences) and all(out)
@@ -847,7 +856,7 @@ KINDS = st.sampled_from(
 
 
 def body_of(kind, pieces: list[bytes]) -> tuple[bytes, bytes, bool] | str:
-    """The content, what is behind it, and whether it has ended; or what is wrong with it."""
+    """The content, what follows it, and whether it has ended; or what is wrong with it."""
     body, content, pieces = kind(), b"", list(pieces)
     while pieces and not body.ended:
         data = pieces.pop(0)
@@ -863,7 +872,7 @@ def body_of(kind, pieces: list[bytes]) -> tuple[bytes, bytes, bool] | str:
 
 @example(framing.Chunked, [b"5\r\nhelloXY", b"0\r\n\r\n"])
 @given(KINDS, CHUNK_PARTS)
-def test_a_body_is_the_same_however_its_bytes_are_split(kind, parts):
+def test_a_body_is_the_same_with_any_split_of_its_bytes(kind, parts):
     data = b"".join(parts)
     whole = body_of(kind, [data])
     assert (

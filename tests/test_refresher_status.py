@@ -40,7 +40,7 @@ def read(store: TokenStore, now: float = NOW) -> Status | None:
     return refresher_status.read(store, LOGIN, now)
 
 
-def test_what_was_written_is_read_and_the_file_keeps_its_size(store):
+def test_a_written_status_is_read_and_the_file_keeps_its_size(store):
     assert read(store) is None
     for change in (
         {},
@@ -79,7 +79,7 @@ def test_the_status_of_another_login_is_none(store):
     assert read(store) is None
 
 
-def test_what_is_no_status_is_none(store):
+def test_a_malformed_status_is_none(store):
     path = store.status_path
     for content in (b"", b"{", b"[]", b"null", b"\xff", b"{}", b"[" * 4096):
         path.write_bytes(content)
@@ -111,7 +111,7 @@ def test_what_is_no_status_is_none(store):
     ],
     ids=["folder", "fifo", "zero", "link"],
 )
-def test_without_a_place_for_it_nothing_is_written_and_nothing_hangs(store, tmp_path, make):
+def test_a_status_that_cannot_be_written_is_skipped_and_nothing_hangs(store, tmp_path, make):
     (tmp_path / "precious").write_text("precious")
     make(store.path.with_name("tokens.json.status"))
     assert not refresher_status.write(store, STATUS)
@@ -145,7 +145,7 @@ assert rs.write(store, status) and rs.read(store, login, 2.0) == status
 
 
 @mounts
-def test_a_full_disk_does_not_keep_it_from_being_told(tmp_path):
+def test_a_full_disk_does_not_hide_the_status(tmp_path):
     mount = 'mount -t tmpfs -o size=64k none "$1" && shift && exec "$@"'
     done = subprocess.run(
         [

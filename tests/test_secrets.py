@@ -1,5 +1,5 @@
-"""No secret leaves but where it must: all that a run of everything has said, left and shown is
-searched for each.
+"""No secret leaves except where it must: all output, files and process data of a complete run are
+searched for every secret.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ KEY_COMMAND = [
     "-c",
     "import sys; from xaiproxy.client_key_command import main; sys.exit(main())",
 ]
-# The issuer and the API at their worst; what they quote comes on top.
+# Faults of the issuer and the API; the texts that they quote come in addition.
 ISSUER_FAULTS: list[dict[str, Any]] = [
     {"status": 500, "body": "<html>"},
     {"cut": "reset"},
@@ -44,22 +44,21 @@ API_FAULTS: list[dict[str, Any]] = [
 ]
 
 
-class TellingSandbox(Sandbox):
+class RecordingSandbox(Sandbox):
     def __init__(self, file: Path, **knobs: Any) -> None:
         self.program = [str(SUPPORT / "secret_recording_sandbox.py"), str(file)]
         super().__init__(**knobs)
 
 
 class Run:
-    """What was said and shown while everything was done, by name."""
+    """The outputs, responses, processes and files of a complete run, by name."""
 
     def __init__(self, folder: Path, sandbox: Sandbox) -> None:
         self.folder = folder
         self.sandbox = sandbox
         self.token_path = folder / "login" / "tokens.json"
-        self.browser = (
-            folder / "browser"
-        )  # notes what is shown of itself and of what has started it
+        # It records its own command line and environment, and those of the process that started it.
+        self.browser = folder / "browser"
         self.browser.write_text(
             "#!/bin/sh\ncat /proc/$$/cmdline /proc/$$/environ /proc/$PPID/cmdline "
             "/proc/$PPID/environ >browser-saw.new\nmv browser-saw.new browser-saw\n"
@@ -76,23 +75,23 @@ class Run:
         }
         self.outputs: dict[str, str] = {}
         self.answers: list[Message] = []
-        self.processes: dict[str, str] = {}  # their command lines and environments
+        # Command lines and environments.
+        self.processes: dict[str, str] = {}
         self.files: dict[str, str] = {}
-        self.own: dict[
-            str, list[str]
-        ] = {  # the client's secrets; those of the login are the sandbox's to tell
+        # The client's secrets; the sandbox writes those of the login.
+        self.own: dict[str, list[str]] = {
             kind: [f"{kind}-{secrets.token_hex(16)}"]
             for kind in ("query", "body", "cookie", "basic", "frame")
         }
-        # In a path it comes back to whoever sent it, which a log must not.
+        # In a path it is returned to the client that sent it, but must not be in a log.
         self.own["key in a path"] = ["xaip_" + secrets.token_urlsafe(32)]
 
-    def look_at(self, pid: int, name: str) -> None:
+    def record_process(self, pid: int, name: str) -> None:
         self.processes[name] = "".join(
             Path(f"/proc/{pid}/{what}").read_text() for what in ("cmdline", "environ")
         )
 
-    def look_at_files(self, when: str) -> None:
+    def record_files(self, when: str) -> None:
         for path in self.folder.rglob("*"):
             if path.is_file() and path != self.token_path:
                 self.files[f"{path.relative_to(self.folder)} {when}"] = path.read_bytes().decode(
@@ -158,7 +157,7 @@ class Run:
         lines = [process.stdout.readline()]
         while awaited not in lines[-1]:
             lines.append(process.stdout.readline())
-        self.look_at(process.pid, name)
+        self.record_process(process.pid, name)
         allow(json.loads(lines[-1]))
         self.outputs[name] = "".join(lines) + process.communicate(timeout=20)[0]
         assert process.returncode == 0
@@ -169,11 +168,10 @@ class Run:
             code = urllib.parse.parse_qs(urllib.parse.urlsplit(url).query)["code"][0]
             terminal.type(f"{code}\n")
             assert terminal.end(20) == 0
-            self.outputs["xai-login, pasted"] = terminal.screen.replace(
-                code, "", 1
-            )  # the terminal's own echo
+            # This removes the terminal's own echo.
+            self.outputs["xai-login, pasted"] = terminal.screen.replace(code, "", 1)
 
-    # Asking
+    # Requests
 
     def requests(self, supervised: Supervised, start: int, key: str, removed: str) -> None:
         own = {kind: values[0] for kind, values in self.own.items()}
@@ -212,7 +210,7 @@ class Run:
             ("GET", "/readyz", [good], b""),
             ("GET", "/healthz", [f"Origin: http://{own['cookie']}.example"], b""),
             ("GET", f"/v1/nothing?{own['query']}", [good, *websocket], b""),
-            # what is no request
+            # Messages that are no requests.
             ("GET", f"http://user:{own['basic']}@localhost/v1/models", [good], b""),
             ("GET", "/v1/models", [f"{own['cookie']} : {key}"], b""),
             ("GET", "/v1/models", [f"Cookie: {own['cookie']}\0"], b""),
@@ -223,7 +221,8 @@ class Run:
         ]:
             with supervised.client(start) as client:
                 self.answers.append(client.request(method, target, *fields, body=body).message())
-        with supervised.client(start) as client:  # a client that leaves amid its body
+        # A client that disconnects in the middle of its body.
+        with supervised.client(start) as client:
             client.send(
                 f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n{good}\r\n{json_type}\r\n"
                 f"Content-Length: 9999\r\n\r\n{own['body']}".encode()
@@ -263,8 +262,7 @@ class Run:
                 ("--doctor", "--json"),
             ):
                 self.command(*options, XAI_PROXY_PORT=str(port))
-            # tokens that are soon to end, and an issuer with troubles of its own, which quotes what
-            # it got
+            # Tokens with a short lifetime, and an issuer with faults of its own, which quotes what it got.
             refresher = int(supervised.said(r"spawned: 'refresher' with pid (\d+)")[1])
             sandbox.set(access_token_lifetime=4)
             self.sign_in_by_device()
@@ -289,7 +287,7 @@ class Run:
                 os.kill(refresher, signal.SIGHUP)
                 until(lambda: not sandbox.get("/_sandbox/knobs")[1]["answers"], 20)
                 self.command("--status", "--json")
-            # which a client hears of, too, once the token has expired
+            # A client gets these, too, once the token has expired.
             sandbox.set(
                 answers=[{"path": "/oauth2/token", "grant_type": "refresh_token", **quoting}]
             )
@@ -302,7 +300,7 @@ class Run:
             os.kill(refresher, signal.SIGHUP)
             refreshes = sandbox.counters()["refreshes"]
             sandbox.wait(lambda counters: counters["refreshes"] > refreshes)
-            # a crash of each
+            # A crash of each program.
             supervised.said("success: proxy entered RUNNING state")
             proxy = int(supervised.said(r"spawned: 'proxy' with pid (\d+)")[1])
             for pid, name in (
@@ -310,13 +308,13 @@ class Run:
                 (proxy, "proxy"),
                 (refresher, "refresher"),
             ):
-                self.look_at(pid, name)
+                self.record_process(pid, name)
             for pid in proxy, refresher:
                 os.kill(pid, signal.SIGABRT)
             self.requests(supervised, 2, key, removed)
-            self.look_at_files("while it ran")
+            self.record_files("while it ran")
             self.command("--logout")
-            self.look_at_files("after the logout")
+            self.record_files("after the logout")
             with supervised.client(2) as client:
                 self.answers.append(client.ask("GET", "/v1/models", f"X-Api-Key: {key}"))
         self.outputs["supervisord"] = "".join(supervised.lines)
@@ -327,26 +325,28 @@ class Run:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    told = tmp_path_factory.mktemp("told") / "secrets"
-    with TellingSandbox(told, device_interval=0.05) as sandbox:
+    written = tmp_path_factory.mktemp("secrets") / "secrets"
+    with RecordingSandbox(written, device_interval=0.05) as sandbox:
         run = Run(tmp_path_factory.mktemp("run"), sandbox)
         run.everything()
-        for line in told.read_text().splitlines():
+        for line in written.read_text().splitlines():
             kind, secret = line.split(" ")
             run.own.setdefault(kind, []).append(secret)
         yield run
 
 
 def traces(secret: str) -> Iterator[str]:
-    """What betrays it: itself and its first characters, also in the encodings in which such things
-    travel.
+    """The forms of a secret that betray it: itself and its first characters, also in the encodings
+    that it may be sent in.
     """
-    distinct = secret.rpartition(".")[2].removeprefix("xaip_")  # the rest of a JWT is alike in many
+    # Many JWTs have the same beginning.
+    distinct = secret.rpartition(".")[2].removeprefix("xaip_")
     distinct = re.sub("^(query|body|cookie|basic|frame)-", "", distinct)
     yield distinct[:12]
     yield secret
     yield urllib.parse.quote(secret, safe="")
-    for before, start in (0, 0), (1, 2), (2, 3):  # as base64 begins after so many bytes
+    # Base64 of a text that begins after so many bytes.
+    for before, start in (0, 0), (1, 2), (2, 3):
         yield base64.b64encode(b" " * before + secret.encode()).decode()[start : start + 16]
 
 
@@ -383,10 +383,10 @@ def test_the_run_had_secrets_of_every_kind_and_they_can_be_found(run: Run) -> No
             lambda text: text[:-5],
             lambda text: base64.b64encode(b"a:" + text.encode()).decode(),
         ):
-            assert kind in found(run, f"said {encode(known[0])} there")
+            assert kind in found(run, f"found {encode(known[0])} there")
 
 
-def test_no_output_tells_a_secret(run: Run) -> None:
+def test_no_output_contains_a_secret(run: Run) -> None:
     log = run.outputs["supervisord"]
     assert "temporarily_unavailable: not [secret]" in log + "".join(run.outputs.values())
     assert (
@@ -394,11 +394,11 @@ def test_no_output_tells_a_secret(run: Run) -> None:
         and '"level": "debug"' in log
         and '"status": 401' in log
     )
-    for name, said in run.outputs.items():
-        assert said and found(run, said) == [], name
+    for name, text in run.outputs.items():
+        assert text and found(run, text) == [], name
 
 
-def test_no_answer_tells_a_secret(run: Run) -> None:
+def test_no_response_contains_a_secret(run: Run) -> None:
     assert {answer.status for answer in run.answers} >= {
         200,
         400,
@@ -419,7 +419,7 @@ def test_no_answer_tells_a_secret(run: Run) -> None:
     )
     for answer in run.answers:
         text = answer.head.decode("latin-1") + answer.body.decode("latin-1")
-        # A 200 is upstream's, whose business is the body that it got.
+        # A 200 is upstream's, and may quote the body that it got.
         assert (
             found(run, text, "key in a path", *(["body"] if answer.status == 200 else [])) == []
         ), text
@@ -438,7 +438,7 @@ def test_no_process_shows_a_secret(run: Run) -> None:
         assert "XAI_PROXY_ISSUER" in shown and found(run, shown) == [], name
 
 
-def test_no_file_but_the_token_file_holds_a_secret(run: Run) -> None:
+def test_no_file_except_the_token_file_contains_a_secret(run: Run) -> None:
     assert {
         "login/client-keys while it ran",
         "login/tokens.json.lock while it ran",

@@ -1,4 +1,4 @@
-"""Who may write in the token folder, and what a person is told to do when it cannot be written."""
+"""Which users may write in the token folder, and the advice when it cannot be written."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from xaiproxy import errors, storage, token_folder, token_store, token_writer
 
 OWNER = 10001
 COMMAND = [sys.executable, "-W", "error", "-m"]
-# The capability: that user may have no access to the folder of this Python and checkout.
+# With this capability, that user can read the folder of this Python and checkout.
 AS_OWNER = [
     "setpriv",
     f"--reuid={OWNER}",
@@ -65,15 +65,15 @@ class Service:
         return done.returncode, done.stderr
 
     @contextlib.contextmanager
-    def running(self, module: str, told: str) -> Iterator[None]:
-        """A process of root, from when it has logged `told` until it is ended."""
+    def running(self, module: str, message: str) -> Iterator[None]:
+        """Run a process as root, from when it has logged `message` until the end of the block."""
         with open(self.folder.parent / module, "w+") as log:
             process = subprocess.Popen(
                 [*COMMAND, f"xaiproxy.{module}"], cwd="/", env=self.environ, stderr=log
             )
             try:
                 end = time.monotonic() + 20
-                while told not in Path(log.name).read_text():
+                while message not in Path(log.name).read_text():
                     assert time.monotonic() < end and process.poll() is None, Path(
                         log.name
                     ).read_text()
@@ -94,7 +94,8 @@ class Service:
 def service(sandbox: Sandbox) -> Iterator[Service]:
     if os.geteuid() != 0 or subprocess.run([*AS_OWNER, "true"], capture_output=True).returncode:
         pytest.skip("only root can become another user, and not in every container")
-    with tempfile.TemporaryDirectory() as folder:  # tmp_path is closed to other users
+    # tmp_path is closed to other users.
+    with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
         service = Service(Path(folder), sandbox)
         sandbox.reset()
@@ -105,7 +106,7 @@ COMMANDS = [("login", "--device"), ("client_key_command", "add", "laptop")]
 
 
 def test_root_makes_nothing_in_another_users_folder(service: Service, sandbox: Sandbox):
-    told = (
+    message = (
         f"{service.folder} belongs to user {OWNER}, and this is user 0 (root), whose files would be closed to that user; "
         f"nothing was changed. Run the same as user {OWNER}, as with `docker exec -u {OWNER}` or `sudo -u '#{OWNER}'`\n"
     )
@@ -113,11 +114,11 @@ def test_root_makes_nothing_in_another_users_folder(service: Service, sandbox: S
     for arguments in COMMANDS:
         for environ in ({}, {"XAI_PROXY_TOKEN_PATH": f"{service.folder}/deeper/still/tokens.json"}):
             code, stderr = service.run(*arguments, **environ)
-            assert told in stderr and code == 75, stderr
+            assert message in stderr and code == 75, stderr
     assert service.owners() == {} and sandbox.requests() == []
 
 
-def test_root_keeps_away_from_another_users_login(service: Service, sandbox: Sandbox):
+def test_root_refuses_to_change_another_users_login(service: Service, sandbox: Sandbox):
     sandbox.set(auto_approve=0, device_interval=0)
     assert service.run("login", "--device", user=OWNER)[0] == 0
     assert service.run("client_key_command", "add", "laptop", user=OWNER)[0] == 0
@@ -141,7 +142,7 @@ def test_a_refresher_and_a_proxy_of_root_leave_the_folder_to_its_owner(
     assert service.owners() == {"tokens.json": OWNER, "tokens.json.lock": OWNER}
 
 
-def test_where_root_serves_root_may_sign_in(service: Service, sandbox: Sandbox):
+def test_root_may_sign_in_where_root_serves(service: Service, sandbox: Sandbox):
     """As in a container that runs as root with a mounted folder of another user."""
     sandbox.set(auto_approve=0, device_interval=0)
     sandbox.write_login(service.path)
@@ -170,8 +171,8 @@ def test_a_lock_that_is_closed_to_us_is_named_with_its_owner(service: Service):
         )
 
 
-def test_a_home_folder_that_is_the_root_folder(service: Service):
-    """As many images have it for a user whom they do not know."""
+def test_a_home_folder_that_is_the_root_folder_is_refused(service: Service):
+    """Many images give it to a user that they do not know."""
     for arguments, setting in (
         (("login", "--device"), "XAI_PROXY_TOKEN_PATH"),
         (("client_key_command", "add", "laptop"), "XAI_PROXY_CLIENT_KEYS_FILE"),
@@ -184,11 +185,11 @@ def test_a_home_folder_that_is_the_root_folder(service: Service):
         )
 
 
-# what to do
+# advice
 
 
 @pytest.mark.parametrize(
-    "number, told",
+    "number, message",
     [
         (errno.ENOSPC, "Make room on the disk that {folder} is on"),
         (errno.EDQUOT, "Make room on the disk"),
@@ -203,15 +204,15 @@ def test_a_home_folder_that_is_the_root_folder(service: Service):
         (errno.EIO, "Check {folder} and the disk that it is on"),
     ],
 )
-def test_the_advice_fits_the_error(tmp_path: Path, number: int, told: str):
+def test_the_advice_fits_the_error(tmp_path: Path, number: int, message: str):
     advice = storage.advice(
         tmp_path / "tokens.json", OSError(number, os.strerror(number)), "A_SETTING"
     )
-    assert told.format(folder=tmp_path) in advice and "Let user" not in advice
+    assert message.format(folder=tmp_path) in advice and "Let user" not in advice
 
 
 @pytest.mark.parametrize(
-    "prepare, told",
+    "prepare, message",
     [
         (lambda folder: folder.touch(), "Something else is there: move {folder} away"),
         (
@@ -236,7 +237,7 @@ def test_the_advice_fits_the_error(tmp_path: Path, number: int, told: str):
         ),
     ],
 )
-def test_what_is_in_the_way_is_named(tmp_path: Path, prepare, told: str):
+def test_a_file_that_blocks_a_save_is_named(tmp_path: Path, prepare, message: str):
     from xaiproxy import config
 
     folder = tmp_path / "login"
@@ -248,7 +249,9 @@ def test_what_is_in_the_way_is_named(tmp_path: Path, prepare, told: str):
         token_folder.prepare(store)
         with token_writer.locked(store, 0):
             pass
-    assert told.format(folder=folder) in str(caught.value) and "Let user" not in str(caught.value)
+    assert message.format(folder=folder) in str(caught.value) and "Let user" not in str(
+        caught.value
+    )
 
 
 def test_root_makes_no_key_file_in_another_users_folder_elsewhere(service: Service, tmp_path: Path):
@@ -272,7 +275,7 @@ def test_a_key_file_keeps_the_group_that_may_read_it(service: Service, tmp_path:
 
 
 @pytest.mark.parametrize(
-    "owner, mode, said",
+    "owner, mode, advice",
     [
         (0, 0o700, ""),
         (0, 0o755, ""),
@@ -284,8 +287,8 @@ def test_a_key_file_keeps_the_group_that_may_read_it(service: Service, tmp_path:
     ],
 )
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder to another user")
-def test_who_else_could_replace_what_is_in_a_folder(tmp_path, owner, mode, said):
+def test_users_that_could_replace_a_file_of_a_folder_are_named(tmp_path, owner, mode, advice):
     os.chown(tmp_path, owner, 0)
     tmp_path.chmod(mode)
     risk = storage.risk_of(os.stat(tmp_path))
-    assert said in risk and bool(risk) is bool(said)
+    assert advice in risk and bool(risk) is bool(advice)

@@ -39,7 +39,7 @@ def rest_of_stream(client):
 
 
 def stand_ins(folder, conf=CONF, **programs):
-    """`conf` with shell scripts in the place of xai-NAME."""
+    """`conf` with shell scripts in place of xai-NAME."""
     text = conf.read_text()
     for name, script in programs.items():
         program = folder / f"stand-in-{name}"
@@ -52,7 +52,7 @@ def stand_ins(folder, conf=CONF, **programs):
 
 
 def edited_conf(folder, **settings):
-    """The real conf with other values of settings that it has."""
+    """The real conf with other values for some of its settings."""
     text = CONF.read_text()
     for name, value in settings.items():
         text, count = re.subn(rf"(?m)^{name}=.*$", f"{name}={value}", text)
@@ -69,7 +69,8 @@ QUICK_TO_STOP = "trap 'echo got SIGTERM; exit 0' TERM; while :; do sleep 0.05; d
 
 def test_sigterm_drains_the_proxy_before_the_refresher_stops_and_ends_with_0(tmp_path, sandbox):
     sandbox.set(events=10, events_per_second=10)
-    (tmp_path / "supervisord.pid").write_text("1\n")  # of one that was killed
+    # The leftover of a supervisord that was killed.
+    (tmp_path / "supervisord.pid").write_text("1\n")
     with Supervised(tmp_path, sandbox) as supervised, supervised.client() as client:
         assert client.ask("GET", "/v1/models").status == 200
         open_stream(client)
@@ -90,7 +91,7 @@ def test_sigterm_drains_the_proxy_before_the_refresher_stops_and_ends_with_0(tmp
     assert not (tmp_path / "supervisord.pid").exists()
 
 
-def test_a_proxy_that_was_killed_comes_back(tmp_path, sandbox):
+def test_a_killed_proxy_is_restarted(tmp_path, sandbox):
     with Supervised(tmp_path, sandbox, conf=edited_conf(tmp_path, startsecs=0)) as supervised:
         with supervised.client() as client:
             assert client.ask("GET", "/v1/models").status == 200
@@ -103,7 +104,7 @@ def test_a_proxy_that_was_killed_comes_back(tmp_path, sandbox):
 def test_a_program_that_ends_with_78_is_not_started_again_and_ends_all_with_70(
     tmp_path, sandbox, startsecs
 ):
-    """While it counts as starting (5), and when it has started (0). The other one drains."""
+    """Both while it counts as starting (5), and after it has started (0). The other one drains."""
     sandbox.set(events=10, events_per_second=10)
     conf = stand_ins(
         tmp_path,
@@ -125,7 +126,7 @@ def test_a_program_that_ends_with_78_is_not_started_again_and_ends_all_with_70(
     assert log.index("CRIT refresher") < log.index("stopped: proxy (exit status 0)")
 
 
-def test_a_wrong_setting_is_told_once_by_each_program(tmp_path, sandbox):
+def test_a_wrong_setting_is_logged_once_by_each_program(tmp_path, sandbox):
     with Supervised(tmp_path, sandbox, XAI_PROXY_REFRESH_SKEW="x") as supervised:
         assert supervised.ended() == 70
     log = "".join(supervised.lines)
@@ -144,11 +145,12 @@ def test_a_program_that_cannot_be_kept_running_ends_all_with_70(tmp_path, sandbo
 
 
 def test_sigterm_while_a_program_waits_for_its_next_start_ends_with_0(tmp_path, sandbox):
-    # supervisord makes the one FATAL then, and goes on to stop the other.
+    # supervisord makes that one FATAL then, and goes on to stop the other.
     with Supervised(
         tmp_path, sandbox, conf=stand_ins(tmp_path, proxy=FAILING, refresher=SLOW_TO_STOP)
     ) as supervised:
-        supervised.said("exited: proxy", times=2)  # the next start is two seconds off
+        # The next start comes two seconds later.
+        supervised.said("exited: proxy", times=2)
         supervised.signal(signal.SIGTERM)
         assert supervised.ended() == 0
 
@@ -167,7 +169,7 @@ def test_the_programs_end_when_supervisord_is_killed(tmp_path, sandbox):
 
 
 def test_sigterm_right_after_the_fork_is_not_lost():
-    """It comes before the program has replaced supervisord, whose handler would take it."""
+    """The signal comes before the program has replaced supervisord, whose handler would take it."""
     code = """if True:
         import os, signal
         from xaiproxy import supervision
@@ -193,7 +195,7 @@ def readable(fd, seconds):
 
 
 @pytest.mark.parametrize("nohup", [(), ("nohup",)])
-def test_a_closed_terminal_ends_all_unless_nohup_says_otherwise(tmp_path, sandbox, nohup):
+def test_a_closed_terminal_ends_all_unless_nohup_started_it(tmp_path, sandbox, nohup):
     conf = stand_ins(tmp_path, refresher=QUICK_TO_STOP, proxy=QUICK_TO_STOP)
     environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
     with Terminal(
@@ -206,17 +208,18 @@ def test_a_closed_terminal_ends_all_unless_nohup_says_otherwise(tmp_path, sandbo
         terminal.close()
         if nohup:
             with pytest.raises(subprocess.TimeoutExpired):
-                terminal.process.wait(1.5)  # its loop turns once a second
+                # Its loop turns once a second.
+                terminal.process.wait(1.5)
             assert "SIGHUP" not in log.read_text()
             terminal.process.terminate()
         assert terminal.process.wait(20) == 0
-        said = log.read_text() if nohup else terminal.screen
-        pids = re.findall(r"spawned: .* with pid (\d+)", said)
+        output = log.read_text() if nohup else terminal.screen
+        pids = re.findall(r"spawned: .* with pid (\d+)", output)
         assert len(pids) == 2 and not any(Path("/proc", pid).exists() for pid in pids)
 
 
 def test_lines_of_two_programs_are_not_mixed(tmp_path, sandbox):
-    """Not even those that are written in pieces, as a traceback is, or end without a line end."""
+    """Not even lines written in pieces, as a traceback is, or without a line end."""
     conf = stand_ins(
         tmp_path,
         proxy="sleep 0.3; echo a whole line; touch go\n" + QUICK_TO_STOP,
@@ -232,8 +235,8 @@ def test_lines_of_two_programs_are_not_mixed(tmp_path, sandbox):
 
 
 @mounts
-def test_a_read_only_file_system_without_a_temporary_folder(tmp_path, sandbox):
-    """With the image's environment; what the container runtimes mount as /dev/shm remains."""
+def test_a_read_only_file_system_without_a_temporary_folder_suffices(tmp_path, sandbox):
+    """With the image's environment; /dev/shm, which the container runtimes mount, is writable."""
     image = dict(re.findall(r"(?m)^ENV (\w+)=(\S+)$", (ROOT / "Dockerfile").read_text()))
     conf = stand_ins(tmp_path, refresher=QUICK_TO_STOP, proxy=QUICK_TO_STOP)
     script = (
@@ -255,8 +258,8 @@ def test_a_read_only_file_system_without_a_temporary_folder(tmp_path, sandbox):
     supervised.said("could not write pidfile")
 
 
-def test_without_standard_streams(tmp_path, sandbox):
-    """The files that are opened next must not become them."""
+def test_supervision_works_without_standard_streams(tmp_path, sandbox):
+    """Files that are opened later must not get the descriptors of the standard streams."""
     port = free_port()
     with Supervised(
         tmp_path,
@@ -276,7 +279,7 @@ def test_without_standard_streams(tmp_path, sandbox):
 @pytest.mark.skipif(
     os.getuid() != 0, reason="the other tests show it, since they were not run by root"
 )
-def test_it_runs_as_a_user_without_rights(tmp_path, sandbox):
+def test_supervision_works_for_a_user_without_privileges(tmp_path, sandbox):
     # A user namespace without a mapping: no capability and an unknown user, but files still open.
     if subprocess.run(["unshare", "--user", "true"], capture_output=True).returncode:
         pytest.skip("unshare --user does not work here")
@@ -288,7 +291,7 @@ def test_it_runs_as_a_user_without_rights(tmp_path, sandbox):
     assert supervised.complaints() == [supervised.said(".*received SIGTERM.*\n")[0]]
 
 
-def test_a_stdout_that_cannot_be_opened_anew_gets_every_line(tmp_path, sandbox):
+def test_a_stdout_that_cannot_be_opened_again_gets_every_line(tmp_path, sandbox):
     def journal():
         return [end.detach() for end in socket.socketpair()]
 
@@ -301,7 +304,7 @@ def test_a_stdout_that_cannot_be_opened_anew_gets_every_line(tmp_path, sandbox):
 
 
 def test_documented_stop_timeouts_are_long_enough():
-    """The proxy drains, and then a refresh that has begun is finished and saved."""
+    """The proxy drains, and then a refresh that has begun is completed and saved."""
     needed = (
         float(config.SETTINGS["XAI_PROXY_DRAIN_TIMEOUT"].metadata["default"])
         + renewal.DEADLINE
@@ -320,9 +323,8 @@ def test_documented_stop_timeouts_are_long_enough():
     conf = configparser.RawConfigParser()
     conf.read(CONF)
     assert conf.getfloat("program:refresher", "stopwaitsecs") >= renewal.DEADLINE + 10
-    assert (
-        conf.getfloat("program:proxy", "stopwaitsecs") >= 3500 + 10
-    )  # the most that XAI_PROXY_DRAIN_TIMEOUT takes
+    # 3500 s is the most that XAI_PROXY_DRAIN_TIMEOUT accepts.
+    assert conf.getfloat("program:proxy", "stopwaitsecs") >= 3500 + 10
 
 
 def test_the_conf_leaves_the_settings_to_the_environment():
@@ -332,7 +334,7 @@ def test_the_conf_leaves_the_settings_to_the_environment():
     ]
 
 
-def test_a_stdout_that_nobody_reads_stops_no_request(tmp_path, sandbox):
+def test_an_unread_stdout_blocks_no_request(tmp_path, sandbox):
     sandbox.set(events=1_000_000, events_per_second=20)
     with (
         Supervised(tmp_path, sandbox, XAI_PROXY_DRAIN_TIMEOUT="0") as supervised,
@@ -341,7 +343,8 @@ def test_a_stdout_that_nobody_reads_stops_no_request(tmp_path, sandbox):
         supervised.stop_reading()
         open_stream(streaming)
 
-        def ask(times):  # each is a log line; most cost the sandbox nothing
+        # Each request is a log line; most cost the sandbox nothing.
+        def ask(times):
             with supervised.client() as client:
                 for _ in range(times):
                     ask_for_nothing(client)
@@ -349,15 +352,17 @@ def test_a_stdout_that_nobody_reads_stops_no_request(tmp_path, sandbox):
 
         with futures.ThreadPoolExecutor(4) as pool:
             list(pool.map(ask, [7] * 4))
-        while not streaming.silent():  # events from before
+        # Events that were sent before.
+        while not streaming.silent():
             streaming.chunk()
         assert streaming.chunk().startswith(b"data: ")
         supervised.read_on()
-        supervised.said(r"\d{3,} log lines were dropped")  # which needs no further line
+        # The count needs no further line.
+        supervised.said(r"\d{3,} log lines were dropped")
 
 
 def ask_for_nothing(client):
-    """A hundred times."""
+    """Send a hundred requests that need no upstream."""
     client.send(b"GET /nowhere HTTP/1.1\r\nHost: localhost\r\n\r\n" * 100)
     assert {client.message().status for _ in range(100)} == {404}
 
@@ -368,7 +373,7 @@ def free_port():
 
 
 def wait_for_models(port, seconds=30):
-    """Until a proxy serves there."""
+    """Wait until a proxy serves on `port`."""
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -381,8 +386,8 @@ def wait_for_models(port, seconds=30):
 
 
 @pytest.mark.parametrize("pipe", [os.pipe, os.openpty])
-def test_without_a_reader_programs_are_restarted_and_signals_obeyed(tmp_path, sandbox, pipe):
-    """When stdout takes no more, and when its reader is gone: EPIPE, and EIO of a terminal."""
+def test_programs_are_restarted_and_signals_obeyed_without_a_reader(tmp_path, sandbox, pipe):
+    """With a full stdout, and with one whose reader is closed: EPIPE, and EIO of a terminal."""
     port = free_port()
     conf = edited_conf(tmp_path, startsecs=0)
     with Supervised(
@@ -411,7 +416,7 @@ def test_without_a_reader_programs_are_restarted_and_signals_obeyed(tmp_path, sa
 
 
 def test_a_stdout_that_is_a_file_gets_every_line(tmp_path, sandbox):
-    """Not appended to: what was written to it by two descriptors would overwrite itself."""
+    """A file that is not opened for appending: two descriptors would overwrite each other's lines."""
     log = tmp_path / "log"
 
     def file():
@@ -426,11 +431,11 @@ def test_a_stdout_that_is_a_file_gets_every_line(tmp_path, sandbox):
         assert supervised.process.wait(30) == 0
     lines = log.read_text().splitlines()
     assert all(line.startswith(("{", "20")) for line in lines)
-    for said in (
+    for text in (
         "spawned: 'proxy'",
         '"path": "/v1/models"',
         "waiting for",
         "stopped: proxy",
         "stopped: refresher",
     ):
-        assert any(said in line for line in lines), lines
+        assert any(text in line for line in lines), lines

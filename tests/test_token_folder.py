@@ -29,7 +29,7 @@ def save(store, login):
         writer.save(login)
 
 
-def test_the_folder_is_made_for_us_alone(tmp_path):
+def test_a_new_folder_is_private(tmp_path):
     store = make_store(tmp_path / "a" / "b")
     token_folder.prepare(store)
     assert stat.S_IMODE((tmp_path / "a" / "b").stat().st_mode) == 0o700
@@ -38,14 +38,14 @@ def test_the_folder_is_made_for_us_alone(tmp_path):
 @pytest.mark.parametrize(
     "mode, warned", [(0o700, 0), (0o755, 0), (0o770, 1), (0o707, 1), (0o1777, 0)]
 )
-def test_a_folder_that_exists_is_never_changed_only_warned_about(store, mode, warned, caplog):
+def test_an_existing_folder_is_warned_about_and_not_changed(store, mode, warned, caplog):
     store.path.parent.chmod(mode)
     token_folder.prepare(store)
     assert stat.S_IMODE(store.path.parent.stat().st_mode) == mode
     assert len(caplog.records) == warned
 
 
-def test_a_folder_that_cannot_be_made_is_told(tmp_path):
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
     (tmp_path / "file").touch()
     for use in (token_folder.prepare, token_lock.beat, lambda store: save(store, OLD)):
         with pytest.raises(errors.StorageError, match=f"{tmp_path}/file.* Not a directory"):
@@ -53,7 +53,7 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "mode, said",
+    "mode, sentence",
     [
         (0o600, ""),
         (0o400, ""),
@@ -61,9 +61,9 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path):
         (0o604, "(mode 0604); its mode is now 0600"),
     ],
 )
-def test_a_mode_that_lets_others_in_is_put_right(store, mode, said):
+def test_a_file_open_to_other_users_is_made_private(store, mode, sentence):
     save(store, OLD)
     store.path.chmod(mode)
-    assert token_folder.tighten(store).endswith(said)
+    assert token_folder.tighten(store).endswith(sentence)
     assert not stat.S_IMODE(store.path.stat().st_mode) & 0o077
     assert token_folder.tighten(store) == ""

@@ -52,7 +52,7 @@ def test_expires_at_comes_from_expires_in_else_from_the_jwt_else_an_hour():
 
 
 @pytest.mark.parametrize("now", [1000, 864000])
-def test_without_expires_in_the_lifetime_is_the_jwts_whatever_this_machines_clock_says(now):
+def test_without_expires_in_the_lifetime_is_the_jwts_with_any_clock(now):
     fields = {**FIELDS, "now": now}
     assert (
         token_json.from_response({"access_token": jwt(iat=500000, exp=521600)}, **fields).expires_at
@@ -61,7 +61,7 @@ def test_without_expires_in_the_lifetime_is_the_jwts_whatever_this_machines_cloc
     assert token_json.from_response({"access_token": jwt(iat=9, exp=5)}, **fields).expires_at == 5
 
 
-def test_an_answer_without_refresh_token_keeps_the_former_one():
+def test_a_response_without_refresh_token_keeps_the_former_one():
     former = make(account="a@example.org", scope="one two", extra={"note": [1]})
     login = token_json.from_response({"access_token": "new"}, former=former, **FIELDS)
     assert (login.access_token, login.refresh_token) == ("new", "refresh")
@@ -74,7 +74,7 @@ def test_an_answer_without_refresh_token_keeps_the_former_one():
     )
 
 
-def test_an_answer_clears_the_former_refresh_error():
+def test_a_response_clears_the_former_refresh_error():
     former = make(refresh_error=tokens.RefreshError("x", "y", 1))
     assert (
         token_json.from_response({"access_token": "new"}, former=former, **FIELDS).refresh_error
@@ -105,7 +105,7 @@ def test_the_account_is_the_id_tokens_email():
         {"access_token": "é"},
     ],
 )
-def test_an_answer_that_cannot_be_used_is_a_value_error_that_repeats_no_value(response):
+def test_an_unusable_response_is_a_value_error_that_repeats_no_value(response):
     with pytest.raises(ValueError, match="^holds (no|a) [a-z_]+ ") as caught:
         token_json.from_response(response, **FIELDS)
     assert "Evil" not in str(caught.value)
@@ -114,7 +114,7 @@ def test_an_answer_that_cannot_be_used_is_a_value_error_that_repeats_no_value(re
 # the file
 
 
-def test_the_rust_programs_file_loads_as_it_is():
+def test_a_file_of_the_rust_program_is_loaded():
     text = (
         '{\n  "access_token": "eyJ.a.b",\n  "refresh_token": "r",\n  "expires_at": 1780402551,\n'
         '  "token_endpoint": "https://auth.x.ai/oauth2/token"\n}'
@@ -130,7 +130,7 @@ def test_the_rust_programs_file_loads_as_it_is():
     )
 
 
-def test_a_login_survives_the_file_with_all_it_holds():
+def test_a_login_survives_the_file_with_all_its_members():
     login = make(
         scope="a b",
         account="a@b",
@@ -144,13 +144,13 @@ def test_a_login_survives_the_file_with_all_it_holds():
     assert token_json.replaces(token_json.to_json(login, "abc")) == "abc"
 
 
-def test_the_file_says_every_key_and_keeps_unknown_ones():
+def test_the_file_has_every_key_and_keeps_unknown_ones():
     values = json.loads(token_json.to_json(make(extra={"theirs": 1}), "mark"))
     assert list(values) == [*token_json.KEYS, "theirs"]
     assert (values["refresh_error"], values["replaces"], values["theirs"]) == (None, "mark", 1)
 
 
-def test_without_expires_at_the_jwts_exp_counts():
+def test_without_expires_at_the_jwts_exp_is_the_expiry():
     assert token_json.from_json(json.dumps({"access_token": jwt(exp=77)})).expires_at == 77
     with pytest.raises(ValueError, match="has no expires_at"):
         token_json.from_json('{"access_token": "a"}')
@@ -197,12 +197,12 @@ def test_a_file_that_is_no_login_is_a_value_error_that_repeats_no_value(text):
         ({"refresh_try": 5, "asked": "x"}, None),
     ],
 )
-def test_a_member_that_cannot_be_used_and_need_not_is_left_out(members, scope):
+def test_an_unusable_optional_member_is_ignored(members, scope):
     login = token_json.from_json(json.dumps({"access_token": "a", "expires_at": 1, **members}))
     assert login == tokens.Login("a", 1, scope=scope)
 
 
-def test_what_is_about_another_refresh_token_is_left_out():
+def test_members_about_another_refresh_token_are_ignored():
     error = tokens.RefreshError(
         "invalid_grant", "gone", 5, terminal=True, token=tokens.fingerprint("refresh")
     )
@@ -211,9 +211,8 @@ def test_what_is_about_another_refresh_token_is_left_out():
     assert token_json.from_json(token_json.to_json(login, None)) == login
     other = token_json.from_json(token_json.to_json(login, None).replace('"refresh"', '"another"'))
     assert (other.refresh_token, other.refresh_error, other.refresh_try) == ("another", None, None)
-    unnamed = make(
-        refresh_error=dataclasses.replace(error, token=None)
-    )  # as earlier versions wrote it
+    # As earlier versions wrote it.
+    unnamed = make(refresh_error=dataclasses.replace(error, token=None))
     assert token_json.from_json(token_json.to_json(unnamed, None)) == unnamed
 
 

@@ -53,7 +53,7 @@ sys.stdin.read()
 
 @pytest.fixture
 def holder(store):
-    """Another process that holds the lock until its stdin ends, or it is killed."""
+    """Another process that holds the lock until its stdin is closed, or it is killed."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDER, store.lock_path],
         text=True,
@@ -68,7 +68,7 @@ def holder(store):
     process.stdout.close()
 
 
-def test_a_lock_held_elsewhere_is_busy_after_the_wait(store, holder):
+def test_a_lock_held_by_another_process_is_busy_after_the_wait(store, holder):
     pauses = []
     begin = time.monotonic()
     with (
@@ -85,13 +85,13 @@ def test_a_lock_held_elsewhere_is_busy_after_the_wait(store, holder):
 
 
 @pytest.mark.parametrize("end", ["killed", "let go"])
-def test_a_lock_is_had_as_soon_as_its_holder_ends(store, holder, end):
+def test_a_lock_is_taken_as_soon_as_its_holder_ends(store, holder, end):
     threading.Timer(0.2, holder.kill if end == "killed" else holder.stdin.close).start()
     with token_writer.locked(store, 10):
         assert holder.wait(5) == (-9 if end == "killed" else 0)
 
 
-def test_what_pause_raises_ends_the_wait(store, holder):
+def test_an_exception_of_pause_ends_the_wait(store, holder):
     def pause(seconds):
         raise InterruptedError
 
@@ -101,7 +101,7 @@ def test_what_pause_raises_ends_the_wait(store, holder):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_an_error_inside_lets_the_lock_go(store):
+def test_an_error_releases_the_lock(store):
     with pytest.raises(ZeroDivisionError), token_writer.locked(store, 0):
         with pytest.raises(errors.LockBusy), token_writer.locked(store, 0):
             pytest.fail("two held it")
@@ -110,7 +110,7 @@ def test_an_error_inside_lets_the_lock_go(store):
         pass
 
 
-def test_the_lock_is_no_heartbeat_but_a_beat_is(store):
+def test_only_a_beat_is_a_heartbeat_not_the_lock(store):
     with token_writer.locked(store, 0):
         assert store.refresher_age(time.time()) is None
     token_lock.beat(store)
@@ -122,17 +122,17 @@ def test_the_lock_is_no_heartbeat_but_a_beat_is(store):
     assert store.lock_path.stat().st_mtime == 1000
 
 
-def test_a_link_in_the_locks_place_is_told_and_not_followed(store, tmp_path):
+def test_a_link_in_the_locks_place_is_an_error_and_not_followed(store, tmp_path):
     store.lock_path.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(errors.StorageError, match="tokens.json.lock cannot be written"):
         save(store, NEW)
     assert not (tmp_path / "elsewhere").exists()
 
 
-# the lock, and somebody who removes its file
+# a lock file that is removed
 
 
-def test_a_lock_file_that_is_removed_lets_nobody_else_in(store):
+def test_a_removed_lock_file_admits_no_other_process(store):
     save(store, OLD)
     with token_writer.locked(store, 0):
         for change in (store.lock_path.unlink, store.lock_path.touch):
@@ -143,7 +143,7 @@ def test_a_lock_file_that_is_removed_lets_nobody_else_in(store):
         pass
 
 
-def test_a_lock_file_that_is_replaced_while_it_is_waited_for_is_locked_anew(store):
+def test_a_lock_file_replaced_during_the_wait_is_opened_again(store):
     save(store, OLD)
     with contextlib.ExitStack() as stack:
         stack.enter_context(token_writer.locked(store, 0))
@@ -173,8 +173,8 @@ def test_a_rehearsal_fails_when_the_lock_file_is_gone(store, change):
 
 
 @needs_strace
-def test_a_heartbeat_has_this_machines_time(store, tmp_path):
-    """If a file server set its own time, minutes ahead, the refresher would look dead for ever."""
+def test_a_heartbeat_has_the_time_of_this_machine(store, tmp_path):
+    """With the time of a file server that is minutes ahead, the refresher would seem stopped for ever."""
     code = (
         "import os, sys; from xaiproxy import config, token_lock, token_store; token_lock.beat("
         "token_store.TokenStore(config.from_environ(os.environ)))"

@@ -1,4 +1,4 @@
-"""tokens.json as readers see it: states of a login that cannot be used, no torn read, and the files
+"""tokens.json for its readers: states of a login that cannot be used, no torn read, and the files
 beside it.
 """
 
@@ -60,13 +60,12 @@ def test_a_login_is_loaded(store):
     assert store.load() == store.current() == token_json.from_json(json.dumps(LOGIN))
 
 
-def test_current_reads_again_only_when_the_file_is_another(store):
+def test_current_reads_again_only_after_a_change_of_the_file(store):
     put(store)
     first = store.current()
     assert store.current() is first
-    (store.path.parent / "next").write_text(
-        json.dumps({**LOGIN, "access_token": "newone"})
-    )  # the same size
+    # The new content has the same size.
+    (store.path.parent / "next").write_text(json.dumps({**LOGIN, "access_token": "newone"}))
     os.utime(
         store.path.parent / "next",
         ns=(store.path.stat().st_atime_ns, store.path.stat().st_mtime_ns),
@@ -87,12 +86,13 @@ def test_current_follows_the_file_through_every_state(store):
     assert state(store) == "missing"
 
 
-def test_a_login_that_cannot_be_used_is_told_without_growing_a_traceback(store):
+def test_an_unusable_login_is_raised_again_with_a_short_traceback(store):
     store.path.write_text("{")
     for _ in range(3):
         with pytest.raises(errors.LoginUnusable) as caught:
             store.current()
-    assert len(caught.traceback) == 2  # this test and current
+    # The frames of this test and of current().
+    assert len(caught.traceback) == 2
 
 
 # 10,000 reads against 500 renames, in processes of their own
@@ -132,13 +132,14 @@ def test_ten_thousand_reads_against_five_hundred_renames_see_no_torn_file(store)
     for reader in readers:
         reads, seen = map(int, reader.communicate(timeout=60)[0].split())
         assert reader.returncode == 0 and reads >= 5000
-        assert seen > 50  # they did overlap
+        # The reads and the renames overlapped.
+        assert seen > 50
 
 
-# what upstream refused
+# refused tokens
 
 
-def test_a_refusal_that_was_reported_counts_until_it_is_withdrawn(store):
+def test_a_reported_refusal_counts_until_it_is_withdrawn(store):
     put(store)
     login = store.load()
     assert not store.is_refused(login, time.time())
@@ -148,10 +149,12 @@ def test_a_refusal_that_was_reported_counts_until_it_is_withdrawn(store):
     assert store.is_refused(login, time.time()) and make_store(store.path.parent).is_refused(
         login, time.time()
     )
-    for step in (-3600, 3600):  # a note of another hour, or one that nobody repeats
+    # A note of another hour, or one that is not repeated.
+    for step in (-3600, 3600):
         assert not make_store(store.path.parent).is_refused(login, time.time() + step)
     now = store.refused_path.stat().st_mtime
-    store.withdraw(now + token_store.NOTE_TIME - 1)  # the refresher may not have seen it
+    # The refresher may not have read it.
+    store.withdraw(now + token_store.NOTE_TIME - 1)
     assert store.is_refused(login, time.time())
     store.withdraw(now + token_store.NOTE_TIME)
     assert (
@@ -161,7 +164,7 @@ def test_a_refusal_that_was_reported_counts_until_it_is_withdrawn(store):
     )
 
 
-def test_a_report_about_another_token_is_left_alone(store):
+def test_a_report_about_another_token_is_not_withdrawn(store):
     put(store)
     store.ask_refresh("access")
     make_store(store.path.parent).ask_refresh("another")
@@ -182,15 +185,16 @@ def test_a_refusal_that_could_not_be_reported_counts_for_a_minute(store):
 # states
 
 
-def test_what_cannot_be_opened_is_unreadable(store):
+def test_a_file_that_cannot_be_opened_is_unreadable(store):
     os.mkdir(store.path)
     assert state(store) == "unreadable"
     os.rmdir(store.path)
-    os.mkfifo(store.path)  # and is not waited for
+    # A FIFO, which must not block.
+    os.mkfifo(store.path)
     assert state(store) == "unreadable"
 
 
-NOBODY = """
+UNPRIVILEGED = """
 import os, sys
 from xaiproxy import config, errors, token_store
 store = token_store.TokenStore(config.from_environ({"XAI_PROXY_TOKEN_PATH": sys.argv[1]}, dotenv_path=os.devnull))
@@ -206,14 +210,15 @@ except errors.LoginUnusable as error:
 
 
 def test_a_file_without_permission_is_unreadable():
-    with tempfile.TemporaryDirectory() as folder:  # pytest's own lets no other user in
+    # pytest's own folder is closed to other users.
+    with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o711)
         path = os.path.join(folder, "tokens.json")
         os.close(os.open(path, os.O_CREAT, 0o000))
-        said = subprocess.run(
-            [sys.executable, "-c", NOBODY, path], capture_output=True, text=True
+        output = subprocess.run(
+            [sys.executable, "-c", UNPRIVILEGED, path], capture_output=True, text=True
         ).stdout
-    state, user, sentence = said.split(" ", 2)
+    state, user, sentence = output.split(" ", 2)
     assert state == "unreadable"
     assert (
         sentence == f"{path} cannot be read (Permission denied); make it readable for user {user}\n"
@@ -223,7 +228,7 @@ def test_a_file_without_permission_is_unreadable():
 @pytest.mark.parametrize(
     "content", ["", "{", "secret", '{"access_token": "secret secret"}', " " * (1 << 20) + "{}"]
 )
-def test_what_does_not_parse_is_corrupt(store, content):
+def test_a_file_that_does_not_parse_is_corrupt(store, content):
     store.path.write_text(content)
     assert state(store) == "corrupt"
 
@@ -236,7 +241,7 @@ def test_a_file_longer_than_a_login_can_be_is_not_read_whole(store):
 
 
 @needs_root
-def test_another_users_file_is_not_ours_while_it_holds_a_refresh_token(store):
+def test_another_users_file_with_a_refresh_token_is_refused(store):
     put(store)
     os.chown(store.path, 12345, 12345)
     assert state(store) == "not_ours"
@@ -249,7 +254,8 @@ def test_a_link_is_followed_only_without_a_refresh_token(store):
     assert state(store) == "missing"
     put(store)
     assert state(store) == "symlink"
-    put(store, refresh_token=None)  # a mounted Secret
+    # A mounted Secret.
+    put(store, refresh_token=None)
     assert store.current().access_token == "access"
 
 
@@ -283,7 +289,7 @@ def test_a_file_that_names_no_issuer_is_xais_and_foreign_to_any_other(tmp_path):
     assert state(store) == "foreign"
 
 
-def test_xais_login_goes_to_xai_only(tmp_path):
+def test_a_login_of_xai_is_sent_to_xai_only(tmp_path):
     store = make_store(tmp_path, upstream="http://127.0.0.1:1")
     put(store)
     assert state(store) == "foreign"
@@ -318,14 +324,14 @@ def test_xais_login_goes_to_xai_only(tmp_path):
         ("https://[::1].x.ai", False),
     ],
 )
-def test_is_xai(url, good):
+def test_an_address_of_xai_is_recognized(url, good):
     assert token_store.is_xai(url) is good
 
 
-# the proxy's request and the refresher's sign of life
+# the proxy's request and the refresher's heartbeat
 
 
-def test_the_note_names_the_refused_token_without_telling_it(store):
+def test_the_note_has_only_a_fingerprint_of_the_refused_token(store):
     assert store.asked_for() is None
     store.ask_refresh("secret token")
     assert store.asked_for() == tokens.fingerprint("secret token")
@@ -333,7 +339,7 @@ def test_the_note_names_the_refused_token_without_telling_it(store):
     assert sorted(os.listdir(store.path.parent)) == ["tokens.json.refused"]
 
 
-def test_a_note_that_cannot_be_written_is_told_and_leaves_nothing(store):
+def test_a_note_that_cannot_be_written_is_an_error_and_leaves_no_file(store):
     os.mkdir(store.refused_path)
     with pytest.raises(OSError):
         store.ask_refresh("token")
@@ -417,7 +423,7 @@ def test_the_last_login_is_known_while_the_file_cannot_be_read(store):
         (lambda store: store.path.write_text("{"), "corrupt"),
     ],
 )
-def test_a_login_that_was_removed_is_not_known_any_more(store, arrange, state):
+def test_a_removed_login_is_missing(store, arrange, state):
     put(store)
     store.last_known()
     arrange(store)
@@ -430,8 +436,8 @@ def test_a_login_that_was_removed_is_not_known_any_more(store, arrange, state):
     assert store.last_known().access_token == "other"
 
 
-def test_a_login_that_is_removed_while_nothing_can_be_opened_is_missing(store):
-    """An open fails for want of a descriptor before it looks for the file."""
+def test_a_login_removed_while_no_file_can_be_opened_is_missing(store):
+    """Without a descriptor, an open fails before it searches for the file."""
     put(store)
     store.last_known()
     store.path.unlink()
@@ -440,7 +446,7 @@ def test_a_login_that_is_removed_while_nothing_can_be_opened_is_missing(store):
     assert caught.value.state == "missing"
 
 
-def test_without_a_login_before_a_failed_read_is_told_and_not_remembered(store):
+def test_a_failed_first_read_is_an_error_and_not_remembered(store):
     put(store)
     with no_descriptor(), pytest.raises(errors.LoginUnread) as caught:
         store.last_known()
@@ -449,7 +455,7 @@ def test_without_a_login_before_a_failed_read_is_told_and_not_remembered(store):
 
 
 @needs_root
-def test_a_permission_that_comes_back_without_a_trace_in_the_file_is_seen(store):
+def test_a_restored_permission_is_noticed_without_a_change_of_the_file(store):
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o711)
         store = make_store(Path(folder))

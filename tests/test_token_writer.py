@@ -45,14 +45,14 @@ def files(store) -> list[str]:
     return sorted(os.listdir(store.path.parent))
 
 
-def leave_behind(store, text):
+def put_leftover(store, text):
     store.new_path.write_text(text)
 
 
 # saving
 
 
-def test_a_save_is_0600_whatever_the_umask_and_leaves_nothing_beside_it(store):
+def test_a_save_is_0600_with_any_umask_and_leaves_no_other_file(store):
     umask = os.umask(0)
     try:
         save(store, OLD)
@@ -82,8 +82,9 @@ def test_unknown_keys_survive_a_rewrite(store):
 @pytest.mark.parametrize("leftover", [False, True])
 def test_a_file_that_does_not_parse_is_kept_aside(store, leftover, caplog):
     store.path.write_text("{corrupt")
-    if leftover:  # of a login that was killed before its rename
-        leave_behind(store, token_json.to_json(NEW, None))
+    # The leftover of a login that was killed before its rename.
+    if leftover:
+        put_leftover(store, token_json.to_json(NEW, None))
         with token_writer.locked(store, 0):
             pass
     else:
@@ -98,52 +99,53 @@ def test_remove_leaves_only_the_lock(store):
     save(store, OLD)
     store.ask_refresh("old")
     (store.path.parent / "tokens.json.corrupt-5").touch()
-    (
-        store.path.parent / "tokens.json.refused.0123"
-    ).touch()  # of a proxy that was killed while it asked
+    # The leftover of a proxy that was killed while it wrote its note.
+    (store.path.parent / "tokens.json.refused.0123").touch()
     (store.path.parent / "client-keys").touch()
     (store.path.parent / "tokens.json.txt").touch()
     with token_writer.locked(store, 0) as writer:
         writer.save(NEW)
-        leave_behind(store, token_json.to_json(OLD, fingerprint("new-refresh")))
+        put_leftover(store, token_json.to_json(OLD, fingerprint("new-refresh")))
         writer.remove()
     assert files(store) == ["client-keys", "tokens.json.lock", "tokens.json.txt"]
     with token_writer.locked(store, 0) as writer:
         writer.remove()
 
 
-def test_a_folder_in_the_files_place_is_told(store):
+def test_a_folder_in_the_files_place_is_an_error(store):
     os.mkdir(store.path)
     with pytest.raises(errors.StorageError, match="is not a file"):
         save(store, NEW)
 
 
-# left-overs
+# leftovers
 
 
 @pytest.mark.parametrize(
     "text, adopted",
     [
         (token_json.to_json(NEW, fingerprint("old-refresh")), True),
+        # Killed before it was cut off.
         (
             token_json.to_json(NEW, fingerprint("old-refresh")) + " " * token_writer.RESERVE,
             True,
-        ),  # killed before it was cut off
+        ),
+        # Of a login that has been replaced since.
         (
             token_json.to_json(NEW, fingerprint("another")),
             False,
-        ),  # of a login that has been replaced since
+        ),
         (token_json.to_json(NEW, None), False),
         (token_json.to_json(NEW, fingerprint("old-refresh"))[:-3], False),
         (" " * token_writer.RESERVE, False),
         ("", False),
     ],
 )
-def test_a_leftover_is_adopted_only_if_it_is_whole_and_succeeds_what_is_there(
+def test_a_leftover_is_adopted_only_if_it_is_whole_and_succeeds_the_login(
     store, text, adopted, caplog
 ):
     save(store, OLD)
-    leave_behind(store, text)
+    put_leftover(store, text)
     with token_writer.locked(store, 0):
         assert store.load() == (NEW if adopted else OLD)
     assert files(store) == ["tokens.json", "tokens.json.lock"]
@@ -151,37 +153,34 @@ def test_a_leftover_is_adopted_only_if_it_is_whole_and_succeeds_what_is_there(
 
 
 @pytest.mark.parametrize("mark, adopted", [(None, True), (fingerprint("old-refresh"), False)])
-def test_a_leftover_first_login_is_adopted_but_no_refreshed_one_comes_back_after_signing_out(
-    store, mark, adopted
-):
-    leave_behind(store, token_json.to_json(NEW, mark))
+def test_after_a_sign_out_only_a_leftover_first_login_is_adopted(store, mark, adopted):
+    put_leftover(store, token_json.to_json(NEW, mark))
     with token_writer.locked(store, 0):
         assert store.path.exists() is adopted
     assert not store.new_path.exists()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
-def test_another_users_leftover_is_left_alone(store):
+def test_another_users_leftover_is_an_error_and_kept(store):
     save(store, OLD)
-    leave_behind(store, token_json.to_json(NEW, fingerprint("old-refresh")))
+    put_leftover(store, token_json.to_json(NEW, fingerprint("old-refresh")))
     os.chown(store.new_path, 12345, 12345)
     with pytest.raises(errors.StorageError, match="user 12345"), token_writer.locked(store, 0):
         pass
-    assert (
-        store.load() == OLD and store.new_path.exists()
-    )  # it may be the only copy of that user's login
+    # It may be the only copy of that user's login.
+    assert store.load() == OLD and store.new_path.exists()
 
 
-def test_a_leftover_is_not_put_in_the_place_of_a_link(store):
+def test_a_leftover_does_not_replace_a_link(store):
     (store.path.parent / "real.json").write_text(token_json.to_json(OLD, None))
     store.path.symlink_to("real.json")
-    leave_behind(store, token_json.to_json(NEW, fingerprint("old-refresh")))
+    put_leftover(store, token_json.to_json(NEW, fingerprint("old-refresh")))
     with token_writer.locked(store, 0):
         assert store.path.is_symlink()
 
 
 @pytest.mark.parametrize("make", [os.mkdir, lambda path: os.symlink("tokens.json", path)])
-def test_what_is_no_file_in_the_leftovers_place_is_told(store, make):
+def test_any_other_kind_of_file_in_the_leftovers_place_is_an_error(store, make):
     save(store, OLD)
     make(store.new_path)
     before = len(os.listdir("/proc/self/fd"))
@@ -198,9 +197,11 @@ def test_a_rehearsal_leaves_the_login_and_room_for_its_successor(store):
     with token_writer.locked(store, 0) as writer:
         inode = store.path.stat().st_ino
         reserved = writer.rehearse(OLD)
-        assert store.load() == OLD and store.path.stat().st_ino != inode  # it was really renamed
+        # It was really renamed.
+        assert store.load() == OLD and store.path.stat().st_ino != inode
         status = store.new_path.stat()
-        assert status.st_size == status.st_blocks * 512 == 65536  # no hole
+        # The file has no hole.
+        assert status.st_size == status.st_blocks * 512 == 65536
         assert stat.S_IMODE(status.st_mode) == 0o600
         reserved.commit(NEW)
         assert store.load() == NEW and store.path.stat().st_ino == status.st_ino
@@ -208,7 +209,7 @@ def test_a_rehearsal_leaves_the_login_and_room_for_its_successor(store):
     assert files(store) == ["tokens.json", "tokens.json.lock"]
 
 
-def test_a_discarded_rehearsal_leaves_nothing(store):
+def test_a_discarded_rehearsal_leaves_no_file(store):
     save(store, OLD)
     before = len(os.listdir("/proc/self/fd"))
     with token_writer.locked(store, 0) as writer:
@@ -218,7 +219,7 @@ def test_a_discarded_rehearsal_leaves_nothing(store):
     assert len(os.listdir("/proc/self/fd")) == before and store.load() == NEW
 
 
-def test_a_login_removed_by_hand_meanwhile_is_not_brought_back(store):
+def test_a_login_removed_by_hand_meanwhile_is_not_restored(store):
     save(store, OLD)
     with token_writer.locked(store, 0) as writer:
         reserved = writer.rehearse(OLD)
@@ -229,7 +230,7 @@ def test_a_login_removed_by_hand_meanwhile_is_not_brought_back(store):
     assert files(store) == []
 
 
-def test_a_login_put_there_without_the_lock_meanwhile_is_kept(store):
+def test_a_login_written_without_the_lock_meanwhile_is_kept(store):
     save(store, OLD)
     before = len(os.listdir("/proc/self/fd"))
     with token_writer.locked(store, 0) as writer:
@@ -249,7 +250,7 @@ def test_a_login_put_there_without_the_lock_meanwhile_is_kept(store):
 @pytest.mark.parametrize(
     "write", [lambda writer: writer.rehearse(OLD), lambda writer: writer.save(OLD, over=OLD)]
 )
-def test_a_login_put_there_before_the_rehearsal_is_kept(store, write):
+def test_a_login_written_before_the_rehearsal_is_kept(store, write):
     save(store, NEW)
     before = len(os.listdir("/proc/self/fd"))
     with (
@@ -285,7 +286,7 @@ def replaced_by_a_link(store):
 @pytest.mark.parametrize(
     "change", [tidied_away, moved, replaced_by_a_strangers, replaced_by_a_link]
 )
-def test_a_reserve_that_is_not_at_its_path_any_more_is_made_anew(store, change):
+def test_a_reserve_that_was_removed_or_replaced_is_made_again(store, change):
     save(store, OLD)
     with token_writer.locked(store, 0) as writer:
         reserved = writer.rehearse(OLD)
@@ -295,7 +296,7 @@ def test_a_reserve_that_is_not_at_its_path_any_more_is_made_anew(store, change):
     assert stat.S_IMODE(store.path.stat().st_mode) == 0o600 and not store.path.is_symlink()
 
 
-def test_a_discard_leaves_another_ones_file_alone(store):
+def test_a_discard_does_not_remove_the_file_of_another_process(store):
     save(store, OLD)
     with token_writer.locked(store, 0) as writer:
         reserved = writer.rehearse(OLD)
@@ -304,12 +305,13 @@ def test_a_discard_leaves_another_ones_file_alone(store):
     assert store.new_path.exists()
 
 
-def test_a_save_that_failed_is_not_done_until_it_succeeds(store):
+def test_a_failed_save_can_be_retried_until_it_succeeds(store):
     save(store, OLD)
     with token_writer.locked(store, 0) as writer:
         reserved = writer.rehearse(OLD)
         store.new_path.unlink()
-        store.new_path.mkdir()  # nobody can make a file there
+        # No process can make a file there.
+        store.new_path.mkdir()
         for _ in range(3):
             with pytest.raises(errors.StorageError, match="Is a directory"):
                 reserved.commit(NEW)
@@ -319,7 +321,7 @@ def test_a_save_that_failed_is_not_done_until_it_succeeds(store):
     assert store.load() == NEW
 
 
-def test_a_rename_that_was_done_and_reported_as_failed_is_done(store):
+def test_a_rename_that_was_done_and_reported_as_failed_counts(store):
     save(store, OLD)
     with token_writer.locked(store, 0) as writer:
         reserved = writer.rehearse(OLD)
@@ -340,7 +342,7 @@ def test_a_removed_folder_is_a_sign_out(store):
     assert not store.path.parent.exists()
 
 
-# every system call of it fails
+# each system call of a save fails
 
 CHILD = """
 import os, pathlib, sys, time
@@ -364,7 +366,7 @@ def run_child(store, *inject, leftover=""):
     paths = [store.path, store.new_path, store.lock_path, store.path.parent]
     save(store, OLD)
     if leftover:
-        leave_behind(store, leftover)
+        put_leftover(store, leftover)
     log = store.path.parent.parent / f"{store.path.parent.name}.strace"
     done = subprocess.run(
         [
@@ -382,7 +384,7 @@ def run_child(store, *inject, leftover=""):
 
 
 def every_call(tmp_path):
-    """(name, n) of each system call by which a login is saved, in order."""
+    """(name, n) of each system call that saves a login, in order."""
     done, calls = run_child(make_store(tmp_path / "whole"))
     assert done.returncode == 0, done.stderr
     return [(name, calls[: index + 1].count(name)) for index, name in enumerate(calls)]
@@ -397,7 +399,7 @@ def test_a_successor_is_synced_whole_before_its_rename_and_the_folder_after_it(t
 
 @needs_strace
 def test_a_leftover_is_synced_before_it_is_adopted(tmp_path):
-    """Its writer may have been killed before it did so."""
+    """Its writer may have been killed before its sync."""
     (tmp_path / "left").mkdir()
     store = make_store(tmp_path / "left")
     done, calls = run_child(store, leftover=token_json.to_json(NEW, fingerprint("old-refresh")))
@@ -410,7 +412,7 @@ def test_a_leftover_is_synced_before_it_is_adopted(tmp_path):
 
 
 @needs_strace
-def test_where_a_folder_cannot_be_locked_the_file_is(tmp_path):
+def test_the_file_is_locked_where_a_folder_cannot_be(tmp_path):
     (tmp_path / "folder").mkdir()
     done, _ = run_child(
         make_store(tmp_path / "folder"),
@@ -429,8 +431,8 @@ def test_where_a_folder_cannot_be_locked_the_file_is(tmp_path):
 
 
 @needs_strace
-def test_a_folder_that_cannot_be_synced_after_the_rename_is_told_as_that(tmp_path):
-    """The login is in the file then, and the second attempt syncs it."""
+def test_a_folder_that_cannot_be_synced_after_the_rename_is_an_error_of_its_own(tmp_path):
+    """The file has the login by then, and the second attempt syncs it."""
     (tmp_path / "whole").mkdir()
     last = [name for name, _ in every_call(tmp_path)].count("fsync")
     (tmp_path / "folder").mkdir()
@@ -441,7 +443,7 @@ def test_a_folder_that_cannot_be_synced_after_the_rename_is_told_as_that(tmp_pat
 
 
 @needs_strace
-def test_an_error_of_any_system_call_loses_nothing(tmp_path):
+def test_an_error_of_any_system_call_loses_no_login(tmp_path):
     (tmp_path / "whole").mkdir()
     calls = every_call(tmp_path)
     assert {name for name, _ in calls} == set(SAVING.split(",")) and len(calls) > 20
@@ -452,7 +454,7 @@ def test_an_error_of_any_system_call_loses_nothing(tmp_path):
         store = make_store(tmp_path / f"{name}{n}")
         done, _ = run_child(store, "-e", f"inject={name}:error=EIO:when={n}")
         spent = (store.path.parent / "spent").exists()
-        # Either nothing was spent and one sentence says why, or it was saved, by the second attempt
+        # Either nothing was spent and one sentence has the reason, or it was saved, by the second attempt
         # at the latest.
         if done.returncode:
             assert re.search(

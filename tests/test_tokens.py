@@ -1,4 +1,4 @@
-"""A login: its state and age at a time, and what its tokens reveal."""
+"""A login: its state and age at a time, and the claims of its tokens."""
 
 import base64
 import json
@@ -36,10 +36,14 @@ def make(**members) -> tokens.Login:
 @pytest.mark.parametrize(
     "lifetime, skew, margin",
     [
-        (21600, 120, 4320),  # a fifth of six hours
-        (900, 120, 180),  # a fifth of fifteen minutes is still more than the skew
-        (500, 120, 120),  # the skew is more than a fifth
-        (200, 120, 100),  # never over half
+        # A fifth of six hours.
+        (21600, 120, 4320),
+        # A fifth of fifteen minutes is still more than the skew.
+        (900, 120, 180),
+        # The skew is more than a fifth.
+        (500, 120, 120),
+        # Never over half.
+        (200, 120, 100),
         (3, 120, 1.5),
     ],
 )
@@ -49,7 +53,7 @@ def test_a_token_is_stale_when_less_than_the_margin_is_left(lifetime, skew, marg
     assert login.state(lifetime - margin + 0.001, skew) is State.STALE
 
 
-def test_a_token_is_invalid_from_the_second_it_expires():
+def test_a_token_is_invalid_from_the_second_of_its_expiry():
     login = make(obtained_at=0, expires_at=100)
     assert login.state(99.999, 10) is State.STALE
     assert login.state(100, 10) is State.INVALID
@@ -63,7 +67,7 @@ def test_without_a_lifetime_the_margin_is_the_skew(obtained_at):
     assert login.state(1880.001, 120) is State.STALE
 
 
-def test_a_jwt_tells_the_lifetime_and_age_of_a_file_without_obtained_at():
+def test_a_jwt_gives_the_lifetime_and_age_of_a_file_without_obtained_at():
     login = make(access_token=jwt(iat=500, exp=2000), obtained_at=None)
     assert login.lifetime() == 1500
     assert login.age(600) == 100
@@ -77,17 +81,17 @@ def test_an_unknown_or_negative_age_counts_as_old(obtained_at, now, age):
     assert make(obtained_at=obtained_at).age(now) == age
 
 
-# what a token holds and reveals
+# claims
 
 
 @pytest.mark.parametrize(
     "token", ["", "a", "a.b", "a.!.c", "é.é.é", "a." + "W" * 200000 + ".c", f"a.{'WzFd'}.c"]
 )
-def test_what_is_no_jwt_has_no_claims(token):
+def test_a_malformed_jwt_has_no_claims(token):
     assert tokens.jwt_claims(token) == {}
 
 
-def test_deep_claims_are_no_claims():
+def test_deeply_nested_claims_are_ignored():
     deep = base64.urlsafe_b64encode(b"[" * 100000).decode()
     assert tokens.jwt_claims(f"a.{deep}.c") == {}
 
@@ -99,11 +103,11 @@ def test_a_token_is_in_no_repr():
     assert tokens.fingerprint("refresh") not in repr(make())
 
 
-# what the API says of it
+# the API's errors
 
 
 @pytest.mark.parametrize("name", [name for name, (status, *_) in ERRORS.items() if status == 403])
-def test_only_a_dead_token_is_one_that_a_403_refuses(name):
+def test_only_a_403_about_the_token_counts_as_a_refused_token(name):
     body = ERRORS[name][1]
     body = (body if isinstance(body, str) else json.dumps(body)).encode()
     assert tokens.is_refusal(body) is name.startswith("bad_credentials")

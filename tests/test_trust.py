@@ -1,4 +1,4 @@
-"""Both halves trust alike, and as curl does: the requests to the issuer, and those to upstream."""
+"""Both halves verify certificates alike, and as curl does: requests to the issuer and to upstream."""
 
 import contextlib
 import os
@@ -20,10 +20,11 @@ from xaiproxy.oauth.session import Session
 KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
 CA = ("basicConstraints=critical,CA:TRUE", "keyUsage=critical,keyCertSign")
 NAMED = ("subjectAltName=IP:127.0.0.1",)
+# openssl adds these by itself otherwise.
 NO_IDS = (
     "authorityKeyIdentifier=none",
     "subjectKeyIdentifier=none",
-)  # which openssl adds by itself otherwise
+)
 
 
 class Authority:
@@ -74,7 +75,7 @@ class Authority:
         )
 
     def path(self, *names: str) -> Path:
-        """A file that holds all these."""
+        """A file with all these certificates."""
         path = self.folder / ("+".join(names) + ".bundle")
         path.write_text("".join((self.folder / f"{name}.pem").read_text() for name in names))
         return path
@@ -87,7 +88,8 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
     made.sign("no-aki", NAMED + NO_IDS)
     made.sign("other-address", ("subjectAltName=IP:127.0.0.9",))
     made.sign("expired", NAMED, days=-1)
-    made.sign("careless-ca", ("basicConstraints=CA:TRUE", *NO_IDS))  # not critical, no key usage
+    # Not critical, and without key usage.
+    made.sign("careless-ca", ("basicConstraints=CA:TRUE", *NO_IDS))
     made.sign("below-careless", NAMED + NO_IDS, by="careless-ca")
     made.sign("no-ca", NAMED)
     made.sign("below-no-ca", NAMED, by="no-ca")
@@ -155,7 +157,7 @@ def settings(port: int, ca: Path | None, **environ: str) -> config.Config:
 
 
 def of_issuer(settings: config.Config) -> str:
-    """What a request to the issuer says when it fails; "" when it does not."""
+    """The error of a request to the issuer; "" if it succeeds."""
     try:
         assert Session(settings).get(settings.upstream).status == 200
     except errors.IssuerUnavailable as error:
@@ -182,7 +184,7 @@ def of_curl(settings: config.Config) -> str:
     return done.stderr
 
 
-# What serves, with what the file of CA certificates holds; and what is said when it is refused.
+# The server's certificates, those of the CA file, and the error if they are refused.
 CASES = {
     "as usual": (["usual"], ["ca"], ""),
     "no authority key identifier": (["no-aki"], ["ca"], ""),
@@ -212,20 +214,22 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_both_halves_trust_what_curl_does(authority: Authority, case: str) -> None:
-    chain, trusted, said = CASES[case]
+def test_both_halves_accept_the_certificates_that_curl_accepts(
+    authority: Authority, case: str
+) -> None:
+    chain, trusted, message = CASES[case]
     ca = authority.path(*trusted)
     with serving(authority, *chain) as port:
         about = settings(port, ca)
         answers = [of_issuer(about), of_upstream(about)]
         if shutil.which("curl"):
-            assert bool(of_curl(about)) is bool(said)
+            assert bool(of_curl(about)) is bool(message)
     for answer in answers:
-        assert (said.format(ca=ca) in answer) if said else answer == ""
+        assert (message.format(ca=ca) in answer) if message else answer == ""
         assert "set SSL_CERT_FILE" not in answer
 
 
-def test_without_a_file_of_their_own_both_say_what_to_set(authority: Authority) -> None:
+def test_without_a_ca_file_both_errors_name_the_setting(authority: Authority) -> None:
     with serving(authority, "usual") as port:
         for answer in (of_issuer(settings(port, None)), of_upstream(settings(port, None))):
             assert (
@@ -235,8 +239,8 @@ def test_without_a_file_of_their_own_both_say_what_to_set(authority: Authority) 
             )
 
 
-def test_strict_verification_would_refuse_what_is_trusted_here(authority: Authority) -> None:
-    """Which Python 3.13 has for all contexts but those that set their own flags."""
+def test_strict_verification_would_refuse_certificates_accepted_here(authority: Authority) -> None:
+    """Python 3.13 has it for all contexts that do not set their own flags."""
     with serving(authority, "no-aki") as port:
         about = settings(port, authority.path("ca"))
         context = trust.context(about.egress)
@@ -266,13 +270,14 @@ print(Session(config.from_environ(os.environ)).get(sys.argv[1]).status)
 
 
 @pytest.mark.parametrize("through", ["", "http", "https"])
-def test_the_version_of_python_changes_nothing(
+def test_the_same_certificates_are_accepted_with_python_3_13(
     authority: Authority, through: str, tmp_path: Path
 ) -> None:
     with contextlib.ExitStack() as stack:
         port, environ = stack.enter_context(serving(authority, "named")), {}
         url = f"https://127.0.0.1:{port}"
-        if through:  # of which loopback has no need
+        # Loopback needs no proxy.
+        if through:
             proxy = stack.enter_context(tunnelling(authority if through == "https" else None))
             environ["HTTPS_PROXY"], url = (
                 f"{through}://127.0.0.1:{proxy}",
@@ -332,9 +337,7 @@ def tunnelling(authority: Authority | None):
         thread.join()
 
 
-def test_a_file_of_ca_certificates_that_is_gone_is_named(
-    authority: Authority, tmp_path: Path
-) -> None:
+def test_a_missing_file_of_ca_certificates_is_named(authority: Authority, tmp_path: Path) -> None:
     path = tmp_path / "ca.pem"
     with serving(authority, "usual") as port:
         path.write_bytes(authority.path("stranger").read_bytes())
@@ -345,7 +348,6 @@ def test_a_file_of_ca_certificates_that_is_gone_is_named(
             f"the CA certificates of {path} cannot be read (No such file or directory); correct "
             "that file, or set SSL_CERT_FILE"
         )
-        path.write_bytes(
-            authority.path("ca").read_bytes()
-        )  # as when a CA is changed while the refresher runs
+        # The CA file may be replaced while the refresher runs.
+        path.write_bytes(authority.path("ca").read_bytes())
         assert of_issuer(about) == ""
