@@ -262,8 +262,9 @@ class Run:
                 ("--doctor", "--json"),
             ):
                 self.command(*options, XAI_PROXY_PORT=str(port))
-            # Tokens with a short lifetime, and an issuer with faults of its own, which quotes what it got.
-            refresher = int(supervised.said(r"spawned: 'refresher' with pid (\d+)")[1])
+            # tokens that are soon to end, and an issuer with troubles of its own, which quotes what
+            # it got
+            refresher = int(supervised.wait_for_line(r"spawned: 'refresher' with pid (\d+)")[1])
             sandbox.set(access_token_lifetime=4)
             self.sign_in_by_device()
             quoting = {
@@ -300,9 +301,9 @@ class Run:
             os.kill(refresher, signal.SIGHUP)
             refreshes = sandbox.counters()["refreshes"]
             sandbox.wait(lambda counters: counters["refreshes"] > refreshes)
-            # A crash of each program.
-            supervised.said("success: proxy entered RUNNING state")
-            proxy = int(supervised.said(r"spawned: 'proxy' with pid (\d+)")[1])
+            # a crash of each
+            supervised.wait_for_line("success: proxy entered RUNNING state")
+            proxy = int(supervised.wait_for_line(r"spawned: 'proxy' with pid (\d+)")[1])
             for pid, name in (
                 (supervised.process.pid, "supervisord"),
                 (proxy, "proxy"),

@@ -86,7 +86,7 @@ def test_sigterm_drains_the_proxy_before_the_refresher_stops_and_ends_with_0(tmp
     as_root = [line for line in supervised.complaints() if "running as root" in line]
     assert len(as_root) == (os.getuid() == 0)
     assert set(supervised.complaints()) - set(as_root) == {
-        supervised.said(".*received SIGTERM.*\n")[0]
+        supervised.wait_for_line(".*received SIGTERM.*\n")[0]
     }
     assert not (tmp_path / "supervisord.pid").exists()
 
@@ -120,7 +120,11 @@ def test_a_program_that_ends_with_78_is_not_started_again_and_ends_all_with_70(
     log = "".join(supervised.lines)
     assert log.count("a wrong setting") == log.count("spawned: 'refresher'") == 1
     assert (
-        len(supervised.said(r".*CRIT refresher .*exit status 78.* ending with status 70.*\n")[0])
+        len(
+            supervised.wait_for_line(
+                r".*CRIT refresher .*exit status 78.* ending with status 70.*\n"
+            )[0]
+        )
         < 300
     )
     assert log.index("CRIT refresher") < log.index("stopped: proxy (exit status 0)")
@@ -140,8 +144,8 @@ def test_a_program_that_cannot_be_kept_running_ends_all_with_70(tmp_path, sandbo
     )
     with Supervised(tmp_path, sandbox, conf=conf) as supervised:
         assert supervised.ended() == 70
-    supervised.said(r"CRIT refresher cannot be kept running .* ending with status 70")
-    supervised.said(r"stopped: proxy \(exit status 0\)")
+    supervised.wait_for_line(r"CRIT refresher cannot be kept running .* ending with status 70")
+    supervised.wait_for_line(r"stopped: proxy \(exit status 0\)")
 
 
 def test_sigterm_while_a_program_waits_for_its_next_start_ends_with_0(tmp_path, sandbox):
@@ -149,8 +153,7 @@ def test_sigterm_while_a_program_waits_for_its_next_start_ends_with_0(tmp_path, 
     with Supervised(
         tmp_path, sandbox, conf=stand_ins(tmp_path, proxy=FAILING, refresher=SLOW_TO_STOP)
     ) as supervised:
-        # The next start comes two seconds later.
-        supervised.said("exited: proxy", times=2)
+        supervised.wait_for_line("exited: proxy", times=2)  # the next start is two seconds off
         supervised.signal(signal.SIGTERM)
         assert supervised.ended() == 0
 
@@ -160,7 +163,7 @@ def test_the_programs_end_when_supervisord_is_killed(tmp_path, sandbox):
         tmp_path, refresher="echo up\n" + QUICK_TO_STOP, proxy="echo up\n" + QUICK_TO_STOP
     )
     with Supervised(tmp_path, sandbox, conf=conf) as supervised:
-        supervised.said("^up", times=2)
+        supervised.wait_for_line("^up", times=2)
         ends = [os.pidfd_open(pid) for pid in supervised.pids().values()]
         supervised.signal(signal.SIGKILL)
         assert all(readable(end, 10) for end in ends)
@@ -228,7 +231,7 @@ def test_lines_of_two_programs_are_not_mixed(tmp_path, sandbox):
         "trap 'printf last; exit 0' TERM; while :; do sleep 0.05; done",
     )
     with Supervised(tmp_path, sandbox, conf=conf) as supervised:
-        supervised.said("^the first half and the second\n")
+        supervised.wait_for_line("^the first half and the second\n")
         supervised.signal(signal.SIGTERM)
         assert supervised.ended() == 0
     assert {"a whole line\n", "got SIGTERM\n", "last\n"} <= set(supervised.lines)
@@ -252,10 +255,10 @@ def test_a_read_only_file_system_without_a_temporary_folder_suffices(tmp_path, s
         prefix=("unshare", "-rm", "sh", "-ec", script, "sh"),
         TMPDIR=image.get("TMPDIR", ""),
     ) as supervised:
-        supervised.said("spawned: 'proxy'")
+        supervised.wait_for_line("spawned: 'proxy'")
         supervised.signal(signal.SIGTERM)
         assert supervised.ended() == 0
-    supervised.said("could not write pidfile")
+    supervised.wait_for_line("could not write pidfile")
 
 
 def test_supervision_works_without_standard_streams(tmp_path, sandbox):
@@ -288,7 +291,7 @@ def test_supervision_works_for_a_user_without_privileges(tmp_path, sandbox):
             assert client.ask("GET", "/v1/models").status == 200
         supervised.signal(signal.SIGTERM)
         assert supervised.ended() == 0
-    assert supervised.complaints() == [supervised.said(".*received SIGTERM.*\n")[0]]
+    assert supervised.complaints() == [supervised.wait_for_line(".*received SIGTERM.*\n")[0]]
 
 
 def test_a_stdout_that_cannot_be_opened_again_gets_every_line(tmp_path, sandbox):
@@ -299,8 +302,8 @@ def test_a_stdout_that_cannot_be_opened_again_gets_every_line(tmp_path, sandbox)
         supervised.client().close()
         supervised.signal(signal.SIGTERM)
         assert supervised.ended() == 0
-        supervised.said('"stopped"')
-        supervised.said(r"stopped: refresher \(exit status 0\)")
+        supervised.wait_for_line('"stopped"')
+        supervised.wait_for_line(r"stopped: refresher \(exit status 0\)")
 
 
 def test_documented_stop_timeouts_are_long_enough():
@@ -357,8 +360,7 @@ def test_an_unread_stdout_blocks_no_request(tmp_path, sandbox):
             streaming.chunk()
         assert streaming.chunk().startswith(b"data: ")
         supervised.read_on()
-        # The count needs no further line.
-        supervised.said(r"\d{3,} log lines were dropped")
+        supervised.wait_for_line(r"\d{3,} log lines were dropped")  # which needs no further line
 
 
 def ask_for_nothing(client):

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from network import NameServer, black_hole, hosts, refused_port
 from proxy_process import Client, ProxyProcess
-from raw_connection import PATIENCE, RawConnection
+from raw_connection import TIMEOUT, RawConnection
 from scripted_upstream import OK, ScriptedUpstream, make_certificate
 
 from xaiproxy import config
@@ -923,7 +923,7 @@ def socks(tmp_path: Path, certificate: tuple) -> Iterator[tuple[ProxyProcess, so
             },
         ) as proxy,
     ):
-        listener.settimeout(PATIENCE)
+        listener.settimeout(TIMEOUT)
         proxy.sign_in()
         yield proxy, listener
 

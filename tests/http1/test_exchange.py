@@ -21,7 +21,7 @@ import pytest
 from exchanges import perform
 from network import refused_port
 from proxy_process import Client, ProxyProcess, both_ways
-from raw_connection import KEPT, PATIENCE, readable
+from raw_connection import KEPT, TIMEOUT, readable
 from request_bodies import whole_body
 from scripted_upstream import OK, Request, ScriptedUpstream, make_certificate
 
@@ -997,7 +997,7 @@ def test_record_without_content_on_an_idle_connection_is_no_end(tmp_path: Path, 
         assert b"".join(sent.parts()) == b""
         sent.finish()
         server.stdin.write(b"k\n")
-        assert readable([connection.socket], PATIENCE)
+        assert readable([connection.socket], TIMEOUT)
         if end:
             server.kill()
             server.wait()
@@ -1165,7 +1165,7 @@ def test_a_client_that_closes_while_an_error_stops_the_upload_leaves_no_connecti
 
     owner = gevent.getcurrent()
     head = request_head.parse(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n")
-    body = RequestBody(head, Client(), PATIENCE)
+    body = RequestBody(head, Client(), TIMEOUT)
     # All in one read, after which the first wait is for the end of the upload.
     refused = b"HTTP/1.1 103 Early\r\n\r\nHTTP/1.1 400 Bad\r\nContent-Length: 2\r\n\r\nno"
     with ScriptedUpstream() as scripted, concurrent.futures.ThreadPoolExecutor(1) as threads:

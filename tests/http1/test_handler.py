@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from proxy_process import Client, ProxyProcess, both_ways
-from raw_connection import PATIENCE, RawConnection, readable
+from raw_connection import TIMEOUT, RawConnection, readable
 from scripted_upstream import Request, ScriptedUpstream, pour
 
 from xaiproxy.http1.connection import READ
@@ -277,7 +277,7 @@ def received_before(answer: Client, other: RawConnection) -> int:
     """Bytes that come on `other` until something comes on `answer`."""
     count, ready = 0, []
     while answer.sock not in ready:
-        ready = readable([answer.sock, other.sock], PATIENCE)
+        ready = readable([answer.sock, other.sock], TIMEOUT)
         assert ready, "neither an answer nor anything else came"
         if other.sock in ready:
             count += len(other.sock.recv(1 << 20))
@@ -434,7 +434,7 @@ def test_client_may_take_longer_to_read_an_answer_of_upstream(
             )
             sent = pour(request.connection, 0, size)
             time.sleep(1)
-            thread = threading.Thread(target=pour, args=(request.connection, sent, size, PATIENCE))
+            thread = threading.Thread(target=pour, args=(request.connection, sent, size, TIMEOUT))
             thread.start()
             assert len(client.message().body) == size
             thread.join()

@@ -17,7 +17,7 @@ import websockets.sync.client
 import websockets.sync.server
 from exchanges import perform
 from proxy_process import Client, ProxyProcess
-from raw_connection import KEPT, PATIENCE, RawConnection
+from raw_connection import KEPT, TIMEOUT, RawConnection
 from scripted_upstream import PATTERN, Request, ScriptedUpstream, pour
 from websocket_handshake import ACCEPTED, HANDSHAKE, LINES, handshake
 from websockets.exceptions import ConnectionClosed, ConnectionClosedError
@@ -292,7 +292,7 @@ class NarrowClient(Client):
 
     def __init__(self, port: int):
         sock = socket.socket()
-        sock.settimeout(PATIENCE)
+        sock.settimeout(TIMEOUT)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.connect(("127.0.0.1", port))
         RawConnection.__init__(self, sock)
@@ -391,9 +391,9 @@ def tunnel(
         contextlib.closing(Connection(ours)) as client,
         theirs,
         contextlib.closing(answered),
-        gevent.Timeout(PATIENCE),
+        gevent.Timeout(TIMEOUT),
     ):
-        theirs.settimeout(PATIENCE)
+        theirs.settimeout(TIMEOUT)
         running = gevent.spawn(Tunnel(answered, client).run, b"")
         gevent.sleep(0)
         gevent.sleep(0)
@@ -547,7 +547,7 @@ def test_a_hundred_megabytes_each_way(address: tuple[ProxyProcess, str]) -> None
         sender = threading.Thread(target=send)
         sender.start()
         for _ in range(count):
-            assert connection.recv(PATIENCE) == PATTERN
+            assert connection.recv(TIMEOUT) == PATTERN
             ahead.release()
         sender.join()
         assert proxy.resident_kib() - before < 8192

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from proxy_process import Client, ProxyProcess, both_ways
-from raw_connection import KEPT, PATIENCE, Message, readable
+from raw_connection import KEPT, TIMEOUT, Message, readable
 from sandbox import Sandbox
 from scripted_upstream import Request, ScriptedUpstream
 
@@ -314,7 +314,7 @@ def test_client_keys_count_from_the_very_next_request(
     def is_admitted(client: Client, name: str) -> bool:
         client.request("GET", "/v1/x", f"Authorization: Bearer key-of-{name}")
         if client.sock in readable(
-            [client.sock, upstream.listener, *(one.sock for one in upstream.connections)], PATIENCE
+            [client.sock, upstream.listener, *(one.sock for one in upstream.connections)], TIMEOUT
         ):
             assert_refusal(client.message(), 401, "client_key_required")
             return False
@@ -785,7 +785,7 @@ def test_bodies_beyond_the_memory_are_not_sent_again(
                 upstream.listener,
                 *(connection.sock for connection in upstream.connections),
             ],
-            PATIENCE,
+            TIMEOUT,
         )
         if came:
             upstream.receive().answer()

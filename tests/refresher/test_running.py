@@ -165,7 +165,7 @@ def test_two_refreshers_of_one_login_never_spend_a_token_twice(sandbox, start, t
     for process in both:
         process.signal(signal.SIGTERM)
         assert process.wait() == 0
-        assert not process.said("could not be refreshed")
+        assert not process.logged("could not be refreshed")
     assert (sandbox.counters()["reuses"], tries(sandbox)) == (0, 3)
     assert works(sandbox, store.load())
 
@@ -192,10 +192,10 @@ def test_a_sign_in_during_a_refresh_waits_for_it_and_then_replaces_it(sandbox, s
         capture_output=True,
         timeout=20,
     )
-    wait_until(lambda: process.said("signed in") == 2)
+    wait_until(lambda: process.logged("signed in") == 2)
     assert (
-        process.said("refreshed") == 2
-        and not process.said("could not")
+        process.logged("refreshed") == 2
+        and not process.logged("could not")
         and works(sandbox, store.load())
     )
     assert (
@@ -241,8 +241,8 @@ def test_a_stopped_refresher_refreshes_when_it_continues(sandbox, start, tmp_pat
     wait_until(lambda: store.load().state(time.time(), 120) is State.INVALID)
     process.signal(signal.SIGCONT)
     sandbox.wait(lambda seen: seen["refreshes"] == 2)
-    wait_until(lambda: process.said("refreshed") == 2)
-    assert sandbox.counters()["reuses"] == 0 and not process.said("could not")
+    wait_until(lambda: process.logged("refreshed") == 2)
+    assert sandbox.counters()["reuses"] == 0 and not process.logged("could not")
 
 
 # a kill at every system call of its save
@@ -317,7 +317,8 @@ def test_a_refreshed_login_that_cannot_be_saved_is_kept_in_memory_until_then(
     process.signal(signal.SIGTERM)
     assert process.wait() == 0
     assert (
-        process.said("memory only") == 1 and process.said("refreshed; the access token lasts") == 1
+        process.logged("memory only") == 1
+        and process.logged("refreshed; the access token lasts") == 1
     )
     assert "No space left on device" in "".join(process.lines)
     login = make_store(sandbox, path).load()
@@ -358,7 +359,7 @@ def test_a_full_disk_keeps_the_old_login_and_spends_no_token(
     assert (login.access_token, login.refresh_token) == (old["access_token"], old["refresh_token"])
     assert works(sandbox, login) and tries(sandbox) == 0
     assert (login.refresh_error is not None and login.refresh_error.code == "storage") is recorded
-    assert not store.new_path.exists() and process.said("No space left") == 1
+    assert not store.new_path.exists() and process.logged("No space left") == 1
     os.unlink(seen_from(process, folder / "filling"))
     process.wait_for("refreshed after")
     assert (
@@ -377,9 +378,9 @@ def test_a_failure_that_cannot_be_recorded_is_logged_as_itself(sandbox, start, t
     sandbox.wait(lambda seen: len(sandbox.requests("/.well-known")) == 3)
     process.signal(signal.SIGTERM)
     assert process.wait() == 0
-    assert process.said("could not be refreshed") == process.said(
+    assert process.logged("could not be refreshed") == process.logged(
         "HTTP 502"
-    ) == 1 and not process.said("No space")
+    ) == 1 and not process.logged("No space")
 
 
 UNWRITABLE = {
@@ -401,10 +402,8 @@ def test_a_folder_that_cannot_be_written_is_logged_and_no_token_is_spent(
     old = put_stale(sandbox, folder / "tokens.json")
     process = start(folder / "tokens.json", before=mounted(script, folder))
     process.wait_for("could not be refreshed")
-    # Time for another try.
-    time.sleep(1.2)
-    # One sentence is about the folder, one about the refresh.
-    assert process.said(reason) == sentences
+    time.sleep(1.2)  # another try
+    assert process.logged(reason) == sentences  # one about the folder, one about the refresh
     assert tries(sandbox) == 0
     login = make_store(sandbox, seen_from(process, folder / "tokens.json")).load()
     assert login.access_token == old["access_token"] and works(sandbox, login)

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from checkout import ROOT, SUPPORT
 from forked_process import PYTHON, run_python, start_python
-from raw_connection import PATIENCE, Message, RawConnection
+from raw_connection import TIMEOUT, Message, RawConnection
 
 from xaiproxy import config
 
@@ -33,7 +33,7 @@ class Client(RawConnection):
     """A connection to the proxy."""
 
     def __init__(self, port: int, host: str = "127.0.0.1"):
-        super().__init__(socket.create_connection((host, port), timeout=PATIENCE))
+        super().__init__(socket.create_connection((host, port), timeout=TIMEOUT))
 
     def request(
         self,
@@ -131,7 +131,7 @@ class ProxyProcess:
             return list(self._lines)
 
     def wait_for_log(
-        self, predicate: Callable[[dict[str, Any]], Any], seconds: float = PATIENCE, start: int = 0
+        self, predicate: Callable[[dict[str, Any]], Any], seconds: float = TIMEOUT, start: int = 0
     ) -> dict[str, Any]:
         """The first line from number `start` on for which `predicate` holds."""
         deadline = time.monotonic() + seconds
@@ -148,7 +148,7 @@ class ProxyProcess:
                 )
                 self._changed.wait(min(left, 0.2))
 
-    def wait_for_request(self, path: str, seconds: float = PATIENCE) -> dict[str, Any]:
+    def wait_for_request(self, path: str, seconds: float = TIMEOUT) -> dict[str, Any]:
         """The line of the last request for `path`, which should be a path of the test's own."""
         return self.wait_for_log(lambda line: line.get("path") == path, seconds)
 
@@ -211,10 +211,10 @@ class ProxyProcess:
     def terminate(self) -> None:
         self.process.send_signal(signal.SIGTERM)
 
-    def wait(self, seconds: float = PATIENCE) -> int:
+    def wait(self, seconds: float = TIMEOUT) -> int:
         """Its exit code, with the whole log read."""
         code = self.process.wait(seconds)
-        self._reader.join(PATIENCE)
+        self._reader.join(TIMEOUT)
         return code
 
     def kill(self) -> None:

@@ -13,14 +13,16 @@ from collections.abc import Iterable, Iterator
 
 # By default, in responses whose connection stays open.
 KEPT = b"Connection: keep-alive\r\nKeep-Alive: timeout=595\r\n"
-PATIENCE = 8.0  # seconds that a test waits for what must come
+# In seconds. By default, a test waits this long for what must come.
+TIMEOUT = 8.0
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER that turns close into a reset
 
 
 def readable(sockets: Iterable[socket.socket], seconds: float = 0) -> list[socket.socket]:
-    """Those that have bytes or an end to be read, waited for."""
+    """Wait until some of the sockets have bytes or EOF to read, and return those."""
     by_number = {sock.fileno(): sock for sock in sockets}
-    poll = select.poll()  # select has an end at descriptor 1024
+    # Not select(), which takes no descriptor above 1023.
+    poll = select.poll()
     for number in by_number:
         poll.register(number, select.POLLIN)
     return [by_number[number] for number, _ in poll.poll(seconds * 1000)]
@@ -30,7 +32,7 @@ def readable(sockets: Iterable[socket.socket], seconds: float = 0) -> list[socke
 class Message:
     """A request or a response.
 
-    `head`: as it came, with its empty line. `body`: without framing.
+    `head`: its bytes as received, with the empty line. `body`: its bytes without framing.
     """
 
     head: bytes
@@ -50,9 +52,9 @@ class Message:
         return [value for field, value in self.fields if field.lower() == name.lower()]
 
     def value(self, name: str) -> str | None:
-        """The one value of a field; None when it is not there."""
+        """Return the only value of a field, or None without that field."""
         values = self.values(name)
-        assert len(values) < 2, f"{name} is there {len(values)} times"
+        assert len(values) < 2, f"{len(values)} fields {name}"
         return values[0] if values else None
 
     @property
@@ -75,8 +77,9 @@ class Message:
 class RawConnection:
     def __init__(self, sock: socket.socket):
         self.sock = sock
-        sock.settimeout(PATIENCE)
-        with contextlib.suppress(OSError):  # a UNIX socket has none
+        sock.settimeout(TIMEOUT)
+        # A UNIX socket has no such option.
+        with contextlib.suppress(OSError):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.buffer = b""
 
@@ -93,7 +96,7 @@ class RawConnection:
 
     @contextlib.contextmanager
     def sending(self, data: bytes) -> Iterator[None]:
-        """Meanwhile another thread sends it."""
+        """Send in another thread while the block runs."""
         thread = threading.Thread(target=self.send, args=(data,))
         thread.start()
         yield
@@ -103,11 +106,11 @@ class RawConnection:
         self.sock.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
-        """End with a FIN (a reset, if there are unread bytes)."""
+        """Close with a FIN, or with a RST if there are unread bytes."""
         self.sock.close()
 
     def reset(self) -> None:
-        """End with a RST."""
+        """Close with a RST."""
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
         self.sock.close()
 
@@ -119,7 +122,7 @@ class RawConnection:
         return bool(data)
 
     def until(self, end: bytes) -> bytes:
-        """All up to and with `end`."""
+        """Return everything up to `end`, and `end`."""
         while end not in self.buffer:
             assert self._more(), f"closed after {self.buffer!r}, before {end!r}"
         data, _, rest = self.buffer.partition(end)
@@ -152,7 +155,10 @@ class RawConnection:
         return data
 
     def message(self, *, body: bool = True) -> Message:
-        """A whole request or answer. `body`: False for the answer to a HEAD."""
+        """Return a whole request or response.
+
+        `body`: False for the response to a HEAD request.
+        """
         message = self.head()
         length = message.value("Content-Length")
         if not body or message.head.startswith((b"HTTP/1.1 1", b"HTTP/1.1 204", b"HTTP/1.1 304")):
@@ -169,18 +175,18 @@ class RawConnection:
 
     def rest(self) -> bytes:
         """Read until the end of the connection. Raises ConnectionResetError if that is a reset."""
-        end = time.monotonic() + 5 * PATIENCE
+        end = time.monotonic() + 5 * TIMEOUT
         while self._more():
-            assert time.monotonic() < end, "bytes come and no end"
+            assert time.monotonic() < end, "the peer sends bytes without end"
         data, self.buffer = self.buffer, b""
         return data
 
     def silent(self) -> bool:
-        """Whether nothing is there to be read, neither bytes nor an end."""
+        """Whether there is nothing to read, neither bytes nor EOF."""
         return not self.buffer and not readable([self.sock])
 
     def closed_within(self, seconds: float = 1.0) -> bool:
-        """Wait for the other side to close or reset. Return False if it did not, or sent bytes."""
+        """Wait for the peer to close or reset. Return False if it does not, or sends bytes."""
         try:
             self.sock.settimeout(seconds)
             return not self.buffer and not self.sock.recv(1)
@@ -190,4 +196,4 @@ class RawConnection:
             return True
         finally:
             if self.sock.fileno() >= 0:
-                self.sock.settimeout(PATIENCE)
+                self.sock.settimeout(TIMEOUT)

@@ -65,11 +65,12 @@ class Process:
     def messages(self) -> list[str]:
         return [json.loads(line)["message"] for line in list(self.lines) if line.startswith("{")]
 
-    def said(self, text: str) -> int:
+    def logged(self, text: str) -> int:
+        """Count the messages that contain `text`."""
         return sum(text in message for message in self.messages())
 
     def wait_for(self, text: str, seconds: float = 10) -> None:
-        wait_until(lambda: self.said(text), seconds, lambda: f"{text!r} was not said: {self.lines}")
+        wait_until(lambda: self.logged(text), seconds, lambda: f"no {text!r} in {self.lines}")
 
     def signal(self, *numbers: int) -> None:
         for number in numbers:

@@ -13,7 +13,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from raw_connection import PATIENCE, Message, RawConnection, readable
+from raw_connection import TIMEOUT, Message, RawConnection, readable
 
 PATTERN = bytes(range(256)) * 256
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -41,7 +41,7 @@ class ScriptedUpstream:
     ):
         self._context = context
         self.listener = socket.create_server((address, port), backlog=2048)
-        self.listener.settimeout(PATIENCE)
+        self.listener.settimeout(TIMEOUT)
         self.port: int = self.listener.getsockname()[1]
         self.authority = f"{address}:{self.port}"
         self.origin = f"{'https' if context else 'http'}://{self.authority}"
@@ -69,13 +69,13 @@ class ScriptedUpstream:
     def accept(self) -> Connection:
         sock, _ = self.listener.accept()
         if self._context is not None:
-            sock.settimeout(PATIENCE)
+            sock.settimeout(TIMEOUT)
             sock = self._context.wrap_socket(sock, server_side=True)
         connection = Connection(sock)
         self.connections.append(connection)
         return connection
 
-    def receive(self, *, body: bool = True, seconds: float = PATIENCE) -> Request:
+    def receive(self, *, body: bool = True, seconds: float = TIMEOUT) -> Request:
         """Return the next request, on whatever connection.
 
         `body`: whether its body is read as well, or left to the test.
@@ -115,17 +115,17 @@ class ScriptedUpstream:
         return not any(sock is self.listener or _has_bytes(sock) for sock in self._readable(0))
 
 
-def pour(raw: RawConnection, at: int, size: int, patience: float = 0.3) -> int:
-    """Send PATTERN over and over, from byte `at` to `size`; return how far that got.
+def pour(raw: RawConnection, at: int, size: int, timeout: float = 0.3) -> int:
+    """Send PATTERN over and over, from byte `at` to `size`. Return the position it reached.
 
-    It ends early when nothing was taken for `patience` seconds.
+    It stops early when the peer has taken nothing for `timeout` seconds.
     """
-    raw.sock.settimeout(patience)
+    raw.sock.settimeout(timeout)
     with contextlib.suppress(TimeoutError):
         while at < size:
-            # After a time-out the same again, as TLS wants it.
+            # After a timeout, TLS requires the same bytes again.
             at += raw.sock.send(PATTERN[at % len(PATTERN) :][: size - at])
-    raw.sock.settimeout(PATIENCE)
+    raw.sock.settimeout(TIMEOUT)
     return at
 
 

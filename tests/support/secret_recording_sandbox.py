@@ -15,7 +15,7 @@ from xaiproxy.sandbox import app, command, grants
 FILE = sys.argv.pop(1)
 
 
-def tell(kind: str, secret: str) -> str:
+def record(kind: str, secret: str) -> str:
     with open(FILE, "a") as file:
         file.write(f"{kind} {secret}\n")
     return secret
@@ -23,20 +23,20 @@ def tell(kind: str, secret: str) -> str:
 
 class Grants(grants.Grants):
     def _jwt(self, claims: dict[str, Any]) -> str:
-        return tell("id_token" if "email" in claims else "access_token", super()._jwt(claims))
+        return record("id_token" if "email" in claims else "access_token", super()._jwt(claims))
 
     def _rotate(self, family: grants.Family) -> None:
         super()._rotate(family)
-        tell("refresh_token", family.refresh_token)
+        record("refresh_token", family.refresh_token)
 
     def device_authorization(self, scope: str, challenge: str | None) -> dict[str, Any]:
         answer = super().device_authorization(scope, challenge)
-        tell("device_code", answer["device_code"])
+        record("device_code", answer["device_code"])
         return answer
 
     def exchange(self, code: str, redirect_uri: str, verifier: str) -> dict[str, Any]:
-        tell("verifier", verifier)
-        return super().exchange(tell("code", code), redirect_uri, verifier)
+        record("verifier", verifier)
+        return super().exchange(record("code", code), redirect_uri, verifier)
 
 
 app.Grants = Grants

@@ -82,26 +82,20 @@ class Supervised:
         """Leave nobody who reads."""
         os.dup2(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC), self._output)
 
-    def says(self, pattern, times=1, seconds=30):
-        """Wait for so many lines that match `pattern`. Return the last match, or None."""
+    def wait_for_line(self, pattern, times=1):
+        """Wait until `times` lines match `pattern`. Return the last match."""
 
         def matches():
             return [match for match in map(re.compile(pattern).search, self.lines) if match]
 
         with self._changed:
-            return (
-                self._changed.wait_for(lambda: len(matches()) >= times, seconds)
-                and matches()[times - 1]
-            ) or None
-
-    def said(self, pattern, times=1):
-        match = self.says(pattern, times)
-        assert match, "".join(self.lines)
-        return match
+            found = self._changed.wait_for(lambda: len(matches()) >= times, 30)
+            assert found, "".join(self.lines)
+            return matches()[times - 1]
 
     def client(self, start=1):
         """A connection to the proxy, which listens for the `start`th time."""
-        return Client(int(self.said(r"listening on http://127.0.0.1:(\d+)/v1", start)[1]))
+        return Client(int(self.wait_for_line(r"listening on http://127.0.0.1:(\d+)/v1", start)[1]))
 
     def signal(self, number):
         self.process.send_signal(number)
@@ -115,7 +109,7 @@ class Supervised:
     def pids(self):
         """Of the programs that were started, by name."""
         return {
-            name: int(self.said(rf"spawned: '{name}' with pid (\d+)")[1])
+            name: int(self.wait_for_line(rf"spawned: '{name}' with pid (\d+)")[1])
             for name in ("refresher", "proxy")
         }
 

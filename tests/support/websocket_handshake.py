@@ -24,10 +24,8 @@ ACCEPTED = b"\r\n".join(
 )
 
 
-def handshake(
-    client: Client, upstream: ScriptedUpstream, target: str = "/v1/realtime", behind: bytes = b""
-) -> Request:
+def handshake(client: Client, upstream: ScriptedUpstream, target: str = "/v1/realtime") -> Request:
     client.request("GET", target, *HANDSHAKE)
-    request = upstream.receive().answer(ACCEPTED + behind)
+    request = upstream.receive().answer(ACCEPTED)
     assert client.head().status == 101
     return request
