@@ -1,6 +1,4 @@
-"""A connection that waits first and tries then, in a greenlet or in the hub; and TLS in memory over
-one.
-"""
+"""A connection that waits before it reads, in a greenlet or in the hub, and TLS in memory over it."""
 
 import contextlib
 import itertools
@@ -23,22 +21,25 @@ from xaiproxy.http1.message_head import Malformed, TooLong
 from xaiproxy.http1.tls import TLSConnection
 from xaiproxy.http1.tunnel import Tunnel
 
-RESET = struct.pack("ii", 1, 0)  # SO_LINGER that turns close into a reset
-SOON = 0.05  # seconds, as a limit that is to be reached
+# SO_LINGER that turns close() into a reset.
+RESET = struct.pack("ii", 1, 0)
+# In seconds: a timeout that is meant to expire.
+SOON = 0.05
 HEAD = b"GET / HTTP/1.1\r\nHost: localhost\r\nX: y\r\n\r\n"
 Pair = "tuple[socket.socket, socket.socket]"
-LONG = os.urandom(8_000_000)  # more than any socket buffers hold
+# More bytes than any socket buffers hold.
+LONG = os.urandom(8_000_000)
 
 
 @pytest.fixture(autouse=True)
-def patience() -> Iterator[None]:
+def time_limit() -> Iterator[None]:
     with gevent.Timeout(20):
         yield
 
 
 @contextlib.contextmanager
 def connected(pair: Pair) -> Iterator[tuple[Connection, gevent.socket.socket]]:
-    """A connection, and its peer as a socket of gevent's."""
+    """A connection and its peer, which is a gevent socket."""
     ours, theirs = pair
     connection = Connection(ours)
     with contextlib.closing(connection), gevent.socket.socket(fileno=theirs.detach()) as peer:
@@ -64,7 +65,7 @@ def tcp() -> Iterator[tuple[Connection, gevent.socket.socket]]:
 
 
 def hold_up(seconds: float) -> None:
-    """Work for as long, without giving others their turn."""
+    """Block the event loop for `seconds`."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         sum(range(1000))
@@ -80,7 +81,7 @@ def received(peer: gevent.socket.socket, size: int) -> bytes:
 # one read
 
 
-def test_what_is_there_is_given_at_once_and_nothing_is_waited_for(pair):
+def test_receive_returns_what_has_arrived_and_never_waits(pair):
     connection, peer = pair
     with pytest.raises(BlockingIOError):
         connection.receive()
@@ -90,7 +91,7 @@ def test_what_is_there_is_given_at_once_and_nothing_is_waited_for(pair):
     assert connection.receive() == b""
 
 
-def test_a_greenlet_waits_for_what_comes_next_and_lets_others_run(pair):
+def test_a_read_that_waits_lets_other_greenlets_run(pair):
     connection, peer = pair
     reading = gevent.spawn(connection.recv, 5)
     gevent.sleep()
@@ -99,10 +100,11 @@ def test_a_greenlet_waits_for_what_comes_next_and_lets_others_run(pair):
     assert reading.get() == b"hello"
     peer.close()
     assert connection.recv(None) == b""
-    assert connection.recv(5) == b""  # again
+    # EOF can be read again.
+    assert connection.recv(5) == b""
 
 
-def test_what_is_unread_comes_first_and_without_waiting(pair):
+def test_a_read_returns_unread_bytes_first_and_without_waiting(pair):
     connection, peer = pair
     connection.unread = b"hello"
     assert connection.recv(0) == b"hello" and connection.unread == b""
@@ -111,20 +113,22 @@ def test_what_is_unread_comes_first_and_without_waiting(pair):
 
 
 @pytest.mark.parametrize("limit", [SOON, 0, -SOON])
-def test_the_limit_of_a_read(pair, limit):
+def test_a_read_times_out(pair, limit):
     connection, peer = pair
     began = time.monotonic()
     with pytest.raises(TimeoutError):
         connection.recv(limit)
     assert max(limit, 0) <= time.monotonic() - began < 1
     peer.sendall(b"hello")
-    assert connection.recv(5) == b"hello"  # nothing of the time-out is left behind
+    # The timeout does not affect the next read.
+    assert connection.recv(5) == b"hello"
     gevent.sleep(SOON)
 
 
-def test_work_before_a_wait_takes_nothing_from_its_limit(pair):
-    """The loop's clock stands still within a turn, and a long turn must not end the waits that
-    begin in it early.
+def test_work_before_a_wait_does_not_shorten_its_timeout(pair):
+    """The loop's clock stands still within a turn.
+
+    A long turn must not shorten the waits that begin in it.
     """
     connection, peer = pair
 
@@ -142,8 +146,8 @@ def test_work_before_a_wait_takes_nothing_from_its_limit(pair):
     assert 1.5 <= waiting.get() < 2.5
 
 
-def test_what_came_in_time_is_read_though_the_limit_is_over(pair):
-    """When others hold the loop up, it finds the bytes and the end of the time in the same turn."""
+def test_a_read_returns_bytes_that_arrived_before_its_timeout(pair):
+    """A blocked loop sees the bytes and the expired timer in the same turn."""
     connection, peer = pair
     reading = gevent.spawn(connection.recv, SOON)
     gevent.sleep()
@@ -152,8 +156,8 @@ def test_what_came_in_time_is_read_though_the_limit_is_over(pair):
     assert reading.get() == b"hello"
 
 
-def test_a_read_whose_bytes_somebody_else_took_waits_on(pair):
-    """The watcher fires for bytes that a callback in the hub has read before the greenlet ran."""
+def test_a_read_keeps_waiting_after_another_reader_took_its_bytes(pair):
+    """The watcher also fires for bytes that a callback in the hub reads before the greenlet runs."""
     connection, peer = pair
     reading = gevent.spawn(connection.recv, 5)
     gevent.sleep()
@@ -163,7 +167,7 @@ def test_a_read_whose_bytes_somebody_else_took_waits_on(pair):
     assert (first, reading.get()) == (b"first", b"second")
 
 
-def test_what_is_thrown_into_a_waiting_greenlet_arrives_and_stops_its_watcher(pair):
+def test_an_exception_thrown_into_a_waiting_read_stops_its_watcher(pair):
     connection, peer = pair
 
     def read() -> bytes:
@@ -179,14 +183,14 @@ def test_what_is_thrown_into_a_waiting_greenlet_arrives_and_stops_its_watcher(pa
     assert reading.get() == b"hello"
 
 
-def test_a_time_out_of_gevents_own_reaches_a_reader(pair):
+def test_a_gevent_timeout_interrupts_a_read(pair):
     with gevent.Timeout(SOON, False):
         pair[0].recv(None)
         pytest.fail("something was read")
     assert not pair[0].readable.active
 
 
-def test_a_reset_is_an_oserror(tcp):
+def test_a_reset_raises_connection_reset_error(tcp):
     connection, peer = tcp
     peer.sendall(b"GET / HTTP/1.1\r\nHost: lo")
     assert connection.recv(5)
@@ -196,7 +200,7 @@ def test_a_reset_is_an_oserror(tcp):
         connection.recv(5)
 
 
-def test_it_may_be_closed_twice_and_the_peer_sees_it(pair):
+def test_a_connection_may_be_closed_twice(pair):
     connection, peer = pair
     assert connection.writable
     connection.close()
@@ -207,10 +211,10 @@ def test_it_may_be_closed_twice_and_the_peer_sees_it(pair):
 # a head
 
 
-def come(
+def send_pieces(
     connection: Connection, peer: gevent.socket.socket, data: bytes, size: int
 ) -> gevent.Greenlet:
-    """Send `size` bytes at a time, the next when those were read."""
+    """Send `size` bytes at a time, each piece once the previous one has been read."""
 
     def send() -> None:
         for at in range(0, len(data), size):
@@ -222,40 +226,40 @@ def come(
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, len(HEAD) - 1, len(HEAD), len(HEAD) + 3, 1000])
-def test_a_head_may_come_in_any_pieces_and_what_is_behind_stays(pair, size):
+def test_a_head_may_arrive_in_any_pieces_and_the_bytes_after_it_stay(pair, size):
     connection, peer = pair
-    for behind in (b"", b"body", HEAD):
-        sender = come(connection, peer, HEAD + behind, size)
+    for following in (b"", b"body", HEAD):
+        sender = send_pieces(connection, peer, HEAD + following, size)
         assert connection.recv_head(1000, 5) == HEAD
         rest = b""
-        while len(rest) < len(behind):
+        while len(rest) < len(following):
             rest += connection.recv(5)
-        assert rest == behind and connection.unread == b""
+        assert rest == following and connection.unread == b""
         sender.join()
 
 
-def test_heads_that_came_together_are_read_one_by_one(pair):
+def test_heads_that_arrive_together_are_read_one_by_one(pair):
     connection, peer = pair
     peer.sendall(HEAD * 3)
     assert [connection.recv_head(1000, 5) for _ in range(3)] == [HEAD] * 3
     assert connection.unread == b""
 
 
-def test_a_head_at_the_limit_and_one_beyond(pair):
+def test_a_head_of_the_maximum_length_is_read_and_a_longer_one_raises(pair):
     connection, peer = pair
     for size in (1448, 1 << 20):
-        sender = come(connection, peer, b"x" * 65532 + b"\r\n\r\n", size)
+        sender = send_pieces(connection, peer, b"x" * 65532 + b"\r\n\r\n", size)
         assert len(connection.recv_head(65536, 5)) == 65536
         sender.join()
     for data in (b"x" * 65533 + b"\r\n\r\n", b"x" * 65537):
         with connected(socket.socketpair()) as (connection, peer):
-            sender = come(connection, peer, data, 1448)
+            sender = send_pieces(connection, peer, data, 1448)
             with pytest.raises(TooLong):
                 connection.recv_head(65536, 5)
             sender.join()
 
 
-def test_the_limit_holds_for_a_head_that_came_in_one_piece(pair):
+def test_the_limit_holds_for_a_head_that_arrives_in_one_piece(pair):
     connection, _ = pair
     connection.unread = HEAD
     assert connection.recv_head(len(HEAD), 5) == HEAD
@@ -264,7 +268,7 @@ def test_the_limit_holds_for_a_head_that_came_in_one_piece(pair):
         connection.recv_head(len(HEAD) - 1, 5)
 
 
-def test_no_more_is_read_of_a_head_than_the_limit_and_one_read(pair):
+def test_a_head_that_is_too_long_is_read_one_read_past_the_limit_at_most(pair):
     connection, peer = pair
     sending = gevent.spawn(peer.sendall, b"x" * 2_000_000)
     with pytest.raises(TooLong):
@@ -277,13 +281,13 @@ def test_no_more_is_read_of_a_head_than_the_limit_and_one_read(pair):
     sending.get()
 
 
-def test_a_bare_lf_is_refused_before_the_head_is_whole(pair):
+def test_a_bare_lf_is_refused_before_the_head_is_complete(pair):
     pair[1].sendall(b"GET / HTTP/1.1\n")
     with pytest.raises(Malformed):
         pair[0].recv_head(1000, 5)
 
 
-def test_an_end_before_a_head_is_none_and_one_within_is_an_error(pair):
+def test_eof_before_a_head_returns_no_bytes_and_eof_within_one_raises(pair):
     connection, peer = pair
     peer.close()
     assert connection.recv_head(1000, 5) == b""
@@ -295,7 +299,7 @@ def test_an_end_before_a_head_is_none_and_one_within_is_an_error(pair):
                 connection.recv_head(1000, 5)
 
 
-def test_a_byte_now_and_then_does_not_lengthen_the_time_for_a_head(pair):
+def test_a_trickle_of_bytes_does_not_extend_the_timeout_of_a_head(pair):
     connection, peer = pair
 
     def dribble() -> None:
@@ -314,7 +318,7 @@ def test_a_byte_now_and_then_does_not_lengthen_the_time_for_a_head(pair):
 # writing
 
 
-def test_a_peer_that_takes_little_gets_all_in_the_end(pair):
+def test_a_slow_peer_receives_everything(pair):
     connection, peer = pair
     sending = gevent.spawn(connection.send_all, LONG, 5)
     gevent.sleep()
@@ -323,13 +327,12 @@ def test_a_peer_that_takes_little_gets_all_in_the_end(pair):
     sending.get()
 
 
-def test_the_limit_of_a_write_is_between_two_bytes_that_are_taken(pair):
+def test_the_timeout_of_a_write_restarts_whenever_the_peer_reads(pair):
     connection, peer = pair
     sending = gevent.spawn(connection.send_all, LONG, 0.5)
     began = time.monotonic()
-    while (
-        time.monotonic() - began < 0.7
-    ):  # longer than the limit, and something is taken all the time
+    # That is longer than the timeout, but the peer reads all the time.
+    while time.monotonic() - began < 0.7:
         peer.recv(100_000)
         gevent.sleep(SOON / 2)
     assert not sending.ready()
@@ -338,7 +341,7 @@ def test_the_limit_of_a_write_is_between_two_bytes_that_are_taken(pair):
     assert time.monotonic() - began > 0.9 and not connection.writable.active
 
 
-def test_a_write_to_a_peer_that_left_is_an_oserror(tcp):
+def test_a_write_to_a_peer_that_reset_raises_os_error(tcp):
     connection, peer = tcp
     sending = gevent.spawn(connection.send_all, LONG, 5)
     gevent.sleep()
@@ -348,7 +351,7 @@ def test_a_write_to_a_peer_that_left_is_an_oserror(tcp):
         sending.get()
 
 
-def test_nothing_is_sent_without_waiting(pair):
+def test_sending_nothing_does_not_wait(pair):
     pair[0].send_all(b"", 0)
     assert select.select([pair[1]], [], [], 0)[0] == []
 
@@ -367,7 +370,7 @@ def context(certificates) -> ssl.SSLContext:
 
 
 class Peer:
-    """A TLS server on a plain socket of gevent's, which can hold its records back."""
+    """A TLS server on a plain gevent socket, which can hold its records back."""
 
     def __init__(self, sock: gevent.socket.socket, server: ssl.SSLContext):
         self.socket = sock
@@ -393,7 +396,7 @@ class Peer:
         return self._with_reads(lambda: self.tls.read(size))
 
     def records(self, *contents: bytes) -> bytes:
-        """A record or more of each, unsent."""
+        """Encrypt each of `contents` into records of its own, and return them unsent."""
         for content in contents:
             self.tls.write(content)
         return self.out.read()
@@ -405,7 +408,8 @@ class Peer:
         self.socket.sendall(self.records(data))
 
     def close_notify(self) -> bytes:
-        with contextlib.suppress(ssl.SSLWantReadError):  # for the answer to it
+        # unwrap() would wait for the peer's close_notify.
+        with contextlib.suppress(ssl.SSLWantReadError):
             self.tls.unwrap()
         return self.out.read()
 
@@ -420,9 +424,9 @@ def tls_over(
 ) -> Iterator[tuple[TLSConnection, Peer]]:
     ours, theirs = TLSConnection(connection, context, "localhost", session), Peer(peer, server)
     with contextlib.closing(ours):
-        shaking = gevent.spawn(theirs.handshake)
+        handshake = gevent.spawn(theirs.handshake)
         ours.handshake()
-        shaking.get()
+        handshake.get()
         yield ours, theirs
 
 
@@ -432,18 +436,18 @@ def tls(tcp, context, certificates) -> Iterator[tuple[TLSConnection, Peer]]:
         yield both
 
 
-def test_both_ways(tls):
+def test_tls_carries_bytes_both_ways(tls):
     ours, theirs = tls
     assert ours.send(b"hello") == 5 and theirs.recv(10) == b"hello"
     theirs.sendall(b"world")
     assert ours.recv(5) == b"world"
 
 
-def test_records_may_be_split_anywhere(tls):
+def test_tls_records_may_be_split_anywhere(tls):
     ours, theirs = tls
-    ours.send(
-        b"x"
-    )  # so that the tickets behind the handshake are read, and reads below are of one record
+    # This reads the session tickets after the handshake, so that each read below returns one
+    # record.
+    ours.send(b"x")
     data = theirs.records(b"hello", b"world")
     for byte in range(len(data)):
         theirs.socket.sendall(data[byte : byte + 1])
@@ -457,8 +461,8 @@ def test_records_may_be_split_anywhere(tls):
     assert not data
 
 
-def test_all_records_that_came_together_are_given_together(tls):
-    """What stayed behind in OpenSSL no poll would report."""
+def test_one_read_returns_all_records_that_arrived_together(tls):
+    """No poll would report a record that is left in OpenSSL."""
     ours, theirs = tls
     theirs.socket.sendall(theirs.records(*[b"%04d" % number for number in range(500)]))
     assert ours.recv(5) == b"".join(b"%04d" % number for number in range(500))
@@ -466,7 +470,7 @@ def test_all_records_that_came_together_are_given_together(tls):
         ours.receive()
 
 
-def test_whole_records_are_given_before_the_rest_of_the_next_has_come(tls):
+def test_a_complete_record_is_returned_before_the_next_one_is_complete(tls):
     ours, theirs = tls
     first, second = theirs.records(b"first"), theirs.records(b"second")
     theirs.socket.sendall(first + second[:10])
@@ -478,7 +482,7 @@ def test_whole_records_are_given_before_the_rest_of_the_next_has_come(tls):
     assert reading.get() == b"second"
 
 
-def test_records_at_their_largest(tls):
+def test_records_of_the_largest_size_are_read(tls):
     ours, theirs = tls
     theirs.sendall(LONG[:16384])
     assert ours.recv(5) == LONG[:16384]
@@ -491,7 +495,7 @@ def test_records_at_their_largest(tls):
 
 
 @pytest.mark.parametrize("size", [100, 16383, 16384, 16385, 65536, 65537, 1_000_000])
-def test_what_is_sent_over_tls_arrives_whole(tls, size):
+def test_everything_sent_over_tls_arrives(tls, size):
     ours, theirs = tls
     sending = gevent.spawn(ours.send_all, LONG[:size], 5)
     came = bytearray()
@@ -501,15 +505,16 @@ def test_what_is_sent_over_tls_arrives_whole(tls, size):
     assert came == LONG[:size] and not ours.holds_back
 
 
-def test_back_pressure_over_tls(tls):
-    """What the kernel has not taken is kept, at most a write of it, and goes first."""
+def test_tls_applies_back_pressure(tls):
+    """The connection keeps what the kernel has not taken, at most one write, and sends it first."""
     ours, theirs = tls
     taken = 0
     while sent := ours.send(LONG[taken : taken + 100_000]):
         taken += sent
     assert ours.holds_back and ours.send(b"more") == 0
     with pytest.raises(TimeoutError):
-        ours.send_all(b"", SOON)  # nothing but what it holds back
+        # This sends only what the connection holds back.
+        ours.send_all(b"", SOON)
     sending = gevent.spawn(ours.send_all, LONG[taken:], 5)
     came = bytearray()
     while len(came) < len(LONG):
@@ -519,7 +524,7 @@ def test_back_pressure_over_tls(tls):
     assert not ours.holds_back
 
 
-def test_the_limit_of_a_read_over_tls(tls):
+def test_a_read_over_tls_times_out(tls):
     ours, theirs = tls
     began = time.monotonic()
     with pytest.raises(TimeoutError):
@@ -529,14 +534,14 @@ def test_the_limit_of_a_read_over_tls(tls):
     assert ours.recv(5) == b"hello"
 
 
-def test_close_notify_is_an_end_and_a_cut_is_not(tls):
+def test_close_notify_is_a_clean_end(tls):
     ours, theirs = tls
     theirs.socket.sendall(theirs.records(b"all") + theirs.close_notify())
     theirs.socket.shutdown(socket.SHUT_WR)
     assert (ours.recv(5), ours.recv(5), ours.recv(5)) == (b"all", b"", b"")
 
 
-def test_a_cut_between_records_is_an_error(tls):
+def test_eof_between_records_without_close_notify_raises(tls):
     ours, theirs = tls
     theirs.sendall(b"some")
     theirs.socket.shutdown(socket.SHUT_WR)
@@ -545,7 +550,7 @@ def test_a_cut_between_records_is_an_error(tls):
         ours.recv(5)
 
 
-def test_a_cut_within_a_record_is_an_error(tls):
+def test_eof_within_a_record_raises(tls):
     ours, theirs = tls
     theirs.socket.sendall(theirs.records(b"some")[:-1])
     theirs.socket.shutdown(socket.SHUT_WR)
@@ -553,7 +558,7 @@ def test_a_cut_within_a_record_is_an_error(tls):
         ours.recv(5)
 
 
-def test_a_record_that_was_changed_on_the_way_is_an_error(tls):
+def test_a_record_changed_in_transit_raises(tls):
     ours, theirs = tls
     data = bytearray(theirs.records(b"some"))
     data[-1] ^= 1
@@ -562,8 +567,8 @@ def test_a_record_that_was_changed_on_the_way_is_an_error(tls):
         ours.recv(5)
 
 
-def test_bytes_behind_close_notify_are_nothing(tls):
-    """OpenSSL never takes them: who read until they were gone would stop the whole process."""
+def test_bytes_after_close_notify_are_ignored(tls):
+    """OpenSSL never takes them: a loop that reads until they are gone would hang the process."""
     ours, theirs = tls
     theirs.socket.sendall(theirs.records(b"all") + theirs.close_notify() + b"garbage")
     assert ours.recv(5) == b"all"
@@ -571,46 +576,46 @@ def test_bytes_behind_close_notify_are_nothing(tls):
     assert ours.recv(5) == b""
 
 
-def test_a_head_over_tls(tls):
+def test_a_head_is_read_over_tls(tls):
     ours, theirs = tls
     theirs.sendall(HEAD + b"body")
     assert ours.recv_head(1000, 5) == HEAD and ours.recv(5) == b"body"
 
 
-def test_a_certificate_of_nobody_and_a_name_of_another(tcp, certificates, context):
+def test_an_untrusted_certificate_and_a_wrong_host_name_are_refused(tcp, certificates, context):
     for trusting, host in ((ssl.create_default_context(), "localhost"), (context, "other.example")):
         with connected(tcp_pair()) as (connection, peer):
 
             def refused(peer: gevent.socket.socket = peer) -> None:
                 with pytest.raises((OSError, EOFError)):
                     Peer(peer, certificates[1]).handshake()
-                    peer.recv(1) or pytest.fail("the client has shaken hands")
+                    peer.recv(1) or pytest.fail("the client completed the handshake")
                     raise EOFError
 
-            shaking = gevent.spawn(refused)
+            handshake = gevent.spawn(refused)
             with pytest.raises(ssl.SSLCertVerificationError):
                 TLSConnection(connection, trusting, host).handshake()
             connection.close()
-            shaking.get()
+            handshake.get()
 
 
-def test_a_peer_that_closes_while_hands_are_shaken(tcp, context):
+def test_a_peer_that_closes_during_the_handshake_raises(tcp, context):
     connection, peer = tcp
-    shaking = gevent.spawn(TLSConnection(connection, context, "localhost").handshake)
+    handshake = gevent.spawn(TLSConnection(connection, context, "localhost").handshake)
     assert peer.recv(READ)
     peer.close()
     with pytest.raises((EOFError, ConnectionResetError)):
-        shaking.get()
+        handshake.get()
 
 
-def test_a_peer_that_speaks_no_tls(tcp, context):
+def test_a_peer_without_tls_raises_ssl_error(tcp, context):
     connection, peer = tcp
     peer.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
     with pytest.raises(ssl.SSLError):
         TLSConnection(connection, context, "localhost").handshake()
 
 
-def test_a_session_is_resumed(certificates, context):
+def test_a_tls_session_is_resumed(certificates, context):
     session = None
     for resumed in (False, True):
         with (
@@ -623,19 +628,17 @@ def test_a_session_is_resumed(certificates, context):
             assert peer.tls.session_reused is resumed
 
 
-def test_tls_in_tls(tls, context, certificates):
-    """Through a proxy on the way that speaks TLS itself, the origin's TLS is content of the
-    proxy's.
-    """
+def test_tls_runs_inside_tls(tls, context, certificates):
+    """The origin's TLS is the content of that of a proxy that speaks TLS itself."""
     outer, proxy = tls
 
-    class Through:
-        """The proxy's side of the tunnel as a socket."""
+    class TunnelSocket:
+        """The proxy's side of the tunnel, as a socket."""
 
         recv = staticmethod(proxy.recv)
         sendall = staticmethod(proxy.sendall)
 
-    with tls_over(outer, Through, context, certificates[1]) as (ours, theirs):
+    with tls_over(outer, TunnelSocket, context, certificates[1]) as (ours, theirs):
         assert ours.send(b"hello") == 5 and theirs.recv(10) == b"hello"
         proxy.socket.sendall(proxy.records(theirs.records(b"one"), theirs.records(b"two")))
         came = ours.recv(5)
@@ -644,7 +647,8 @@ def test_tls_in_tls(tls, context, certificates):
         while not outer.holds_back:
             taken += ours.send(LONG[taken : taken + 1000])
         with pytest.raises(TimeoutError):
-            ours.send_all(b"", SOON)  # nothing but what the outer one holds back
+            # This sends only what the outer connection holds back.
+            ours.send_all(b"", SOON)
         sending = gevent.spawn(ours.send_all, LONG[taken:], 5)
         came = bytearray()
         while len(came) < len(LONG):
@@ -661,13 +665,13 @@ def test_tls_in_tls(tls, context, certificates):
 
 @pytest.fixture(params=["plain", "tls"])
 def both(request, tcp):
-    """A connection, the one below it that a sweep of OPEN finds, and the peer."""
+    """A connection, the TCP connection under it that OPEN holds, and the peer."""
     tcp[1].setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     ours, theirs = request.getfixturevalue("tls") if request.param == "tls" else tcp
     return ours, tcp[0], theirs
 
 
-def test_what_has_come_is_read_before_an_abort_shows(both):
+def test_bytes_that_arrived_are_read_before_an_abort_raises(both):
     ours, inner, theirs = both
     theirs.sendall(b"last words")
     assert inner in OPEN
@@ -679,7 +683,7 @@ def test_what_has_come_is_read_before_an_abort_shows(both):
             use()
 
 
-def test_abort_wakes_all_that_wait(both):
+def test_abort_wakes_readers_and_writers(both):
     ours, inner, _ = both
     waiting = [gevent.spawn(ours.recv, None), gevent.spawn(ours.send_all, LONG)]
     gevent.sleep(SOON)
@@ -690,39 +694,42 @@ def test_abort_wakes_all_that_wait(both):
             greenlet.get()
 
 
-def test_time_out_of_the_kernel_is_a_dead_path(both):
-    """The kernel tells it once, and an end after it."""
+def test_a_tcp_timeout_of_the_kernel_raises_dead_path(both):
+    """The kernel reports it once; the next read meets EOF."""
     ours, inner, _ = both
     inner.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1)
-    while ours.send(bytes(1 << 20)):  # then it waits for room, as nobody reads it
+    # The peer reads nothing, so the send buffer fills up.
+    while ours.send(bytes(1 << 20)):
         pass
     for _ in range(2):
         with pytest.raises(DeadPath, match="TCP gave up: Connection timed out"):
             ours.recv(5)
 
 
-def test_open_connections_are_those_that_are_not_closed(pair, tcp, context):
+def test_open_lists_tcp_connections_until_they_are_closed(pair, tcp, context):
     connection, _ = tcp
-    assert connection in OPEN and pair[0] not in OPEN  # a UNIX socket has no path to lose
+    # A UNIX socket has no network path.
+    assert connection in OPEN and pair[0] not in OPEN
     over = TLSConnection(connection, context, "localhost")
     assert over not in OPEN
     over.close()
     assert connection not in OPEN
 
 
-# what others have of it
+# fairness
 
 
 class Endless(Connection):
-    """One on which every read is full, which no process can be relied on to bring about."""
+    """A connection on which every read is full, which no real peer reliably causes."""
 
     def receive(self) -> bytes:
         return bytes(READ)
 
 
-def test_a_peer_that_sends_without_a_pause_leaves_others_their_turn():
+def test_a_peer_that_never_pauses_does_not_starve_other_greenlets():
     ours, theirs = socket.socketpair()
-    theirs.send(b"x")  # it is readable all the time
+    # The socket stays readable.
+    theirs.send(b"x")
     connection, reads, turns = Endless(ours), 0, []
 
     def take_turns() -> None:
@@ -741,7 +748,7 @@ def test_a_peer_that_sends_without_a_pause_leaves_others_their_turn():
     assert max(later - earlier for earlier, later in itertools.pairwise(turns)) <= BURST
 
 
-def test_a_head_that_takes_too_long_can_be_waited_for_again(pair):
+def test_a_head_can_be_awaited_again_after_a_timeout(pair):
     connection, peer = pair
     peer.send(HEAD[:10])
     with pytest.raises(TimeoutError):
@@ -750,10 +757,8 @@ def test_a_head_that_takes_too_long_can_be_waited_for_again(pair):
     assert connection.recv_head(1000, 5) == HEAD
 
 
-def test_a_tunnel_sends_on_what_tls_holds_back(tls):
-    """The records of the last bytes, which the kernel did not take at once, though nothing comes
-    behind them.
-    """
+def test_a_tunnel_flushes_what_tls_holds_back(tls):
+    """These are the last records, which the kernel did not take at once: no later bytes push them."""
     ours, theirs = tls
     ours.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     source, far = socket.socketpair()
@@ -772,5 +777,6 @@ def test_a_tunnel_sends_on_what_tls_holds_back(tls):
                 came += theirs.recv(READ)
             assert came == data
             far.shutdown(socket.SHUT_WR)
-            assert theirs.recv(READ) == b""  # the end too, which follows them
+            # EOF follows the records.
+            assert theirs.recv(READ) == b""
         tunnel.kill()

@@ -1,7 +1,7 @@
-"""Network paths that die in silence, on either side of the proxy.
+"""Network paths that die without a FIN or RST, on either side of the proxy.
 
-Peers that are alive and read nothing keep their connections. The proxy, its client and upstream
-each have a network of their own. The sweep's limits are shorter than the real ones.
+Live peers that read nothing keep their connections. The proxy, its client and upstream each have a
+network of their own. The sweep's limits are shorter than the real ones.
 """
 
 from __future__ import annotations
@@ -26,15 +26,18 @@ from xaiproxy.http1 import dead_paths
 
 pytestmark = needs_network
 
-INTERVAL, SILENCE = 0.2, 1.0  # seconds
-SOON = 8  # seconds; to find a dead path after SILENCE, also on a loaded machine
-SIZE = 12 << 20  # bytes; more than the sockets on the way hold: see network.BUFFER
+# In seconds.
+INTERVAL, SILENCE = 0.2, 1.0
+# In seconds. A dead path is found within it after SILENCE, also on a loaded machine.
+SOON = 8
+# In bytes: more than all socket buffers between the two ends hold (namespaces.BUFFER).
+SIZE = 12 << 20
 SIZED = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % SIZE
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
 class Site:
-    """A network with an upstream and a proxy in it, which is signed in."""
+    """A network with an upstream and a proxy that is signed in."""
 
     def __init__(self, folder: Path, command: list[str] | None = None, **settings: object):
         self.network = Network()
@@ -68,7 +71,7 @@ class Site:
             yield client
 
     def pooled(self) -> Request:
-        """A request that was answered, whose connection to upstream the proxy has pooled."""
+        """Return an answered request whose upstream connection is in the proxy's pool."""
         with self.client() as client:
             client.request()
             request = self.upstream.receive().answer()
@@ -76,17 +79,17 @@ class Site:
             return request
 
     def cut_connection(self, request: Request, action: str = "blackhole") -> None:
-        """Drop all packets of this connection to upstream, as a NAT does that has forgotten it."""
+        """Drop all packets of this connection to upstream, as a NAT that has lost its entry does."""
         self.network.cut("proxy", request.connection.sock.getpeername()[1], action)
 
 
-def impatient(interval: float = INTERVAL, silence: float = SILENCE) -> list[str]:
+def quick_sweep(interval: float = INTERVAL, silence: float = SILENCE) -> list[str]:
     return [*PYTHON, str(SUPPORT / "impatient_proxy.py"), str(interval), str(silence)]
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    site = Site(tmp_path_factory.mktemp("site"), impatient(), sse_keepalive=600)
+    site = Site(tmp_path_factory.mktemp("site"), quick_sweep(), sse_keepalive=600)
     with contextlib.closing(site):
         yield site
 
@@ -107,14 +110,15 @@ def assert_dead_path(answer: Message) -> None:
 # Upstream's path
 
 
-def test_post_on_a_pooled_connection_whose_path_is_dead(site: Site) -> None:
-    """Nobody knows whether upstream has it. Upstream does not get it once the path is back."""
+def test_a_post_on_a_dead_pooled_connection_is_504_and_never_reaches_upstream(site: Site) -> None:
+    """Upstream may have received it, so it is not retried, not even once the path is restored."""
     pooled = site.pooled()
     site.cut_connection(pooled)
     with site.client() as client:
         assert_dead_path(client.ask("POST", "/v1/paid", body=b"{}"))
     site.network.restore()
-    readable([pooled.connection.sock, site.upstream.listener], 3 * SILENCE)  # perhaps a reset
+    # A reset may arrive.
+    readable([pooled.connection.sock, site.upstream.listener], 3 * SILENCE)
     assert site.upstream.quiet()
 
 
@@ -127,7 +131,7 @@ def test_post_on_a_pooled_connection_whose_path_is_dead(site: Site) -> None:
         ("POST", ("Idempotency-Key: 1", "Content-Length: 0")),
     ],
 )
-def test_what_may_be_repeated_goes_again_on_a_new_connection(
+def test_an_idempotent_request_is_retried_on_a_new_connection(
     site: Site, method: str, fields: tuple[str, ...]
 ) -> None:
     pooled = site.pooled()
@@ -139,8 +143,8 @@ def test_what_may_be_repeated_goes_again_on_a_new_connection(
         assert client.message().status == 204
 
 
-def test_but_only_once(site: Site) -> None:
-    """Also on a connection that was new, and when the path dies in the middle of the body."""
+def test_an_idempotent_request_is_retried_only_once(site: Site) -> None:
+    """The same holds on a new connection, and when the path dies in the middle of the body."""
     with contextlib.ExitStack() as stack, site.client() as client:
         client.request("GET", "/v1/twice", "Transfer-Encoding: chunked")
         client.send(b"%x\r\n" % SIZE)
@@ -156,8 +160,8 @@ def test_but_only_once(site: Site) -> None:
         assert site.upstream.quiet()
 
 
-def test_upload_with_bytes_in_flight(site: Site) -> None:
-    """The proxy waits for its client then, whose turn it is."""
+def test_an_upload_with_bytes_in_flight_is_504(site: Site) -> None:
+    """The proxy is waiting for its client at that time."""
     with site.client() as client:
         client.request("POST", "/v1/upload", "Content-Length: 3")
         client.send(b"x")
@@ -168,7 +172,7 @@ def test_upload_with_bytes_in_flight(site: Site) -> None:
         assert_dead_path(client.message())
 
 
-def test_upload_with_a_full_window(site: Site) -> None:
+def test_an_upload_with_a_full_window_is_504(site: Site) -> None:
     with site.client() as client:
         client.request("POST", "/v1/upload", f"Content-Length: {SIZE}")
         assert pour(client, 0, SIZE) < SIZE
@@ -179,7 +183,7 @@ def test_upload_with_a_full_window(site: Site) -> None:
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_tunnel_to_upstream(site: Site, full: bool) -> None:
+def test_a_dead_path_to_upstream_closes_a_tunnel(site: Site, full: bool) -> None:
     with site.client() as client:
         request = handshake(client, site.upstream, f"/v1/tunnel-{full}")
         request.answer(b"last words")
@@ -187,14 +191,15 @@ def test_tunnel_to_upstream(site: Site, full: bool) -> None:
         site.cut_connection(request)
         client.send(b"x") if not full else None
         client.sock.settimeout(SOON)
-        with contextlib.suppress(ConnectionResetError):  # what it sent may be unread
+        # The proxy may not have read what the client sent.
+        with contextlib.suppress(ConnectionResetError):
             assert client.rest() == b"last words"
     assert site.proxy.wait_for_request(f"/v1/tunnel-{full}")["ended_by"] == "upstream"
 
 
 # The client's path
 
-# Passed on in upstream's framing, or in ours: see SSE_KEEPALIVE.
+# A body keeps upstream's framing, or gets the proxy's own: see SSE_KEEPALIVE.
 KINDS = {"relayed": b"application/json", "iterated": b"text/event-stream"}
 
 
@@ -208,7 +213,9 @@ def stream(client: Client, upstream: ScriptedUpstream, target: str, kind: str) -
 
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("kind", [*KINDS, "tunnelled", "pipelined"])
-def test_client_that_vanished_is_served_no_longer(site: Site, kind: str, full: bool) -> None:
+def test_a_dead_path_to_the_client_closes_the_upstream_connection(
+    site: Site, kind: str, full: bool
+) -> None:
     target = f"/v1/{kind}-{full}"
     with site.client() as client:
         if kind == "tunnelled":
@@ -216,7 +223,8 @@ def test_client_that_vanished_is_served_no_longer(site: Site, kind: str, full: b
         else:
             request = stream(client, site.upstream, target, kind if kind in KINDS else "relayed")
         if kind == "pipelined":
-            client.request()  # is unread, and hides the end of the connection
+            # The proxy does not read this request, which hides the end of the connection.
+            client.request()
         if full:
             request.answer(b"%x\r\n" % SIZE)
             assert pour(request.connection, 0, SIZE) < SIZE
@@ -227,7 +235,7 @@ def test_client_that_vanished_is_served_no_longer(site: Site, kind: str, full: b
     assert site.proxy.wait_for_request(target)["ended_by"] == "client"
 
 
-# Peers that are alive
+# Live peers
 
 
 def send_rest(raw: RawConnection, at: int, is_chunked: bool) -> None:
@@ -246,8 +254,8 @@ def content(raw: RawConnection, is_chunked: bool) -> bytes:
     return b"".join(chunks)
 
 
-def test_peer_that_reads_nothing_loses_nothing(site: Site) -> None:
-    """It acknowledges window probes; and nothing that is idle is ended."""
+def test_a_live_peer_that_does_not_read_loses_nothing(site: Site) -> None:
+    """The peer acknowledges window probes. An idle connection stays open as well."""
     with contextlib.ExitStack() as stack:
         idle, relayed, iterated, tunnelled, tunnelling, uploading = (
             stack.enter_context(site.client()) for _ in range(6)
@@ -273,7 +281,8 @@ def test_peer_that_reads_nothing_loses_nothing(site: Site) -> None:
             is_chunked = reader in (relayed, iterated)
             senders.append(threading.Thread(target=send_rest, args=(sender, sent, is_chunked)))
             senders[-1].start()
-        time.sleep(4 * SILENCE)  # the kernel's probes are then further apart than SILENCE
+        # By then, the kernel's window probes are further apart than SILENCE.
+        time.sleep(4 * SILENCE)
         for _, reader in ways:
             data = content(reader, reader in (relayed, iterated))
             assert data == PATTERN * (SIZE // len(PATTERN))
@@ -283,7 +292,7 @@ def test_peer_that_reads_nothing_loses_nothing(site: Site) -> None:
         assert upstream.receive().answer() and idle.message().body == b"ok"
 
 
-# Whose limit it was
+# Timeouts of the kernel
 
 
 @pytest.fixture
@@ -294,8 +303,8 @@ def hasty_kernel(tmp_path: Path) -> Iterator[Site]:
         yield site
 
 
-def test_limit_of_the_kernel(hasty_kernel: Site) -> None:
-    """Also when a router has said why: TCP goes on trying, and then gives up with that error."""
+def test_a_timeout_of_the_kernel_is_504_or_retried(hasty_kernel: Site) -> None:
+    """After an ICMP error, TCP retries and then gives up with that error."""
     site = hasty_kernel
     with site.client() as client:
         site.cut_connection(site.pooled(), "unreachable")
@@ -314,11 +323,11 @@ def test_limit_of_the_kernel(hasty_kernel: Site) -> None:
             assert b"TCP gave up: " in answer.body and b"IDLE_TIMEOUT" not in answer.body
 
 
-def test_without_tcp_info_there_is_no_sweep() -> None:
-    """As on macOS."""
+def test_the_sweep_does_nothing_without_tcp_info() -> None:
+    """macOS has no TCP_INFO."""
     code = "import socket; del socket.TCP_INFO; from xaiproxy.http1 import dead_paths; dead_paths.sweep()"
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=20)
 
 
-def test_real_limits() -> None:
+def test_the_default_limits_are_15_and_120_seconds() -> None:
     assert (dead_paths.INTERVAL, dead_paths.SILENCE) == (15, 120)

@@ -1,6 +1,4 @@
-"""How upstream is reached: names, addresses, TLS, a proxy on the way; and what is said when it is
-not.
-"""
+"""The connection to upstream: names, addresses, TLS, egress proxies, and the errors of each."""
 
 from __future__ import annotations
 
@@ -25,10 +23,10 @@ from xaiproxy import config
 from xaiproxy.http1.dialler import Dialler
 from xaiproxy.http1.resolver import THREADS
 
-# An upstream that cannot be reached
+# Upstream is unreachable
 
 
-def test_upstream_that_refuses_connections(tmp_path: Path) -> None:
+def test_a_refused_connection_is_502(tmp_path: Path) -> None:
     with ProxyProcess(tmp_path, upstream=f"http://127.0.0.1:{refused_port()}") as proxy:
         proxy.sign_in()
         answer = proxy.ask()
@@ -36,7 +34,7 @@ def test_upstream_that_refuses_connections(tmp_path: Path) -> None:
         assert b"Connection refused" in answer.body
 
 
-def test_upstream_that_is_a_black_hole(tmp_path: Path) -> None:
+def test_a_black_hole_is_502_after_the_connect_timeout(tmp_path: Path) -> None:
     with (
         black_hole() as port,
         ProxyProcess(tmp_path, upstream=f"http://127.0.0.1:{port}", connect_timeout=0.5) as proxy,
@@ -53,7 +51,7 @@ def test_upstream_that_is_a_black_hole(tmp_path: Path) -> None:
         assert line["ended_by"] == "client" and line["duration_ms"] < 400
 
 
-def test_upstream_that_has_no_address(tmp_path: Path) -> None:
+def test_a_name_without_an_address_is_502(tmp_path: Path) -> None:
     with ProxyProcess(tmp_path, upstream="https://upstream.invalid", connect_timeout=5) as proxy:
         proxy.sign_in()
         answer = proxy.ask()
@@ -62,11 +60,11 @@ def test_upstream_that_has_no_address(tmp_path: Path) -> None:
         )
 
 
-# Its names and addresses
+# Names and addresses
 
 
 def reaches(client: Client, upstream: ScriptedUpstream) -> bool:
-    """Whether a request comes there, on a connection of its own."""
+    """Return whether a request arrives at `upstream`, on a connection of its own."""
     client.request()
     request = upstream.receive().answer()
     assert client.message().body == b"ok"
@@ -76,7 +74,7 @@ def reaches(client: Client, upstream: ScriptedUpstream) -> bool:
 
 def test_all_addresses_are_tried(tmp_path: Path, certificate: tuple) -> None:
     authority, context = certificate
-    # The resolver puts 127.0.0.1 first (RFC 6724, rule 9), where nobody listens.
+    # The resolver puts 127.0.0.1 first (RFC 6724, rule 9), where nothing listens.
     with (
         ScriptedUpstream(context, "127.0.0.2") as upstream,
         ProxyProcess(
@@ -94,7 +92,7 @@ def test_all_addresses_are_tried(tmp_path: Path, certificate: tuple) -> None:
             assert request.value("Host") == f"upstream.test:{upstream.port}"
 
 
-def test_time_limit_is_for_all_addresses_together(tmp_path: Path) -> None:
+def test_all_addresses_share_one_connect_timeout(tmp_path: Path) -> None:
     with (
         black_hole("127.0.0.2") as port,
         black_hole("127.0.0.3", port),
@@ -111,7 +109,9 @@ def test_time_limit_is_for_all_addresses_together(tmp_path: Path) -> None:
         assert answer.status == 502 and 0.9 < time.monotonic() - start < 1.9
 
 
-def test_name_that_changed_is_looked_up_again_at_once(tmp_path: Path, certificate: tuple) -> None:
+def test_a_name_is_looked_up_again_once_its_address_fails(
+    tmp_path: Path, certificate: tuple
+) -> None:
     authority, context = certificate
     with (
         ScriptedUpstream(context, "127.0.0.2") as first,
@@ -126,18 +126,17 @@ def test_name_that_changed_is_looked_up_again_at_once(tmp_path: Path, certificat
     ):
         proxy.sign_in()
         assert reaches(client, first)
-        (tmp_path / "hosts").write_text(
-            "127.0.0.3 upstream.test\n"
-        )  # in place: it is what is mounted
+        # The file is changed in place, because it is mounted.
+        (tmp_path / "hosts").write_text("127.0.0.3 upstream.test\n")
         assert reaches(client, first)
         first.close()
         assert reaches(client, second)
 
 
-def test_name_whose_old_address_is_another_server_s_by_now(
+def test_a_name_is_looked_up_again_once_its_old_address_is_another_server(
     tmp_path: Path, certificate: tuple
 ) -> None:
-    """It answers, but cannot prove that it is upstream."""
+    """That server answers, but cannot prove that it is upstream."""
     authority, context = certificate
     (tmp_path / "other").mkdir()
     _, foreign = make_certificate(tmp_path / "other", "upstream.test")
@@ -163,25 +162,27 @@ def test_name_whose_old_address_is_another_server_s_by_now(
         assert client.message().body == b"ok"
 
 
-def test_names_are_remembered_for_a_minute(tmp_path: Path) -> None:
+def test_addresses_are_cached_for_a_minute(tmp_path: Path) -> None:
     with (
-        ScriptedUpstream() as told,
-        ScriptedUpstream(address="127.0.0.2", port=told.port) as remembered,
+        ScriptedUpstream() as current,
+        ScriptedUpstream(address="127.0.0.2", port=current.port) as cached,
     ):
-        dialler = Dialler(config.from_environ({"HOME": "/", "XAI_PROXY_UPSTREAM": told.origin}))
+        dialler = Dialler(config.from_environ({"HOME": "/", "XAI_PROXY_UPSTREAM": current.origin}))
         dialler.connect().close()
-        assert told.accept()
-        # As if it had been told another then.
-        dialler._target._known = socket.getaddrinfo("127.0.0.2", told.port, type=socket.SOCK_STREAM)
+        assert current.accept()
+        # The cache holds another address than the resolver has now.
+        dialler._target._known = socket.getaddrinfo(
+            "127.0.0.2", current.port, type=socket.SOCK_STREAM
+        )
         dialler._target._known_at -= 59
         dialler.connect().close()
-        assert remembered.accept() and told.quiet()
+        assert cached.accept() and current.quiet()
         dialler._target._known_at -= 2
         dialler.connect().close()
-        assert told.accept() and remembered.quiet()
+        assert current.accept() and cached.quiet()
 
 
-def test_one_look_up_serves_all_that_wait(tmp_path: Path, many_files: None) -> None:
+def test_waiting_requests_share_one_lookup(tmp_path: Path, many_files: None) -> None:
     with (
         NameServer(tmp_path, "127.0.0.2") as names,
         ScriptedUpstream(address="127.0.0.2") as egress,
@@ -202,7 +203,7 @@ def test_one_look_up_serves_all_that_wait(tmp_path: Path, many_files: None) -> N
         assert names.asked == ["egress\4test"]
 
 
-def test_address_that_was_reached_last_is_tried_first(tmp_path: Path, certificate: tuple) -> None:
+def test_the_last_address_that_worked_is_tried_first(tmp_path: Path, certificate: tuple) -> None:
     authority, context = certificate
     prefix = hosts(tmp_path, "127.0.0.2 upstream.test", "127.0.0.3 upstream.test")
     with (
@@ -216,18 +217,22 @@ def test_address_that_was_reached_last_is_tried_first(tmp_path: Path, certificat
         proxy.client() as client,
     ):
         proxy.sign_in()
-        assert reaches(client, third)  # nobody listens at the other
+        # Nothing listens on the other address.
+        assert reaches(client, third)
         with ScriptedUpstream(context, "127.0.0.2", third.port) as second:
             assert reaches(client, third) and second.quiet()
             third.close()
             assert reaches(client, second)
 
 
-HUNG = 12  # look-ups: more than gevent's pool has threads
+# Lookups: more than gevent's pool has threads.
+HUNG = 12
 
 
 @pytest.mark.parametrize("egress", [False, True])
-def test_hung_look_ups_do_not_stop_others(tmp_path: Path, certificate: tuple, egress: bool) -> None:
+def test_hung_lookups_do_not_block_later_ones(
+    tmp_path: Path, certificate: tuple, egress: bool
+) -> None:
     with (
         NameServer(tmp_path, "127.0.0.2") as names,
         ScriptedUpstream(None if egress else certificate[1], "127.0.0.2") as upstream,
@@ -257,7 +262,7 @@ def test_hung_look_ups_do_not_stop_others(tmp_path: Path, certificate: tuple, eg
             assert upstream.receive().method == ("CONNECT" if egress else "GET")
 
 
-def test_hung_look_ups_are_bounded(tmp_path: Path) -> None:
+def test_the_number_of_hung_lookups_is_bounded(tmp_path: Path) -> None:
     with (
         NameServer(tmp_path, "127.0.0.2") as names,
         ProxyProcess(
@@ -277,7 +282,7 @@ def test_hung_look_ups_are_bounded(tmp_path: Path) -> None:
         assert before < threads() <= before + THREADS
 
 
-def test_known_addresses_serve_while_look_ups_hang(tmp_path: Path, certificate: tuple) -> None:
+def test_cached_addresses_are_used_while_lookups_hang(tmp_path: Path, certificate: tuple) -> None:
     authority, context = certificate
     with (
         NameServer(tmp_path, "127.0.0.2", "127.0.0.3") as names,
@@ -295,14 +300,13 @@ def test_known_addresses_serve_while_look_ups_hang(tmp_path: Path, certificate: 
             assert reaches(client, second)
         names.silent = True
         asked = len(names.asked)
-        for _ in range(
-            3
-        ):  # after the first has found that an address fails, and that the name is to be looked up
+        # The first request finds that the address fails and starts a lookup.
+        for _ in range(3):
             assert reaches(client, third)
         assert len(names.asked) > asked
 
 
-def test_known_addresses_serve_while_look_ups_fail(tmp_path: Path, certificate: tuple) -> None:
+def test_cached_addresses_are_used_while_lookups_fail(tmp_path: Path, certificate: tuple) -> None:
     authority, context = certificate
     with (
         ScriptedUpstream(context, "127.0.0.3") as third,
@@ -325,7 +329,7 @@ def test_known_addresses_serve_while_look_ups_fail(tmp_path: Path, certificate: 
 # Several addresses and one time limit (RFC 8305)
 
 
-def test_address_that_swallows_packets_does_not_use_up_the_time(
+def test_a_black_hole_address_does_not_use_up_the_connect_timeout(
     tmp_path: Path, certificate: tuple
 ) -> None:
     authority, context = certificate
@@ -347,11 +351,14 @@ def test_address_that_swallows_packets_does_not_use_up_the_time(
             assert reaches(client, upstream)
             took.append(time.monotonic() - start)
         assert max(took) < 4
-        assert min(took[1:]) < 0.25  # what failed goes last
+        # The address that failed is tried last.
+        assert min(took[1:]) < 0.25
 
 
 @pytest.mark.parametrize("scheme", ["http", "socks5h"])
-def test_addresses_of_a_proxy_share_the_time_as_well(tmp_path: Path, scheme: str) -> None:
+def test_the_addresses_of_an_egress_proxy_share_the_connect_timeout(
+    tmp_path: Path, scheme: str
+) -> None:
     pytest.importorskip("socks", reason="PySocks, of the extra socks, is not installed")
     with (
         ScriptedUpstream(address="127.0.0.3") as egress,
@@ -372,8 +379,8 @@ def test_addresses_of_a_proxy_share_the_time_as_well(tmp_path: Path, scheme: str
 
 
 @pytest.mark.parametrize("scheme", ["socks5", "socks4"])
-def test_socks_proxy_that_looks_up_no_names(tmp_path: Path, scheme: str) -> None:
-    """It is told an address, and another one when that failed."""
+def test_a_socks_proxy_without_name_lookup_gets_addresses(tmp_path: Path, scheme: str) -> None:
+    """It gets the next address after the first one failed."""
     pytest.importorskip("socks", reason="PySocks, of the extra socks, is not installed")
     with (
         ScriptedUpstream() as egress,
@@ -403,10 +410,13 @@ def test_socks_proxy_that_looks_up_no_names(tmp_path: Path, scheme: str) -> None
             ) or b"refused" in answer.body
 
 
-def test_address_whose_handshake_fails_is_followed_by_the_next(
+def test_the_next_address_is_tried_after_a_failed_tls_handshake(
     tmp_path: Path, certificate: tuple
 ) -> None:
-    """So is one whose handshake takes too long, within the same time limit, and it goes last."""
+    """A handshake that times out counts as failed, within the same timeout.
+
+    Its address is tried last from then on.
+    """
     authority, context = certificate
     with (
         ScriptedUpstream(None, "127.0.0.2") as second,
@@ -414,7 +424,7 @@ def test_address_whose_handshake_fails_is_followed_by_the_next(
         ProxyProcess(
             tmp_path,
             upstream=f"https://upstream.test:{third.port}",
-            # Half of it is for the address that says nothing, and the rest must do for a handshake.
+            # The silent address uses up half of it; the rest must suffice for a handshake.
             connect_timeout=4,
             environ={"SSL_CERT_FILE": str(authority)},
             prefix=hosts(tmp_path, "127.0.0.2 upstream.test", "127.0.0.3 upstream.test"),
@@ -423,14 +433,16 @@ def test_address_whose_handshake_fails_is_followed_by_the_next(
     ):
         proxy.sign_in()
         client.request()
-        with second.accept():  # and says nothing
+        # The server accepts and stays silent.
+        with second.accept():
             assert third.receive().answer().connection.requests == 1
             assert client.message().body == b"ok"
         third.connections.pop().close()
         assert reaches(client, third) and second.quiet()
         third._context = None
         client.request("POST", "/v1/x", body=b"{}")
-        for _ in range(2):  # with a session, and without
+        # The proxy tries with a session, and then without one.
+        for _ in range(2):
             third.accept().close()
         second._context = context
         assert second.receive().answer().connection.requests == 1
@@ -441,7 +453,7 @@ def test_address_whose_handshake_fails_is_followed_by_the_next(
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
-def test_session_is_resumed(tmp_path: Path, version: ssl.TLSVersion) -> None:
+def test_a_tls_session_is_resumed(tmp_path: Path, version: ssl.TLSVersion) -> None:
     authority, context = make_certificate(tmp_path, "127.0.0.1")
     context.maximum_version = context.minimum_version = version
     with (
@@ -460,24 +472,25 @@ def test_session_is_resumed(tmp_path: Path, version: ssl.TLSVersion) -> None:
             assert client.message().body == b"ok"
             upstream.hang_up()
         assert reused == [False, True, True]
-        upstream._context = another(tmp_path, version)  # one that knows nothing of these: a restart
+        # As after a restart, the new context knows none of the sessions.
+        upstream._context = new_context(tmp_path, version)
         assert reaches(client, upstream)
 
 
-def another(folder: Path, version: ssl.TLSVersion) -> ssl.SSLContext:
+def new_context(folder: Path, version: ssl.TLSVersion) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.maximum_version = context.minimum_version = version
     context.load_cert_chain(folder / "server.pem", folder / "server.key")
     return context
 
 
-# SSL_OP_NO_EXTENDED_MASTER_SECRET of OpenSSL 3, which Python has no name for. A session from before
-# it was set cannot be resumed any more (RFC 7627 section 5.3).
+# SSL_OP_NO_EXTENDED_MASTER_SECRET of OpenSSL 3, for which Python has no name. A server that sets it
+# cannot resume older sessions (RFC 7627 section 5.3).
 NO_EXTENDED_MASTER_SECRET = 1
 
 
 @pytest.mark.parametrize("egress", [False, True], ids=["direct", "tls in tls"])
-def test_session_that_upstream_takes_no_more_is_forgotten(
+def test_a_tls_session_that_upstream_rejects_is_dropped(
     tmp_path: Path, certificate: tuple, egress: bool
 ) -> None:
     authority, outer = certificate
@@ -528,10 +541,10 @@ def test_session_that_upstream_takes_no_more_is_forgotten(
 
 
 @pytest.mark.parametrize("end", [RawConnection.close, RawConnection.reset, None])
-def test_handshake_that_fails_with_a_session_is_repeated_without(
+def test_a_handshake_that_fails_with_a_session_is_retried_without_it(
     tmp_path: Path, certificate: tuple, end: Callable[[RawConnection], None] | None
 ) -> None:
-    """Silence, too, within the same time limit."""
+    """Silence during the handshake counts as a failure, within the same timeout."""
     authority, context = certificate
     with (
         ScriptedUpstream(context) as upstream,
@@ -560,7 +573,8 @@ def test_handshake_that_fails_with_a_session_is_repeated_without(
         assert reaches(client, upstream)
         upstream._context = None
         client.request("POST", "/v1/x", body=b"{}")
-        for _ in range(2):  # once more, and no more
+        # The proxy retries once.
+        for _ in range(2):
             upstream.accept().close()
         assert client.message().status == 502 and upstream.quiet()
 
@@ -580,7 +594,7 @@ def test_handshake_that_fails_with_a_session_is_repeated_without(
         ),
     ],
 )
-def test_untrusted_certificate(
+def test_an_untrusted_certificate_is_502(
     tmp_path: Path, certificate: tuple, settings: dict, sentence: bytes
 ) -> None:
     authority, context = certificate
@@ -601,9 +615,9 @@ def test_untrusted_certificate(
             assert answer.status == 502 and sentence in answer.body
 
 
-@pytest.mark.parametrize("said", [b"HTTP/1.1 400 Bad Request\r\n\r\n", None])
-def test_upstream_that_does_not_speak_tls(tmp_path: Path, said: bytes | None) -> None:
-    """One that answers in plain text, and one that is silent: the limit includes TLS."""
+@pytest.mark.parametrize("sent", [b"HTTP/1.1 400 Bad Request\r\n\r\n", None])
+def test_an_upstream_without_tls_is_502(tmp_path: Path, sent: bytes | None) -> None:
+    """It answers in plain text, or is silent: the connect timeout includes the handshake."""
     with (
         ScriptedUpstream() as upstream,
         ProxyProcess(
@@ -614,20 +628,20 @@ def test_upstream_that_does_not_speak_tls(tmp_path: Path, said: bytes | None) ->
         with proxy.client() as client:
             client.request()
             connection = upstream.accept()
-            if said:
-                connection.send(said)
+            if sent:
+                connection.send(sent)
             answer = client.message()
             assert (answer.status, answer.value("X-XAI-Proxy-Error")) == (
                 502,
                 "upstream_unreachable",
             )
-            assert (b"TLS" if said else b"within 0.5 s") in answer.body
+            assert (b"TLS" if sent else b"within 0.5 s") in answer.body
 
 
-# A proxy on the way
+# Egress proxies
 
 
-def test_connect_proxy_is_used_for_https(tmp_path: Path, certificate: tuple) -> None:
+def test_https_goes_through_a_connect_proxy(tmp_path: Path, certificate: tuple) -> None:
     authority, context = certificate
     with (
         ScriptedUpstream() as egress,
@@ -658,13 +672,14 @@ def test_connect_proxy_is_used_for_https(tmp_path: Path, certificate: tuple) -> 
                 assert request.token == "the-token" and request.value("Proxy-Authorization") is None
                 inside.send(OK)
                 assert client.message().body == b"ok"
-                client.request()  # through the same tunnel
+                # This request uses the same tunnel.
+                client.request()
                 assert inside.message().line == "GET /v1/models HTTP/1.1"
                 inside.send(OK)
                 assert client.message().body == b"ok"
 
 
-def test_connect_proxy_that_refuses(tmp_path: Path) -> None:
+def test_a_connect_proxy_that_refuses_is_502(tmp_path: Path) -> None:
     with (
         ScriptedUpstream() as egress,
         ProxyProcess(
@@ -712,7 +727,9 @@ def egress() -> Iterator[ScriptedUpstream]:
         yield running
 
 
-def a_proxy_behind(egress: ScriptedUpstream, certificate: tuple, folder: Path) -> ProxyProcess:
+def start_proxy_with_egress(
+    egress: ScriptedUpstream, certificate: tuple, folder: Path
+) -> ProxyProcess:
     return ProxyProcess(
         folder,
         upstream="https://upstream.test",
@@ -722,10 +739,10 @@ def a_proxy_behind(egress: ScriptedUpstream, certificate: tuple, folder: Path) -
 
 
 @pytest.fixture(scope="module")
-def behind_egress(
+def proxy_with_egress(
     egress: ScriptedUpstream, certificate: tuple, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ProxyProcess]:
-    with a_proxy_behind(egress, certificate, tmp_path_factory.mktemp("behind")) as proxy:
+    with start_proxy_with_egress(egress, certificate, tmp_path_factory.mktemp("egress")) as proxy:
         proxy.sign_in()
         yield proxy
 
@@ -734,30 +751,31 @@ def behind_egress(
 def never_connected(
     egress: ScriptedUpstream, certificate: tuple, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ProxyProcess]:
-    """One that has no TLS session to resume."""
-    with a_proxy_behind(egress, certificate, tmp_path_factory.mktemp("never")) as proxy:
+    """A proxy that has no TLS session to resume."""
+    with start_proxy_with_egress(egress, certificate, tmp_path_factory.mktemp("never")) as proxy:
         proxy.sign_in()
         yield proxy
 
 
 @pytest.mark.parametrize(
-    "said",
+    "sent",
     [
         b"HTTP/1.1 100 Continue\r\n\r\n" + GO_ON,
         b"HTTP/1.1 103 Early\r\nLink: x\r\n\r\nHTTP/1.1 199 \r\n\r\n" + GO_ON,
         b"HTTP/1.0 200 Connection established\r\n\r\n",
         b"HTTP/1.1 204 Fine\r\n\r\n",
-        b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n",  # RFC 9110 section 9.3.6: to be ignored
+        # RFC 9110 section 9.3.6: the Content-Length is ignored.
+        b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
     ],
 )
-def test_tunnel_that_opens(
-    behind_egress: ProxyProcess, egress: ScriptedUpstream, certificate: tuple, said: bytes
+def test_any_2xx_response_opens_the_tunnel(
+    proxy_with_egress: ProxyProcess, egress: ScriptedUpstream, certificate: tuple, sent: bytes
 ) -> None:
-    with behind_egress.client() as client:
+    with proxy_with_egress.client() as client:
         client.request()
         tunnel = egress.receive()
-        for byte in said:
+        for byte in sent:
             tunnel.answer(bytes([byte]))
         egress.connections.remove(tunnel.connection)
         with RawConnection(
@@ -769,7 +787,7 @@ def test_tunnel_that_opens(
 
 
 @pytest.mark.parametrize(
-    "said, end, sentence",
+    "sent, end, sentence",
     [
         (
             b"HTTP/1.1 403 Forbidden\r\nContent-Length: 13\r\n\r\nsecret-reason",
@@ -788,11 +806,12 @@ def test_tunnel_that_opens(
         (b"", RawConnection.close, b"it closed the connection"),
         (b"HTTP/1.1 200 O", RawConnection.close, b"it closed the connection"),
         (b"HTTP/1.1 200 OK\r\n", RawConnection.reset, b"reset by peer"),
+        # The connection ends during the TLS handshake.
         (
             GO_ON,
             RawConnection.close,
             b"no connection to https://upstream.test: ",
-        ),  # before hands are shaken
+        ),
         (GO_ON + b"220 smtp.example\r\n", None, b"TLS failed"),
         (b"", None, b"within 0.5 s"),
         (b"HTTP/1.1 200", None, b"within 0.5 s"),
@@ -800,10 +819,10 @@ def test_tunnel_that_opens(
         (GO_ON, None, b"within 0.5 s"),
     ],
 )
-def test_tunnel_that_does_not(
+def test_a_failed_tunnel_is_502(
     never_connected: ProxyProcess,
     egress: ScriptedUpstream,
-    said: bytes,
+    sent: bytes,
     end: Callable[[RawConnection], None] | None,
     sentence: bytes,
 ) -> None:
@@ -812,11 +831,13 @@ def test_tunnel_that_does_not(
         start = time.monotonic()
         tunnel = egress.receive()
         assert tunnel.line == "CONNECT upstream.test:443 HTTP/1.1" and tunnel.token == ""
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may have heard enough
-            tunnel.answer(said)
+        # The proxy may close the connection before it has read everything.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            tunnel.answer(sent)
         if end:
-            if said == GO_ON:
-                tunnel.connection.exactly(5)  # the beginning of a record
+            if sent == GO_ON:
+                # This is the beginning of a TLS record.
+                tunnel.connection.exactly(5)
             end(tunnel.connection)
         answer = client.message()
         assert (answer.status, answer.value("X-XAI-Proxy-Error")) == (502, "upstream_unreachable")
@@ -828,15 +849,14 @@ def test_tunnel_that_does_not(
         if not end:
             tunnel.connection.sock.settimeout(1)
             with contextlib.suppress(ConnectionResetError):
-                while tunnel.connection.sock.recv(65536):  # a greeting of TLS, and then the end
+                # A ClientHello arrives, and then EOF.
+                while tunnel.connection.sock.recv(65536):
                     pass
         assert egress.quiet()
 
 
 class TLSInTLS:
-    """A server's side of TLS on a connection that speaks TLS already; as much of a socket as
-    RawConnection needs.
-    """
+    """The server's side of TLS inside TLS, with the socket methods that RawConnection needs."""
 
     def __init__(self, outer: ssl.SSLSocket, context: ssl.SSLContext):
         self._outer = outer
@@ -868,8 +888,7 @@ class TLSInTLS:
             self._do(self._tls.write, data[start : start + 16384])
 
 
-def test_tls_in_tls(tmp_path: Path, certificate: tuple) -> None:
-    """An egress proxy that speaks TLS itself."""
+def test_an_egress_proxy_may_speak_tls_itself(tmp_path: Path, certificate: tuple) -> None:
     authority, context = certificate
     body = bytes(range(256)) * 4096
     with (
@@ -895,7 +914,8 @@ def test_tls_in_tls(tmp_path: Path, certificate: tuple) -> None:
         assert request.token == "the-token" and request.body == body
         inside.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
         assert client.message().body == body
-        for _ in range(3):  # through the same tunnel, and as it comes
+        # Each chunk arrives at once, through the same tunnel.
+        for _ in range(3):
             client.request()
             assert inside.message().token == "the-token"
             inside.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
@@ -928,24 +948,24 @@ def socks(tmp_path: Path, certificate: tuple) -> Iterator[tuple[ProxyProcess, so
         yield proxy, listener
 
 
-def asked_for_upstream(listener: socket.socket) -> RawConnection:
-    """The server's part of RFC 1928 and 1929 up to its last word."""
+def accept_socks_request(listener: socket.socket) -> RawConnection:
+    """Act as the server of RFC 1928 and 1929, up to its last reply."""
     raw = RawConnection(listener.accept()[0])
-    assert raw.exactly(1) == b"\5" and 2 in raw.exactly(raw.exactly(1)[0])  # who are you?
+    # The client offers authentication with user name and password.
+    assert raw.exactly(1) == b"\5" and 2 in raw.exactly(raw.exactly(1)[0])
     raw.send(b"\5\2")
     assert raw.exactly(11) == b"\1\2me\6secret"
     raw.send(b"\1\0")
-    assert (
-        raw.exactly(20) == b"\5\1\0\3\x0dupstream.test\1\xbb"
-    )  # by its name, for the proxy to look up
+    # The request names the host, so the SOCKS proxy looks it up.
+    assert raw.exactly(20) == b"\5\1\0\3\x0dupstream.test\1\xbb"
     return raw
 
 
-def test_socks_proxy_is_used(socks: tuple, certificate: tuple) -> None:
+def test_https_goes_through_a_socks_proxy(socks: tuple, certificate: tuple) -> None:
     proxy, listener = socks
     with proxy.client() as client:
         client.request()
-        tunnel = asked_for_upstream(listener)
+        tunnel = accept_socks_request(listener)
         tunnel.send(b"\5\0\0\1" + bytes(6))
         with RawConnection(certificate[1].wrap_socket(tunnel.sock, server_side=True)) as inside:
             for _ in range(2):
@@ -957,7 +977,7 @@ def test_socks_proxy_is_used(socks: tuple, certificate: tuple) -> None:
 
 
 @pytest.mark.parametrize(
-    "said, end, sentence",
+    "sent, end, sentence",
     [
         (b"\5\5\0\1" + bytes(6), False, b"refused"),
         (b"HTTP/1.1 400 Bad Request", False, b"no connection to"),
@@ -966,15 +986,15 @@ def test_socks_proxy_is_used(socks: tuple, certificate: tuple) -> None:
     ],
     ids=["refused", "garbage", "cut", "silent"],
 )
-def test_socks_proxy_that_does_not_connect(
-    socks: tuple, said: bytes, end: bool, sentence: bytes
+def test_a_socks_proxy_that_does_not_connect_is_502(
+    socks: tuple, sent: bytes, end: bool, sentence: bytes
 ) -> None:
     proxy, listener = socks
     with proxy.client() as client:
         client.request()
-        with asked_for_upstream(listener) as tunnel:
+        with accept_socks_request(listener) as tunnel:
             start = time.monotonic()
-            tunnel.send(said)
+            tunnel.send(sent)
             if end:
                 tunnel.close()
             answer = client.message()

@@ -1,6 +1,4 @@
-"""What upstream sees of a request and what becomes of its answer, byte by byte; and its
-connections.
-"""
+"""What upstream receives for a request, what the client receives for its response, and the pool."""
 
 from __future__ import annotations
 
@@ -52,11 +50,11 @@ def client(running: ProxyProcess, upstream: ScriptedUpstream) -> Iterator[Client
 def short_timeout_proxy(
     start_proxy: Callable[..., ProxyProcess], way: str, upstream: ScriptedUpstream
 ) -> ProxyProcess:
-    """One that gives upstream half a second."""
+    """A proxy that gives upstream half a second."""
     return start_proxy(way=way, idle_timeout=0.5)
 
 
-# What upstream sees
+# The request that upstream receives
 
 
 @pytest.mark.parametrize(
@@ -70,7 +68,7 @@ def short_timeout_proxy(
         "/v1/~a!$&'()*+,=@|^`{}\"<>",
     ],
 )
-def test_target_passes_byte_for_byte(
+def test_the_target_passes_byte_for_byte(
     client: Client, upstream: ScriptedUpstream, target: str
 ) -> None:
     client.request("GET", target)
@@ -80,7 +78,7 @@ def test_target_passes_byte_for_byte(
 @pytest.mark.parametrize(
     "method", ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "PROPFIND", "M-SEARCH", "get"]
 )
-def test_any_method_passes(client: Client, upstream: ScriptedUpstream, method: str) -> None:
+def test_every_method_passes(client: Client, upstream: ScriptedUpstream, method: str) -> None:
     client.request(method, "/v1/x", body=b"{}")
     request = upstream.receive()
     assert (request.line, request.body) == (f"{method} /v1/x HTTP/1.1", b"{}")
@@ -88,7 +86,9 @@ def test_any_method_passes(client: Client, upstream: ScriptedUpstream, method: s
     assert client.message().body == b"ok"
 
 
-def test_fields_pass_in_order_case_and_number(client: Client, upstream: ScriptedUpstream) -> None:
+def test_fields_keep_their_order_case_and_repetitions(
+    client: Client, upstream: ScriptedUpstream
+) -> None:
     client.request(
         "GET",
         "/v1/models",
@@ -109,7 +109,7 @@ def test_fields_pass_in_order_case_and_number(client: Client, upstream: Scripted
     ).encode("latin-1")
 
 
-def test_what_is_ours_or_the_hop_s_does_not_pass(
+def test_hop_by_hop_fields_and_those_that_the_proxy_sets_are_dropped(
     client: Client, upstream: ScriptedUpstream
 ) -> None:
     client.request(
@@ -152,7 +152,7 @@ def test_what_is_ours_or_the_hop_s_does_not_pass(
     ]
 
 
-def test_multipart_passes_untouched(client: Client, upstream: ScriptedUpstream) -> None:
+def test_a_multipart_body_passes_unchanged(client: Client, upstream: ScriptedUpstream) -> None:
     body = (
         b"--x\r\nContent-Disposition: form-data\r\n\r\n"
         + bytes(range(256)) * 300
@@ -167,7 +167,9 @@ def test_multipart_passes_untouched(client: Client, upstream: ScriptedUpstream) 
     assert request.values("Transfer-Encoding") == []
 
 
-def test_chunked_body_passes_as_it_arrives(client: Client, upstream: ScriptedUpstream) -> None:
+def test_a_chunked_body_is_forwarded_as_it_arrives(
+    client: Client, upstream: ScriptedUpstream
+) -> None:
     client.request("POST", "/v1/files", "Transfer-Encoding: chunked")
     request = upstream.receive(body=False)
     assert (
@@ -177,7 +179,8 @@ def test_chunked_body_passes_as_it_arrives(client: Client, upstream: ScriptedUps
     client.send(b"3;ext=1\r\nabc\r\n")
     assert request.connection.chunk() == b"abc"
     client.send(b"A")
-    client.send(b"\r\n01234")  # a chunk split anywhere
+    # A chunk may be split anywhere.
+    client.send(b"\r\n01234")
     first = request.connection.chunk()
     client.send(b"56789\r")
     client.send(b"\n0\r\nTrailer: x\r\n\r\n")
@@ -190,7 +193,9 @@ def test_chunked_body_passes_as_it_arrives(client: Client, upstream: ScriptedUps
     assert client.message().body == b"ok"
 
 
-def test_sized_body_passes_as_it_arrives(client: Client, upstream: ScriptedUpstream) -> None:
+def test_a_sized_body_is_forwarded_as_it_arrives(
+    client: Client, upstream: ScriptedUpstream
+) -> None:
     client.request("DELETE", "/v1/files/1", "Content-Length: 9")
     request = upstream.receive(body=False)
     for part in (b"abc", b"def", b"ghi"):
@@ -200,10 +205,10 @@ def test_sized_body_passes_as_it_arrives(client: Client, upstream: ScriptedUpstr
     assert client.message().body == b"ok"
 
 
-def test_large_upload_is_not_gathered(
+def test_a_large_upload_is_streamed(
     running: ProxyProcess, client: Client, upstream: ScriptedUpstream
 ) -> None:
-    """Beyond XAI_PROXY_REPLAY_LIMIT nothing is kept: 64 MiB pass through little memory."""
+    """A body beyond XAI_PROXY_REPLAY_LIMIT is not kept: 64 MiB pass through little memory."""
     part, count = bytes(1 << 20), 64
     before = running.resident_kib()
     client.request("POST", "/v1/files", f"Content-Length: {len(part) * count}")
@@ -216,10 +221,8 @@ def test_large_upload_is_not_gathered(
     assert running.resident_kib() - before < 24 * 1024
 
 
-def test_answer_that_comes_before_the_body_was_sent(
-    client: Client, upstream: ScriptedUpstream
-) -> None:
-    """Upstream has seen enough, and closes; the client hears why."""
+def test_an_early_refusal_reaches_the_client(client: Client, upstream: ScriptedUpstream) -> None:
+    """Upstream refuses the body and closes. The client receives that response."""
     size = 64 << 20
     client.request("POST", "/v1/files", f"Content-Length: {size}")
     client.send(b"x")
@@ -232,26 +235,27 @@ def test_answer_that_comes_before_the_body_was_sent(
     assert client.closed_within()
 
 
-def test_answer_that_ends_the_connection_amid_the_body(
+def test_an_upload_goes_on_after_a_response_with_connection_close(
     client: Client, upstream: ScriptedUpstream
 ) -> None:
-    """The rest of the body goes out on it all the same, and not on a new one."""
+    """The rest of the body goes out on that connection, not on a new one."""
     client.request("POST", "/v1/files", "Content-Length: 6").send(b"abc")
     request = upstream.receive(body=False)
     assert request.connection.exactly(3) == b"abc"
     request.answer(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\nok")
-    time.sleep(0.1)  # so that it is read before the rest comes
+    # The proxy reads the response before the rest of the body.
+    time.sleep(0.1)
     client.send(b"def")
     assert request.connection.exactly(3) == b"def"
     answer = client.message()
     assert (answer.status, answer.body) == (200, b"ok") and upstream.quiet()
 
 
-# What becomes of its answer
+# The response that the client receives
 
 
 @both_ways
-def test_answer_passes_as_it_came(client: Client, upstream: ScriptedUpstream) -> None:
+def test_a_response_passes_unchanged(client: Client, upstream: ScriptedUpstream) -> None:
     client.request()
     upstream.receive().answer(
         b"HTTP/1.1 299 Fine \xe9\r\nDate: then\r\nX-b: 1\r\nx-A: 2\r\nX-b: 3\r\nContent-Type: text/x; y\r\n"
@@ -268,7 +272,9 @@ def test_answer_passes_as_it_came(client: Client, upstream: ScriptedUpstream) ->
 
 @both_ways
 @pytest.mark.parametrize("framing", FRAMINGS)
-def test_gzip_passes_untouched(client: Client, upstream: ScriptedUpstream, framing: str) -> None:
+def test_a_gzip_body_passes_unchanged(
+    client: Client, upstream: ScriptedUpstream, framing: str
+) -> None:
     head, frame, end = FRAMINGS[framing]
     packed = gzip.compress(b"{}").ljust(30, b"\0")
     client.request("GET", "/v1/models", "Accept-Encoding: gzip")
@@ -284,7 +290,9 @@ def test_gzip_passes_untouched(client: Client, upstream: ScriptedUpstream, frami
 
 @both_ways
 @pytest.mark.parametrize("status", [200, 202, 204, 304, 205, 404, 500])
-def test_answer_without_a_body(client: Client, upstream: ScriptedUpstream, status: int) -> None:
+def test_a_response_without_a_body_keeps_the_connections_open(
+    client: Client, upstream: ScriptedUpstream, status: int
+) -> None:
     client.request()
     length = b"" if status in (204, 304) else b"Content-Length: 0\r\n"
     upstream.receive().answer(
@@ -294,7 +302,8 @@ def test_answer_without_a_body(client: Client, upstream: ScriptedUpstream, statu
         KEPT, b""
     ) == b"HTTP/1.1 %d X\r\nDate: then\r\nETag: a\r\n%b\r\n" % (status, length)
     assert client.silent()
-    client.request()  # on both connections another request can follow
+    # Both connections can carry another request.
+    client.request()
     request = upstream.receive()
     assert request.connection.requests == 2
     request.answer()
@@ -310,7 +319,7 @@ def test_answer_without_a_body(client: Client, upstream: ScriptedUpstream, statu
         b"304 Not Modified\r\nTransfer-Encoding: chunked",
     ],
 )
-def test_framing_of_a_body_that_never_comes(
+def test_the_framing_of_an_absent_body_passes(
     client: Client, upstream: ScriptedUpstream, head: bytes
 ) -> None:
     client.request()
@@ -326,7 +335,7 @@ def test_framing_of_a_body_that_never_comes(
 
 @both_ways
 @pytest.mark.parametrize("head", [SIZED, CHUNKED, b"HTTP/1.1 200 OK\r\nDate: x\r\n\r\n"])
-def test_answer_to_head(client: Client, upstream: ScriptedUpstream, head: bytes) -> None:
+def test_a_response_to_head_passes(client: Client, upstream: ScriptedUpstream, head: bytes) -> None:
     client.request("HEAD")
     request = upstream.receive()
     assert request.method == "HEAD"
@@ -347,10 +356,10 @@ INTERIM = [
 ]
 
 
-def test_interim_answers_are_passed_on_as_they_come(
+def test_interim_responses_are_forwarded_as_they_arrive(
     client: Client, upstream: ScriptedUpstream
 ) -> None:
-    """But for 100, which we say ourselves to those who ask."""
+    """Except 100, which the proxy itself sends to clients that expect it."""
     client.request()
     request = upstream.receive()
     for interim, passed in zip(
@@ -365,7 +374,9 @@ def test_interim_answers_are_passed_on_as_they_come(
     assert client.silent()
 
 
-def test_http_1_0_gets_no_interim_answers(client: Client, upstream: ScriptedUpstream) -> None:
+def test_an_http_1_0_client_gets_no_interim_responses(
+    client: Client, upstream: ScriptedUpstream
+) -> None:
     client.request(version="HTTP/1.0")
     request = upstream.receive()
     for interim in INTERIM:
@@ -374,9 +385,7 @@ def test_http_1_0_gets_no_interim_answers(client: Client, upstream: ScriptedUpst
     assert client.message().line == "HTTP/1.1 200 OK"
 
 
-def test_upgrade_that_nobody_asked_for_is_an_error(
-    client: Client, upstream: ScriptedUpstream
-) -> None:
+def test_an_unrequested_101_is_an_error(client: Client, upstream: ScriptedUpstream) -> None:
     client.request()
     upstream.receive().answer(
         b"HTTP/1.1 101 Switching\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n"
@@ -387,7 +396,9 @@ def test_upgrade_that_nobody_asked_for_is_an_error(
 
 @both_ways
 @pytest.mark.parametrize("framing", FRAMINGS)
-def test_stream_arrives_in_time(client: Client, upstream: ScriptedUpstream, framing: str) -> None:
+def test_a_stream_is_forwarded_as_it_arrives(
+    client: Client, upstream: ScriptedUpstream, framing: str
+) -> None:
     """Head, then three times 10 bytes: each is there before the next is sent."""
     head, frame, end = FRAMINGS[framing]
     client.request("POST", "/v1/chat/completions", body=b"{}")
@@ -409,7 +420,9 @@ def test_stream_arrives_in_time(client: Client, upstream: ScriptedUpstream, fram
 
 
 @both_ways
-def test_chunk_split_anywhere_arrives(client: Client, upstream: ScriptedUpstream) -> None:
+def test_chunks_that_arrive_byte_by_byte_are_forwarded(
+    client: Client, upstream: ScriptedUpstream
+) -> None:
     """Upstream's framing in pieces of one byte, extensions and trailers among it."""
     client.request()
     request = upstream.receive().answer(CHUNKED)
@@ -422,7 +435,7 @@ def test_chunk_split_anywhere_arrives(client: Client, upstream: ScriptedUpstream
     assert client.message().body == b"ok"
 
 
-# An upstream that dies
+# Upstream failures and timeouts
 
 
 @pytest.mark.parametrize("how", ["fin", "reset"])
@@ -438,7 +451,7 @@ def test_chunk_split_anywhere_arrives(client: Client, upstream: ScriptedUpstream
         b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 201 + b"\r\n",
     ],
 )
-def test_death_before_or_in_the_head_is_502(
+def test_an_upstream_that_dies_before_the_end_of_its_head_is_502(
     client: Client, upstream: ScriptedUpstream, sent: bytes, how: str
 ) -> None:
     client.request("GET", "/v1/dies")
@@ -454,11 +467,14 @@ def test_death_before_or_in_the_head_is_502(
         happened, reasons = b"sent no valid answer", [b"is not HTTP"]
     assert upstream.origin.encode() + b" " + happened in answer.body
     assert any(reason in answer.body for reason in reasons)
-    assert answer.value("x-should-retry") == "true"  # of a GET
-    assert upstream.quiet()  # a fresh connection's request is not sent again
+    # A GET may be retried.
+    assert answer.value("x-should-retry") == "true"
+    # The proxy does not retry a request on a new connection.
+    assert upstream.quiet()
 
 
 @both_ways
+# For the last framing, a FIN is the proper end.
 @pytest.mark.parametrize(
     "framing, how",
     [
@@ -468,8 +484,8 @@ def test_death_before_or_in_the_head_is_502(
         ("length", "reset"),
         ("close", "reset"),
     ],
-)  # a FIN ends the last as it should
-def test_death_in_the_body_is_visible(
+)
+def test_an_upstream_that_dies_in_the_body_truncates_the_response(
     client: Client, upstream: ScriptedUpstream, running: ProxyProcess, framing: str, how: str
 ) -> None:
     head, frame, _ = FRAMINGS[framing]
@@ -478,16 +494,17 @@ def test_death_in_the_body_is_visible(
     client.head()
     assert (client.exactly(10) if framing == "length" else client.chunk()) == b"0123456789"
     request.connection.close() if how == "fin" else request.connection.reset()
-    assert client.rest() == b""  # no last chunk, and fewer bytes than Content-Length
+    # There is no last chunk, and fewer bytes than Content-Length.
+    assert client.rest() == b""
     line = running.wait_for_request(f"/v1/{framing}-{how}")
     assert (line["status"], line["bytes"], line["ended_by"]) == (200, 10, "upstream")
 
 
 @pytest.mark.parametrize("framing", ["chunked", "close"])
-def test_death_in_the_body_resets_a_client_of_http_1_0(
+def test_an_upstream_that_dies_in_the_body_resets_an_http_1_0_client(
     client: Client, upstream: ScriptedUpstream, framing: str
 ) -> None:
-    """For it a FIN would be the end of a whole answer."""
+    """A FIN would mark the response as complete."""
     head, frame, _ = FRAMINGS[framing]
     client.request(version="HTTP/1.0")
     request = upstream.receive().answer(head + frame(b"0123456789"))
@@ -498,10 +515,10 @@ def test_death_in_the_body_resets_a_client_of_http_1_0(
         client.rest()
 
 
-def test_so_it_does_when_the_client_is_still_sending(
+def test_an_upstream_that_dies_resets_an_http_1_0_client_that_still_sends(
     client: Client, upstream: ScriptedUpstream
 ) -> None:
-    """No FIN comes first, as to those who are to read a refusal."""
+    """The proxy sends no FIN first, as it does after a complete refusal."""
     client.send(
         b"POST /v1/files HTTP/1.0\r\nHost: localhost\r\nContent-Length: 20\r\n\r\n0123456789"
     )
@@ -514,7 +531,7 @@ def test_so_it_does_when_the_client_is_still_sending(
         client.rest()
 
 
-def test_silence_before_the_head_is_504(
+def test_an_idle_timeout_before_the_head_is_504(
     short_timeout_proxy: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
     with short_timeout_proxy.client() as client:
@@ -532,7 +549,7 @@ def test_silence_before_the_head_is_504(
 
 @both_ways
 @pytest.mark.parametrize("framing", FRAMINGS)
-def test_silence_in_the_body_cuts_the_answer(
+def test_an_idle_timeout_in_the_body_truncates_the_response(
     short_timeout_proxy: ProxyProcess, upstream: ScriptedUpstream, framing: str
 ) -> None:
     head, frame, _ = FRAMINGS[framing]
@@ -547,10 +564,10 @@ def test_silence_in_the_body_cuts_the_answer(
 
 
 @both_ways
-def test_bytes_in_time_keep_a_slow_answer_alive(
+def test_each_byte_restarts_the_idle_timeout(
     short_timeout_proxy: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
-    """The limit is between two bytes, not for the whole answer."""
+    """It does not limit the whole response."""
     with short_timeout_proxy.client() as client:
         client.request()
         request = upstream.receive().answer(CHUNKED)
@@ -562,7 +579,7 @@ def test_bytes_in_time_keep_a_slow_answer_alive(
 
 
 def long_upload(client: Client, upstream: ScriptedUpstream) -> Request:
-    """One that takes longer than upstream may be silent."""
+    """Send an upload that takes longer than the idle timeout."""
     client.request("POST", "/v1/files", "Content-Length: 3")
     request = upstream.receive(body=False)
     for _ in range(3):
@@ -572,10 +589,9 @@ def long_upload(client: Client, upstream: ScriptedUpstream) -> Request:
     return request
 
 
-def test_long_upload_is_no_silence_of_upstream(
+def test_the_idle_timeout_starts_after_the_upload(
     short_timeout_proxy: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
-    """The limit begins when upstream has all of the request."""
     with short_timeout_proxy.client() as client:
         request = long_upload(client, upstream)
         time.sleep(0.3)
@@ -583,14 +599,15 @@ def test_long_upload_is_no_silence_of_upstream(
         time.sleep(0.3)
         request.answer(b"2\r\nok\r\n0\r\n\r\n")
         assert client.message().body == b"ok"
-        client.request()  # on the same connection to upstream
+        # This request uses the same connection to upstream.
+        client.request()
         assert upstream.receive().connection is request.connection
         start = time.monotonic()
         assert client.message().status == 504 and 0.4 < time.monotonic() - start < 3
 
 
 @pytest.mark.parametrize("answered", [False, True])
-def test_silence_after_a_long_upload(
+def test_the_idle_timeout_applies_after_a_long_upload(
     short_timeout_proxy: ProxyProcess, upstream: ScriptedUpstream, answered: bool
 ) -> None:
     with short_timeout_proxy.client() as client:
@@ -603,14 +620,13 @@ def test_silence_after_a_long_upload(
         assert 0.4 < time.monotonic() - start < 3
 
 
-def test_upstream_that_stops_reading_is_504(
+def test_an_upstream_that_stops_reading_is_504(
     short_timeout_proxy: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
     with short_timeout_proxy.client() as client:
         client.request("POST", "/v1/files", "Content-Length: 30000000")
-        sender = threading.Thread(
-            target=client.send, args=(bytes(30_000_000),)
-        )  # more than all buffers take
+        # That is more than all buffers hold.
+        sender = threading.Thread(target=client.send, args=(bytes(30_000_000),))
         sender.start()
         request = upstream.receive(body=False)
         start = time.monotonic()
@@ -622,14 +638,14 @@ def test_upstream_that_stops_reading_is_504(
         request.connection.close()
 
 
-# Errors that come early, and TLS
+# Early errors, and TLS
 
 
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
-def test_error_before_the_body_is_read_reaches_the_client(
+def test_an_early_error_reaches_the_client_before_the_end_of_its_upload(
     tmp_path: Path, certificate: tuple, tls: bool
 ) -> None:
-    """And at once: neither the rest of the body, nor upstream's taking it, is waited for."""
+    """The proxy waits neither for the rest of the body nor for upstream to read it."""
     authority, context = certificate
     answer = b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 3\r\n\r\nbig"
     with (
@@ -639,11 +655,12 @@ def test_error_before_the_body_is_read_reaches_the_client(
         ) as proxy,
     ):
         proxy.sign_in()
+        # The last does not fit into the socket buffers.
         for sent in (
             b"",
             b"x" * 1000,
             b"x" * 30_000_000,
-        ):  # the last does not fit into any socket's buffers
+        ):
             with proxy.client() as client:
                 client.send(
                     b"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Length: 40000000\r\n\r\n"
@@ -658,18 +675,19 @@ def test_error_before_the_body_is_read_reaches_the_client(
                     b"big",
                 ) and time.monotonic() - start < 1
                 sender.join()
-            upstream.connections.remove(request.connection)  # kept open, but not listened to
+            # This connection stays open, but nothing reads from it.
+            upstream.connections.remove(request.connection)
+            # The next request uses another connection, and the rest of the body is not sent.
             with (
                 request.connection,
                 proxy.client() as client,
-            ):  # on another connection, without the rest
+            ):
                 client.request()
                 upstream.receive().answer()
                 assert client.message().body == b"ok"
             upstream.hang_up()
-        with (
-            proxy.client() as client
-        ):  # what is no error may come early too: all of the body goes through
+        # After an early response that is no error, the whole body is forwarded.
+        with proxy.client() as client:
             client.send(
                 b"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Length: 8\r\n\r\n1234"
             )
@@ -679,7 +697,7 @@ def test_error_before_the_body_is_read_reaches_the_client(
             assert request.connection.exactly(4) == b"5678" and client.message().body == b"ok"
 
 
-def test_tls(tmp_path: Path, certificate: tuple) -> None:
+def test_requests_are_forwarded_over_tls(tmp_path: Path, certificate: tuple) -> None:
     authority, context = certificate
     with (
         ScriptedUpstream(context) as upstream,
@@ -706,7 +724,8 @@ def test_tls(tmp_path: Path, certificate: tuple) -> None:
             assert request.connection.requests == 1
             client.head()
             client.chunk()
-            client.reset()  # a cancelled one, over TLS too
+            # The client cancels the request over TLS.
+            client.reset()
             assert request.connection.sock.recv(1) == b""
 
 
@@ -727,9 +746,10 @@ def answered(pool: Pool, scripted: ScriptedUpstream) -> Request:
 
 
 @pytest.mark.parametrize("body", [b"", b"{}"])
-def test_broken_pooled_connection_that_took_no_byte_is_replaced_for_all(body: bytes) -> None:
-    """The close comes between the check of the connection and its use, which no other process could
-    time.
+def test_any_request_is_retried_if_the_pooled_connection_took_no_byte(body: bytes) -> None:
+    """The close falls between the check of the connection and its use.
+
+    Another process could not time that.
     """
     with ScriptedUpstream() as scripted, concurrent.futures.ThreadPoolExecutor(1) as threads:
 
@@ -752,28 +772,27 @@ def test_broken_pooled_connection_that_took_no_byte_is_replaced_for_all(body: by
         assert second.connection.closed_within()
 
 
-def test_time_out_of_the_kernel_is_no_silence() -> None:
-    """Of a peer that does not answer any more.
-
-    It is told once, and an end, which would be a good one here, comes behind it.
-    """
+def test_a_tcp_timeout_of_the_kernel_is_no_clean_end() -> None:
+    """The kernel reports it once. Then comes EOF, which would be a clean end of this response."""
     with ScriptedUpstream() as scripted:
         _, sent = perform(make_pool(scripted), scripted, CLOSED)
         sent.connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1)
-        while sent.connection.send(bytes(1 << 20)):  # which waits for room, as nobody reads it
+        # Upstream reads nothing, so the send buffer fills up.
+        while sent.connection.send(bytes(1 << 20)):
             pass
         with pytest.raises(UpstreamBroken, match="TCP gave up"):
             list(sent.parts(5))
         sent.close()
 
 
-def test_connections_idle_for_too_long_are_dropped() -> None:
+def test_pooled_connections_are_closed_after_the_idle_limit() -> None:
     with ScriptedUpstream() as scripted:
         pool = make_pool(scripted, idle_limit=0.3)
         first = answered(pool, scripted)
         gevent.sleep(0.1)
         assert answered(pool, scripted).connection is first.connection
-        gevent.sleep(0.25)  # not idle for as long as that since it was used again
+        # The last request restarted the idle limit.
+        gevent.sleep(0.25)
         assert answered(pool, scripted).connection is first.connection
         gevent.sleep(0.35)
         assert first.connection.closed_within(0)
@@ -781,12 +800,12 @@ def test_connections_idle_for_too_long_are_dropped() -> None:
         pool.close()
 
 
-def test_a_minute_is_too_long() -> None:
+def test_the_idle_limit_is_a_minute() -> None:
     assert inspect.signature(Pool).parameters["idle_limit"].default == 60
 
 
 @both_ways
-def test_a_thousand_streams_at_once(
+def test_a_thousand_streams_run_at_once(
     running: ProxyProcess, upstream: ScriptedUpstream, many_files: None
 ) -> None:
     with contextlib.ExitStack() as stack:
@@ -798,7 +817,8 @@ def test_a_thousand_streams_at_once(
             connection = upstream.accept()
             streams[connection.message().target] = connection
             connection.send(CHUNKED)
-        for client in clients:  # all are open, none waits for another
+        # All streams are open; none waits for another.
+        for client in clients:
             assert client.head().status == 200
         for number in range(len(clients)):
             data = b"%d" % number
@@ -812,7 +832,7 @@ def test_a_thousand_streams_at_once(
 
 
 @both_ways
-def test_connection_is_kept_and_used_again(client: Client, upstream: ScriptedUpstream) -> None:
+def test_connections_are_reused(client: Client, upstream: ScriptedUpstream) -> None:
     connections = set()
     for number in range(5):
         client.request("POST", "/v1/x", body=b"{}")
@@ -823,7 +843,9 @@ def test_connection_is_kept_and_used_again(client: Client, upstream: ScriptedUps
 
 
 @both_ways
-def test_answers_that_end_the_connection(client: Client, upstream: ScriptedUpstream) -> None:
+def test_connection_close_and_http_1_0_close_the_upstream_connection(
+    client: Client, upstream: ScriptedUpstream
+) -> None:
     for head in (
         b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\nok",
         b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok",
@@ -835,7 +857,7 @@ def test_answers_that_end_the_connection(client: Client, upstream: ScriptedUpstr
 
 
 @both_ways
-def test_bytes_after_an_answer_end_the_connection(
+def test_bytes_after_a_response_end_the_connection(
     client: Client, upstream: ScriptedUpstream
 ) -> None:
     client.request()
@@ -850,12 +872,10 @@ def test_bytes_after_an_answer_end_the_connection(
 
 
 @pytest.mark.parametrize("how", ["fin", "reset"])
-def test_connection_closed_while_idle_is_not_used(
+def test_a_connection_that_upstream_closed_while_idle_is_not_reused(
     client: Client, upstream: ScriptedUpstream, how: str
 ) -> None:
-    """A POST that fails is not sent again, so each of these shows that the close was seen before
-    the use.
-    """
+    """A failed POST is not retried, so each response here proves that the close was noticed first."""
     for _ in range(20):
         client.request("POST", "/v1/x", body=b"{}")
         request = upstream.receive().answer()
@@ -866,7 +886,7 @@ def test_connection_closed_while_idle_is_not_used(
 
 @contextlib.contextmanager
 def stopped(proxy: ProxyProcess) -> Iterator[None]:
-    """What happens meanwhile comes to the proxy in one turn of its loop."""
+    """Stop the process, so that its loop meets all events of the block in one turn."""
     proxy.process.send_signal(signal.SIGSTOP)
     try:
         yield
@@ -875,7 +895,7 @@ def stopped(proxy: ProxyProcess) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("first", ["close", "request"])
-def test_close_that_comes_with_a_request_is_seen_before_it(
+def test_a_close_that_arrives_with_a_request_is_noticed_first(
     client: Client, running: ProxyProcess, upstream: ScriptedUpstream, first: str
 ) -> None:
     for _ in range(5):
@@ -893,12 +913,10 @@ def test_close_that_comes_with_a_request_is_seen_before_it(
         assert client.message().body == b"ok"
 
 
-def test_closes_that_come_with_many_requests_are_seen_before_them(
+def test_closes_that_arrive_with_many_requests_are_noticed_first(
     running: ProxyProcess, upstream: ScriptedUpstream, many_files: None
 ) -> None:
-    """More at a time than libev has epoll report, so that its watchers hear of most closes too
-    late.
-    """
+    """There are more events than libev takes from epoll at a time, so most watchers fire too late."""
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(running.client()) for _ in range(200)]
 
@@ -921,7 +939,7 @@ def test_closes_that_come_with_many_requests_are_seen_before_them(
         answer_all()
 
 
-def test_close_that_comes_with_an_answer_is_seen_before_the_next_request(
+def test_a_close_that_arrives_with_a_response_is_noticed_before_reuse(
     client: Client, running: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
     for _ in range(5):
@@ -935,7 +953,7 @@ def test_close_that_comes_with_an_answer_is_seen_before_the_next_request(
 
 
 @pytest.mark.parametrize("how", ["end", "bytes"])
-def test_idle_connection_that_is_of_no_more_use_is_closed_at_once(
+def test_an_unusable_idle_connection_is_closed_at_once(
     client: Client, upstream: ScriptedUpstream, how: str
 ) -> None:
     client.request()
@@ -947,7 +965,7 @@ def test_idle_connection_that_is_of_no_more_use_is_closed_at_once(
 
 @contextlib.contextmanager
 def interactive_server(folder: Path) -> Iterator[subprocess.Popen]:
-    """openssl's, which sends what it is told, and a key update when told `k`; on `port`."""
+    """`openssl s_server` on `port`, which sends its standard input, and a key update for a `k`."""
     port = refused_port()
     with subprocess.Popen(
         [
@@ -977,8 +995,10 @@ def interactive_server(folder: Path) -> Iterator[subprocess.Popen]:
 
 
 @pytest.mark.parametrize("end", [False, True])
-def test_record_without_content_on_an_idle_connection_is_no_end(tmp_path: Path, end: bool) -> None:
-    """A session ticket or a key update (RFC 8446 section 4.6); but an end may follow it."""
+def test_a_tls_record_without_content_does_not_end_an_idle_connection(
+    tmp_path: Path, end: bool
+) -> None:
+    """It is a session ticket or a key update (RFC 8446 section 4.6), which EOF may follow."""
     authority, _ = make_certificate(tmp_path, "127.0.0.1")
     with interactive_server(tmp_path) as server:
         pool = Pool(
@@ -1003,14 +1023,15 @@ def test_record_without_content_on_an_idle_connection_is_no_end(tmp_path: Path, 
             server.wait()
             assert pool.take() is None
         else:
-            for _ in range(3):  # turns of the loop
+            # Let the loop take some turns.
+            for _ in range(3):
                 gevent.sleep(0.001)
             assert pool.take() is connection
             connection.close()
 
 
-def test_upstream_that_restarts(tmp_path: Path) -> None:
-    """With ten pooled connections: none of the POSTs behind it goes out on one of them, or is lost."""
+def test_an_upstream_restart_loses_no_post(tmp_path: Path) -> None:
+    """No POST after the restart uses one of the ten pooled connections."""
     with (
         ScriptedUpstream() as before,
         ProxyProcess(tmp_path, upstream=before.origin) as proxy,
@@ -1041,7 +1062,7 @@ def test_upstream_that_restarts(tmp_path: Path) -> None:
 def break_a_pooled_connection(
     client: Client, upstream: ScriptedUpstream, *request: str, body: bytes = b""
 ) -> None:
-    """Have a pooled connection end in the middle of `request`, when nothing of an answer came."""
+    """Reset a pooled connection in the middle of `request`, before any byte of the response."""
     client.request()
     first = upstream.receive().answer()
     assert client.message().body == b"ok"
@@ -1061,7 +1082,7 @@ def break_a_pooled_connection(
         ("POST", "/v1/a", "x-idempotency-key: 1"),
     ],
 )
-def test_broken_pooled_connection_is_replaced_for_some(
+def test_an_idempotent_request_is_retried_if_its_pooled_connection_breaks(
     client: Client, upstream: ScriptedUpstream, request_: tuple
 ) -> None:
     body = b"{}" if request_[0] == "POST" else b""
@@ -1072,17 +1093,18 @@ def test_broken_pooled_connection_is_replaced_for_some(
         body,
         1,
     )
-    again.connection.reset()  # once more only
+    # The proxy retries once.
+    again.connection.reset()
     assert client.message(body=request_[0] != "HEAD").status == 502
     assert upstream.quiet()
 
 
 @pytest.mark.parametrize("method", ["POST", "DELETE", "PUT"])
 @pytest.mark.parametrize("body", [b"{}", b""])
-def test_broken_pooled_connection_is_not_replaced_for_others(
+def test_other_requests_are_not_retried_if_their_pooled_connection_breaks(
     client: Client, upstream: ScriptedUpstream, method: str, body: bytes
 ) -> None:
-    """It may already have made a paid image."""
+    """Upstream may already have generated a paid image."""
     break_a_pooled_connection(client, upstream, method, "/v1/images/generations", body=body)
     answer = client.message()
     assert (answer.status, answer.value("X-XAI-Proxy-Error")) == (502, "upstream_unreachable")
@@ -1091,7 +1113,7 @@ def test_broken_pooled_connection_is_not_replaced_for_others(
 
 
 @pytest.mark.parametrize("field, again", [("X-a: 1", False), ("Idempotency-Key: 1", True)])
-def test_pooled_connection_that_breaks_amid_the_body(
+def test_a_pooled_connection_that_breaks_in_the_middle_of_the_body(
     client: Client, upstream: ScriptedUpstream, field: str, again: bool
 ) -> None:
     client.request()
@@ -1112,10 +1134,10 @@ def test_pooled_connection_that_breaks_amid_the_body(
 
 
 @both_ways
-def test_small_requests_are_not_delayed(client: Client, upstream: ScriptedUpstream) -> None:
-    """Without TCP_NODELAY on both sides each of these would wait 40 ms for a delayed
-    acknowledgement.
-    """
+def test_small_requests_do_not_wait_for_delayed_acknowledgements(
+    client: Client, upstream: ScriptedUpstream
+) -> None:
+    """Without TCP_NODELAY on both sides, each would wait 40 ms."""
     start = time.monotonic()
     for _ in range(40):
         client.request("POST", "/v1/x", "Transfer-Encoding: chunked")
@@ -1123,13 +1145,14 @@ def test_small_requests_are_not_delayed(client: Client, upstream: ScriptedUpstre
             client.send(data)
         upstream.receive().answer(CHUNKED).answer(b"2\r\nok\r\n").answer(b"0\r\n\r\n")
         assert client.message().body == b"ok"
-    assert time.monotonic() - start < 1.2  # of 1.6 at the least
+    # With delays, it would be at least 1.6 s.
+    assert time.monotonic() - start < 1.2
 
 
-# What ends a request leaves no connection to upstream
+# No failure leaks a connection to upstream
 
 
-def test_a_malformed_chunk_that_came_with_its_head_leaves_no_connection(
+def test_a_malformed_chunk_that_arrives_with_its_head_leaks_no_connection(
     tmp_path: Path, upstream: ScriptedUpstream
 ) -> None:
     with ProxyProcess(tmp_path, upstream=upstream.origin) as proxy:
@@ -1150,8 +1173,8 @@ def test_a_malformed_chunk_that_came_with_its_head_leaves_no_connection(
         assert max(files[1:]) <= files[0]
 
 
-def test_a_client_that_closes_while_an_error_stops_the_upload_leaves_no_connection() -> None:
-    """The close comes while the upload ends, which no other process could time."""
+def test_a_client_that_closes_during_an_early_error_leaks_no_connection() -> None:
+    """The close falls at the end of the upload, which another process could not time."""
 
     class Client:
         unread = b""
@@ -1166,7 +1189,7 @@ def test_a_client_that_closes_while_an_error_stops_the_upload_leaves_no_connecti
     owner = gevent.getcurrent()
     head = request_head.parse(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n")
     body = RequestBody(head, Client(), TIMEOUT)
-    # All in one read, after which the first wait is for the end of the upload.
+    # It arrives in one read, so the proxy's first wait after it is for the end of the upload.
     refused = b"HTTP/1.1 103 Early\r\n\r\nHTTP/1.1 400 Bad\r\nContent-Length: 2\r\n\r\nno"
     with ScriptedUpstream() as scripted, concurrent.futures.ThreadPoolExecutor(1) as threads:
         received = threads.submit(lambda: scripted.receive(body=False).answer(refused))

@@ -1,4 +1,4 @@
-"""Where a body ends: found out from bytes that may be split anywhere, and in doubt it is no body."""
+"""The framing of bodies, whose bytes may be split anywhere; ambiguous framing is refused."""
 
 import copy
 
@@ -7,15 +7,13 @@ import pytest
 from xaiproxy.http1.framing import LINE_LIMIT, TRAILER_LIMIT, Chunked, Sized, UntilClose, content_of
 from xaiproxy.http1.message_head import Malformed
 
-BEHIND = b"GET /the-next-request HTTP/1.1\r\n"
+NEXT = b"GET /the-next-request HTTP/1.1\r\n"
 
 
-def fed(
+def feed(
     body: Sized | Chunked | UntilClose, data: bytes, size: int = 1 << 30
 ) -> tuple[bytes, bytes]:
-    """The content of `data`, fed `size` bytes at a time, and what of `data` is behind the body's
-    end.
-    """
+    """Feed `size` bytes of `data` at a time. Return the content and the bytes after the body."""
     content, at = b"", 0
     while at < len(data) and not body.ended:
         part = data[at : at + size]
@@ -33,31 +31,30 @@ def in_chunks(*chunks: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 100])
-def test_a_sized_body_ends_where_it_says(size):
+def test_a_sized_body_ends_after_its_length(size):
     body = Sized(5)
     assert not body.ended
-    assert fed(body, b"hello" + BEHIND, size) == (b"hello", BEHIND) and body.ended
+    assert feed(body, b"hello" + NEXT, size) == (b"hello", NEXT) and body.ended
 
 
-def test_an_empty_body_has_ended_before_anything_came():
+def test_an_empty_body_has_ended_before_any_bytes_arrive():
     body = Sized(0)
     assert body.ended
-    assert body.feed(BEHIND) == [(0, 0)] and body.used == 0
+    assert body.feed(NEXT) == [(0, 0)] and body.used == 0
 
 
-def test_content_is_not_copied_to_find_its_end():
-    assert Sized(5).feed(b"hello") == [
-        (0, 5)
-    ]  # the one span that is all of it, which callers look for
+def test_the_content_is_returned_as_one_span():
+    # Callers check for this span, which is all of the data, to avoid a copy.
+    assert Sized(5).feed(b"hello") == [(0, 5)]
     assert UntilClose().feed(b"hello") == [(0, 5)]
 
 
 # until the connection ends
 
 
-def test_a_body_until_close_ends_with_the_connection_alone():
+def test_a_body_until_close_ends_with_the_connection():
     body = UntilClose()
-    assert fed(body, b"hello", 2) == (b"hello", b"") and not body.ended
+    assert feed(body, b"hello", 2) == (b"hello", b"") and not body.ended
     body.end_of_connection()
     assert body.ended
 
@@ -66,7 +63,7 @@ def test_a_body_until_close_ends_with_the_connection_alone():
     "body, data",
     [(Sized(5), b"hell"), (Chunked(), b""), (Chunked(), b"5\r\nhello\r\n"), (Chunked(), b"0\r\n")],
 )
-def test_every_other_body_is_cut_short_by_the_end_of_the_connection(body, data):
+def test_every_other_body_is_truncated_by_the_end_of_the_connection(body, data):
     body.feed(data)
     with pytest.raises(EOFError):
         body.end_of_connection()
@@ -159,54 +156,55 @@ BAD_TRAILERS = [
     b"X: y\r\n" * (TRAILER_LIMIT + 1),
     b"X: " + b"a" * 4000 + b"\x00\r\n",
 ]
-TOO_LONG = b"a" * (LINE_LIMIT - 3)  # behind two bytes and before a line end
+# Two bytes precede it, and a line end follows.
+TOO_LONG = b"a" * (LINE_LIMIT - 3)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 1 << 30])
 def test_a_chunked_body_ends_with_its_last_chunk_and_trailers(size):
     for data, content in GOOD:
         body = Chunked()
-        assert fed(body, data + BEHIND, size) == (content, BEHIND) and body.ended
+        assert feed(body, data + NEXT, size) == (content, NEXT) and body.ended
 
 
 @pytest.mark.parametrize("data", [data for data, _ in GOOD if len(data) < 100])
-def test_a_chunked_body_may_be_cut_in_two_anywhere(data):
-    whole = fed(Chunked(), data + BEHIND)
+def test_a_chunked_body_may_be_split_anywhere(data):
+    whole = feed(Chunked(), data + NEXT)
     for at in range(1, len(data) + 2):
         body = Chunked()
-        first, behind = fed(body, data[:at])
-        second, rest = fed(body, data[at:] + BEHIND)
-        assert body.ended and (first + second, behind + rest) == whole
+        first, after = feed(body, data[:at])
+        second, rest = feed(body, data[at:] + NEXT)
+        assert body.ended and (first + second, after + rest) == whole
 
 
 def refusals(data: bytes) -> set[str]:
-    """What is said of bad chunks, however they are split."""
-    said = set()
+    """Return the error messages for `data`, split in several ways."""
+    messages = set()
     for size in (1, 2, 1 << 30):
         body = Chunked()
         with pytest.raises(Malformed) as caught:
-            fed(body, data, size)
+            feed(body, data, size)
         assert not body.ended
-        said.add(str(caught.value))
-    return said
+        messages.add(str(caught.value))
+    return messages
 
 
 @pytest.mark.parametrize("size_line", BAD_SIZES)
-def test_a_chunk_size_that_two_servers_could_read_differently(size_line):
+def test_an_ambiguous_chunk_size_is_refused(size_line):
     for before in (b"", b"5\r\nhello\r\n"):
-        said = refusals(before + size_line + b"x" * 20 + b"\r\n0\r\n\r\n")
-        assert said == {"has a chunk size that is malformed"}
+        messages = refusals(before + size_line + b"x" * 20 + b"\r\n0\r\n\r\n")
+        assert messages == {"has a chunk size that is malformed"}
 
 
 @pytest.mark.parametrize("after", BAD_ENDS)
-def test_a_chunk_that_does_not_end_where_it_says(after):
+def test_a_chunk_that_is_longer_than_its_size_is_refused(after):
     assert refusals(b"5\r\nhello" + after + b"\r\n0\r\n\r\n") == {
         "has a chunk that is longer than announced"
     }
 
 
 @pytest.mark.parametrize("trailers", BAD_TRAILERS)
-def test_trailers_that_two_servers_could_read_differently(trailers):
+def test_ambiguous_trailers_are_refused(trailers):
     assert refusals(b"5\r\nhello\r\n0\r\n" + trailers + b"\r\n") == {
         "has trailers that are malformed"
     }
@@ -221,19 +219,19 @@ def test_trailers_that_two_servers_could_read_differently(trailers):
         b"0\r\n" + b"a" * (LINE_LIMIT + 1),
     ],
 )
-def test_a_line_is_not_waited_for_beyond_its_limit(data):
+def test_a_line_beyond_its_limit_is_refused(data):
     assert refusals(data) == {"has a line that is too long"}
 
 
-def test_a_chunked_body_that_is_cut_at_any_byte_has_not_ended():
+def test_a_chunked_body_has_not_ended_before_its_last_byte():
     data = b'3\r\nabc\r\n0a;x="y"\r\n0123456789\r\n0\r\nTrailer: x\r\n\r\n'
     for size in range(len(data)):
         body = Chunked()
-        content, _ = fed(body, data[:size])
+        content, _ = feed(body, data[:size])
         assert not body.ended and b"abc0123456789".startswith(content)
 
 
-def test_a_chunk_is_given_before_its_own_line_end_has_come():
+def test_the_content_of_a_chunk_is_returned_before_its_line_end():
     assert Chunked().feed(b"5\r\nhel") == [(3, 6)]
 
 
@@ -251,31 +249,31 @@ def test_a_chunk_is_given_before_its_own_line_end_has_come():
         ),
     ],
 )
-def test_trailers_that_do_not_pass_are_left_out_of_what_passes(size, trailers, passed):
+def test_trailers_that_must_not_pass_are_removed(size, trailers, passed):
     start = b"5;a\r\nhello\r\n000A\r\n0123456789\r\n00;b\r\n"
-    data, body, out = start + trailers + b"\r\n" + BEHIND, Chunked(), b""
+    data, body, out = start + trailers + b"\r\n" + NEXT, Chunked(), b""
     while not body.ended:
         body.feed(data[:size])
         out += data[: body.passes] + body.trailers
         data = data[body.used :]
-    assert out == start + passed + b"\r\n" and data == BEHIND
+    assert out == start + passed + b"\r\n" and data == NEXT
 
 
-def test_sized_and_other_bodies_pass_as_far_as_they_are_their_own():
+def test_a_body_without_chunks_passes_up_to_its_end():
     for body, passes in ((Sized(3), 3), (Sized(9), 5), (UntilClose(), 5)):
         body.feed(b"hello")
         assert (body.passes, body.trailers) == (passes, b"")
 
 
-def test_a_copy_looks_ahead_and_leaves_the_body_where_it_is():
+def test_feeding_a_copy_leaves_the_body_unchanged():
     body = Chunked()
     body.feed(b"5\r\nhe")
-    assert fed(copy.copy(body), b"llo\r\n0\r\n\r\n" + BEHIND) == (b"llo", BEHIND)
+    assert feed(copy.copy(body), b"llo\r\n0\r\n\r\n" + NEXT) == (b"llo", NEXT)
     assert not body.ended
-    assert fed(body, b"LLO\r\n0\r\n\r\n" + BEHIND) == (b"LLO", BEHIND)
+    assert feed(body, b"LLO\r\n0\r\n\r\n" + NEXT) == (b"LLO", NEXT)
 
 
-def test_the_largest_chunk_is_counted_and_not_kept():
+def test_a_chunk_of_the_largest_size_is_returned_as_it_arrives():
     body = Chunked()
     body.feed(b"fffffffffffffff\r\n")
     for _ in range(100):
@@ -286,8 +284,8 @@ def test_the_largest_chunk_is_counted_and_not_kept():
 @pytest.mark.parametrize(
     "malformed", [b"x\r\n", b"5\nhello\r\n", b"5\r\nhello!\r\n", b"0\r\nX\r\n\r\n"]
 )
-def test_content_before_something_malformed_is_not_lost(malformed):
-    """In one read, for instance, five whole chunks and one that is none."""
+def test_the_content_before_a_malformed_chunk_is_returned(malformed):
+    """One read may hold five complete chunks and a malformed one."""
     data = b"".join(b"1\r\n%d\r\n" % number for number in range(5)) + malformed
     body, content = Chunked(), b""
     with pytest.raises(Malformed):
@@ -296,9 +294,8 @@ def test_content_before_something_malformed_is_not_lost(malformed):
     assert content.startswith(b"01234") and not body.ended
     whole = Chunked()
     spans = whole.feed(data)
-    assert (
-        b"".join(data[start:end] for start, end in spans) == content
-    )  # what is passed on before the fault
+    # This part is forwarded before the error.
+    assert b"".join(data[start:end] for start, end in spans) == content
     assert data[: whole.used].endswith((b"4\r\n", b"hello", b"0\r\n"))
     with pytest.raises(Malformed):
         whole.feed(data[whole.used :])

@@ -1,4 +1,4 @@
-"""A client's connection: how its requests are read and answered on it, and how its end is noticed."""
+"""A client's connection: reading requests, answering them, timeouts, and noticing a disconnect."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def proxy(running: ProxyProcess, upstream: ScriptedUpstream) -> ProxyProcess:
 def short_timeout_proxy(
     start_proxy: Callable[..., ProxyProcess], upstream: ScriptedUpstream, way: str
 ) -> ProxyProcess:
-    """One that gives clients half a second."""
+    """A proxy with a client timeout of half a second."""
     return start_proxy(way=way, client_timeout=0.5, keepalive_timeout=0.2)
 
 
@@ -57,18 +57,23 @@ def client(proxy: ProxyProcess) -> Iterator[Client]:
 
 
 @pytest.mark.parametrize("fields", [(), ("Connection: keep-alive",)])
-def test_http_1_0_gets_no_chunks(client: Client, upstream: ScriptedUpstream, fields: tuple) -> None:
+def test_an_http_1_0_client_gets_no_chunks(
+    client: Client, upstream: ScriptedUpstream, fields: tuple
+) -> None:
     client.request("GET", "/v1/x", *fields, version="HTTP/1.0")
     request = upstream.receive().answer(CHUNKED + b"2\r\nok\r\n")
     head = client.head()
     assert head.value("Connection") == "close" and head.value("Transfer-Encoding") is None
-    assert client.exactly(2) == b"ok"  # while it goes on
+    # The response is still being sent.
+    assert client.exactly(2) == b"ok"
     request.answer(b"1\r\n!\r\n0\r\n\r\n")
     assert client.rest() == b"!"
 
 
 @both_ways
-def test_http_1_0_may_keep_its_connection(client: Client, upstream: ScriptedUpstream) -> None:
+def test_an_http_1_0_client_may_keep_its_connection(
+    client: Client, upstream: ScriptedUpstream
+) -> None:
     for _ in range(2):
         client.request("GET", "/v1/x", "Connection: keep-alive", version="HTTP/1.0")
         upstream.receive().answer()
@@ -87,7 +92,7 @@ def test_http_1_0_may_keep_its_connection(client: Client, upstream: ScriptedUpst
 @pytest.mark.parametrize(
     "timeout, announced", [(600, "timeout=595"), (7, "timeout=2"), (2.5, "timeout=1"), (1.9, None)]
 )
-def test_client_is_told_to_close_before_the_proxy_does(
+def test_keep_alive_announces_a_shorter_timeout_than_the_proxys_own(
     start_proxy: Callable[..., ProxyProcess],
     upstream: ScriptedUpstream,
     timeout: float,
@@ -112,7 +117,9 @@ def test_client_is_told_to_close_before_the_proxy_does(
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
-def test_node_closes_first(start_proxy: Callable[..., ProxyProcess]) -> None:
+def test_node_closes_an_idle_connection_before_the_proxy_does(
+    start_proxy: Callable[..., ProxyProcess],
+) -> None:
     port = start_proxy(keepalive_timeout=8).port
     done = subprocess.run(
         ["node", "-e", NODE, str(port), "4000"], capture_output=True, text=True, timeout=20
@@ -120,7 +127,7 @@ def test_node_closes_first(start_proxy: Callable[..., ProxyProcess]) -> None:
     assert (done.stdout.splitlines(), done.stderr) == (["404 false", "404 true", "404 false"], "")
 
 
-def test_request_that_meets_the_end_of_the_keepalive_is_answered(
+def test_a_request_that_arrives_as_the_keep_alive_ends_is_answered(
     short_timeout_proxy: ProxyProcess,
 ) -> None:
     with short_timeout_proxy.client() as client:
@@ -135,9 +142,7 @@ def test_request_that_meets_the_end_of_the_keepalive_is_answered(
 
 
 @both_ways
-def test_connection_is_closed_when_the_client_says_so(
-    client: Client, upstream: ScriptedUpstream
-) -> None:
+def test_connection_close_closes_the_connection(client: Client, upstream: ScriptedUpstream) -> None:
     client.request("GET", "/v1/x", "Connection: close")
     upstream.receive().answer()
     answer = client.message()
@@ -146,7 +151,7 @@ def test_connection_is_closed_when_the_client_says_so(
 
 
 @both_ways
-def test_pipelined_requests_are_answered_in_turn(
+def test_pipelined_requests_are_answered_in_order(
     client: Client, upstream: ScriptedUpstream
 ) -> None:
     client.request("POST", "/v1/1", body=b"one").request("POST", "/v1/2", body=b"two")
@@ -158,16 +163,17 @@ def test_pipelined_requests_are_answered_in_turn(
 
 
 @pytest.mark.parametrize("target", ["/v1/models", "/", "/nowhere", "/healthz"])
-def test_our_own_answer_to_head_has_no_body(
+def test_the_proxys_own_response_to_head_has_no_body(
     client: Client, proxy: ProxyProcess, target: str
 ) -> None:
     proxy.token_path.unlink()
     assert int(client.ask("HEAD", target).value("Content-Length")) > 0
-    assert client.ask("GET", "/healthz").status == 200  # what follows is the next answer
+    # The next response follows immediately.
+    assert client.ask("GET", "/healthz").status == 200
 
 
-def test_body_that_we_refuse_is_taken_in(client: Client, proxy: ProxyProcess) -> None:
-    """To close on unread bytes would be a reset, which can destroy the answer on its way."""
+def test_a_refused_body_is_read_and_dropped(client: Client, proxy: ProxyProcess) -> None:
+    """Closing with unread bytes sends a reset, which can destroy the response in transit."""
     proxy.token_path.unlink()
     size = 32 << 20
     client.request("POST", "/v1/files", f"Content-Length: {size}")
@@ -190,7 +196,7 @@ def test_body_that_we_refuse_is_taken_in(client: Client, proxy: ProxyProcess) ->
         ),
     ],
 )
-def test_refused_head_is_answered_and_ends_the_connection(
+def test_a_refused_head_is_answered_and_closes_the_connection(
     client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream, start: bytes, status: int
 ) -> None:
     client.send(start + bytes(8 << 20))
@@ -202,8 +208,8 @@ def test_refused_head_is_answered_and_ends_the_connection(
     assert (line["method"], line["path"], line["ended_by"]) == ("-", "-", "proxy")
 
 
-def test_client_that_leaves_without_its_400(proxy: ProxyProcess) -> None:
-    """Nothing unexpected is logged of that, which the end of the module's proxy asserts."""
+def test_a_client_that_resets_before_its_400_causes_no_error(proxy: ProxyProcess) -> None:
+    """The module's proxy asserts at its end that nothing unexpected was logged."""
     for _ in range(20):
         with proxy.client() as client:
             client.send(b"nonsense\r\n\r\n")
@@ -211,7 +217,9 @@ def test_client_that_leaves_without_its_400(proxy: ProxyProcess) -> None:
     assert proxy.ask("GET", "/healthz").status == 200
 
 
-def test_malformed_chunk_breaks_both_sides(client: Client, upstream: ScriptedUpstream) -> None:
+def test_a_malformed_chunk_closes_both_connections(
+    client: Client, upstream: ScriptedUpstream
+) -> None:
     client.request("POST", "/v1/x", "Transfer-Encoding: chunked")
     client.send(b"3\r\nabc\r\n")
     request = upstream.receive(body=False)
@@ -222,7 +230,7 @@ def test_malformed_chunk_breaks_both_sides(client: Client, upstream: ScriptedUps
     assert request.connection.closed_within()
 
 
-def test_continue_is_said_when_the_body_is_wanted(
+def test_100_continue_is_sent_once_the_body_is_needed(
     client: Client, upstream: ScriptedUpstream
 ) -> None:
     client.request("POST", "/v1/x", "Expect: 100-continue", "Content-Length: 2")
@@ -234,7 +242,9 @@ def test_continue_is_said_when_the_body_is_wanted(
     assert client.message().body == b"ok"
 
 
-def test_continue_is_not_said_when_it_is_not(client: Client, proxy: ProxyProcess) -> None:
+def test_100_continue_is_not_sent_for_a_refused_request(
+    client: Client, proxy: ProxyProcess
+) -> None:
     proxy.token_path.unlink()
     client.request("POST", "/v1/x", "Expect: 100-continue", "Content-Length: 2")
     assert client.message().status == 401
@@ -251,7 +261,7 @@ BAD_HEADS = {
 
 
 @pytest.mark.parametrize("rest, status", BAD_HEADS.values(), ids=BAD_HEADS)
-def test_refused_head_is_answered_like_any_other(
+def test_the_response_to_a_refused_head_is_complete(
     short_timeout_proxy: ProxyProcess, rest: bytes, status: int
 ) -> None:
     for start in (b"HEAD ", b"\r\nHEAD ", b"GET ", b"HEADER "):
@@ -270,32 +280,33 @@ def test_refused_head_is_answered_like_any_other(
                 assert len(body) == int(answer.value("Content-Length"))
 
 
-# Turns
+# Fairness
 
 
-def received_before(answer: Client, other: RawConnection) -> int:
-    """Bytes that come on `other` until something comes on `answer`."""
+def count_received_before(answer: Client, other: RawConnection) -> int:
+    """Count the bytes that arrive on `other` until something arrives on `answer`."""
     count, ready = 0, []
     while answer.sock not in ready:
         ready = readable([answer.sock, other.sock], TIMEOUT)
-        assert ready, "neither an answer nor anything else came"
+        assert ready, "nothing arrived on either connection"
         if other.sock in ready:
             count += len(other.sock.recv(1 << 20))
     return count
 
 
-def test_others_have_their_turn_between_pipelined_requests(proxy: ProxyProcess) -> None:
-    requests = READ // 50  # so many that all come in one read
+def test_pipelined_requests_do_not_starve_other_clients(proxy: ProxyProcess) -> None:
+    # All of them arrive in one read.
+    requests = READ // 50
     with proxy.client() as greedy, proxy.client() as other:
         other.ask("GET", "/healthz")
         greedy.send(b"GET /nowhere HTTP/1.1\r\nHost: localhost\r\n\r\n" * requests)
         size = len(greedy.message().head) + 100
         other.request("GET", "/healthz")
-        assert received_before(other, greedy) < size * requests / 10
+        assert count_received_before(other, greedy) < size * requests / 10
         assert other.message().status == 200
 
 
-def test_others_have_their_turn_between_buffers_of_tiny_chunks(
+def test_tiny_chunks_do_not_starve_other_clients(
     proxy: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
     tiny = b"1\r\nx\r\n"
@@ -305,7 +316,8 @@ def test_others_have_their_turn_between_buffers_of_tiny_chunks(
         request = upstream.receive(body=False)
 
         def pour() -> None:
-            with contextlib.suppress(OSError):  # until the test closes it
+            # The test closes the connection.
+            with contextlib.suppress(OSError):
                 while True:
                     greedy.send(tiny * (READ // len(tiny)))
 
@@ -314,27 +326,25 @@ def test_others_have_their_turn_between_buffers_of_tiny_chunks(
         most = 0
         for _ in range(10):
             other.request("GET", "/healthz")
-            most = max(most, received_before(other, request.connection))
+            most = max(most, count_received_before(other, request.connection))
             assert other.message().status == 200
         greedy.half_close()
         thread.join()
     assert most < 3 * READ / len(tiny)
 
 
-# Time
+# Timeouts
 
 
 @pytest.mark.parametrize("steps", [[b"\r\n"], [b"\r", b"\n"], [b"\r"]])
 @both_ways
-def test_empty_line_after_a_body_is_no_request(
+def test_an_empty_line_after_a_body_begins_no_request(
     start_proxy: Callable[..., ProxyProcess],
     upstream: ScriptedUpstream,
     way: str,
     steps: list[bytes],
 ) -> None:
-    """Old clients send one after a POST: the connection stays idle, and ends as such, without a
-    408.
-    """
+    """Old clients send one after a POST. The connection stays idle and is closed without a 408."""
     with start_proxy(way=way, client_timeout=0.2, keepalive_timeout=1.2).client() as client:
         for _ in range(2):
             client.request("POST", "/v1/x", body=b"{}").send(steps[0])
@@ -348,19 +358,21 @@ def test_empty_line_after_a_body_is_no_request(
         assert not client.closed_within(0.4) and client.closed_within(5)
 
 
-def test_empty_line_on_a_new_connection_asks_for_nothing(short_timeout_proxy: ProxyProcess) -> None:
+def test_an_empty_line_on_a_new_connection_begins_no_request(
+    short_timeout_proxy: ProxyProcess,
+) -> None:
     with short_timeout_proxy.client() as client:
         client.send(b"\r\n")
         assert client.closed_within(5)
 
 
-def test_head_after_an_empty_line_has_its_limit(short_timeout_proxy: ProxyProcess) -> None:
+def test_a_head_after_an_empty_line_times_out(short_timeout_proxy: ProxyProcess) -> None:
     with short_timeout_proxy.client() as client:
         client.send(b"\r\nG")
         assert client.message().status == 408
 
 
-def test_head_has_a_limit_for_all_of_it(short_timeout_proxy: ProxyProcess) -> None:
+def test_the_timeout_of_a_head_covers_all_of_it(short_timeout_proxy: ProxyProcess) -> None:
     start = time.monotonic()
     with short_timeout_proxy.client() as client:
         client.send(b"GET /v1/x HTTP/1.1\r\n")
@@ -373,13 +385,14 @@ def test_head_has_a_limit_for_all_of_it(short_timeout_proxy: ProxyProcess) -> No
         assert client.closed_within()
 
 
-def test_body_has_a_limit_between_two_reads(
+def test_the_timeout_of_a_body_restarts_with_each_read(
     short_timeout_proxy: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
     with short_timeout_proxy.client() as client:
         client.request("POST", "/v1/x", "Content-Length: 5")
         request = upstream.receive(body=False)
-        for _ in range(3):  # in all longer than the limit
+        # In total, this takes longer than the timeout.
+        for _ in range(3):
             time.sleep(0.25)
             client.send(b"x")
             assert request.connection.exactly(1) == b"x"
@@ -389,7 +402,7 @@ def test_body_has_a_limit_between_two_reads(
         assert request.connection.closed_within()
 
 
-def test_limit_is_not_for_the_answer(
+def test_the_client_timeout_does_not_limit_the_response(
     short_timeout_proxy: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
     with short_timeout_proxy.client() as client:
@@ -401,13 +414,15 @@ def test_limit_is_not_for_the_answer(
 
 
 @pytest.mark.parametrize("target", ["/nowhere", "/v1/v1/models"])
-def test_client_that_does_not_read_our_answers_is_closed(
+def test_a_client_that_does_not_read_the_proxys_own_responses_is_closed(
     short_timeout_proxy: ProxyProcess, upstream: ScriptedUpstream, target: str
 ) -> None:
     request = f"GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
     with short_timeout_proxy.client() as client:
         client.request()
-        size = 2 << 20  # most of what the socket takes, so that fewer answers of ours fill it
+        # This fills most of the socket buffer, so that fewer of the proxy's own responses do the
+        # rest.
+        size = 2 << 20
         pour(
             upstream.receive()
             .answer(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size)
@@ -422,10 +437,10 @@ def test_client_that_does_not_read_our_answers_is_closed(
 
 
 @both_ways
-def test_client_may_take_longer_to_read_an_answer_of_upstream(
+def test_a_client_may_read_a_response_of_upstream_slowly(
     short_timeout_proxy: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
-    """Also when all of that is in the socket (mostly 3.5 MB are), and the next request is there."""
+    """That holds even if the socket holds all of it (up to 3.5 MB) and the next request is waiting."""
     with short_timeout_proxy.client() as client:
         for size in (3500 << 10, 32 << 20):
             client.request().request()
@@ -442,10 +457,8 @@ def test_client_may_take_longer_to_read_an_answer_of_upstream(
             assert client.message().body == b"ok"
 
 
-def test_silent_connections_are_closed(short_timeout_proxy: ProxyProcess) -> None:
-    """New ones after CLIENT_TIMEOUT, those between two requests after KEEPALIVE_TIMEOUT; without a
-    word.
-    """
+def test_idle_connections_are_closed_without_a_response(short_timeout_proxy: ProxyProcess) -> None:
+    """New ones after CLIENT_TIMEOUT, those between two requests after KEEPALIVE_TIMEOUT."""
     with short_timeout_proxy.client() as new, short_timeout_proxy.client() as used:
         start = time.monotonic()
         assert used.ask("GET", "/healthz").status == 200
@@ -453,7 +466,7 @@ def test_silent_connections_are_closed(short_timeout_proxy: ProxyProcess) -> Non
         assert new.closed_within(1) and time.monotonic() - start < 0.8
 
 
-# Cancelled
+# Cancelled requests
 
 
 def before_the_head(client: Client, upstream: ScriptedUpstream) -> Request:
@@ -484,7 +497,7 @@ def in_a_plain_answer(client: Client, upstream: ScriptedUpstream) -> Request:
     return request
 
 
-def while_an_error_is_looked_at(client: Client, upstream: ScriptedUpstream) -> Request:
+def while_an_error_is_read(client: Client, upstream: ScriptedUpstream) -> Request:
     client.request("GET", "/v1/cancelled")
     return upstream.receive().answer(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 5\r\n\r\nun")
 
@@ -527,7 +540,7 @@ IN_THE_BODY = [
 ]
 MOMENTS = [
     before_the_head,
-    while_an_error_is_looked_at,
+    while_an_error_is_read,
     with_the_next_request_sent_along,
     during_an_upload,
     *IN_THE_BODY,
@@ -542,7 +555,7 @@ MOMENTS = [
         *(("iterated", moment) for moment in IN_THE_BODY),
     ],
 )
-def test_cancelled_request_ends_upstream(
+def test_a_cancelled_request_closes_the_upstream_connection(
     client: Client,
     proxy: ProxyProcess,
     upstream: ScriptedUpstream,
@@ -559,16 +572,15 @@ def test_cancelled_request_ends_upstream(
     if moment not in IN_THE_BODY:
         assert (line["status"], line["first_byte_ms"], line["bytes"]) == (0, None, 0)
     elif moment is not while_it_does_not_read:
-        assert line["bytes"] in (2, 3)  # of content, whatever its framing
+        # Only content is counted, whatever its framing.
+        assert line["bytes"] in (2, 3)
     assert upstream.quiet()
 
 
-def test_cancelled_request_with_a_large_body_ends_upstream_at_once(
+def test_a_cancelled_request_with_a_large_body_closes_upstream_at_once(
     proxy: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
-    """The watcher that the body had stopped watches again: to look twice a second would take two
-    seconds.
-    """
+    """The watcher is started again after the body. A poll twice a second would take two seconds."""
     waited = 0.0
     for _ in range(8):
         with proxy.client() as client:
@@ -580,9 +592,10 @@ def test_cancelled_request_with_a_large_body_ends_upstream_at_once(
     assert waited < 0.8
 
 
-@pytest.mark.parametrize("body", [b"", bytes(100000)])  # the latter hides the close behind it
+# The large body hides the close that follows it.
+@pytest.mark.parametrize("body", [b"", bytes(100000)])
 @pytest.mark.parametrize("how", [Client.close, Client.reset, Client.half_close])
-def test_cancelled_while_waiting_for_a_token(
+def test_a_request_that_waits_for_a_token_can_be_cancelled(
     client: Client,
     proxy: ProxyProcess,
     upstream: ScriptedUpstream,
@@ -593,7 +606,8 @@ def test_cancelled_while_waiting_for_a_token(
     proxy.refresher_lives()
     seen = len(proxy.log_lines())
     client.request("POST" if body else "GET", "/v1/waits", body=body)
-    time.sleep(0.2)  # so that it waits by then; nothing outside shows that
+    # The request waits by then, which nothing outside the proxy shows.
+    time.sleep(0.2)
     how(client)
     line = proxy.wait_for_log(lambda line: line.get("path") == "/v1/waits", 1, start=seen)
     assert (line["ended_by"], line["status"]) == ("client", 0)
@@ -601,10 +615,10 @@ def test_cancelled_while_waiting_for_a_token(
 
 
 @both_ways
-def test_watching_a_client_costs_nothing(
+def test_watching_a_client_takes_no_cpu_time(
     client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
-    """With bytes to be read that nobody reads, a watcher that went on would be called all the time."""
+    """A level-triggered watcher would fire all the time, because the client's bytes stay unread."""
     with_the_next_request_unread(client, upstream)
     before = proxy.cpu_seconds()
     time.sleep(1)
@@ -612,15 +626,13 @@ def test_watching_a_client_costs_nothing(
 
 
 @both_ways
-def test_nothing_leaks_from_cancelled_requests(
-    proxy: ProxyProcess, upstream: ScriptedUpstream
-) -> None:
+def test_cancelled_requests_leak_nothing(proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
     quick = [
         before_the_head,
         while_streaming,
         in_silence,
         in_a_plain_answer,
-        while_an_error_is_looked_at,
+        while_an_error_is_read,
     ]
 
     def cancel(number: int) -> None:
@@ -654,7 +666,7 @@ def test_nothing_leaks_from_cancelled_requests(
 
 
 @both_ways
-def test_log_line_of_a_request(
+def test_each_request_logs_one_line(
     client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
     client.request("POST", "/v1/logged?secret=1", body=b"a prompt")
@@ -697,7 +709,7 @@ def test_log_line_of_a_request(
     )
 
 
-def test_healthy_probes_are_not_logged(proxy: ProxyProcess) -> None:
+def test_successful_probes_are_not_logged(proxy: ProxyProcess) -> None:
     assert proxy.ask("GET", "/healthz").status == proxy.ask("GET", "/readyz").status == 200
     proxy.ask("GET", "/after")
     proxy.wait_for_request("/after")
@@ -712,7 +724,7 @@ def test_healthy_probes_are_not_logged(proxy: ProxyProcess) -> None:
 
 
 def distinct_heads() -> Iterator[bytes]:
-    """Heads that fill every cache there is, by each part of a head that a client chooses."""
+    """Heads that fill every cache through each part of a head that a client controls."""
 
     def head(target: str, *lines: str) -> bytes:
         return "\r\n".join([f"GET {target} HTTP/1.1", "Host: localhost", *lines, "", ""]).encode()
@@ -733,7 +745,7 @@ def distinct_heads() -> Iterator[bytes]:
         )
 
 
-def test_nothing_that_a_stranger_sends_stays(tmp_path: Path) -> None:
+def test_heads_of_unauthorized_clients_leave_nothing_in_memory(tmp_path: Path) -> None:
     with ProxyProcess(tmp_path) as proxy:
         proxy.ask()
         before = proxy.resident_kib()
@@ -744,7 +756,7 @@ def test_nothing_that_a_stranger_sends_stays(tmp_path: Path) -> None:
         assert proxy.resident_kib() - before < 32 << 10
 
 
-def test_body_that_nobody_read_goes_with_its_answer(proxy: ProxyProcess) -> None:
+def test_an_unread_body_is_freed_with_its_response(proxy: ProxyProcess) -> None:
     with contextlib.ExitStack() as stack:
         before = proxy.resident_kib()
         for _ in range(400):

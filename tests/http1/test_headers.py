@@ -1,4 +1,4 @@
-"""Which header fields pass: what is the hop's own stays behind, the rest goes as it came."""
+"""Which header fields pass: hop-by-hop fields are dropped, the others pass unchanged."""
 
 import pytest
 
@@ -15,7 +15,8 @@ HOP_BY_HOP = [
     "Upgrade",
 ]
 
-WAY_TO_US = [  # what tunnels, load balancers and caches in front of the proxy add
+# Fields that tunnels, load balancers and caches in front of the proxy add.
+WAY_TO_US = [
     "CF-Connecting-IP",
     "CF-Connecting-IPv6",
     "CF-Ray",
@@ -40,7 +41,8 @@ WAY_TO_US = [  # what tunnels, load balancers and caches in front of the proxy a
     "X-Original-Host",
     "Referer",
 ]
-CREDENTIALS = [  # of front proxies, and whom these have found the caller to be
+# Credentials of reverse proxies, and the identities that these have authenticated.
+CREDENTIALS = [
     "Api-Key",
     "X-Goog-Api-Key",
     "Cf-Access-Jwt-Assertion",
@@ -101,7 +103,7 @@ PSEUDONYM = "xaiproxy-0123456789abcdef"
 
 
 def to_upstream(*fields, pseudonym=""):
-    """What is sent, except the three fields of our own that must come first."""
+    """Return the fields that are sent, without the proxy's own three, which come first."""
     sent = headers.to_upstream(
         list(fields),
         host="api.x.ai",
@@ -114,8 +116,8 @@ def to_upstream(*fields, pseudonym=""):
     return sent[3:]
 
 
-def accepted(*values) -> str:
-    """The one Accept-Encoding that is sent for these."""
+def accept_encoding(*values) -> str:
+    """Return the one Accept-Encoding that is sent for these."""
     sent = to_upstream(*(("accept-Encoding", value) for value in values))
     assert [name for name, _ in sent] == ["Accept-Encoding"]
     return sent[0][1]
@@ -128,7 +130,7 @@ def spellings(name):
 # to upstream
 
 
-def test_order_case_and_repetitions_are_kept_to_upstream():
+def test_order_case_and_repetitions_are_preserved_to_upstream():
     fields = [
         ("x-B", "2"),
         ("Content-Type", 'application/json; charset="é"'),
@@ -171,13 +173,13 @@ def test_order_case_and_repetitions_are_kept_to_upstream():
         *CREDENTIALS,
     ],
 )
-def test_what_is_the_hops_own_or_ours_or_secret_is_dropped(name):
+def test_hop_by_hop_proxy_set_and_secret_fields_are_dropped(name):
     for spelling in spellings(name):
         assert to_upstream((spelling, "x"), ("X-One", "1"), (spelling, "y")) == [("X-One", "1")]
 
 
 @pytest.mark.parametrize("name", REQUESTS_OWN)
-def test_what_is_the_requests_own_passes(name):
+def test_end_to_end_request_fields_pass(name):
     for spelling in spellings(name):
         assert to_upstream((spelling, "x"), pseudonym=PSEUDONYM)[:-1] == [(spelling, "x")]
 
@@ -211,7 +213,7 @@ def test_what_is_the_requests_own_passes(name):
         "X-Referer",
     ],
 )
-def test_names_that_only_look_like_those_pass(name):
+def test_fields_with_similar_names_pass(name):
     assert to_upstream((name, "x")) == [(name, "x")]
 
 
@@ -219,22 +221,22 @@ def test_names_that_only_look_like_those_pass(name):
     "value",
     ["x-one", "X-ONE", " x-one ", "close, x-One", "x-one,close", ",,\tx-one ,", '"x-one", x-one'],
 )
-def test_those_that_connection_names_are_dropped(value):
+def test_fields_that_connection_names_are_dropped(value):
     sent = to_upstream(("X-One", "1"), ("Connection", value), ("x-one", "2"), ("X-Two", "3"))
     assert sent == [("X-Two", "3")]
 
 
-def test_several_connection_headers_name_more():
+def test_every_connection_field_counts():
     sent = to_upstream(("connection", "a"), ("A", "1"), ("B", "2"), ("CONNECTION", "b"), ("C", "3"))
     assert sent == [("C", "3")]
 
 
-def test_connection_cannot_take_away_what_we_set():
+def test_connection_cannot_drop_the_fields_that_the_proxy_sets():
     named = "authorization, host, user-agent, content-length, connection"
     assert to_upstream(("Connection", named)) == []
 
 
-def test_connection_can_take_away_what_the_client_sent():
+def test_connection_can_drop_the_fields_that_the_client_sent():
     named = "content-type, accept-encoding"
     sent = to_upstream(("Connection", named), ("Content-Type", "a"), ("Accept-Encoding", "gzip"))
     assert sent == []
@@ -263,15 +265,15 @@ def test_connection_can_take_away_what_the_client_sent():
         ("gzip br", "identity"),
     ],
 )
-def test_accept_encoding_is_reduced_to_what_an_error_can_be_read_in(value, reduced):
-    assert accepted(value) == reduced
+def test_accept_encoding_is_reduced_to_codings_that_the_proxy_decodes(value, reduced):
+    assert accept_encoding(value) == reduced
 
 
-def test_several_accept_encodings_become_one():
-    assert accepted("br", "gzip;q=0.5", "deflate") == "gzip;q=0.5, deflate"
+def test_several_accept_encoding_fields_become_one():
+    assert accept_encoding("br", "gzip;q=0.5", "deflate") == "gzip;q=0.5, deflate"
 
 
-def test_a_client_that_sends_no_accept_encoding_asks_for_none():
+def test_no_accept_encoding_is_added():
     assert to_upstream() == []
 
 
@@ -298,7 +300,7 @@ def test_a_client_that_sends_no_accept_encoding_asks_for_none():
         ),
     ],
 )
-def test_via_tells_of_proxies_such_as_this_one_alone(values, sent):
+def test_via_keeps_only_the_entries_of_xaiproxy(values, sent):
     fields = [("X-One", "1"), *(("vIA", value) for value in values), ("X-Two", "2")]
     assert to_upstream(*fields, pseudonym=PSEUDONYM) == [
         ("X-One", "1"),
@@ -308,7 +310,7 @@ def test_via_tells_of_proxies_such_as_this_one_alone(values, sent):
     assert to_upstream(*fields) == [("X-One", "1"), ("X-Two", "2")]
 
 
-def test_nothing_is_changed_in_place():
+def test_the_given_fields_are_not_modified():
     fields = [("Connection", "x"), ("X", "1"), ("Accept-Encoding", "br")]
     before = list(fields)
     to_upstream(*fields)
@@ -319,7 +321,7 @@ def test_nothing_is_changed_in_place():
 
 
 def to_client(*lines, length=None, status="200 OK", origin="https://api.x.ai"):
-    """What is made of these lines by a head and the rule together."""
+    """Return the lines that the head's parser and the header rules make of these."""
     data = "\r\n".join([f"HTTP/1.1 {status}", *lines, "", ""])
     head = response_head.parse(data.encode("latin-1"), "GET")
     first, *passed = headers.to_client(head.lines, head.values, length=length, origin=origin).split(
@@ -329,7 +331,7 @@ def to_client(*lines, length=None, status="200 OK", origin="https://api.x.ai"):
     return passed
 
 
-def test_order_case_and_repetitions_are_kept_to_the_client():
+def test_order_case_and_repetitions_are_preserved_to_the_client():
     lines = [
         "x-B: 2",
         "Content-Type:text/plain",
@@ -366,7 +368,7 @@ def test_order_case_and_repetitions_are_kept_to_the_client():
         "X-XAI-Proxy-Error",
     ],
 )
-def test_hop_by_hop_and_what_is_said_of_the_origin_are_dropped(name):
+def test_hop_by_hop_fields_and_policies_of_the_origin_are_dropped(name):
     for spelling in spellings(name):
         assert to_client(f"{spelling}: x", "X-One: 1", f"{spelling}: y") == ["X-One: 1"]
 
@@ -374,20 +376,20 @@ def test_hop_by_hop_and_what_is_said_of_the_origin_are_dropped(name):
 @pytest.mark.parametrize(
     "value", ["x-one", "close, X-ONE", " x-one\t, ", "keep-alive,,x-One", "(, x-one, )"]
 )
-def test_those_that_upstreams_connection_names_are_dropped(value):
+def test_response_fields_that_connection_names_are_dropped(value):
     assert to_client(
         "X-One: 1", f"Connection: {value}", "X-Two: 2", "x-one: 3", "x-one-more: 4"
     ) == ["X-Two: 2", "x-one-more: 4"]
     assert to_client("X-One: 1", "Connection: x-two", f"Connection: {value}", "X-Two: 2") == []
 
 
-def test_connection_cannot_take_the_length_away():
+def test_connection_cannot_drop_the_content_length():
     assert to_client("Connection: content-length, x", "X: y", "Content-Length: 5", length=5) == [
         "Content-Length: 5"
     ]
 
 
-def test_the_content_length_is_the_one_that_we_count_by():
+def test_the_content_length_is_the_parsed_one():
     for spelling in spellings("Content-Length"):
         lines = ["A: 1", f"{spelling}: 5", "B: 2"]
         assert to_client(*lines, length=5) == lines
@@ -395,23 +397,23 @@ def test_the_content_length_is_the_one_that_we_count_by():
     assert to_client("Content-Length: 0", length=0) == ["Content-Length: 0"]
 
 
-def test_a_repeated_content_length_goes_out_once():
+def test_a_repeated_content_length_is_sent_once():
     assert to_client("Content-Length: 5", "A: 1", "content-length: 5", length=5) == [
         "A: 1",
         "Content-Length: 5",
     ]
 
 
-def test_a_length_that_nobody_can_vouch_for_is_dropped():
+def test_an_unreliable_content_length_is_dropped():
     assert to_client("Transfer-Encoding: chunked", "Content-Length: 5", length=None) == []
     assert to_client("Content-Length: 5", length=None) == []
 
 
-def test_no_length_is_made_up():
+def test_no_content_length_is_added():
     assert to_client("A: 1", length=5) == ["A: 1"]
 
 
-def test_only_a_426_keeps_its_upgrade():
+def test_only_a_426_keeps_its_upgrade_fields():
     lines = [
         "Connection: upgrade, x-one",
         "X-One: 1",
@@ -445,7 +447,7 @@ def test_only_a_426_keeps_its_upgrade():
         ("http://[::1]:81", "http://[::1]:81"),
     ],
 )
-def test_location_at_upstream_leads_to_the_proxy(origin, reference):
+def test_a_location_at_upstream_becomes_a_path_of_the_proxy(origin, reference):
     for name in ("Location", "content-LOCATION", "location"):
         for path in ("/v1/x", "/v2/files/a%2Fb?c=d#e", "/v1/"):
             lines = ["A: 1", f"{name}: {reference}{path}", "B: 2"]
@@ -488,12 +490,12 @@ def test_location_at_upstream_leads_to_the_proxy(origin, reference):
         "https://api.x.ai %2f/v1/x",
     ],
 )
-def test_any_other_location_passes_as_it_came(reference):
+def test_any_other_location_passes_unchanged(reference):
     lines = [f"Location: {reference}", f"Content-Location: {reference}", f"X-Location: {reference}"]
     assert to_client(*lines, status="302 x") == lines
 
 
-def test_other_fields_may_name_upstream():
+def test_other_fields_that_name_upstream_pass_unchanged():
     lines = [
         "Link: <https://api.x.ai/v1/x>; rel=next",
         "X-Location: https://api.x.ai/v1/x",
@@ -514,7 +516,7 @@ def test_other_fields_may_name_upstream():
         "text/event-stream ;x",
     ],
 )
-def test_event_stream_is_not_to_be_buffered(value):
+def test_an_event_stream_gets_x_accel_buffering_no(value):
     lines = [f"content-type: {value}", "A: 1"]
     assert to_client(*lines) == [*lines, "X-Accel-Buffering: no"]
     for given in ("yes", "no", ""):
@@ -533,5 +535,5 @@ def test_event_stream_is_not_to_be_buffered(value):
         "text/plain; text/event-stream",
     ],
 )
-def test_other_answers_may_be_buffered(value):
+def test_other_responses_get_no_x_accel_buffering(value):
     assert to_client(f"Content-Type: {value}") == [f"Content-Type: {value}"]

@@ -1,6 +1,4 @@
-"""What the heads of requests and answers have in common: where they end, and what their lines may
-hold.
-"""
+"""The common parts of request and response heads: their end and their lines."""
 
 import time
 
@@ -14,7 +12,7 @@ HEAD = b"GET / HTTP/1.1\r\nHost: localhost\r\nX: y\r\n\r\n"
 
 
 def end(data: bytes, size: int = 1 << 30, limit: int = LIMIT) -> int:
-    """Where the head in `data` ends, which comes `size` bytes at a time; 0 when it does not."""
+    """Return the end of the head in `data`, which arrives `size` bytes at a time, or 0."""
     searched = 0
     for came in (*range(size, len(data), size), len(data)):
         if found := message_head.end(data[:came], searched, limit):
@@ -23,18 +21,18 @@ def end(data: bytes, size: int = 1 << 30, limit: int = LIMIT) -> int:
     return 0
 
 
-def test_a_head_ends_with_its_empty_line_wherever_it_is_split():
-    for behind in (b"", b"body", b"\r\n\r\n"):
+def test_a_head_ends_with_its_empty_line_however_it_is_split():
+    for rest in (b"", b"body", b"\r\n\r\n"):
         for size in (1, 2, 3, 4, 7, len(HEAD) - 1, len(HEAD), 1 << 30):
-            assert end(HEAD + behind, size) == len(HEAD)
+            assert end(HEAD + rest, size) == len(HEAD)
 
 
-def test_a_head_that_is_not_whole_has_no_end():
+def test_an_incomplete_head_has_no_end():
     for size in range(len(HEAD)):
         assert end(HEAD[:size]) == 0
 
 
-def test_what_was_searched_is_not_searched_again():
+def test_searched_bytes_are_not_searched_again():
     assert message_head.end(HEAD + b"X: y", len(HEAD) + 4, LIMIT) == 0
 
 
@@ -42,13 +40,13 @@ def test_what_was_searched_is_not_searched_again():
     "data",
     [b"\n", b"GET / HTTP/1.1\n", b"GET / HTTP/1.1\r\nX: y\n", b"GET\n\n", b"\r\n\n", b"X\n\r\n"],
 )
-def test_a_bare_lf_is_not_waited_on(data):
+def test_a_bare_lf_is_refused_at_once(data):
     for size in (1, 2, 1 << 30):
         with pytest.raises(Malformed, match="does not end with CRLF"):
             end(data, size)
 
 
-def test_a_head_may_be_as_long_as_the_limit_and_no_longer():
+def test_a_head_may_be_exactly_as_long_as_the_limit():
     head = b"X: " + b"y" * (LIMIT - 7) + b"\r\n\r\n"
     for size in (1, 100, 1 << 30):
         assert end(head, size) == LIMIT
@@ -57,11 +55,12 @@ def test_a_head_may_be_as_long_as_the_limit_and_no_longer():
             with pytest.raises(TooLong, match="1000 bytes"):
                 end(long, size)
     assert end(b"y" * LIMIT) == 0
-    with pytest.raises(Malformed, match="CRLF"):  # that comes first, however much came at once
+    # This error takes precedence, however many bytes arrive at once.
+    with pytest.raises(Malformed, match="CRLF"):
         end(b"y" * LIMIT + b"\n")
 
 
-def test_lines_are_latin_1_and_may_hold_no_control_but_a_tab():
+def test_lines_are_latin_1_without_control_characters_except_a_tab():
     assert message_head.lines(b"a\tb\r\n\x80\xff\r\n \r\n\r\n") == ["a\tb", "\x80\xff", " "]
     for control in (*range(9), *range(10, 32), 127):
         for line in (b"%c", b"a%cb", b"a%c", b"%ca"):
@@ -69,20 +68,20 @@ def test_lines_are_latin_1_and_may_hold_no_control_but_a_tab():
                 message_head.lines(b"GET\r\n" + line % control + b"\r\n\r\n")
 
 
-@pytest.mark.parametrize("behind", [b"y", b"y\r\n\r\n"])
-def test_the_first_fault_of_a_head_that_is_too_long_is_said_wherever_it_is_split(behind):
+@pytest.mark.parametrize("rest", [b"y", b"y\r\n\r\n"])
+def test_the_first_error_in_a_long_head_raises_however_it_is_split(rest):
     for size in (1, 100, LIMIT, 1 << 30):
         for before, kind in ((LIMIT, Malformed), (LIMIT + 1, TooLong)):
             with pytest.raises(Malformed) as raised:
-                end(b"y" * before + b"\n" + LIMIT * b"y" + behind, size)
+                end(b"y" * before + b"\n" + LIMIT * b"y" + rest, size)
             assert raised.type is kind
 
 
-def test_other_line_ends_of_unicode_end_no_line():
+def test_unicode_line_ends_do_not_end_a_line():
     assert message_head.lines(b"a\x85b\r\n\r\n") == ["a\x85b"]
 
 
-def test_fields_are_kept_in_order_and_found_by_name():
+def test_fields_are_returned_in_order_and_by_name():
     in_order, values = message_head.fields(
         ["B: 1", "a:2", "b: \t 3 4\t ", "C:", "A: :", "n: \xa05\x85"]
     )
@@ -118,19 +117,20 @@ def test_fields_are_kept_in_order_and_found_by_name():
         "X=y",
     ],
 )
-def test_a_line_without_a_name_is_no_field(line):
-    for _ in range(2):  # what is refused is not remembered as something else
+def test_a_line_without_a_name_is_refused(line):
+    # A refused line is not cached as a valid one.
+    for _ in range(2):
         with pytest.raises(Malformed, match="Name: value"):
             message_head.fields(["A: b", line])
 
 
-def test_long_lines_are_read_as_short_ones():
+def test_long_lines_are_parsed_like_short_ones():
     for size in (250, 260, 60000):
         value = "v" * size
         assert message_head.fields(["X: " + value] * 2) == ([("X", value)] * 2, {"x": [value] * 2})
 
 
-def test_200_fields_are_taken_and_201_are_not():
+def test_200_fields_are_accepted_and_201_refused():
     assert len(message_head.fields(["X: y"] * FIELD_LIMIT)[0]) == FIELD_LIMIT == 200
     with pytest.raises(TooLong, match="200 header lines"):
         message_head.fields(["X: y"] * (FIELD_LIMIT + 1))
@@ -151,7 +151,7 @@ def test_200_fields_are_taken_and_201_are_not():
         ([""], True, False),
     ],
 )
-def test_whether_the_connection_stays(values, in_1_1, in_1_0):
+def test_connection_and_the_version_decide_on_keep_alive(values, in_1_1, in_1_0):
     fields = {"connection": values} if values else {}
     assert message_head.keep_alive(fields, is_1_0=False) is in_1_1
     assert message_head.keep_alive(fields, is_1_0=True) is in_1_0
@@ -175,11 +175,11 @@ def test_whether_the_connection_stays(values, in_1_1, in_1_0):
         ("http", ":80", ""),
     ],
 )
-def test_one_authority_is_one_text(scheme, authority, normal):
+def test_an_authority_is_normalized(scheme, authority, normal):
     assert message_head.normal_authority(scheme, authority) == normal
 
 
-def test_a_long_line_takes_no_longer_than_its_length():
+def test_a_long_line_is_parsed_in_linear_time():
     for filling in ("a", " ", "a ", "\t", ": ", ":"):
         began = time.process_time()
         for line in (filling * 30000, "X: " + filling * 30000, "X" + filling * 30000 + "\x00"):

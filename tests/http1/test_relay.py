@@ -1,6 +1,4 @@
-"""The body of an answer on its way, sent either way: where it ends, who holds it up, what is left
-of it.
-"""
+"""The body of a response in transit: framing, back-pressure, timeouts, leaks."""
 
 from __future__ import annotations
 
@@ -33,8 +31,10 @@ CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 SIZED = b"HTTP/1.1 200 OK\r\nContent-Length: 13\r\n\r\n"
 CONTENT = b"abc0123456789"
 DECORATED = b'3;x="y;z"\r\nabc\r\n000A ;\tq=1\r\n0123456789\r\n00;last\r\nX-Sum: 1\r\nY:\r\n\r\n'
-SIZE = 48 << 20  # bytes; more than the sockets on the way hold
-STEP = 8 << 20  # bytes that have to be read before the socket on the other side takes any again
+# In bytes: more than all socket buffers between the two ends hold.
+SIZE = 48 << 20
+# In bytes: after reading so many, the socket at the other end takes more again.
+STEP = 8 << 20
 
 
 @pytest.fixture
@@ -74,16 +74,14 @@ SPLITS = (in_one, head_first, in_bytes, end_apart, head_and_end_apart)
 
 @both_ways
 @pytest.mark.parametrize("split", SPLITS)
-def test_framing_is_upstream_s_own_or_ours(
+def test_a_relayed_body_keeps_its_framing_and_an_iterated_one_is_reframed(
     client: Client,
     running: ProxyProcess,
     upstream: ScriptedUpstream,
     way: str,
     split: Callable[[bytes], list[bytes]],
 ) -> None:
-    """Relayed, extensions and trailers stay; that they do not when iterated shows that there are
-    two ways.
-    """
+    """A relayed body keeps its extensions and trailers."""
     client.request("GET", f"/v1/{split.__name__}")
     request = upstream.receive()
     parts = split(CHUNKED + DECORATED)
@@ -96,7 +94,8 @@ def test_framing_is_upstream_s_own_or_ours(
     else:
         content = b""
         while len(content) < len(CONTENT):
-            size = int(client.until(b"\r\n"), 16)  # nothing but a number
+            # The line holds the size alone.
+            size = int(client.until(b"\r\n"), 16)
             content += client.exactly(size)
             assert client.exactly(2) == b"\r\n"
         assert content == CONTENT and client.exactly(5) == b"0\r\n\r\n"
@@ -111,14 +110,14 @@ def test_framing_is_upstream_s_own_or_ours(
 @both_ways
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("whole", [SIZED + CONTENT, CHUNKED + DECORATED], ids=["length", "chunked"])
-def test_bytes_behind_the_end_are_not_the_answer_s(
+def test_bytes_after_the_end_of_a_response_are_dropped(
     client: Client,
     running: ProxyProcess,
     upstream: ScriptedUpstream,
     whole: bytes,
     split: Callable[[bytes], list[bytes]],
 ) -> None:
-    path = f"/v1/behind-{split.__name__}-{len(whole)}"
+    path = f"/v1/extra-{split.__name__}-{len(whole)}"
     client.request("GET", path)
     request = upstream.receive()
     parts = split(whole)
@@ -136,10 +135,10 @@ def test_bytes_behind_the_end_are_not_the_answer_s(
 
 @both_ways
 @pytest.mark.parametrize("with_the_head", [True, False])
-def test_malformed_chunk_cuts_the_answer(
+def test_a_malformed_chunk_truncates_the_response(
     client: Client, running: ProxyProcess, upstream: ScriptedUpstream, with_the_head: bool
 ) -> None:
-    """What stands before it may come or not; it does not itself, and no end either."""
+    """The content before it may pass. The chunk itself and an end do not."""
     path = f"/v1/malformed-{with_the_head}"
     client.request("GET", path)
     request = upstream.receive()
@@ -153,12 +152,12 @@ def test_malformed_chunk_cuts_the_answer(
     assert running.wait_for_request(path)["ended_by"] == "upstream"
 
 
-# One side that does not read
+# Back-pressure
 
 
 @both_ways
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
-def test_answer_that_is_not_read_waits_upstream(
+def test_a_response_that_the_client_does_not_read_stays_at_upstream(
     tmp_path: Path, certificate: tuple, way: str, tls: bool
 ) -> None:
     with (
@@ -182,7 +181,8 @@ def test_answer_that_is_not_read_waits_upstream(
         assert sent < SIZE * 3 / 4
         spent = proxy.cpu_seconds()
         time.sleep(0.2)
-        assert proxy.cpu_seconds() - spent < 0.05  # it waits; it does not try again and again
+        # The proxy waits instead of polling.
+        assert proxy.cpu_seconds() - spent < 0.05
         rest = threading.Thread(target=pour, args=(request.connection, sent, SIZE, 5))
         rest.start()
         client.head()
@@ -197,7 +197,7 @@ def test_answer_that_is_not_read_waits_upstream(
 
 
 @both_ways
-def test_ten_clients_that_read_nothing_of_a_gigabyte(
+def test_ten_unread_responses_of_a_gigabyte_take_little_memory(
     running: ProxyProcess, upstream: ScriptedUpstream, way: str
 ) -> None:
     size = 1 << 30
@@ -209,14 +209,15 @@ def test_ten_clients_that_read_nothing_of_a_gigabyte(
         for client in clients:
             client.request("GET", "/v1/gigabyte")
             requests.append(upstream.receive().answer(CHUNKED + b"%x\r\n" % size))
-            assert pour(requests[-1].connection, 0, size, 0.1) < size / 20  # what the kernel holds
+            # That is what the kernel buffers.
+            assert pour(requests[-1].connection, 0, size, 0.1) < size / 20
         assert running.resident_kib() - before < 8192
     for request in requests:
         assert request.connection.closed_within(1)
 
 
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
-def test_upload_that_is_not_read_waits_at_the_client(
+def test_an_upload_that_upstream_does_not_read_stays_at_the_client(
     tmp_path: Path, certificate: tuple, tls: bool
 ) -> None:
     with (
@@ -247,10 +248,10 @@ def test_upload_that_is_not_read_waits_at_the_client(
         assert client.message().body == b"ok"
 
 
-def test_answer_that_comes_beside_the_upload_waits_upstream(
+def test_a_response_during_an_upload_stays_at_upstream(
     running: ProxyProcess, client: Client, upstream: ScriptedUpstream
 ) -> None:
-    """It is passed on when the request was sent; until then little of it is kept."""
+    """The proxy forwards it after the upload, and keeps little of it until then."""
     before = running.resident_kib()
     client.request("POST", "/v1/files", "Content-Length: 6").send(b"abc")
     request = upstream.receive(body=False)
@@ -268,12 +269,10 @@ def test_answer_that_comes_beside_the_upload_waits_upstream(
 
 
 @both_ways
-def test_time_that_the_client_takes_is_no_silence_of_upstream(
+def test_a_slow_client_does_not_use_up_the_idle_timeout(
     start_proxy: Callable[..., ProxyProcess], upstream: ScriptedUpstream, way: str
 ) -> None:
-    """The limit stands still while the client does not read, and then begins anew: also for the
-    client, at each byte.
-    """
+    """The timeout pauses while the client does not read, and restarts with each byte it reads."""
     short_timeout_proxy = start_proxy(way=way, idle_timeout=1.5)
     with short_timeout_proxy.client() as client:
         client.request("GET", "/v1/slow-reader")
@@ -289,15 +288,14 @@ def test_time_that_the_client_takes_is_no_silence_of_upstream(
         client.exactly(SIZE - 10 - 4 * STEP)
         rest.join()
         start = time.monotonic()
-        assert client.rest() == b"" and 0.2 < time.monotonic() - start < 3  # not at once
+        # The proxy waits for the timeout first.
+        assert client.rest() == b"" and 0.2 < time.monotonic() - start < 3
         line = short_timeout_proxy.wait_for_request("/v1/slow-reader")
         assert (line["bytes"], line["ended_by"]) == (SIZE - 10, "upstream")
 
 
-def test_byte_that_came_in_time_counts_though_the_limit_is_over(upstream: ScriptedUpstream) -> None:
-    """In this process, whose loop is held up: it finds the byte and the end of the time in the same
-    turn.
-    """
+def test_a_byte_that_arrived_before_the_idle_timeout_counts(upstream: ScriptedUpstream) -> None:
+    """The loop, blocked here, meets the byte and the expired timer in the same turn."""
     settings = config.from_environ(
         {"HOME": "/", "XAI_PROXY_UPSTREAM": upstream.origin, "XAI_PROXY_IDLE_TIMEOUT": "0.5"}
     )
@@ -330,8 +328,8 @@ def short_timeout_proxy(
     return start_proxy(way=way, idle_timeout=1)
 
 
-def assert_given_up(proxy: ProxyProcess, request: Request, target: str) -> None:
-    """Not at once, and as if the client had left."""
+def assert_aborted(proxy: ProxyProcess, request: Request, target: str) -> None:
+    """Assert that the request ends after a while, as if the client had closed."""
     start = time.monotonic()
     assert not request.connection.closed_within(0.1) and request.connection.closed_within(4)
     assert time.monotonic() - start < 3
@@ -339,23 +337,23 @@ def assert_given_up(proxy: ProxyProcess, request: Request, target: str) -> None:
 
 
 @both_ways
-def test_client_that_takes_nothing_is_given_up(
+def test_a_client_that_reads_nothing_is_aborted(
     short_timeout_proxy: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
-    """It would hold its connections for ever: its kernel answers all that asks whether it is there."""
+    """Otherwise it would hold its connections forever: its kernel answers window probes."""
     with short_timeout_proxy.client() as client:
         client.request("GET", "/v1/takes-nothing")
         request = upstream.receive().answer(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % SIZE)
         assert pour(request.connection, 0, SIZE, 0.2) < SIZE
-        assert_given_up(short_timeout_proxy, request, "/v1/takes-nothing")
+        assert_aborted(short_timeout_proxy, request, "/v1/takes-nothing")
         assert len(client.rest()) < SIZE
 
 
 @both_ways
-def test_client_that_takes_no_answer_is_given_up_before_the_next(
+def test_a_client_that_pipelines_and_reads_nothing_is_aborted(
     short_timeout_proxy: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
-    """The first bytes of a body leave with the head, and so do short answers as a whole."""
+    """The start of a body, or all of a short one, is written together with the head."""
     body = b"x" * 20000
     with short_timeout_proxy.client() as client:
         client.send(b"GET /v1/pipelined HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000)
@@ -373,7 +371,7 @@ def test_client_that_takes_no_answer_is_given_up_before_the_next(
 
 @both_ways
 @pytest.mark.parametrize("how", ["fin", "reset"])
-def test_death_of_upstream_behind_unread_bytes_is_visible(
+def test_the_death_of_upstream_after_unread_bytes_truncates_the_response(
     client: Client, running: ProxyProcess, upstream: ScriptedUpstream, how: str
 ) -> None:
     client.request("GET", f"/v1/dies-unread-{how}")
@@ -394,7 +392,7 @@ def test_death_of_upstream_behind_unread_bytes_is_visible(
 
 
 @both_ways
-def test_event_of_eight_megabytes_passes_as_it_is(
+def test_an_event_of_eight_megabytes_passes_unchanged(
     client: Client, upstream: ScriptedUpstream
 ) -> None:
     event = b"data: " + PATTERN.replace(b"\n", b"") * 129 + b"\n\n"
@@ -410,7 +408,9 @@ def test_event_of_eight_megabytes_passes_as_it_is(
 
 @both_ways
 @pytest.mark.parametrize("body", [b"{}", b"x" * 300_000])
-def test_delete_with_a_body(client: Client, upstream: ScriptedUpstream, body: bytes) -> None:
+def test_a_delete_with_a_body_passes(
+    client: Client, upstream: ScriptedUpstream, body: bytes
+) -> None:
     client.request("DELETE", "/v1/files/one", body=body)
     request = upstream.receive()
     assert (request.method, request.body) == ("DELETE", body)
@@ -419,12 +419,10 @@ def test_delete_with_a_body(client: Client, upstream: ScriptedUpstream, body: by
 
 
 @pytest.mark.parametrize("chunked", [False, True], ids=["length", "chunked"])
-def test_upload_takes_no_more_memory_for_being_longer(
+def test_a_longer_upload_takes_no_more_memory(
     tmp_path: Path, upstream: ScriptedUpstream, chunked: bool
 ) -> None:
-    """But for the copy for a replay, which is begun of a chunked one before its length shows, and
-    is none here.
-    """
+    """There is no copy for a replay here, which a chunked upload begins before its length is known."""
     with (
         ProxyProcess(tmp_path, upstream=upstream.origin, replay_limit=0) as proxy,
         proxy.client() as client,
@@ -466,11 +464,11 @@ def test_upload_takes_no_more_memory_for_being_longer(
         assert upload(6000 * len(PATTERN)) - short < 2048
 
 
-# What is left
+# Leaks
 
 
 def stream_for_ever(sock: gevent.socket.socket, address: object) -> None:
-    """An upstream's side of one connection."""
+    """Serve one connection of an upstream."""
     with sock, contextlib.suppress(ConnectionError):
         while b"\r\n\r\n" not in sock.recv(65536):
             pass
@@ -480,7 +478,7 @@ def stream_for_ever(sock: gevent.socket.socket, address: object) -> None:
 
 @contextlib.contextmanager
 def serving(folder: Path, origin: str) -> Iterator[int]:
-    """A proxy in this process, so that its greenlets and objects can be counted; its port."""
+    """Run a proxy in this process, whose greenlets and objects a test can count; yield its port."""
     settings = config.from_environ(
         {
             "HOME": str(folder),
@@ -507,7 +505,7 @@ def serving(folder: Path, origin: str) -> Iterator[int]:
     pool.close()
 
 
-def test_nothing_is_left_of_a_thousand_cancelled_streams(tmp_path: Path, many_files: None) -> None:
+def test_a_thousand_cancelled_streams_leak_nothing(tmp_path: Path, many_files: None) -> None:
     origin = gevent.server.StreamServer(("127.0.0.1", 0), stream_for_ever, backlog=1024)
     origin.start()
 
@@ -530,8 +528,8 @@ def test_nothing_is_left_of_a_thousand_cancelled_streams(tmp_path: Path, many_fi
     def objects() -> tuple[int, int]:
         gc.collect()
         every = gc.get_objects()
-        # not isinstance, which asks the object: a client's library in this process then loads what
-        # it has put off
+        # Unlike isinstance, type() never calls into the object: a lazily loaded client library
+        # would be imported.
         return sum(issubclass(type(one), greenlet.greenlet) for one in every), len(every)
 
     with (

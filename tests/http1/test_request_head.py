@@ -1,6 +1,4 @@
-"""The head of a request: what two servers could read differently is refused, the rest is kept as it
-came.
-"""
+"""The head of a request: ambiguous heads are refused, all others preserved."""
 
 import re
 import time
@@ -22,12 +20,12 @@ def parse(data: bytes) -> request_head.Head:
         end = message_head.end(data, 0, SIZE_LIMIT)
     except message_head.Malformed as error:
         raise request_head.refusal(error) from None
-    assert end, "the head is not whole"
+    assert end, "the head is incomplete"
     return request_head.parse(data[:end])
 
 
 def refusal(data: bytes) -> errors.BadRequest:
-    """The message about a head that is refused."""
+    """Return the error for a head that is refused."""
     with pytest.raises(errors.BadRequest) as caught:
         parse(data)
     status, fields, _ = caught.value.rendered()
@@ -42,15 +40,15 @@ def with_fields(*lines: bytes, start: bytes = b"POST /v1/x HTTP/1.1\r\n" + HOST)
 
 
 def padded(size: int) -> bytes:
-    """A good head of that many bytes."""
+    """Return a valid head of `size` bytes."""
     rest = len(with_fields(b"X: \r\n"))
     return with_fields(b"X: " + b"v" * (size - rest) + b"\r\n")
 
 
-# what is taken
+# accepted
 
 
-def test_a_head_is_kept_as_it_came():
+def test_a_head_is_preserved():
     head = parse(
         b"PATCH /v1/a%2Fb:c?d=%41&e HTTP/1.1\r\nhost: LocalHost:9090\r\nX-One:1\r\n"
         b"x-two:  a\tb \t\r\nX-ONE: 2\r\nEmpty:\r\nBlank: \t \r\nLatin: \xe9\x80\xff\r\n\r\n"
@@ -86,14 +84,14 @@ def test_a_head_is_kept_as_it_came():
         "/" + "a" * 60000,
     ],
 )
-def test_the_target_is_raw(target):
+def test_the_target_is_not_decoded(target):
     assert parse(f"GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()).target == target
 
 
 @pytest.mark.parametrize(
     "method", ["GET", "get", "DELETE", "OPTIONS", "M-SEARCH", "!#$%&'*+-.^_`|~09azAZ"]
 )
-def test_any_method(method):
+def test_any_method_is_accepted(method):
     assert parse(f"{method} / HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()).method == method
 
 
@@ -111,12 +109,12 @@ def test_any_method(method):
         ([b"Transfer-Encoding: CHUNKED\r\n"], None, True),
     ],
 )
-def test_the_body_is_as_long_as_its_one_header_says(lines, length, chunked):
+def test_the_body_length_comes_from_its_one_header(lines, length, chunked):
     head = parse(with_fields(*lines))
     assert (head.content_length, head.chunked) == (length, chunked)
 
 
-def test_heads_that_differ_in_their_length_alone_are_told_apart():
+def test_heads_that_differ_only_in_their_content_length_are_distinguished():
     for spelling in (
         b"Content-Length: %d\r\n",
         b"content-length: %d\r\n",
@@ -146,11 +144,11 @@ def test_heads_that_differ_in_their_length_alone_are_told_apart():
         (b"GET / HTTP/1.0\r\n", [b"Connection: keep-alive, close\r\n"], False),
     ],
 )
-def test_whether_the_connection_stays(start, lines, keep_alive):
+def test_connection_and_the_version_decide_on_keep_alive(start, lines, keep_alive):
     assert parse(with_fields(*lines, start=start)).keep_alive is keep_alive
 
 
-def test_one_empty_line_before_a_request_is_forgiven():
+def test_one_empty_line_before_a_request_is_ignored():
     assert parse(b"\r\n" + with_fields()).target == "/v1/x"
     refusal(b"\r\n\r\n" + with_fields())
 
@@ -158,14 +156,14 @@ def test_one_empty_line_before_a_request_is_forgiven():
 # both sides of the limits
 
 
-def test_a_head_of_64_kib_is_taken_and_a_byte_more_is_not():
+def test_a_head_of_64_kib_is_accepted_and_a_byte_more_refused():
     assert len(padded(SIZE_LIMIT)) == SIZE_LIMIT == 64 * 1024
     parse(padded(SIZE_LIMIT))
     assert "65536 bytes" in str(refusal(padded(SIZE_LIMIT + 1)))
     assert "65536 bytes" in str(refusal(padded(SIZE_LIMIT + 2)))
 
 
-def test_the_limit_holds_wherever_the_bytes_are():
+def test_the_limit_counts_all_bytes_of_a_head():
     for head in (
         b"GET /" + b"a" * SIZE_LIMIT,
         b"a" * (SIZE_LIMIT + 1),
@@ -176,17 +174,18 @@ def test_the_limit_holds_wherever_the_bytes_are():
         assert isinstance(refusal(head), errors.HeadTooLarge)
 
 
-def test_200_fields_are_taken_and_201_are_not():
-    lines = [b"X: y\r\n"] * (FIELD_LIMIT - 1)  # and Host
+def test_200_fields_are_accepted_and_201_refused():
+    # Host is the other one.
+    lines = [b"X: y\r\n"] * (FIELD_LIMIT - 1)
     assert len(parse(with_fields(*lines)).fields) == FIELD_LIMIT == 200
     assert "200 header lines" in str(refusal(with_fields(b"X: y\r\n", *lines)))
 
 
-# what is refused
+# refused
 
 
 def reason_for(line: bytes, otherwise: str) -> str:
-    """What the refusal of a line says: controls are looked for first, in the whole head."""
+    """Return the expected message: control characters in the head take precedence."""
     has_control = re.search(rb"[\0-\x08\n-\x1f\x7f]", line.replace(b"\r\n", b""))
     return "a line that does not end with CRLF" if has_control else otherwise
 
@@ -211,7 +210,7 @@ def body_of(*lines: bytes) -> bytes:
         body_of(b"Content-Length: 5, 5"),
         body_of(b"Content-Length: 5,6"),
         body_of(b"Content-Length: 5,"),
-        # a Content-Length that is no number, or that some read as another
+        # a Content-Length that is no number, or ambiguous
         *(
             body_of(b"Content-Length:" + value)
             for value in (
@@ -264,7 +263,7 @@ def body_of(*lines: bytes) -> bytes:
         b"POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n",
     ],
 )
-def test_a_body_whose_length_two_servers_could_read_differently(data):
+def test_an_ambiguous_body_length_is_refused(data):
     assert "Content-Length" in str(refusal(data)) or "Transfer-Encoding" in str(refusal(data))
 
 
@@ -323,7 +322,7 @@ def test_a_body_whose_length_two_servers_could_read_differently(data):
         b"Content-Length\xa0: 5\r\n",
     ],
 )
-def test_a_header_line_that_two_servers_could_read_differently(line):
+def test_an_ambiguous_header_line_is_refused(line):
     reason = reason_for(line, "header line that is malformed")
     assert reason in str(refusal(with_fields(line)))
     assert reason in str(refusal(with_fields(line, start=b"GET / HTTP/1.1\r\n")))
@@ -388,7 +387,7 @@ def test_a_header_line_that_two_servers_could_read_differently(line):
         b"HELO x\r\n",
     ],
 )
-def test_a_request_line_that_is_none(line):
+def test_a_malformed_request_line_is_refused(line):
     assert reason_for(line, "request line is malformed") in str(refusal(line + HOST + b"\r\n"))
 
 
@@ -454,7 +453,7 @@ def test_only_a_path_or_an_absolute_form_is_a_target(target):
         ("/\\@?", "/\\@?"),
     ],
 )
-def test_absolute_target_at_host_is_its_path(authority, host, rest, target):
+def test_an_absolute_target_at_the_same_host_is_reduced_to_its_path(authority, host, rest, target):
     for scheme in ("http", "HTTP"):
         head = parse(f"GET {scheme}://{authority}{rest} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
         assert (head.target, head.path) == (target, target.partition("?")[0])
@@ -464,7 +463,7 @@ def test_absolute_target_at_host_is_its_path(authority, host, rest, target):
     ]
 
 
-def test_absolute_target_may_be_of_https():
+def test_an_absolute_target_may_have_the_scheme_https():
     assert parse(b"GET https://a:443/v1/x HTTP/1.1\r\nHost: A\r\n\r\n").target == "/v1/x"
 
 
@@ -486,7 +485,7 @@ def test_absolute_target_may_be_of_https():
         ("localhost", ["http://localhost"]),
     ],
 )
-def test_absolute_target_at_another_host_is_refused(authority, hosts):
+def test_an_absolute_target_at_another_host_is_refused(authority, hosts):
     lines = "".join(f"Host: {host}\r\n" for host in hosts)
     assert "same host" in str(
         refusal(f"GET http://{authority}/v1/x HTTP/1.1\r\n{lines}\r\n".encode())
@@ -508,11 +507,11 @@ def test_absolute_target_at_another_host_is_refused(authority, hosts):
         b"GET / HTTP/1.1\r\nHost:\r\nHost: a\r\n\r\n",
     ],
 )
-def test_a_request_has_one_host(data):
+def test_a_request_needs_exactly_one_host(data):
     assert "exactly one Host" in str(refusal(data))
 
 
-def test_a_request_of_http_1_0_needs_no_host():
+def test_an_http_1_0_request_needs_no_host():
     assert parse(b"GET / HTTP/1.0\r\n\r\n").values("host") == []
 
 
@@ -543,11 +542,11 @@ def test_a_request_of_http_1_0_needs_no_host():
         [b"X-Y", b"X_Api_Key"],
     ],
 )
-def test_a_name_with_an_underscore_twin(names):
+def test_an_underscore_twin_of_a_significant_name_is_refused(names):
     assert "with _ in its name" in str(refusal(body_of(*(name + b": 5" for name in names))))
 
 
-def test_an_underscore_in_a_name_that_steers_nobody_is_nobodys_business():
+def test_an_underscore_in_an_insignificant_name_is_accepted():
     assert (
         len(parse(body_of(b"X_Y: 1", b"x_y: 2", b"_: 3", b"X-Z: 4", b"Idempotency_Key: 5")).fields)
         == 6
@@ -561,22 +560,23 @@ def test_an_underscore_in_a_name_that_steers_nobody_is_nobodys_business():
         assert len(parse(body_of(one + b": 1", other + b": 2")).fields) == 3
 
 
-def test_every_header_that_the_proxy_drops_or_sets_has_no_underscore_twin():
+def test_underscore_twins_of_all_fields_that_the_proxy_controls_are_refused():
     for name in headers.NOT_SENT:
         if "-" in name:
             refusal(body_of(name.replace("-", "_").encode() + b": 5"))
 
 
 @pytest.mark.parametrize("start", [b"X: ", b"Content-Length: ", b""])
-def test_a_malformed_line_takes_no_longer_than_a_good_one(start):
-    for size in (24, 60000):  # a pattern that takes 2**24 steps fails here, and does not hang
+def test_a_malformed_line_is_refused_in_linear_time(start):
+    # A pattern that takes 2**24 steps fails this test instead of hanging.
+    for size in (24, 60000):
         for filling in (b"a", b" ", b"a ", b"\t", b": "):
             began = time.process_time()
             refusal(with_fields(start + (filling * size)[:size] + b"\0\r\n"))
             assert time.process_time() - began < 0.5
 
 
-def test_a_refusal_repeats_nothing_that_came():
+def test_a_refusal_repeats_nothing_of_the_request():
     for line in (
         b"Authorization: Bearer \x00abcdefgh\r\n",
         b"abcdefgh\r\n",
@@ -586,7 +586,7 @@ def test_a_refusal_repeats_nothing_that_came():
 
 
 def seconds(work, *arguments) -> float:
-    """The least that it took of three times."""
+    """Return the shortest CPU time of three runs."""
     taken = []
     for _ in range(3):
         began = time.process_time()
@@ -596,7 +596,7 @@ def seconds(work, *arguments) -> float:
 
 
 def forward(data: bytes) -> None:
-    """All that is found out of the head of a request, with nothing remembered."""
+    """Do everything that the proxy does with a request's head, without any cache."""
     head = request_head.parse(data)
     try:
         proxy.check_path(head.path)
@@ -659,6 +659,6 @@ VALUES = {
         ),
     ],
 )
-def test_no_head_takes_much_longer_than_others_of_its_size(data):
+def test_the_time_per_head_depends_on_its_size_alone(data):
     plain = body_of(*(b"X-%d: " % number + b"y" * 320 for number in range(195)))
     assert len(data) <= SIZE_LIMIT and seconds(forward, data) < 25 * seconds(forward, plain)

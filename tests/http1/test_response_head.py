@@ -1,6 +1,4 @@
-"""The head of an answer: what two readers could end at different bytes is refused, or ends its
-connection.
-"""
+"""The head of a response: an ambiguous end is refused, or ends the connection."""
 
 import contextlib
 import time
@@ -20,13 +18,13 @@ def parse(
     )
 
 
-def passed(head: response_head.Head) -> list[bytes]:
+def passed_lines(head: response_head.Head) -> list[bytes]:
     first, *lines = head.lines.encode("latin-1").split(b"\r\n")
     assert first == b""
     return lines
 
 
-def test_a_head_is_kept_as_it_came():
+def test_a_head_is_preserved():
     lines = [
         b"x-B: 2",
         b"Server:cloudflare",
@@ -36,10 +34,10 @@ def test_a_head_is_kept_as_it_came():
         b"x-B: 2",
     ]
     head = parse(*lines)
-    assert (head.status, head.reason, passed(head), head.values) == (200, "OK", lines, {})
+    assert (head.status, head.reason, passed_lines(head), head.values) == (200, "OK", lines, {})
 
 
-def test_values_are_known_of_the_names_that_somebody_reads():
+def test_values_holds_the_fields_that_the_proxy_uses():
     head = parse(
         b"content-ENCODING: \tgzip \t",
         b"X: y",
@@ -55,11 +53,11 @@ def test_values_are_known_of_the_names_that_somebody_reads():
 
 
 @pytest.mark.parametrize("name", sorted(headers.NOT_PASSED - {"transfer-encoding"}))
-def test_lines_that_do_not_pass_are_left_out(name):
+def test_lines_that_must_not_pass_are_removed(name):
     for spelling in (name, name.upper(), name.title()):
         field = f"{spelling}: x".encode()
         head = parse(field, b"X: y", field, b"X-" + field, field)
-        assert passed(head) == [b"X: y", b"X-" + field]
+        assert passed_lines(head) == [b"X: y", b"X-" + field]
         assert head.values == {name: ["x", "x", "x"]}
 
 
@@ -76,7 +74,7 @@ def test_lines_that_do_not_pass_are_left_out(name):
         (b"HTTP/1.1 200  OK", 200, " OK"),
     ],
 )
-def test_a_status_line(line, status, reason):
+def test_a_status_line_is_parsed(line, status, reason):
     head = parse(status_line=line)
     assert (head.status, head.reason) == (status, reason)
 
@@ -113,17 +111,17 @@ def test_a_status_line(line, status, reason):
         b"\x15\x03\x03",
     ],
 )
-def test_a_status_line_that_is_none(line):
+def test_a_malformed_status_line_is_refused(line):
     with pytest.raises(Malformed):
         parse(status_line=line)
 
 
-def test_nothing_before_the_status_line_is_forgiven():
+def test_an_empty_line_before_the_status_line_is_refused():
     with pytest.raises(Malformed):
         response_head.parse(b"\r\nHTTP/1.1 200 OK\r\n\r\n", "GET")
 
 
-# where the answer ends
+# where the response ends
 
 NO_BODY = [
     ("HEAD", 200),
@@ -159,7 +157,7 @@ NO_BODY = [
         ([b"Connection: keep-alive"], UntilClose, None, False),
     ],
 )
-def test_an_answer_ends_as_its_fields_say(lines, kind, length, keep_alive):
+def test_the_fields_decide_where_a_response_ends(lines, kind, length, keep_alive):
     head = parse(*lines)
     assert (type(head.body), head.length, head.keep_alive) == (kind, length, keep_alive)
     assert head.body.ended is (length == 0)
@@ -169,7 +167,7 @@ def test_an_answer_ends_as_its_fields_say(lines, kind, length, keep_alive):
 
 
 @pytest.mark.parametrize("method, status", NO_BODY)
-def test_an_answer_that_has_no_body_whatever_its_fields_say(method, status):
+def test_some_responses_have_no_body_despite_their_fields(method, status):
     line = b"HTTP/1.1 %d x" % status
     for lines, length in (
         ([b"Content-Length: 5"], 5),
@@ -179,12 +177,13 @@ def test_an_answer_that_has_no_body_whatever_its_fields_say(method, status):
         head = parse(*lines, status_line=line, method=method)
         assert type(head.body) is Sized and head.body.ended
         assert head.keep_alive is not (status in (204, 304) and "transfer-encoding" in head.values)
-        assert head.length == length  # what a GET would have had
+        # The response to a GET would have this length.
+        assert head.length == length
     assert not parse(b"Connection: close", status_line=line, method=method).keep_alive
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "head", "CONNECT-NOT"])
-def test_every_other_answer_has_one(method):
+def test_every_other_response_has_a_body(method):
     for status in (200, 201, 205, 301, 401, 500):
         head = parse(b"Content-Length: 5", status_line=b"HTTP/1.1 %d x" % status, method=method)
         assert not head.body.ended
@@ -198,7 +197,7 @@ def test_every_other_answer_has_one(method):
         (b"Connection: keep-alive, close", False),
     ],
 )
-def test_http_1_0_stays_only_when_it_says_so(line, keep_alive):
+def test_an_http_1_0_connection_stays_open_only_with_keep_alive(line, keep_alive):
     head = parse(b"Content-Length: 5", line, status_line=b"HTTP/1.0 200 OK")
     assert (type(head.body), head.keep_alive) == (Sized, keep_alive)
 
@@ -255,13 +254,13 @@ def test_http_1_0_stays_only_when_it_says_so(line, keep_alive):
         [b"Content-Length: 5", b"Transfer-Encoding: identity"],
     ],
 )
-def test_an_answer_whose_end_two_readers_could_see_differently(lines):
+def test_a_response_with_an_ambiguous_end_is_refused(lines):
     for status, method in ((200, "GET"), (200, "HEAD"), (204, "GET")):
         with pytest.raises(Malformed, match="Content-Length|Transfer-Encoding"):
             parse(*lines, status_line=b"HTTP/1.1 %d x" % status, method=method)
 
 
-def test_http_1_0_knows_no_chunks():
+def test_an_http_1_0_response_with_chunks_is_refused():
     with pytest.raises(Malformed, match="Transfer-Encoding"):
         parse(b"Transfer-Encoding: chunked", status_line=b"HTTP/1.0 200 OK")
 
@@ -282,8 +281,8 @@ def test_http_1_0_knows_no_chunks():
         ([b"X: a", b" Y: b"], "a Y: b"),
     ],
 )
-def test_a_folded_line_becomes_a_space(lines, value):
-    folded, other = passed(parse(*lines, b"Z: z"))
+def test_a_fold_becomes_a_space(lines, value):
+    folded, other = passed_lines(parse(*lines, b"Z: z"))
     assert (folded.decode().rstrip(), other) == (f"X: {value}", b"Z: z")
 
 
@@ -296,7 +295,7 @@ def test_a_folded_line_becomes_a_space(lines, value):
         [b"Transfer-Encoding", b" : chunked"],
     ],
 )
-def test_a_folded_line_hides_no_framing(lines):
+def test_a_fold_cannot_hide_framing(lines):
     with pytest.raises(Malformed):
         parse(*lines)
     assert parse(b"Transfer-Encoding:", b" chunked").body.ended is False
@@ -305,7 +304,7 @@ def test_a_folded_line_hides_no_framing(lines):
 @pytest.mark.parametrize(
     "lines", [[b" X: y"], [b"\tX: y"], [b" "], [b" OK", b"X: y"], [b" ", b" Content-Length: 5"]]
 )
-def test_the_status_line_is_not_folded(lines):
+def test_a_folded_status_line_is_refused(lines):
     with pytest.raises(Malformed):
         parse(*lines)
 
@@ -338,19 +337,19 @@ def test_the_status_line_is_not_folded(lines):
         b"Set-Cookie: a\0b",
     ],
 )
-def test_a_line_that_two_could_read_differently(line):
+def test_an_ambiguous_line_is_refused(line):
     for lines in ([line], [b"A: 1", line, b"B: 2"]):
         with pytest.raises(Malformed):
             parse(*lines)
 
 
-def test_200_fields_are_taken_and_201_are_not():
-    assert len(passed(parse(*[b"X: y"] * FIELD_LIMIT))) == FIELD_LIMIT
+def test_200_fields_are_accepted_and_201_refused():
+    assert len(passed_lines(parse(*[b"X: y"] * FIELD_LIMIT))) == FIELD_LIMIT
     with pytest.raises(Malformed):
         parse(*[b"X: y"] * (FIELD_LIMIT + 1))
 
 
-def test_what_is_wrong_repeats_nothing_of_it():
+def test_an_error_repeats_nothing_of_the_response():
     for line in (
         b"Content-Length: abcdefgh",
         b"abcdefgh",
@@ -372,7 +371,7 @@ def test_what_is_wrong_repeats_nothing_of_it():
         [b"Y: a", *[b" a"] * 15000],
     ],
 )
-def test_a_long_line_takes_no_longer_than_its_length(lines):
+def test_a_long_line_is_parsed_in_linear_time(lines):
     began = time.process_time()
     with contextlib.suppress(Malformed):
         parse(b"X: a", b" b", *lines)

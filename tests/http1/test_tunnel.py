@@ -1,6 +1,4 @@
-"""WebSockets: the handshake passed through with the token, then bytes both ways until either side
-ends.
-"""
+"""WebSockets: the handshake is forwarded with the token, then bytes pass both ways."""
 
 from __future__ import annotations
 
@@ -29,9 +27,12 @@ from xaiproxy.http1.exchange import Exchange
 from xaiproxy.http1.pool import Pool
 from xaiproxy.http1.tunnel import Tunnel
 
-SIZE = 100 << 20  # bytes each way
-FULL = 48 << 20  # bytes; more than the sockets on the way hold
-STEP = 8 << 20  # bytes that have to be read before the socket on the other side takes any again
+# In bytes, each way.
+SIZE = 100 << 20
+# In bytes: more than all socket buffers between the two ends hold.
+FULL = 48 << 20
+# In bytes: after reading so many, the socket at the other end takes more again.
+STEP = 8 << 20
 
 Ask = Callable[[str], "tuple[Client, Request]"]
 
@@ -48,7 +49,7 @@ def client(running: ProxyProcess, upstream: ScriptedUpstream) -> Iterator[Client
 @pytest.mark.parametrize(
     "target", ["/v1/realtime?model=grok-voice", "/v1/responses", "/v1/stt", "/v1/tts", "/v2/any"]
 )
-def test_handshake_passes_with_the_token_added(
+def test_a_handshake_is_forwarded_with_the_token(
     client: Client, upstream: ScriptedUpstream, target: str
 ) -> None:
     client.request("GET", target, *HANDSHAKE, "Authorization: Bearer none", "X-One: 1")
@@ -67,9 +68,10 @@ def test_handshake_passes_with_the_token_added(
     assert head.value("Transfer-Encoding") is head.value("Content-Length") is None
 
 
-def test_handshake_tells_no_length(client: Client, upstream: ScriptedUpstream) -> None:
-    """RFC 9110 section 8.6 forbids one, and clients wait for that body, or take the 101 for the
-    whole answer.
+def test_a_101_has_no_content_length(client: Client, upstream: ScriptedUpstream) -> None:
+    """RFC 9110 section 8.6 forbids it.
+
+    Clients would wait for that body, or take the 101 for the final response.
     """
     client.request("GET", "/v1/realtime", *HANDSHAKE)
     request = upstream.receive().answer(
@@ -84,7 +86,7 @@ def test_handshake_tells_no_length(client: Client, upstream: ScriptedUpstream) -
     assert client.exactly(6) == b"frames"
 
 
-def test_what_came_with_the_handshake_is_not_lost(
+def test_bytes_that_arrive_with_the_handshake_are_forwarded(
     client: Client, upstream: ScriptedUpstream
 ) -> None:
     lines = "\r\n".join(["GET /v1/realtime HTTP/1.1", "Host: localhost", *HANDSHAKE, "", ""])
@@ -104,7 +106,7 @@ def test_what_came_with_the_handshake_is_not_lost(
         ("Connection: Upgrade", "Upgrade: websocket", "Upgrade: h2c"),
     ],
 )
-def test_no_other_upgrade_is_asked_for(
+def test_no_other_upgrade_is_forwarded(
     client: Client, upstream: ScriptedUpstream, fields: tuple[str, ...]
 ) -> None:
     client.request("GET", "/v1/x", *fields)
@@ -113,7 +115,7 @@ def test_no_other_upgrade_is_asked_for(
     assert client.message().body == b"ok"
 
 
-def test_handshakes_that_differ_in_their_length_alone_are_told_apart(
+def test_handshakes_that_differ_only_in_their_length_are_distinguished(
     client: Client, upstream: ScriptedUpstream
 ) -> None:
     for body, upgrade in ((b"", "websocket"), (b"{}", None), (b"", "websocket")):
@@ -123,7 +125,7 @@ def test_handshakes_that_differ_in_their_length_alone_are_told_apart(
         assert client.message().body == b"ok"
 
 
-def test_nor_by_a_request_with_a_body_or_another_method(
+def test_an_upgrade_with_a_body_or_another_method_is_not_forwarded(
     client: Client, upstream: ScriptedUpstream
 ) -> None:
     for method, body in (("POST", b""), ("GET", b"{}")):
@@ -139,7 +141,7 @@ def test_nor_by_a_request_with_a_body_or_another_method(
         ACCEPTED.replace(b"Upgrade: websocket\r\n", b""),
     ],
 )
-def test_another_protocol_than_the_one_asked_for_is_none(
+def test_a_101_for_another_protocol_is_502(
     client: Client, upstream: ScriptedUpstream, answer: bytes
 ) -> None:
     client.request("GET", "/v1/realtime", *HANDSHAKE)
@@ -147,9 +149,7 @@ def test_another_protocol_than_the_one_asked_for_is_none(
     assert client.message().status == 502 and request.connection.closed_within()
 
 
-def test_refused_handshake_is_passed_on_as_it_came(
-    client: Client, upstream: ScriptedUpstream
-) -> None:
+def test_a_refused_handshake_passes_unchanged(client: Client, upstream: ScriptedUpstream) -> None:
     body = b'{"code":"permission-denied","error":"Team is not authorized"}'
     refusal = (
         b"HTTP/1.1 403 Forbidden\r\nDate: then\r\nX-One: 1\r\nContent-Length: %d\r\n\r\n"
@@ -160,10 +160,11 @@ def test_refused_handshake_is_passed_on_as_it_came(
     upstream.receive().answer(refusal)
     answer = client.message()
     assert answer.head.replace(KEPT, b"") + answer.body == refusal
-    handshake(client, upstream)  # the connection is as good as before
+    # The connection can be reused.
+    handshake(client, upstream)
 
 
-def test_token_that_is_refused_at_the_handshake_is_replaced(
+def test_a_handshake_is_retried_with_a_newer_token(
     client: Client, running: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
     client.request("GET", "/v1/realtime", *HANDSHAKE)
@@ -177,7 +178,7 @@ def test_token_that_is_refused_at_the_handshake_is_replaced(
     running.sign_in()
 
 
-def test_web_page_of_another_site_gets_no_tunnel(
+def test_a_web_page_of_another_site_gets_no_tunnel(
     client: Client, upstream: ScriptedUpstream
 ) -> None:
     client.request("GET", "/v1/realtime", *HANDSHAKE, "Origin: http://evil.example")
@@ -187,7 +188,7 @@ def test_web_page_of_another_site_gets_no_tunnel(
 # The tunnel
 
 
-def test_bytes_pass_both_ways_at_once_and_unread(
+def test_bytes_pass_both_ways_unchanged(
     client: Client, running: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
     request = handshake(client, upstream, "/v1/bytes")
@@ -205,7 +206,9 @@ def test_bytes_pass_both_ways_at_once_and_unread(
 
 
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
-def test_whoever_is_not_read_from_waits(tmp_path: Path, certificate: tuple, tls: bool) -> None:
+def test_a_tunnel_applies_back_pressure_both_ways(
+    tmp_path: Path, certificate: tuple, tls: bool
+) -> None:
     with (
         ScriptedUpstream(certificate[1] if tls else None) as upstream,
         ProxyProcess(
@@ -231,7 +234,7 @@ def test_whoever_is_not_read_from_waits(tmp_path: Path, certificate: tuple, tls:
 
 
 @pytest.mark.parametrize("end", [Client.close, Client.reset])
-def test_upstream_is_closed_when_the_client_leaves(
+def test_upstream_is_closed_when_the_client_closes(
     client: Client, upstream: ScriptedUpstream, end: Callable[[Client], None]
 ) -> None:
     request = handshake(client, upstream)
@@ -239,10 +242,10 @@ def test_upstream_is_closed_when_the_client_leaves(
     assert request.connection.closed_within(1)
 
 
-def test_so_it_is_when_it_takes_none_of_the_client_s_bytes(
+def test_a_client_reset_ends_a_tunnel_whose_upstream_does_not_read(
     running: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
-    """A reset, that is: a FIN waits in the client's kernel, behind what nobody takes."""
+    """A FIN would wait in the client's kernel, after the bytes that the proxy does not read."""
     files = running.open_files()
     with running.client() as client:
         request = handshake(client, upstream, "/v1/unread")
@@ -253,7 +256,7 @@ def test_so_it_is_when_it_takes_none_of_the_client_s_bytes(
         request.connection.close()
 
 
-def test_time_that_the_client_takes_is_no_silence(
+def test_a_slow_client_does_not_use_up_the_idle_timeout(
     start_proxy: Callable[..., ProxyProcess], upstream: ScriptedUpstream
 ) -> None:
     short_timeout_proxy = start_proxy(idle_timeout=1.5)
@@ -269,10 +272,11 @@ def test_time_that_the_client_takes_is_no_silence(
         client.exactly(FULL - 4 * STEP)
         rest.join()
         start = time.monotonic()
-        assert client.closed_within(3) and time.monotonic() - start > 0.2  # not at once
+        # The proxy waits for the timeout first.
+        assert client.closed_within(3) and time.monotonic() - start > 0.2
 
 
-def test_client_that_takes_nothing_is_given_up(
+def test_a_client_that_reads_nothing_is_aborted(
     start_proxy: Callable[..., ProxyProcess], upstream: ScriptedUpstream
 ) -> None:
     short_timeout_proxy = start_proxy(idle_timeout=1)
@@ -286,8 +290,9 @@ def test_client_that_takes_nothing_is_given_up(
 
 
 class NarrowClient(Client):
-    """The kernel takes about as much for one as for another, when it may not size their buffers as
-    it likes.
+    """A client with a fixed receive buffer.
+
+    The kernel takes about as many bytes for each one if it may not autotune their buffers.
     """
 
     def __init__(self, port: int):
@@ -298,12 +303,10 @@ class NarrowClient(Client):
         RawConnection.__init__(self, sock)
 
 
-def test_client_that_takes_no_handshake_is_given_up(
+def test_a_client_that_does_not_read_its_101_is_aborted(
     start_proxy: Callable[..., ProxyProcess], upstream: ScriptedUpstream
 ) -> None:
-    """An answer before it has filled all that is on the way, but for less than the handshake's
-    head.
-    """
+    """A response before it has filled the buffers, except for less than the 101's head."""
     short_timeout_proxy = start_proxy(idle_timeout=1)
     with NarrowClient(short_timeout_proxy.port) as client:
         client.request()
@@ -326,10 +329,10 @@ def test_client_that_takes_no_handshake_is_given_up(
         assert short_timeout_proxy.wait_for_request("/v1/realtime")["ended_by"] == "client"
 
 
-def test_last_words_of_a_client_that_leaves_arrive(
+def test_the_last_bytes_of_a_client_that_closes_arrive(
     running: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
-    """Though upstream sends all the while, which nobody reads any more."""
+    """Upstream keeps sending in the meantime, which the client no longer reads."""
     with running.client() as client:
         request = handshake(client, upstream)
         for _ in range(100):
@@ -339,7 +342,9 @@ def test_last_words_of_a_client_that_leaves_arrive(
         assert request.connection.rest() == b"last words"
 
 
-def test_last_words_of_upstream_arrive(running: ProxyProcess, upstream: ScriptedUpstream) -> None:
+def test_the_last_bytes_of_upstream_arrive(
+    running: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
     with running.client() as client:
         request = handshake(client, upstream)
         request.answer(b"last words")
@@ -349,7 +354,7 @@ def test_last_words_of_upstream_arrive(running: ProxyProcess, upstream: Scripted
         assert client.rest() == b"last words"
 
 
-def test_client_sees_that_upstream_broke_off(
+def test_a_reset_of_upstream_closes_the_client_connection(
     client: Client, running: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
     request = handshake(client, upstream, "/v1/breaks-off")
@@ -360,7 +365,7 @@ def test_client_sees_that_upstream_broke_off(
     assert running.wait_for_request("/v1/breaks-off")["ended_by"] == "upstream"
 
 
-def test_silence_of_upstream_has_the_limit_of_a_stream(
+def test_the_idle_timeout_ends_a_tunnel(
     start_proxy: Callable[..., ProxyProcess], upstream: ScriptedUpstream
 ) -> None:
     short_timeout_proxy = start_proxy(idle_timeout=0.5)
@@ -380,7 +385,7 @@ def test_silence_of_upstream_has_the_limit_of_a_stream(
 def tunnel(
     upstream: ScriptedUpstream, limit: float
 ) -> Iterator[tuple[gevent.Greenlet, Request, Exchange]]:
-    """One in this process, whose loop a test can hold up."""
+    """A tunnel in this process, whose loop a test can block."""
     settings = config.from_environ(
         {"HOME": "/", "XAI_PROXY_UPSTREAM": upstream.origin, "XAI_PROXY_IDLE_TIMEOUT": str(limit)}
     )
@@ -408,13 +413,14 @@ def hold_up(seconds: float) -> None:
         sum(range(1000))
 
 
-def test_work_before_a_byte_takes_nothing_from_the_limit_after_it(
+def test_work_before_a_byte_does_not_shorten_the_idle_timeout_after_it(
     upstream: ScriptedUpstream,
 ) -> None:
-    """Within a turn the loop's clock stands still."""
+    """The loop's clock stands still within a turn."""
     with tunnel(upstream, 1.5) as (running, request, exchange):
         busy = gevent.get_hub().loop.io(exchange.connection.socket.fileno(), 1)
-        busy.priority = busy.loop.MAXPRI  # before the tunnel, in the turn in which the byte comes
+        # This callback runs before the tunnel's, in the turn in which the byte arrives.
+        busy.priority = busy.loop.MAXPRI
         worked_until = []
 
         def work() -> None:
@@ -430,7 +436,7 @@ def test_work_before_a_byte_takes_nothing_from_the_limit_after_it(
         busy.close()
 
 
-def test_byte_that_came_in_time_counts_though_the_limit_is_over(upstream: ScriptedUpstream) -> None:
+def test_a_byte_that_arrived_before_the_idle_timeout_counts(upstream: ScriptedUpstream) -> None:
     with tunnel(upstream, 0.5) as (running, request, _):
         request.answer(b"x")
         hold_up(0.7)
@@ -438,9 +444,7 @@ def test_byte_that_came_in_time_counts_though_the_limit_is_over(upstream: Script
         assert not running.ready()
 
 
-def test_tunnels_get_the_time_of_streams_at_the_end(
-    tmp_path: Path, upstream: ScriptedUpstream
-) -> None:
+def test_tunnels_get_the_drain_timeout(tmp_path: Path, upstream: ScriptedUpstream) -> None:
     with (
         ProxyProcess(tmp_path, upstream=upstream.origin, drain_timeout=0.5) as proxy,
         proxy.client() as short,
@@ -463,7 +467,7 @@ def test_tunnels_get_the_time_of_streams_at_the_end(
         assert ended == {"/v1/short": "done", "/v1/long": "proxy"}
 
 
-def test_five_hundred_at_once_leave_nothing_behind(
+def test_five_hundred_tunnels_at_once_leak_nothing(
     running: ProxyProcess, upstream: ScriptedUpstream, many_files: None
 ) -> None:
     files = running.open_files()
@@ -489,16 +493,15 @@ def test_five_hundred_at_once_leave_nothing_behind(
 
 
 def serve(connection: websockets.sync.server.ServerConnection) -> None:
-    """Echo; and close when told to."""
+    """Echo each message; close the connection on request."""
     with contextlib.suppress(ConnectionClosed):
         for message in connection:
             if message == "close":
                 connection.close(4321, "as you like")
                 return
             if message == "cut":
-                connection.socket.shutdown(
-                    socket.SHUT_RDWR
-                )  # to close it would wait for the thread that reads
+                # close() would wait for the thread that reads.
+                connection.socket.shutdown(socket.SHUT_RDWR)
                 return
             connection.send(message)
     closes.append((connection.close_code, connection.close_reason))
@@ -511,7 +514,7 @@ closes: list[tuple[int | None, str | None]] = []
 def address(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, certificate: tuple
 ) -> Iterator[tuple[ProxyProcess, str]]:
-    """A proxy in front of an echo server, and the address of that through it."""
+    """A proxy in front of an echo server, and the WebSocket URL through it."""
     context = certificate[1] if request.param == "tls" else None
     with websockets.sync.server.serve(serve, "127.0.0.1", 0, ssl=context, max_size=None) as server:
         thread = threading.Thread(target=server.serve_forever)
@@ -532,10 +535,11 @@ def connect(address: tuple[ProxyProcess, str]) -> websockets.sync.client.ClientC
     return websockets.sync.client.connect(address[1], max_size=None, proxy=None, compression=None)
 
 
-def test_a_hundred_megabytes_each_way(address: tuple[ProxyProcess, str]) -> None:
+def test_a_hundred_megabytes_each_way_take_little_memory(address: tuple[ProxyProcess, str]) -> None:
     proxy, _ = address
     count = SIZE // len(PATTERN)
-    ahead = threading.Semaphore(16)  # a side of this library that waits to send reads nothing
+    # While this library waits to send, it reads nothing.
+    ahead = threading.Semaphore(16)
 
     def send() -> None:
         for _ in range(count):
@@ -553,7 +557,7 @@ def test_a_hundred_megabytes_each_way(address: tuple[ProxyProcess, str]) -> None
         assert proxy.resident_kib() - before < 8192
 
 
-def test_close_codes_stay_as_they_are(address: tuple[ProxyProcess, str]) -> None:
+def test_close_codes_pass_unchanged(address: tuple[ProxyProcess, str]) -> None:
     with connect(address) as connection:
         connection.send("close")
         with pytest.raises(ConnectionClosedError):
@@ -570,7 +574,9 @@ def test_close_codes_stay_as_they_are(address: tuple[ProxyProcess, str]) -> None
     assert closes == [(4000, "enough")]
 
 
-def test_cut_is_an_abnormal_end(address: tuple[ProxyProcess, str]) -> None:
+def test_a_connection_without_a_close_frame_ends_with_1006(
+    address: tuple[ProxyProcess, str],
+) -> None:
     with connect(address) as connection:
         connection.send("cut")
         with pytest.raises(ConnectionClosedError):
