@@ -1,4 +1,4 @@
-"""Who may call: a key, or a caller that no web page can imitate."""
+"""Authorization of callers: a key, or a request that no web page can forge."""
 
 import re
 
@@ -33,7 +33,7 @@ def settings(**values: str) -> config.Config:
 
 
 class Gate:
-    """Access with the keys of KEYS, or with none."""
+    """Access with the keys of KEYS, or without keys."""
 
     def __init__(self, folder, with_keys: bool, **values: str):
         self.path = folder / ("keys" if with_keys else "no-keys")
@@ -44,7 +44,7 @@ class Gate:
         self.access = Access(settings(**values), client_keys.ClientKeys(self.path))
 
     def __call__(self, *lines: str, key_needed: bool = True, **how) -> str | None:
-        """The key's name, or the code of the refusal."""
+        """Return the key's name, or the error code of the refusal."""
         try:
             return self.access.check(head(*lines, **how), key_needed=key_needed)
         except errors.ErrorResponse as refusal:
@@ -62,7 +62,7 @@ class Gate:
 
 @pytest.fixture
 def anonymous(tmp_path) -> Gate:
-    """No keys configured; one further Host name and one Origin."""
+    """Without keys, but with one more Host name and one Origin."""
     return Gate(
         tmp_path, False, ALLOWED_HOSTS="proxy.example, Sidecar.Local.", ALLOWED_ORIGINS=LISTED
     )
@@ -73,11 +73,10 @@ def keyed(tmp_path) -> Gate:
     return Gate(tmp_path, True, ALLOWED_HOSTS="proxy.example", ALLOWED_ORIGINS=LISTED)
 
 
-def test_without_keys_whoever_is_no_web_page_is_served(anonymous):
+def test_without_keys_any_caller_but_a_web_page_is_served(anonymous):
     assert anonymous() is None
-    assert (
-        anonymous("Authorization: Bearer sk-anything") is None
-    )  # many clients insist on sending one
+    # Many clients always send a key.
+    assert anonymous("Authorization: Bearer sk-anything") is None
     assert anonymous("X-Api-Key: x", "User-Agent: curl/8") is None
 
 
@@ -104,7 +103,7 @@ OUR_HOSTS = [
     "[::1]",
     "[::1]:9090",
     "[FE80::1]",
-    # no stranger's DNS can point a name without a dot here
+    # An attacker's DNS cannot resolve a name without a dot.
     "xai-proxy",
     "xai-proxy:9090",
     "XAI-PROXY.",
@@ -145,7 +144,7 @@ STRANGE_HOSTS = [
     "1.2.3",
     "xn--80ak6aa92e.com",
     "sidecar.local.net",
-    # other ways to loopback
+    # other spellings of loopback
     "0.0.0.0",
     "0.0.0.0:9090",
     "0.0.0.0.",
@@ -199,20 +198,20 @@ NO_HOSTS = [
 
 
 @pytest.mark.parametrize("host", OUR_HOSTS)
-def test_hosts_that_no_stranger_can_point_here(anonymous, keyed, host):
+def test_hosts_that_dns_rebinding_cannot_use_are_accepted(anonymous, keyed, host):
     assert anonymous(host=host) is None
     assert keyed(f"Authorization: Bearer {KEY}", host=host) == "laptop"
 
 
 @pytest.mark.parametrize("host", STRANGE_HOSTS)
-def test_a_host_that_dns_could_point_here_is_refused(anonymous, keyed, host):
+def test_hosts_that_dns_rebinding_could_use_are_refused(anonymous, keyed, host):
     assert anonymous(host=host) == "host_not_allowed"
     assert anonymous(host=host, key_needed=False) == "host_not_allowed"
     assert keyed("Authorization: Bearer wrong", host=host) == "host_not_allowed"
 
 
 @pytest.mark.parametrize("host", NO_HOSTS)
-def test_a_host_that_is_none_is_refused(anonymous, keyed, host):
+def test_a_malformed_host_is_refused(anonymous, keyed, host):
     assert anonymous(host=host) == "host_not_allowed"
     assert keyed(host=host) == "host_not_allowed"
 
@@ -221,7 +220,7 @@ def test_a_request_without_host_is_refused(anonymous):
     assert anonymous(host=None) == "host_not_allowed"
 
 
-def test_a_valid_key_counts_under_every_host(keyed):
+def test_a_valid_key_is_accepted_under_every_host(keyed):
     for host in (*STRANGE_HOSTS, "", None):
         assert keyed(f"Authorization: Bearer {KEY}", host=host) == "laptop"
 
@@ -230,7 +229,7 @@ def test_a_valid_key_counts_under_every_host(keyed):
     "host",
     ["evil.example", "Team.Example.Org:9090", "a.b.example.", "1.2.3", "0.0.0.0", "[::]:9090"],
 )
-def test_the_403_names_the_setting_and_the_value_to_put_in_it(tmp_path, host):
+def test_the_403_names_the_setting_and_its_value_for_a_host(tmp_path, host):
     gate = Gate(tmp_path, False)
     with pytest.raises(errors.HostNotAllowed) as caught:
         gate.access.check(head(host=host), key_needed=True)
@@ -239,7 +238,7 @@ def test_the_403_names_the_setting_and_the_value_to_put_in_it(tmp_path, host):
     assert Gate(tmp_path, False, **{name: value})(host=host) is None
 
 
-def test_a_long_host_is_not_repeated_whole(anonymous):
+def test_a_long_host_is_shortened_in_the_403(anonymous):
     with pytest.raises(errors.HostNotAllowed) as caught:
         anonymous.access.check(head(host="a." * 10000), key_needed=True)
     assert len(str(caught.value)) < 500
@@ -261,10 +260,10 @@ def test_a_long_host_is_not_repeated_whole(anonymous):
     ],
 )
 def test_sec_fetch_site_must_be_same_origin_or_none(anonymous, site, taken):
-    said = None if taken else "origin_not_allowed"
-    assert anonymous(f"Sec-Fetch-Site: {site}") == said
-    assert anonymous(f"sec-fetch-site: {site}", "Sec-Fetch-Site: none") == said
-    assert anonymous(f"Sec-Fetch-Site: {site}", key_needed=False) == said
+    expected = None if taken else "origin_not_allowed"
+    assert anonymous(f"Sec-Fetch-Site: {site}") == expected
+    assert anonymous(f"sec-fetch-site: {site}", "Sec-Fetch-Site: none") == expected
+    assert anonymous(f"Sec-Fetch-Site: {site}", key_needed=False) == expected
 
 
 @pytest.mark.parametrize(
@@ -276,14 +275,15 @@ def test_sec_fetch_site_must_be_same_origin_or_none(anonymous, site, taken):
         ("localhost:9090", "HTTP://LocalHost:9090"),
         ("[::1]:9090", "http://[::1]:9090"),
         ("127.0.0.1:9090", "http://127.0.0.1:9090"),
-        ("xai-proxy", "https://xai-proxy"),  # something in front of us speaks TLS
+        # A reverse proxy in front terminates TLS.
+        ("xai-proxy", "https://xai-proxy"),
         ("localhost:", "http://localhost"),
         ("localhost:9090", LISTED),
         ("localhost:9090", LISTED.upper()),
         ("proxy.example", LISTED),
     ],
 )
-def test_an_origin_that_is_our_own_or_listed_is_taken(anonymous, host, origin):
+def test_the_proxys_own_and_listed_origins_are_accepted(anonymous, host, origin):
     assert anonymous(f"Origin: {origin}", host=host) is None
     assert anonymous(f"Origin: {origin}", "Sec-Fetch-Site: same-origin", host=host) is None
 
@@ -326,7 +326,8 @@ def test_any_other_origin_is_refused(anonymous, keyed, origin):
     assert anonymous(f"Origin: {origin}", "Sec-Fetch-Site: same-origin") == "origin_not_allowed"
     assert anonymous(f"Origin: {origin}", key_needed=False) == "origin_not_allowed"
     assert keyed(f"Origin: {origin}", "X-Api-Key: wrong") == "origin_not_allowed"
-    assert keyed(f"Origin: {origin}", f"X-Api-Key: {KEY}") == "laptop"  # whoever has a key may
+    # A key is enough.
+    assert keyed(f"Origin: {origin}", f"X-Api-Key: {KEY}") == "laptop"
 
 
 BROWSER = "User-Agent: Mozilla/5.0 (X11; Linux x86_64) AppleWebKit/537.36"
@@ -347,15 +348,16 @@ BROWSER = "User-Agent: Mozilla/5.0 (X11; Linux x86_64) AppleWebKit/537.36"
         "2130706433",
     ],
 )
-def test_a_get_of_a_browser_that_tells_nothing_of_its_page_is_refused(anonymous, keyed, host):
+def test_a_browsers_get_without_origin_or_fetch_metadata_is_refused(anonymous, keyed, host):
     for method in ("GET", "HEAD"):
         assert anonymous(BROWSER, host=host, method=method) == "origin_not_allowed"
         assert (
             anonymous(BROWSER, host=host, method=method, key_needed=False) == "origin_not_allowed"
         )
     assert keyed(BROWSER, f"X-Api-Key: {KEY}", host=host) == "laptop"
-    # what tells of its page, which browsers do with every other method, or is none
-    assert anonymous(BROWSER, host=host, method="POST") is None  # PowerShell
+    # Requests with fetch metadata or an Origin are accepted, and so are other methods and clients.
+    # PowerShell sends such a User-Agent.
+    assert anonymous(BROWSER, host=host, method="POST") is None
     assert anonymous(BROWSER, "Sec-Fetch-Site: none", host=host) is None
     assert anonymous(BROWSER, f"Origin: http://{host}", host=host) is None
     assert anonymous(BROWSER, f"Origin: {LISTED}", host=host) is None
@@ -376,17 +378,18 @@ def test_a_get_of_a_browser_that_tells_nothing_of_its_page_is_refused(anonymous,
         "[::1]:9090",
     ],
 )
-def test_on_loopback_a_browser_would_have_told(anonymous, host):
-    assert anonymous(BROWSER, host=host) is None  # PowerShell
+def test_on_loopback_such_a_get_is_accepted(anonymous, host):
+    # PowerShell sends such a User-Agent.
+    assert anonymous(BROWSER, host=host) is None
 
 
-def test_a_listed_page_is_another_site_and_yet_allowed(anonymous):
+def test_a_cross_site_request_of_a_listed_origin_is_accepted(anonymous):
     assert anonymous(f"Origin: {LISTED}", "Sec-Fetch-Site: cross-site") is None
-    # what says no Origin could be any page
+    # A request without an Origin could come from any page.
     assert anonymous(f"Referer: {LISTED}/", "Sec-Fetch-Site: cross-site") == "origin_not_allowed"
 
 
-def test_two_origins_are_none(anonymous):
+def test_two_origins_are_refused(anonymous):
     for first, second in (
         (LISTED, LISTED),
         (LISTED, "http://evil.example"),
@@ -398,7 +401,7 @@ def test_two_origins_are_none(anonymous):
 @pytest.mark.parametrize(
     "origin", ["http://evil.example", "https://Team.Example:8443", "chrome-extension://abcdefgh"]
 )
-def test_the_403_names_the_origin_to_put_into_the_setting(tmp_path, origin):
+def test_the_403_names_the_setting_and_its_value_for_an_origin(tmp_path, origin):
     gate = Gate(tmp_path, False)
     with pytest.raises(errors.OriginNotAllowed) as caught:
         gate.access.check(head(f"Origin: {origin}", "Sec-Fetch-Site: cross-site"), key_needed=True)
@@ -410,7 +413,7 @@ def test_the_403_names_the_origin_to_put_into_the_setting(tmp_path, origin):
     )
 
 
-def test_nobody_is_told_to_list_the_origin_null(anonymous):
+def test_the_403_does_not_suggest_listing_the_origin_null(anonymous):
     with pytest.raises(errors.OriginNotAllowed) as caught:
         anonymous.access.check(head("Origin: null"), key_needed=True)
     assert "null" not in str(caught.value) and "the page's origin" in str(caught.value)
@@ -437,7 +440,7 @@ def test_nobody_is_told_to_list_the_origin_null(anonymous):
         ["Authorization: Bearer a", "Authorization: Bearer b", f"X-Api-Key: {KEY}"],
     ],
 )
-def test_spellings_of_a_key(keyed, lines):
+def test_a_key_is_accepted_in_every_spelling_of_its_header(keyed, lines):
     assert keyed(*lines) == keyed(*lines, key_needed=False) == "laptop"
 
 
@@ -478,12 +481,13 @@ def test_spellings_of_a_key(keyed, lines):
         [f"Authorization: Bearer\t{KEY}"],
     ],
 )
-def test_with_keys_the_api_needs_one(keyed, lines):
+def test_with_keys_the_api_requires_a_valid_one(keyed, lines):
     assert keyed(*lines) == "client_key_required"
-    assert keyed(*lines, key_needed=False) is None  # for a page, what a page can prove is enough
+    # The proxy's own pages need no key.
+    assert keyed(*lines, key_needed=False) is None
 
 
-def test_the_401_says_how_to_send_a_key_and_how_to_get_one(keyed):
+def test_the_401_explains_how_to_get_and_send_a_key(keyed):
     with pytest.raises(errors.ClientKeyRequired) as caught:
         keyed.access.check(head("Authorization: Bearer wrong-secret"), key_needed=True)
     status, fields, _ = caught.value.rendered()
@@ -494,10 +498,11 @@ def test_the_401_says_how_to_send_a_key_and_how_to_get_one(keyed):
         caught.value
     )
     assert "wrong-secret" not in str(caught.value)
-    assert "x-api-key" not in str(caught.value).lower()  # Claude Code hides what it says then
+    # Claude Code hides a message that mentions it.
+    assert "x-api-key" not in str(caught.value).lower()
 
 
-def test_the_key_file_is_looked_at_by_every_request(keyed):
+def test_every_request_checks_the_key_file(keyed):
     assert keyed(f"X-Api-Key: {KEY}") == "laptop"
     lines = keyed.path.read_text()
     keyed.path.unlink()
@@ -506,7 +511,7 @@ def test_the_key_file_is_looked_at_by_every_request(keyed):
     assert keyed(f"X-Api-Key: {KEY}") == "tablet"
 
 
-def test_keys_that_appear_later_are_asked_for(anonymous):
+def test_a_key_file_that_appears_later_requires_a_key(anonymous):
     assert anonymous() is None
     anonymous.path.write_text(f"laptop {client_keys.digest(KEY)}\n")
     assert anonymous() == "client_key_required"
@@ -515,13 +520,13 @@ def test_keys_that_appear_later_are_asked_for(anonymous):
 
 # preflights
 
-ASKED = "Access-Control-Request-Method: POST"
+REQUESTED_METHOD = "Access-Control-Request-Method: POST"
 
 
 @pytest.mark.parametrize("gate", ["anonymous", "keyed"])
-def test_a_preflight_of_a_listed_origin_is_allowed_what_it_asks_for(gate, request):
+def test_a_preflight_of_a_listed_origin_is_allowed_what_it_requests(gate, request):
     gate = request.getfixturevalue(gate)
-    assert gate.preflight(f"Origin: {LISTED}", ASKED) == {
+    assert gate.preflight(f"Origin: {LISTED}", REQUESTED_METHOD) == {
         "Access-Control-Allow-Origin": LISTED,
         "Access-Control-Allow-Methods": "POST",
         "Access-Control-Max-Age": "600",
@@ -529,7 +534,7 @@ def test_a_preflight_of_a_listed_origin_is_allowed_what_it_asks_for(gate, reques
     }
     assert gate.preflight(
         f"Origin: {LISTED.upper()}",
-        ASKED,
+        REQUESTED_METHOD,
         "Access-Control-Request-Headers: authorization,content-type",
         "Access-Control-Request-Private-Network: true",
         "Sec-Fetch-Site: cross-site",
@@ -560,14 +565,19 @@ def test_a_preflight_of_a_listed_origin_is_allowed_what_it_asks_for(gate, reques
 def test_any_other_preflight_is_refused(anonymous, keyed, origins):
     for gate in (anonymous, keyed):
         lines = [f"Origin: {origin}" for origin in origins]
-        assert gate.preflight(*lines, ASKED) == "origin_not_allowed"
-        assert gate.preflight(*lines, ASKED, f"Authorization: Bearer {KEY}") == "origin_not_allowed"
+        assert gate.preflight(*lines, REQUESTED_METHOD) == "origin_not_allowed"
+        assert (
+            gate.preflight(*lines, REQUESTED_METHOD, f"Authorization: Bearer {KEY}")
+            == "origin_not_allowed"
+        )
 
 
-def test_the_private_network_is_opened_only_when_asked_for(anonymous):
+def test_private_network_access_is_allowed_only_on_request(anonymous):
     for value in ("false", "", "true, true"):
         allowed = anonymous.preflight(
-            f"Origin: {LISTED}", ASKED, f"Access-Control-Request-Private-Network: {value}"
+            f"Origin: {LISTED}",
+            REQUESTED_METHOD,
+            f"Access-Control-Request-Private-Network: {value}",
         )
         assert "Access-Control-Allow-Private-Network" not in allowed
 
@@ -576,16 +586,16 @@ def test_the_private_network_is_opened_only_when_asked_for(anonymous):
     "method, lines",
     [
         ("OPTIONS", [f"Origin: {LISTED}"]),
-        ("OPTIONS", [ASKED]),
+        ("OPTIONS", [REQUESTED_METHOD]),
         ("OPTIONS", []),
-        ("GET", [f"Origin: {LISTED}", ASKED]),
-        ("options", [f"Origin: {LISTED}", ASKED]),
-        ("POST", ["Origin: http://evil.example", ASKED]),
+        ("GET", [f"Origin: {LISTED}", REQUESTED_METHOD]),
+        ("options", [f"Origin: {LISTED}", REQUESTED_METHOD]),
+        ("POST", ["Origin: http://evil.example", REQUESTED_METHOD]),
     ],
 )
-def test_what_is_no_preflight_is_a_request_like_others(anonymous, method, lines):
+def test_any_other_options_request_is_no_preflight(anonymous, method, lines):
     assert anonymous.preflight(*lines, method=method) is None
 
 
-def test_an_options_request_of_a_strange_page_is_refused_as_any_other(anonymous):
+def test_an_options_request_of_another_site_is_refused(anonymous):
     assert anonymous("Origin: http://evil.example", method="OPTIONS") == "origin_not_allowed"

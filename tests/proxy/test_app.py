@@ -1,4 +1,4 @@
-"""What is the proxy's own: health, readiness, and what is said of paths that are nobody's."""
+"""The proxy's own endpoints: health, readiness, and the errors for unknown paths."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ KEY = "xaip_of-the-laptop"
 LISTED = "https://chat.example"
 
 
-# the nearest right path
+# the nearest valid path
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ LISTED = "https://chat.example"
         ("/%76%31/models", "/v1/"),
     ],
 )
-def test_the_hint_names_the_nearest_right_path(path, meant):
+def test_the_hint_names_the_nearest_valid_path(path, meant):
     assert f" {meant}" in app.hint(path) and f"there is no {path};" in app.hint(path)
 
 
@@ -81,7 +81,9 @@ def local(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(NOW + seconds))
 
 
-def failure(terminal: bool = False, description: str = "The issuer said why.") -> dict[str, object]:
+def failure(
+    terminal: bool = False, description: str = "The issuer gave a reason."
+) -> dict[str, object]:
     return {
         "code": "invalid_grant",
         "description": description,
@@ -91,37 +93,36 @@ def failure(terminal: bool = False, description: str = "The issuer said why.") -
     }
 
 
-def test_ready_when_a_login_is_there_and_a_refresher_keeps_it(store):
+def test_ready_with_a_login_and_a_running_refresher(store):
     put(store)
     assert app.readiness_of(store, NOW) == (True, "signed in")
 
 
-def test_not_ready_without_a_login_and_how_to_get_one(store):
+def test_not_ready_without_a_login(store):
     ready, reason = app.readiness_of(store, NOW)
     assert not ready and "missing" in reason and "xai-login --device" in reason
 
 
 @pytest.mark.parametrize(
-    "members, said",
+    "members, expected",
     [({"access_token": ""}, "corrupt"), ({"issuer": "https://another.example"}, "foreign")],
 )
-def test_not_ready_with_a_login_that_cannot_be_used(store, members, said):
+def test_not_ready_with_an_unusable_login(store, members, expected):
     put(store, **members)
     ready, reason = app.readiness_of(store, NOW)
-    assert not ready and said in reason
-    assert (
-        str(store.path) not in reason and "another.example" not in reason
-    )  # it is for everybody to read
+    assert not ready and expected in reason
+    # Everybody may read the reason.
+    assert str(store.path) not in reason and "another.example" not in reason
 
 
 @pytest.mark.parametrize("expires_in, ready", [(0.01, True), (0, False), (-0.01, False)])
-def test_ready_until_the_second_in_which_the_token_expires(store, expires_in, ready):
+def test_ready_until_the_token_expires(store, expires_in, ready):
     put(store, expires_in=expires_in)
     assert app.readiness_of(store, NOW)[0] is ready
 
 
 @pytest.mark.parametrize(
-    "members, said",
+    "members, expected",
     [
         ({}, f"the access token expired at {local(-60)} and has not been renewed yet"),
         (
@@ -135,30 +136,30 @@ def test_ready_until_the_second_in_which_the_token_expires(store, expires_in, re
         ),
     ],
 )
-def test_not_ready_when_the_token_has_expired_and_why(store, members, said):
+def test_not_ready_with_an_expired_token(store, members, expected):
     put(store, expires_in=-60, **members)
     ready, reason = app.readiness_of(store, NOW)
-    assert not ready and said in reason
+    assert not ready and expected in reason
 
 
 @pytest.mark.parametrize(
     "age, alive",
     [(None, False), (0, True), (59, True), (60, False), (61, False), (-59, True), (-61, False)],
 )
-def test_still_ready_without_a_refresher_while_the_token_is_valid(store, age, alive):
+def test_ready_without_a_refresher_while_the_token_is_valid(store, age, alive):
     put(store, refresher_age=age)
-    said = "signed in" if alive else f"no refresher; the login lapses at {local(7200)}"
-    assert app.readiness_of(store, NOW) == (True, said)
+    expected = "signed in" if alive else f"no refresher; the login lapses at {local(7200)}"
+    assert app.readiness_of(store, NOW) == (True, expected)
 
 
-def test_still_ready_without_a_refresh_token_while_the_token_is_valid(store):
+def test_ready_without_a_refresh_token_while_the_token_is_valid(store):
     put(store, refresh_token=None, refresher_age=None)
     ready, reason = app.readiness_of(store, NOW)
     assert ready and "no refresh token" in reason and local(7200) in reason
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_still_ready_with_a_renewal_that_fails_while_the_token_is_valid(store, terminal):
+def test_ready_with_a_failing_refresh_while_the_token_is_valid(store, terminal):
     put(store, refresh_error=failure(terminal))
     what = (
         "the login has ended (invalid_grant); run `xai-login --device` to sign in"
@@ -172,13 +173,13 @@ def test_still_ready_with_a_renewal_that_fails_while_the_token_is_valid(store, t
 
 
 @pytest.mark.parametrize("expires_at", [0, 1, 99999999999])
-def test_no_time_is_too_far_away_to_be_told(store, expires_at):
+def test_any_expiry_time_can_be_displayed(store, expires_at):
     put(store, expires_at=expires_at, refresher_age=None)
     ready, reason = app.readiness_of(store, NOW)
     assert ready is (expires_at > NOW) and re.search(r" at [0-9]{4}-[0-9-]{5} [0-9:]{5}", reason)
 
 
-def test_the_reason_tells_no_token(store):
+def test_the_reason_contains_no_token(store):
     for how in (
         {},
         {"expires_in": -1},
@@ -196,7 +197,7 @@ def test_the_reason_tells_no_token(store):
 
 @pytest.fixture(scope="module")
 def proxy(tmp_path_factory) -> ProxyProcess:
-    """No keys."""
+    """A proxy without keys."""
     with ProxyProcess(
         tmp_path_factory.mktemp("proxy"), allowed_hosts="proxy.example", allowed_origins=LISTED
     ) as running:
@@ -205,7 +206,7 @@ def proxy(tmp_path_factory) -> ProxyProcess:
 
 @pytest.fixture(scope="module")
 def keyed(tmp_path_factory) -> ProxyProcess:
-    """With one key."""
+    """A proxy with one key."""
     folder = tmp_path_factory.mktemp("keyed")
     (folder / "client-keys").write_text(f"laptop {client_keys.digest(KEY)}\n")
     with ProxyProcess(folder, allowed_origins=LISTED) as running:
@@ -213,7 +214,7 @@ def keyed(tmp_path_factory) -> ProxyProcess:
 
 
 def ask(proxy, target, *fields, method="GET", host="localhost"):
-    """One request under any Host."""
+    """Send one request with any Host and return the response."""
     with proxy.client() as client:
         lines = [f"{method} {target} HTTP/1.1", f"Host: {host}", *fields, "", ""]
         client.send("\r\n".join(lines).encode("latin-1"))
@@ -221,7 +222,7 @@ def ask(proxy, target, *fields, method="GET", host="localhost"):
 
 
 def error_of(answer) -> tuple[int, str, str]:
-    """Status, code and message of an answer that must be one of our own errors."""
+    """Return status, code and message of a response, which must be an error of the proxy's own."""
     error = json.loads(answer.body)["error"]
     assert answer.value("Content-Type") == "application/json"
     assert answer.value("X-XAI-Proxy-Error") == error["code"]
@@ -230,7 +231,7 @@ def error_of(answer) -> tuple[int, str, str]:
     return answer.status, error["code"], error["message"]
 
 
-def test_healthz_says_that_the_process_answers(proxy, keyed):
+def test_healthz_returns_200_while_the_process_runs(proxy, keyed):
     for running in (proxy, keyed):
         answer = running.ask("GET", "/healthz")
         assert (answer.status, json.loads(answer.body)) == (200, {"status": "ok"})
@@ -272,7 +273,7 @@ def test_readyz_follows_the_login_and_never_calls_upstream(tmp_path):
 @pytest.mark.parametrize(
     "path, status", [("/healthz", 200), ("/healthz?a=b", 200), ("/readyz", 503), ("/readyz?", 503)]
 )
-def test_health_and_readiness_are_open_to_all(proxy, keyed, path, status):
+def test_health_and_readiness_need_no_authorization(proxy, keyed, path, status):
     for running in (proxy, keyed):
         for host in ("localhost", "evil.example", "10.0.0.1:8080", "", "<&>"):
             assert ask(running, path, host=host).status == status
@@ -283,6 +284,7 @@ def test_health_and_readiness_are_open_to_all(proxy, keyed, path, status):
             assert client.message().status == status
 
 
+# Only the plain spelling needs no authorization.
 @pytest.mark.parametrize(
     "path, status",
     [
@@ -300,8 +302,8 @@ def test_health_and_readiness_are_open_to_all(proxy, keyed, path, status):
         ("//healthz", 404),
         ("/%68ealthz", 404),
     ],
-)  # only the plain spelling is open to all
-def test_every_other_page_is_for_callers_that_no_web_page_can_imitate(proxy, keyed, path, status):
+)
+def test_every_other_path_refuses_forged_requests(proxy, keyed, path, status):
     for running in (proxy, keyed):
         assert error_of(ask(running, path, host="evil.example"))[:2] == (403, "host_not_allowed")
         assert error_of(ask(running, path, "Origin: http://evil.example"))[:2] == (
@@ -322,7 +324,7 @@ def test_every_other_page_is_for_callers_that_no_web_page_can_imitate(proxy, key
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v2/x", "/v1/", "/v1/../../x", "/v1/v1/models"])
-def test_the_api_is_not_for_others_either(proxy, keyed, path):
+def test_the_api_refuses_forged_requests_and_requires_a_key(proxy, keyed, path):
     assert error_of(ask(proxy, path, host="evil.example"))[:2] == (403, "host_not_allowed")
     assert error_of(ask(proxy, path, "Sec-Fetch-Site: cross-site"))[:2] == (
         403,
@@ -333,14 +335,14 @@ def test_the_api_is_not_for_others_either(proxy, keyed, path):
 
 
 def test_the_name_of_the_key_is_logged(keyed):
-    ask(keyed, "/who-asks", f"X-Api-Key: {KEY}")
-    assert keyed.wait_for_request("/who-asks")["key"] == "laptop"
-    ask(keyed, "/nobody-asks", "X-Api-Key: wrong")
-    assert keyed.wait_for_request("/nobody-asks")["key"] is None
+    ask(keyed, "/right-key", f"X-Api-Key: {KEY}")
+    assert keyed.wait_for_request("/right-key")["key"] == "laptop"
+    ask(keyed, "/wrong-key", "X-Api-Key: wrong")
+    assert keyed.wait_for_request("/wrong-key")["key"] is None
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1//models", "/v2/"])
-def test_a_preflight_is_answered_by_us(proxy, keyed, path):
+def test_the_proxy_answers_preflights_itself(proxy, keyed, path):
     asked = "Access-Control-Request-Method: POST"
     for running in (proxy, keyed):
         answer = ask(running, path, f"Origin: {LISTED}", asked, method="OPTIONS")
@@ -360,14 +362,14 @@ def test_a_preflight_is_answered_by_us(proxy, keyed, path):
         ("/<b>", "/v1/<b>"),
     ],
 )
-def test_what_is_nobodys_is_a_404_in_json_that_names_the_nearest_right_path(proxy, path, meant):
+def test_an_unknown_path_is_a_json_404_that_names_the_nearest_valid_path(proxy, path, meant):
     status, code, message = error_of(proxy.ask("GET", path))
     assert (status, code) == (404, "not_found") and meant in message and "key=x" not in message
     assert error_of(proxy.ask("POST", path, body=b"{}"))[:2] == (404, "not_found")
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "FOO"])
-def test_another_method_is_a_405_in_json_that_says_which_are_allowed(proxy, method):
+def test_another_method_is_a_json_405_with_allow(proxy, method):
     for path in ("/healthz", "/readyz"):
         answer = proxy.ask(method, path)
         assert error_of(answer)[:2] == (405, "method_not_allowed")
@@ -379,14 +381,15 @@ def test_head_is_answered_without_a_body(proxy):
         for path, status in (("/healthz", 200), ("/readyz", 503), ("/nothing", 404)):
             answer = client.ask("HEAD", path)
             assert answer.status == status and int(answer.value("Content-Length")) > 10
-            assert client.ask("GET", "/healthz").status == 200  # so no byte of a body came between
+            # No byte of a body precedes this response.
+            assert client.ask("GET", "/healthz").status == 200
 
 
 SMUGGLED = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
-def test_a_body_that_nobody_asked_for_ends_the_connection(proxy):
-    """It is not read, so it must not be taken for the next request."""
+def test_an_unread_body_closes_the_connection(proxy):
+    """Otherwise it would be taken for the next request."""
     with proxy.client() as client:
         client.request("POST", "/nothing", f"Content-Length: {2 * len(SMUGGLED)}").send(SMUGGLED)
         answer = client.message()
@@ -395,11 +398,12 @@ def test_a_body_that_nobody_asked_for_ends_the_connection(proxy):
         assert client.rest() == b""
 
 
-def test_a_body_that_came_with_its_head_is_no_request(proxy):
+def test_a_body_that_arrives_with_its_head_is_no_request(proxy):
     with proxy.client() as client:
         client.request("POST", "/nothing", body=SMUGGLED)
         assert client.message().status == 404
-        assert client.ask("GET", "/readyz").status == 503  # and no answer of /healthz came between
+        # No response of /healthz precedes this one.
+        assert client.ask("GET", "/readyz").status == 503
 
 
 @pytest.mark.parametrize(
@@ -419,7 +423,7 @@ def test_a_body_that_came_with_its_head_is_no_request(proxy):
         "X: y\r\n" * 200,
     ],
 )
-def test_what_two_servers_could_read_differently_is_refused_and_the_connection_closed(proxy, lines):
+def test_an_ambiguous_request_is_refused_and_closes_the_connection(proxy, lines):
     for path in ("/v1/models", "/healthz"):
         with proxy.client() as client:
             client.send(
@@ -428,19 +432,19 @@ def test_what_two_servers_could_read_differently_is_refused_and_the_connection_c
             )
             answer = client.message()
             assert (error_of(answer)[1], answer.value("Connection")) == ("bad_request", "close")
-            # A reset: what was sent after it is unread.
+            # The proxy may reset, since it has not read the bytes after the head.
             with contextlib.suppress(ConnectionResetError):
                 assert client.rest() == b""
 
 
-def test_a_head_may_come_byte_by_byte(proxy):
+def test_a_head_may_arrive_byte_by_byte(proxy):
     with proxy.client() as client:
         for byte in b"\r\nGET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n":
             client.send(bytes([byte]))
         assert client.message().status == 200 and client.rest() == b""
 
 
-def test_a_fault_of_ours_is_a_500_in_json_and_not_the_clients_fault(tmp_path, caplog):
+def test_an_internal_error_is_a_json_500(tmp_path, caplog):
     settings = config.from_environ(
         {"XAI_PROXY_TOKEN_PATH": str(tmp_path / "tokens.json")}, dotenv_path=os.devnull
     )

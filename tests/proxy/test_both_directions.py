@@ -1,6 +1,4 @@
-"""The two directions of one exchange move at the same time, and neither waits for the other or ends
-it.
-"""
+"""Upload and response of one exchange move at the same time; neither blocks or ends the other."""
 
 from __future__ import annotations
 
@@ -17,8 +15,8 @@ from proxy_process import Client, ProxyProcess, both_ways
 from scripted_upstream import PATTERN, Request, ScriptedUpstream, pour
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
-# A head that speaks of further requests, which is no reason to stop this one.
-LAST_ONES = {
+# Heads that end the connection after this response, which does not stop the upload.
+CLOSING = {
     "close": b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\nok",
     "1.0": b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok",
     "until close": b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nok",
@@ -44,16 +42,16 @@ def short_timeout_proxy(
 def upload(
     client: Client, upstream: ScriptedUpstream, size: int, target: str = "/v1/stt"
 ) -> Request:
-    """Its head has reached upstream."""
+    """Send the head of an upload, and return it as upstream received it."""
     client.request("POST", target, f"Content-Length: {size}")
     return upstream.receive(body=False)
 
 
-# Head and chunks pass while the upload goes on
+# The response during an upload
 
 
-def talk(client: Client, upstream: ScriptedUpstream) -> None:
-    """Each chunk is sent when that before it has been answered."""
+def alternate_chunks(client: Client, upstream: ScriptedUpstream) -> None:
+    """Send each chunk after the response to the one before it."""
     client.request("POST", "/v1/stt", "Transfer-Encoding: chunked")
     request = upstream.receive(body=False)
     for number in range(3):
@@ -71,27 +69,31 @@ def talk(client: Client, upstream: ScriptedUpstream) -> None:
     assert client.chunk() == b""
 
 
-def test_client_may_wait_for_the_answer_to_a_chunk(either: Either) -> None:
+def test_each_chunk_is_forwarded_before_the_next_one_arrives(either: Either) -> None:
     proxy, upstream = either()
     with proxy.client() as client:
-        for _ in range(3):  # both connections stay in step
-            talk(client, upstream)
+        # Both connections can be reused.
+        for _ in range(3):
+            alternate_chunks(client, upstream)
         assert len(upstream.connections) == 1
 
 
 @both_ways
-def test_so_it_may_however_the_answer_is_sent(client: Client, upstream: ScriptedUpstream) -> None:
-    talk(client, upstream)
-    talk(client, upstream)
+def test_relayed_and_iterated_chunks_are_forwarded_at_once(
+    client: Client, upstream: ScriptedUpstream
+) -> None:
+    alternate_chunks(client, upstream)
+    alternate_chunks(client, upstream)
 
 
-def test_client_that_is_answered_may_be_silent_for_longer(
+def test_the_client_timeout_does_not_apply_after_the_response_has_begun(
     short_timeout_proxy: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
     with short_timeout_proxy.client() as client:
         request = upload(client, upstream, 6).answer(CHUNKED + b"2\r\nok\r\n")
         assert client.head().status == 200 and client.chunk() == b"ok"
-        time.sleep(0.8)  # more than XAI_PROXY_CLIENT_TIMEOUT
+        # That is longer than XAI_PROXY_CLIENT_TIMEOUT.
+        time.sleep(0.8)
         client.send(b"abc")
         time.sleep(0.8)
         client.send(b"def")
@@ -101,10 +103,10 @@ def test_client_that_is_answered_may_be_silent_for_longer(
 
 
 @both_ways
-def test_progress_of_either_direction_is_progress(
+def test_bytes_in_either_direction_restart_the_idle_timeout(
     short_timeout_proxy: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
-    """XAI_PROXY_IDLE_TIMEOUT is 1.5 s; upstream is silent for longer, before its head and after it."""
+    """Upstream is silent for longer than it, 1.5 s, both before and after its head."""
     with short_timeout_proxy.client() as client:
         request = upload(client, upstream, 20)
         for number in range(20):
@@ -119,10 +121,9 @@ def test_progress_of_either_direction_is_progress(
 
 
 @both_ways
-def test_end_of_the_answer_does_not_wait_for_the_end_of_the_upload(
-    client: Client, upstream: ScriptedUpstream
-) -> None:
-    for _ in range(2):  # both connections stay in step
+def test_a_response_may_end_before_its_upload(client: Client, upstream: ScriptedUpstream) -> None:
+    # Both connections can be reused.
+    for _ in range(2):
         request = upload(client, upstream, 6).answer(CHUNKED + b"2\r\nok\r\n0\r\n\r\n")
         assert client.head().status == 200
         assert (client.chunk(), client.chunk()) == (b"ok", b"")
@@ -131,14 +132,14 @@ def test_end_of_the_answer_does_not_wait_for_the_end_of_the_upload(
     assert request.connection.requests == 2
 
 
-# What ends an upload, and what does not
+# The end of an upload
 
 
-def test_answer_whose_connection_ends_says_so_to_a_client_that_still_sends(
+def test_connection_close_passes_to_a_client_that_still_sends(
     client: Client, upstream: ScriptedUpstream
 ) -> None:
-    """Its upload may be cut, so that no request can follow it."""
-    request = upload(client, upstream, 6).answer(LAST_ONES["close"])
+    """The upload may be truncated, so no request can follow it."""
+    request = upload(client, upstream, 6).answer(CLOSING["close"])
     head = client.head()
     assert (head.status, head.value("Connection")) == (200, "close") and client.exactly(2) == b"ok"
     request.connection.close()
@@ -147,7 +148,7 @@ def test_answer_whose_connection_ends_says_so_to_a_client_that_still_sends(
 
 
 @both_ways
-def test_upstream_that_answers_and_takes_nothing_is_given_up(
+def test_an_upstream_that_answers_but_does_not_read_is_aborted(
     short_timeout_proxy: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
     with short_timeout_proxy.client() as client:
@@ -165,8 +166,8 @@ def test_upstream_that_answers_and_takes_nothing_is_given_up(
         assert (line["status"], line["ended_by"]) == (200, "upstream")
 
 
-@pytest.mark.parametrize("answer", LAST_ONES.values(), ids=LAST_ONES)
-def test_early_answer_does_not_stop_the_upload(either: Either, answer: bytes) -> None:
+@pytest.mark.parametrize("answer", CLOSING.values(), ids=CLOSING)
+def test_an_early_response_does_not_stop_the_upload(either: Either, answer: bytes) -> None:
     proxy, upstream = either()
     body = PATTERN * 32
     with proxy.client() as client:
@@ -174,16 +175,15 @@ def test_early_answer_does_not_stop_the_upload(either: Either, answer: bytes) ->
         with client.sending(body):
             assert request.connection.exactly(len(body)) == body
         if isinstance(request.connection.sock, ssl.SSLSocket):
-            with contextlib.suppress(
-                OSError
-            ):  # the proxy closes and sends no close_notify of its own
+            # The proxy closes without a close_notify.
+            with contextlib.suppress(OSError):
                 request.connection.sock.unwrap()
         request.connection.close()
         assert client.message().body == b"ok"
 
 
-def test_answer_is_read_while_upstream_reads_nothing(either: Either) -> None:
-    """Upstream speaks first and listens later."""
+def test_a_response_is_forwarded_while_upstream_does_not_read(either: Either) -> None:
+    """Upstream sends first and reads later."""
     proxy, upstream = either()
     with proxy.client() as client:
         request = upload(client, upstream, 48 * MIB)
@@ -200,14 +200,14 @@ def test_answer_is_read_while_upstream_reads_nothing(either: Either) -> None:
         rest.start()
         assert request.connection.exactly(48 * MIB) == PATTERN * (48 * MIB // len(PATTERN))
         rest.join()
-        talk(client, upstream)
+        alternate_chunks(client, upstream)
 
 
 @pytest.mark.parametrize("end", ["close", "reset"])
-def test_end_of_upstream_stops_the_upload(
+def test_a_close_by_upstream_stops_the_upload(
     running: ProxyProcess, upstream: ScriptedUpstream, end: str
 ) -> None:
-    """The client gets the whole answer, and may go on sending until it reads it."""
+    """The client gets the whole response, and may keep sending until it reads that."""
     with running.client() as client:
         request = upload(client, upstream, 16 * MIB, f"/v1/ends-by-{end}")
         client.send(PATTERN)
@@ -215,16 +215,15 @@ def test_end_of_upstream_stops_the_upload(
         request.answer(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
         assert client.message().body == b"ok"
         getattr(request.connection, end)()
-        with contextlib.suppress(
-            ConnectionError
-        ):  # the connection is closed at some time, since it is out of step
+        # The proxy closes the connection at some time, since it cannot be reused.
+        with contextlib.suppress(ConnectionError):
             client.send(PATTERN * 255)
         line = running.wait_for_request(f"/v1/ends-by-{end}")
         assert (line["status"], line["ended_by"]) == (200, "done")
 
 
 @pytest.mark.parametrize("tail", [b"", b"0\r\n\r\n"], ids=["cut", "whole"])
-def test_client_that_leaves_amid_its_upload_is_gone(
+def test_a_client_that_closes_in_the_middle_of_its_upload_ends_the_request(
     client: Client, running: ProxyProcess, upstream: ScriptedUpstream, tail: bytes
 ) -> None:
     request = upload(client, upstream, 6, "/v1/leaves").answer(CHUNKED + b"2\r\nok\r\n" + tail)
@@ -237,7 +236,7 @@ def test_client_that_leaves_amid_its_upload_is_gone(
     assert running.wait_for_request("/v1/leaves")["ended_by"] == "client"
 
 
-def test_malformed_body_ends_an_answer_that_has_begun(
+def test_a_malformed_body_aborts_a_response_that_has_begun(
     client: Client, running: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
     client.request("POST", "/v1/malformed", "Transfer-Encoding: chunked").send(b"1\r\na\r\n")
@@ -248,7 +247,9 @@ def test_malformed_body_ends_an_answer_that_has_begun(
     assert running.wait_for_request("/v1/malformed")["ended_by"] == "client"
 
 
-def test_malformed_body_is_told_before(client: Client, upstream: ScriptedUpstream) -> None:
+def test_a_malformed_body_before_the_response_is_400(
+    client: Client, upstream: ScriptedUpstream
+) -> None:
     client.request("POST", "/v1/malformed", "Transfer-Encoding: chunked").send(
         b"1\r\na\r\nnonsense\r\n"
     )
@@ -257,12 +258,12 @@ def test_malformed_body_is_told_before(client: Client, upstream: ScriptedUpstrea
     assert request.connection.chunk() == b"a" and request.connection.closed_within(1)
 
 
-def test_slow_upload_that_is_refused_gets_its_answer(
+def test_a_slow_upload_receives_its_refusal(
     running: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
-    """Many clients read no answer before they have sent everything: for more than 5 s here.
+    """Many clients read no response before they have sent everything, here for more than 5 s.
 
-    The refusal is upstream's in one, and ours in the other.
+    One refusal is upstream's, the other the proxy's own.
     """
     refusal = b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 2\r\n\r\nno"
     with running.client() as one, running.client() as other:
@@ -281,10 +282,10 @@ def test_slow_upload_that_is_refused_gets_its_answer(
 
 
 @both_ways
-def test_long_refusal_reaches_a_client_that_sends_first(
+def test_a_long_refusal_reaches_a_client_that_sends_everything_first(
     client: Client, upstream: ScriptedUpstream
 ) -> None:
-    """The rest of the body is read while the refusal waits for the client to read it."""
+    """The proxy reads the rest of the body while the refusal waits for the client."""
     client.request("POST", "/v1/stt", f"Content-Length: {48 * MIB}")
     request = upstream.receive(body=False)
     refusal = threading.Thread(
@@ -301,14 +302,14 @@ def test_long_refusal_reaches_a_client_that_sends_first(
     refusal.join()
 
 
-def test_refusal_of_a_body_that_does_not_fit_into_the_kernel(tmp_path: Path) -> None:
-    """It came with its head, and upstream answers before it has read it."""
+def test_a_refusal_passes_while_the_body_exceeds_the_socket_buffer(tmp_path: Path) -> None:
+    """The body arrived with its head, and upstream answers before it reads the body."""
     with (
         ScriptedUpstream() as upstream,
         ProxyProcess(tmp_path, upstream=upstream.origin) as proxy,
         proxy.client() as client,
     ):
-        # As on a network, where the kernel takes less at once; accepted sockets inherit both.
+        # As on a network, the kernel takes less at once. Accepted sockets inherit both options.
         upstream.listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 500)
         upstream.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         proxy.sign_in()

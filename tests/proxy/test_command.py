@@ -1,4 +1,4 @@
-"""The proxy as a process: how it starts and refuses to, its options and its signals."""
+"""The proxy as a process: start, refusal to start, options and signals."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from xaiproxy import __version__, config, errors
 from xaiproxy.proxy import command
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
-KEY = "a-key-of-nobody"
+KEY = "the-client-key"
 
 
 def write_keys(path: Path) -> None:
@@ -54,11 +54,12 @@ def waiting_proxy(folder: Path) -> Iterator[tuple[subprocess.Popen[str], socket.
                 process.kill()
 
 
-def test_port_that_becomes_free_is_taken(tmp_path: Path) -> None:
+def test_a_busy_port_is_taken_once_it_is_free(tmp_path: Path) -> None:
     with waiting_proxy(tmp_path) as (process, other):
         process.send_signal(signal.SIGHUP)
         assert "SIGHUP: the log level is info" in process.stderr.readline()
-        time.sleep(2 * command.LISTEN_INTERVAL)  # it logs once that it waits
+        # The proxy logs the wait only once.
+        time.sleep(2 * command.LISTEN_INTERVAL)
         port = other.getsockname()[1]
         other.close()
         assert f"listening on http://127.0.0.1:{port}/v1" in process.stderr.readline()
@@ -73,7 +74,7 @@ def test_sigterm_ends_the_wait_for_a_port(tmp_path: Path) -> None:
         assert '"stopped"' in process.stderr.read()
 
 
-def listening_fails(**values: str) -> str:
+def listen_error(**values: str) -> str:
     settings = config.from_environ(
         {f"XAI_PROXY_{name.upper()}": value for name, value in values.items()} | {"HOME": "/"},
         dotenv_path="/dev/null",
@@ -83,26 +84,26 @@ def listening_fails(**values: str) -> str:
     return str(caught.value)
 
 
-def test_port_that_stays_taken() -> None:
+def test_a_port_that_stays_busy_is_an_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         began = time.monotonic()
         assert re.fullmatch(
             rf"cannot listen on 127\.0\.0\.1 port {port}: Address already in use; .*XAI_PROXY_PORT",
-            listening_fails(port=str(port)),
+            listen_error(port=str(port)),
         )
     assert time.monotonic() - began > 2 * command.LISTEN_INTERVAL
 
 
-def test_address_that_is_not_ours() -> None:
-    text = listening_fails(bind="192.0.2.1")
+def test_an_address_of_another_machine_is_an_error() -> None:
+    text = listen_error(bind="192.0.2.1")
     assert "192.0.2.1" in text and text.endswith(
         "set XAI_PROXY_BIND and XAI_PROXY_PORT to what this machine allows"
     )
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0", "::"])
-def test_everybody_is_not_served_by_accident(tmp_path: Path, address: str) -> None:
+def test_a_public_address_needs_keys_or_explicit_permission(tmp_path: Path, address: str) -> None:
     code, text = refuse_to_start(tmp_path, bind=address)
     assert (
         code == 78 and "xai-client-key add NAME" in text and "XAI_PROXY_ALLOW_ANONYMOUS=1" in text
@@ -111,7 +112,7 @@ def test_everybody_is_not_served_by_accident(tmp_path: Path, address: str) -> No
 
 
 @pytest.mark.parametrize("way", ["keys", "missing keys", "anonymous"])
-def test_ways_out_of_that(tmp_path: Path, way: str) -> None:
+def test_keys_or_allow_anonymous_permit_a_public_address(tmp_path: Path, way: str) -> None:
     settings = {
         "keys": {},
         "missing keys": {"client_keys_file": tmp_path / "missing"},
@@ -141,7 +142,7 @@ def test_ways_out_of_that(tmp_path: Path, way: str) -> None:
         ("::", "localhost"),
     ],
 )
-def test_proxy_is_not_its_own_upstream(tmp_path: Path, bind: str, host: str) -> None:
+def test_the_proxy_refuses_to_be_its_own_upstream(tmp_path: Path, bind: str, host: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as found:
         port = found.getsockname()[1]
     code, text = refuse_to_start(
@@ -155,7 +156,7 @@ def test_proxy_is_not_its_own_upstream(tmp_path: Path, bind: str, host: str) -> 
     )
 
 
-def test_unknown_setting(tmp_path: Path) -> None:
+def test_an_unknown_setting_is_an_error(tmp_path: Path) -> None:
     code, text = refuse_to_start(tmp_path, idle_timeoot=3)
     assert code == 78 and text.count("\n") == 1
     assert "XAI_PROXY_IDLE_TIMEOOT" in text and "XAI_PROXY_IDLE_TIMEOUT" in text
@@ -169,7 +170,9 @@ def test_unknown_setting(tmp_path: Path) -> None:
         (["--port", "x"], 78, "XAI_PROXY_PORT"),
     ],
 )
-def test_command_line(tmp_path: Path, arguments: list[str], code: int, text: str) -> None:
+def test_the_command_line_options_and_exit_codes(
+    tmp_path: Path, arguments: list[str], code: int, text: str
+) -> None:
     done = subprocess.run(
         [*COMMAND, *arguments],
         cwd=tmp_path,
@@ -182,14 +185,14 @@ def test_command_line(tmp_path: Path, arguments: list[str], code: int, text: str
     assert done.returncode == code and text in done.stdout and "Traceback" not in done.stdout
 
 
-def test_ipv6(tmp_path: Path) -> None:
+def test_the_proxy_listens_on_ipv6(tmp_path: Path) -> None:
     with ProxyProcess(tmp_path, bind="::1") as proxy:
         assert proxy.url == f"http://[::1]:{proxy.port}"
         with Client(proxy.port, "::1") as client:
             assert client.ask("GET", "/healthz").status == 200
 
 
-def test_soft_limit_of_file_descriptors_is_raised(tmp_path: Path) -> None:
+def test_the_soft_limit_of_file_descriptors_is_raised(tmp_path: Path) -> None:
     with ProxyProcess(
         tmp_path, prefix=("prlimit", "--nofile=100:5000"), max_connections=100
     ) as proxy:
@@ -198,7 +201,7 @@ def test_soft_limit_of_file_descriptors_is_raised(tmp_path: Path) -> None:
         assert not [line for line in proxy.log_lines() if "file descriptor" in line["message"]]
 
 
-def test_a_terminal_that_is_closed_after_sigterm_does_not_cut_the_drain(
+def test_closing_the_terminal_after_sigterm_does_not_abort_the_drain(
     tmp_path: Path, upstream: ScriptedUpstream
 ) -> None:
     master, slave = os.openpty()
@@ -215,14 +218,15 @@ def test_a_terminal_that_is_closed_after_sigterm_does_not_cut_the_drain(
         proxy.terminate()
         proxy.wait_for_log(lambda line: line["message"].startswith("stopping; 1 open"))
         os.close(slave)
-        os.close(master)  # SIGHUP
+        # The kernel sends SIGHUP.
+        os.close(master)
         assert not readable([client.sock], 0.3)
         request.answer(b"0\r\n\r\n")
         assert client.chunk() == b"" and proxy.wait() == 0
 
 
-def test_hangup_has_the_log_level_read_anew(tmp_path: Path) -> None:
-    """Without a controlling terminal. What is wrong in the settings by then changes nothing."""
+def test_sighup_reloads_the_log_level(tmp_path: Path) -> None:
+    """This holds without a controlling terminal. Invalid settings change nothing."""
     with ProxyProcess(tmp_path, prefix=("setsid",)) as proxy:
 
         def hang_up(line: str) -> dict[str, Any]:

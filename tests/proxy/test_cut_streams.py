@@ -1,8 +1,7 @@
-"""Upstream cut at every byte of its answer, in every framing: what the client gets is whole, or
-shows that it is not.
+"""Responses that upstream cuts at any byte, in every framing, are complete or visibly truncated.
 
-Two strangers say what a client would take for whole: http.client, which forgives more than it
-should, and h11.
+Two parsers decide what a client would take for complete: http.client, which is too lenient, and
+h11.
 """
 
 from __future__ import annotations
@@ -27,9 +26,8 @@ from scripted_upstream import Connection, Request, ScriptedUpstream, pour
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
 EVENTS = (b"data: one\n\n", b"data: [DONE]\n\n")
 CONTENT = b"".join(EVENTS)
-CHUNKS = (
-    b"b\r\n%b\r\n00e;x=y\r\n%b\r\n" % EVENTS
-)  # the second one's size begins as that of the last does
+# The second chunk's size begins with a zero, as the last chunk's does.
+CHUNKS = b"b\r\n%b\r\n00e;x=y\r\n%b\r\n" % EVENTS
 ANSWERS = {
     "length": OK + b"Content-Length: %d\r\n\r\n" % len(CONTENT) + CONTENT,
     "chunked": OK + b"Transfer-Encoding: chunked\r\n\r\n" + CHUNKS + b"0\r\n\r\n",
@@ -56,7 +54,7 @@ CLIENTS = {
 
 
 def content_of(body: bytes) -> bytes:
-    """Of chunks as far as they have come."""
+    """Return the content of the chunks that have arrived."""
     parts = []
     while size := re.match(rb"([0-9a-f]+)[^\r\n]*\r\n", body):
         end = size.end() + int(size[1], 16)
@@ -65,8 +63,8 @@ def content_of(body: bytes) -> bytes:
     return b"".join(parts)
 
 
-class Came(io.RawIOBase):
-    """What came on a socket, kept for others, and what http.client asks a socket for."""
+class RecordedSocket(io.RawIOBase):
+    """A socket that keeps all that it received, with the methods that http.client uses."""
 
     def __init__(self, sock: socket.socket):
         self._sock = sock
@@ -87,26 +85,26 @@ class Came(io.RawIOBase):
         return len(data)
 
 
-class Verdict:
-    """What a client has of an answer, read from its socket."""
+class Outcome:
+    """What a client makes of a response that it reads from its socket."""
 
     def __init__(self, client: Client):
-        came = Came(client.sock)
+        came = RecordedSocket(client.sock)
         answer = http.client.HTTPResponse(came, method="POST")
-        self.whole = True
+        self.complete = True
         try:
             answer.begin()
             answer.read()
         except (http.client.IncompleteRead, ConnectionResetError):
-            self.whole = False
+            self.complete = False
         self.status = answer.status
         head, _, body = came.data.partition(b"\r\n\r\n")
         self.error = answer.getheader("X-XAI-Proxy-Error")
         self.content = content_of(body) if b"\r\nTransfer-Encoding: chunked" in head else body
-        self.strictly_whole = whole_to_h11(came)
+        self.strictly_complete = is_complete_to_h11(came)
 
 
-def whole_to_h11(came: Came) -> bool:
+def is_complete_to_h11(came: RecordedSocket) -> bool:
     connection = h11.Connection(h11.CLIENT)
     connection.send(
         h11.Request(method="POST", target="/", headers=[("Host", "a"), ("Content-Length", "0")])
@@ -126,11 +124,11 @@ def whole_to_h11(came: Came) -> bool:
     return False
 
 
-# How it ends, and whether that is the end of a body that knows no other
+# Ways to end the connection
 
 
 def fin(connection: Connection) -> None:
-    """Without a close_notify, where that is due."""
+    """Close without a close_notify, even over TLS."""
     connection.close()
 
 
@@ -140,7 +138,8 @@ reset = Connection.reset
 def close_notify(connection: Connection) -> None:
     connection.sock.settimeout(0)
     with pytest.raises(OSError):
-        connection.sock.unwrap()  # sends it, and would wait for the other one
+        # unwrap() sends it, and would wait for the peer's.
+        connection.sock.unwrap()
     connection.close()
 
 
@@ -171,10 +170,10 @@ def cut(
     how: Callable[[Connection], None],
     offsets: range,
     first: int = 0,
-) -> list[tuple[int, Verdict]]:
-    """What clients get of `answer`, each of them up to another byte.
+) -> list[tuple[int, Outcome]]:
+    """Send each client a longer part of `answer` and cut it; return what each client made of it.
 
-    `first`: bytes that they have before the rest is sent.
+    `first`: bytes that the clients receive before the rest is sent.
     """
     version, *fields = CLIENTS[client]
     clients = [proxy.client() for _ in offsets]
@@ -185,39 +184,41 @@ def cut(
         if first:
             for request in came:
                 request.answer(answer[:first])
-            for one in clients:  # the proxy is at the body
+            # The proxy has sent the head.
+            for one in clients:
                 while b"\r\n\r\n" not in one.sock.recv(4096, socket.MSG_PEEK):
                     pass
         for request in came:
             request.answer(answer[first : int(request.target[4:])])
             how(request.connection)
-        return [(offset, Verdict(one)) for offset, one in zip(offsets, clients)]
+        return [(offset, Outcome(one)) for offset, one in zip(offsets, clients)]
     finally:
         for one in clients:
             one.close()
 
 
-def assert_visible(name: str, verdicts: list[tuple[int, Verdict]], legal_end: bool) -> None:
+def assert_visible(name: str, outcomes: list[tuple[int, Outcome]], legal_end: bool) -> None:
     answer = ANSWERS[name]
     body = answer.index(b"\r\n\r\n") + 4
     last = LAST_SIZE.search(answer, body)
-    known = last.end() if last else len(answer)  # from there on the client may know that it has all
-    for offset, got in verdicts:
-        where = f"{answer[:offset]!r}, and then the end"
+    # From there on, the client may know that the response is complete.
+    known = last.end() if last else len(answer)
+    for offset, got in outcomes:
+        where = f"{answer[:offset]!r}, and then EOF"
         if offset < body:
             assert (
                 (got.status, got.error) == (502, "upstream_unreachable")
-                and got.whole
-                and got.strictly_whole
+                and got.complete
+                and got.strictly_complete
             ), where
             continue
         sent = answer[body:offset]
         assert got.status == 200 and got.error is None, where
         assert got.content == (content_of(sent) if last else sent), where
         if (offset == len(answer) and name in FRAMED) or (legal_end and name not in FRAMED):
-            assert got.whole and got.strictly_whole, where
+            assert got.complete and got.strictly_complete, where
         elif offset < known or name not in FRAMED:
-            assert not got.whole and not got.strictly_whole, where
+            assert not got.complete and not got.strictly_complete, where
 
 
 def assert_serves(proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
@@ -238,9 +239,9 @@ def assert_cuts(
     how: Callable[[Connection], None],
     legal_end: bool,
 ) -> None:
-    """Of all of the answer at once, and of its body alone, when the head has passed.
+    """Cut the whole response, and then its body alone, after the head has passed.
 
-    In the middle of the head only for one client: all get the same 502.
+    In the middle of the head, one kind of client is enough: all get the same 502.
     """
     answer = ANSWERS[name]
     body = answer.index(b"\r\n\r\n") + 4
@@ -256,7 +257,7 @@ def assert_cuts(
 @pytest.mark.parametrize("how", [fin, reset])
 @pytest.mark.parametrize("client", CLIENTS)
 @pytest.mark.parametrize("name", ANSWERS)
-def test_cut_at_any_byte_is_visible(
+def test_a_response_cut_at_any_byte_is_visibly_truncated(
     running: ProxyProcess,
     upstream: ScriptedUpstream,
     name: str,
@@ -269,35 +270,33 @@ def test_cut_at_any_byte_is_visible(
 @pytest.mark.parametrize("how", [fin, reset])
 @pytest.mark.parametrize("client", ["keep-alive", "1.0"])
 @pytest.mark.parametrize("name", ["chunked", "trailers", "close"])
-def test_so_it_is_where_comments_may_come_between(
+def test_a_cut_event_stream_with_heartbeats_is_visibly_truncated(
     start_proxy: Callable[..., ProxyProcess],
     upstream: ScriptedUpstream,
     name: str,
     client: str,
     how: Callable[[Connection], None],
 ) -> None:
-    """None is due here; nor is one when a stream ends."""
+    """No heartbeat is due within the test, nor when a stream ends."""
     assert_cuts(start_proxy(sse_keepalive=600), upstream, name, client, how, how is fin)
 
 
 @pytest.mark.parametrize("how", [fin, reset, close_notify])
 @pytest.mark.parametrize("client", ["keep-alive", "1.0"])
 @pytest.mark.parametrize("name", ["length", "chunked", "close"])
-def test_so_it_is_behind_tls(
+def test_a_response_cut_over_tls_is_visibly_truncated(
     tls_proxy: ProxyProcess,
     tls_upstream: ScriptedUpstream,
     name: str,
     client: str,
     how: Callable[[Connection], None],
 ) -> None:
-    """Where a FIN without a close_notify is what anybody on the way could send (RFC 9112 section
-    9.8).
-    """
+    """Anybody on the network can forge a FIN without a close_notify (RFC 9112 section 9.8)."""
     assert_cuts(tls_proxy, tls_upstream, name, client, how, how is close_notify)
 
 
 @pytest.mark.parametrize("cut_short", [b"0", b"00", b"0;x=y", b"0\r"])
-def test_what_is_malformed_behind_a_zero_that_was_passed_on(
+def test_a_malformed_last_chunk_whose_zero_has_passed_resets_the_client(
     running: ProxyProcess, upstream: ScriptedUpstream, cut_short: bytes
 ) -> None:
     with running.client() as client:
@@ -310,13 +309,12 @@ def test_what_is_malformed_behind_a_zero_that_was_passed_on(
             client.rest()
 
 
-def test_reset_that_a_write_has_met_is_no_end(
+def test_a_reset_that_a_write_met_is_no_clean_end(
     running: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
-    """It is told once.
+    """The kernel reports it once.
 
-    The answer, of which nothing but the end of the connection is the end, came before all of the
-    body.
+    The response, which only the end of the connection delimits, precedes the end of the upload.
     """
     answer, size = OK.replace(b"200 OK", b"413 Too Large") + b"\r\ndata: on", 30_000_000
 
@@ -327,19 +325,20 @@ def test_reset_that_a_write_has_met_is_no_end(
     for _ in range(20):
         with running.client() as client:
             client.request("POST", "/v1/files", f"Content-Length: {size}")
-            sender = threading.Thread(target=upload)  # more than all buffers take
+            # That is more than all buffers hold.
+            sender = threading.Thread(target=upload)
             sender.start()
             request = upstream.receive(body=False)
             request.connection.exactly(10_000)
             upstream.connections.remove(request.connection)
             request.answer(answer).connection.reset()
-            assert not Verdict(client).whole
+            assert not Outcome(client).complete
             sender.join()
 
 
 # Real clients
 
-TREACHEROUS = [
+CUTS = [
     (name, at)
     for name in ANSWERS
     for at in (ANSWERS[name].index(b"one") + 1, ANSWERS[name].index(b"DONE"))
@@ -370,11 +369,11 @@ def by_old_curl(url: str) -> bytes:
 
 
 @pytest.mark.parametrize("get", [by_requests, by_httpx, by_curl, by_old_curl])
-def test_real_clients_say_that_it_is_cut(
+def test_real_clients_report_truncated_responses(
     running: ProxyProcess, upstream: ScriptedUpstream, get: Callable[[str], bytes]
 ) -> None:
     if "curl" in get.__name__ and not shutil.which("curl"):
-        pytest.skip("there is no curl here")
+        pytest.skip("curl is not installed")
     errors = [requests.RequestException, subprocess.CalledProcessError]
     if get is by_httpx:
         errors.append(
@@ -384,12 +383,12 @@ def test_real_clients_say_that_it_is_cut(
         )
 
     def serve() -> None:
-        for name, offset in TREACHEROUS:
+        for name, offset in CUTS:
             upstream.receive().answer(ANSWERS[name][:offset]).connection.reset()
 
     server = threading.Thread(target=serve)
     server.start()
-    for name, offset in TREACHEROUS:
+    for name, offset in CUTS:
         with pytest.raises(tuple(errors)):
-            pytest.fail(f"{ANSWERS[name][:offset]!r} is whole: {get(f'{running.url}/v1/x')!r}")
+            pytest.fail(f"{ANSWERS[name][:offset]!r} is complete: {get(f'{running.url}/v1/x')!r}")
     server.join()

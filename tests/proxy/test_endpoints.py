@@ -1,4 +1,4 @@
-"""Every path of xAI's API passes the proxy, as it was sent, and its answer comes back as it is."""
+"""Every path of xAI's API passes the proxy unchanged, and so does its response."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ FORM = (
 
 @pytest.fixture
 def call(endpoint: ProxyProcess, sandbox: Sandbox) -> Call:
-    """One request through the proxy: its status, and its body, parsed if it is JSON; its path came
-    as it was sent.
+    """Send one request through the proxy. Return its status, and its body, parsed if it is JSON.
+
+    Its path must arrive unchanged.
     """
 
     def call(method: str, path: str, body: dict[str, Any] | bytes | None = None) -> tuple[int, Any]:
@@ -91,22 +92,24 @@ def call(endpoint: ProxyProcess, sandbox: Sandbox) -> Call:
         ("POST", "/v2/phone-numbers", {}, "phone_numbers"),
     ],
 )
-def test_a_path_of_its_own(call: Call, method: str, path: str, body: Any, member: str) -> None:
+def test_each_endpoint_is_forwarded(
+    call: Call, method: str, path: str, body: Any, member: str
+) -> None:
     status, answer = call(method, path, body)
     assert status == 200 and member in answer
 
 
 @pytest.mark.parametrize("what", ["refer", "hangup"])
-def test_a_call(call: Call, what: str) -> None:
+def test_each_kind_of_call_is_forwarded(call: Call, what: str) -> None:
     assert call("POST", f"/v1/realtime/calls/rtc_1/{what}", {}) == (200, {})
 
 
-def test_speech_is_binary(call: Call) -> None:
+def test_speech_passes_as_binary(call: Call) -> None:
     assert call("POST", "/v1/tts", {"text": "x"}) == (200, bytes(range(256)) * 64)
 
 
-def test_a_deferred_completion(call: Call) -> None:
-    """An empty 202 until it is ready, then the answer, once."""
+def test_a_deferred_completion_can_be_fetched(call: Call) -> None:
+    """It is an empty 202 until it is ready, then the response, once."""
     _, answer = call("POST", "/v1/chat/completions", {**MODEL, "messages": [], "deferred": True})
     path = f"/v1/chat/deferred-completion/{answer['request_id']}"
     assert call("GET", path) == (202, b"")
@@ -117,20 +120,21 @@ def test_a_deferred_completion(call: Call) -> None:
     ) == (400, "A request may either be streaming or deferred, but not both.")
 
 
-def test_a_video(call: Call) -> None:
+def test_a_video_can_be_generated(call: Call) -> None:
     path = f"/v1/videos/{call('POST', '/v1/videos/generations', VIDEO)[1]['request_id']}"
     assert [call("GET", path)[1]["status"] for _ in range(3)] == ["pending", "done", "done"]
     assert call("GET", "/v1/videos/none")[0] == 404
 
 
-def test_a_stored_response(call: Call) -> None:
+def test_a_stored_response_can_be_read_and_deleted(call: Call) -> None:
     _, stored = call(
         "POST", "/v1/responses", {**MODEL, "input": [{"role": "user", "content": "x"}]}
     )
     path = f"/v1/responses/{stored['id']}"
     assert call("GET", path) == (200, stored)
     assert call("GET", f"{path}/input_items")[1]["data"] == [{"role": "user", "content": "x"}]
-    assert call("DELETE", path, {})[1]["deleted"]  # with a body, as some clients send it
+    # Some clients send a body with it.
+    assert call("DELETE", path, {})[1]["deleted"]
     assert (
         call("GET", path)[0]
         == call(
@@ -142,7 +146,7 @@ def test_a_stored_response(call: Call) -> None:
     assert call("GET", f"/v1/responses/{unstored}")[0] == 404
 
 
-def test_a_file_in_chunks(call: Call) -> None:
+def test_a_file_can_be_uploaded_in_chunks(call: Call) -> None:
     """Colons in the path pass."""
     name = call("POST", "/v1/files:initialize", {"filename": "a"})[1]["id"]
     for chunk in (b"\0\1", b"\2"):
@@ -161,7 +165,7 @@ def test_a_file_in_chunks(call: Call) -> None:
     "before, seconds, status",
     [(True, "3600", 200), (True, "3599", 400), (True, "2592001", 400), (False, "3600", 400)],
 )
-def test_a_file_that_expires(call: Call, before: bool, seconds: str, status: int) -> None:
+def test_a_file_may_expire(call: Call, before: bool, seconds: str, status: int) -> None:
     field = (
         b'--b\r\nContent-Disposition: form-data; name="expires_after"\r\n\r\n%b\r\n'
         % seconds.encode()
@@ -171,7 +175,7 @@ def test_a_file_that_expires(call: Call, before: bool, seconds: str, status: int
     assert answered == status and ("expires_at" in file) == (status == 200)
 
 
-def test_a_batch(call: Call) -> None:
+def test_a_batch_can_be_run(call: Call) -> None:
     name = call("POST", "/v1/batches", {"name": "x"})[1]["batch_id"]
     assert name in [batch["batch_id"] for batch in call("GET", "/v1/batches")[1]["batches"]]
     assert (
@@ -200,12 +204,14 @@ def test_a_batch(call: Call) -> None:
         ("POST", "/v1/messages/count_tokens", 404, "No handler found on route"),
     ],
 )
-def test_what_is_not_there(call: Call, method: str, path: str, status: int, sentence: str) -> None:
+def test_unknown_resources_are_404(
+    call: Call, method: str, path: str, status: int, sentence: str
+) -> None:
     answered, body = call(method, path, {} if method == "POST" else None)
     assert answered == status and sentence in body["error"]
 
 
-def test_what_is_not_allowed_or_wrong(call: Call) -> None:
+def test_errors_of_the_api_pass(call: Call) -> None:
     assert call("PATCH", "/v1/models") == (405, b"Method Not Allowed")
     assert call("POST", "/v1/stt", {})[0] == 415
     assert "missing field `input`" in call("POST", "/v1/responses", MODEL)[1]["error"]

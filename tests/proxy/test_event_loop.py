@@ -20,14 +20,15 @@ from xaiproxy.proxy import event_loop
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
-def test_unread_log_stops_nothing(tmp_path: Path, upstream: ScriptedUpstream) -> None:
-    """5,000 requests and a stream, with a pipe behind stderr that holds some hundred lines."""
+def test_an_unread_log_blocks_no_request(tmp_path: Path, upstream: ScriptedUpstream) -> None:
+    """5,000 requests and a stream pass, while the pipe at stderr holds some hundred lines."""
     rounds, requests = 50, 100
     with (
         ProxyProcess(tmp_path, upstream=upstream.origin, read_log=False) as proxy,
         proxy.client() as streaming,
     ):
-        proxy.refresher_lives()  # or a line would be dropped that says that there is none
+        # Otherwise a line about the missing refresher could be dropped as well.
+        proxy.refresher_lives()
         proxy.sign_in()
         streaming.request("GET", "/v1/stream")
         stream = upstream.receive().answer(CHUNKED)
@@ -43,9 +44,8 @@ def test_unread_log_stops_nothing(tmp_path: Path, upstream: ScriptedUpstream) ->
         assert streaming.chunk() == b""
 
         proxy.read_log()
-        proxy.wait_for_log(
-            lambda line: "log lines were dropped" in line["message"]
-        )  # which needs no further request
+        # This line appears without another request.
+        proxy.wait_for_log(lambda line: "log lines were dropped" in line["message"])
     lines = proxy.log_lines()
     dropped = [
         int(line["message"].split()[0])
@@ -59,16 +59,18 @@ def test_unread_log_stops_nothing(tmp_path: Path, upstream: ScriptedUpstream) ->
     )
 
 
-def test_log_lines_of_a_connection_that_leaves_the_loop_no_turn_wait_for_their_reader(
+def test_a_burst_of_log_lines_waits_for_a_slow_reader(
     tmp_path: Path,
 ) -> None:
-    """More lines than the pipe has room for, and fewer than half of it and the limit together.
+    """One connection, which leaves the event loop no turn, logs more lines than the pipe holds.
 
-    Short writes may leave the pipe's pages half full.
+    They take no more than half of the pipe and the buffer limit together: short writes may leave
+    the pipe's pages half full.
     """
     requests = 1400
     with ProxyProcess(tmp_path, read_log=False) as proxy, proxy.client() as client:
-        fcntl.fcntl(proxy.process.stderr.fileno(), 1031, 1 << 18)  # F_SETPIPE_SZ
+        # F_SETPIPE_SZ.
+        fcntl.fcntl(proxy.process.stderr.fileno(), 1031, 1 << 18)
         client.send(
             b"".join(
                 b"GET /v1/v1/%04d HTTP/1.1\r\nHost: localhost\r\n\r\n" % number
@@ -88,7 +90,7 @@ def test_log_lines_of_a_connection_that_leaves_the_loop_no_turn_wait_for_their_r
     assert not any("dropped" in line["message"] for line in lines)
 
 
-def test_log_on_a_full_disk_or_a_closed_pipe_stops_nothing(tmp_path: Path) -> None:
+def test_a_log_that_cannot_be_written_blocks_no_request(tmp_path: Path) -> None:
     command = ["sh", "-c", 'exec "$@" 2>/dev/full', "sh", *COMMAND]
     with socket.create_server(("127.0.0.1", 0)) as found:
         port = found.getsockname()[1]
@@ -106,7 +108,7 @@ def test_log_on_a_full_disk_or_a_closed_pipe_stops_nothing(tmp_path: Path) -> No
         assert process.wait(10) == 0
 
 
-def test_a_log_is_polled_again_although_no_event_told_of_room() -> None:
+def test_a_full_pipe_is_polled_without_an_event() -> None:
     read_end, write_end = os.pipe()
     called = gevent.event.Event()
     try:

@@ -1,4 +1,4 @@
-"""Comments in the silences of a stream: between two events, and nowhere else."""
+"""Heartbeats of an event stream: comments in its silences, between two events and nowhere else."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COMMENT = b": keepalive\n\n"
 
 
 def events(stream: bytes) -> list[tuple[str, str, str, str]]:
-    """Type, data, id and reconnection time of each, by the rules of the WHATWG to the letter."""
+    """Return type, data, ID and reconnection time of each event, by the WHATWG's rules."""
     found = []
     kind, data, last_id, retry = "", "", "", ""
     for line in re.split("\r\n|\n|\r", stream.decode("utf-8").removeprefix("\ufeff"))[:-1]:
@@ -73,7 +73,7 @@ STREAMS["mixed"] = b"data: 1\r\ndata: 2\rdata: 3\n\r\ndata: 4\r\r\ndata: 5\n\rda
 
 
 def silent_at(stream: bytes, *places: int, times: int = 1) -> list[bytes]:
-    """Its parts, with as many empty ones at each place."""
+    """Split a stream at each place, with `times` empty parts (silences) there."""
     cuts = [0, *places, len(stream)]
     parts = [stream[start:end] for start, end in itertools.pairwise(cuts)]
     return [
@@ -87,7 +87,7 @@ def begins_a_line(stream: bytes, at: int) -> bool:
     return at == 0 or stream[at - 1 : at] in (b"\n", b"\r")
 
 
-def test_the_judge_knows_an_empty_line_in_the_middle_of_an_event() -> None:
+def test_the_parser_of_this_test_splits_an_event_at_an_empty_line() -> None:
     stream = STREAMS["LF"]
     assert len(events(stream)) == 4 and events(stream)[1] == ("two", "a:b\n\n é", "", "")
     at = stream.index(b"data: a:b") + len(b"data: a:b\n")
@@ -96,18 +96,19 @@ def test_the_judge_knows_an_empty_line_in_the_middle_of_an_event() -> None:
 
 
 @pytest.mark.parametrize("name", STREAMS)
-def test_comments_at_any_place_change_no_event(name: str) -> None:
-    """Silence at each byte, once and twice, and at each two bytes of a stream; every line begins
-    with a comment.
+def test_heartbeats_at_any_place_change_no_event(name: str) -> None:
+    """Silence is at each byte, once and twice, and at each pair of bytes of a stream.
+
+    Every line begins with a heartbeat.
     """
     stream = STREAMS[name]
     expected = events(stream)
     assert len(expected) >= 4
     for at in range(len(stream) + 1):
         for times in (1, 2):
-            told = b"".join(with_comments(silent_at(stream, at, times=times)))
-            assert events(told) == expected, at
-            assert (len(told) > len(stream)) is begins_a_line(stream, at), at
+            filled = b"".join(with_comments(silent_at(stream, at, times=times)))
+            assert events(filled) == expected, at
+            assert (len(filled) > len(stream)) is begins_a_line(stream, at), at
         for second in range(at, len(stream) + 1):
             assert events(b"".join(with_comments(silent_at(stream, at, second)))) == expected, (
                 at,
@@ -120,7 +121,7 @@ def test_comments_at_any_place_change_no_event(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", STREAMS)
-def test_the_openai_library_sees_the_same_events(name: str) -> None:
+def test_the_openai_library_decodes_the_same_events(name: str) -> None:
     streaming = pytest.importorskip("openai._streaming")
 
     def decoded(parts: list[bytes]) -> list[tuple[str | None, str]]:
@@ -134,7 +135,7 @@ def test_the_openai_library_sees_the_same_events(name: str) -> None:
 
 
 @pytest.mark.parametrize("end", [b"\n\n", b"\r\n\r\n", b"\n\r\n", b"\r\n\n"])
-def test_after_an_event_a_comment_is_a_block_of_its_own(end: bytes) -> None:
+def test_a_heartbeat_after_an_event_is_a_block_of_its_own(end: bytes) -> None:
     for parts in (
         [b"data: x" + end],
         [b"data: x", *(end[at : at + 1] for at in range(len(end)))],
@@ -153,19 +154,19 @@ def test_after_an_event_a_comment_is_a_block_of_its_own(end: bytes) -> None:
         (b"\r", b":\r"),
     ],
 )
-def test_comments_after_other_line_ends(end: bytes, comment: bytes) -> None:
+def test_a_heartbeat_after_other_line_ends_is_a_line(end: bytes, comment: bytes) -> None:
     for parts in ([b"data: x" + end], [b"data: x", *(end[at : at + 1] for at in range(len(end)))]):
         assert b"".join(with_comments([*parts, b"", b""])) == b"".join(parts) + 2 * comment
 
 
-@pytest.mark.parametrize("amid", [b"d", b"data: x", b"\ndata", b"\n\n:", b"x\n\r\nx", BOM])
-def test_nothing_comes_in_the_middle_of_a_line(amid: bytes) -> None:
-    for parts in ([amid], [amid[at : at + 1] for at in range(len(amid))]):
-        assert b"".join(with_comments([b"data: 1\n\n", *parts, b"", b""])) == b"data: 1\n\n" + amid
-    assert b"".join(with_comments([b"x" + amid, b""])) == b"x" + amid
+@pytest.mark.parametrize("start", [b"d", b"data: x", b"\ndata", b"\n\n:", b"x\n\r\nx", BOM])
+def test_no_heartbeat_is_inserted_in_the_middle_of_a_line(start: bytes) -> None:
+    for parts in ([start], [start[at : at + 1] for at in range(len(start))]):
+        assert b"".join(with_comments([b"data: 1\n\n", *parts, b"", b""])) == b"data: 1\n\n" + start
+    assert b"".join(with_comments([b"x" + start, b""])) == b"x" + start
 
 
-def test_a_byte_order_mark_is_one_only_at_the_beginning() -> None:
+def test_a_byte_order_mark_is_dropped_after_a_heartbeat() -> None:
     assert list(with_comments([BOM + b"data: x\n\n", b""])) == [BOM + b"data: x\n\n", COMMENT]
     assert list(with_comments([b"", BOM + b"data: x\n\n"])) == [COMMENT, b"data: x\n\n"]
     assert list(with_comments([b"", b"data: x\n\n", BOM])) == [COMMENT, b"data: x\n\n", BOM]
@@ -183,14 +184,16 @@ def test_a_byte_order_mark_is_one_only_at_the_beginning() -> None:
 
 
 @pytest.fixture
-def talkative(start_proxy: Callable[..., ProxyProcess], upstream: ScriptedUpstream) -> ProxyProcess:
+def heartbeat_proxy(
+    start_proxy: Callable[..., ProxyProcess], upstream: ScriptedUpstream
+) -> ProxyProcess:
     return start_proxy(sse_keepalive=0.2, idle_timeout=0.9)
 
 
-def test_silence_is_filled_from_the_beginning(
-    talkative: ProxyProcess, upstream: ScriptedUpstream
+def test_heartbeats_fill_silences_from_the_beginning(
+    heartbeat_proxy: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
-    with talkative.client() as client:
+    with heartbeat_proxy.client() as client:
         client.request("POST", "/v1/reasoning", body=b"{}")
         request = upstream.receive().answer(SSE + b"Transfer-Encoding: chunked\r\n\r\n")
         began = time.monotonic()
@@ -206,26 +209,28 @@ def test_silence_is_filled_from_the_beginning(
         assert client.chunk() == b"y\n" and client.chunk() == client.chunk() == b":\n"
         request.answer(b"1\r\n\n\r\n0\r\n\r\n")
         assert (client.chunk(), client.chunk()) == (b"\n", b"")
-        client.request()  # the connection is as good as before
+        # The connection can be reused.
+        client.request()
         assert upstream.receive().answer().connection is request.connection
         assert client.message().body == b"ok"
 
 
-def test_comments_do_not_keep_a_dead_upstream_alive(
-    talkative: ProxyProcess, upstream: ScriptedUpstream
+def test_heartbeats_do_not_extend_the_idle_timeout(
+    heartbeat_proxy: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
-    with talkative.client() as client:
+    with heartbeat_proxy.client() as client:
         client.request("POST", "/v1/dead", body=b"{}")
         began = time.monotonic()
         upstream.receive().answer(SSE + b"Transfer-Encoding: chunked\r\n\r\n")
         client.head()
-        comments = client.rest()  # and no last chunk
+        # The response has no last chunk.
+        comments = client.rest()
         assert 3 <= comments.count(COMMENT) <= 4 and not comments.endswith(b"0\r\n\r\n")
         assert 0.8 < time.monotonic() - began < 3
-        assert talkative.wait_for_request("/v1/dead")["ended_by"] == "upstream"
+        assert heartbeat_proxy.wait_for_request("/v1/dead")["ended_by"] == "upstream"
 
 
-def test_limit_of_silence_is_no_multiple_of_the_pause(
+def test_the_idle_timeout_need_not_be_a_multiple_of_the_heartbeat_interval(
     start_proxy: Callable[..., ProxyProcess], upstream: ScriptedUpstream
 ) -> None:
     with start_proxy(sse_keepalive=1, idle_timeout=1.1).client() as client:
@@ -236,10 +241,10 @@ def test_limit_of_silence_is_no_multiple_of_the_pause(
         assert client.rest().count(COMMENT) == 1 and 1 < time.monotonic() - began < 1.9
 
 
-def test_upstream_is_closed_when_the_client_leaves_amid_comments(
-    talkative: ProxyProcess, upstream: ScriptedUpstream
+def test_upstream_is_closed_when_the_client_closes_between_heartbeats(
+    heartbeat_proxy: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
-    with talkative.client() as client:
+    with heartbeat_proxy.client() as client:
         client.request("POST", "/v1/leaves", body=b"{}")
         request = upstream.receive().answer(SSE + b"Transfer-Encoding: chunked\r\n\r\n")
         client.head()
@@ -262,10 +267,10 @@ def test_upstream_is_closed_when_the_client_leaves_amid_comments(
         (b"Transfer-Encoding: chunked\r\n", b"1\r\nx\r\n0\r\n\r\n"),
     ],
 )
-def test_nothing_is_put_into_what_is_no_open_stream_of_text(
-    talkative: ProxyProcess, upstream: ScriptedUpstream, fields: bytes, body: bytes
+def test_only_plain_event_streams_get_heartbeats(
+    heartbeat_proxy: ProxyProcess, upstream: ScriptedUpstream, fields: bytes, body: bytes
 ) -> None:
-    with talkative.client() as client:
+    with heartbeat_proxy.client() as client:
         client.request("POST", "/v1/other", body=b"{}")
         request = upstream.receive().answer(b"HTTP/1.1 200 OK\r\n" + fields + b"\r\n")
         client.head()
@@ -284,15 +289,15 @@ def test_nothing_is_put_into_what_is_no_open_stream_of_text(
         (["ACCEPT-ENCODING: identity;q=0"], "identity;q=0"),
     ],
 )
-def test_upstream_is_asked_for_plain_text(
-    talkative: ProxyProcess,
+def test_heartbeats_request_uncompressed_responses(
+    heartbeat_proxy: ProxyProcess,
     running: ProxyProcess,
     upstream: ScriptedUpstream,
     lines: list[str],
     by_default: str | None,
 ) -> None:
-    """Most SDKs allow gzip, into which no comment can be put."""
-    for proxy, asked in ((talkative, "identity"), (running, by_default)):
+    """Most SDKs allow gzip, into which no comment can be inserted."""
+    for proxy, asked in ((heartbeat_proxy, "identity"), (running, by_default)):
         with proxy.client() as client:
             client.request("POST", "/v1/compressed", *lines, body=b"{}")
             assert upstream.receive().answer().value("Accept-Encoding") == asked
@@ -300,9 +305,7 @@ def test_upstream_is_asked_for_plain_text(
 
 
 @both_ways
-def test_by_default_silence_is_left_alone(
-    running: ProxyProcess, upstream: ScriptedUpstream
-) -> None:
+def test_heartbeats_are_off_by_default(running: ProxyProcess, upstream: ScriptedUpstream) -> None:
     with running.client() as client:
         client.request("POST", "/v1/quiet", body=b"{}")
         request = upstream.receive().answer(SSE + b"Transfer-Encoding: chunked\r\n\r\n")

@@ -1,4 +1,4 @@
-"""A request's token: which one it is, what happens when it is refused, what is said without one."""
+"""A request's access token: its choice, its refusal by xAI, and the errors without one."""
 
 from __future__ import annotations
 
@@ -77,8 +77,10 @@ def proxy(running: ProxyProcess, upstream: ScriptedUpstream) -> ProxyProcess:
 
 
 @pytest.fixture
-def frugal(start_proxy: Callable[..., ProxyProcess], upstream: ScriptedUpstream) -> ProxyProcess:
-    """One that keeps little for a replay: 10 bytes of a request, 15 of all."""
+def low_replay_proxy(
+    start_proxy: Callable[..., ProxyProcess], upstream: ScriptedUpstream
+) -> ProxyProcess:
+    """A proxy with little replay memory: 10 bytes per request, 15 in total."""
     return signed_in(start_proxy(replay_limit=10, replay_memory=15))
 
 
@@ -89,7 +91,7 @@ def client(proxy: ProxyProcess) -> Iterator[Client]:
 
 
 def signed_in(proxy: ProxyProcess) -> ProxyProcess:
-    """With an hour-old token, a living refresher and no note to it."""
+    """Sign in with an hour-old token, a running refresher, and no report of a refused token."""
     proxy.sign_in("old")
     proxy.refresher_lives()
     with contextlib.suppress(FileNotFoundError):
@@ -104,13 +106,13 @@ def note(proxy: ProxyProcess) -> Path:
 def wait_for_note(proxy: ProxyProcess, token: str = "old", seconds: float = 3) -> None:
     deadline = time.monotonic() + seconds
     while not note(proxy).exists():
-        assert time.monotonic() < deadline, "the refresher was not asked"
+        assert time.monotonic() < deadline, "the token was not reported to the refresher"
         time.sleep(0.01)
     assert note(proxy).read_text() == tokens.fingerprint(token)
 
 
 def assert_refusal(message: Message, status: int, code: str, *words: str) -> None:
-    """Our own answer, in the one shape that they have."""
+    """Assert that this is an error of the proxy's own, in their common format."""
     assert (message.status, message.value("X-XAI-Proxy-Error")) == (status, code)
     assert message.value("Content-Type") == "application/json"
     error = json.loads(message.body)["error"]
@@ -125,15 +127,15 @@ def assert_as_it_came(message: Message, sent: bytes) -> None:
     )
 
 
-# What takes long goes on beside the other tests
+# These requests wait for 10 s while the other tests run
 
 
 @pytest.fixture(scope="module")
-def waiting(
+def waiting_requests(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[tuple[ProxyProcess, Client, Client]]:
-    """A refused request, and one that found the token expired: both wait for an idle refresher."""
-    folder = tmp_path_factory.mktemp("waiting")
+    """A refused request and one with an expired token, which both wait for an idle refresher."""
+    folder = tmp_path_factory.mktemp("waiting_requests")
     with (
         ScriptedUpstream() as upstream,
         ProxyProcess(folder, upstream=upstream.origin) as proxy,
@@ -150,8 +152,10 @@ def waiting(
         assert upstream.quiet()
 
 
-def test_requests_begin_to_wait(waiting: tuple[ProxyProcess, Client, Client]) -> None:
-    _, refused, late = waiting
+def test_both_requests_wait_for_a_token(
+    waiting_requests: tuple[ProxyProcess, Client, Client],
+) -> None:
+    _, refused, late = waiting_requests
     assert refused.silent() and late.silent()
 
 
@@ -183,11 +187,11 @@ def test_dot_segments_are_refused(path: str) -> None:
 @pytest.mark.parametrize(
     "path", ["/v1/...", "/v1/a..b", "/v1/.well-known", "/v1/a.", "/v1/..a/b", "/v1/a;../b", "/v1//"]
 )
-def test_other_dots_are_not(path: str) -> None:
+def test_other_dots_in_a_path_are_accepted(path: str) -> None:
     check_path(path)
 
 
-def test_what_is_refused_does_not_reach_upstream(
+def test_a_refused_request_does_not_reach_upstream(
     client: Client, upstream: ScriptedUpstream
 ) -> None:
     assert_refusal(client.ask("GET", "/v1/../admin"), 400, "bad_request", "dot segment")
@@ -200,9 +204,9 @@ def test_what_is_refused_does_not_reach_upstream(
     assert upstream.quiet()
 
 
-@pytest.mark.parametrize("said", [b"", b"Access-Control-Allow-Origin: *\r\n"])
-def test_page_of_a_listed_origin_may_read_the_answer(
-    tmp_path: Path, upstream: ScriptedUpstream, said: bytes
+@pytest.mark.parametrize("cors_field", [b"", b"Access-Control-Allow-Origin: *\r\n"])
+def test_a_page_of_a_listed_origin_may_read_the_response(
+    tmp_path: Path, upstream: ScriptedUpstream, cors_field: bytes
 ) -> None:
     origin = "https://chat.example"
     with (
@@ -213,17 +217,19 @@ def test_page_of_a_listed_origin_may_read_the_answer(
         assert refused.values("Access-Control-Allow-Origin") == [origin]
         proxy.sign_in()
         client.request("GET", "/v1/models", f"Origin: {origin}")
-        upstream.receive().answer(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n" + said + b"\r\nok")
+        upstream.receive().answer(
+            b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n" + cors_field + b"\r\nok"
+        )
         answer = client.message()
         assert answer.body == b"ok"
-        assert answer.values("Access-Control-Allow-Origin") == ["*" if said else origin]
+        assert answer.values("Access-Control-Allow-Origin") == ["*" if cors_field else origin]
 
 
-# Heads that repeat: what was found out from one before is used again
+# Repeated heads, whose parsed values are cached
 
 
 @pytest.mark.parametrize("pipelined", [False, True])
-def test_equal_heads_with_bodies_of_other_lengths(
+def test_equal_heads_with_different_lengths_are_distinguished(
     client: Client, upstream: ScriptedUpstream, pipelined: bool
 ) -> None:
     bodies = [
@@ -251,7 +257,7 @@ def test_equal_heads_with_bodies_of_other_lengths(
     assert upstream.quiet()
 
 
-def test_equal_heads_on_several_connections_at_once(
+def test_equal_heads_on_several_connections_keep_their_lengths(
     proxy: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
     with contextlib.ExitStack() as stack:
@@ -269,7 +275,7 @@ def test_equal_heads_on_several_connections_at_once(
 
 
 def ask_twice(client: Client, upstream: ScriptedUpstream) -> str:
-    """The token of two equal requests, so that whatever is remembered of them is."""
+    """Return the token of two equal requests, the second of which uses every cache."""
     seen = set()
     for _ in range(2):
         client.request("GET", "/v1/x", "X-a: 1")
@@ -280,7 +286,7 @@ def ask_twice(client: Client, upstream: ScriptedUpstream) -> str:
     return seen.pop()
 
 
-def test_token_file_counts_from_the_very_next_request(
+def test_a_changed_token_file_applies_to_the_next_request(
     client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
     assert ask_twice(client, upstream) == "old"
@@ -296,7 +302,7 @@ def test_token_file_counts_from_the_very_next_request(
     assert upstream.quiet()
 
 
-def test_client_keys_count_from_the_very_next_request(
+def test_changed_client_keys_apply_to_the_next_request(
     tmp_path: Path, upstream: ScriptedUpstream
 ) -> None:
     keys = tmp_path / "client-keys"
@@ -307,7 +313,7 @@ def test_client_keys_count_from_the_very_next_request(
                 f"{name} {hashlib.sha256(f'key-of-{name}'.encode()).hexdigest()}\n"
                 for name in names
             )
-            or "# nobody\n"
+            or "# no keys\n"
         )
         keys.with_suffix(".new").replace(keys)
 
@@ -334,7 +340,7 @@ def test_client_keys_count_from_the_very_next_request(
             for _ in range(2):
                 assert is_admitted(first, "ann") is ("ann" in admitted)
                 assert is_admitted(second, "bob") is ("bob" in admitted)
-        # Gone, no file, a link to itself, and no keys.
+        # The file is gone, a folder, a link to itself, or without keys.
         for spoil in (
             lambda: None,
             keys.mkdir,
@@ -354,7 +360,7 @@ def test_client_keys_count_from_the_very_next_request(
 
 
 @pytest.mark.parametrize("refusal", REFUSALS)
-def test_refused_request_is_sent_again_with_another_token(
+def test_a_refused_request_is_retried_with_a_newer_token(
     client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream, refusal: str
 ) -> None:
     client.request(
@@ -371,7 +377,7 @@ def test_refused_request_is_sent_again_with_another_token(
 
 
 @pytest.mark.parametrize("refusal", REFUSALS)
-def test_refused_request_is_sent_again_once(
+def test_a_refused_request_is_retried_once(
     client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream, refusal: str
 ) -> None:
     client.request()
@@ -393,7 +399,7 @@ def test_refused_request_is_sent_again_once(
         if status not in (200, 401) and not name.startswith("bad_credentials")
     ),
 )
-def test_no_other_error_of_xai_is_retried_or_altered(
+def test_no_other_error_of_xai_is_retried_or_changed(
     sandbox: Sandbox, for_sandbox: ProxyProcess, name: str
 ) -> None:
     sandbox.set(answers=[{"path": "/v1/models", "error": name}], gzip="all")
@@ -447,10 +453,10 @@ def for_sandbox(
 @pytest.mark.parametrize(
     "knobs", [{}, {"gzip": "all"}, {"old_shape": True}, {"dead_token_status": 401}]
 )
-def test_token_that_xai_refuses(
+def test_a_request_with_a_revoked_token_is_retried_after_the_refresh(
     sandbox: Sandbox, tmp_path: Path, for_sandbox: ProxyProcess, knobs: dict[str, Any]
 ) -> None:
-    """The real thing: revoked at the issuer, refused as xAI does, renewed by somebody, and served."""
+    """The token is revoked at the issuer and refused as xAI does, and another process refreshes it."""
     sandbox.set(**knobs)
     sandbox.write_login(for_sandbox.token_path, obtained_at=0)
     sandbox.kill()
@@ -470,7 +476,7 @@ def test_token_that_xai_refuses(
     assert sandbox.counters()["refused_tokens"] == 1
 
 
-def test_young_token_gets_a_second_chance(
+def test_a_request_with_a_refused_young_token_is_retried_after_a_second(
     client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
     proxy.sign_in("young", age=100)
@@ -484,7 +490,7 @@ def test_young_token_gets_a_second_chance(
     assert upstream.quiet() and not note(proxy).exists()
 
 
-def test_refresher_is_asked_for_an_older_one(
+def test_a_refused_older_token_is_reported_to_the_refresher(
     client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
     proxy.sign_in("old", age=121)
@@ -504,7 +510,7 @@ def test_refresher_is_asked_for_an_older_one(
     ]
 
 
-def test_fifty_refused_requests_wait_for_one_token(
+def test_fifty_refused_requests_wait_for_one_refresh(
     proxy: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
     with contextlib.ExitStack() as stack:
@@ -527,8 +533,8 @@ def test_fifty_refused_requests_wait_for_one_token(
     assert upstream.quiet()
 
 
-def now_failed(proxy: ProxyProcess, **error: Any) -> None:
-    """The refresher records that it got nowhere."""
+def record_failure(proxy: ProxyProcess, **error: Any) -> None:
+    """Record a failed refresh, as the refresher does."""
     proxy.sign_in(
         "old",
         refresh_error={
@@ -542,9 +548,9 @@ def now_failed(proxy: ProxyProcess, **error: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "end", [now_failed, lambda proxy: proxy.refresher_lives(False)], ids=["fails", "dies"]
+    "end", [record_failure, lambda proxy: proxy.refresher_lives(False)], ids=["fails", "dies"]
 )
-def test_wait_ends_when_the_refresher_fails(
+def test_the_wait_ends_when_the_refresher_fails(
     client: Client,
     proxy: ProxyProcess,
     upstream: ScriptedUpstream,
@@ -559,7 +565,7 @@ def test_wait_ends_when_the_refresher_fails(
     assert time.monotonic() - start < 3 and upstream.quiet()
 
 
-def test_wait_ends_when_the_client_leaves(
+def test_the_wait_ends_when_the_client_closes(
     client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
     client.request("POST", "/v1/left", body=b"{}")
@@ -572,19 +578,19 @@ def test_wait_ends_when_the_client_leaves(
     assert upstream.quiet()
 
 
-def test_wait_ends_when_the_login_has_ended(
+def test_the_wait_ends_when_the_login_has_ended(
     client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
     client.request()
     upstream.receive().answer(REFUSED)
     wait_for_note(proxy)
-    now_failed(proxy, code="invalid_grant", terminal=True)
+    record_failure(proxy, code="invalid_grant", terminal=True)
     start = time.monotonic()
     assert_refusal(client.message(), 401, "login_required", "invalid_grant", "xai-login --device")
     assert time.monotonic() - start < 3 and upstream.quiet()
 
 
-def test_wait_ends_when_the_login_is_removed(
+def test_the_wait_ends_when_the_login_is_removed(
     client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
     client.request()
@@ -600,11 +606,11 @@ def test_wait_ends_when_the_login_is_removed(
         lambda proxy: proxy.refresher_lives(False),
         lambda proxy: proxy.token_path.with_name("tokens.json.lock").unlink(),
         lambda proxy: proxy.sign_in("old", refresh_token=None),
-        lambda proxy: now_failed(proxy, retry_at=time.time() + 60),
+        lambda proxy: record_failure(proxy, retry_at=time.time() + 60),
     ],
     ids=["dead refresher", "never a refresher", "no refresh token", "no try for a minute"],
 )
-def test_nothing_is_waited_for_that_cannot_come(
+def test_a_refused_request_does_not_wait_for_a_refresh_that_cannot_succeed(
     client: Client,
     proxy: ProxyProcess,
     upstream: ScriptedUpstream,
@@ -616,18 +622,18 @@ def test_nothing_is_waited_for_that_cannot_come(
     upstream.receive().answer(REFUSED)
     assert_as_it_came(client.message(), REFUSED)
     assert time.monotonic() - start < 3 and upstream.quiet()
-    # A refresher that comes back still learns of it; without a refresh token there is nothing to
-    # ask.
+    # A refresher that is started again will read the report. Without a refresh token there is none.
     assert note(proxy).exists() is (
         json.loads(proxy.token_path.read_text())["refresh_token"] is not None
     )
 
 
-def test_refused_token_of_an_ended_login(
+def test_a_refused_token_of_an_ended_login_is_401(
     client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
-    now_failed(proxy, code="invalid_grant", terminal=True)
-    client.request()  # served as long as the token is taken
+    record_failure(proxy, code="invalid_grant", terminal=True)
+    # The request is served as long as xAI accepts the token.
+    client.request()
     upstream.receive().answer()
     assert client.message().body == b"ok"
     client.request()
@@ -635,7 +641,9 @@ def test_refused_token_of_an_ended_login(
     assert_refusal(client.message(), 401, "login_required", "invalid_grant", "xai-login --device")
 
 
-def test_folder_that_cannot_be_written(tmp_path: Path, upstream: ScriptedUpstream) -> None:
+def test_a_read_only_token_folder_does_not_delay_a_refusal(
+    tmp_path: Path, upstream: ScriptedUpstream
+) -> None:
     mount = f'mount --bind "{tmp_path}" "{tmp_path}" && mount -o remount,bind,ro "{tmp_path}"'
     read_only = ("unshare", "-rm", "sh", "-c", f'{mount} && exec "$@"', "sh")
     if subprocess.run([*read_only, "true"], capture_output=True).returncode:
@@ -652,10 +660,10 @@ def test_folder_that_cannot_be_written(tmp_path: Path, upstream: ScriptedUpstrea
         assert line["level"] == "warning" and "Read-only file system" in line["message"]
 
 
-# The body, sent again
+# The replay of a body
 
 
-def test_chunked_body_is_sent_again(
+def test_a_chunked_body_is_replayed(
     client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
     body = bytes(range(256)) * 2000
@@ -675,10 +683,13 @@ def test_chunked_body_is_sent_again(
 
 
 @pytest.mark.parametrize("ended", [False, True])
-def test_body_refused_before_it_was_whole_is_sent_again(
+def test_a_body_refused_before_its_end_is_replayed(
     client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream, ended: bool
 ) -> None:
-    """xAI looks at the token before it reads: what came is repeated, then comes the rest."""
+    """xAI checks the token before it reads the body.
+
+    The proxy replays what has arrived and then forwards the rest.
+    """
     client.request("POST", "/v1/files", "Content-Length: 6").send(b"abc")
     first = upstream.receive(body=False)
     assert first.connection.exactly(3) == b"abc"
@@ -686,7 +697,8 @@ def test_body_refused_before_it_was_whole_is_sent_again(
     first.answer(REFUSED)
     if ended:
         first.connection.close()
-    time.sleep(0.1)  # so that it is read before the rest comes
+    # The proxy reads the response before the rest of the body.
+    time.sleep(0.1)
     client.send(b"def")
     second = upstream.receive()
     assert (second.token, second.body) == ("new", b"abcdef")
@@ -705,7 +717,7 @@ def test_body_refused_before_it_was_whole_is_sent_again(
         (b"3\r\nabc\r\n0\r\nA: ", b"b\r\n\r\n"),
     ],
 )
-def test_refused_part_of_a_chunked_body_is_sent_again(
+def test_a_chunked_body_refused_before_its_end_is_replayed(
     client: Client,
     proxy: ProxyProcess,
     ended: bool,
@@ -713,7 +725,7 @@ def test_refused_part_of_a_chunked_body_is_sent_again(
     start: bytes,
     rest: bytes,
 ) -> None:
-    """The reading of the client's chunks is broken off wherever it is, and goes on from there."""
+    """The proxy stops parsing the client's chunks at any byte, and later continues there."""
     client.request("POST", "/v1/files", "Transfer-Encoding: chunked").send(start)
     first = upstream.receive(body=False)
     assert first.connection.chunk() == b"abc"
@@ -721,7 +733,8 @@ def test_refused_part_of_a_chunked_body_is_sent_again(
     first.answer(REFUSED)
     if ended:
         first.connection.close()
-    time.sleep(0.1)  # so that it is read before the rest comes
+    # The proxy reads the response before the rest of the body.
+    time.sleep(0.1)
     client.send(rest)
     second = upstream.receive()
     assert (second.token, second.body) == ("new", b"abcdef" if b"def" in rest else b"abc")
@@ -731,11 +744,15 @@ def test_refused_part_of_a_chunked_body_is_sent_again(
 
 @pytest.mark.parametrize("size, again", [(10, True), (11, False)])
 @pytest.mark.parametrize("by_length", [True, False])
-def test_body_beyond_the_limit_is_not_sent_again(
-    frugal: ProxyProcess, upstream: ScriptedUpstream, size: int, again: bool, by_length: bool
+def test_a_body_beyond_the_replay_limit_is_not_replayed(
+    low_replay_proxy: ProxyProcess,
+    upstream: ScriptedUpstream,
+    size: int,
+    again: bool,
+    by_length: bool,
 ) -> None:
     body = b"0123456789a"[:size]
-    with frugal.client() as client:
+    with low_replay_proxy.client() as client:
         if by_length:
             client.request("POST", "/v1/x", body=body)
         else:
@@ -743,7 +760,7 @@ def test_body_beyond_the_limit_is_not_sent_again(
             client.send(b"%x\r\n%b\r\n0\r\n\r\n" % (size, body))
         first = upstream.receive()
         assert first.body == body
-        frugal.sign_in("new")
+        low_replay_proxy.sign_in("new")
         first.answer(REFUSALS["gzip"])
         if again:
             upstream.receive().answer()
@@ -753,31 +770,31 @@ def test_body_beyond_the_limit_is_not_sent_again(
             assert upstream.quiet()
 
 
-def test_refresher_is_asked_also_when_nothing_is_sent_again(
-    frugal: ProxyProcess, upstream: ScriptedUpstream
+def test_a_refused_token_is_reported_even_if_the_body_cannot_be_replayed(
+    low_replay_proxy: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
-    """Or large uploads alone would be refused until the token expires."""
-    with frugal.client() as client:
+    """Otherwise large uploads alone would be refused until the token expires."""
+    with low_replay_proxy.client() as client:
         client.request("POST", "/v1/x", body=b"0123456789a")
         start = time.monotonic()
         upstream.receive().answer(REFUSED)
         assert_as_it_came(client.message(), REFUSED)
         assert time.monotonic() - start < 3
-        wait_for_note(frugal)
-        note(frugal).unlink()
-        frugal.sign_in("young", age=5)
+        wait_for_note(low_replay_proxy)
+        note(low_replay_proxy).unlink()
+        low_replay_proxy.sign_in("young", age=5)
         client.request("POST", "/v1/x", body=b"0123456789a")
         upstream.receive().answer(REFUSED)
         assert_as_it_came(client.message(), REFUSED)
-        assert not note(frugal).exists() and time.monotonic() - start < 0.95
+        assert not note(low_replay_proxy).exists() and time.monotonic() - start < 0.95
 
 
-def test_bodies_beyond_the_memory_are_not_sent_again(
-    frugal: ProxyProcess, upstream: ScriptedUpstream
+def test_bodies_beyond_the_replay_memory_are_not_replayed(
+    low_replay_proxy: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
     def refuse(request: Request, client: Client) -> bool:
-        """Whether it then came again."""
-        frugal.sign_in("new")
+        """Refuse a request, and return whether it is retried."""
+        low_replay_proxy.sign_in("new")
         request.answer(REFUSED)
         came = client.sock not in readable(
             [
@@ -790,42 +807,44 @@ def test_bodies_beyond_the_memory_are_not_sent_again(
         if came:
             upstream.receive().answer()
         assert client.message().status == (200 if came else 403)
-        frugal.sign_in("old")
+        low_replay_proxy.sign_in("old")
         return came
 
-    with frugal.client() as one, frugal.client() as two:
+    with low_replay_proxy.client() as one, low_replay_proxy.client() as two:
         one.request("POST", "/v1/x", body=b"0123456789")
         first = upstream.receive()
         two.request("POST", "/v1/x", body=b"0123456789")
-        assert not refuse(upstream.receive(), two)  # there was no room beside the first
+        # There is no room beside the first body.
+        assert not refuse(upstream.receive(), two)
         assert refuse(first, one)
-        two.request("POST", "/v1/x", body=b"0123456789")  # and now there is
+        # There is room again.
+        two.request("POST", "/v1/x", body=b"0123456789")
         assert refuse(upstream.receive(), two)
         one.request("POST", "/v1/x", body=b"0123456789")
         stream = upstream.receive().answer(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n")
-        assert (
-            one.head().status == 200
-        )  # that much is enough to know that the first body is not needed again
+        # The head of the response is enough to free the copy of the first body.
+        assert one.head().status == 200
         two.request("POST", "/v1/x", body=b"0123456789")
         assert refuse(upstream.receive(), two)
         stream.answer(b"ok")
         one.exactly(2)
         two.request("POST", "/v1/x", body=b"0123456789")
-        frugal_request = upstream.receive()
+        cancelled = upstream.receive()
         two.reset()
-        assert frugal_request.connection.closed_within()
-        one.request("POST", "/v1/x", body=b"0123456789")  # a cancelled one has given back its room
+        assert cancelled.connection.closed_within()
+        # The cancelled request has freed its copy.
+        one.request("POST", "/v1/x", body=b"0123456789")
         assert refuse(upstream.receive(), one)
 
 
-# Other answers of 403
+# Other 403 responses
 
 
 @both_ways
-def test_slow_403_is_passed_on(
+def test_a_slow_403_is_forwarded_after_two_seconds(
     client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
-    """After two seconds of it, and with all that came by then."""
+    """The client receives everything that has arrived by then."""
     client.request()
     start = time.monotonic()
     request = upstream.receive().answer(b"HTTP/1.1 403 X\r\nContent-Length: 6\r\n\r\n")
@@ -845,10 +864,10 @@ def test_slow_403_is_passed_on(
 
 @both_ways
 @pytest.mark.parametrize("start, again", [(0, True), (60000, True), (70000, False)])
-def test_large_403_is_passed_on_whole(
+def test_a_large_403_is_forwarded_in_full(
     client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream, start: int, again: bool
 ) -> None:
-    """The first 64 KiB are looked at."""
+    """The proxy searches the first 64 KiB for a refused token."""
     body = b"x" * start + NEW + b"y" * 200000
     client.request()
     first = upstream.receive()
@@ -862,7 +881,7 @@ def test_large_403_is_passed_on_whole(
 
 @both_ways
 @pytest.mark.parametrize("coding", [b"gzip", b"deflate", b"br", b"gzip, gzip"])
-def test_403_that_cannot_be_decoded_is_passed_on(
+def test_a_403_that_cannot_be_decoded_is_forwarded(
     client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream, coding: bytes
 ) -> None:
     sent = answer(403, b"\x1f\x8bnonsense", b"Content-Encoding: " + coding)
@@ -873,7 +892,9 @@ def test_403_that_cannot_be_decoded_is_passed_on(
 
 
 @both_ways
-def test_403_that_breaks_off_is_broken(client: Client, upstream: ScriptedUpstream) -> None:
+def test_a_truncated_403_is_truncated_for_the_client(
+    client: Client, upstream: ScriptedUpstream
+) -> None:
     client.request("GET", "/v1/broken-403")
     request = upstream.receive().answer(b"HTTP/1.1 403 X\r\nContent-Length: 9\r\n\r\nabc")
     request.connection.reset()
@@ -882,7 +903,7 @@ def test_403_that_breaks_off_is_broken(client: Client, upstream: ScriptedUpstrea
 
 
 @both_ways
-def test_other_statuses_are_not_looked_at(
+def test_other_statuses_are_never_retried(
     client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
     for status in (200, 400, 402, 404, 429, 500, 503):
@@ -897,10 +918,13 @@ def test_other_statuses_are_not_looked_at(
 # No token
 
 
-def test_no_login(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
+def test_requests_without_a_login_are_401(
+    client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
     proxy.token_path.unlink()
     assert_refusal(client.ask(), 401, "login_required", "not signed in", "xai-login --device")
-    proxy.sign_in("first")  # and no restart
+    # The running proxy uses the new login.
+    proxy.sign_in("first")
     client.request()
     request = upstream.receive()
     assert request.token == "first"
@@ -912,7 +936,7 @@ def test_no_login(client: Client, proxy: ProxyProcess, upstream: ScriptedUpstrea
     "text, word",
     [("{", "not JSON"), ("", "not JSON"), ('{"access_token": "a", "expires_at": 1}', "auth.x.ai")],
 )
-def test_unusable_login(
+def test_requests_with_an_unusable_login_are_401(
     client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream, text: str, word: str
 ) -> None:
     proxy.token_path.write_text(text)
@@ -922,7 +946,7 @@ def test_unusable_login(
 
 @contextlib.contextmanager
 def no_descriptor(proxy: ProxyProcess) -> Iterator[None]:
-    """The proxy can open nothing; what it has open works."""
+    """Let the proxy open no file; open ones keep working."""
     limits = resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE)
     resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE, (3, limits[1]))
     try:
@@ -938,12 +962,13 @@ def token_of_next(client: Client, upstream: ScriptedUpstream) -> str:
     return token
 
 
-def test_token_file_that_cannot_be_read_when_it_is_replaced(
+def test_the_previous_token_serves_while_the_file_cannot_be_read(
     proxy: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
-    """The former token serves, and the new one as soon as it can be read."""
+    """The new token serves as soon as it can be read."""
     with proxy.client() as client, proxy.client() as probe:
-        assert token_of_next(client, upstream) == "old"  # its connection to upstream is pooled
+        # Its connection to upstream is pooled.
+        assert token_of_next(client, upstream) == "old"
         assert probe.ask("GET", "/readyz").status == 200
         with no_descriptor(proxy):
             proxy.sign_in("new")
@@ -953,7 +978,7 @@ def test_token_file_that_cannot_be_read_when_it_is_replaced(
         assert probe.ask("GET", "/readyz").status == 200
 
 
-def test_refused_token_while_the_file_cannot_be_read(
+def test_a_refused_token_is_503_while_the_file_cannot_be_read(
     client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
     assert token_of_next(client, upstream) == "old"
@@ -968,7 +993,9 @@ def test_refused_token_while_the_file_cannot_be_read(
     assert upstream.receive().answer().token == "new" and client.message().body == b"ok"
 
 
-def test_first_login_that_cannot_be_read(tmp_path: Path, upstream: ScriptedUpstream) -> None:
+def test_a_first_login_that_cannot_be_read_is_503(
+    tmp_path: Path, upstream: ScriptedUpstream
+) -> None:
     with ProxyProcess(tmp_path, upstream=upstream.origin) as proxy, proxy.client() as client:
         assert_refusal(client.ask(), 401, "login_required")
         assert client.ask("GET", "/readyz").status == 503
@@ -982,7 +1009,7 @@ def test_first_login_that_cannot_be_read(tmp_path: Path, upstream: ScriptedUpstr
         assert token_of_next(client, upstream) == "first"
 
 
-def test_expired_token_is_replaced_in_time(
+def test_a_request_with_an_expired_token_waits_for_the_refresh(
     client: Client, proxy: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
     proxy.sign_in("old", expires_in=-1)
@@ -999,7 +1026,7 @@ def test_expired_token_is_replaced_in_time(
 @pytest.mark.parametrize(
     "retry_in, retry_after", [(None, "1"), (-60, "1"), (0.5, "1"), (4.6, "5"), (300, "10")]
 )
-def test_expired_token_that_cannot_be_renewed(
+def test_an_expired_token_that_cannot_be_refreshed_is_503(
     client: Client,
     proxy: ProxyProcess,
     upstream: ScriptedUpstream,
@@ -1021,7 +1048,7 @@ def test_expired_token_that_cannot_be_renewed(
     assert time.monotonic() - start < 3 and upstream.quiet()
 
 
-def test_expired_token_of_an_ended_login(client: Client, proxy: ProxyProcess) -> None:
+def test_an_expired_token_of_an_ended_login_is_401(client: Client, proxy: ProxyProcess) -> None:
     proxy.sign_in(
         "old",
         expires_in=-1,
@@ -1042,7 +1069,7 @@ def test_expired_token_of_an_ended_login(client: Client, proxy: ProxyProcess) ->
         (lambda proxy: proxy.sign_in("old", expires_in=-1, refresh_token=None), "no refresh token"),
     ],
 )
-def test_expired_token_that_nobody_renews(
+def test_an_expired_token_without_a_refresher_is_503(
     client: Client, proxy: ProxyProcess, word: str, arrange: Callable[[ProxyProcess], None]
 ) -> None:
     proxy.sign_in("old", expires_in=-1)
@@ -1053,8 +1080,10 @@ def test_expired_token_that_nobody_renews(
     assert message.value("Retry-After") == "10" and time.monotonic() - start < 3
 
 
-def test_ten_seconds_were_waited_for_a_token(waiting: tuple[ProxyProcess, Client, Client]) -> None:
-    proxy, refused, late = waiting
+def test_both_requests_waited_ten_seconds_for_a_token(
+    waiting_requests: tuple[ProxyProcess, Client, Client],
+) -> None:
+    proxy, refused, late = waiting_requests
     for path in ("/v1/refused", "/v1/late"):
         assert 9_900 < proxy.wait_for_request(path, 12)["duration_ms"] < 12_000
     assert_as_it_came(refused.message(), REFUSED)
@@ -1063,7 +1092,7 @@ def test_ten_seconds_were_waited_for_a_token(waiting: tuple[ProxyProcess, Client
     assert (message.value("Retry-After"), message.value("x-should-retry")) == ("1", "true")
 
 
-def test_token_is_never_said(proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
-    """After all of the above."""
+def test_no_token_is_ever_logged(proxy: ProxyProcess, upstream: ScriptedUpstream) -> None:
+    """This checks the log of all tests above."""
     log = str(proxy.log_lines())
     assert "the-refresh-token" not in log and "Bearer" not in log and "unauthenticated" not in log

@@ -1,7 +1,6 @@
-"""Answers of an upstream that means harm: they are refused, or reach the client as what they are,
-and bounded.
+"""Responses of a malicious upstream are refused, or passed on unambiguously, and bounded.
 
-After each one another request is answered as itself: nothing of a bad answer is left on a
+After each one, another request gets its own response: nothing of a bad response is left on a
 connection.
 """
 
@@ -31,10 +30,10 @@ def client(running: ProxyProcess, upstream: ScriptedUpstream) -> Iterator[Client
         yield connection
 
 
-def assert_next_is_answered_as_itself(
+def assert_next_request_gets_its_own_response(
     running: ProxyProcess, upstream: ScriptedUpstream, bad: Request
 ) -> None:
-    """On another connection to upstream than that of the `bad` answer."""
+    """The request uses another connection to upstream than the `bad` response."""
     with running.client() as client:
         client.request("GET", "/v1/next")
         request = upstream.receive()
@@ -45,7 +44,8 @@ def assert_next_is_answered_as_itself(
 
 # Heads
 
-SPLIT = {  # one answer to some, another or two to others
+# Some parsers read one response here, others another one or two.
+AMBIGUOUS = {
     "bare LF": START + b"X: y\nSet-Cookie: evil=1\r\n" + END,
     "bare CR": START + b"X: y\rSet-Cookie: evil=1\r\n" + END,
     "LF LF": START + b"X: y\n\n" + EVIL,
@@ -87,7 +87,7 @@ SPLIT = {  # one answer to some, another or two to others
     "coding with a tab in it": START + b"Transfer-Encoding: \x0bchunked\r\n\r\n0\r\n\r\n",
     "chunks in HTTP/1.0": CHUNKED.replace(b"1.1", b"1.0") + b"0\r\n\r\n",
     "201 lines": START + b"X: y\r\n" * 201 + END,
-    "101 that nobody asked for": SWITCH + b"Upgrade: websocket\r\n\r\nevil",
+    "unrequested 101": SWITCH + b"Upgrade: websocket\r\n\r\nevil",
     "101 to h2c": SWITCH + b"Upgrade: h2c\r\n\r\nPRI * HTTP/2.0\r\n\r\n",
     "bad interim one": b"HTTP/1.1 103 Early Hints\r\nX: a\0b\r\n\r\n" + OK,
     "interim one with two codings": b"HTTP/1.1 103 x\r\nTransfer-Encoding: gzip\r\n\r\n" + OK,
@@ -103,14 +103,15 @@ def by_name(table: dict) -> pytest.MarkDecorator:
     )
 
 
-@by_name(SPLIT)
-def test_head_that_two_could_read_differently_is_a_502(
+@by_name(AMBIGUOUS)
+def test_an_ambiguous_head_is_502(
     client: Client, running: ProxyProcess, upstream: ScriptedUpstream, answer: bytes
 ) -> None:
     client.request("GET", "/v1/x")
     request = upstream.receive().answer(answer)
     came = client.message()
-    while came.status == 103:  # those before the bad one
+    # Interim responses precede the bad one.
+    while came.status == 103:
         assert came.value("Set-Cookie") is None
         came = client.message()
     assert (came.status, came.value("X-XAI-Proxy-Error")) == (502, "upstream_unreachable")
@@ -119,10 +120,11 @@ def test_head_that_two_could_read_differently_is_a_502(
         and client.silent()
         and request.connection.closed_within()
     )
-    assert_next_is_answered_as_itself(running, upstream, request)
+    assert_next_request_gets_its_own_response(running, upstream, request)
 
 
-FOLDED = {  # to one line, RFC 9112 section 5.2, wherever the fold is
+# Folded lines become one line (RFC 9112 section 5.2).
+FOLDED = {
     "in a value": (b"X: a\r\n b\r\n\t c\r\n", [("X", "a b c")]),
     "of blanks": (b"X: a\r\n \t \r\nY: b\r\n", [("X", "a "), ("Y", "b")]),
     "a field in it": (b"X: a\r\n Set-Cookie: b\r\n", [("X", "a Set-Cookie: b")]),
@@ -134,7 +136,7 @@ FOLDED = {  # to one line, RFC 9112 section 5.2, wherever the fold is
 
 
 @pytest.mark.parametrize("lines, passed", FOLDED.values(), ids=FOLDED)
-def test_fold_is_undone(
+def test_a_folded_line_is_unfolded(
     client: Client, upstream: ScriptedUpstream, lines: bytes, passed: list[tuple[str, str]]
 ) -> None:
     client.request("GET", "/v1/x")
@@ -147,7 +149,7 @@ def test_fold_is_undone(
     )
 
 
-# What a client would keep as said of the proxy's origin, or take for the proxy's own.
+# Fields that a client would apply to the proxy's origin, or take for the proxy's own.
 OF_UPSTREAM = [
     b"Set-Cookie: evil=1\r\n",
     b"set-cookie: evil=1\r\nSET-COOKIE: evil=2\r\n",
@@ -163,7 +165,7 @@ OF_UPSTREAM = [
 
 @both_ways
 @pytest.mark.parametrize("lines", OF_UPSTREAM)
-def test_what_is_of_upstream_alone_reaches_no_client(
+def test_fields_about_upstream_itself_are_dropped(
     client: Client, upstream: ScriptedUpstream, lines: bytes
 ) -> None:
     for status in (200, 403, 404, 500):
@@ -208,7 +210,7 @@ STEPS = {
 @both_ways
 @pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS)
 @pytest.mark.parametrize("with_the_head", [True, False])
-def test_trailers_that_would_be_dropped_from_a_head_are_dropped(
+def test_trailers_that_a_head_may_not_contain_are_dropped(
     client: Client, upstream: ScriptedUpstream, way: str, steps: list[bytes], with_the_head: bool
 ) -> None:
     client.request("GET", "/v1/x")
@@ -231,7 +233,7 @@ def test_trailers_that_would_be_dropped_from_a_head_are_dropped(
 
 
 @both_ways
-def test_last_chunk_without_trailers_arrives_however_it_is_split(
+def test_a_last_chunk_without_trailers_passes_however_it_is_split(
     client: Client, upstream: ScriptedUpstream
 ) -> None:
     for steps in (
@@ -248,11 +250,11 @@ def test_last_chunk_without_trailers_arrives_however_it_is_split(
         assert client.exactly(5) == b"0\r\n\r\n"
 
 
-def test_cookie_in_a_trailer_reaches_no_client(
+def test_a_cookie_in_a_trailer_is_dropped(
     running: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
     if not shutil.which("curl"):
-        pytest.skip("there is no curl here")
+        pytest.skip("curl is not installed")
     command = ["curl", "-sS", "--max-time", "8", "-c", "-", "--raw", f"{running.url}/v1/x"]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as curl:
         upstream.receive().answer(CHUNKED + b"2\r\nok\r\n0\r\nSet-Cookie: evil=1\r\nX: y\r\n\r\n")
@@ -261,11 +263,11 @@ def test_cookie_in_a_trailer_reaches_no_client(
 
 
 @both_ways
-def test_redirect_to_upstream_leads_to_the_proxy(
+def test_a_redirect_to_upstream_is_redirected_to_the_proxy(
     running: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
     if not shutil.which("curl"):
-        pytest.skip("there is no curl here")
+        pytest.skip("curl is not installed")
     command = [
         "curl",
         "-sS",
@@ -286,8 +288,8 @@ def test_redirect_to_upstream_leads_to_the_proxy(
 
 
 @both_ways
-def test_426_says_what_to_upgrade_to(client: Client, upstream: ScriptedUpstream) -> None:
-    """RFC 9110 section 15.5.22. The proxy can do what upstream asks for if that is a WebSocket."""
+def test_a_426_keeps_its_upgrade(client: Client, upstream: ScriptedUpstream) -> None:
+    """RFC 9110 section 15.5.22. The proxy supports the upgrade to a WebSocket."""
     for lines, upgrade, option in (
         (b"Connection: upgrade\r\nUpgrade: websocket\r\n", "websocket", "Upgrade"),
         (b"Upgrade: TLS/1.3, HTTP/2.0\r\n", "TLS/1.3, HTTP/2.0", "Upgrade"),
@@ -302,7 +304,7 @@ def test_426_says_what_to_upgrade_to(client: Client, upstream: ScriptedUpstream)
 
 
 @both_ways
-def test_event_stream_is_not_to_be_buffered_on_its_way(
+def test_an_event_stream_gets_x_accel_buffering_no(
     client: Client, upstream: ScriptedUpstream
 ) -> None:
     stream = b"Content-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n"
@@ -318,10 +320,11 @@ def test_event_stream_is_not_to_be_buffered_on_its_way(
 
 # Bodies
 
-CUT = {  # in the middle, so that it shows
+# They are in the middle of the response, so the truncation is visible.
+MALFORMED = {
     "plus": b"+4\r\nevil\r\n0\r\n\r\n",
     "0x": b"0x4\r\nevil\r\n0\r\n\r\n",
-    "blank behind": b"4 \r\nevil\r\n0\r\n\r\n",
+    "blank after the size": b"4 \r\nevil\r\n0\r\n\r\n",
     "bare LF": b"4\nevil\n0\n\n",
     "empty size": b"\r\nevil\r\n0\r\n\r\n",
     "2 ** 64 and 4": b"10000000000000004\r\nevil\r\n0\r\n\r\n",
@@ -339,8 +342,8 @@ CUT = {  # in the middle, so that it shows
 
 @both_ways
 @pytest.mark.parametrize("with_the_head", [True, False])
-@by_name(CUT)
-def test_chunks_that_two_could_read_differently_are_cut(
+@by_name(MALFORMED)
+def test_ambiguous_chunks_truncate_the_response(
     client: Client,
     running: ProxyProcess,
     upstream: ScriptedUpstream,
@@ -362,10 +365,11 @@ def test_chunks_that_two_could_read_differently_are_cut(
         and not came.endswith(b"0\r\n\r\n")
         and request.connection.closed_within()
     )
-    assert_next_is_answered_as_itself(running, upstream, request)
+    assert_next_request_gets_its_own_response(running, upstream, request)
 
 
-BEHIND = {  # whole, and what is behind them is no answer to anybody
+# Complete responses; the bytes after them belong to no request.
+COMPLETE = {
     "length": START + END,
     "chunks": CHUNKED + b"2\r\nok\r\n0\r\n\r\n",
     "204": b"HTTP/1.1 204 No Content\r\n\r\n",
@@ -381,8 +385,8 @@ BEHIND = {  # whole, and what is behind them is no answer to anybody
 
 
 @both_ways
-@by_name(BEHIND)
-def test_answer_behind_an_answer_is_nobody_s(
+@by_name(COMPLETE)
+def test_a_second_response_on_a_connection_is_dropped(
     client: Client, upstream: ScriptedUpstream, answer: bytes
 ) -> None:
     client.request("GET", "/v1/x").request("GET", "/v1/pipelined")
@@ -405,17 +409,17 @@ def test_answer_behind_an_answer_is_nobody_s(
         *(b"HTTP/1.1 %d x\r\nTransfer-Encoding: chunked\r\n\r\n" % status for status in (204, 304)),
     ],
 )
-def test_answer_whose_end_others_see_elsewhere_ends_the_connection(
+def test_a_response_with_an_ambiguous_end_closes_the_connection(
     client: Client, upstream: ScriptedUpstream, answer: bytes
 ) -> None:
-    """Though nothing is behind it: who of those before us has seen another end cannot be known."""
+    """No bytes follow it, but a proxy in between may have seen another end."""
     client.request("GET", "/v1/x")
     request = upstream.receive().answer(answer)
     assert client.message().body == b""
     assert request.connection.closed_within()
 
 
-def test_twenty_interim_answers_are_passed_and_no_more(
+def test_twenty_interim_responses_pass_and_one_more_is_502(
     client: Client, upstream: ScriptedUpstream
 ) -> None:
     for count, status in ((20, 200), (21, 502)):
@@ -424,22 +428,23 @@ def test_twenty_interim_answers_are_passed_and_no_more(
         assert [client.message().status for _ in range(21)] == [103] * 20 + [status]
 
 
-def test_answer_before_it_was_asked_for_is_nobody_s(
+def test_an_unrequested_response_on_a_pooled_connection_is_dropped(
     client: Client, running: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
     client.request("GET", "/v1/x")
     request = upstream.receive().answer()
     client.message()
-    request.answer(EVIL)  # on a pooled connection
+    # The connection is in the pool.
+    request.answer(EVIL)
     assert request.connection.closed_within()
-    assert_next_is_answered_as_itself(running, upstream, request)
+    assert_next_request_gets_its_own_response(running, upstream, request)
 
 
-# Without end
+# Endless responses
 
 
-def pour(raw: RawConnection, part: bytes, size: int) -> int:
-    """Send `part` again and again; how many bytes were taken before the other side had enough."""
+def send_repeatedly(raw: RawConnection, part: bytes, size: int) -> int:
+    """Send `part` again and again. Return the bytes that the other side took before it closed."""
     sent = 0
     try:
         while sent < size:
@@ -465,28 +470,31 @@ ENDLESS = {
 
 
 @pytest.mark.parametrize("start, part", ENDLESS.values(), ids=ENDLESS)
-@pytest.mark.parametrize("amid_an_upload", [False, True], ids=["behind it", "amid an upload"])
-def test_head_of_two_hundred_megabytes_is_refused(
+@pytest.mark.parametrize(
+    "during_an_upload", [False, True], ids=["after an upload", "during an upload"]
+)
+def test_an_endless_head_is_refused(
     client: Client,
     running: ProxyProcess,
     upstream: ScriptedUpstream,
     start: bytes,
     part: bytes,
-    amid_an_upload: bool,
+    during_an_upload: bool,
 ) -> None:
     before = running.resident_kib()
     client.request("POST", "/v1/x", "Content-Length: 6").send(
-        b"abc" if amid_an_upload else b"abcdef"
+        b"abc" if during_an_upload else b"abcdef"
     )
     request = upstream.receive(body=False)
-    request.connection.exactly(3 if amid_an_upload else 6)
+    request.connection.exactly(3 if during_an_upload else 6)
     sent: list[int] = []
     pouring = threading.Thread(
-        target=lambda: sent.append(pour(request.answer(start).connection, part, SIZE))
+        target=lambda: sent.append(send_repeatedly(request.answer(start).connection, part, SIZE))
     )
     pouring.start()
-    if amid_an_upload:
-        pouring.join(0.3)  # as much as it takes, with nobody who reads
+    if during_an_upload:
+        # Nothing reads the response in the meantime.
+        pouring.join(0.3)
         client.send(b"def")
     answer = client.message()
     interim = 0
@@ -497,4 +505,4 @@ def test_head_of_two_hundred_megabytes_is_refused(
     assert answer.status == 502 and interim in (0, 20)
     assert sent[0] < 16 << 20 and running.resident_kib() - before < 4096
     request.connection.close()
-    assert_next_is_answered_as_itself(running, upstream, request)
+    assert_next_request_gets_its_own_response(running, upstream, request)

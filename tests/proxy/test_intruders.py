@@ -1,6 +1,4 @@
-"""Callers that a running proxy must not serve: pages of other sites in a real browser, and whoever
-has no key.
-"""
+"""Callers that a running proxy must refuse: pages of other sites in a real browser, and no key."""
 
 from __future__ import annotations
 
@@ -37,8 +35,8 @@ def upstream() -> Iterator[RecordingUpstream]:
 # Pages
 
 PATHS = ("/v1/chat/completions", "/v1/models", "/", "/metrics", "/healthz")
-# All that a page can do without a click. Each gives what it could read, or that it got on better
-# than refused.
+# All requests that a page can send without a click. Each returns what it could read, or that it was
+# not refused.
 PAGE = """<!DOCTYPE html><body><script>
 const text = async answer => (await answer).text();
 const element = (name, attributes) => new Promise(end => {
@@ -95,11 +93,12 @@ const attacks = {
   await fetch('/result', {method: 'POST', body: JSON.stringify(read)});
 })();
 </script>"""
-SIMPLE = 12  # attacks at least that send a request of their own and no preflight before it
+# At least so many attacks send a request without a preflight.
+SIMPLE = 12
 
 
 class Site(http.server.ThreadingHTTPServer):
-    """Another site: every path is its page; `results` gets what the page has read."""
+    """Another site, which serves its page at every path; `results` gets what the page could read."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Page)
@@ -136,9 +135,9 @@ def site() -> Iterator[Site]:
 
 @pytest.fixture
 def visit(site: Site, tmp_path: Path) -> Iterator[Callable[[str, list[str]], list[list[str]]]]:
-    """Show Chromium the page under a name; what that could read of these URLs."""
+    """Show Chromium the page under a host name. Return what it could read of these URLs."""
     if not shutil.which("chromium"):
-        pytest.skip("there is no chromium here")
+        pytest.skip("chromium is not installed")
     with contextlib.ExitStack() as stack:
 
         def visit(name: str, urls: list[str]) -> list[list[str]]:
@@ -185,7 +184,7 @@ SOME_PLACES = [place for place in PLACES if place[0] == NAMES[0] or place[1] == 
     [("127.0.0.1", SOME_PLACES), ("localhost", SOME_PLACES), ("rebound.test", PLACES)],
     ids=["127.0.0.1", "localhost", "rebound.test"],
 )
-def test_page_of_another_site_gets_nowhere(
+def test_a_page_of_another_site_cannot_use_the_proxy(
     tmp_path: Path,
     upstream: RecordingUpstream,
     site: Site,
@@ -199,16 +198,17 @@ def test_page_of_another_site_gets_nowhere(
         proxy.ask("GET", "/afterwards")
         proxy.wait_for_request("/afterwards")
         assert upstream.taken() == [] and upstream.received == 0
-        for path in PATHS[:-1]:  # it did come
+        # The requests did arrive.
+        for path in PATHS[:-1]:
             statuses = [line["status"] for line in proxy.log_lines() if line.get("path") == path]
             names = [name for name, asked_path in places if asked_path == path]
             assert len(statuses) > len(names) * SIMPLE and {*statuses} == {403}
 
 
-def test_page_of_a_listed_site_gets_there(
+def test_a_page_of_a_listed_site_can_use_the_proxy(
     tmp_path: Path, upstream: RecordingUpstream, site: Site, visit: Callable
 ) -> None:
-    """So the page above would, if it were let."""
+    """This proves that the page above would work without the refusals."""
     with ProxyProcess(
         tmp_path,
         upstream=upstream.origin,
@@ -231,10 +231,10 @@ def test_page_of_a_listed_site_gets_there(
 # Host and Origin as no browser sends them
 
 
-def asked(
+def outcome_of(
     proxy: ProxyProcess, *lines: str, target: str = "/v1/models", version: str = "HTTP/1.1"
 ) -> tuple[int, str | None]:
-    """The status, and the code of our own error."""
+    """Return the status, and the error code if it is an error of the proxy's own."""
     with proxy.client() as client:
         client.send("\r\n".join([f"GET {target} {version}", *lines, "", ""]).encode("latin-1"))
         answer = client.message()
@@ -313,31 +313,38 @@ CALLERS = [
 ]
 
 
-def test_host_and_origin_in_every_spelling(tmp_path: Path, upstream: RecordingUpstream) -> None:
+def test_host_and_origin_are_checked_in_every_spelling(
+    tmp_path: Path, upstream: RecordingUpstream
+) -> None:
     with ProxyProcess(tmp_path, upstream=upstream.origin) as proxy:
         proxy.sign_in()
         for expected, lines in CALLERS:
             lines = [line.replace("PORT", str(proxy.port)) for line in lines]
-            assert asked(proxy, *lines) == expected, lines
+            assert outcome_of(proxy, *lines) == expected, lines
             assert len(upstream.taken()) == (expected == OK)
-        assert asked(proxy, version="HTTP/1.0") == NO_HOST
+        assert outcome_of(proxy, version="HTTP/1.0") == NO_HOST
         for host, target, expected in (
             ("localhost", "evil.example", BAD),
             ("evil.example", "localhost", BAD),
             ("evil.example", "evil.example", NO_HOST),
             ("localhost", "localhost", OK),
         ):
-            assert asked(proxy, f"Host: {host}", target=f"http://{target}/v1/models") == expected
+            assert (
+                outcome_of(proxy, f"Host: {host}", target=f"http://{target}/v1/models") == expected
+            )
             assert len(upstream.taken()) == (expected == OK)
         for target, expected in (("localhost", OK), ("evil.example", NO_HOST)):
-            assert asked(proxy, target=f"http://{target}/v1/models", version="HTTP/1.0") == expected
+            assert (
+                outcome_of(proxy, target=f"http://{target}/v1/models", version="HTTP/1.0")
+                == expected
+            )
             assert len(upstream.taken()) == (expected == OK)
-        assert asked(proxy, "Host: localhost") == OK
+        assert outcome_of(proxy, "Host: localhost") == OK
 
 
 # Keys
 
-NOBODY = [
+WITHOUT_KEY = [
     [],
     ["Authorization: Bearer"],
     ["Authorization:"],
@@ -355,14 +362,14 @@ NOBODY = [
     [f"X-Api-Key: {client_keys.digest(KEY)}"],
     ["X-Api-Key: laptop"],
 ]
-SOMEBODY = (
+WITH_KEY = (
     [f"Authorization: bearer {KEY}"],
     [f"x-api-key: {KEY}"],
     ["Authorization: Bearer x", f"X-Api-Key: {KEY}"],
 )
 
 
-def assert_nobody_is_admitted(
+def assert_unauthorized(
     proxy: ProxyProcess, upstream: RecordingUpstream, callers: list[list[str]]
 ) -> None:
     for lines in callers:
@@ -394,17 +401,17 @@ def run_key_command(proxy: ProxyProcess, *arguments: str) -> str:
     return done.stdout.strip()
 
 
-def test_nobody_comes_in_without_a_key(tmp_path: Path, upstream: RecordingUpstream) -> None:
+def test_no_request_is_admitted_without_a_key(tmp_path: Path, upstream: RecordingUpstream) -> None:
     keys = tmp_path / "client-keys"
     line = f"laptop {client_keys.digest(KEY)}\n"
     keys.write_text(line)
     with ProxyProcess(tmp_path, upstream=upstream.origin) as proxy:
         proxy.sign_in()
-        assert_nobody_is_admitted(proxy, upstream, NOBODY)
-        for lines in SOMEBODY:
+        assert_unauthorized(proxy, upstream, WITHOUT_KEY)
+        for lines in WITH_KEY:
             assert proxy.ask("GET", "/v1/models", *lines).status == 200
             assert upstream.taken() == [Seen("GET", "/v1/models")]
-        # empty, cut in the middle, garbage, or right but for one thing
+        # The file is empty, truncated, garbage, or valid except for one detail.
         for text in (
             "",
             line[:-2],
@@ -418,26 +425,27 @@ def test_nobody_comes_in_without_a_key(tmp_path: Path, upstream: RecordingUpstre
             "laptop " + client_keys.digest("") + "\n",
         ):
             keys.write_text(line)
-            assert proxy.ask("GET", "/v1/models", *SOMEBODY[0]).status == 200 and upstream.taken()
+            assert proxy.ask("GET", "/v1/models", *WITH_KEY[0]).status == 200 and upstream.taken()
             keys.write_text(text)
-            assert_nobody_is_admitted(proxy, upstream, [[], *SOMEBODY, ["X-Api-Key:"]])
+            assert_unauthorized(proxy, upstream, [[], *WITH_KEY, ["X-Api-Key:"]])
         keys.unlink()
-        keys.mkdir()  # cannot be read, not even by root
-        assert_nobody_is_admitted(proxy, upstream, [[], *SOMEBODY])
+        # Not even root can read a folder as a file.
+        keys.mkdir()
+        assert_unauthorized(proxy, upstream, [[], *WITH_KEY])
         keys.rmdir()
-        assert_nobody_is_admitted(proxy, upstream, [[], *SOMEBODY])
+        assert_unauthorized(proxy, upstream, [[], *WITH_KEY])
         keys.symlink_to("kept")
-        assert_nobody_is_admitted(proxy, upstream, [[], *SOMEBODY])
-        (tmp_path / "kept").write_text(
-            line
-        )  # the folder is the one that is watched: the next request sees it
-        assert proxy.ask("GET", "/v1/models", *SOMEBODY[0]).status == 200 and upstream.taken()
+        assert_unauthorized(proxy, upstream, [[], *WITH_KEY])
+        # The link's target is in the watched folder, so the next request sees it.
+        (tmp_path / "kept").write_text(line)
+        assert proxy.ask("GET", "/v1/models", *WITH_KEY[0]).status == 200 and upstream.taken()
         keys.unlink()
         made = run_key_command(proxy, "add", "tablet")
         assert proxy.ask("GET", "/v1/models", f"X-Api-Key: {made}").status == 200
         upstream.taken()
-        run_key_command(proxy, "remove", "tablet")  # the last
-        assert_nobody_is_admitted(proxy, upstream, [[], [f"X-Api-Key: {made}"], *SOMEBODY])
+        # No key is left.
+        run_key_command(proxy, "remove", "tablet")
+        assert_unauthorized(proxy, upstream, [[], [f"X-Api-Key: {made}"], *WITH_KEY])
 
 
 @pytest.mark.parametrize(
@@ -452,7 +460,7 @@ def test_nobody_comes_in_without_a_key(tmp_path: Path, upstream: RecordingUpstre
         "in a folder that is a link to nothing",
     ],
 )
-def test_nobody_comes_in_after_a_restart_with_a_broken_key_file(
+def test_no_request_is_admitted_after_a_restart_with_a_broken_key_file(
     tmp_path: Path, upstream: RecordingUpstream, broken: str
 ) -> None:
     keys, settings = tmp_path / "client-keys", {}
@@ -473,31 +481,31 @@ def test_nobody_comes_in_after_a_restart_with_a_broken_key_file(
         )
     with ProxyProcess(tmp_path, upstream=upstream.origin, **settings) as proxy:
         proxy.sign_in()
-        assert_nobody_is_admitted(proxy, upstream, [[], *SOMEBODY])
+        assert_unauthorized(proxy, upstream, [[], *WITH_KEY])
 
 
-def test_link_to_nothing_that_appears_later_closes_an_open_proxy(
+def test_a_dangling_link_that_appears_later_closes_an_open_proxy(
     tmp_path: Path, upstream: RecordingUpstream
 ) -> None:
     with ProxyProcess(tmp_path, upstream=upstream.origin) as proxy:
         proxy.sign_in()
         assert proxy.ask("GET", "/v1/models").status == 200 and upstream.taken()
         (tmp_path / "client-keys").symlink_to("/nowhere/client-keys")
-        assert_nobody_is_admitted(proxy, upstream, [[], *SOMEBODY])
+        assert_unauthorized(proxy, upstream, [[], *WITH_KEY])
 
 
-def test_changed_key_file_that_cannot_be_read_admits_nobody_until_it_can(
+def test_no_request_is_admitted_while_a_changed_key_file_is_unreadable(
     tmp_path: Path, upstream: RecordingUpstream
 ) -> None:
     keys = tmp_path / "client-keys"
     keys.write_text(f"laptop {client_keys.digest(KEY)}\n")
     with ProxyProcess(tmp_path, upstream=upstream.origin) as proxy, proxy.client() as client:
         proxy.sign_in()
-        assert client.ask("GET", "/v1/models", *SOMEBODY[0]).status == 200
+        assert client.ask("GET", "/v1/models", *WITH_KEY[0]).status == 200
         limits = resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE)
         resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE, (3, limits[1]))
         keys.touch()
-        assert client.ask("GET", "/v1/models", *SOMEBODY[0]).status == 401
+        assert client.ask("GET", "/v1/models", *WITH_KEY[0]).status == 401
         resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE, limits)
-        assert client.ask("GET", "/v1/models", *SOMEBODY[0]).status == 200
+        assert client.ask("GET", "/v1/models", *WITH_KEY[0]).status == 200
         upstream.taken()

@@ -1,6 +1,4 @@
-"""An end does not overtake the bytes before it: on a client's connection, from upstream, and
-through a tunnel.
-"""
+"""No close overtakes the bytes before it: to a client, from upstream, or through a tunnel."""
 
 from __future__ import annotations
 
@@ -18,9 +16,8 @@ from scripted_upstream import PATTERN, ScriptedUpstream, pour
 from websocket_handshake import handshake
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
-LONG = (PATTERN * 64)[
-    :3_000_100
-]  # bytes; the kernel takes them from the proxy though the client reads none
+# In bytes: as much as the kernel takes from the proxy while the client reads nothing.
+LONG = (PATTERN * 64)[:3_000_100]
 LONG_ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(LONG) + LONG
 NEXT = b"GET /v1/next HTTP/1.1\r\nHost: localhost\r\n\r\n"
 SIX_MB = PATTERN * 96
@@ -50,7 +47,7 @@ def check_answer(client: Client) -> None:
     [("HTTP/1.1", "Connection: close"), ("HTTP/1.0", "X-a: 1")],
     ids=["close", "1.0"],
 )
-def test_bytes_after_the_last_request_cost_none_of_its_answer(
+def test_bytes_after_the_last_request_do_not_truncate_its_response(
     client: Client,
     running: ProxyProcess,
     upstream: ScriptedUpstream,
@@ -70,7 +67,7 @@ def test_bytes_after_the_last_request_cost_none_of_its_answer(
     check_answer(client)
 
 
-def test_so_it_is_when_the_answer_ends_in_a_drain(
+def test_bytes_after_the_last_request_do_not_truncate_it_in_a_drain(
     tmp_path: Path, upstream: ScriptedUpstream
 ) -> None:
     with ProxyProcess(tmp_path, upstream=upstream.origin) as proxy, proxy.client() as client:
@@ -86,7 +83,7 @@ def test_so_it_is_when_the_answer_ends_in_a_drain(
         assert proxy.wait() == 0
 
 
-def test_half_a_head_does_not_hold_up_a_drain(tmp_path: Path, upstream: ScriptedUpstream) -> None:
+def test_half_a_head_does_not_delay_a_drain(tmp_path: Path, upstream: ScriptedUpstream) -> None:
     with ProxyProcess(tmp_path, upstream=upstream.origin) as proxy, proxy.client() as client:
         proxy.sign_in()
         client.request("GET", "/v1/open")
@@ -95,7 +92,8 @@ def test_half_a_head_does_not_hold_up_a_drain(tmp_path: Path, upstream: Scripted
         client.send(NEXT[:20])
         proxy.terminate()
         proxy.wait_for_log(lambda line: line["message"].startswith("stopping"))
-        time.sleep(1.5)  # what had begun at the start of the drain has ended
+        # Requests that the drain had to wait for have ended by then.
+        time.sleep(1.5)
         request.answer(b"0\r\n\r\n")
         assert client.chunk() == b""
         start = time.monotonic()
@@ -103,12 +101,10 @@ def test_half_a_head_does_not_hold_up_a_drain(tmp_path: Path, upstream: Scripted
 
 
 @pytest.mark.parametrize("framing", ["sized", "until close"])
-def test_what_came_before_a_cut_arrives_before_it(
+def test_bytes_before_a_cut_arrive(
     running: ProxyProcess, upstream: ScriptedUpstream, framing: str
 ) -> None:
-    """The end is a reset where nothing else tells that the answer is cut, and is sent when the
-    bytes have arrived.
-    """
+    """The cut is a reset only where nothing else makes it visible, and follows the last byte."""
     with running.client() as client:
         version = "HTTP/1.0" if framing == "until close" else "HTTP/1.1"
         head = (
@@ -121,9 +117,8 @@ def test_what_came_before_a_cut_arrives_before_it(
         client.request("GET", "/v1/cut", version=version)
         request = upstream.receive().answer(head + data)
         client.send(NEXT)
-        while unacknowledged(
-            request.connection
-        ):  # else the reset would destroy bytes before they reach the proxy
+        # Otherwise the reset would destroy bytes before they reach the proxy.
+        while unacknowledged(request.connection):
             time.sleep(0.01)
         request.connection.reset()
         line = running.wait_for_log(lambda line: line.get("path") == "/v1/cut", start=start)
@@ -141,15 +136,16 @@ def test_what_came_before_a_cut_arrives_before_it(
 
 
 @both_ways
-def test_refusal_that_is_reset_is_no_whole_one(
+def test_a_refusal_that_is_reset_is_truncated(
     client: Client, running: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
-    """The proxy looks into the body for what would be its own business, and meets the reset there."""
+    """The proxy searches the body for a refused token, and meets the reset there."""
     client.request("GET", "/v1/refused")
     request = upstream.receive().answer(
         b"HTTP/1.1 403 Forbidden\r\nConnection: close\r\n\r\nNo ent"
     )
-    time.sleep(0.2)  # so that the bytes are read first; the peek waits for two seconds
+    # The proxy reads these bytes first, and waits for more for two seconds.
+    time.sleep(0.2)
     request.connection.reset()
     assert client.head().status == 403 and client.chunk() == b"No ent"
     assert client.closed_within()
@@ -169,7 +165,7 @@ def test_chunks_before_a_malformed_one_arrive(
 
 
 @both_ways
-def test_so_they_do_later_in_the_answer(
+def test_chunks_before_a_malformed_one_arrive_later_in_the_response(
     client: Client, running: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
     client.request("GET", "/v1/malformed-later")
@@ -185,12 +181,12 @@ def test_so_they_do_later_in_the_answer(
 
 
 def unacknowledged(raw: RawConnection) -> int:
-    """Bytes that the other side's kernel does not have yet."""
+    """Return the number of bytes that the peer's kernel has not received."""
     return int.from_bytes(fcntl.ioctl(raw.sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
 
 
 def read_slowly(raw: RawConnection) -> bytes:
-    """All until the end."""
+    """Return all bytes until EOF."""
     data, pause = b"", 1 << 18
     while more := raw.sock.recv(1 << 18):
         data += more
@@ -200,7 +196,7 @@ def read_slowly(raw: RawConnection) -> bytes:
     return data
 
 
-def test_client_that_leaves_loses_none_of_its_bytes(either: Either) -> None:
+def test_all_bytes_of_a_client_that_closes_arrive(either: Either) -> None:
     proxy, upstream = either()
     with proxy.client() as client:
         request = handshake(client, upstream)
@@ -208,7 +204,7 @@ def test_client_that_leaves_loses_none_of_its_bytes(either: Either) -> None:
     assert read_slowly(request.connection) == SIX_MB
 
 
-def test_upstream_that_leaves_loses_none_of_its_bytes(
+def test_all_bytes_of_an_upstream_that_closes_arrive(
     running: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:
     with running.client() as client:
@@ -219,26 +215,26 @@ def test_upstream_that_leaves_loses_none_of_its_bytes(
 
 
 @pytest.mark.parametrize("end", ["close", "half_close"])
-def test_so_it_is_while_the_other_side_talks(
+def test_all_bytes_of_a_client_arrive_while_upstream_keeps_sending(
     running: ProxyProcess, upstream: ScriptedUpstream, end: str
 ) -> None:
     with running.client() as client:
         request = handshake(client, upstream)
         client.send(SIX_MB[: 1 << 20])
-        while unacknowledged(
-            client
-        ):  # else the kernel of a client that closes drops what upstream's words find there
+        # Otherwise bytes from upstream would reset the closed socket, and its unsent bytes would be
+        # lost.
+        while unacknowledged(client):
             time.sleep(0.01)
         getattr(client, end)()
         data = b""
         while more := request.connection.sock.recv(1 << 18):
             data += more
-            request.answer(b"still talking")
+            request.answer(b"still sending")
         assert data == SIX_MB[: 1 << 20]
 
 
 def unread(proxy: ProxyProcess, client: Client) -> int:
-    """The bytes of the client that the kernel holds for the proxy, from proc(5)."""
+    """Return the number of the client's bytes in the proxy's receive buffer, from proc(5)."""
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     ports = proxy.port, client.sock.getsockname()[1]
     return next(
@@ -251,7 +247,7 @@ def unread(proxy: ProxyProcess, client: Client) -> int:
 def fill(proxy: ProxyProcess, client: Client) -> None:
     """Send until the proxy reads no more.
 
-    All of it has left the client's kernel then, so that an end can follow it.
+    Then all bytes have left the client's kernel, so that a FIN can follow them.
     """
     while True:
         client.send(PATTERN)
@@ -263,7 +259,7 @@ def fill(proxy: ProxyProcess, client: Client) -> None:
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_upstream_that_takes_nothing_after_the_end_of_the_client_is_reset(
+def test_an_upstream_that_does_not_read_is_reset_after_the_client_closes(
     start_proxy: Callable[..., ProxyProcess], upstream: ScriptedUpstream, full: bool
 ) -> None:
     short_timeout_proxy = start_proxy(client_timeout=0.5)
@@ -278,7 +274,8 @@ def test_upstream_that_takes_nothing_after_the_end_of_the_client_is_reset(
         client.half_close()
         line = short_timeout_proxy.wait_for_request(path)
         assert 0.4 < time.monotonic() - start < 4
-        if not full:  # nothing is missing but upstream's own end
+        # Only upstream's own FIN is missing.
+        if not full:
             assert line["ended_by"] == "client" and request.connection.rest() == b"x"
             return
         assert line["ended_by"] == "upstream"
@@ -286,13 +283,13 @@ def test_upstream_that_takes_nothing_after_the_end_of_the_client_is_reset(
             request.connection.rest()
 
 
-def test_client_that_takes_nothing_after_the_end_of_upstream_is_reset(
+def test_a_client_that_does_not_read_is_reset_after_upstream_closes(
     start_proxy: Callable[..., ProxyProcess], upstream: ScriptedUpstream
 ) -> None:
     short_timeout_proxy = start_proxy(client_timeout=0.5)
     with short_timeout_proxy.client() as client:
-        # Less would wait in the client's kernel, and more in that of upstream, where its end cannot
-        # be seen.
+        # Fewer bytes would wait in the client's kernel, and more in upstream's, which would hide
+        # the FIN.
         handshake(client, upstream, "/v1/takes-none").answer(PATTERN * 64).connection.close()
         start = time.monotonic()
         short_timeout_proxy.wait_for_request("/v1/takes-none")
@@ -302,7 +299,7 @@ def test_client_that_takes_nothing_after_the_end_of_upstream_is_reset(
 
 
 @pytest.mark.parametrize("blocked", [False, True], ids=["read", "unread"])
-def test_reset_of_the_client_ends_a_tunnel_at_once(
+def test_a_reset_by_the_client_ends_a_tunnel_at_once(
     running: ProxyProcess, upstream: ScriptedUpstream, blocked: bool
 ) -> None:
     files = running.open_files()

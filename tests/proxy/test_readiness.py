@@ -1,4 +1,4 @@
-"""What /readyz, --status, --doctor and the log say of the login agrees with how requests fare."""
+"""/readyz, --status, --doctor and the log agree with the outcome of requests."""
 
 import io
 import json
@@ -22,7 +22,7 @@ TRY_AGAIN, SIGN_IN = errors.EXIT_TRY_AGAIN, errors.EXIT_SIGN_IN
 
 
 class Scene:
-    """A proxy, its upstream, and all that tell about its login."""
+    """A proxy, its upstream, and every report about its login."""
 
     def __init__(self, proxy: ProxyProcess, upstream: ScriptedUpstream):
         self.proxy, self.upstream = proxy, upstream
@@ -38,7 +38,10 @@ class Scene:
         )
 
     def request(self, answer: bytes | None = None) -> int:
-        """The status of a request; `answer`: what the API says, None where it must not be asked."""
+        """Return the status of a request.
+
+        `answer`: the API's response, or None if the request must not reach it.
+        """
         with self.proxy.client() as client:
             client.request()
             if answer:
@@ -50,20 +53,20 @@ class Scene:
         return answer.status, json.loads(answer.body)["reason"]
 
     def status(self) -> tuple[int, dict]:
-        said = io.StringIO()
-        code = login.status(self.store, output.Output(True, said, said))
-        return code, json.loads(said.getvalue())
+        printed = io.StringIO()
+        code = login.status(self.store, output.Output(True, printed, printed))
+        return code, json.loads(printed.getvalue())
 
     def status_text(self) -> str:
-        said = io.StringIO()
-        login.status(self.store, output.Output(False, said, said))
-        return said.getvalue()
+        printed = io.StringIO()
+        login.status(self.store, output.Output(False, printed, printed))
+        return printed.getvalue()
 
     def doctor(self) -> finding.Finding:
         return doctor_files.lifetime(self.store.load(), self.store, time.time())
 
     def logged(self, text: str) -> list[str]:
-        """The levels of all lines that begin so, once there is one."""
+        """Return the levels of all lines that begin with `text`, once there is one."""
         self.proxy.wait_for_log(lambda line: line["message"].startswith(text))
         return [
             line["level"] for line in self.proxy.log_lines() if line["message"].startswith(text)
@@ -88,11 +91,10 @@ def error(**members) -> dict:
     }
 
 
-def test_a_refused_token_of_an_ended_login(scene):
+def test_a_refused_token_of_an_ended_login_is_not_ready(scene):
     scene.proxy.sign_in(refresh_error=error())
-    assert (
-        scene.ready()[0] == 200 and scene.request(OK) == 200
-    )  # its token is good until it expires
+    # The token is valid until it expires.
+    assert scene.ready()[0] == 200 and scene.request(OK) == 200
     assert scene.status()[0] == SIGN_IN and scene.doctor().exit_code == SIGN_IN
     assert scene.request(REFUSED) == 401
     status, reason = scene.ready()
@@ -109,13 +111,12 @@ def test_a_refused_token_of_an_ended_login(scene):
     assert scene.request(REFUSED) == 401
     assert scene.logged("requests cannot be served: the login has ended") == ["error"]
 
-    # The API takes that token after all.
+    # The API accepts that token after all.
     assert scene.request(OK) == 200
     assert scene.logged("requests can be served again") == ["info"]
     old = time.time() - 20
-    os.utime(
-        scene.store.refused_path, (old, old)
-    )  # a note that the refresher may not have seen stays
+    # A newer report would stay, since the refresher may not have read it.
+    os.utime(scene.store.refused_path, (old, old))
     assert (
         scene.request(OK) == 200
         and scene.ready()[0] == 200
@@ -123,7 +124,7 @@ def test_a_refused_token_of_an_ended_login(scene):
     )
 
 
-def test_a_refused_token_that_is_renewed(scene):
+def test_a_refused_token_is_not_ready_until_it_is_refreshed(scene):
     scene.proxy.sign_in(
         refresh_error=error(code="issuer_unavailable", terminal=False, at=time.time() + 5)
     )
@@ -144,7 +145,7 @@ def test_a_refused_token_that_is_renewed(scene):
     assert scene.request(OK) == 200
 
 
-def test_a_refused_token_without_a_refresh_token(scene):
+def test_a_refused_token_without_a_refresh_token_is_not_ready(scene):
     scene.proxy.sign_in(refresh_token=None)
     assert scene.ready()[0] == 200
     assert scene.request(REFUSED) == 401
@@ -156,7 +157,7 @@ def test_a_refused_token_without_a_refresh_token(scene):
     assert scene.request(OK) == 200 and scene.ready()[0] == 200
 
 
-def test_a_report_of_the_proxy_that_ran_before(tmp_path):
+def test_a_report_of_an_earlier_proxy_counts_until_a_request_succeeds(tmp_path):
     with ScriptedUpstream() as upstream:
         with ProxyProcess(tmp_path, upstream=upstream.origin) as proxy:
             scene = Scene(proxy, upstream)
@@ -174,7 +175,7 @@ def test_a_report_of_the_proxy_that_ran_before(tmp_path):
             )
 
 
-def test_an_expired_token_whose_renewal_fails(scene):
+def test_an_expired_token_whose_refresh_fails_is_not_ready(scene):
     scene.proxy.sign_in(
         expires_in=-5,
         refresh_error=error(code="issuer_unavailable", terminal=False, retry_at=time.time() + 9),
@@ -184,13 +185,12 @@ def test_an_expired_token_whose_renewal_fails(scene):
     assert (code, event["usable"], event["verdict"]) == (TRY_AGAIN, False, "expired")
     assert scene.doctor().exit_code == TRY_AGAIN
     assert scene.logged("requests cannot be served") == ["error"]
-    scene.proxy.sign_in(
-        "new"
-    )  # without a further request, the end of the outage is logged all the same
+    # The end of the outage is logged even without another request.
+    scene.proxy.sign_in("new")
     assert scene.logged("requests can be served again") == ["info"]
 
 
-def test_no_login_and_a_file_that_is_none(scene):
+def test_a_missing_or_malformed_login_is_not_ready(scene):
     for content in (None, "{"):
         if content:
             scene.proxy.token_path.write_text(content)
@@ -198,7 +198,7 @@ def test_no_login_and_a_file_that_is_none(scene):
     assert scene.logged("requests cannot be served") == ["error"]
 
 
-def test_the_last_client_key_that_is_removed(scene):
+def test_a_key_file_without_keys_is_not_ready(scene):
     scene.proxy.sign_in()
     keys = scene.proxy.token_path.with_name("client-keys")
     assert scene.ready() == (200, "signed in")
@@ -224,7 +224,7 @@ def test_a_young_token_that_is_refused_twice_is_not_ready(scene):
     assert scene.ready()[0] == 503
 
 
-def test_an_old_refresh_that_was_declined_turns_no_request_away(scene):
+def test_an_old_declined_refresh_does_not_refuse_a_request(scene):
     old = error(
         code="upstream_refuses",
         terminal=False,
@@ -240,7 +240,7 @@ def test_an_old_refresh_that_was_declined_turns_no_request_away(scene):
         assert client.message().status == 200
 
 
-def test_no_room_is_told_though_tokens_json_cannot_take_it(scene):
+def test_a_full_disk_is_reported_although_tokens_json_cannot_be_written(scene):
     scene.proxy.sign_in()
     now = time.time()
     no_room = "No space left on device"
@@ -269,7 +269,7 @@ def test_no_room_is_told_though_tokens_json_cannot_take_it(scene):
     )
 
 
-def test_after_a_suspend_the_refresher_gets_a_second_for_its_heartbeat(scene):
+def test_the_refresher_gets_a_second_for_its_heartbeat_after_a_suspend(scene):
     scene.proxy.refresher_lives(False)
     for expires_in, answer in ((-5, None), (3600, REFUSED)):
         scene.proxy.sign_in(f"old{expires_in}", expires_in=expires_in)
@@ -277,7 +277,8 @@ def test_after_a_suspend_the_refresher_gets_a_second_for_its_heartbeat(scene):
             client.request()
             if answer:
                 scene.upstream.receive().answer(answer)
-            time.sleep(0.3)  # it has looked by now
+            # By now, the proxy has checked the heartbeat.
+            time.sleep(0.3)
             scene.proxy.refresher_lives()
             scene.proxy.sign_in("new")
             request = scene.upstream.receive()
@@ -293,7 +294,7 @@ def test_after_a_suspend_the_refresher_gets_a_second_for_its_heartbeat(scene):
 # the log's lines
 
 
-def test_an_outage_is_an_error_each_minute_and_its_end_a_line(caplog):
+def test_an_outage_logs_an_error_each_minute_and_its_end(caplog):
     caplog.set_level("INFO")
     now, over = [0.0], [False]
 

@@ -1,4 +1,4 @@
-"""The proxy's warning that no refresher renews the login, and its end."""
+"""The proxy's warning about a missing refresher, and the end of it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from proxy_process import ProxyProcess
 
 
-def test_missing_refresher_is_logged_once_and_its_return_once(tmp_path: Path) -> None:
+def test_a_missing_refresher_and_its_return_are_logged_once_each(tmp_path: Path) -> None:
     with ProxyProcess(tmp_path) as proxy:
         proxy.sign_in()
         proxy.wait_for_log(lambda line: "no refresher; the login lapses at" in line["message"])

@@ -1,6 +1,6 @@
-"""A request that is sent a second time is the same request, whatever its size, framing and pace.
+"""A retried request is the same request, whatever its size, framing and pace.
 
-It is sent again after a refused token and after a pooled connection that broke.
+The proxy retries after a refused token and after a pooled connection that broke.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from scripted_upstream import Request, ScriptedUpstream
 
 from xaiproxy.http1.connection import READ
 
-LIMIT = 5 * READ  # XAI_PROXY_REPLAY_LIMIT here
+# XAI_PROXY_REPLAY_LIMIT of this proxy.
+LIMIT = 5 * READ
 SIZES = [0, 1, READ - 1, READ, READ + 1, 200_000, 3 * READ + 7, LIMIT]
 REFUSED = b"HTTP/1.1 403 Forbidden\r\nContent-Length: 16\r\n\r\nunauthenticated:"
 kinds = pytest.mark.parametrize("chunked", [False, True], ids=["sized", "chunked"])
@@ -53,7 +54,7 @@ def pool_a_connection(client: Client, upstream: ScriptedUpstream) -> None:
     assert client.message().body == b"ok"
 
 
-def answered_again(
+def assert_retried(
     client: Client, upstream: ScriptedUpstream, body: bytes, token: str = "newer"
 ) -> None:
     second = upstream.receive()
@@ -65,7 +66,9 @@ def answered_again(
 @kinds
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("early", [False, True], ids=["after the body", "after the head"])
-def test_request_whose_token_is_refused(pair: tuple, chunked: bool, size: int, early: bool) -> None:
+def test_a_request_whose_token_is_refused_is_retried_unchanged(
+    pair: tuple, chunked: bool, size: int, early: bool
+) -> None:
     proxy, upstream = pair
     body = content(size)
     with proxy.client() as client, contextlib.ExitStack() as stack:
@@ -73,21 +76,25 @@ def test_request_whose_token_is_refused(pair: tuple, chunked: bool, size: int, e
         with client.sending(framed(body, chunked)):
             first = upstream.receive(body=not early)
             assert first.token == "the-token"
-            if early:  # what is left of the body is no next request
+            # The rest of the body is no further request on this connection.
+            if early:
                 upstream.connections.remove(first.connection)
                 stack.enter_context(first.connection)
             proxy.sign_in("newer")
             first.answer(REFUSED)
-            answered_again(client, upstream, body)
-        client.request()  # the connection is in step
+            assert_retried(client, upstream, body)
+        # The connection can be reused.
+        client.request()
         upstream.receive().answer()
         assert client.message().body == b"ok"
 
 
 @kinds
 @pytest.mark.parametrize("half", [1, READ, READ + 1, 200_000])
-def test_refusal_in_the_middle_of_a_slow_upload(pair: tuple, chunked: bool, half: int) -> None:
-    """What came so far is sent again at once, then the rest as it comes."""
+def test_an_upload_refused_in_the_middle_is_retried_unchanged(
+    pair: tuple, chunked: bool, half: int
+) -> None:
+    """The bytes so far are replayed at once, then the rest is forwarded as it arrives."""
     proxy, upstream = pair
     body = content(2 * half)
     with proxy.client() as client:
@@ -117,9 +124,7 @@ def read(request: Request, size: int, chunked: bool) -> bytes:
 
 
 @kinds
-def test_body_beyond_the_limit_is_not_sent_again_and_the_refusal_passes(
-    pair: tuple, chunked: bool
-) -> None:
+def test_the_refusal_of_a_body_beyond_the_limit_passes(pair: tuple, chunked: bool) -> None:
     proxy, upstream = pair
     body = content(LIMIT + 1)
     with proxy.client() as client:
@@ -135,7 +140,9 @@ def test_body_beyond_the_limit_is_not_sent_again_and_the_refusal_passes(
 
 @kinds
 @pytest.mark.parametrize("size", SIZES)
-def test_request_on_a_pooled_connection_that_breaks(pair: tuple, chunked: bool, size: int) -> None:
+def test_a_request_whose_pooled_connection_breaks_is_retried_unchanged(
+    pair: tuple, chunked: bool, size: int
+) -> None:
     proxy, upstream = pair
     body = content(size)
     with proxy.client() as client:
@@ -145,13 +152,13 @@ def test_request_on_a_pooled_connection_that_breaks(pair: tuple, chunked: bool, 
             first = upstream.receive()
             assert first.connection.requests == 2 and first.body == body
             first.connection.close()
-            answered_again(client, upstream, body, "the-token")
+            assert_retried(client, upstream, body, "the-token")
 
 
 @kinds
 @pytest.mark.parametrize("size", [1, READ + 1, 200_000])
-def test_both_after_one_another(pair: tuple, chunked: bool, size: int) -> None:
-    """A third pass: the pooled connection breaks, and the token is refused on the new one."""
+def test_a_request_is_retried_after_both_failures(pair: tuple, chunked: bool, size: int) -> None:
+    """The pooled connection breaks, and then the token is refused on the new one."""
     proxy, upstream = pair
     body = content(size)
     with proxy.client() as client:
@@ -163,10 +170,10 @@ def test_both_after_one_another(pair: tuple, chunked: bool, size: int) -> None:
             assert second.body == body
             proxy.sign_in("newer")
             second.answer(REFUSED)
-            answered_again(client, upstream, body)
+            assert_retried(client, upstream, body)
 
 
-def test_several_at_once_keep_apart(pair: tuple) -> None:
+def test_concurrent_retries_keep_their_bodies(pair: tuple) -> None:
     proxy, upstream = pair
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(proxy.client()) for _ in range(5)]
@@ -186,8 +193,8 @@ def test_several_at_once_keep_apart(pair: tuple) -> None:
             assert client.message().body == body[:8]
 
 
-def test_second_try_that_fails_does_not_hide_the_first(tmp_path: Path) -> None:
-    """Upstream has the whole request, and is gone when it is sent again."""
+def test_a_failed_retry_reports_that_the_first_try_may_have_succeeded(tmp_path: Path) -> None:
+    """Upstream has received the whole request, and is gone at the retry."""
     with (
         ScriptedUpstream() as upstream,
         ProxyProcess(tmp_path, upstream=upstream.origin) as proxy,

@@ -1,4 +1,4 @@
-"""Both processes under a load, while tokens of three seconds expire."""
+"""Both processes under load, while tokens of three seconds expire."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ import pytest
 from proxy_process import Client, ProxyProcess, environment
 from sandbox import Sandbox
 
-# The load ends after more than these.
+# The load ends once both numbers are exceeded.
 REFRESHES = 9
 REQUESTS = 40
-LIMIT = 120.0  # seconds for them, on a machine that does other things as well
+# In seconds: enough on a loaded machine.
+LIMIT = 120.0
 
 
 class Load:
-    """Sends requests all the time, some short and some streamed, in threads of its own."""
+    """Sends short and streamed requests all the time, in threads of its own."""
 
     def __init__(self, proxy: ProxyProcess):
         self.proxy = proxy
@@ -40,7 +41,7 @@ class Load:
                 with self.proxy.client() as client:
                     request(client)
                 self.done += 1
-        # The test shows it, in its own thread.
+        # The test reports the error in its own thread.
         except Exception as fault:
             self.faults.append(repr(fault))
 
@@ -67,7 +68,7 @@ class Load:
 
 @pytest.fixture
 def issuer(tmp_path: Path) -> Iterator[Sandbox]:
-    """A sandbox whose tokens last three seconds, and a refresher that renews them."""
+    """A sandbox whose tokens last three seconds, and a refresher for them."""
     with Sandbox(access_token_lifetime=3, events=20, events_per_second=5) as sandbox:
         sandbox.write_login(tmp_path / "tokens.json")
         with open(tmp_path / "refresher.log", "wb") as log:
@@ -82,7 +83,7 @@ def issuer(tmp_path: Path) -> Iterator[Sandbox]:
         assert refresher.wait(10) == 0
 
 
-def test_no_request_failed_while_tokens_expired(issuer: Sandbox, tmp_path: Path) -> None:
+def test_no_request_fails_while_tokens_expire(issuer: Sandbox, tmp_path: Path) -> None:
     with ProxyProcess(tmp_path, issuer=issuer.url, upstream=issuer.url) as proxy:
         load = Load(proxy)
         try:

@@ -1,4 +1,4 @@
-"""The proxy as a process: its limits, and how it ends."""
+"""The proxy as a process: its limits and its shutdown."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from xaiproxy.proxy import server
 
 HEALTH = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
-KEY = "a-key-of-nobody"
+KEY = "the-client-key"
 
 
 @pytest.fixture
@@ -40,7 +40,9 @@ def write_keys(path: Path) -> None:
 # Limits
 
 
-def test_low_limit_of_file_descriptors(tmp_path: Path, upstream: ScriptedUpstream) -> None:
+def test_a_low_limit_of_file_descriptors_lowers_max_connections(
+    tmp_path: Path, upstream: ScriptedUpstream
+) -> None:
     with ProxyProcess(
         tmp_path, upstream=upstream.origin, prefix=("prlimit", "--nofile=180:180")
     ) as proxy:
@@ -48,14 +50,15 @@ def test_low_limit_of_file_descriptors(tmp_path: Path, upstream: ScriptedUpstrea
         assert line["level"] == "warning" and "50 client connections, not 10000" in line["message"]
         proxy.sign_in()
         with contextlib.ExitStack() as stack:
-            full_of_streams(proxy, upstream, stack, 50)  # and so many there can be
+            # The proxy accepts so many.
+            open_streams(proxy, upstream, stack, 50)
             for _ in range(2 * config.RESERVE):
                 stack.enter_context(proxy.client())
-            assert refused_in_the_reserve(proxy.ask())
+            assert is_refused_by_the_reserve(proxy.ask())
         assert not [line for line in proxy.log_lines() if "open files" in line["message"]]
 
 
-def test_no_descriptor_left_is_said_once_and_passes(
+def test_running_out_of_descriptors_is_logged_once_and_recovers(
     tmp_path: Path, upstream: ScriptedUpstream
 ) -> None:
     with (
@@ -81,7 +84,7 @@ def test_no_descriptor_left_is_said_once_and_passes(
         assert len([line for line in proxy.log_lines() if "open files" in line["message"]]) == 1
 
 
-def full_of_streams(
+def open_streams(
     proxy: ProxyProcess, upstream: ScriptedUpstream, stack: contextlib.ExitStack, count: int
 ) -> list[tuple[Client, Request]]:
     streams = []
@@ -92,7 +95,7 @@ def full_of_streams(
     return streams
 
 
-def refused_in_the_reserve(answer: Message) -> bool:
+def is_refused_by_the_reserve(answer: Message) -> bool:
     fields = [
         answer.value(name)
         for name in ("X-XAI-Proxy-Error", "Retry-After", "x-should-retry", "Connection")
@@ -100,7 +103,7 @@ def refused_in_the_reserve(answer: Message) -> bool:
     return [answer.status, *fields] == [503, "too_many_connections", "5", "true", "close"]
 
 
-def test_longest_idle_connection_is_closed_for_a_new_one(
+def test_the_longest_idle_connection_is_closed_for_a_new_one(
     tmp_path: Path, upstream: ScriptedUpstream
 ) -> None:
     with (
@@ -108,9 +111,10 @@ def test_longest_idle_connection_is_closed_for_a_new_one(
         contextlib.ExitStack() as stack,
     ):
         proxy.sign_in()
-        full_of_streams(proxy, upstream, stack, 2)
+        open_streams(proxy, upstream, stack, 2)
         idle = [stack.enter_context(proxy.client()) for _ in range(3)]
-        for client in (*idle, idle[0]):  # now the second is the longest
+        # Now the second has been idle for the longest time.
+        for client in (*idle, idle[0]):
             assert client.ask("GET", "/healthz").status == 200
         for longest in (idle[1], idle[2], idle[0]):
             began = time.monotonic()
@@ -125,16 +129,16 @@ def test_longest_idle_connection_is_closed_for_a_new_one(
 @pytest.mark.parametrize(
     "start", [b"", b"GET /v1/models HTTP/1.1\r\nHost:"], ids=["nothing", "half a head"]
 )
-def test_connections_without_a_request_do_not_keep_others_out(
+def test_connections_without_a_request_do_not_block_new_ones(
     tmp_path: Path, upstream: ScriptedUpstream, start: bytes
 ) -> None:
-    """Those that have not asked for a second are closed; those with a request keep their place."""
+    """Connections without a request are closed after a second; the others keep their slots."""
     with (
         ProxyProcess(tmp_path, upstream=upstream.origin, max_connections=5) as proxy,
         contextlib.ExitStack() as stack,
     ):
         proxy.sign_in()
-        ((busy, stream),) = full_of_streams(proxy, upstream, stack, 1)
+        ((busy, stream),) = open_streams(proxy, upstream, stack, 1)
         silent = [stack.enter_context(proxy.client()) for _ in range(4)]
         began = time.monotonic()
         for client in silent:
@@ -143,12 +147,13 @@ def test_connections_without_a_request_do_not_keep_others_out(
         upstream.receive().answer()
         assert newcomer.message().status == 200 and time.monotonic() - began < server.HEAD_TIMEOUT
         assert all(client.closed_within(3 * server.HEAD_TIMEOUT) for client in silent)
-        assert not readable([newcomer.sock], 2 * server.HEAD_TIMEOUT)  # no longer a crowd
+        # The crowd is gone, so this connection stays open.
+        assert not readable([newcomer.sock], 2 * server.HEAD_TIMEOUT)
         stream.answer(b"0\r\n\r\n")
         assert busy.chunk() == b""
 
 
-def test_connection_in_use_outlives_a_flood_of_silent_ones(tmp_path: Path) -> None:
+def test_a_connection_in_use_survives_a_flood_of_silent_ones(tmp_path: Path) -> None:
     with (
         ProxyProcess(tmp_path, max_connections=10) as proxy,
         proxy.client() as used,
@@ -169,22 +174,23 @@ def half_a_head(client: Client) -> None:
 
 
 def endless_body(client: Client) -> None:
-    """It is refused, but goes on sending, and reads nothing."""
-    with contextlib.suppress(ConnectionError):  # it may have been dropped for another
+    """Send a body that is refused, without end, and read nothing."""
+    # The proxy may have closed it for another one.
+    with contextlib.suppress(ConnectionError):
         client.request("POST", "/v1/files", "Content-Length: 999999999999").send(bytes(1 << 20))
 
 
 @pytest.mark.parametrize("act", [silent, half_a_head, endless_body])
-def test_reserve_answers_health_checks_when_all_have_a_request(
+def test_the_reserve_answers_health_checks_while_all_slots_are_busy(
     tmp_path: Path, upstream: ScriptedUpstream, act: Callable[[Client], None]
 ) -> None:
-    """Also when strangers have taken all of it, again and again."""
+    """Unauthorized clients fill all of the reserve as well, again and again."""
     with (
         ProxyProcess(tmp_path, upstream=upstream.origin, max_connections=3) as proxy,
         contextlib.ExitStack() as stack,
     ):
         proxy.sign_in()
-        streams = full_of_streams(proxy, upstream, stack, 3)
+        streams = open_streams(proxy, upstream, stack, 3)
         took = []
         for round_ in range(3):
             strangers = [
@@ -197,42 +203,43 @@ def test_reserve_answers_health_checks_when_all_have_a_request(
                 answer = proxy.ask("GET", target)
                 assert (answer.status, answer.value("Connection")) == (200, "close")
             for target in ("/v1/models", "/nowhere", "/"):
-                assert refused_in_the_reserve(proxy.ask("GET", target))
+                assert is_refused_by_the_reserve(proxy.ask("GET", target))
             took.append(time.monotonic() - began)
         assert min(took) < server.HEAD_TIMEOUT / 2 and upstream.quiet(), took
         for client, stream in streams:
             stream.answer(b"2\r\nok\r\n0\r\n\r\n")
             assert (client.chunk(), client.chunk()) == (b"ok", b"")
-        with proxy.client().request() as client:  # there is room again
+        # A slot is free again.
+        with proxy.client().request() as client:
             upstream.receive().answer()
             assert client.message().body == b"ok"
         proxy.wait_for_log(lambda line: "XAI_PROXY_MAX_CONNECTIONS" in line["message"])
-        said = [
+        lines = [
             line for line in proxy.log_lines() if "XAI_PROXY_MAX_CONNECTIONS" in line["message"]
         ]
-        assert [line["level"] for line in said] == ["warning"]
+        assert [line["level"] for line in lines] == ["warning"]
 
 
 def test_clients_that_do_not_read_do_not_fill_the_reserve(tmp_path: Path) -> None:
-    """They have sent more requests than answers fit into their sockets, and have all slots."""
+    """They have all slots, and more responses pending than their sockets hold."""
     with ProxyProcess(tmp_path, max_connections=2) as proxy, contextlib.ExitStack() as stack:
         for _ in range(2 + config.RESERVE):
             sock = stack.enter_context(socket.socket())
-            sock.setsockopt(
-                socket.IPPROTO_TCP, socket.TCP_MAXSEG, 500
-            )  # so that the kernel takes few answers
+            # The kernel buffers few responses then.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 500)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
             sock.connect(("127.0.0.1", proxy.port))
             sock.sendall(b"GET /nowhere HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1500)
         used = -1.0
-        while used != proxy.cpu_seconds():  # until all of them wait
+        # Wait until all of them block.
+        while used != proxy.cpu_seconds():
             used = proxy.cpu_seconds()
             time.sleep(0.3)
         for _ in range(3):
             assert proxy.ask("GET", "/healthz").status == 200
 
 
-def test_request_that_begins_after_a_pause_has_its_time_in_a_crowd(
+def test_a_request_after_a_pause_gets_its_full_timeout_in_a_crowd(
     tmp_path: Path, upstream: ScriptedUpstream
 ) -> None:
     with (
@@ -241,7 +248,8 @@ def test_request_that_begins_after_a_pause_has_its_time_in_a_crowd(
         contextlib.ExitStack() as stack,
     ):
         assert client.ask("GET", "/healthz").status == 200
-        time.sleep(2 * server.HEAD_TIMEOUT)  # idle
+        # The connection is idle.
+        time.sleep(2 * server.HEAD_TIMEOUT)
         client.send(b"GET /healthz HTTP/1.1\r\n")
         for _ in range(2):
             stack.enter_context(proxy.client())
@@ -250,10 +258,10 @@ def test_request_that_begins_after_a_pause_has_its_time_in_a_crowd(
         assert client.message().status == 200
 
 
-def test_cut_answers_that_are_read_slowly_do_not_fill_the_reserve(
+def test_slowly_read_truncated_responses_do_not_fill_the_reserve(
     tmp_path: Path, upstream: ScriptedUpstream
 ) -> None:
-    """In HTTP/1.0 a reset shows the cut, once the client has all that was sent before."""
+    """In HTTP/1.0, a reset marks the truncation, once the client has read everything before it."""
     size = 300_000
     with (
         ProxyProcess(tmp_path, upstream=upstream.origin, max_connections=2) as proxy,
@@ -279,20 +287,20 @@ def test_cut_answers_that_are_read_slowly_do_not_fill_the_reserve(
         assert time.monotonic() - began < 3
 
 
-def test_request_that_the_reserve_refuses_reads_its_answer(
+def test_a_request_that_the_reserve_refuses_gets_its_response(
     tmp_path: Path, upstream: ScriptedUpstream
 ) -> None:
-    """After a body that nobody reads, and with another request after it, which gets none."""
+    """Its body stays unread, and a request after it gets no response."""
     with (
         ProxyProcess(tmp_path, upstream=upstream.origin, max_connections=1) as proxy,
         contextlib.ExitStack() as stack,
     ):
         proxy.sign_in()
-        full_of_streams(proxy, upstream, stack, 1)
+        open_streams(proxy, upstream, stack, 1)
         for _ in range(2 * config.RESERVE):
             with proxy.client() as client:
                 client.request("POST", "/v1/files", body=bytes(4 << 20))
-                assert refused_in_the_reserve(client.message()) and client.closed_within()
+                assert is_refused_by_the_reserve(client.message()) and client.closed_within()
             with proxy.client() as client:
                 client.send(HEALTH + HEALTH)
                 assert client.message().status == 200 and client.rest() == b""
@@ -310,11 +318,11 @@ def test_access_rules_hold_in_the_reserve(tmp_path: Path, upstream: ScriptedUpst
         streaming.head()
         assert proxy.ask("GET", "/v1/models").status == 401
         assert proxy.ask("GET", "/nowhere", "Origin: https://evil.example").status == 403
-        assert refused_in_the_reserve(proxy.ask("GET", "/v1/models", f"X-Api-Key: {KEY}"))
+        assert is_refused_by_the_reserve(proxy.ask("GET", "/v1/models", f"X-Api-Key: {KEY}"))
         assert proxy.ask("GET", "/healthz", "Origin: https://evil.example").status == 200
 
 
-def test_idle_connections_are_closed_when_no_descriptor_is_left(tmp_path: Path) -> None:
+def test_idle_connections_are_closed_once_no_descriptor_is_left(tmp_path: Path) -> None:
     with ProxyProcess(tmp_path) as proxy, contextlib.ExitStack() as stack:
         idle = [stack.enter_context(proxy.client()) for _ in range(10)]
         for client in idle:
@@ -331,10 +339,8 @@ def test_idle_connections_are_closed_when_no_descriptor_is_left(tmp_path: Path) 
         resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE, limits)
 
 
-def test_dead_peers_are_looked_for_on_both_sides(
-    tmp_path: Path, upstream: ScriptedUpstream
-) -> None:
-    """SO_KEEPALIVE, first after 60 s: proc(5) shows the kernel's timer for it."""
+def test_both_connections_use_tcp_keepalive(tmp_path: Path, upstream: ScriptedUpstream) -> None:
+    """SO_KEEPALIVE probes first after 60 s: proc(5) shows the kernel's timer for it."""
     with ProxyProcess(tmp_path, upstream=upstream.origin) as proxy, proxy.client() as client:
         proxy.sign_in()
         client.request()
@@ -353,7 +359,7 @@ def test_dead_peers_are_looked_for_on_both_sides(
             assert kind == "02" and 50 * 100 < int(left, 16) <= 60 * 100
 
 
-# Ending
+# Shutdown
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -371,20 +377,21 @@ def test_idle_connections_are_closed_at_once(tmp_path: Path, number: int) -> Non
             proxy.client()
 
 
-def test_requests_from_before_the_signal_are_answered(
+def test_requests_sent_before_the_signal_are_answered(
     tmp_path: Path, upstream: ScriptedUpstream
 ) -> None:
-    """On old and new connections that the proxy, stopped meanwhile, has not read yet."""
+    """The proxy, stopped by a signal, has not yet read them from its old and new connections."""
     with ProxyProcess(tmp_path, upstream=upstream.origin) as proxy, proxy.client() as idle:
         proxy.sign_in()
         old = [proxy.client() for _ in range(20)]
         for client in (idle, *old):
             assert client.ask("GET", "/healthz").status == 200
         proxy.process.send_signal(signal.SIGSTOP)
+        # That is more than the proxy accepts at once.
         new, silent = (
             [proxy.client() for _ in range(120)],
             proxy.client(),
-        )  # more than are accepted at once
+        )
         for client in (*old, *new):
             client.request("POST", "/v1/x", body=b"{}")
         proxy.terminate()
@@ -402,7 +409,9 @@ def test_requests_from_before_the_signal_are_answered(
 
 
 @both_ways
-def test_open_answers_are_finished(tmp_path: Path, upstream: ScriptedUpstream, way: str) -> None:
+def test_a_drain_finishes_open_responses(
+    tmp_path: Path, upstream: ScriptedUpstream, way: str
+) -> None:
     with (
         ProxyProcess(tmp_path, way=way, upstream=upstream.origin) as proxy,
         proxy.client() as streaming,
@@ -419,7 +428,8 @@ def test_open_answers_are_finished(tmp_path: Path, upstream: ScriptedUpstream, w
         uploading.request("POST", "/v1/upload", "Content-Length: 4").send(b"ab")
         upload = upstream.receive(body=False)
         beginning.send(b"GET /v1/begin HTTP/1.1\r\nHo")
-        with proxy.client() as marker:  # when it is answered, what was sent before it was read
+        # Its response proves that everything sent before has been read.
+        with proxy.client() as marker:
             assert marker.ask("GET", "/healthz").status == 200
         proxy.terminate()
         line = proxy.wait_for_log(lambda line: line["message"].startswith("stopping"))
@@ -457,10 +467,10 @@ def test_open_answers_are_finished(tmp_path: Path, upstream: ScriptedUpstream, w
 
 @both_ways
 @pytest.mark.parametrize("again", [False, True])
-def test_answers_that_outlive_the_drain_are_cut_so_that_it_shows(
+def test_responses_that_outlast_the_drain_are_visibly_truncated(
     tmp_path: Path, upstream: ScriptedUpstream, way: str, again: bool
 ) -> None:
-    """When DRAIN_TIMEOUT is over, or at the second signal."""
+    """The drain ends after DRAIN_TIMEOUT, or with the second signal."""
     with (
         ProxyProcess(
             tmp_path, way=way, upstream=upstream.origin, drain_timeout=30 if again else 0.3
@@ -490,9 +500,8 @@ def test_answers_that_outlive_the_drain_are_cut_so_that_it_shows(
         waiting.request("GET", "/v1/cut")
         streams.append(upstream.receive())
         beginning.send(b"GET /v1/begin HTTP/1.1\r\nHo")
-        refused.request(
-            "POST", "/nowhere", "Content-Length: 9"
-        )  # what it still sends would be taken in
+        # The proxy would read the rest of this body.
+        refused.request("POST", "/nowhere", "Content-Length: 9")
         assert refused.message().status == 404
         start = time.monotonic()
         proxy.terminate()
@@ -515,7 +524,7 @@ def test_answers_that_outlive_the_drain_are_cut_so_that_it_shows(
         assert proxy.wait_for_request("/v1/unread")["ended_by"] == "proxy"
 
 
-def test_client_that_does_not_close_after_its_last_answer_does_not_hold_up_a_drain(
+def test_a_client_that_does_not_close_does_not_delay_a_drain(
     tmp_path: Path,
 ) -> None:
     with ProxyProcess(tmp_path) as proxy, proxy.client() as client:
@@ -525,21 +534,23 @@ def test_client_that_does_not_close_after_its_last_answer_does_not_hold_up_a_dra
         assert proxy.wait() == 0 and time.monotonic() - began < 3
 
 
-def test_drain_with_the_reserve_in_use(tmp_path: Path, upstream: ScriptedUpstream) -> None:
-    """Earlier requests are answered, and silent connections delay nothing. The proxy is stopped."""
+def test_a_drain_answers_requests_in_the_reserve(
+    tmp_path: Path, upstream: ScriptedUpstream
+) -> None:
+    """Silent connections delay nothing. The proxy is stopped while the requests arrive."""
     with (
         ProxyProcess(tmp_path, upstream=upstream.origin, max_connections=2) as proxy,
         contextlib.ExitStack() as stack,
     ):
         proxy.sign_in()
-        streams = full_of_streams(proxy, upstream, stack, 2)
+        streams = open_streams(proxy, upstream, stack, 2)
         silent = [stack.enter_context(proxy.client()) for _ in range(config.RESERVE)]
         proxy.process.send_signal(signal.SIGSTOP)
         asking = [stack.enter_context(proxy.client()).request() for _ in range(3 * config.RESERVE)]
         checking = stack.enter_context(proxy.client()).request("GET", "/healthz")
         proxy.terminate()
         proxy.process.send_signal(signal.SIGCONT)
-        assert all(refused_in_the_reserve(client.message()) for client in asking)
+        assert all(is_refused_by_the_reserve(client.message()) for client in asking)
         assert checking.message().status == 200
         assert all(client.closed_within(3 * server.HEAD_TIMEOUT) for client in silent)
         for client, stream in streams:
@@ -548,7 +559,7 @@ def test_drain_with_the_reserve_in_use(tmp_path: Path, upstream: ScriptedUpstrea
         assert proxy.wait() == 0
 
 
-def test_requests_that_wait_for_a_token_are_cut_too(tmp_path: Path) -> None:
+def test_requests_that_wait_for_a_token_are_aborted_after_the_drain(tmp_path: Path) -> None:
     with ProxyProcess(tmp_path, drain_timeout=0) as proxy, proxy.client() as client:
         proxy.sign_in(expires_in=-5)
         proxy.refresher_lives()

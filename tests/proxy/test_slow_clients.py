@@ -16,9 +16,12 @@ from recording_upstream import RecordingUpstream
 
 from xaiproxy.http1.handler import LINGER_WHOLE
 
-COUNT = 250  # of each kind
-LIMIT = 4.0  # seconds: CLIENT_TIMEOUT and KEEPALIVE_TIMEOUT
-PROMPT = 3.0  # seconds for two good requests, which mostly take hundredths
+# Clients of each kind.
+COUNT = 250
+# In seconds: CLIENT_TIMEOUT and KEEPALIVE_TIMEOUT.
+LIMIT = 4.0
+# In seconds, for two good requests, which usually take hundredths.
+PROMPT = 3.0
 HEAD = b"POST /v1/files HTTP/1.1\r\nHost: localhost\r\n"
 
 
@@ -43,15 +46,15 @@ def proxy(
 
 
 def starved(task: int | str) -> float:
-    """Seconds for which a thread was ready and had no processor, from proc(5)."""
+    """Return the seconds in which a thread was runnable without a processor, from proc(5)."""
     return int(Path(f"/proc/{task}/schedstat").read_text().split()[1]) / 1e9
 
 
 class GoodClient:
-    """Asks one thing after the other, for as long as it is entered.
+    """Sends one request after the other while it is entered.
 
-    `slowest`: the most seconds that an answer took, without those for which the machine had no
-    processor for the proxy or for this client.
+    `slowest`: the longest time of a response in seconds, minus the time in which the proxy or this
+    client was runnable without a processor.
     """
 
     def __init__(self, proxy: ProxyProcess):
@@ -72,7 +75,8 @@ class GoodClient:
     def _ask(self) -> None:
         while not self._stopped.wait(0.01):
             began = time.monotonic() - self._starved()
-            with self._proxy.client() as client:  # in the queue of new ones, too
+            # A new connection waits in the listen queue, too.
+            with self._proxy.client() as client:
                 for body in (b"", b"{}"):
                     answer = client.ask("POST", "/v1/chat/completions", body=body)
                     assert (answer.status, answer.body) == (200, b"POST /v1/chat/completions")
@@ -108,7 +112,7 @@ def one_request(client: Client) -> None:
 
 
 STAYS = "stays"
-# How each begins, what it goes on to send now and then, and the status that it gets in the end.
+# How each begins, what it keeps sending, and the status that it gets in the end.
 KINDS = [
     (nothing, b"", None),
     (one_request, b"", None),
@@ -116,12 +120,14 @@ KINDS = [
     (half_a_head, b"x", 408),
     (half_a_body, b"", 408),
     (half_a_chunk, b"", 408),
-    (chunk_size_without_end, b"x", 408),  # bytes that are no content buy no time
+    # Bytes that are no content do not extend the timeout.
+    (chunk_size_without_end, b"x", 408),
+    # An upload may be slow. It is the last, so that its first byte is not late.
     (
         half_a_body,
         b"x",
         STAYS,
-    ),  # an upload, however slow; the last, so that it is not too slow to begin with
+    ),
 ]
 
 
@@ -132,7 +138,7 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> None:
         time.sleep(0.02)
 
 
-def test_good_client_notices_nothing_of_thousands_of_slow_ones(
+def test_thousands_of_slow_clients_do_not_slow_down_a_good_one(
     proxy: ProxyProcess, upstream: RecordingUpstream, many_files: None
 ) -> None:
     before = proxy.open_files()
@@ -142,17 +148,16 @@ def test_good_client_notices_nothing_of_thousands_of_slow_ones(
             client = stack.enter_context(proxy.client())
             begin(client)
             slow[client.sock] = client, drip, status
-        # Half of the kinds have a connection upstream as well. The first may be gone again on a
-        # slow machine.
+        # Half of the kinds have a connection to upstream as well. On a slow machine, the first
+        # clients may be gone already.
         wait_for(lambda: proxy.open_files() - before > COUNT * len(KINDS), LIMIT)
         end = time.monotonic() + 3 * LIMIT
         while {status for _, _, status in slow.values()} != {STAYS}:
-            assert time.monotonic() < end, f"{len(slow)} are still there"
+            assert time.monotonic() < end, f"{len(slow)} slow clients are still connected"
             for sock in readable(slow, LIMIT / 4):
                 client, drip, status = slow.pop(sock)
-                with contextlib.suppress(
-                    *[ConnectionError] if drip else []
-                ):  # it drips on what is closed
+                # The client may have sent bytes after the close.
+                with contextlib.suppress(*[ConnectionError] if drip else []):
                     came = client.rest()
                     assert came.startswith(b"HTTP/1.1 %d " % status) if status else came == b""
                 client.close()
@@ -162,9 +167,8 @@ def test_good_client_notices_nothing_of_thousands_of_slow_ones(
         assert len(slow) == COUNT
     assert good.answers > 20 and good.slowest < PROMPT
     assert {request.target for request in upstream.taken()} == {"/v1/chat/completions"}
-    wait_for(
-        lambda: proxy.open_files() < before + 20, LIMIT
-    )  # some connections to upstream are pooled
+    # Some connections to upstream stay in the pool.
+    wait_for(lambda: proxy.open_files() < before + 20, LIMIT)
 
 
 ENDLESS = [
@@ -174,21 +178,22 @@ ENDLESS = [
 ]
 
 
-def test_bodies_without_end_that_nobody_reads_are_cut(proxy: ProxyProcess) -> None:
+def test_endless_unread_bodies_are_cut_off(proxy: ProxyProcess) -> None:
     before, began = proxy.resident_kib(), time.monotonic()
 
-    def pour(fields: str, part: bytes) -> None:
+    def send_endlessly(fields: str, part: bytes) -> None:
         with proxy.client() as client, contextlib.suppress(ConnectionError):
             client.request("POST", "/nothing", fields)
             while time.monotonic() - began < LINGER_WHOLE + 5:
                 client.send(part)
-                time.sleep(0.01)  # so that the others on this machine have a processor, too
+                # This leaves a processor for the other processes on this machine.
+                time.sleep(0.01)
 
     with GoodClient(proxy) as good:
-        pouring = [threading.Thread(target=pour, args=how) for how in ENDLESS]
-        for thread in pouring:
+        senders = [threading.Thread(target=send_endlessly, args=how) for how in ENDLESS]
+        for thread in senders:
             thread.start()
-        for thread in pouring:
+        for thread in senders:
             thread.join()
     assert LINGER_WHOLE - 1 < time.monotonic() - began < LINGER_WHOLE + 5
     assert good.answers > 20 and good.slowest < PROMPT and proxy.resident_kib() - before < 8192

@@ -1,6 +1,4 @@
-"""Via (RFC 9110 section 7.6.3): proxies that send to each other answer at once; xAI's servers get
-none.
-"""
+"""Via (RFC 9110 section 7.6.3): loops of proxies are detected; xAI's servers get no Via."""
 
 from __future__ import annotations
 
@@ -27,7 +25,7 @@ def free_port() -> int:
 def ring(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[list[ProxyProcess]]:
-    """Proxies that each have the next one for upstream, and the last one the first."""
+    """Proxies whose upstream is the next one, and the first one for the last."""
     ports = [free_port() for _ in range(request.param)]
     proxies = []
     for number, port in enumerate(ports):
@@ -58,11 +56,12 @@ def ring(
     ],
     ids=["GET", "POST", "Connection names Via", "WebSocket"],
 )
-def test_loop_is_answered_at_once_and_takes_no_slot(
+def test_a_loop_is_508_at_once_and_occupies_no_slot(
     ring: list[ProxyProcess], method: str, fields: tuple[str, ...]
 ) -> None:
     start = len(ring[0].log_lines())
-    for _ in range(2 * SLOTS):  # a slot that one of them kept would be missing by the last
+    # A slot that a proxy leaked would be missing in the end.
+    for _ in range(2 * SLOTS):
         looped = ring[0].ask(method, "/v1/loop", *fields, body=b"{}" if method == "POST" else b"")
         assert looped.status == 508 and b'"loop_detected"' in looped.body
         assert looped.value("x-should-retry") == "false"
@@ -72,7 +71,7 @@ def test_loop_is_answered_at_once_and_takes_no_slot(
     } == {508}
 
 
-def test_chain_of_two_is_no_loop(tmp_path: pathlib.Path) -> None:
+def test_a_chain_of_two_proxies_is_no_loop(tmp_path: pathlib.Path) -> None:
     with ScriptedUpstream() as upstream, ProxyProcess(tmp_path, upstream=upstream.origin) as inner:
         inner.sign_in("inner")
         (tmp_path / "outer").mkdir()
@@ -86,7 +85,7 @@ def test_chain_of_two_is_no_loop(tmp_path: pathlib.Path) -> None:
             assert first != second
 
 
-def test_name_in_via_is_another_in_each_process(tmp_path: pathlib.Path) -> None:
+def test_each_process_has_another_name_in_via(tmp_path: pathlib.Path) -> None:
     names = set()
     with ScriptedUpstream() as upstream:
         for _ in range(3):
@@ -102,7 +101,7 @@ def test_name_in_via_is_another_in_each_process(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "host, told",
+    "host, expected",
     [
         ("api.x.ai", False),
         ("x.ai", False),
@@ -111,12 +110,13 @@ def test_name_in_via_is_another_in_each_process(tmp_path: pathlib.Path) -> None:
         ("x.ai.example", True),
     ],
 )
-def test_xai_gets_no_via(tmp_path: pathlib.Path, host: str, told: bool) -> None:
+def test_requests_to_xai_have_no_via(tmp_path: pathlib.Path, host: str, expected: bool) -> None:
     authority, context = make_certificate(tmp_path, host.lower())
     came: list[bytes] = []
 
     def egress(connection: socket.socket) -> None:
-        read_request(connection)  # CONNECT
+        # This is the CONNECT request.
+        read_request(connection)
         connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
         with context.wrap_socket(connection, server_side=True) as tls:
             came.append(read_request(tls))
@@ -130,4 +130,4 @@ def test_xai_gets_no_via(tmp_path: pathlib.Path, host: str, told: bool) -> None:
                 proxy.ask("GET", "/v1/x", "Via: 1.1 xaiproxy-0123456789abcdef", "CF-Ray: 1").status
                 == 200
             )
-    assert (b"\r\nVia: " in came[0]) is told and b"CF-Ray" not in came[0]
+    assert (b"\r\nVia: " in came[0]) is expected and b"CF-Ray" not in came[0]

@@ -1,4 +1,4 @@
-"""The API through a WSGI server that knows nothing of this package: gevent's own pywsgi."""
+"""The API under a WSGI server that knows nothing of this package: gevent's own pywsgi."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def client(served: ProxyProcess, upstream: ScriptedUpstream) -> Iterator[Client]
         yield connection
 
 
-def test_a_request_has_its_target_fields_and_the_token(
+def test_a_request_is_forwarded_with_its_target_fields_and_the_token(
     client: Client, upstream: ScriptedUpstream
 ) -> None:
     client.request("GET", "/v1/a%20b%C3%A9/c?x=%2F&y", "X-One: 1", "Cookie: no=1")
@@ -63,7 +63,7 @@ def test_any_method_is_forwarded(client: Client, upstream: ScriptedUpstream, met
 
 @pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize("size", [1, 90_000])
-def test_a_body_is_sent_again_with_the_newer_token(
+def test_a_body_is_replayed_with_the_newer_token(
     served: ProxyProcess, client: Client, upstream: ScriptedUpstream, size: int, chunked: bool
 ) -> None:
     body = bytes(range(256)) * (size // 256 + 1)
@@ -81,7 +81,7 @@ def test_a_body_is_sent_again_with_the_newer_token(
     assert client.message().body == b"ok"
 
 
-def test_a_stream_is_passed_on_event_by_event(client: Client, upstream: ScriptedUpstream) -> None:
+def test_a_stream_is_forwarded_event_by_event(client: Client, upstream: ScriptedUpstream) -> None:
     client.request("POST", "/v1/chat/completions", body=b"{}")
     # pywsgi sends the head together with the first bytes of the content.
     request = upstream.receive().answer(EVENTS + b"9\r\ndata: 0\n\n\r\n")
@@ -94,7 +94,7 @@ def test_a_stream_is_passed_on_event_by_event(client: Client, upstream: Scripted
     assert client.chunk() == b""
 
 
-def test_a_cut_stream_does_not_look_complete(client: Client, upstream: ScriptedUpstream) -> None:
+def test_a_cut_stream_is_visibly_truncated(client: Client, upstream: ScriptedUpstream) -> None:
     client.request("POST", "/v1/chat/completions", body=b"{}")
     request = upstream.receive().answer(EVENTS + b"3\r\nabc\r\n")
     assert client.head().status == 200 and client.chunk() == b"abc"
@@ -102,7 +102,9 @@ def test_a_cut_stream_does_not_look_complete(client: Client, upstream: ScriptedU
     assert client.rest() == b""
 
 
-def test_refusals_and_preflights_are_the_proxys_own(served: ProxyProcess, client: Client) -> None:
+def test_the_proxy_answers_refusals_and_preflights_itself(
+    served: ProxyProcess, client: Client
+) -> None:
     refused = client.ask("GET", "/v1/x", "Origin: https://evil.example")
     assert (refused.status, refused.value("X-XAI-Proxy-Error")) == (403, "origin_not_allowed")
     allowed = client.ask("OPTIONS", "/v1/x", *PREFLIGHT, body=b"")
@@ -114,7 +116,7 @@ def test_refusals_and_preflights_are_the_proxys_own(served: ProxyProcess, client
     assert client.ask("GET", "/v1/models").value("X-XAI-Proxy-Error") == "login_required"
 
 
-def test_a_refusal_gives_the_memory_of_its_body_back(
+def test_a_failed_request_frees_the_copy_of_its_body(
     served: ProxyProcess, client: Client, upstream: ScriptedUpstream
 ) -> None:
     body = b"x" * 60_000
@@ -131,7 +133,7 @@ def test_a_refusal_gives_the_memory_of_its_body_back(
 
 
 @pytest.mark.parametrize("path", ["/v1//models", "/v1/", "/v1/a//b/", "/v2//"])
-def test_a_path_is_forwarded_in_its_spelling(
+def test_a_path_is_forwarded_unchanged(
     client: Client, upstream: ScriptedUpstream, path: str
 ) -> None:
     client.request("GET", path)
