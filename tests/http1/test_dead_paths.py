@@ -84,7 +84,7 @@ class Site:
 
 
 def quick_sweep(interval: float = INTERVAL, silence: float = SILENCE) -> list[str]:
-    return [*PYTHON, str(SUPPORT / "impatient_proxy.py"), str(interval), str(silence)]
+    return [*PYTHON, str(SUPPORT / "quick_sweep_proxy.py"), str(interval), str(silence)]
 
 
 @pytest.fixture(scope="module")

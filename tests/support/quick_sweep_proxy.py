@@ -1,4 +1,4 @@
-"""Process 1, but dead paths are found sooner: `impatient_proxy.py INTERVAL SILENCE`, in seconds.
+"""Process 1, but dead paths are found sooner: `quick_sweep_proxy.py INTERVAL SILENCE`, in seconds.
 
 It patches first, as xaiproxy/__main__.py does.
 """
