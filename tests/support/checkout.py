@@ -1,4 +1,4 @@
-"""Where the checkout is that is tested."""
+"""The paths of the checkout under test."""
 
 import pathlib
 

@@ -1,4 +1,4 @@
-"""How the tests start Chromium."""
+"""The command-line arguments of Chromium in tests."""
 
 ARGUMENTS = [
     "--headless",

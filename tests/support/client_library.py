@@ -13,10 +13,10 @@ import pytest
 
 
 class ClientLibrary:
-    """Stands for the module of that name. If that is not installed, the test file is skipped."""
+    """A proxy for a module. If that is not installed, the test file is skipped."""
 
     def __init__(self, name: str):
-        # Of the package alone: to find a submodule would import it.
+        # Only the package is searched, since finding a submodule imports it.
         if importlib.util.find_spec(name.partition(".")[0]) is None:
             pytest.skip(f"{name}, of the extra clients, is not installed", allow_module_level=True)
         self._name = name

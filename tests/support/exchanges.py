@@ -19,7 +19,7 @@ def perform(
     body: bytes = b"",
     upgrade: bool = False,
 ) -> tuple[Request, Exchange]:
-    """Send a request that is answered with `answer`, or as ScriptedUpstream does by itself."""
+    """Send a request, and answer it with `answer` or ScriptedUpstream's default."""
     method = begin.partition(" ")[0]
     request = exchange.Request(begin.encode(), whole_body(body), method, False, upgrade)
     with concurrent.futures.ThreadPoolExecutor(1) as threads:

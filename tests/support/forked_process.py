@@ -1,7 +1,7 @@
-"""Starts Python programs by a fork of a process that has their modules already.
+"""Starts Python programs by forking a process that has imported their modules.
 
-That saves most of a start: importing Flask and gevent takes 0.4 s of CPU. It is not for tests
-that are about the start itself.
+That saves most of a start: importing Flask and gevent takes 0.4 s of CPU. Tests of the start
+itself must not use it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class ForkServer:
         with self._mutex:
             socket.send_fds(self._socket, [json.dumps(request).encode()], streams or [])
             answer = self._socket.recv(100)
-        assert answer, "the fork server has ended; its stderr is that of the tests"
+        assert answer, "the fork server has ended; its errors are in the stderr of the tests"
         return int(answer)
 
 
@@ -57,7 +57,10 @@ fork_server = functools.cache(ForkServer)
 
 
 class ForkedProcess:
-    """What tests use of a subprocess.Popen. `streams`: its standard input, output and error."""
+    """The part of subprocess.Popen that tests use.
+
+    `streams`: its standard input, output and error.
+    """
 
     def __init__(self, module: str, arguments: list[str], streams: list[int], **request: Any):
         self.args = arguments
@@ -113,10 +116,10 @@ def start_python(
     new_session: bool = False,
     traced: bool = False,
 ) -> subprocess.Popen[bytes] | ForkedProcess:
-    """Start `python -W error ARGUMENT...` by a fork of a process with the imports of `module`.
+    """Start `python -W error ARGUMENT...` by forking a process with the imports of `module`.
 
-    `prefix`: a command that executes it instead. `environ`: nothing in it may be for Python or
-    gevent while they are loaded. `traced`: whether the process waits for a tracer, after its
+    `prefix`: a command that executes it instead. `environ`: variables that Python and gevent read
+    during import have no effect. `traced`: whether the process waits for a tracer after its
     imports.
     """
     if not prefix:
@@ -147,7 +150,7 @@ def start_python(
 def run_python(
     module: str, arguments: list[str], *, cwd: Path | str, environ: dict[str, str], timeout: float
 ) -> subprocess.CompletedProcess[str]:
-    """Run `python -W error ARGUMENT...` to its end, without input, as start_python starts it."""
+    """Run `python -W error ARGUMENT...`, started by start_python without input, to its end."""
     with (
         open(os.devnull) as nothing,
         tempfile.TemporaryFile("w+") as out,

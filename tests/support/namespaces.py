@@ -1,7 +1,7 @@
-"""Three hosts and a router between them that can drop packets in silence: network namespaces.
+"""Three hosts and a router that can drop packets without an error: network namespaces.
 
-This process makes them and enters them for a moment, so that what it starts or opens there belongs
-to them. They end with the last socket, process and `Namespace` in them.
+This process creates them and enters them to start processes and open sockets there. A namespace
+ends with its last socket, process and `Namespace`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from typing import ClassVar
 
 import pytest
 
-CLONE_NEWNET = 0x40000000  # sched.h; os.unshare and os.setns came with Python 3.12
-BUFFER = "4096 131072 1048576"  # bytes: the least, the first and the most of a socket
+# From sched.h: os.unshare and os.setns need Python 3.12.
+CLONE_NEWNET = 0x40000000
+# In bytes: the minimum, the default and the maximum of a socket.
+BUFFER = "4096 131072 1048576"
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -50,7 +52,7 @@ class Namespace:
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
-        """This thread is in it, and so are the sockets and processes that it makes."""
+        """Enter the namespace with this thread and every socket and process that it creates."""
         before = _current()
         try:
             _call("setns", self.fd, CLONE_NEWNET)
@@ -60,7 +62,7 @@ class Namespace:
             os.close(before)
 
     def ip(self, *commands: str) -> None:
-        """ip(8)."""
+        """Run commands of ip(8) in the namespace."""
         with self.entered():
             subprocess.run(
                 ["ip", "-batch", "-"],
@@ -71,13 +73,13 @@ class Namespace:
             )
 
     def set(self, name: str, value: object) -> None:
-        """A sysctl below net.ipv4."""
+        """Set a sysctl under net.ipv4."""
         with self.entered():
             Path("/proc/sys/net/ipv4", name).write_text(str(value))
 
 
 class Network:
-    """`client`, `proxy` and `upstream`, at the addresses of ADDRESSES, joined by a router."""
+    """`client`, `proxy` and `upstream`, at the addresses of ADDRESSES, connected by a router."""
 
     ADDRESSES: ClassVar[dict[str, str]] = {
         "client": "10.0.1.2",
@@ -139,5 +141,5 @@ def _works() -> bool:
 
 needs_network = pytest.mark.skipif(
     shutil.which("ip") is None or not _works(),
-    reason=("ip (iproute2) is not installed, or may make no network namespaces here"),
+    reason=("ip (iproute2) is not installed, or may create no network namespaces here"),
 )

@@ -32,7 +32,7 @@ def black_hole(address: str = "127.0.0.1", port: int = 0) -> Iterator[int]:
 
 
 def hosts(folder: Path, *lines: str, resolv_conf: str | None = None) -> tuple[str, ...]:
-    """Return what to put before a command that is to have these lines as its /etc/hosts."""
+    """Return a prefix for a command, which then has these lines as its /etc/hosts."""
     files = {"hosts": "".join(line + "\n" for line in lines)}
     if resolv_conf is not None:
         files["resolv.conf"] = resolv_conf
@@ -41,21 +41,22 @@ def hosts(folder: Path, *lines: str, resolv_conf: str | None = None) -> tuple[st
     mounts = " && ".join(f'mount --bind "{folder}/{name}" /etc/{name}' for name in files)
     prefix = ("unshare", "-rm", "sh", "-c", f'{mounts} && exec "$@"', "sh")
     if subprocess.run([*prefix, "true"], capture_output=True).returncode:
-        pytest.skip("no mount namespace to be had here")
+        pytest.skip("mount namespaces are not available here")
     return prefix
 
 
 class NameServer:
-    """Answers every query with `addresses`, `delay` seconds late, or with nothing while `silent`.
+    """Answers every query with `addresses` after `delay` seconds, or not at all while `silent`.
 
-    `prefix`: what to put before a command that is to query it.
+    `prefix`: a prefix for a command, which then uses this name server.
     """
 
     def __init__(self, folder: Path, *addresses: str):
         self.addresses = list(addresses)
         self.delay = 0.0
         self.silent = False
-        self.asked: list[str] = []  # for IPv4 addresses of these names
+        # The names whose IPv4 addresses were queried.
+        self.asked: list[str] = []
         self.was_asked = threading.Event()
         self._answers: list[threading.Timer] = []
         self._sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -65,8 +66,9 @@ class NameServer:
                 break
             except PermissionError:
                 self._sock.close()
-                pytest.skip("port 53 is not to be had here")
-            except OSError:  # another test's
+                pytest.skip("port 53 is not available here")
+            # Another test uses this address.
+            except OSError:
                 continue
         self.prefix = hosts(folder, resolv_conf=f"nameserver {self._sock.getsockname()[0]}\n")
         self._thread = threading.Thread(target=self._serve)
@@ -83,7 +85,7 @@ class NameServer:
         self._sock.close()
 
     def _serve(self) -> None:
-        """RFC 1035 section 4.1."""
+        """Answer queries until an empty one (RFC 1035 section 4.1)."""
         while True:
             query, client = self._sock.recvfrom(512)
             if not query:

@@ -1,6 +1,6 @@
-"""Process 1, but every answer is sent as any WSGI server would: iterated, in our own framing.
+"""The proxy without relaying: it iterates and reframes every response, as any WSGI server does.
 
-It patches first, as xaiproxy/__main__.py does.
+gevent patches first, as in xaiproxy/__main__.py.
 """
 
 from gevent import monkey

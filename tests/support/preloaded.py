@@ -1,13 +1,12 @@
-"""Runs Python programs from a process that has their modules already; forked_process.py uses it.
+"""Runs Python programs in a process that has imported their modules; forked_process.py uses it.
 
 `preloaded.py MODULE fork FD` forks a child for each request on the SEQPACKET socket FD.
 `preloaded.py MODULE traced ARGUMENT...` becomes `python -W error ARGUMENT...` once it is traced.
 
-It imports what MODULE imports and then waits. It starts no thread and no event loop, so that a
-child is what `python -W error -m MODULE` is after its imports. A child takes over the directory,
-the environment, the arguments and the standard streams that came with the request. It stays a
-zombie until the client asks for its status, as a child of the client's own does: its process ID
-cannot become another's.
+It imports the modules of MODULE and then waits. It starts no thread and no event loop, so a child
+is in the state of `python -W error -m MODULE` after its imports. A child takes the directory, the
+environment, the arguments and the standard streams from the request. It stays a zombie until the
+client asks for its status, as a child of the client would, so its process ID is not reused.
 """
 
 from __future__ import annotations
@@ -23,17 +22,18 @@ import runpy
 import sys
 import time
 
-# Before MODULE, which may have gevent replace these.
+# These are imported before MODULE, which may let gevent patch them.
 from os import fork, waitpid
 from pathlib import Path
 from typing import Any
 
-STREAMS = 3  # file descriptors that come with a request for a child
+# The number of file descriptors in a request for a child.
+STREAMS = 3
 PR_SET_PTRACER, PR_SET_PTRACER_ANY = 0x59616D61, ctypes.c_ulong(-1)
 
 
 def serve(connection: _socket.socket) -> dict[str, Any] | None:
-    """Answer requests. Return None after the last one, and in a child its request."""
+    """Answer requests. Return None after the last one; in a child, return its request."""
     while True:
         message, ancillary, _flags, _address = connection.recvmsg(
             1 << 20, _socket.CMSG_SPACE(STREAMS * 4)
@@ -71,7 +71,7 @@ def become(request: dict[str, Any]) -> None:
 
 
 def wait_for_tracer() -> None:
-    # Where only a parent may trace, the tracer is not ours (Yama, ptrace_scope 1).
+    # Yama (ptrace_scope 1) lets only a parent trace, which the tracer is not.
     ctypes.CDLL(None).prctl(PR_SET_PTRACER, PR_SET_PTRACER_ANY, 0, 0, 0)
     status = Path("/proc/self/status")
     while "TracerPid:\t0\n" in status.read_text():
@@ -79,7 +79,7 @@ def wait_for_tracer() -> None:
 
 
 def run(arguments: list[str]) -> None:
-    """`-m MODULE ARGUMENT...` or `SCRIPT ARGUMENT...`."""
+    """Run `-m MODULE ARGUMENT...` or `SCRIPT ARGUMENT...`."""
     if arguments[0] == "-m":
         sys.path[0] = os.getcwd()
         sys.argv = arguments[1:]
@@ -93,8 +93,8 @@ def run(arguments: list[str]) -> None:
 if __name__ == "__main__":
     _, module, how, *rest = sys.argv
     runpy.run_module(module, run_name="preloaded")
-    # A garbage collection in a child would write to most of the memory that it shares with this
-    # process, and so copy it.
+    # Garbage collection in a child would write to most of the memory that it shares with this
+    # process, which copies it.
     gc.freeze()
     if how == "traced":
         wait_for_tracer()

@@ -1,4 +1,4 @@
-"""The proxy as a process of its own, and a raw client of it."""
+"""The proxy as a separate process, and a raw client for it."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from raw_connection import TIMEOUT, Message, RawConnection
 
 from xaiproxy import config
 
-ISSUER = "http://127.0.0.1:1"  # of the logins here; nothing asks it
+# The issuer of the logins here. Nothing connects to it.
+ISSUER = "http://127.0.0.1:1"
 ARGUMENTS = ["-m", "xaiproxy"]
 COMMAND = [*PYTHON, *ARGUMENTS]
-# A response's body goes from socket to socket, or is iterated: see Handler._can_relay.
+# A response's body is relayed from socket to socket, or iterated: see Handler._can_relay.
 WAYS = {"relayed": ARGUMENTS, "iterated": [str(SUPPORT / "plain_proxy.py")]}
 both_ways = pytest.mark.parametrize("way", WAYS)
 
@@ -54,15 +55,15 @@ class Client(RawConnection):
         return self
 
     def ask(self, *arguments: str, **keywords: Any) -> Message:
-        """Send a request and return the whole answer."""
+        """Send a request and return the whole response."""
         method = arguments[0] if arguments else "GET"
         return self.request(*arguments, **keywords).message(body=method != "HEAD")
 
 
 class ProxyProcess:
-    """A running `python -m xaiproxy` on a free port, another of WAYS, or what `command` runs.
+    """A running `python -m xaiproxy` on a free port, another one of WAYS, or `command`.
 
-    Settings are keywords, `idle_timeout=0.5` for XAI_PROXY_IDLE_TIMEOUT; `environ` is for others.
+    Settings are keywords: `idle_timeout=0.5` is XAI_PROXY_IDLE_TIMEOUT. `environ`: other variables.
     The token file is `folder`/tokens.json, which sign_in() writes. close() asserts a clean exit.
     """
 
@@ -111,7 +112,7 @@ class ProxyProcess:
             self._changed.notify_all()
 
     def read_log(self) -> None:
-        """Go on reading, where `read_log` had it stop after the start."""
+        """Continue to read the log, which `read_log=False` paused after the start."""
         self._stop_after_start = False
         self._reading.set()
 
@@ -124,7 +125,7 @@ class ProxyProcess:
         else:
             self.kill()
 
-    # Its log
+    # Log
 
     def log_lines(self) -> list[dict[str, Any]]:
         with self._changed:
@@ -133,7 +134,7 @@ class ProxyProcess:
     def wait_for_log(
         self, predicate: Callable[[dict[str, Any]], Any], seconds: float = TIMEOUT, start: int = 0
     ) -> dict[str, Any]:
-        """The first line from number `start` on for which `predicate` holds."""
+        """Return the first line from number `start` on for which `predicate` holds."""
         deadline = time.monotonic() + seconds
         seen = start
         with self._changed:
@@ -149,10 +150,10 @@ class ProxyProcess:
                 self._changed.wait(min(left, 0.2))
 
     def wait_for_request(self, path: str, seconds: float = TIMEOUT) -> dict[str, Any]:
-        """The line of the last request for `path`, which should be a path of the test's own."""
+        """Return the line of the last request for `path`, which no other test should use."""
         return self.wait_for_log(lambda line: line.get("path") == path, seconds)
 
-    # Its login
+    # Login
 
     def sign_in(
         self,
@@ -162,7 +163,7 @@ class ProxyProcess:
         age: float = 1000,
         **members: Any,
     ) -> None:
-        """Put a login there, as the refresher does; `members` are added or override."""
+        """Write a login, as the refresher does. `members`: added to it, or replaced in it."""
         now = time.time()
         login = {
             "access_token": token,
@@ -179,19 +180,19 @@ class ProxyProcess:
         new.replace(self.token_path)
 
     def refresher_lives(self, lives: bool = True) -> None:
-        """Write the heartbeat of a refresher, or of one that died two minutes ago."""
+        """Write the heartbeat of a running refresher, or of one that died two minutes ago."""
         lock = self.token_path.with_name("tokens.json.lock")
         lock.touch(0o600)
         at = time.time() - (0 if lives else 120)
         os.utime(lock, (at, at))
 
-    # The process
+    # Process
 
     def client(self) -> Client:
         return Client(self.port)
 
     def ask(self, *arguments: str, **keywords: Any) -> Message:
-        """One request on a connection of its own, and the whole answer."""
+        """Send a request on a connection of its own and return the whole response."""
         with self.client() as client:
             return client.ask(*arguments, **keywords)
 
@@ -212,7 +213,7 @@ class ProxyProcess:
         self.process.send_signal(signal.SIGTERM)
 
     def wait(self, seconds: float = TIMEOUT) -> int:
-        """Its exit code, with the whole log read."""
+        """Wait for its end, read the whole log, and return the exit code."""
         code = self.process.wait(seconds)
         self._reader.join(TIMEOUT)
         return code
@@ -243,16 +244,17 @@ def _parsed(line: bytes) -> dict[str, Any]:
     try:
         return json.loads(line)
     except ValueError:
+        # It is a traceback or a warning.
         return {
             "message": line.decode("utf-8", "replace"),
             "unexpected": True,
-        }  # a traceback, a warning
+        }
 
 
 def environment(
     folder: pathlib.Path, environ: dict[str, str] | None = None, **settings: Any
 ) -> dict[str, str]:
-    """A clean environment: what the person who runs the tests has set must not count."""
+    """Return an environment without the variables of the user who runs the tests."""
     settings = {
         "port": 0,
         "token_path": folder / "tokens.json",
@@ -272,7 +274,7 @@ def environment(
 def refuse_to_start(
     folder: pathlib.Path, environ: dict[str, str] | None = None, **settings: Any
 ) -> tuple[int, str]:
-    """Run a proxy that cannot start; its exit code and stderr."""
+    """Run a proxy that cannot start. Return its exit code and stderr."""
     environ = environment(folder, environ, **settings)
     done = run_python("xaiproxy", ARGUMENTS, cwd=folder, environ=environ, timeout=20)
     assert done.stdout == ""

@@ -1,6 +1,6 @@
-"""Process 1, but dead paths are found sooner: `quick_sweep_proxy.py INTERVAL SILENCE`, in seconds.
+"""The proxy with a quicker sweep for dead paths: `quick_sweep_proxy.py INTERVAL SILENCE`.
 
-It patches first, as xaiproxy/__main__.py does.
+Both are in seconds. gevent patches first, as in xaiproxy/__main__.py.
 """
 
 from gevent import monkey

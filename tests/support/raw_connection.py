@@ -1,4 +1,4 @@
-"""One end of a raw HTTP/1.1 connection: bytes in, bytes out, and every wait has a timeout."""
+"""One end of a raw HTTP/1.1 connection, on which every wait has a timeout."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 
-# By default, in responses whose connection stays open.
+# The default fields of a response whose connection stays open.
 KEPT = b"Connection: keep-alive\r\nKeep-Alive: timeout=595\r\n"
 # In seconds. By default, a test waits this long for what must come.
 TIMEOUT = 8.0
-RESET = struct.pack("ii", 1, 0)  # SO_LINGER that turns close into a reset
+# SO_LINGER that turns close() into a reset.
+RESET = struct.pack("ii", 1, 0)
 
 
 def readable(sockets: Iterable[socket.socket], seconds: float = 0) -> list[socket.socket]:
@@ -89,7 +90,7 @@ class RawConnection:
     def __exit__(self, *_error: object) -> None:
         self.close()
 
-    # Out
+    # Send
 
     def send(self, data: bytes) -> None:
         self.sock.sendall(data)
@@ -114,7 +115,7 @@ class RawConnection:
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
         self.sock.close()
 
-    # In
+    # Receive
 
     def _more(self) -> bool:
         data = self.sock.recv(65536)
@@ -174,7 +175,7 @@ class RawConnection:
         return message
 
     def rest(self) -> bytes:
-        """Read until the end of the connection. Raises ConnectionResetError if that is a reset."""
+        """Read until EOF. Raises ConnectionResetError after a reset."""
         end = time.monotonic() + 5 * TIMEOUT
         while self._more():
             assert time.monotonic() < end, "the peer sends bytes without end"

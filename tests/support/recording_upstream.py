@@ -1,6 +1,6 @@
-"""An upstream that answers every request at once with its own line, and keeps it.
+"""An upstream that records every request and answers it at once with its method and target.
 
-It reads more strictly than any server: every byte that the proxy would not write is a fault.
+It is stricter than any server: every byte that the proxy must not write is a fault.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ CHUNK = re.compile(rb"([1-9a-f][0-9a-f]*)\r\n")
 LAST = b"0\r\n\r\n"
 OURS = ("host", "user-agent", "authorization", "content-length", "transfer-encoding", "via")
 VIA = re.compile("1[.]1 xaiproxy-[0-9a-f]{16}(, 1[.]1 xaiproxy-[0-9a-f]{16})*")
-# Whatever fields the client sends: about its own connection, its identity, its way to the proxy, or
-# how to read the message.
+# Fields that never pass: about the client's connection, its identity, its route to the proxy, or
+# the framing of the message.
 NEVER = {
     "connection",
     "keep-alive",
@@ -65,7 +65,7 @@ HANDSHAKE = (("Connection", "Upgrade"), ("Upgrade", "websocket"))
 
 
 class Seen(NamedTuple):
-    """A whole request. `fields`: those that the proxy has not set itself, and HANDSHAKE."""
+    """A complete request. `fields`: those that the proxy does not set itself, and HANDSHAKE."""
 
     method: str
     target: str
@@ -80,15 +80,17 @@ class Fault(Exception):
 class RecordingUpstream:
     """Records requests.
 
-    `requests`: those that came whole, in the order of their last bytes. `faults`: whatever else
-    came, and why it is one. In each turn it reads all that has come before it answers, so that a
-    request is recorded before its response, and so is every one whose bytes were sent before.
+    `requests`: complete ones, in the order of their last bytes. `faults`: everything else that
+    arrived, and what is wrong with it. In each turn the upstream reads everything that has arrived
+    before it answers. A response therefore proves that its request, and every request sent before,
+    is recorded.
     """
 
     def __init__(self, token: str = "the-token"):
         self.requests: list[Seen] = []
         self.faults: list[str] = []
-        self.received = 0  # bytes, also of requests that did not come whole
+        # In bytes, including those of incomplete requests.
+        self.received = 0
         self._authorization = f"Bearer {token}"
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
         self._listener.setblocking(False)
@@ -102,13 +104,14 @@ class RecordingUpstream:
         return self
 
     def __exit__(self, *_error: object) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)  # wakes poll, and accept says that it is over
+        # This wakes poll(), and accept() fails.
+        self._listener.shutdown(socket.SHUT_RDWR)
         self._thread.join()
         for sock in (self._listener, *self._unread):
             sock.close()
 
     def taken(self) -> list[Seen]:
-        """The requests since the last call. Fails when anything else came."""
+        """Return the requests since the last call. Fails if anything else arrived."""
         requests, faults, self.requests, self.faults = self.requests, self.faults, [], []
         assert not faults, faults
         return requests
@@ -137,7 +140,7 @@ class RecordingUpstream:
                 sock.close()
 
     def _read(self, sock: socket.socket) -> bool:
-        """Take what is there; False at the end."""
+        """Read all bytes that have arrived. Return False at EOF."""
         try:
             while data := sock.recv(1 << 20):
                 self.received += len(data)
@@ -163,11 +166,11 @@ class RecordingUpstream:
         return answers
 
     def _request(self, data: bytes) -> int:
-        """Keep the first request in `data`; where it ends, 0 when it is not whole."""
+        """Record the first request in `data`. Return its end, or 0 if it is incomplete."""
         match = HEAD.match(data)
         if match is None:
             if b"\r\n\r\n" in data or re.search(rb"(?<!\r)\n|\r(?!\n|$)", data):
-                raise Fault("no request")
+                raise Fault("not a request")
             return 0
         method, target, lines = (part.decode("latin-1") for part in match.groups())
         fields = [tuple(line.split(": ", 1)) for line in lines.split("\r\n")[:-1]]
@@ -191,28 +194,28 @@ class RecordingUpstream:
         if values.get("host") != [self.authority] or values.get("authorization") != [
             self._authorization
         ]:
-            raise Fault("not one Host and one token, ours")
+            raise Fault("not exactly the proxy's Host and token")
         if len(values.get("user-agent", ())) != 1:
-            raise Fault("not one User-Agent")
+            raise Fault("not exactly one User-Agent")
         if len(values.get("via", ())) != 1 or not VIA.fullmatch(values["via"][0]):
-            raise Fault("not one Via, of proxies such as this one")
+            raise Fault("not exactly one Via, of xaiproxy alone")
         names = {name.lower() for name, _ in others if (name, _) not in HANDSHAKE}
         is_handshake = bool({("Upgrade", "websocket"), ("Connection", "Upgrade")} & {*others})
         if is_handshake and (others[-2:] != HANDSHAKE or method != "GET" or body):
             raise Fault("half a handshake, or one with a body")
         for name in names | {name.replace("_", "-") for name in names if "_" in name}:
             if name in NEVER or name in OURS or name.startswith(NEVER_BEGINS):
-                raise Fault(f"{name} came through")
+                raise Fault(f"{name} must not pass")
 
 
 def _body(data: bytes, at: int, values: dict[str, list[str]]) -> tuple[bytes, int]:
-    """The body that begins there, and where it ends; 0 when it is not whole."""
+    """Return the body that begins at `at`, and its end, or 0 if it is incomplete."""
     lengths, codings = values.get("content-length", []), values.get("transfer-encoding", [])
     if len(lengths) + len(codings) > 1 or codings not in ([], ["chunked"]):
-        raise Fault("two could differ on where the body ends")
+        raise Fault("the end of the body is ambiguous")
     if not codings:
         if lengths and not LENGTH.fullmatch(lengths[0]):
-            raise Fault("no length")
+            raise Fault("not a length")
         end = at + int(lengths[0] if lengths else "0")
         return data[at:end], end if len(data) >= end else 0
     body = b""
@@ -220,12 +223,12 @@ def _body(data: bytes, at: int, values: dict[str, list[str]]) -> tuple[bytes, in
         match = CHUNK.match(data, at)
         if match is None:
             if b"\r\n" in data[at : at + 100] and not LAST.startswith(data[at:]):
-                raise Fault("no chunk")
+                raise Fault("not a chunk")
             return b"", 0
         start, at = match.end(), match.end() + int(match[1], 16) + 2
         if len(data) < at:
             return b"", 0
         if data[at - 2 : at] != b"\r\n":
-            raise Fault("no end of a chunk")
+            raise Fault("not the end of a chunk")
         body += data[start : at - 2]
     return body, at + len(LAST)

@@ -1,4 +1,4 @@
-"""A refresher as a process of its own, and what it can be run under: strace, a mount namespace."""
+"""A refresher as a separate process, which may run under strace or in a mount namespace."""
 
 import json
 import os
@@ -28,10 +28,10 @@ def make_store(sandbox, path) -> TokenStore:
 
 
 class Process:
-    """A refresher, whose log is read as it comes.
+    """A refresher, whose log is read as it is written.
 
     `before`: a command that executes it. `trace`: a function that attaches a tracer to a process
-    ID; the refresher waits for it before its first own system call.
+    ID; the refresher waits for it before its own first system call.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Process:
             prefix=tuple(map(str, before)),
             environ=environment(sandbox, path, **more),
             cwd="/",
-            # Without a terminal, whose end is what SIGHUP would mean.
+            # The refresher has no terminal, whose hangup SIGHUP would mean.
             new_session=True,
             traced=trace is not None,
         )
@@ -107,7 +107,7 @@ mounts = pytest.mark.skipif(
 
 
 def mounted(script: str, folder) -> list[str]:
-    """Return what to put before a refresher to run a script in its own mount namespace first.
+    """Return a prefix for a refresher, which runs a script in its own mount namespace first.
 
     `script`: shell commands that mount something on "$1", which is `folder`.
     """
@@ -115,5 +115,5 @@ def mounted(script: str, folder) -> list[str]:
 
 
 def seen_from(process: Process, path) -> str:
-    """A path in the mount namespace of a process."""
+    """Return a path as seen from the mount namespace of a process."""
     return f"/proc/{process.pid}/root{path}"

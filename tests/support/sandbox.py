@@ -1,4 +1,4 @@
-"""The sandbox as a process of its own, on a free port, observed and controlled over HTTP."""
+"""The sandbox as a separate process on a free port, observed and controlled over HTTP."""
 
 from __future__ import annotations
 
@@ -80,9 +80,9 @@ class Sandbox:
     def request(
         self, method: str, path: str, body: Any = None, token: str | None = None, **headers: str
     ) -> tuple[int, Any]:
-        """One request on a connection of its own: the status and the body, parsed if it is JSON.
+        """Send a request on a connection of its own. Return the status and the body, parsed if JSON.
 
-        A dict is sent as a form to the authorization server, and as JSON to the rest.
+        A dict is sent as a form to the authorization server, and as JSON elsewhere.
 
         `headers`: User_Agent="x" is User-Agent.
         """
@@ -117,7 +117,7 @@ class Sandbox:
         return self.request("POST", path, body, token, **headers)
 
     def head(self, start: str, **fields: Any) -> bytes:
-        """The head of a raw request; a field given replaces the usual value, None leaves it out."""
+        """Return the head of a raw request. `fields`: replace the default values; None omits one."""
         fields = {
             "Host": f"{self.host}:{self.port}",
             "User-Agent": "raw",
@@ -128,7 +128,7 @@ class Sandbox:
         return "\r\n".join((f"{start} HTTP/1.1", *lines, "", "")).encode()
 
     def chat(self, token: str, **fields: Any) -> bytes:
-        """A whole raw request for a streamed chat completion."""
+        """Return a complete raw request for a streamed chat completion."""
         body = json.dumps(CHAT).encode()
         return (
             self.head(
@@ -142,7 +142,7 @@ class Sandbox:
         )
 
     def raw(self, *sent: bytes) -> bytes:
-        """All that comes back for these bytes until the sandbox closes the connection."""
+        """Send these bytes. Return everything received until the sandbox closes the connection."""
         with socket.create_connection((self.host, self.port), timeout=10) as connection:
             for part in sent:
                 connection.sendall(part)
@@ -150,7 +150,7 @@ class Sandbox:
 
     @contextlib.contextmanager
     def streaming(self, request: bytes) -> Iterator[tuple[socket.socket, Any]]:
-        """A connection and its answer, a 200, as a file read up to the end of the head."""
+        """Yield a connection and its response, a 200, as a file whose head has been read."""
         with (
             socket.create_connection((self.host, self.port), timeout=10) as connection,
             connection.makefile("rb") as answer,
@@ -166,14 +166,14 @@ class Sandbox:
         assert status == 200, body
 
     def reset(self) -> None:
-        """Knobs as at the start, counters at zero, no requests seen; logins stay."""
+        """Reset the knobs, the counters and the recorded requests; logins stay."""
         self.request("DELETE", "/_sandbox")
 
     def counters(self) -> dict[str, int]:
         return self.get("/_sandbox")[1]
 
     def requests(self, path: str | None = None) -> list[dict[str, Any]]:
-        """The requests seen, oldest first; with `path`, those whose target begins with it."""
+        """Return the recorded requests, oldest first. `path`: the beginning of their target."""
         seen = self.get("/_sandbox/requests")[1]
         return [request for request in seen if request["target"].startswith(path or "")]
 
@@ -184,18 +184,18 @@ class Sandbox:
         return until(lambda: [seen for seen in [self.counters()] if predicate(seen)], seconds)[0]
 
     def kill(self, what: str = "access_tokens") -> None:
-        """End every access token, or with "logins" every refresh token too, at once."""
+        """Revoke every access token at once, and with "logins" every refresh token as well."""
         assert self.post("/_sandbox/revoke", {"what": what})[0] == 200
 
     # logins
 
     def approve(self, user_code: str, decision: str = "allow") -> None:
-        """What a person does on the verification page; decision "deny" likewise."""
+        """Decide on the verification page, as a user does. `decision`: "allow" or "deny"."""
         status, body = self.post("/oauth2/device", {"user_code": user_code, "decision": decision})
         assert status == 200, body
 
     def consent(self, authorization_url: str, decision: str = "allow") -> str:
-        """What a person does on the consent page; the URL that the page would now fetch."""
+        """Decide on the consent page, as a user does. Return the URL that the page fetches then."""
         status, page = self.get(authorization_url)
         assert status == 200, page
         handle = re.search(rb'data-request="([^"]+)"', page)[1].decode()
@@ -204,7 +204,7 @@ class Sandbox:
         return answer["url"]
 
     def visit(self, authorization_url: str, decision: str = "allow") -> bool:
-        """Do what a person and the browser do: consent(), a preflight, and then fetch that URL.
+        """Do what a user and the browser do: consent(), a preflight, and a fetch of that URL.
 
         False is the page's "Enter this code to finish signing in".
         """
@@ -248,7 +248,7 @@ class Sandbox:
         }
 
     def token(self, grant_type: str, **fields: str) -> tuple[int, Any]:
-        """One request to the token endpoint."""
+        """Send one request to the token endpoint."""
         form = {"grant_type": grant_type, "client_id": CLIENT_ID, **fields}
         return self.post("/oauth2/token", form)
 
@@ -256,7 +256,7 @@ class Sandbox:
         return self.token("refresh_token", refresh_token=refresh_token)
 
     def mint(self, scope: str = SCOPE) -> dict[str, Any]:
-        """A login, by the device grant: the token response."""
+        """Return the token response of a new login by the device grant."""
         status, device = self.post("/oauth2/device/code", {"client_id": CLIENT_ID, "scope": scope})
         assert status == 200, device
         self.approve(device["user_code"])
@@ -265,7 +265,7 @@ class Sandbox:
         return tokens
 
     def write_login(self, path: os.PathLike[str] | str, **members: Any) -> dict[str, Any]:
-        """Mint a login and write it as a tokens.json, 0600; `members` are added or override."""
+        """Write a new login as a tokens.json, mode 0600. `members`: added to it, or replaced in it."""
         tokens = self.mint()
         now = int(time.time())
         login = {
@@ -295,10 +295,10 @@ def until(happened: Callable[[], Any], seconds: float = 5) -> Any:
 
 
 def status(answer: bytes) -> int:
-    """The status of a raw answer."""
+    """Return the status of a raw response."""
     return int(answer.split(b" ", 2)[1])
 
 
 def body(answer: bytes) -> Any:
-    """The JSON of a raw answer."""
+    """Return the JSON of a raw response."""
     return json.loads(answer.partition(b"\r\n\r\n")[2])

@@ -1,4 +1,4 @@
-"""A server that says what a test tells it to, byte by byte, and keeps what it was sent."""
+"""A server that sends scripted responses, byte by byte, and records the requests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 def answer(
     status: int, body: Any = "", content_type: str = "application/json", **headers: str
 ) -> bytes:
-    """An HTTP answer; a dict or list is sent as JSON, Retry_After=... names a header."""
+    """Return an HTTP response. A dict or list becomes JSON; Retry_After=... is a header."""
     content = (body if isinstance(body, str) else json.dumps(body)).encode()
     lines = [
         f"HTTP/1.1 {status} Whatever",
@@ -26,10 +26,10 @@ def answer(
 
 
 class ScriptedServer:
-    """Each connection gets the next of the answers, and the last one is repeated.
+    """Each connection gets the next one of `answers`; the last one is repeated.
 
-    An answer is bytes, sent after a whole request was read, or a function of the socket, called at
-    once. `tls`: an SSLContext, or None for none.
+    An answer is bytes, which are sent after a complete request, or a function of the socket, which
+    is called at once. `tls`: an SSLContext, or None.
     """
 
     def __init__(
@@ -53,11 +53,12 @@ class ScriptedServer:
         return self
 
     def __exit__(self, *_error: object) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept
+        # This wakes accept().
+        self._listener.shutdown(socket.SHUT_RDWR)
         self._acceptor.join()
         self._listener.close()
         for connection in self._connections:
-            # This wakes the threads that still read or write.
+            # This wakes the threads that are still reading or writing.
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
         for thread in self._threads:
@@ -89,12 +90,13 @@ class ScriptedServer:
                 self.requests.append(read_request(connection))
                 connection.sendall(script)
         except OSError:
-            pass  # the client, or the end of the test, closed it
+            # The client or the end of the test has closed it.
+            pass
         connection.close()
 
 
 def read_request(connection: socket.socket) -> bytes:
-    """One request, whole: head and as much body as Content-Length says."""
+    """Read one complete request, whose body ends after its Content-Length."""
     received = b""
     while b"\r\n\r\n" not in received and (more := connection.recv(65536)):
         received += more

@@ -1,7 +1,7 @@
 """An upstream that a test scripts step by step, down to the byte.
 
-It needs no thread: the kernel takes connections and bytes by itself, and the proxy is another
-process. A test therefore reads as a sequence of events, in which nothing happens in between.
+It needs no thread: the kernel accepts connections and bytes by itself, and the proxy is another
+process. A test is therefore a plain sequence of events.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
 
 class Request(Message):
-    """What came, and the connection it came on."""
+    """A received request and its connection."""
 
     def __init__(self, message: Message, connection: Connection):
         super().__init__(message.head, message.body, message.chunks)
@@ -32,7 +32,8 @@ class Request(Message):
 
 
 class Connection(RawConnection):
-    requests = 0  # that came on it
+    # The number of requests on this connection.
+    requests = 0
 
 
 class ScriptedUpstream:
@@ -60,7 +61,7 @@ class ScriptedUpstream:
             self.listener.close()
 
     def hang_up(self) -> None:
-        """Close all connections, accepted or not, so that the pool of the proxy is empty."""
+        """Close all connections, accepted or not, which empties the pool of the proxy."""
         while readable([self.listener]):
             self.listener.accept()[0].close()
         while self.connections:
@@ -76,7 +77,7 @@ class ScriptedUpstream:
         return connection
 
     def receive(self, *, body: bool = True, seconds: float = TIMEOUT) -> Request:
-        """Return the next request, on whatever connection.
+        """Return the next request on any connection.
 
         `body`: whether its body is read as well, or left to the test.
         """
@@ -92,7 +93,7 @@ class ScriptedUpstream:
             if connection.buffer:
                 return connection
         ready = self._readable(max(0, deadline - time.monotonic()))
-        assert ready, "no request came"
+        assert ready, "no request arrived"
         if self.listener in ready:
             return self.accept()
         connection = next(one for one in self.connections if one.sock is ready[0])
@@ -111,7 +112,7 @@ class ScriptedUpstream:
         )
 
     def quiet(self) -> bool:
-        """Whether no further connection has come, and no byte on those that there are."""
+        """Whether no new connection has arrived, and no byte on the existing ones."""
         return not any(sock is self.listener or _has_bytes(sock) for sock in self._readable(0))
 
 
@@ -130,15 +131,16 @@ def pour(raw: RawConnection, at: int, size: int, timeout: float = 0.3) -> int:
 
 
 def _has_bytes(sock: socket.socket) -> bool:
-    """Whether a readable socket holds bytes and not just its end."""
+    """Whether a readable socket holds bytes, and not only EOF."""
     try:
-        return bool(socket.socket.recv(sock, 1, socket.MSG_PEEK))  # TLS records are bytes enough
+        # TLS records count as bytes.
+        return bool(socket.socket.recv(sock, 1, socket.MSG_PEEK))
     except ConnectionResetError:
         return False
 
 
 def make_certificate(folder: Path, *names: str) -> tuple[Path, ssl.SSLContext]:
-    """Make a CA, and a server's context with its certificate for `names` or IP addresses."""
+    """Create a CA, and a server context with a certificate for `names` (or IP addresses)."""
 
     def openssl(*arguments: str) -> None:
         subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)

@@ -1,4 +1,4 @@
-"""strace(1), under which system calls are recorded, or fail, or stop or end the process."""
+"""strace(1), which records system calls, makes them fail, or stops or kills the process."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-# Only the system calls that are traced stop the process. If all of them do, Python takes four
-# times as long to start.
+# Only traced system calls stop the process. Otherwise Python takes four times as long to start.
 FEW_STOPS = ["-f", "--seccomp-bpf"]
 
 needs_strace = pytest.mark.skipif(
@@ -27,9 +26,9 @@ needs_strace = pytest.mark.skipif(
 def strace(
     log: Path | str, *options: str, paths: Iterable[Path] = (), few_stops: bool = True
 ) -> list[str]:
-    """Return what to put before a command, which stays the caller's child.
+    """Return a prefix for a command, which stays the caller's child.
 
-    `paths`: files that the traced system calls are about, or any file if empty. `few_stops`:
+    `paths`: only system calls on these files are traced, or all if empty. `few_stops`:
     False if a signal is injected, which strace cannot do otherwise.
     """
     how = FEW_STOPS if few_stops else ["-f"]
@@ -39,7 +38,7 @@ def strace(
 def attach(
     pid: int, log: Path | str, *options: str, paths: Iterable[Path] = ()
 ) -> subprocess.Popen[bytes]:
-    """Trace a process that runs, until it ends."""
+    """Trace a running process until it ends."""
     return subprocess.Popen(
         ["strace", "-f", "-o", str(log), *(f"-P{path}" for path in paths), *options, f"-p{pid}"],
         stderr=subprocess.DEVNULL,

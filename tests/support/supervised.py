@@ -1,4 +1,4 @@
-"""Both programs under supervisord, as a container has them."""
+"""Both programs under supervisord, as in a container."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Supervised:
     """supervisord with the real conf, and its output: `lines`.
 
     It has no controlling terminal, and its folder is not on PATH. `pipe`: a function that returns
-    the descriptors where its output comes out and where it writes. `conf`: another configuration.
+    the read and write descriptors of its output. `conf`: another configuration.
     """
 
     def __init__(self, folder, sandbox, *, prefix=(), pipe=os.pipe, conf=CONF, **settings):
@@ -62,10 +62,11 @@ class Supervised:
         self._reader.join()
 
     def _read(self):
+        # The end of a terminal's output is EIO.
         with (
             open(self._output) as output,
             contextlib.suppress(OSError),
-        ):  # EIO: the end of a terminal's
+        ):
             for line in output:
                 with self._changed:
                     self.lines.append(line)
@@ -79,7 +80,7 @@ class Supervised:
         self._may_read.set()
 
     def close_output(self):
-        """Leave nobody who reads."""
+        """Close the read end of its output."""
         os.dup2(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC), self._output)
 
     def wait_for_line(self, pattern, times=1):
@@ -94,25 +95,25 @@ class Supervised:
             return matches()[times - 1]
 
     def client(self, start=1):
-        """A connection to the proxy, which listens for the `start`th time."""
+        """Return a connection to the proxy after its `start`th start."""
         return Client(int(self.wait_for_line(r"listening on http://127.0.0.1:(\d+)/v1", start)[1]))
 
     def signal(self, number):
         self.process.send_signal(number)
 
     def ended(self):
-        """Its status, once it has ended and all is read."""
+        """Wait for its end, read all output, and return the exit status."""
         status = self.process.wait(30)
         self._reader.join(10)
         return status
 
     def pids(self):
-        """Of the programs that were started, by name."""
+        """Return the process ID of each program by its name."""
         return {
             name: int(self.wait_for_line(rf"spawned: '{name}' with pid (\d+)")[1])
             for name in ("refresher", "proxy")
         }
 
     def complaints(self):
-        """supervisord's own lines above INFO."""
+        """Return supervisord's own lines above INFO."""
         return [line for line in self.lines if re.match(r"[-\d]+ [:,\d]+ (WARN|ERRO|CRIT) ", line)]

@@ -1,4 +1,4 @@
-"""A program on a terminal of its own, as a person has it: type, read, press Ctrl-C."""
+"""A program on a terminal of its own: a test types, reads the screen and presses Ctrl-C."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CTRL_C = "\x03"
 class Terminal:
     """A program whose stdin, stdout and stderr are the terminal.
 
-    As a context manager, it kills the program if that still runs.
+    As a context manager, it kills a program that is still running.
     """
 
     def __init__(
@@ -28,13 +28,14 @@ class Terminal:
     ) -> None:
         self._master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-        # setsid --ctty: without a controlling terminal Ctrl-C is a character like any other.
+        # setsid --ctty: without a controlling terminal, Ctrl-C is an ordinary character.
         self.process = subprocess.Popen(
             ["setsid", "--ctty", *command], stdin=slave, stdout=slave, stderr=slave, **options
         )
         os.close(slave)
         self._decoder = codecs.getincrementaldecoder("utf-8")()
-        self.screen = ""  # all that was ever written there
+        # All output so far.
+        self.screen = ""
 
     def __enter__(self) -> Terminal:
         return self
@@ -46,13 +47,13 @@ class Terminal:
         self.close()
 
     def close(self) -> None:
-        """Close it, as a window is closed: the kernel sends SIGHUP. May be called twice."""
+        """Close the terminal, so that the kernel sends SIGHUP. May be called twice."""
         if self._master >= 0:
             os.close(self._master)
             self._master = -1
 
     def expect(self, pattern: str, seconds: float = 10) -> re.Match[str]:
-        """Read until the screen has `pattern`."""
+        """Read until the screen contains `pattern`. Return the match."""
         end = time.monotonic() + seconds
         while not (found := re.search(pattern, self.screen)):
             assert self._read(end - time.monotonic()), f"no {pattern!r} in {self.screen!r}"
@@ -62,7 +63,7 @@ class Terminal:
         os.write(self._master, text.encode())
 
     def end(self, seconds: float = 10) -> int:
-        """The exit code, with all that was written until then read."""
+        """Read all output until the program ends. Return the exit code."""
         end = time.monotonic() + seconds
         while self._read(end - time.monotonic()):
             pass
@@ -73,7 +74,8 @@ class Terminal:
             return False
         try:
             received = os.read(self._master, 65536)
-        except OSError:  # EIO: nobody has the other side open any more
+        # EIO: no process has the other end open any more.
+        except OSError:
             return False
         self.screen += self._decoder.decode(received)
         return bool(received)
