@@ -235,7 +235,7 @@ def test_an_early_refusal_reaches_the_client(client: Client, upstream: ScriptedU
     assert client.closed_within()
 
 
-def test_an_upload_goes_on_after_a_response_with_connection_close(
+def test_an_upload_continues_after_a_response_with_connection_close(
     client: Client, upstream: ScriptedUpstream
 ) -> None:
     """The rest of the body goes out on that connection, not on a new one."""

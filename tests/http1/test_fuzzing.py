@@ -228,7 +228,7 @@ def compare(data: bytes, ours: tuple[list, str, bytes], read_one, methods: list[
         )
         data = rest
     if end == CLOSED:
-        assert data == left, f"h11 ends {len(data) - len(left)} bytes before us"
+        assert data == left, f"h11 ends {len(data) - len(left)} bytes earlier"
     elif end == END:
         assert data in (b"", b"\r\n")
     elif end == CUT:

@@ -29,7 +29,7 @@ def head(*lines: str, version: str = "HTTP/1.1") -> request_head.Head:
 
 
 class Pieces:
-    """A connection on which these pieces arrive, and then EOF. The first came with the head."""
+    """A connection on which these pieces arrive, and then EOF. The first arrived with the head."""
 
     def __init__(self, first: bytes, *others: bytes):
         self.unread = first

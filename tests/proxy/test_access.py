@@ -378,7 +378,7 @@ def test_a_browsers_get_without_origin_or_fetch_metadata_is_refused(anonymous, k
         "[::1]:9090",
     ],
 )
-def test_on_loopback_such_a_get_is_accepted(anonymous, host):
+def test_a_browsers_get_without_fetch_metadata_is_accepted_on_loopback(anonymous, host):
     # PowerShell sends such a User-Agent.
     assert anonymous(BROWSER, host=host) is None
 

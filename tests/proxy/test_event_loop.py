@@ -62,7 +62,7 @@ def test_an_unread_log_blocks_no_request(tmp_path: Path, upstream: ScriptedUpstr
 def test_a_burst_of_log_lines_waits_for_a_slow_reader(
     tmp_path: Path,
 ) -> None:
-    """One connection, which leaves the event loop no turn, logs more lines than the pipe holds.
+    """One connection that starves the event loop logs more lines than the pipe holds.
 
     They take no more than half of the pipe and the buffer limit together: short writes may leave
     the pipe's pages half full.

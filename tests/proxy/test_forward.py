@@ -647,7 +647,7 @@ def test_a_read_only_token_folder_does_not_delay_a_refusal(
     mount = f'mount --bind "{tmp_path}" "{tmp_path}" && mount -o remount,bind,ro "{tmp_path}"'
     read_only = ("unshare", "-rm", "sh", "-c", f'{mount} && exec "$@"', "sh")
     if subprocess.run([*read_only, "true"], capture_output=True).returncode:
-        pytest.skip("no mount namespace to be had here")
+        pytest.skip("mount namespaces are not available here")
     with ProxyProcess(tmp_path, upstream=upstream.origin, prefix=read_only) as proxy:
         signed_in(proxy)
         with proxy.client() as client:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 
 # The default fields of a response whose connection stays open.
 KEPT = b"Connection: keep-alive\r\nKeep-Alive: timeout=595\r\n"
-# In seconds. By default, a test waits this long for what must come.
+# In seconds. By default, a test waits this long for an event.
 TIMEOUT = 8.0
 # SO_LINGER that turns close() into a reset.
 RESET = struct.pack("ii", 1, 0)
