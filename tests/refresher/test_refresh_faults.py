@@ -399,7 +399,7 @@ def killed(case: Case) -> None:
     case.shows_no_refresher()
     case.held.released.set()
     successor = case.start()
-    successor.wait_for("signed in", PATIENCE)
+    successor.wait_for("signed in", TIMEOUT)
     assert successor.logged("was left behind by a process that was killed; it is now") == (
         case.step in ("rehearsing", "written")
     )
@@ -440,7 +440,7 @@ def replaced(case: Case) -> None:
     case.put("theirs", "theirs")
     case.go_on()
     wait_until(
-        lambda: process.logged("signed in") == 2, PATIENCE, lambda: f"{case.step}: {process.lines}"
+        lambda: process.logged("signed in") == 2, TIMEOUT, lambda: f"{case.step}: {process.lines}"
     )
     assert case.store.load().access_token == "theirs", case.step
 
@@ -673,7 +673,7 @@ def test_refreshers_wait_for_a_stopped_holder_of_the_lock(tmp_path, clock):
             time.sleep(0.1)
 
         wait_until(
-            lambda: (ten_seconds_later(), all(other.logged(HELD) for other in others))[1], PATIENCE
+            lambda: (ten_seconds_later(), all(other.logged(HELD) for other in others))[1], TIMEOUT
         )
         assert not case.issuer.calls and case.store.load().access_token == "old"
         case.age_heartbeat()
