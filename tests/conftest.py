@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import resource
+import signal
 import ssl
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +25,10 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("suite")
+# A shell starts background jobs with SIGINT ignored, and nohup SIGHUP, which programs inherit: the
+# tests of both would wait for ever.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 pytest.register_assert_rewrite("sandbox")
 from proxy_process import ProxyProcess
 from sandbox import Sandbox
