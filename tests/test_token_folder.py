@@ -1,32 +1,16 @@
 """The token folder, and the access of other users to it and to tokens.json."""
 
-import os
 import stat
 
 import pytest
+from token_files import OLD, make_store, save
 
-from xaiproxy import config, errors, token_folder, token_lock, token_writer, tokens
-from xaiproxy.token_store import TokenStore
-
-OLD = tokens.Login("old", 2000, "old-refresh", extra={"theirs": 1})
-
-
-def make_store(folder) -> TokenStore:
-    return TokenStore(
-        config.from_environ(
-            {"XAI_PROXY_TOKEN_PATH": str(folder / "tokens.json")}, dotenv_path=os.devnull
-        )
-    )
+from xaiproxy import errors, token_folder, token_lock
 
 
 @pytest.fixture
 def store(tmp_path):
     return make_store(tmp_path)
-
-
-def save(store, login):
-    with token_writer.locked(store, 0) as writer:
-        writer.save(login)
 
 
 def test_a_new_folder_is_private(tmp_path):

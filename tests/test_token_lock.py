@@ -10,34 +10,14 @@ import time
 
 import pytest
 from strace import needs_strace, strace
+from token_files import NEW, OLD, files, make_store, save
 
-from xaiproxy import config, errors, token_lock, token_writer, tokens
-from xaiproxy.token_store import TokenStore
-
-OLD = tokens.Login("old", 2000, "old-refresh", extra={"theirs": 1})
-NEW = tokens.Login("new", 3000, "new-refresh", extra={"theirs": 1})
-
-
-def make_store(folder) -> TokenStore:
-    return TokenStore(
-        config.from_environ(
-            {"XAI_PROXY_TOKEN_PATH": str(folder / "tokens.json")}, dotenv_path=os.devnull
-        )
-    )
+from xaiproxy import errors, token_lock, token_writer
 
 
 @pytest.fixture
 def store(tmp_path):
     return make_store(tmp_path)
-
-
-def save(store, login):
-    with token_writer.locked(store, 0) as writer:
-        writer.save(login)
-
-
-def files(store) -> list[str]:
-    return sorted(os.listdir(store.path.parent))
 
 
 # the lock

@@ -14,35 +14,15 @@ import sys
 
 import pytest
 from strace import needs_strace, strace
+from token_files import NEW, OLD, files, make_store, save
 
-from xaiproxy import config, errors, token_json, token_writer, tokens
-from xaiproxy.token_store import TokenStore
+from xaiproxy import errors, token_json, token_writer, tokens
 from xaiproxy.tokens import fingerprint
-
-OLD = tokens.Login("old", 2000, "old-refresh", extra={"theirs": 1})
-NEW = tokens.Login("new", 3000, "new-refresh", extra={"theirs": 1})
-
-
-def make_store(folder) -> TokenStore:
-    return TokenStore(
-        config.from_environ(
-            {"XAI_PROXY_TOKEN_PATH": str(folder / "tokens.json")}, dotenv_path=os.devnull
-        )
-    )
 
 
 @pytest.fixture
 def store(tmp_path):
     return make_store(tmp_path)
-
-
-def save(store, login):
-    with token_writer.locked(store, 0) as writer:
-        writer.save(login)
-
-
-def files(store) -> list[str]:
-    return sorted(os.listdir(store.path.parent))
 
 
 def put_leftover(store, text):
