@@ -66,7 +66,7 @@ class Refresher:
         if self._runtime.ending:
             return errors.EXIT_INTERRUPTED
         error, now = login.refresh_error, self._runtime.now()
-        found = judgement.judge(login, now, 0.0, False, self._report.status)
+        found = self._report.judge(login, now)
         if error is not None and found.verdict is judgement.Verdict.ENDED:
             raise errors.GrantRefused(error.code, message=error.description)
         if found.ready:

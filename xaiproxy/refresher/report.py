@@ -90,9 +90,13 @@ class Report:
             f"{kind} {record.terminal} {waiting} {plain}",
         )
 
+    def judge(self, login: tokens.Login, now: float) -> judgement.Judgement:
+        """The judgement of a login whose refresher is this process."""
+        return judgement.judge(login, now, 0.0, False, self.status)
+
     def outage(self, login: tokens.Login) -> None:
         """Log an error while a failing renewal keeps requests from being served."""
-        found = judgement.judge(login, self._runtime.now(), 0.0, False, self.status)
+        found = self.judge(login, self._runtime.now())
         failing = login.refresh_error is not None or self.status.failure or self.status.no_room
         if found.ready or self.once:
             self._next_error = -math.inf
