@@ -15,7 +15,8 @@ import pytest
 from xaiproxy import errors
 from xaiproxy.http1 import request_head
 from xaiproxy.http1.connection import READ, Connection
-from xaiproxy.http1.request_body import ReplayMemory, RequestBody
+from xaiproxy.http1.memory_budget import MemoryBudget
+from xaiproxy.http1.request_body import RequestBody
 
 NEXT = b"GET /the-next-request HTTP/1.1\r\n"
 # In bytes: a limit that is never reached.
@@ -321,7 +322,7 @@ def test_a_client_that_closes_instead_of_continuing_raises_client_gone():
 # the copy for a replay
 
 
-def kept(body: RequestBody, limit: int, memory: ReplayMemory) -> RequestBody:
+def kept(body: RequestBody, limit: int, memory: MemoryBudget) -> RequestBody:
     body.keep(limit, memory)
     return body
 
@@ -335,7 +336,7 @@ def replay(body: RequestBody) -> Iterator[bytes]:
 
 def test_a_body_can_be_replayed_from_the_start():
     for source in (sized(b"hello world"), chunked(*one_by_one(b"hello", b" ", b"world"))):
-        memory = ReplayMemory(MANY)
+        memory = MemoryBudget(MANY)
         body = kept(source, MANY, memory)
         for _ in range(3):
             assert b"".join(replay(body)) == b"hello world"
@@ -343,7 +344,7 @@ def test_a_body_can_be_replayed_from_the_start():
 
 
 def test_a_partly_read_body_is_replayed_in_full():
-    body = kept(chunked(*one_by_one(b"one ", b"two ", b"three")), MANY, ReplayMemory(MANY))
+    body = kept(chunked(*one_by_one(b"one ", b"two ", b"three")), MANY, MemoryBudget(MANY))
     first = replay(body)
     assert (next(first), next(first)) == (b"one ", b"two ")
     assert not body.at_end
@@ -353,7 +354,7 @@ def test_a_partly_read_body_is_replayed_in_full():
 
 def test_a_long_body_is_replayed_in_pieces():
     data = bytes(range(256)) * 1000
-    body = kept(sized(data), MANY, ReplayMemory(MANY))
+    body = kept(sized(data), MANY, MemoryBudget(MANY))
     assert b"".join(replay(body)) == data
     pieces = list(replay(body))
     assert b"".join(pieces) == data and max(map(len, pieces)) <= READ
@@ -367,7 +368,7 @@ def test_a_body_is_kept_up_to_the_replay_limit(limit, replayable):
         chunked(*one_by_one(b"hello", b" world")),
         chunked(*one_by_one(*[b"x"] * 11)),
     ):
-        memory = ReplayMemory(MANY)
+        memory = MemoryBudget(MANY)
         body = kept(source, limit, memory)
         # The body is forwarded in any case.
         assert len(b"".join(replay(body))) == 11 and body.at_end
@@ -376,19 +377,19 @@ def test_a_body_is_kept_up_to_the_replay_limit(limit, replayable):
 
 
 def test_a_body_whose_length_exceeds_the_limit_is_never_kept():
-    memory = ReplayMemory(MANY)
+    memory = MemoryBudget(MANY)
     body = kept(sized(b"hello world"), 10, memory)
     assert not body.replayable
     assert next(replay(body)) == b"hello world" and memory.used == 0
 
 
 def test_an_absent_body_can_always_be_replayed():
-    body = kept(RequestBody(head(), Pieces(b""), 5), 0, ReplayMemory(0))
+    body = kept(RequestBody(head(), Pieces(b""), 5), 0, MemoryBudget(0))
     assert body.replayable and list(replay(body)) == [] and body.replayable
 
 
 def test_all_copies_share_the_replay_memory():
-    memory = ReplayMemory(10)
+    memory = MemoryBudget(10)
     bodies = []
     for size, replayable, used in ((6, True, 6), (5, False, 6), (4, True, 10), (1, False, 10)):
         bodies.append(kept(chunked(*one_by_one(b"x" * size)), MANY, memory))
@@ -402,7 +403,7 @@ def test_all_copies_share_the_replay_memory():
 
 
 def test_a_copy_that_outgrows_the_memory_is_freed():
-    memory = ReplayMemory(10)
+    memory = MemoryBudget(10)
     body = kept(chunked(*one_by_one(b"x" * 6, b"y" * 5, b"z")), MANY, memory)
     sent = replay(body)
     next(sent)
@@ -413,7 +414,7 @@ def test_a_copy_that_outgrows_the_memory_is_freed():
 
 
 def test_forget_frees_the_copy_once():
-    memory = ReplayMemory(100)
+    memory = MemoryBudget(100)
     # Another request uses this memory.
     memory.take(50)
     body = kept(chunked(*one_by_one(b"hello", b" ", b"world")), MANY, memory)
@@ -431,7 +432,7 @@ def test_forget_frees_the_copy_once():
 def test_a_copy_of_tiny_chunks_takes_little_more_memory_than_its_bytes():
     """Chunks of two bytes, as objects of their own, would take 28 times that."""
     pieces = one_by_one(*[b"xy"] * 10000)
-    body = kept(chunked(*pieces), MANY, ReplayMemory(MANY))
+    body = kept(chunked(*pieces), MANY, MemoryBudget(MANY))
     tracemalloc.start()
     try:
         for _ in replay(body):
@@ -476,7 +477,7 @@ def test_an_absent_body_is_complete():
             NEXT,
         )
         for _ in range(2):
-            body.keep(0, ReplayMemory(0))
+            body.keep(0, MemoryBudget(0))
             assert list(replay(body)) == [] and body.replayable
             body.forget()
         assert body.read1() == b""
@@ -485,7 +486,7 @@ def test_an_absent_body_is_complete():
 @pytest.mark.parametrize("limit, size, replayable", [(5, 5, True), (4, 5, False), (5, 4, False)])
 def test_a_complete_body_is_kept_within_both_limits(limit, size, replayable):
     body, _ = received_body(b"hello", "Content-Length: 5")
-    memory = ReplayMemory(size)
+    memory = MemoryBudget(size)
     body.keep(limit, memory)
     assert (body.replayable, memory.used) == (replayable, 5 if replayable else 0)
     for _ in range(2 if replayable else 1):

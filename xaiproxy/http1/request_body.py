@@ -12,25 +12,9 @@ import time
 from xaiproxy import errors
 from xaiproxy.http1 import framing
 from xaiproxy.http1.connection import READ, Connection
+from xaiproxy.http1.memory_budget import MemoryBudget
 from xaiproxy.http1.message_head import Malformed
 from xaiproxy.http1.request_head import Head
-
-
-class ReplayMemory:
-    """The number of bytes that all requests together may keep."""
-
-    def __init__(self, limit: int):
-        self.limit = limit
-        self.used = 0
-
-    def take(self, size: int) -> bool:
-        if self.used + size > self.limit:
-            return False
-        self.used += size
-        return True
-
-    def give_back(self, size: int) -> None:
-        self.used -= size
 
 
 class RequestBody:
@@ -64,7 +48,7 @@ class RequestBody:
         self._connection = connection
         self._timeout = timeout
         self._limit = 0
-        self._memory: ReplayMemory | None = None
+        self._memory: MemoryBudget | None = None
         self._memory_used = 0
         # Content that earlier parts or passes have read. One buffer, since a list of short chunks
         # would take thirty times the memory.
@@ -176,7 +160,7 @@ class RequestBody:
 
     # The copy
 
-    def keep(self, limit: int, memory: ReplayMemory) -> None:
+    def keep(self, limit: int, memory: MemoryBudget) -> None:
         """Keep what is read for another pass, up to `limit` bytes and as `memory` has room."""
         self._limit, self._memory = limit, memory
         self.replayable = (self.content_length or 0) <= limit and self._take(len(self._kept))

@@ -18,8 +18,8 @@ from xaiproxy.http1 import exchange, headers, message_head, response_head
 from xaiproxy.http1.client_request import ClientRequest
 from xaiproxy.http1.client_response import Answer
 from xaiproxy.http1.exchange import Exchange
+from xaiproxy.http1.memory_budget import MemoryBudget
 from xaiproxy.http1.pool import Pool
-from xaiproxy.http1.request_body import ReplayMemory
 from xaiproxy.http1.request_head import Head
 from xaiproxy.proxy import access, event_stream
 from xaiproxy.proxy.current_login import WAIT, CurrentLogin
@@ -49,7 +49,7 @@ class Proxy:
         self._gate = gate
         self._pool = pool
         self._login = CurrentLogin(store)
-        self._memory = ReplayMemory(settings.replay_memory)
+        self._memory = MemoryBudget(settings.replay_memory)
         # In Via, so that a request which comes back is recognised. xAI gets no Via: Cloudflare
         # refuses some.
         hostname = urllib.parse.urlsplit(settings.upstream).hostname or ""
