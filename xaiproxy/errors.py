@@ -225,11 +225,15 @@ class ErrorResponse(Error):
     """A response of the proxy itself: {"error": {message, type, code}} and X-XAI-Proxy-Error: code.
 
     Each 4xx tells clients not to retry, which would not help.
+
+    `kind`: of the fault at upstream that caused it: dns, connect, tls, timeout, reset_before_head
+    or egress_proxy; "" if it has another cause
     """
 
     status = 500
     code = "internal_error"
     type = "api_error"
+    kind = ""
     headers: tuple[tuple[str, str], ...] = ()
 
     def __init__(self, message: str, *, headers: tuple[tuple[str, str], ...] = ()):
@@ -293,8 +297,9 @@ class UpstreamUnreachable(ErrorResponse):
 
     status, code = 502, "upstream_unreachable"
 
-    def __init__(self, message: str, *, may_retry: bool = False):
+    def __init__(self, message: str, *, kind: str, may_retry: bool = False):
         super().__init__(message, headers=(("x-should-retry", "true" if may_retry else "false"),))
+        self.kind = kind
 
 
 class TokenUnavailable(ErrorResponse):
@@ -317,7 +322,7 @@ class TooManyConnections(ErrorResponse):
 
 
 class UpstreamTimeout(ErrorResponse):
-    status, code = 504, "upstream_timeout"
+    status, code, kind = 504, "upstream_timeout", "timeout"
     headers = NO_RETRY
 
 
@@ -334,4 +339,11 @@ class ClientGone(Exception):
 
 
 class UpstreamBroken(Exception):
-    """Upstream broke in the middle of a response: the client's framing must stay unfinished."""
+    """Upstream broke in the middle of a response: the client's framing must stay unfinished.
+
+    `kind`: timeout or reset_in_answer
+    """
+
+    def __init__(self, message: str, kind: str = "reset_in_answer"):
+        super().__init__(message)
+        self.kind = kind

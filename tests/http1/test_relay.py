@@ -498,7 +498,7 @@ def serving(folder: Path, origin: str) -> Iterator[int]:
         store, gate = token_store.TokenStore(settings), access.Access(settings, keys)
         proxy = forward.Proxy(settings, store, gate, pool)
         application = app.create_app(proxy, store, gate)
-        running = server.Server(listener, application, proxy, settings, 5000)
+        running = server.Server(listener, application, proxy, settings, 5000, lambda record: None)
         running.start()
         yield listener.getsockname()[1]
         running.drain(gevent.event.Event())

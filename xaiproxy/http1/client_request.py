@@ -19,11 +19,24 @@ class Watch(Protocol):
 class ClientRequest:
     """`key`: the name of the client key that was shown, for the log.
 
-    `send_interim`: takes the status and the header text of a 1xx response to the client.
-    `all_in_use`: the number of connections if all of them have a request already, else 0.
+    `waited`: seconds for upstream, of all exchanges. `token_refused`: what became of a response
+    that refused the access token, replayed or passed_on; "" if there was none. `refusal`: the
+    response of the proxy's own that is sent. `send_interim`: takes the status and the header text
+    of a 1xx response to the client. `all_in_use`: the number of connections if all of them have a
+    request already, else 0.
     """
 
-    __slots__ = ("all_in_use", "body", "head", "key", "send_interim", "watch")
+    __slots__ = (
+        "all_in_use",
+        "body",
+        "head",
+        "key",
+        "refusal",
+        "send_interim",
+        "token_refused",
+        "waited",
+        "watch",
+    )
 
     def __init__(
         self,
@@ -39,6 +52,9 @@ class ClientRequest:
         self.send_interim = send_interim
         self.all_in_use = all_in_use
         self.key: str | None = None
+        self.waited = 0.0
+        self.token_refused = ""
+        self.refusal: errors.ErrorResponse | None = None
 
     def check_room(self) -> None:
         """Raises TooManyConnections."""

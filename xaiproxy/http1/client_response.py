@@ -1,37 +1,40 @@
-"""The response to a client's request: its head, its content and its log line."""
+"""The response to a client's request: its head, its content and the record of it."""
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from gevent import pywsgi
 
-from xaiproxy import errors, log
-from xaiproxy.http1 import framing
+from xaiproxy import errors
+from xaiproxy.http1 import framing, headers, response_head
+from xaiproxy.http1.client_request import ClientRequest
 from xaiproxy.http1.connection import Connection
 from xaiproxy.http1.exchange import Exchange
 from xaiproxy.http1.relay import Relay
 from xaiproxy.http1.request_body import RequestBody
+from xaiproxy.http1.request_record import CLIENT_CLOSED_REQUEST, RequestRecord
+from xaiproxy.http1.sample import Sample
 from xaiproxy.http1.tunnel import Tunnel
 
-logger = logging.getLogger("xaiproxy.request")
 
-HEALTH_CHECKS = ("/healthz", "/readyz")
+class Cut(Exception):
+    """Thrown into a request that has outlived the drain."""
 
 
 class Answer(NamedTuple):
     """Upstream's response, ready to be forwarded.
 
     `text`: the lines of the head for the client, each but the first preceded by a CRLF. `content`:
-    what is sent instead of the content as it comes, or None.
+    what is sent instead of the content as it comes, or None. `sample`: gets the content, or None.
     """
 
     exchange: Exchange
     text: str
     content: Iterator[bytes] | None
+    sample: Sample | None = None
 
 
 class ClientResponse:
@@ -43,6 +46,7 @@ class ClientResponse:
 
     __slots__ = (
         "_body",
+        "_broken",
         "_chunks",
         "_connection",
         "_content_bytes",
@@ -51,9 +55,12 @@ class ClientResponse:
         "_head",
         "_is_1_0",
         "_is_head",
+        "_request_id",
+        "_sample",
         "_sent_at",
         "_server",
         "_status",
+        "_upstream",
         "client_gone",
         "close",
         "cut_short",
@@ -66,11 +73,12 @@ class ClientResponse:
         connection: Connection,
         server: Any,
         body: RequestBody | None,
+        request_id: str,
         method: str = "",
         version: str = "HTTP/1.1",
         close: bool = False,
     ):
-        """`server`: the handler's. `body`, `method`, `version`: the request's."""
+        """`server`: the handler's. `body`, `request_id`, `method`, `version`: the request's."""
         self.close = close
         # Seconds in which the client must take a byte.
         self.send_limit: float = server.settings.client_timeout
@@ -80,11 +88,15 @@ class ClientResponse:
         self._is_1_0 = version == "HTTP/1.0"
         self._server = server
         self._body = body
+        self._request_id = request_id
         self._head = b""
         self._status = self._content_bytes = 0
         self._sent_at = 0.0
         self._chunks = self._ends_with_connection = False
         self._ended_by = "done"
+        self._upstream: response_head.Head | None = None
+        self._sample: Sample | None = None
+        self._broken: errors.UpstreamBroken | None = None
 
     @property
     def is_end_ambiguous(self) -> bool:
@@ -105,6 +117,7 @@ class ClientResponse:
         names = {name.lower() for name, _ in headers}
         if "x-xai-proxy-error" in names:
             self._ended_by = "proxy"
+            text += f"\r\nX-Request-Id: {self._request_id}"
         self._start(int(status[:3]), text, "content-length" in names, "date" in names)
         return self.write
 
@@ -113,6 +126,8 @@ class ClientResponse:
         if self._is_head:
             data = b""
         self._content_bytes += len(data)
+        if self._sample is not None:
+            self._sample.add(data)
         if self._chunks and data:
             data = b"%x\r\n%b\r\n" % (len(data), data)
         self._send(data if self.headers_sent else self._take_head() + data)
@@ -144,7 +159,8 @@ class ClientResponse:
     def pass_on(self, answer: Answer) -> None:
         """Forward upstream's response as it arrives. Raises ClientGone, UpstreamBroken."""
         exchange = answer.exchange
-        head = exchange.head
+        self._upstream = head = exchange.head
+        self._sample = answer.sample
         self.send_limit = exchange.idle_timeout
         is_uploaded = exchange.upload.running and head.keep_alive
         self._start(
@@ -156,14 +172,30 @@ class ClientResponse:
         )
         exchange.upload.discard()
         if head.status == 101:
-            self._relay(Tunnel(exchange, self._connection), answer)
-        elif answer.content is None and type(exchange.body) is self._framing():
-            self._relay(Relay(exchange, self._connection), answer)
+            self._tunnel(Tunnel(exchange, self._connection), answer)
+        elif headers.media_type(head.values) == "text/event-stream":
+            with self._server.count_open("streams"):
+                self._stream(answer)
+        else:
+            self._stream(answer)
+
+    def _stream(self, answer: Answer) -> None:
+        exchange = answer.exchange
+        if answer.content is None and type(exchange.body) is self._framing():
+            self._relay(Relay(exchange, self._connection, answer.sample), answer)
         else:
             # The head is sent now, even if no byte of the content follows for an hour.
             self.write(b"")
             self.send(answer.content or exchange.parts())
             exchange.finish()
+
+    def _tunnel(self, tunnel: Tunnel, answer: Answer) -> None:
+        try:
+            with self._server.count_open("websockets"):
+                self._relay(tunnel, answer)
+        finally:
+            assert self._body is not None
+            self._body.received += tunnel.received
 
     def _framing(self) -> type:
         """The framing that upstream's bytes must have to be forwarded unchanged."""
@@ -208,7 +240,7 @@ class ClientResponse:
 
     def _take_head(self) -> bytes:
         self.headers_sent = True
-        self._sent_at = time.time()
+        self._sent_at = time.monotonic()
         return self._head
 
     def _send(self, data: bytes) -> None:
@@ -222,22 +254,51 @@ class ClientResponse:
     def abort(self, error: BaseException) -> None:
         """`error`: what ended the response before its end."""
         self.client_gone = isinstance(error, errors.ClientGone)
-        by_upstream = isinstance(error, errors.UpstreamBroken)
-        self._ended_by = "client" if self.client_gone else "upstream" if by_upstream else "proxy"
+        if self.client_gone:
+            self._ended_by = "client"
+        elif isinstance(error, errors.UpstreamBroken):
+            self._ended_by, self._broken = "upstream", error
+        else:
+            self._ended_by = "drain" if isinstance(error, Cut) else "proxy"
         self.cut_short = self.close = True
 
-    def log(self, method: str, path: str, key: str | None, started_at: float) -> None:
-        """`started_at`: when the request's head was complete, in the seconds of time.time."""
-        first_byte = self._sent_at - started_at if self._sent_at else None
-        fields = {
-            "method": method,
-            "path": path,
-            "status": self._status,
-            "bytes": self._content_bytes,
-            "first_byte_ms": None if first_byte is None else int(first_byte * 10000) / 10,
-            "duration_ms": int((time.time() - started_at) * 10000) / 10,
-            "ended_by": self._ended_by,
-            "key": key,
-        }
-        is_routine = path in HEALTH_CHECKS and self._status == 200
-        log.event(logger, logging.DEBUG if is_routine else logging.INFO, "request", fields)
+    def record(
+        self,
+        request: ClientRequest | None,
+        client: str,
+        user_agent: str,
+        began_at: float,
+        refusal: errors.ErrorResponse | None = None,
+    ) -> RequestRecord:
+        """`request`: None if no valid head came. `client`: its IP address.
+
+        `began_at`: when the head was complete, in the seconds of time.monotonic. `refusal`: of a
+        head that is not valid.
+        """
+        duration = time.monotonic() - began_at
+        first_byte = self._sent_at - began_at if self._sent_at else None
+        overhead = None
+        if request is not None and self._upstream is not None and first_byte is not None:
+            overhead = first_byte - request.waited
+        left_early = self._ended_by == "client" and not self.headers_sent
+        return RequestRecord(
+            "-" if request is None else request.head.method,
+            "-" if request is None else request.head.path,
+            time.time() - duration,
+            CLIENT_CLOSED_REQUEST if left_early else self._status,
+            0 if self._body is None else self._body.received,
+            self._content_bytes,
+            first_byte,
+            duration,
+            overhead,
+            self._ended_by,
+            None if request is None else request.key,
+            client,
+            user_agent,
+            self._request_id,
+            self._upstream,
+            refusal if request is None else request.refusal,
+            self._broken,
+            "" if request is None else request.token_refused,
+            self._sample,
+        )

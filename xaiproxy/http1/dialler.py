@@ -90,6 +90,17 @@ class Dialler:
                 self._target.reached(address)
                 return connection
 
+    def stage_of(self, error: Exception) -> str:
+        """Which part of `connect` raised `error`: dns, connect, tls or egress_proxy."""
+        if isinstance(error, ssl.SSLError):
+            return "tls"
+        if self._proxy is not None:
+            return "egress_proxy"
+        if isinstance(error, socket.gaierror):
+            return "dns"
+        # A connection that was made, and then ended: only TLS has read from it.
+        return "tls" if isinstance(error, EOFError) else "connect"
+
     def answered(self, connection: Connection) -> None:
         """To be called after the first response on a new connection, to keep its TLS session."""
         # Asking OpenSSL for the session is expensive.

@@ -71,6 +71,8 @@ def perform(
     UpstreamTimeout, UpstreamUnreachable, and what reading the client's body raises.
     """
     failed: Exception | None = None
+    began_at = time.monotonic()
+    own_share = None
     while True:
         try:
             upload, pooled = _send(pool, request, on_sent, may_reuse=failed is None)
@@ -79,6 +81,8 @@ def perform(
                 raise
             # The first attempt may have been processed.
             raise _broke_off(pool, request, failed) from error
+        if own_share is None:
+            own_share = upload.started_at - began_at - upload.connecting
         try:
             head = _receive_head(pool, request, upload, on_interim)
             upload.answered = True
@@ -100,7 +104,7 @@ def perform(
         else:
             if not pooled:
                 pool.answered(upload.connection)
-            return Exchange(pool, upload, head)
+            return Exchange(pool, upload, head, time.monotonic() - began_at - own_share)
 
 
 def _send(
@@ -121,16 +125,21 @@ def _send(
             connection.close()
             connection = None
     pooled = connection is not None
+    connecting = 0.0
     if connection is None:
+        began_at = time.monotonic()
         connection = pool.connect()
+        connecting = time.monotonic() - began_at
         try:
             sent = connection.send(begin)
         except OSError as error:
             connection.close()
             raise errors.UpstreamUnreachable(
-                f"{pool.origin} closed the connection at once: {reason(error)}", may_retry=True
+                f"{pool.origin} closed the connection at once: {reason(error)}",
+                kind="reset_before_head",
+                may_retry=True,
             ) from error
-    upload = Upload(connection, request.body, pool, on_sent)
+    upload = Upload(connection, request.body, pool, on_sent, connecting)
     try:
         upload.start(begin[sent:])
     except BaseException:
@@ -186,6 +195,7 @@ def _broke_off(
     happened = "sent no valid answer" if invalid else "broke off before it answered"
     return errors.UpstreamUnreachable(
         f"{pool.origin} {happened}: {reason(error)}; the request may have been processed",
+        kind="reset_before_head",
         may_retry=request.method in SAFE,
     )
 
@@ -196,7 +206,8 @@ class Exchange:
     `close` may be called twice, at any time.
 
     `body`, one of framing's, finds where on `connection` the response ends. `length`: of the
-    content, for the client, or None if unknown.
+    content, for the client, or None if unknown. `waited`: seconds for a connection and for the
+    head, of all attempts.
     """
 
     __slots__ = (
@@ -209,12 +220,14 @@ class Exchange:
         "idle_timeout",
         "length",
         "upload",
+        "waited",
     )
 
-    def __init__(self, pool: Pool, upload: Upload, head: response_head.Head):
+    def __init__(self, pool: Pool, upload: Upload, head: response_head.Head, waited: float):
         self.upload = upload
         self.connection = upload.connection
         self.head = head
+        self.waited = waited
         self.body = head.body
         self.length = None if head.status in (101, 204, 304) else head.length
         self.idle_timeout = pool.settings.idle_timeout
@@ -254,7 +267,9 @@ class Exchange:
 
     def broken(self, error: Exception) -> errors.UpstreamBroken:
         if isinstance(error, TimeoutError):
-            return errors.UpstreamBroken(f"no byte for {self.idle_timeout:g} s")
+            return errors.UpstreamBroken(
+                f"no byte came for {self.idle_timeout:g} s (XAI_PROXY_IDLE_TIMEOUT)", "timeout"
+            )
         return errors.UpstreamBroken(reason(error))
 
     def finish(self) -> None:

@@ -22,12 +22,12 @@ import gevent
 from xaiproxy import errors
 from xaiproxy.http1 import message_head, request_head
 from xaiproxy.http1.client_request import ClientRequest
-from xaiproxy.http1.client_response import ClientResponse
+from xaiproxy.http1.client_response import ClientResponse, Cut
 from xaiproxy.http1.client_watch import ClientWatch
 from xaiproxy.http1.connection import Connection
 from xaiproxy.http1.request_body import RequestBody
 
-logger = logging.getLogger("xaiproxy.request")
+logger = logging.getLogger(__name__)
 
 # How long a client's connection is read on after our end, so that a response is not destroyed by a
 # reset: for these seconds without a byte, and in all. Many clients read no response before they
@@ -35,10 +35,8 @@ logger = logging.getLogger("xaiproxy.request")
 LINGER_IDLE, LINGER_WHOLE = 5.0, 30.0
 DRAIN_LINGER = 1.0  # seconds for the same in a drain
 EMPTY_LINE = b"\r\n"
-
-
-class Cut(Exception):
-    """Thrown into a request that has outlived the drain."""
+NO_VALUE = ("",)
+REQUEST_ID_LIMIT = 200  # characters of a client's X-Request-Id; a longer one is not used
 
 
 class Handler:
@@ -50,7 +48,8 @@ class Handler:
         self._server = server
         self._connection = Connection(sock)
         self._watch = ClientWatch(self._connection)
-        self._address = address
+        # A Unix socket's is "".
+        self._client = str(address[0]) if address else ""
         self._answered_before = False
         self._send_limit: float = server.settings.client_timeout
 
@@ -72,7 +71,7 @@ class Handler:
             data = self._wait_for_head()
             if not data:
                 return False
-            started_at = time.time()
+            began_at = time.monotonic()
             head = request_head.parse(data)
         except errors.ErrorResponse as refusal:
             self._refuse_head(refusal, data or self._connection.unread)
@@ -87,6 +86,7 @@ class Handler:
             self._connection,
             server,
             body,
+            self._request_id(head),
             head.method,
             head.version,
             close=bool(all_in_use) or not head.keep_alive,
@@ -98,12 +98,21 @@ class Handler:
         finally:
             server.busy -= 1
             body.close()
-            response.log(head.method, head.path, request.key, started_at)
+            user_agent = head.by_name.get("user-agent", NO_VALUE)[0]
+            server.on_end(response.record(request, self._client, user_agent, began_at))
         self._send_limit = response.send_limit
         response.close |= not body.ended
         if response.close:
             self._linger(response)
         return not response.close
+
+    def _request_id(self, head: request_head.Head) -> str:
+        """The client's X-Request-Id, or one of our own."""
+        values = head.by_name.get("x-request-id", NO_VALUE)
+        if values[0] and len(values) == 1 and len(values[0]) <= REQUEST_ID_LIMIT:
+            return values[0]
+        own: str = next(self._server.request_ids)
+        return own
 
     # The head
 
@@ -165,16 +174,21 @@ class Handler:
         """`came`: as much of the head as has come."""
         is_head = came.removeprefix(EMPTY_LINE).startswith(b"HEAD ")
         response = self.response_class(
-            self._connection, self._server, None, "HEAD" if is_head else "", close=True
+            self._connection,
+            self._server,
+            None,
+            next(self._server.request_ids),
+            "HEAD" if is_head else "",
+            close=True,
         )
         response.send_limit = LINGER_IDLE
-        started_at = time.time()
+        began_at = time.monotonic()
         try:
             response.refuse(refusal)
         except errors.ClientGone as error:
             response.abort(error)
         finally:
-            response.log("-", "-", None, started_at)
+            self._server.on_end(response.record(None, self._client, "", began_at, refusal))
         self._linger(response)
 
     # The response
@@ -188,6 +202,7 @@ class Handler:
                 else:
                     self._run_application(request, response)
             except errors.ErrorResponse as refusal:
+                request.refusal = refusal
                 request.body.close()
                 response.refuse(refusal)
         except (errors.ClientGone, errors.UpstreamBroken, Cut, gevent.GreenletExit) as error:
@@ -196,10 +211,9 @@ class Handler:
             logger.error("an unexpected error; please report it", exc_info=True)
             response.close = True
             if not response.headers_sent:
+                request.refusal = errors.ErrorResponse("the proxy failed; its log has the details")
                 with contextlib.suppress(errors.ClientGone):
-                    response.refuse(
-                        errors.ErrorResponse("the proxy failed; its log has the details")
-                    )
+                    response.refuse(request.refusal)
             response.abort(error)
 
     def _forward(self, proxy: Any, request: ClientRequest, response: ClientResponse) -> None:
@@ -237,7 +251,7 @@ class Handler:
             "PATH_INFO": urllib.parse.unquote_to_bytes(head.path).decode("latin-1"),
             "QUERY_STRING": head.target[len(head.path) + 1 :],
             "SERVER_PROTOCOL": head.version,
-            "REMOTE_ADDR": str(self._address[0]),
+            "REMOTE_ADDR": self._client,
             "wsgi.input": request.body,
             "wsgi.input_terminated": True,
             "xaiproxy.request": request,

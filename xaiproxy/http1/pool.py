@@ -89,15 +89,19 @@ class Pool:
             raise errors.UpstreamUnreachable(
                 f"no connection to {self.origin} within {limit:g} s; check the network, or "
                 "raise XAI_PROXY_CONNECT_TIMEOUT",
+                kind="timeout",
                 may_retry=True,
             ) from error
         except ssl.SSLCertVerificationError as error:
             refusal = trust.refusal(error, self.settings.egress)
             raise errors.UpstreamUnreachable(
                 f"no connection to {self.origin}: its certificate is not trusted {refusal}",
+                kind="tls",
                 may_retry=True,
             ) from error
         except BROKEN as error:
             raise errors.UpstreamUnreachable(
-                f"no connection to {self.origin}: {reason(error)}", may_retry=True
+                f"no connection to {self.origin}: {reason(error)}",
+                kind=self._dialler.stage_of(error),
+                may_retry=True,
             ) from error

@@ -14,6 +14,7 @@ import gevent
 from xaiproxy.errors import ClientGone
 from xaiproxy.http1.connection import BROKEN, Connection
 from xaiproxy.http1.exchange import Exchange
+from xaiproxy.http1.sample import Sample
 
 
 class Relay:
@@ -23,19 +24,22 @@ class Relay:
         "_exchange",
         "_greenlet",
         "_progress_at",
+        "_sample",
         "_timer",
         "_unsent",
         "_upstream",
         "content",
     )
 
-    def __init__(self, exchange: Exchange, client: Connection):
+    def __init__(self, exchange: Exchange, client: Connection, sample: Sample | None):
+        """`sample`: gets the content."""
         # Bytes that were forwarded, without their framing.
         self.content = 0
         self._exchange = exchange
         self._upstream = exchange.connection
         self._body = exchange.body
         self._client = client
+        self._sample = sample
 
     def run(self, head: bytes) -> None:
         """Send `head` and the body. Raises ClientGone, UpstreamBroken, and what is thrown in."""
@@ -161,3 +165,5 @@ class Relay:
             self._body.end_of_connection()
         for start, end in self._body.feed(data):
             self.content += end - start
+            if self._sample is not None:
+                self._sample.add(data[start:end])

@@ -21,7 +21,7 @@ class RequestBody:
     """A body that may still be arriving, or came whole with its head.
 
     `chunked`, `content_length`: its framing. `replayable`: whether there can be another pass; False
-    until `keep`.
+    until `keep`. `received`: bytes of content that the client has sent so far.
     """
 
     __slots__ = (
@@ -37,6 +37,7 @@ class RequestBody:
         "_unread",
         "chunked",
         "content_length",
+        "received",
         "replayable",
     )
 
@@ -58,11 +59,13 @@ class RequestBody:
         # Content that came together with other bytes, and that no pass has returned.
         self._unread = b""
         self._continue_due = False
+        self.received = 0
         size = head.content_length or 0
         came = connection.unread
         if not head.chunked and len(came) >= size:
             self._framing: framing.Sized | framing.Chunked = framing.Sized(0)
             self._kept, connection.unread = came[:size], came[size:]
+            self.received = size
         else:
             self._framing = framing.Chunked() if head.chunked else framing.Sized(size)
             self._continue_due = head.version == "HTTP/1.1" and [
@@ -156,7 +159,9 @@ class RequestBody:
         if self.chunked:
             # Chunks of a byte each take long: other greenlets run between two reads.
             self._connection.wait_before_reading()
-        return b"".join([data[start:end] for start, end in spans])
+        content = b"".join([data[start:end] for start, end in spans])
+        self.received += len(content)
+        return content
 
     # The copy
 

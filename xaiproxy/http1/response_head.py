@@ -23,6 +23,11 @@ READ = headers.NOT_PASSED | {
     "location",
     "access-control-allow-origin",
     "x-accel-buffering",
+    "x-ratelimit-limit-requests",
+    "x-ratelimit-limit-tokens",
+    "x-ratelimit-remaining-requests",
+    "x-ratelimit-remaining-tokens",
+    "x-request-id",
 }
 FOLD = re.compile(rb"\r\n[ \t]+")
 LENGTH = re.compile("[0-9]{1,18}")

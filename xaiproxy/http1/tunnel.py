@@ -25,8 +25,8 @@ class Tunnel:
     """Run as a relay.Relay is."""
 
     def __init__(self, exchange: Exchange, client: Connection):
-        # Bytes that came from upstream.
-        self.content = 0
+        # Bytes that came from upstream, and from the client.
+        self.content = self.received = 0
         self._exchange = exchange
         self._client = client
         # Whether one side has closed, or no longer reads.
@@ -191,6 +191,8 @@ class _Pipe:
         self._tunnel.progress()
         if self is self._tunnel._down:
             self._tunnel.content += len(data)
+        else:
+            self._tunnel.received += len(data)
         if not self.refused:
             self._unsent = data
             self._on_writable()

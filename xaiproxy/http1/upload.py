@@ -25,7 +25,9 @@ class Upload:
     malformed) it throws into the request's greenlet.
 
     `complete`: all of the request was written. `answered`: the final response head has arrived.
-    `sent_at`: when upstream last took bytes of the body, in the seconds of time.monotonic.
+    `sent_at`: when upstream last took bytes of the body, `started_at`: when it took the first of
+    the request, both in the seconds of time.monotonic. `connecting`: seconds that the connection
+    took.
     """
 
     __slots__ = (
@@ -38,8 +40,10 @@ class Upload:
         "_pool",
         "answered",
         "complete",
+        "connecting",
         "connection",
         "sent_at",
+        "started_at",
     )
 
     def __init__(
@@ -48,10 +52,13 @@ class Upload:
         body: RequestBody,
         pool: Pool,
         on_sent: Callable[[], object],
+        connecting: float,
     ):
         """`on_sent`: called once the body was sent."""
         self.connection = connection
+        self.connecting = connecting
         self.sent_at = 0.0
+        self.started_at = time.monotonic()
         self.complete = True
         self.answered = False
         self._body = body
@@ -121,7 +128,9 @@ class Upload:
         if self.answered:
             # Too late for an answer of the proxy's own.
             is_timeout = isinstance(error, errors.UpstreamTimeout)
-            error = errors.UpstreamBroken(str(error)) if is_timeout else errors.ClientGone()
+            error = (
+                errors.UpstreamBroken(str(error), "timeout") if is_timeout else errors.ClientGone()
+            )
         self._owner.throw(error)
 
     def discard(self) -> None:

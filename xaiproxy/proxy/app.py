@@ -18,7 +18,8 @@ from xaiproxy import errors, judgement, token_store
 from xaiproxy.http1.client_request import ClientRequest
 from xaiproxy.http1.client_response import Answer
 from xaiproxy.proxy import access, wsgi_request
-from xaiproxy.proxy.forward import PREFIXES, Proxy
+from xaiproxy.proxy.forward import Proxy
+from xaiproxy.proxy.routes import PREFIXES
 
 OPEN_TO_ALL = frozenset(("/healthz", "/readyz"))
 
@@ -80,6 +81,7 @@ def create_app(proxy: Proxy, store: token_store.TokenStore, gate: access.Access)
 
     @app.errorhandler(errors.ErrorResponse)
     def refuse(refusal: errors.ErrorResponse) -> flask.Response:
+        wsgi_request.of(flask.request.environ).refusal = refusal
         status, fields, body = refusal.rendered()
         return flask.Response(body, status, fields)
 

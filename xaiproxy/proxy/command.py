@@ -17,7 +17,7 @@ from xaiproxy import addresses, client_keys, command, config, errors, log, token
 from xaiproxy.http1 import dead_paths
 from xaiproxy.http1.dialler import PORTS, SOCKET_OPTIONS
 from xaiproxy.http1.pool import Pool
-from xaiproxy.proxy import access, app, event_loop, forward, refresher_watch
+from xaiproxy.proxy import access, app, event_loop, forward, refresher_watch, request_log
 from xaiproxy.proxy.server import BACKLOG, Server
 
 logger = logging.getLogger(__name__)
@@ -116,6 +116,7 @@ def run(
         proxy,
         settings,
         connection_limit(settings.max_connections),
+        request_log.write,
     )
     server.start()
     logger.info(

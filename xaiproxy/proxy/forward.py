@@ -21,12 +21,12 @@ from xaiproxy.http1.exchange import Exchange
 from xaiproxy.http1.memory_budget import MemoryBudget
 from xaiproxy.http1.pool import Pool
 from xaiproxy.http1.request_head import Head
-from xaiproxy.proxy import access, event_stream
+from xaiproxy.proxy import access, event_stream, routes, usage
 from xaiproxy.proxy.current_login import WAIT, CurrentLogin
 from xaiproxy.proxy.outage import Outage
 from xaiproxy.proxy.refused_token import is_refused_token
+from xaiproxy.proxy.routes import PREFIXES
 
-PREFIXES = ("/v1/", "/v2/")
 USER_AGENT = f"xaiproxy/{__version__}"  # the proxy's own: Cloudflare refuses some clients'
 IDEMPOTENCY_KEYS = {"idempotency-key", "x-idempotency-key"}
 # What a server may read as a segment . or .., in one pass: a segment ends at a slash or backslash,
@@ -95,7 +95,9 @@ class Proxy:
         try:
             if is_refused_token(sent):
                 newer = self._login.other_than(login, WAIT if body.replayable else 0)
+                request.token_refused = "passed_on"
                 if newer is not None and body.replayable:
+                    request.token_refused = "replayed"
                     sent.close()
                     sent = self._send(request, newer)
                     if is_refused_token(sent):
@@ -105,10 +107,11 @@ class Proxy:
                 self._outage.end()
             body.forget()
             text = self._head_text(sent.head, sent.length, request.head)
+            sample = usage.sample_for(routes.of(request.head.path), sent.head)
             pause = self._settings.sse_keepalive
             if pause and event_stream.is_event_stream(sent.head):
-                return Answer(sent, text, event_stream.with_comments(sent.parts(pause)))
-            return Answer(sent, text, None)
+                return Answer(sent, text, event_stream.with_comments(sent.parts(pause)), sample)
+            return Answer(sent, text, None, sample)
         except BaseException:
             sent.close()
             raise
@@ -119,13 +122,15 @@ class Proxy:
         def on_interim(interim: response_head.Head) -> None:
             request.send_interim(interim.status, self._head_text(interim, None, head))
 
-        return exchange.perform(
+        sent = exchange.perform(
             self._pool,
             self._request_to_upstream(request, login.access_token),
             # The watch stopped at the first byte of the body; from now on nothing else reads.
             on_sent=request.watch.start,
             on_interim=on_interim,
         )
+        request.waited += sent.waited
+        return sent
 
     def _request_to_upstream(self, request: ClientRequest, access_token: str) -> exchange.Request:
         head = request.head

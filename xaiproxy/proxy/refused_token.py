@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import zlib
-
 from xaiproxy import tokens
-from xaiproxy.http1.exchange import PEEK_LIMIT, Exchange
+from xaiproxy.http1 import response_head
+from xaiproxy.http1.exchange import Exchange
+from xaiproxy.proxy import content
 
 
 def is_refused_token(exchange: Exchange) -> bool:
@@ -14,18 +14,14 @@ def is_refused_token(exchange: Exchange) -> bool:
         return True
     if exchange.head.status != 403:
         return False
-    codings = [value.lower() for value in exchange.head.values.get("content-encoding", ())]
-    return tokens.is_refusal(_decoded(exchange.peek(), codings))
+    return tokens.is_refusal(_decoded(exchange.head, exchange.peek()))
 
 
-def _decoded(data: bytes, codings: list[str]) -> bytes:
+def _decoded(head: response_head.Head, data: bytes) -> bytes:
     """As much as can be decoded of what may be only the beginning of a body."""
-    if not codings or codings == ["identity"]:
+    if not content.codings(head):
         return data
-    # gzip or zlib, which have headers; raw deflate, which some servers send.
-    for window in (47, -15):
-        try:
-            return zlib.decompressobj(window).decompress(data, PEEK_LIMIT)
-        except zlib.error:
-            continue
-    return data
+    try:
+        return content.inflated(data).take()
+    except content.Unreadable:
+        return data

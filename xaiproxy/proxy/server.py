@@ -2,10 +2,12 @@
 
 import contextlib
 import errno
+import itertools
 import logging
+import secrets
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import gevent
@@ -15,7 +17,9 @@ import gevent.pool
 from gevent import pywsgi
 
 from xaiproxy import config
-from xaiproxy.http1.handler import Cut, Handler
+from xaiproxy.http1.client_response import Cut
+from xaiproxy.http1.handler import Handler
+from xaiproxy.http1.request_record import RequestRecord
 from xaiproxy.proxy.forward import Proxy
 
 logger = logging.getLogger(__name__)
@@ -53,7 +57,9 @@ class Server(pywsgi.WSGIServer):  # type: ignore[misc]  # gevent is untyped
         proxy: Proxy,
         settings: config.Config,
         connections: int,
+        on_end: Callable[[RequestRecord], object],
     ):
+        """`on_end`: called with the record of each request that has ended."""
         super().__init__(
             listener,
             application,
@@ -69,6 +75,11 @@ class Server(pywsgi.WSGIServer):  # type: ignore[misc]  # gevent is untyped
         gevent.get_hub().NOT_ERROR += (NoDescriptor,)
         self.connections = connections
         self.busy = 0
+        self.on_end = on_end
+        # Of requests without one.
+        self.request_ids = map(f"{secrets.token_hex(4)}-{{:x}}".format, itertools.count(1))
+        # Responses that are being forwarded.
+        self.open = {"streams": 0, "websockets": 0}
         self.settings = settings
         self.proxy = proxy
         self.keep_alive = keep_alive_lines(settings.keepalive_timeout)
@@ -84,6 +95,15 @@ class Server(pywsgi.WSGIServer):  # type: ignore[misc]  # gevent is untyped
         self._is_short_of_descriptors = False
         # No log line about a shortage before this time.
         self._next_warning = {"descriptors": 0.0, "connections": 0.0}
+
+    @contextlib.contextmanager
+    def count_open(self, kind: str) -> Iterator[None]:
+        """Count a response in `open` meanwhile. `kind`: streams or websockets."""
+        self.open[kind] += 1
+        try:
+            yield
+        finally:
+            self.open[kind] -= 1
 
     def do_read(self) -> Any:
         try:

@@ -1,0 +1,67 @@
+"""The content of a response that was kept while it passed, decoded: errors and usage are in it."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+
+from xaiproxy.http1 import response_head
+from xaiproxy.http1.sample import Sample
+
+BLOCK = 65536  # bytes that are decoded at a time
+DECODED_LIMIT = 32 << 20  # bytes that are decoded of one response
+# gzip or zlib, which have headers; raw deflate, which some servers send.
+WINDOWS = (47, -15)
+
+
+class Unreadable(Exception):
+    """`reason`: compressed, by a coding that is not known or not intact; or too_long."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+
+def codings(head: response_head.Head) -> list[str]:
+    """The content codings of a response, in lower case."""
+    values = ",".join(head.values.get("content-encoding", ()))
+    names = [name.strip().lower() for name in values.split(",")]
+    return [name for name in names if name not in ("", "identity")]
+
+
+def taken(
+    head: response_head.Head, sample: Sample, pause: Callable[[], object] = lambda: None
+) -> str:
+    """Take what was kept. Of long content only the start and the end are returned.
+
+    `pause`: called between steps that each take less than a millisecond. Raises Unreadable.
+    """
+    if sample.too_long:
+        raise Unreadable("too_long")
+    data = sample.take()
+    if codings(head):
+        data = inflated(data, pause).take()
+    return data.decode("utf-8", "replace")
+
+
+def inflated(data: bytes, pause: Callable[[], object] = lambda: None) -> Sample:
+    """The content of a compressed response, which may be cut. Raises Unreadable."""
+    for window in WINDOWS:
+        try:
+            return _inflated(data, zlib.decompressobj(window), pause)
+        except zlib.error:
+            continue
+    raise Unreadable("compressed")
+
+
+def _inflated(data: bytes, decoder: zlib._Decompress, pause: Callable[[], object]) -> Sample:
+    sample, size = Sample(), 0
+    while data:
+        block = decoder.decompress(data, BLOCK)
+        sample.add(block)
+        size += len(block)
+        if size > DECODED_LIMIT:
+            raise Unreadable("too_long")
+        data = decoder.unconsumed_tail
+        pause()
+    return sample
