@@ -297,7 +297,7 @@ class UpstreamUnreachable(ErrorResponse):
 
     status, code = 502, "upstream_unreachable"
 
-    def __init__(self, message: str, *, kind: str, may_retry: bool = False):
+    def __init__(self, message: str, *, kind: str = "connect", may_retry: bool = False):
         super().__init__(message, headers=(("x-should-retry", "true" if may_retry else "false"),))
         self.kind = kind
 

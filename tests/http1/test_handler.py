@@ -570,7 +570,7 @@ def test_a_cancelled_request_closes_the_upstream_connection(
     line = proxy.wait_for_log(lambda line: line.get("path") == "/v1/cancelled", start=seen)
     assert line["ended_by"] == "client"
     if moment not in IN_THE_BODY:
-        assert (line["status"], line["first_byte_ms"], line["bytes"]) == (0, None, 0)
+        assert (line["status"], line["first_byte_ms"], line["bytes"]) == (499, None, 0)
     elif moment is not while_it_does_not_read:
         # Only content is counted, whatever its framing.
         assert line["bytes"] in (2, 3)
@@ -610,7 +610,7 @@ def test_a_request_that_waits_for_a_token_can_be_cancelled(
     time.sleep(0.2)
     how(client)
     line = proxy.wait_for_log(lambda line: line.get("path") == "/v1/waits", 1, start=seen)
-    assert (line["ended_by"], line["status"]) == ("client", 0)
+    assert (line["ended_by"], line["status"]) == ("client", 499)
     assert upstream.quiet()
 
 
@@ -687,11 +687,16 @@ def test_each_request_logs_one_line(
         "method",
         "path",
         "status",
+        "request_bytes",
         "bytes",
         "first_byte_ms",
         "duration_ms",
         "ended_by",
         "key",
+        "client",
+        "user_agent",
+        "request_id",
+        "upstream_request_id",
     }
     assert (
         line["message"],
@@ -701,7 +706,7 @@ def test_each_request_logs_one_line(
         line["bytes"],
         line["ended_by"],
         line["key"],
-    ) == ("request", "info", "POST", 200, 2, "done", None)
+    ) == ("POST /v1/logged 200", "info", "POST", 200, 2, "done", None)
     assert 95 < line["first_byte_ms"] < line["duration_ms"] - 95 < 1000
     log = str(proxy.log_lines())
     assert not any(

@@ -308,7 +308,7 @@ def test_a_byte_that_arrived_before_the_idle_timeout_counts(upstream: ScriptedUp
         gevent.Timeout(8),
     ):
         theirs.settimeout(8)
-        running = gevent.spawn(Relay(answered, client).run, b"")
+        running = gevent.spawn(Relay(answered, client, None).run, b"")
         gevent.sleep(0)
         request.answer(CONTENT[:3])
         end = time.monotonic() + 0.7

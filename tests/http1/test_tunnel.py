@@ -464,7 +464,7 @@ def test_tunnels_get_the_drain_timeout(tmp_path: Path, upstream: ScriptedUpstrea
         assert long.closed_within(3) and other.connection.closed_within()
         assert proxy.wait() == 0
         ended = {line["path"]: line["ended_by"] for line in proxy.log_lines() if "path" in line}
-        assert ended == {"/v1/short": "done", "/v1/long": "proxy"}
+        assert ended == {"/v1/short": "done", "/v1/long": "drain"}
 
 
 def test_five_hundred_tunnels_at_once_leak_nothing(

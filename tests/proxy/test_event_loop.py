@@ -53,10 +53,7 @@ def test_an_unread_log_blocks_no_request(tmp_path: Path, upstream: ScriptedUpstr
         if "log lines were dropped" in line["message"]
     ]
     asked = rounds * requests + 1
-    assert (
-        sum(dropped) > 3000
-        and sum(dropped) + sum(line["message"] == "request" for line in lines) == asked
-    )
+    assert sum(dropped) > 3000 and sum(dropped) + sum("method" in line for line in lines) == asked
 
 
 def test_a_burst_of_log_lines_waits_for_a_slow_reader(
@@ -67,7 +64,7 @@ def test_a_burst_of_log_lines_waits_for_a_slow_reader(
     They take no more than half of the pipe and the buffer limit together: short writes may leave
     the pipe's pages half full.
     """
-    requests = 1400
+    requests = 700
     with ProxyProcess(tmp_path, read_log=False) as proxy, proxy.client() as client:
         # F_SETPIPE_SZ.
         fcntl.fcntl(proxy.process.stderr.fileno(), 1031, 1 << 18)
@@ -83,7 +80,7 @@ def test_a_burst_of_log_lines_waits_for_a_slow_reader(
         proxy.read_log()
         proxy.wait_for_request("/other")
     lines = proxy.log_lines()
-    assert [line["path"] for line in lines if line["message"] == "request"] == [
+    assert [line["path"] for line in lines if "method" in line] == [
         *(f"/v1/v1/{number:04}" for number in range(requests)),
         "/other",
     ]

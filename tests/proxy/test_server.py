@@ -519,9 +519,9 @@ def test_responses_that_outlast_the_drain_are_visibly_truncated(
             line for line in proxy.log_lines() if "aborting 7 open responses" in line["message"]
         ]
         cut = [line for line in proxy.log_lines() if line.get("path") == "/v1/cut"]
-        assert {line["ended_by"] for line in cut} == {"proxy"}
+        assert {line["ended_by"] for line in cut} == {"drain"}
         assert sorted(line["bytes"] for line in cut) == [0, 2, 2, 2]
-        assert proxy.wait_for_request("/v1/unread")["ended_by"] == "proxy"
+        assert proxy.wait_for_request("/v1/unread")["ended_by"] == "drain"
 
 
 def test_a_client_that_does_not_close_does_not_delay_a_drain(
@@ -568,4 +568,4 @@ def test_requests_that_wait_for_a_token_are_aborted_after_the_drain(tmp_path: Pa
             marker.ask("GET", "/healthz")
         proxy.terminate()
         assert client.rest() == b"" and proxy.wait() == 0
-        assert proxy.wait_for_request("/v1/waits")["ended_by"] == "proxy"
+        assert proxy.wait_for_request("/v1/waits")["ended_by"] == "drain"

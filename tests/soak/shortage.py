@@ -97,9 +97,7 @@ def idle_cost(proxy: Process) -> tuple[float, int]:
     """
 
     def lines() -> int:
-        return sum(
-            '"message": "request"' not in line for line in proxy.log.read_text().splitlines()
-        )
+        return sum('"duration_ms"' not in line for line in proxy.log.read_text().splitlines())
 
     time.sleep(0.5)
     before, count = machine.cpu_seconds([proxy.pid]), lines()
