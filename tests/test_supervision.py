@@ -1,5 +1,8 @@
-"""conf/supervisord.conf and the plug-in: real processes, read through a pipe, as in a container."""
+"""conf/supervisord.conf and the plug-in: real processes, read through a pipe, as in a container, or
+from a terminal.
+"""
 
+import calendar
 import configparser
 import itertools
 import json
@@ -62,6 +65,7 @@ def edited_conf(folder, **settings):
     return conf
 
 
+SIGTERM_RECEIVED = "received SIGTERM indicating exit request"
 FAILING = "echo no room >&2; exit 75"
 SLOW_TO_STOP = "trap 'sleep 2; exit 0' TERM; while :; do sleep 0.1; done"
 QUICK_TO_STOP = "trap 'echo got SIGTERM; exit 0' TERM; while :; do sleep 0.05; done"
@@ -85,9 +89,7 @@ def test_sigterm_drains_the_proxy_before_the_refresher_stops_and_ends_with_0(tmp
     )
     as_root = [line for line in supervised.complaints() if "running as root" in line]
     assert len(as_root) == (os.getuid() == 0)
-    assert set(supervised.complaints()) - set(as_root) == {
-        supervised.wait_for_line(".*received SIGTERM.*\n")[0]
-    }
+    assert set(supervised.complaints()) - set(as_root) == {SIGTERM_RECEIVED}
     assert not (tmp_path / "supervisord.pid").exists()
 
 
@@ -119,15 +121,9 @@ def test_a_program_that_ends_with_78_is_not_started_again_and_ends_all_with_70(
         assert supervised.ended() == 70
     log = "".join(supervised.lines)
     assert log.count("a wrong setting") == log.count("spawned: 'refresher'") == 1
-    assert (
-        len(
-            supervised.wait_for_line(
-                r".*CRIT refresher .*exit status 78.* ending with status 70.*\n"
-            )[0]
-        )
-        < 300
-    )
-    assert log.index("CRIT refresher") < log.index("stopped: proxy (exit status 0)")
+    [reason] = [line for line in supervised.complaints() if line.startswith("refresher ")]
+    assert re.search("exit status 78.* ending with status 70", reason) and len(reason) < 300
+    assert log.index(reason) < log.index("stopped: proxy (exit status 0)")
 
 
 def test_a_wrong_setting_is_logged_once_by_each_program(tmp_path, sandbox):
@@ -144,7 +140,7 @@ def test_a_program_that_cannot_be_kept_running_ends_all_with_70(tmp_path, sandbo
     )
     with Supervised(tmp_path, sandbox, conf=conf) as supervised:
         assert supervised.ended() == 70
-    supervised.wait_for_line(r"CRIT refresher cannot be kept running .* ending with status 70")
+    supervised.wait_for_line(r'critical".*"refresher cannot be kept running .* with status 70')
     supervised.wait_for_line(r"stopped: proxy \(exit status 0\)")
 
 
@@ -163,7 +159,7 @@ def test_the_programs_end_when_supervisord_is_killed(tmp_path, sandbox):
         tmp_path, refresher="echo up\n" + QUICK_TO_STOP, proxy="echo up\n" + QUICK_TO_STOP
     )
     with Supervised(tmp_path, sandbox, conf=conf) as supervised:
-        supervised.wait_for_line("^up", times=2)
+        supervised.wait_for_line('"up"', times=2)
         ends = [os.pidfd_open(pid) for pid in supervised.pids().values()]
         supervised.signal(signal.SIGKILL)
         assert all(readable(end, 10) for end in ends)
@@ -231,10 +227,124 @@ def test_lines_of_two_programs_are_not_mixed(tmp_path, sandbox):
         "trap 'printf last; exit 0' TERM; while :; do sleep 0.05; done",
     )
     with Supervised(tmp_path, sandbox, conf=conf) as supervised:
-        supervised.wait_for_line("^the first half and the second\n")
+        supervised.wait_for_line('"the first half and the second"}\n')
         supervised.signal(signal.SIGTERM)
         assert supervised.ended() == 0
-    assert {"a whole line\n", "got SIGTERM\n", "last\n"} <= set(supervised.lines)
+    assert {
+        ("proxy", "a whole line"),
+        ("proxy", "got SIGTERM"),
+        ("refresher", "last"),
+    } <= {(line["process"], line["message"]) for line in map(json.loads, supervised.lines)}
+
+
+# The format of all lines
+
+TEXT = re.compile(r"(20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z) ([A-Z]+) (\w+): (.+)\n")
+# Python writes a traceback in several lines, and not to the log.
+CRASHING = f"exec {sys.executable} -c 'import no_such_module'"
+
+
+def parsed(line):
+    """The time, level, process and message of a line of either format."""
+    if match := TEXT.fullmatch(line):
+        return "text", match[1], match[2].lower(), match[3], match[4]
+    entry = json.loads(line)
+    assert list(entry)[:4] == ["time", "level", "process", "message"]
+    return "json", *list(entry.values())[:4]
+
+
+@pytest.mark.parametrize(
+    "pipe, environ, dotenv, format",
+    [
+        (os.pipe, "", "", "json"),
+        (os.openpty, "", "", "text"),
+        (os.pipe, "text", "", "text"),
+        (os.openpty, "json", "text", "json"),
+        (os.openpty, "", "json", "json"),
+        (os.pipe, "", "text", "text"),
+    ],
+)
+def test_all_lines_have_one_format_and_one_time_zone(
+    tmp_path, sandbox, pipe, environ, dotenv, format
+):
+    (tmp_path / ".env").write_text(f"XAI_PROXY_LOG_FORMAT={dotenv}\n")
+    settings = {"XAI_PROXY_LOG_FORMAT": environ, "TZ": "Asia/Tokyo"}
+    began = time.time()
+    with Supervised(tmp_path, sandbox, pipe=pipe, **settings) as supervised:
+        supervised.client().close()
+        supervised.signal(signal.SIGTERM)
+        assert supervised.ended() == 0
+    lines = [parsed(line) for line in supervised.lines]
+    assert {line[0] for line in lines} == {format}
+    assert {line[3] for line in lines} == {"supervisord", "refresher", "proxy"}
+    assert {line[2] for line in lines if line[3] == "supervisord"} >= {"info", "warning"}
+    stamps = [calendar.timegm(time.strptime(line[1][:19], "%Y-%m-%dT%H:%M:%S")) for line in lines]
+    assert int(began) <= min(stamps) and max(stamps) <= time.time()
+
+
+@pytest.mark.parametrize("pipe, format", [(os.pipe, "json"), (os.openpty, "text")])
+def test_what_a_program_writes_outside_of_its_log_becomes_log_lines(
+    tmp_path, sandbox, pipe, format
+):
+    conf = stand_ins(
+        tmp_path,
+        edited_conf(tmp_path, startretries=0),
+        refresher=CRASHING,
+        proxy="printf 'a key: xaip_of-the-laptop\\n\\n\\033[31m\\377\\n'\n" + QUICK_TO_STOP,
+    )
+    with Supervised(tmp_path, sandbox, pipe=pipe, conf=conf) as supervised:
+        assert supervised.ended() == 70
+    lines = [parsed(line) for line in supervised.lines]
+    assert {line[0] for line in lines} == {format}
+    traceback = [line[4] for line in lines if line[3] == "refresher"]
+    assert traceback[0] == "Traceback (most recent call last):"
+    assert traceback[-1] == "ModuleNotFoundError: No module named 'no_such_module'"
+    escape = "\\x1b" if format == "text" else "\x1b"
+    assert [line[2:] for line in lines if line[3] == "proxy"] == [
+        ("error", "proxy", "a key: [secret]"),
+        ("error", "proxy", f"{escape}[31m\ufffd"),
+        ("error", "proxy", "got SIGTERM"),
+    ]
+
+
+@pytest.mark.parametrize("pipe, format", [(os.pipe, "json"), (os.openpty, "text")])
+@pytest.mark.parametrize(
+    "wrong", ["XAI_PROXY_LOG_FORMAT=xml", "XAI_PROXY_LOG_FORMT=json", "XAI_PROXY_PORT='1"]
+)
+def test_a_wrong_setting_is_named_in_a_log_line(tmp_path, sandbox, pipe, format, wrong):
+    """Also one of .env, which supervisord reads, too."""
+    (tmp_path / ".env").write_text(wrong + "\n")
+    with Supervised(tmp_path, sandbox, pipe=pipe) as supervised:
+        assert supervised.ended() == 70
+    lines = [parsed(line) for line in supervised.lines]
+    assert {line[0] for line in lines} == {format}
+    name = wrong.partition("=")[0]
+    assert [line for line in lines if line[3] == "refresher" and name in line[4]], lines
+
+
+def test_a_traceback_of_supervisord_is_one_line():
+    code = """if True:
+        from supervisor import loggers
+        from xaiproxy import supervision
+        supervision.write_lines_to(supervision.Output("json"))
+        logger = loggers.getLogger()
+        loggers.handle_stdout(logger, "")
+        try:
+            raise ValueError("eyJhbGciOiJFUzI1NiJ9.eyJzdWIiOiJ4In0.c2lnbmF0dXJl " + "x " * 2000)
+        except ValueError:
+            import traceback
+            logger.critical("unknown problem:" + traceback.format_exc())
+        logger.error("%(what)s", what="%d")
+        logger.close()
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], cwd=ROOT, timeout=20, capture_output=True
+    )
+    first, second = map(json.loads, done.stdout.splitlines())
+    assert done.stderr == b"" and "eyJ" not in first["traceback"]
+    assert first["message"] == "unknown problem:Traceback (most recent call last):"
+    assert first["level"] == "critical" and first["traceback"].endswith("x x \n")
+    assert (second["level"], second["message"]) == ("error", "%d")
 
 
 @mounts
@@ -291,7 +401,7 @@ def test_supervision_works_for_a_user_without_privileges(tmp_path, sandbox):
             assert client.ask("GET", "/v1/models").status == 200
         supervised.signal(signal.SIGTERM)
         assert supervised.ended() == 0
-    assert supervised.complaints() == [supervised.wait_for_line(".*received SIGTERM.*\n")[0]]
+    assert supervised.complaints() == [SIGTERM_RECEIVED]
 
 
 def test_a_stdout_that_cannot_be_opened_again_gets_every_line(tmp_path, sandbox):
@@ -432,7 +542,7 @@ def test_a_stdout_that_is_a_file_gets_every_line(tmp_path, sandbox):
         supervised.signal(signal.SIGTERM)
         assert supervised.process.wait(30) == 0
     lines = log.read_text().splitlines()
-    assert all(line.startswith(("{", "20")) for line in lines)
+    assert all(json.loads(line) for line in lines)
     for text in (
         "spawned: 'proxy'",
         '"path": "/v1/models"',

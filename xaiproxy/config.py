@@ -195,7 +195,8 @@ class Config:
     log_format: str = _setting(
         "auto",
         setting_types.one_of("auto", "text", "json"),
-        "text, json, or auto: text on a terminal, otherwise JSON.",
+        "text, json, or auto: text on a terminal, also under a supervisord that runs on one; "
+        "otherwise JSON.",
     )
 
     egress: Egress = dataclasses.field(default_factory=Egress)

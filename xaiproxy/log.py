@@ -43,6 +43,8 @@ PLAIN = frozenset((int, float, bool, type(None)))
 CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 Fields = dict[str, Any]
+# From the unix time, the level, the message and the fields of an event.
+Line = Callable[[float, str, str, Fields], bytes]
 
 _encode = json.JSONEncoder(ensure_ascii=False).encode
 _handler: LineHandler | None = None
@@ -73,15 +75,19 @@ def setup(
     `when_writable`: calls a function once the descriptor has room. Without it, waiting lines are
     written with the next line, or by `flush`.
     """
-    as_json = format == "json" or (format == "auto" and not os.isatty(fd))
-    line = functools.partial(_json_line if as_json else _text_line, process)
     global _handler
-    _handler = LineHandler(fd, line, poll, defer, when_writable)
+    _handler = LineHandler(fd, line_format(process, format, fd), poll, defer, when_writable)
     set_level(level)
     logger = logging.getLogger("xaiproxy")
     logger.handlers[:] = [_handler]
     # The logs of libraries hold URLs with queries: none reaches the root logger's handlers.
     logger.propagate = False
+
+
+def line_format(process: str, format: str, fd: int) -> Line:
+    """The function that returns the line of an event, in `format`; "auto" is chosen by `fd`."""
+    as_json = format == "json" or (format == "auto" and not os.isatty(fd))
+    return functools.partial(_json_line if as_json else _text_line, process)
 
 
 def set_level(level: str) -> None:
@@ -104,7 +110,7 @@ class LineHandler(logging.Handler):
     def __init__(
         self,
         fd: int,
-        line: Callable[[float, str, str, Fields], bytes],
+        line: Line,
         poll: Callable[[], Any],
         defer: Callable[[Callable[[], None]], Any] | None,
         when_writable: Callable[[int, Callable[[], None]], Any] | None,

@@ -1,4 +1,4 @@
-"""A plug-in for supervisord: a program that cannot run ends all, and no log line blocks.
+"""A plug-in for supervisord: a program that cannot run ends all, and its log is one of ours.
 
 supervisord gives up on a program that keeps failing at its start, and goes on without it: the
 container looks healthy and serves no requests. The usual event listener then sends supervisord a
@@ -14,39 +14,59 @@ what exists by then:
 
 - FatalCheck joins the list of tick events. supervisord makes an instance of each, with itself as an
   argument, whenever `period` seconds have passed.
-- An Output replaces stdout and writes as line_writer.py describes. supervisord writes its own lines
-  and those of the programs there, and would wait for a stopped reader: it would then neither
-  restart a program nor obey a signal, and a write error could end it.
-- finish, fork, get_path and setsignals replace supervisord's methods of these names.
+- An Output replaces the streams of log handlers, and writes as line_writer.py describes.
+  supervisord would wait for a stopped reader of stdout: it would then neither restart a program nor
+  obey a signal, and a write error could end it.
+- Every line at STDOUT gets the format of log.py: supervisord's own, the programs' log, which has it
+  already, and what they write besides, such as the sentence with which they refuse to start. Lines
+  that supervisord logs while it reads its configuration are written later, so they have it, too.
+- finish, fork, get_path, setsignals and init_normallog replace supervisord's methods of these
+  names.
+
+Two outputs keep their own format: the error of a supervisord that refuses to start, and the
+traceback of one that crashes. Both go to stderr.
 """
 
 import atexit
 import ctypes
 import os
+import re
 import signal
 import sys
 import sysconfig
+import time
 from typing import Any
 
-from supervisor import events, loggers, options, process
+from supervisor import dispatchers, events, loggers, options, process
 from supervisor.states import ProcessStates, SupervisorStates
 
-from xaiproxy import command, errors
+from xaiproxy import command, config, errors, log
 from xaiproxy.line_writer import DROPPED, LINE_LIMIT, LineWriter
 
 EXIT_FATAL = 70  # EX_SOFTWARE of sysexits.h
 STDOUT = "/dev/fd/1"  # stdout_logfile of a program whose lines follow supervisord's own
-FORMAT = "%(asctime)s %(levelname)s %(message)s\n"  # of supervisord's own lines
+NAME = "supervisord"  # in its own lines
+LOG_FORMAT = "XAI_PROXY_LOG_FORMAT"
+# As in the programs' lines; what is below INFO is DEBUG.
+LEVELS = {
+    loggers.LevelsByName.CRIT: "CRITICAL",
+    loggers.LevelsByName.ERRO: "ERROR",
+    loggers.LevelsByName.WARN: "WARNING",
+    loggers.LevelsByName.INFO: "INFO",
+}
+# How a line of log.py begins, in JSON and as text.
+LOG_LINE = re.compile(rb'(\{"time": ")?20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z[" ]')
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 class FatalCheck(events.TickEvent):  # type: ignore[misc]  # supervisor is untyped
     period = 1  # seconds; supervisord's loop is no slower
+    output: Any = None  # an Output
 
     def __init__(self, when: int, supervisord: Any):
         super().__init__(when, supervisord)
         # Write lines that wait for room.
-        sys.stdout.flush()
+        self.output.flush()
         for group in supervisord.process_groups.values():
             for program in group.processes.values():
                 if program.get_state() == ProcessStates.FATAL:
@@ -79,8 +99,8 @@ def finish(self: Any, pid: int, status: int) -> None:
     """
     logs = [getattr(dispatcher, "normallog", None) for dispatcher in self.dispatchers.values()]
     _finish(self, pid, status)
-    for log in filter(None, logs):
-        log.close()
+    for program_log in filter(None, logs):
+        program_log.close()
     if os.waitstatus_to_exitcode(status) == errors.EXIT_CONFIGURATION:
         end(self, f"exit status {errors.EXIT_CONFIGURATION}")
 
@@ -136,24 +156,57 @@ def setsignals(self: Any) -> None:
         )
 
 
+def chosen_format() -> str:
+    """The XAI_PROXY_LOG_FORMAT that the programs have, who inherit the choice of this process.
+
+    A wrong setting is not reported here: the programs name it when they refuse to start.
+    """
+    wrong: list[errors.ConfigurationError] = []
+    try:
+        chosen = config.from_environ(os.environ, complain=wrong.append).log_format
+    except errors.ConfigurationError:
+        return "auto"
+    if chosen == "auto" and not wrong and os.isatty(1):
+        # The programs' own stderr is a pipe.
+        os.environ[LOG_FORMAT] = chosen = "text"
+    return chosen
+
+
 class Output:
-    """Stdout for supervisord's log handlers, which close a stream that has no `fileno`."""
+    """Stdout, as a stream of log handlers, which close it because it has no `fileno`."""
 
-    def __init__(self) -> None:
-        self._writer = LineWriter(1, notice)
+    def __init__(self, format: str) -> None:
+        self._format = format
+        self._line = self.line_format(NAME)
+        self._writer = LineWriter(1, self._notice)
 
-    def write(self, data: bytes | str) -> None:
-        """`data`: lines, or a part of one that is longer than LINE_LIMIT."""
-        lines = (data if isinstance(data, bytes) else data.encode()).splitlines(keepends=True)
-        self._writer.write(
-            line[at : at + LINE_LIMIT] for line in lines for at in range(0, len(line), LINE_LIMIT)
-        )
+    def line_format(self, program: str) -> log.Line:
+        return log.line_format(program, self._format, 1)
+
+    def event(self, level: str, message: str, fields: log.Fields) -> None:
+        """Write a line of supervisord's own."""
+        self.write([self._line(time.time(), level, message, fields)])
+
+    def write(self, lines: list[bytes]) -> None:
+        self._writer.write(lines)
 
     def flush(self) -> None:
         self._writer.write(())
 
     def close(self) -> None:
         self._writer.close()
+
+    def _notice(self, dropped: int) -> bytes:
+        return self._line(time.time(), "WARNING", DROPPED % dropped, {})
+
+
+class OwnLines(loggers.Handler):  # type: ignore[misc]  # supervisor is untyped
+    """The log handler of supervisord's own lines. `stream`: an Output."""
+
+    def emit(self, record: Any) -> None:
+        message, _, rest = record.asdict()["message"].partition("\n")
+        fields = {"traceback": rest[-log.LIMITS["traceback"] :]} if rest else {}
+        self.stream.event(LEVELS.get(record.level, "DEBUG"), message, fields)
 
 
 class ProgramLines:
@@ -165,6 +218,10 @@ class ProgramLines:
     def __init__(self, output: Output) -> None:
         self._output = output
         self._begun = b""
+        self.belong_to("")
+
+    def belong_to(self, program: str) -> None:
+        self._line = self._output.line_format(program)
 
     def write(self, data: bytes) -> None:
         data = self._begun + data
@@ -172,7 +229,14 @@ class ProgramLines:
         if len(data) - end > LINE_LIMIT:
             end = len(data)
         self._begun = data[end:]
-        self._output.write(data[:end])
+        lines = data[:end].splitlines(keepends=True)
+        self._output.write([self._formatted(line) for line in lines if line.strip()])
+
+    def _formatted(self, line: bytes) -> bytes:
+        """A line as log.py would write it. Outside of its log a program only reports failures."""
+        if LOG_LINE.match(line) and line.endswith(b"\n") and len(line) <= LINE_LIMIT:
+            return line
+        return self._line(time.time(), "ERROR", line.decode("utf-8", "replace").rstrip(), {})
 
     def flush(self) -> None:
         self._output.flush()
@@ -183,18 +247,18 @@ class ProgramLines:
             self.write(b"\n")
 
 
-def notice(dropped: int) -> bytes:
-    record = loggers.LogRecord(loggers.LevelsByName.WARN, DROPPED % dropped)
-    line: str = FORMAT % record.asdict()
-    return line.encode()
-
-
-def write_programs_lines_to(output: Output) -> None:
-    """Write the log of each program at STDOUT to `output`, instead of opening the file again."""
+def write_lines_to(output: Output) -> None:
+    """Write supervisord's own lines, and those of each program at STDOUT, to `output`."""
     handle_file = loggers.handle_file
 
-    def handle(logger: Any, filename: str, fmt: str, **rotation: Any) -> None:
+    def handle_own(logger: Any, _fmt: str) -> None:
+        handler = OwnLines(output)
+        handler.setLevel(logger.level)
+        logger.addHandler(handler)
+
+    def handle_programs(logger: Any, filename: str, fmt: str, **rotation: Any) -> None:
         if filename == STDOUT:
+            # Not the file, which would be opened again.
             handler = loggers.StreamHandler(ProgramLines(output))
             handler.setFormat(fmt)
             handler.setLevel(logger.level)
@@ -202,7 +266,19 @@ def write_programs_lines_to(output: Output) -> None:
         else:
             handle_file(logger, filename, fmt, **rotation)
 
-    loggers.handle_file = handle
+    loggers.handle_stdout = handle_own
+    loggers.handle_file = handle_programs
+
+
+_init_normallog = dispatchers.POutputDispatcher._init_normallog
+
+
+def init_normallog(self: Any) -> None:
+    """POutputDispatcher._init_normallog, which makes the log of one program's output."""
+    _init_normallog(self)
+    for handler in getattr(self.normallog, "handlers", ()):
+        if isinstance(handler.stream, ProgramLines):
+            handler.stream.belong_to(self.process.config.name)
 
 
 def rpc_interface(supervisord: Any, **settings: str) -> None:
@@ -217,6 +293,6 @@ if "supervisor.supervisord" in sys.modules:
     options.ServerOptions.fork = fork
     options.ServerOptions.get_path = get_path
     options.ServerOptions.setsignals = setsignals
-    output = Output()
-    sys.stdout = output
-    write_programs_lines_to(output)
+    dispatchers.POutputDispatcher._init_normallog = init_normallog
+    FatalCheck.output = Output(chosen_format())
+    write_lines_to(FatalCheck.output)

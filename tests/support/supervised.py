@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import subprocess
@@ -115,5 +116,10 @@ class Supervised:
         }
 
     def complaints(self):
-        """Return supervisord's own lines above INFO."""
-        return [line for line in self.lines if re.match(r"[-\d]+ [:,\d]+ (WARN|ERRO|CRIT) ", line)]
+        """Return the messages of supervisord's own lines above info, which are JSON."""
+        lines = map(json.loads, self.lines)
+        return [
+            line["message"]
+            for line in lines
+            if line["process"] == "supervisord" and line["level"] != "info"
+        ]
