@@ -13,11 +13,28 @@ from collections.abc import Callable, Mapping
 import gevent
 import gevent.event
 
-from xaiproxy import addresses, client_keys, command, config, errors, log, token_store
+from xaiproxy import (
+    addresses,
+    client_keys,
+    command,
+    config,
+    errors,
+    judgement,
+    log,
+    token_store,
+)
 from xaiproxy.http1 import dead_paths
 from xaiproxy.http1.dialler import PORTS, SOCKET_OPTIONS
 from xaiproxy.http1.pool import Pool
-from xaiproxy.proxy import access, app, event_loop, forward, refresher_watch, request_log
+from xaiproxy.proxy import (
+    access,
+    app,
+    event_loop,
+    first_request,
+    forward,
+    refresher_watch,
+    request_log,
+)
 from xaiproxy.proxy.server import BACKLOG, Server
 
 logger = logging.getLogger(__name__)
@@ -119,12 +136,15 @@ def run(
         request_log.write,
     )
     server.start()
+    address, port = listener.getsockname()[:2]
     logger.info(
         "listening on http://%s:%d/v1%s",
         f"[{settings.bind}]" if ":" in settings.bind else settings.bind,
-        listener.getsockname()[1],
+        port,
         "" if keys.required else "; no client key required",
     )
+    verdict = judgement.of(store, time.time())
+    logger.info("%s", first_request.advice(address, port, keys, verdict))
     watcher = gevent.spawn(refresher_watch.watch, token_store.TokenStore(settings))
     sweeper = gevent.spawn(sweep)
     stop.wait()
