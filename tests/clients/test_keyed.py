@@ -84,5 +84,5 @@ def test_another_key_is_refused_with_a_sentence(
 ) -> None:
     with pytest.raises((openai.AuthenticationError, anthropic.AuthenticationError)) as error:
         CLIENTS[client](keyed.url, "xaip_of-another-proxy")
-    assert "needs a client key" in str(error.value) and "xaip_" not in str(error.value)
+    assert "is not one of this proxy's" in str(error.value) and "xaip_" not in str(error.value)
     assert sandbox.requests() == []

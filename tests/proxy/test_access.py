@@ -487,19 +487,81 @@ def test_with_keys_the_api_requires_a_valid_one(keyed, lines):
     assert keyed(*lines, key_needed=False) is None
 
 
-def test_the_401_explains_how_to_get_and_send_a_key(keyed):
-    with pytest.raises(errors.ClientKeyRequired) as caught:
-        keyed.access.check(head("Authorization: Bearer wrong-secret"), key_needed=True)
-    status, fields, _ = caught.value.rendered()
-    assert (
-        status == "401 Unauthorized" and ("WWW-Authenticate", 'Bearer realm="xaiproxy"') in fields
-    )
-    assert "Authorization: Bearer KEY" in str(caught.value) and "xai-client-key add NAME" in str(
-        caught.value
-    )
-    assert "wrong-secret" not in str(caught.value)
+def refusal(gate: Gate, *lines: str, **how) -> errors.ErrorResponse:
+    with pytest.raises(errors.ErrorResponse) as caught:
+        gate.access.check(head(*lines, **how), key_needed=True)
+    return caught.value
+
+
+SEND = "; send `Authorization: Bearer KEY`; `xai-client-key add NAME` makes one"
+FIND = "; `xai-client-key list` shows their names, `xai-client-key add NAME` makes one"
+TWO = "two different client keys were sent, and neither is one of this proxy's"
+UNKNOWN = "the client key sent is not one of this proxy's"
+REFUSALS = [
+    ([], "this proxy needs a client key" + SEND),
+    (["Cookie: key=secret"], "this proxy needs a client key" + SEND),
+    (["Authorization: Bearer secret"], UNKNOWN + FIND),
+    # A key that was removed, or another proxy's.
+    (["Authorization: Bearer xaip_secret"], UNKNOWN + FIND),
+    (["X-Api-Key: secret"], UNKNOWN + FIND),
+    (["X-Api-Key: secret", "Authorization: Bearer secret"], UNKNOWN + FIND),
+    (["X-Api-Key: secret", "Authorization: Bearer other-secret"], TWO + FIND),
+    (
+        ["Authorization: Basic secret"],
+        "Authorization was sent in another form than `Bearer KEY`" + SEND,
+    ),
+    (["Authorization: secret"], "Authorization was sent in another form than `Bearer KEY`" + SEND),
+    (
+        ["Authorization: secret secret", "X-Api-Key: secret"],
+        f"Authorization was sent in another form than `Bearer KEY` and {UNKNOWN}{FIND}",
+    ),
+    (
+        [f"Authorization: Bearer {KEY}", "Authorization: Bearer secret"],
+        "Authorization was sent more than once" + SEND,
+    ),
+    (
+        ["X-Api-Key: secret", "X-Api-Key: secret"],
+        "the header field of the API key was sent more than once" + SEND,
+    ),
+    # As curl sends it if the shell's variable is not set.
+    (
+        ["Authorization: Bearer "],
+        f"Authorization was sent without a key (is the variable that holds it empty?){SEND}",
+    ),
+    (
+        ["X-Api-Key:"],
+        "the header field of the API key was sent without a key (is the variable that holds it "
+        f"empty?){SEND}",
+    ),
+]
+
+
+@pytest.mark.parametrize("lines, message", REFUSALS, ids=range(len(REFUSALS)))
+def test_the_401_names_what_is_wrong_with_the_key(keyed, lines, message):
+    refused = refusal(keyed, *lines)
+    status, fields, _ = refused.rendered()
+    assert (status, refused.code) == ("401 Unauthorized", "client_key_required")
+    assert ("WWW-Authenticate", 'Bearer realm="xaiproxy"') in fields
+    assert str(refused) == message and "secret" not in message
     # Claude Code hides a message that mentions it.
-    assert "x-api-key" not in str(caught.value).lower()
+    assert "x-api-key" not in message.lower()
+    # Nothing about the other keys.
+    assert not [name for name in KEYS if name in message]
+
+
+def test_the_401_of_a_proxy_without_usable_keys_refers_to_the_log(keyed):
+    keyed.path.write_text("")
+    for lines in ([], [f"Authorization: Bearer {KEY}"]):
+        assert re.search("no client key that can be used.* log", str(refusal(keyed, *lines)))
+
+
+def test_the_403_of_a_request_with_a_wrong_key_mentions_the_key(keyed, anonymous):
+    fault = f"send a client key ({UNKNOWN})"
+    for how in ({"host": "evil.example"}, {"host": "-"}):
+        assert str(refusal(keyed, "X-Api-Key: secret", **how)).endswith(fault)
+        assert str(refusal(keyed, **how)).endswith("send a client key")
+        assert str(refusal(anonymous, "X-Api-Key: any", **how)).endswith("send a client key")
+    assert str(refusal(keyed, BROWSER, "X-Api-Key: secret", host="box")).endswith(fault)
 
 
 def test_every_request_checks_the_key_file(keyed):

@@ -62,7 +62,7 @@ def test_the_suggested_request_is_answered(
             assert curl.communicate(timeout=20)[0] == b"done"
 
 
-def test_without_a_login_the_log_tells_first_how_to_sign_in(tmp_path: Path) -> None:
+def test_without_a_login_signing_in_is_named_first(tmp_path: Path) -> None:
     with ProxyProcess(tmp_path) as proxy:
         assert re.fullmatch(
             r"run `\S*xai-login --device` to sign in, then try: "
@@ -71,7 +71,7 @@ def test_without_a_login_the_log_tells_first_how_to_sign_in(tmp_path: Path) -> N
         )
 
 
-def test_with_a_login_that_has_ended_the_log_tells_first_how_to_sign_in(tmp_path: Path) -> None:
+def test_with_a_login_that_has_ended_signing_in_is_named_first(tmp_path: Path) -> None:
     error = tokens.RefreshError("invalid_grant", "", 1, terminal=True)
     sign_in(tmp_path, expires_in=-1, refresh_error=error)
     with ProxyProcess(tmp_path) as proxy:
@@ -84,7 +84,7 @@ def test_a_login_that_is_being_renewed_needs_no_step(tmp_path: Path) -> None:
         assert suggestion(proxy).startswith("try: curl ")
 
 
-def test_without_a_key_that_is_valid_the_log_tells_first_how_to_make_one(tmp_path: Path) -> None:
+def test_without_a_key_that_is_valid_making_one_is_named_first(tmp_path: Path) -> None:
     sign_in(tmp_path)
     with ProxyProcess(tmp_path, client_keys_file=tmp_path / "missing") as proxy:
         assert re.fullmatch(

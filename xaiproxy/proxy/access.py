@@ -13,6 +13,7 @@ import socket
 
 from xaiproxy import client_keys, config, errors
 from xaiproxy.http1.request_head import Head
+from xaiproxy.proxy import sent_keys
 
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_][A-Za-z0-9._-]*)(:[0-9]{0,5})?")
 # Where browsers send Sec-Fetch-Site also over plain HTTP: "potentially trustworthy" (Secure
@@ -44,12 +45,7 @@ class Access:
             self._check_host(head)
             self._check_origin(head)
             if key_needed and self._keys.required:
-                # Claude Code shows "Not logged in" instead of any message that names the other
-                # header, x-api-key.
-                raise errors.ClientKeyRequired(
-                    "this proxy needs a client key: send `Authorization: Bearer KEY`; "
-                    "`xai-client-key add NAME` makes one"
-                )
+                raise errors.ClientKeyRequired(self._refusal(head))
         return name
 
     def admits_nobody(self) -> bool:
@@ -58,34 +54,47 @@ class Access:
         return self._keys.admits_nobody
 
     def _key_name(self, head: Head) -> str | None:
-        for field in ("authorization", "x-api-key"):
-            values = head.values(field)
-            # Of two, servers could use different ones.
-            if len(values) == 1:
-                scheme, _, key = (
-                    values[0].rpartition(" ")
-                    if field == "authorization"
-                    else ("bearer", "", values[0])
-                )
-                if scheme.strip().lower() == "bearer" and key:
-                    name = self._keys.name_of(key)
-                    if name is not None:
-                        return name
+        for key in sent_keys.of(head):
+            name = self._keys.name_of(key)
+            if name is not None:
+                return name
         return None
+
+    def _refusal(self, head: Head) -> str:
+        """The message for a request without a valid key.
+
+        Claude Code shows "Not logged in" instead of any message that names x-api-key.
+        """
+        if self._keys.admits_nobody:
+            return (
+                "this proxy has no client key that can be used, so it refuses every request; "
+                "its log has the reason"
+            )
+        faults = sent_keys.faults(head)
+        if sent_keys.of(head):
+            advice = "`xai-client-key list` shows their names, `xai-client-key add NAME` makes one"
+        else:
+            advice = "send `Authorization: Bearer KEY`; `xai-client-key add NAME` makes one"
+        return f"{' and '.join(faults) or 'this proxy needs a client key'}; {advice}"
+
+    def _key_advice(self, head: Head) -> str:
+        """The advice to send a key, with what is wrong with the one that was sent."""
+        faults = sent_keys.faults(head) if self._keys.required else []
+        return "send a client key" + (f" ({' and '.join(faults)})" if faults else "")
 
     def _check_host(self, head: Head) -> None:
         host = "".join(head.values("host"))
         match = HOST.fullmatch(host)
         if match is None:
             raise errors.HostNotAllowed(
-                f"the Host {host[:100]!r} is not a name or an address; use localhost, or send a "
-                "client key"
+                f"the Host {host[:100]!r} is not a name or an address; use localhost, or "
+                + self._key_advice(head)
             )
         name = match[1].lower().removesuffix(".")
         if not self._is_ours(name):
             raise errors.HostNotAllowed(
                 f"the Host {host[:100]!r} is not a known name of this proxy; if it is one, add "
-                f"{name[:100]} to XAI_PROXY_ALLOWED_HOSTS, or send a client key"
+                f"{name[:100]} to XAI_PROXY_ALLOWED_HOSTS, or {self._key_advice(head)}"
             )
 
     def _is_ours(self, name: str) -> bool:
@@ -108,7 +117,7 @@ class Access:
             if _may_be_of_any_page(head):
                 raise errors.OriginNotAllowed(
                     "under this Host a browser does not name the page that its GET is for; use "
-                    "localhost, or send a client key"
+                    f"localhost, or {self._key_advice(head)}"
                 )
             return
         if len(origins) == 1 and origins[0] in self._origins:
