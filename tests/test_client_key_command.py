@@ -17,10 +17,11 @@ from checkout import ROOT
 from forked_process import run_python
 from strace import needs_strace, strace
 
-from xaiproxy import client_keys
+from xaiproxy import client_keys, key_uses
 
 COMMAND = [sys.executable, "-W", "error", "-m", "xaiproxy.client_key_command"]
 DIGEST = client_keys.digest("a-key")
+OTHER = client_keys.digest("another-key")
 
 
 RUN_ALL = """
@@ -44,7 +45,12 @@ class Folder:
     def __init__(self, home: Path):
         self.home = home
         self.path = home / ".xai-proxy" / "client-keys"
-        self.environ = {"PATH": os.environ["PATH"], "HOME": str(home), "PYTHONPATH": str(ROOT)}
+        self.environ = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(home),
+            "PYTHONPATH": str(ROOT),
+            "TZ": "UTC",
+        }
 
     def start(self, *arguments: str, prefix: tuple[str, ...] = (), **how) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -74,8 +80,14 @@ class Folder:
     def add(self, name: str) -> str:
         """Add a key, and return it."""
         code, out, err = self.run("add", name)
-        assert (code, out.count("\n"), err.count("\n")) == (0, 1, 1)
+        assert (code, out.count("\n")) == (0, 1) and err.count("\n") <= 2
         return out.strip()
+
+    def names(self) -> list[str]:
+        """The names that `list` prints."""
+        code, out, err = self.run("list")
+        assert (code, err) == (0, "")
+        return [line.split()[0] for line in out.splitlines()]
 
     def run_all(self, *lines: list[str]) -> list[tuple[int, str, str]]:
         """Run several commands in one process, which is ten times as fast."""
@@ -119,7 +131,7 @@ def test_a_key_is_shown_once_on_stdout_and_stored_hashed(folder):
     assert client_keys.parse(text) == {"laptop": hashlib.sha256(key.encode()).hexdigest()}
     assert key not in text and key.removeprefix("xaip_") not in text
     assert client_keys.ClientKeys(folder.path).name_of(key) == "laptop"
-    assert folder.run("list") == (0, "laptop\n", "")
+    assert folder.names() == ["laptop"]
     assert {path.name for path in folder.path.parent.iterdir()} == {
         "client-keys",
         "client-keys.lock",
@@ -130,9 +142,9 @@ def test_keys_are_added_listed_and_removed(folder):
     assert folder.run("list") == (0, "", f"There is no client key in {folder.path}.\n")
     keys = {name: folder.add(name) for name in ("b", "a", "x" * 64)}
     assert len(set(keys.values())) == 3
-    assert folder.run("list") == (0, "b\na\n" + "x" * 64 + "\n", "")
+    assert folder.names() == ["b", "a", "x" * 64]
     assert folder.run("remove", "b") == (0, "", "The key of b is refused from now on.\n")
-    assert folder.run("list")[1] == "a\n" + "x" * 64 + "\n"
+    assert folder.names() == ["a", "x" * 64]
     seen = client_keys.ClientKeys(folder.path)
     assert [seen.name_of(key) for key in keys.values()] == [None, "a", "x" * 64]
 
@@ -178,6 +190,103 @@ def test_the_file_is_beside_the_token_file_or_at_the_path_of_the_setting(folder)
     folder.environ["XAI_PROXY_CLIENT_KEYS_FILE"] = str(folder.home / "named")
     folder.run("add", "a")
     assert (folder.home / "named").exists()
+
+
+def test_the_first_key_closes_the_proxy_to_clients_without_one(folder):
+    notice = "clients without a key are refused from now on, also by a proxy that is running"
+    assert notice in folder.run("add", "a")[2]
+    assert notice not in folder.run("add", "b")[2]
+    folder.run("remove", "a")
+    folder.run("remove", "b")
+    assert notice in folder.run("add", "c")[2]
+
+
+# made, and last used
+
+MINUTE = r"20\d\d-\d\d-\d\d \d\d:\d\d"
+
+
+def minute(at: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.gmtime(at))
+
+
+def test_a_key_has_the_time_at_which_it_was_made_in_a_comment_above_it(folder):
+    began = time.time()
+    folder.put(f"# by hand\r\nold {DIGEST}")
+    folder.add("new")
+    first, old, made, new = folder.path.read_text().splitlines()
+    assert (first, old) == ("# by hand", f"old {DIGEST}") and new.startswith("new ")
+    at = client_keys.made_time(made)
+    assert made.startswith("# made 20") and int(began) <= at <= time.time()
+    assert client_keys.made_at(folder.path.read_text()) == {"new": at}
+    assert folder.run("list")[1] == (
+        f"old  made unknown           last used not recorded\n"
+        f"new  made {minute(at)}  last used not recorded\n"
+    )
+
+
+def test_removing_a_key_removes_its_time_and_no_other_comment(folder):
+    folder.put(
+        f"# of the team\na {DIGEST}\n# made 2026-01-02T03:04:05Z\nb {DIGEST}\n"
+        f"# made 2026-01-02T03:04:06Z\nc {DIGEST}\n"
+    )
+    folder.run("remove", "a")
+    folder.run("remove", "b")
+    text = f"# of the team\n# made 2026-01-02T03:04:06Z\nc {DIGEST}\n"
+    assert folder.path.read_text() == text
+    assert "c  made 2026-01-02 03:04  " in folder.run("list")[1]
+
+
+def test_the_former_versions_parser_reads_a_file_with_times(folder):
+    """A comment line begins with #; each other line is a name and a digest."""
+    folder.add("a")
+    folder.add("b")
+    lines = [line for line in folder.path.read_text().splitlines() if not line.startswith("#")]
+    assert [re.fullmatch(r"([ab]) [0-9a-f]{64}", line)[1] for line in lines] == ["a", "b"]
+
+
+def test_list_shows_when_a_key_was_last_used(folder):
+    folder.put(f"a {DIGEST}\n")
+    key_uses.save(folder.path, {DIGEST: 1_700_000_000.5}, [DIGEST])
+    assert folder.run("list")[1] == "a  made unknown           last used 2023-11-14 22:13\n"
+
+
+def test_a_name_that_gets_another_key_starts_anew(folder):
+    folder.put(f"a {DIGEST}\nb {OTHER}\n")
+    key_uses.save(folder.path, dict.fromkeys((DIGEST, OTHER), 1_700_000_000), [DIGEST, OTHER])
+    folder.run("remove", "a")
+    assert key_uses.load(folder.path) == {OTHER: 1_700_000_000}
+    folder.add("a")
+    lines = folder.run("list")[1].splitlines()
+    assert [line.partition("last used ")[2] for line in lines] == [
+        "2023-11-14 22:13",
+        "not recorded",
+    ]
+
+
+def test_a_key_is_removed_although_its_last_use_cannot_be(folder):
+    folder.put(f"a {DIGEST}\nb {OTHER}\n")
+    key_uses.save(folder.path, {DIGEST: 1_700_000_000}, [DIGEST])
+    folder.path.with_name("client-keys.used.new").mkdir()
+    assert folder.run("remove", "a") == (0, "", "The key of a is refused from now on.\n")
+    assert folder.names() == ["b"]
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int, int]]:
+    paths = [folder, *folder.rglob("*")]
+    found = {str(path): path.lstat() for path in paths}
+    return {path: (at.st_ino, at.st_mtime_ns, at.st_ctime_ns) for path, at in found.items()}
+
+
+@pytest.mark.parametrize("put", [False, True])
+def test_list_writes_nothing(folder, put):
+    """Neither is the folder made, nor a lock file, nor is the file touched."""
+    if put:
+        folder.put(f"a {DIGEST}\n")
+        key_uses.save(folder.path, {DIGEST: 1_700_000_000}, [DIGEST])
+    before = snapshot(folder.home)
+    assert folder.run("list")[0] == 0
+    assert snapshot(folder.home) == before
 
 
 # errors
@@ -286,7 +395,7 @@ def test_a_link_is_refused_and_not_changed(folder, target):
         "kept-elsewhere",
     }
     code, out, sentence = folder.run("list")
-    assert (code, out) == ((0, "a\n") if target == "kept-elsewhere" else (78, ""))
+    assert (code, out.split()[:1]) == ((0, ["a"]) if target == "kept-elsewhere" else (78, []))
     assert target == "kept-elsewhere" or "it is a link to nothing" in sentence
 
 
@@ -325,11 +434,12 @@ def test_a_full_disk_is_75_and_leaves_the_file_as_it_was(folder):
     script = ("unshare", "-rm", "sh", "-c", FULL, "sh", str(folder.home))
     code, out, err = folder.run(prefix=script)
     before, sentence, after, names = re.fullmatch(
-        r"(#.*\n.*\n)(xai-.*\n)(#.*\n.*\n)(.*\n.*\n)", err
+        r"(#.*\n#.*\n.*\n)(xai-.*\n)(#.*\n#.*\n.*\n)(.*\n.*\n)", err
     ).groups()
     assert (code, out) == (75, "")
     assert "No space left on device" in sentence and "nothing was changed" in sentence
-    assert before == after and names == "first\nsecond\n"
+    assert before == after
+    assert [line.split()[0] for line in names.splitlines()] == ["first", "second"]
 
 
 @needs_strace

@@ -5,15 +5,25 @@ import fcntl
 import os
 import secrets
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from xaiproxy import client_keys, command, config, durable_file, errors, folder_file, storage
+from xaiproxy import (
+    client_keys,
+    command,
+    config,
+    durable_file,
+    errors,
+    folder_file,
+    key_uses,
+    storage,
+)
 
 HEADER = "# client keys: a name and the SHA-256 of a key a line; made by xai-client-key"
 EXAMPLES = """\
   xai-client-key add laptop        make a key and print it, this once
-  xai-client-key list              print the names of all keys
+  xai-client-key list              print all keys: name, when made, when last used
   xai-client-key remove laptop     refuse the key from the next request on
 """
 
@@ -40,22 +50,27 @@ def main(argv: list[str] | None = None) -> int:
             beside = path.parent == settings.token_path.parent and not os.path.lexists(path)
             storage.check_owner(settings.token_path if beside else path)
         if arguments.action == "list":
-            names = _read(path)
-            for name in names:
-                print(name)
-            if not names:
-                command.say(f"There is no client key in {path}.")
+            _list(path)
         elif arguments.action == "add":
             key = "xaip_" + secrets.token_urlsafe(32)
-            _change(
+            former = _change(
                 path,
-                lambda keys: _added(keys, arguments.name, key),
+                lambda text: _added(text, arguments.name, key),
                 lambda: _show(arguments.name, key),
             )
+            if not client_keys.parse(former):
+                command.say(
+                    "It is the only one: clients without a key are refused from now on, also by a "
+                    "proxy that is running."
+                )
         else:
-            _change(path, lambda keys: _removed(keys, arguments.name))
+            _change(path, lambda text: _removed(text, arguments.name))
             command.say(f"The key of {arguments.name} is refused from now on.")
-            if not _read(path):
+            left = client_keys.parse(_read(path))
+            # The file is no more than a memory aid.
+            with contextlib.suppress(OSError, errors.StorageError):
+                key_uses.save(path, {}, left.values())
+            if not left:
                 command.say(
                     "It was the last one: all clients are refused now. To serve without keys "
                     f"again, remove {path} and restart the proxy."
@@ -70,46 +85,74 @@ def _show(name: str, key: str) -> None:
     command.flush_results("nothing was changed, since")
 
 
-def _added(keys: dict[str, str], name: str, key: str) -> dict[str, str]:
+def _list(path: Path) -> None:
+    text = _read(path)
+    keys, made, uses = client_keys.parse(text), client_keys.made_at(text), key_uses.load(path)
+    width = max(map(len, keys), default=0)
+    for name, digest in keys.items():
+        print(
+            f"{name:{width}}  made {_local_time(made.get(name), 'unknown'):16}"
+            f"  last used {_local_time(uses.get(digest), 'not recorded')}"
+        )
+    if not keys:
+        command.say(f"There is no client key in {path}.")
+
+
+def _local_time(at: float | None, otherwise: str) -> str:
+    return otherwise if at is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(at))
+
+
+def _added(text: str, name: str, key: str) -> str:
     if not client_keys.NAME.fullmatch(name):
         raise errors.UsageError(
             f"{name!r} cannot be a name: 1 to 64 letters, digits, dots, dashes and underscores"
         )
-    if name in keys:
+    if name in client_keys.parse(text):
         raise errors.UsageError(
             f"{name} already has a key; remove it first, or choose another name"
         )
-    return keys | {name: client_keys.digest(key)}
+    made = time.strftime(client_keys.MADE, time.gmtime())
+    lines = [*(text or HEADER).splitlines(), made, f"{name} {client_keys.digest(key)}", ""]
+    return "\n".join(lines)
 
 
-def _removed(keys: dict[str, str], name: str) -> dict[str, str]:
-    if name not in keys:
+def _removed(text: str, name: str) -> str:
+    if name not in client_keys.parse(text):
         raise errors.UsageError(
             f"{name} has no key; {errors.typed('xai-client-key list')} prints the names"
         )
-    return {other: digest for other, digest in keys.items() if other != name}
+    lines: list[str] = []
+    for line in text.splitlines():
+        if line.split()[:1] != [name]:
+            lines.append(line)
+        elif lines and client_keys.made_time(lines[-1]) is not None:
+            lines.pop()
+    return "\n".join([*lines, ""])
 
 
-def _read(path: Path) -> dict[str, str]:
+def _read(path: Path) -> str:
+    """Return the text of the key file, which parses; "" if there is none."""
     try:
-        return client_keys.load(path)
+        text = client_keys.read(path)
+        client_keys.parse(text)
     except FileNotFoundError:
-        return {}
+        return ""
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise errors.ConfigurationError(
             f"{path} cannot be used: {reason}; correct or remove it"
         ) from error
+    return text
 
 
 def _change(
     path: Path,
-    edit: Callable[[dict[str, str]], dict[str, str]],
+    edit: Callable[[str], str],
     show: Callable[[], None] = lambda: None,
-) -> None:
-    """Replace the key file under its lock, so that no change is lost.
+) -> str:
+    """Replace the key file under its lock, so that no change is lost; return its former text.
 
-    `edit`: returns the new keys, from the former ones. `show`: called when only the rename is left
+    `edit`: returns the new text, from the former one. `show`: called when only the rename is left
     to do; if it raises, nothing is changed.
     """
     outcome = "nothing was changed"
@@ -122,18 +165,19 @@ def _change(
                     f"{path} is a symbolic link to {os.readlink(path)!r} and is left alone; name "
                     "that file with XAI_PROXY_CLIENT_KEYS_FILE, or remove the link"
                 )
-            keys = edit(_read(path))
-            lines = [HEADER, *(f"{name} {digest}" for name, digest in keys.items())]
+            former = _read(path)
+            text = edit(former)
             new = durable_file.NewFile(path.with_name(path.name + ".new"))
             try:
                 _keep_access(path, new.fd)
-                new.write("".join(f"{line}\n" for line in lines).encode())
+                new.write(text.encode())
                 show()
                 new.rename(path)
             finally:
                 new.remove()
             outcome = "it was changed, but a power cut may undo that"
             durable_file.sync_folder(path.parent)
+            return former
     except OSError as error:
         raise errors.StorageError(
             f"{error.filename or path} cannot be written: {error.strerror}; {outcome}. "

@@ -1,11 +1,17 @@
-"""The key file: one client key a line, as its name and SHA-256; `#` begins a comment line."""
+"""The key file: one client key a line, as its name and SHA-256; `#` begins a comment line.
 
+A comment line above a key may have the time at which it was made.
+"""
+
+import calendar
 import errno
 import hashlib
 import hmac
 import logging
 import os
 import re
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from xaiproxy import errors, folder_file
@@ -15,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 LINE = re.compile(rf"({NAME.pattern})[ \t]+([0-9a-f]{{64}})")
+MADE = "# made %Y-%m-%dT%H:%M:%SZ"
 SIZE_LIMIT = 1 << 20  # bytes
 
 
@@ -38,11 +45,36 @@ def parse(text: str) -> dict[str, str]:
     return keys
 
 
-def load(path: Path) -> dict[str, str]:
-    """Return name to digest.
+def made_at(text: str) -> dict[str, float]:
+    """Return the unix time at which a key was made, by its name, for the keys that have one."""
+    times: dict[str, float] = {}
+    made = None
+    for line in text.splitlines():
+        match = LINE.fullmatch(line.strip())
+        if match and made is not None:
+            times[match[1]] = made
+        made = made_time(line)
+    return times
 
-    Raises FileNotFoundError if there is no file, ValueError if it does not parse, and any other
-    OSError if it cannot be read.
+
+def made_time(line: str) -> float | None:
+    """Return the unix time in a comment line as MADE; None if it is another line."""
+    try:
+        return calendar.timegm(time.strptime(line.strip(), MADE))
+    except ValueError:
+        return None
+
+
+def load(path: Path) -> dict[str, str]:
+    """Return name to digest. Raises as `read` and `parse` do."""
+    return parse(read(path))
+
+
+def read(path: Path) -> str:
+    """Return the text of the key file.
+
+    Raises FileNotFoundError if there is no file, ValueError if it is not text or too long, and any
+    other OSError if it cannot be read.
     """
     try:
         content, _ = folder_file.read(path, SIZE_LIMIT + 1, follow=True)
@@ -53,7 +85,7 @@ def load(path: Path) -> dict[str, str]:
         raise folder_file.NotAFile(errno.EINVAL, reason, os.fspath(path)) from None
     if len(content) > SIZE_LIMIT:
         raise ValueError(f"it is longer than {SIZE_LIMIT} bytes")
-    return parse(content.decode("utf-8"))
+    return content.decode("utf-8")
 
 
 def _is_absent(path: str | Path, *folders: str | Path) -> bool:
@@ -82,16 +114,24 @@ class ClientKeys:
     version held may have been removed since.
     """
 
-    def __init__(self, path: Path, required: bool = False):
+    def __init__(self, path: Path, required: bool = False, now: Callable[[], float] = time.time):
         """`required`: whether a key is required even before there is a file."""
         self.path = path
         self.required = required
+        # By the digest of a key: when `name_of` last found it, in unix seconds.
+        self.last_uses: dict[str, float] = {}
+        self._now = now
         self._file = CachedFile(path, self._load)
         self._places = tuple(map(str, (path, *path.parents)))
         self._absent = False
         self._keys: dict[str, str] = {}
         self._complaint = ""
         self.refresh()
+
+    @property
+    def digests(self) -> frozenset[str]:
+        """The digests of the valid keys."""
+        return frozenset(self._keys.values())
 
     @property
     def admits_nobody(self) -> bool:
@@ -137,4 +177,6 @@ class ClientKeys:
         for name, known in self._keys.items():
             if hmac.compare_digest(presented, known):
                 found = name
+        if found is not None:
+            self.last_uses[presented] = self._now()
         return found

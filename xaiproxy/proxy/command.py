@@ -32,6 +32,7 @@ from xaiproxy.proxy import (
     event_loop,
     first_request,
     forward,
+    key_recorder,
     refresher_watch,
     request_log,
 )
@@ -147,10 +148,14 @@ def run(
     logger.info("%s", first_request.advice(address, port, keys, verdict))
     watcher = gevent.spawn(refresher_watch.watch, token_store.TokenStore(settings))
     sweeper = gevent.spawn(sweep)
+    recorder = key_recorder.Recorder(keys)
+    recording = gevent.spawn(recorder.run)
     stop.wait()
     watcher.kill()
     server.drain(abort)
     sweeper.kill()
+    recording.kill()
+    recorder.save_last()
     pool.close()
 
 
