@@ -59,6 +59,11 @@ def redact(text: str, limit: int) -> str:
     return SECRETS.sub("[secret]", text[: limit + LONGEST_SECRET])[:limit]
 
 
+def end_of_traceback(text: str) -> str:
+    """The last part of a traceback, without secrets, also one that the limit would cut."""
+    return redact(text, len(text))[-LIMITS["traceback"] :]
+
+
 def setup(
     process: str,
     level: str,
@@ -126,7 +131,7 @@ class LineHandler(logging.Handler):
         fields = dict(getattr(record, "fields", {}))
         if record.exc_info and record.exc_info[1] is not None:
             text = "".join(traceback.format_exception(record.exc_info[1]))
-            fields["traceback"] = redact(text, len(text))[-LIMITS["traceback"] :]
+            fields["traceback"] = end_of_traceback(text)
         self.put(record.created, record.levelname, record.getMessage(), fields)
 
     def put(self, created: float, level: str, message: str, fields: Fields) -> None:

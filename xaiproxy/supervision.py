@@ -205,7 +205,7 @@ class OwnLines(loggers.Handler):  # type: ignore[misc]  # supervisor is untyped
 
     def emit(self, record: Any) -> None:
         message, _, rest = record.asdict()["message"].partition("\n")
-        fields = {"traceback": rest[-log.LIMITS["traceback"] :]} if rest else {}
+        fields = {"traceback": log.end_of_traceback(rest)} if rest else {}
         self.stream.event(LEVELS.get(record.level, "DEBUG"), message, fields)
 
 
