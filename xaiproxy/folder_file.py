@@ -7,6 +7,7 @@ written.
 
 import errno
 import os
+import secrets
 import stat
 from pathlib import Path
 
@@ -49,6 +50,20 @@ def read(path: Path, limit: int, *, follow: bool = False) -> tuple[bytes, os.sta
         while len(content) < limit and (part := file.read(limit - len(content))):
             content += part
         return content, os.fstat(file.fileno())
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Replace the file at `path` at once, but without a sync. Raises OSError."""
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+    fd = opened(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    try:
+        with open(fd, "wb") as file:
+            file.write(content)
+        os.replace(temporary, path)
+    except OSError:
+        # On a full disk such files must not pile up.
+        os.unlink(temporary)
+        raise
 
 
 def _check(path: Path, status: os.stat_result) -> None:

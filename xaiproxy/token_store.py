@@ -14,7 +14,6 @@ Nothing here locks or syncs, so a greenlet may call all of it.
 import errno
 import math
 import os
-import secrets
 import time
 import urllib.parse
 from pathlib import Path
@@ -162,17 +161,7 @@ class TokenStore:
 
     def ask_refresh(self, access_token: str) -> None:
         """Ask the refresher for another token, since upstream refused this one. Raises OSError."""
-        refused = self.remember_refusal(access_token)
-        temporary = self.refused_path.with_name(self.refused_path.name + f".{secrets.token_hex(4)}")
-        fd = folder_file.opened(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-        try:
-            with open(fd, "w") as file:
-                file.write(refused)
-            os.replace(temporary, self.refused_path)
-        except OSError:
-            # On a full disk such files must not pile up.
-            os.unlink(temporary)
-            raise
+        folder_file.replace(self.refused_path, self.remember_refusal(access_token).encode())
 
     def asked_for(self) -> str | None:
         """Return the fingerprint in tokens.json.refused, or None if there is no request."""
