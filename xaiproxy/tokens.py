@@ -102,17 +102,20 @@ class Login:
         begin = self.issued_at()
         return self.expires_at - begin if begin is not None and begin < self.expires_at else None
 
-    def state(self, now: float, skew: float) -> State:
-        """`skew`: seconds before expiry from which the token is stale.
+    def margin(self, skew: float) -> float:
+        """Return the seconds before expiry from which the token is stale.
 
-        A fifth of the lifetime if that is more, but never more than half of it.
+        `skew`, or a fifth of the lifetime if that is more, but never more than half of it.
         """
+        lifetime = self.lifetime()
+        return skew if lifetime is None else min(lifetime / 2, max(skew, lifetime / 5))
+
+    def state(self, now: float, skew: float) -> State:
+        """`skew`: as for `margin`."""
         left = self.expires_at - now
         if left <= 0:
             return State.INVALID
-        lifetime = self.lifetime()
-        margin = skew if lifetime is None else min(lifetime / 2, max(skew, lifetime / 5))
-        return State.STALE if left < margin else State.FRESH
+        return State.STALE if left < self.margin(skew) else State.FRESH
 
     def age(self, now: float) -> float:
         """Return the seconds since issue; infinity if unknown, or if the clock was set back."""
