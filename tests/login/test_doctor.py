@@ -26,7 +26,7 @@ from scripted_server import ScriptedServer, answer
 from terminal import CTRL_C, Terminal
 
 from xaiproxy import config, dotenv_file, token_writer
-from xaiproxy.login import doctor, doctor_files, doctor_network, finding
+from xaiproxy.login import doctor, doctor_files, doctor_network, finding, local_proxy
 from xaiproxy.login.output import Output
 
 COMMAND = [
@@ -1108,11 +1108,7 @@ def test_a_silent_program_on_the_port_times_out():
     with ScriptedServer(lambda connection: connection.recv(65536) and connection.recv(1)) as silent:
         begun = time.monotonic()
         finding = doctor_network.proxy(settings(XAI_PROXY_PORT=str(silent.port)), True)
-        assert (
-            doctor_network.LOCAL_DEADLINE
-            <= time.monotonic() - begun
-            < doctor_network.LOCAL_DEADLINE + 2
-        )
+        assert local_proxy.DEADLINE <= time.monotonic() - begun < local_proxy.DEADLINE + 2
     assert (finding.result, finding.exit_code) == ("failure", 69)
     assert finding.message.startswith(f"{silent.url} does not answer as the proxy does (")
     assert "sent no complete response within 3 s" in finding.message

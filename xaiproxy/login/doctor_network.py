@@ -1,19 +1,18 @@
 """Checks of --doctor over the network: routes, issuer, API, clock, proxy."""
 
-import ipaddress
 import re
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
 
 from xaiproxy import addresses, config, errors, token_store, tokens
+from xaiproxy.login import local_proxy
 from xaiproxy.login.finding import Finding, failure, ok, skipped, warning
-from xaiproxy.login.wording import count, duration, local_time, printable
+from xaiproxy.login.local_proxy import Listener
+from xaiproxy.login.wording import count, duration, local_time
 from xaiproxy.oauth import discovery
-from xaiproxy.oauth.causes import causes_of
 from xaiproxy.oauth.session import Answer, Session, parse_date
 
 DEADLINE = 10.0  # seconds for each request to the issuer and the API, of which there are up to four
-LOCAL_DEADLINE = 3.0  # seconds for each of the two requests to the proxy
 # Seconds; half of XAI_PROXY_REFRESH_SKEW, so that a token is still renewed in time.
 CLOCK_TOLERANCE = 60
 
@@ -201,36 +200,26 @@ def proxy(settings: config.Config, signed_in: bool) -> Finding:
     """`signed_in`: whether a proxy with these settings would have a valid token."""
     if settings.port == 0:
         return skipped("XAI_PROXY_PORT is 0: the proxy listens on any free port, and logs which")
-    session = Session(settings, address_from="XAI_PROXY_BIND")
-    url = _url_of_proxy(settings)
-    try:
-        if session.get(url + "/healthz", LOCAL_DEADLINE).json() != {"status": "ok"}:
-            return failure(
-                errors.EXIT_CONFIGURATION,
-                f"another program listens on {url}; stop that, or set XAI_PROXY_PORT",
-            )
-        ready = session.get(url + "/readyz", LOCAL_DEADLINE)
-    except errors.IssuerUnavailable as error:
-        if any(isinstance(cause, ConnectionRefusedError) for cause in causes_of(error)):
-            return warning(
-                f"not running: nothing is listening on {url}; "
-                f"start {errors.SERVE}, or {errors.typed('xai-proxy')} alone"
-            )
+    found = local_proxy.find(settings)
+    url = found.url
+    if found.kind is Listener.OTHER:
         return failure(
-            error.exit_code,
-            f"{url} does not answer as the proxy does ({error}); check its log, or set "
+            errors.EXIT_CONFIGURATION,
+            f"another program listens on {url}; stop that, or set XAI_PROXY_PORT",
+        )
+    if found.kind is Listener.NOTHING:
+        return warning(
+            f"not running: nothing is listening on {url}; "
+            f"start {errors.SERVE}, or {errors.typed('xai-proxy')} alone"
+        )
+    if found.kind is Listener.SILENT:
+        return failure(
+            errors.EXIT_UNAVAILABLE,
+            f"{url} does not answer as the proxy does ({found.reason}); check its log, or set "
             "XAI_PROXY_PORT if it is another program",
         )
-    reason = printable(str((ready.json() or {}).get("reason")))
-    if ready.status == 200:
-        return ok(f"serving {url}/v1, and ready: {reason}")
-    expected = not signed_in or "client key" in reason
+    if found.ready:
+        return ok(f"serving {url}/v1, and ready: {found.reason}")
+    expected = not signed_in or "client key" in found.reason
     other = "" if expected else "; it seems to run with other settings than these"
-    return failure(errors.EXIT_TRY_AGAIN, f"serving {url}/v1, but not ready: {reason}{other}")
-
-
-def _url_of_proxy(settings: config.Config) -> str:
-    address = ipaddress.ip_address(settings.bind)
-    if address.is_unspecified:
-        address = ipaddress.ip_address("127.0.0.1" if address.version == 4 else "::1")
-    return f"http://{f'[{address}]' if address.version == 6 else address}:{settings.port}"
+    return failure(errors.EXIT_TRY_AGAIN, f"serving {url}/v1, but not ready: {found.reason}{other}")
