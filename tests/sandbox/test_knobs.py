@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import itertools
 import json
 import os
@@ -114,6 +115,23 @@ def test_refusals_can_have_another_status_and_shape(sandbox: Sandbox) -> None:
         },
     )
     assert sandbox.get("/v1/me")[1]["error"].endswith("[WKE=unauthenticated:no-credentials]")
+
+
+def test_the_knobs_of_billing(sandbox: Sandbox, token: str) -> None:
+    sandbox.set(credit_usage_percent=99.5, prepaid_balance=2500, subscription_tier="SuperGrokPro")
+    status, body = sandbox.get("/v1/billing?format=credits", token)
+    config = body["config"]
+    assert (status, body["subscriptionTier"]) == (200, "SuperGrokPro")
+    assert (config["creditUsagePercent"], config["prepaidBalance"]) == (99.5, {"val": 2500})
+    period = config["currentPeriod"]
+    assert period.pop("type") == "USAGE_PERIOD_TYPE_WEEKLY"
+    start, end = (datetime.datetime.fromisoformat(period[name]) for name in ("start", "end"))
+    now = datetime.datetime.now(datetime.timezone.utc)
+    assert start <= now < end and end - start == datetime.timedelta(days=7)
+    # xAI omits a member that is 0.
+    sandbox.set(credit_usage_percent=0)
+    assert "creditUsagePercent" not in sandbox.get("/v1/billing", token)[1]["config"]
+    assert sandbox.get("/v1/billing", "x")[0] == 403
 
 
 def test_the_gzip_knob_chooses_which_responses_are_compressed(sandbox: Sandbox, token: str) -> None:

@@ -9,6 +9,7 @@ from flask import Blueprint, g, request
 from xaiproxy.sandbox import (
     account,
     batches,
+    billing,
     chat,
     credentials,
     documents,
@@ -27,6 +28,7 @@ from xaiproxy.sandbox.replies import Answer
 PARTS = (
     account,
     batches,
+    billing,
     chat,
     documents,
     embeddings,
