@@ -19,6 +19,7 @@ WEB = [
     "proxy.forward",
     "proxy.app",
     "proxy.command",
+    "quota",
     "sandbox.__main__",
 ]
 CREDENTIAL = [

@@ -9,6 +9,7 @@ Nothing here locks or syncs, so a greenlet may call all of it.
     tokens.json.status   the refresher's status (refresher_status.py)
     tokens.json.refused  the proxy's request for a refresh: the fingerprint of an access token that
                          upstream refused
+    tokens.json.quota    the account's quota as last asked for (quota.py)
 """
 
 import errno
@@ -53,6 +54,7 @@ class TokenStore:
         self.lock_path = self.path.with_name(self.path.name + ".lock")
         self.status_path = self.path.with_name(self.path.name + ".status")
         self.refused_path = self.path.with_name(self.path.name + ".refused")
+        self.quota_path = self.path.with_name(self.path.name + ".quota")
         self._file = CachedFile(self.path, self._outcome)
         self._last_login: tokens.Login | None = None
         self.refused: str | None = None

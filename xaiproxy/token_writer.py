@@ -160,8 +160,9 @@ class TokenWriter:
         with storage.translated(store.path):
             # The left-over is removed first: after a kill in between it must not become the login.
             store.new_path.unlink(missing_ok=True)
+            names = (store.refused_path.name, store.quota_path.name, store.path.name + ".corrupt-")
             for path in store.path.parent.iterdir():
-                if path.name.startswith((store.refused_path.name, store.path.name + ".corrupt-")):
+                if path.name.startswith(names):
                     path.unlink(missing_ok=True)
             store.path.unlink(missing_ok=True)
             store.status_path.unlink(missing_ok=True)

@@ -860,7 +860,7 @@ def test_status_of_an_unreadable_file_names_the_error(login: Login, sandbox: San
 
 def test_logout_revokes_and_removes_the_login(login: Login, sandbox: Sandbox):
     written = sandbox.write_login(login.path, account=ACCOUNT)
-    for name in ("new", "refused", "corrupt-1", "refused.0a1b"):
+    for name in ("new", "refused", "corrupt-1", "refused.0a1b", "quota", "quota.0a1b"):
         (login.path.parent / f"tokens.json.{name}").write_text("")
     (login.path.parent / "client-keys").write_text("")
     result = login.run("--logout")
