@@ -12,82 +12,19 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import segno
 from checkout import ROOT
-from forked_process import run_python
+from login_command import ACCOUNT, COMMAND, Login
 from sandbox import Sandbox
 from scripted_server import ScriptedServer
 from terminal import CTRL_C, Terminal
 
-COMMAND = [sys.executable, "-W", "error", "-m", "xaiproxy.login"]
-ACCOUNT = "sandbox@example.invalid"
 QUICK = {"device_interval": 0.05, "auto_approve": 0}
-
-
-class Login:
-    """Runs xai-login against the sandbox with a token file in tmp_path and a bare environment."""
-
-    def __init__(self, sandbox: Sandbox, folder: Path) -> None:
-        self.sandbox = sandbox
-        self.path = folder / "login" / "tokens.json"
-        self.env = {
-            "PATH": os.environ["PATH"],
-            "HOME": str(folder),
-            "TZ": "UTC",
-            "LANG": "C.UTF-8",
-            "XAI_PROXY_ISSUER": sandbox.url,
-            "XAI_PROXY_UPSTREAM": sandbox.url,
-            "XAI_PROXY_TOKEN_PATH": str(self.path),
-        }
-        self.options = {"env": self.env, "cwd": folder}
-
-    def run(self, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
-        return run_python(
-            # xaiproxy.login.command imports late; a sign-in needs most of it.
-            "xaiproxy.login.sign_in",
-            ["-m", "xaiproxy.login", *arguments],
-            cwd=self.options["cwd"],
-            environ=self.env | environ,
-            timeout=30,
-        )
-
-    def start(
-        self, *arguments: str, prefix: Sequence[str] = (), **environ: str
-    ) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [*prefix, *COMMAND, *arguments],
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            stdin=subprocess.DEVNULL,
-            **self.options | {"env": self.env | environ},
-        )
-
-    def terminal(self, *arguments: str, columns: int = 100, **environ: str) -> Terminal:
-        return Terminal(
-            [*COMMAND, *arguments], columns=columns, **self.options | {"env": self.env | environ}
-        )
-
-    def saved(self) -> dict[str, Any]:
-        return json.loads(self.path.read_text())
-
-    def files(self) -> list[str]:
-        return sorted(path.name for path in self.path.parent.iterdir())
-
-    def holds_no_secret(self, *outputs: str) -> None:
-        if self.path.exists():
-            for name in ("access_token", "refresh_token"):
-                assert not any(self.saved()[name] in output for output in outputs)
-
-
-@pytest.fixture
-def login(sandbox: Sandbox, tmp_path: Path) -> Login:
-    return Login(sandbox, tmp_path)
 
 
 def until(condition: Callable[[], Any], seconds: float = 10) -> None:
