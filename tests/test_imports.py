@@ -95,9 +95,10 @@ def test_the_web_side_can_neither_spend_nor_lock():
     assert not everything & (SPENDERS | {"fcntl"})
 
 
-def test_the_doctor_can_neither_spend_nor_write_nor_lock():
-    ours, everything = reachable(["login.doctor"])
-    assert "xaiproxy.oauth.discovery" in ours
+@pytest.mark.parametrize("module", ["login.doctor", "login.summary"])
+def test_the_doctor_and_status_can_neither_spend_nor_write_a_login_nor_lock(module):
+    ours, everything = reachable([module])
+    assert "xaiproxy.oauth.session" in ours
     assert not everything & {
         "xaiproxy.oauth.token_endpoint",
         "xaiproxy.refresher",

@@ -104,7 +104,7 @@ def test_a_refused_token_of_an_ended_login_is_not_ready(scene):
     assert (code, event["usable"], event["verdict"]) == (SIGN_IN, False, "ended")
     text = scene.status_text()
     assert (
-        text.startswith("The API refuses the access token, and the login has ended")
+        text.startswith("Not serving: the API refuses the access token, and the login has ended")
         and "is valid" not in text
     )
     assert scene.doctor().exit_code == SIGN_IN and "is valid" not in scene.doctor().message

@@ -172,7 +172,7 @@ class Soak:
             one.signal(signal.SIGSTOP)
         with contextlib.suppress(TimeoutError):
             await_(lambda: "no refresher" in get(ready, "/readyz")[1], REPORTED_WITHIN)
-            if "No refresher is running" in self.status():
+            if "Refresher   not running" in self.status():
                 self.reported_after = time.monotonic() - began
         for one in self.refreshers:
             one.signal(signal.SIGCONT)

@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
   xai-login             sign in with this machine's browser; without one, as --device
   xai-login --device    sign in with the browser of any other device: shows an address and a code
-  xai-login --status    show who is signed in and until when
+  xai-login --status    show at a glance whether the login is served and renewed, and until when
   xai-login --doctor    find out why the login or the proxy does not work, and what to do
 
 Exit status of --status: 0 the login can be used; 75 its access token has expired or is refused
-and may still be renewed, or the token file cannot be read at the moment; 77 sign in.
+and may still be renewed, or the token file cannot be read at the moment; 77 sign in. Whether the
+proxy runs does not change it.
 Of --doctor: that of the first failure, or 0 if there are only warnings. 69 the issuer, the API or
 the proxy does not answer; 75 a file or folder cannot be written, or the problem is temporary;
 77 sign in, or the account's plan does not allow it; 78 wrong settings.
@@ -35,7 +36,7 @@ signed out; 78 wrong settings, or a login of another issuer in the token file; 1
 MODES = {
     "device": "approve the login on any device",
     "browser": "approve it in a browser on this machine, or paste the code that the page shows",
-    "status": "show the login; refreshes and changes nothing",
+    "status": "show the login, its refresher and the proxy; refreshes and changes nothing",
     "doctor": "check settings, login, network, account and proxy; changes nothing",
     "logout": "revoke the login at the issuer and remove its files",
 }
@@ -112,55 +113,12 @@ def has_browser(environ: Mapping[str, str]) -> bool:
 
 
 def status(store: TokenStore, out: Output, now: Callable[[], float] = time.time) -> int:
-    """Show what the files contain; nothing is refreshed, written or locked."""
-    import dataclasses
+    """Show the login; nothing is refreshed, written or locked."""
+    from xaiproxy.login import summary, summary_text
 
-    from xaiproxy import judgement
-    from xaiproxy.login.wording import account_name, last_failure, outlook, validity
-
-    at = now()
-    try:
-        login = store.load()
-    except errors.LoginUnusable as error:
-        verdict = judgement.of(store, at, store.load)
-        out.event(
-            "status",
-            str(error),
-            usable=False,
-            verdict=verdict.verdict.value,
-            reason=verdict.reason,
-            state=error.state,
-            message=str(error),
-            token_path=str(store.path),
-        )
-        return error.exit_code
-    failure, alive = login.refresh_error, store.refresher_alive(at)
-    verdict = judgement.of(store, at, lambda: login)
-    usable = verdict.exit_code == 0
-    account = f"{account_name(login)} at {login.issuer}; the login is in {store.path}."
-    lines = (
-        [f"Signed in as {account}", validity(login, at)]
-        if usable
-        else [verdict.sentence, f"Account: {account}"]
-    )
-    if not (failure and failure.terminal):
-        lines.append(outlook(login, alive, at))
-    lines += last_failure(login) or judgement.reported_failure(store, login, at)
-    out.event(
-        "status",
-        "\n".join(lines),
-        usable=usable,
-        verdict=verdict.verdict.value,
-        reason=verdict.reason,
-        state=login.state(at, store.settings.refresh_skew).value,
-        account=login.account,
-        issuer=login.issuer,
-        expires_at=login.expires_at,
-        token_path=str(store.path),
-        refresher_alive=alive,
-        refresh_error=dataclasses.asdict(failure) if failure else None,
-    )
-    return verdict.exit_code
+    found = summary.of(store, now())
+    out.event("status", "\n".join(summary_text.lines(found, out.style())), **found.members())
+    return found.exit_code
 
 
 def log_out(store: TokenStore, out: Output) -> int:

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from typing import Any, TextIO
 
+from xaiproxy.login.style import Style, style_of
+
 QUIET_ZONE = 2  # modules around the QR code; the standard is four, but two suffice on a screen
 # White on black, whatever the colours of the terminal: phones cannot read it the other way round.
 COLOURS = "\x1b[38;5;231;48;5;16m"
@@ -51,6 +53,10 @@ class Output:
             text = json.dumps({"event": name, **fields})
         if text:
             _write(self._stdout, text + "\n")
+
+    def style(self) -> Style:
+        """The present style of stdout, which a resize changes."""
+        return Style() if self.as_json else style_of(self._stdout, os.environ)
 
     def show_qr_code(self, url: str) -> bool:
         """Show the QR code if the terminal can; return whether it did."""
