@@ -257,7 +257,7 @@ class Run:
                 self.answers.append(client.ask("GET", "/v1/models", f"X-Api-Key: {key}"))
             for options in (
                 ("--status",),
-                ("--status", "--json"),
+                ("--status", "--json", "--quota"),
                 ("--doctor",),
                 ("--doctor", "--json"),
             ):

@@ -265,6 +265,7 @@ def test_a_failure_is_a_json_event(login: Login):
     [
         (("--device", "--status"), {}, 64, "not allowed with"),
         (("--devize",), {}, 64, "unrecognized"),
+        (("--device", "--quota"), {}, 64, "--quota goes with --status"),
         (
             (),
             {"XAI_PROXY_ISUER": "x"},
