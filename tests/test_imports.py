@@ -95,7 +95,9 @@ def test_the_web_side_can_neither_spend_nor_lock():
     assert not everything & (SPENDERS | {"fcntl"})
 
 
-@pytest.mark.parametrize("module", ["login.doctor", "login.summary", "login.billing"])
+@pytest.mark.parametrize(
+    "module", ["login.doctor", "login.summary", "login.billing", "login.watch"]
+)
 def test_the_doctor_and_status_can_neither_spend_nor_write_a_login_nor_lock(module):
     ours, everything = reachable([module])
     assert "xaiproxy.oauth.session" in ours

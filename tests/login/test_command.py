@@ -265,7 +265,9 @@ def test_a_failure_is_a_json_event(login: Login):
     [
         (("--device", "--status"), {}, 64, "not allowed with"),
         (("--devize",), {}, 64, "unrecognized"),
-        (("--device", "--quota"), {}, 64, "--quota goes with --status"),
+        (("--watch",), {}, 64, "--watch and --quota go with --status"),
+        (("--device", "--quota"), {}, 64, "--watch and --quota go with --status"),
+        (("--doctor", "--watch", "--json"), {}, 64, "--watch and --quota go with --status"),
         (
             (),
             {"XAI_PROXY_ISUER": "x"},

@@ -59,6 +59,9 @@ class Terminal:
             assert self._read(end - time.monotonic()), f"no {pattern!r} in {self.screen!r}"
         return found
 
+    def resize(self, rows: int, columns: int) -> None:
+        fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
     def type(self, text: str) -> None:
         os.write(self._master, text.encode())
 

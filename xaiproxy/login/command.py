@@ -21,13 +21,14 @@ DESCRIPTION = """\
   xai-login             sign in with this machine's browser; without one, as --device
   xai-login --device    sign in with the browser of any other device: shows an address and a code
   xai-login --status    show at a glance whether the login is served and renewed, and until when
+  xai-login --status --watch    the same, kept up to date until Ctrl-C
   xai-login --status --quota    and how much of the account's quota is used
   xai-login --doctor    find out why the login or the proxy does not work, and what to do
 
 Exit status of --status: 0 the login can be used; 75 its access token has expired or is refused
 and may still be renewed, or the token file cannot be read at the moment; 77 sign in. Whether the
 proxy runs does not change it. With --quota, 69 if the login can be used and the quota was not
-returned, 75 if it cannot be remembered.
+returned, 75 if it cannot be remembered. With --watch, 0 after Ctrl-C.
 Of --doctor: that of the first failure, or 0 if there are only warnings. 69 the issuer, the API or
 the proxy does not answer; 75 a file or folder cannot be written, or the problem is temporary;
 77 sign in, or the account's plan does not allow it; 78 wrong settings.
@@ -47,8 +48,8 @@ MODES = {
 def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
-    if arguments.quota and arguments.mode != "status":
-        parser.error("--quota goes with --status")
+    if (arguments.watch or arguments.quota) and arguments.mode != "status":
+        parser.error("--watch and --quota go with --status")
     from xaiproxy.login import output
 
     out = output.Output(arguments.json)
@@ -63,9 +64,12 @@ def _parser() -> argparse.ArgumentParser:
             f"--{mode}", action="store_const", dest="mode", const=mode, help=help_text
         )
     parser.add_argument(
+        "--watch", action="store_true", help="with --status: show it anew every 2 s until Ctrl-C"
+    )
+    parser.add_argument(
         "--quota",
         action="store_true",
-        help="with --status: ask xAI how much of the account's quota is used",
+        help="with --status: ask xAI how much of the account's quota is used; with --watch, once",
     )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object a line, for programs"
@@ -90,7 +94,7 @@ def _run(arguments: argparse.Namespace, out: Output) -> int:
             out.message(f"Note: {warning}.")
         store = token_store.TokenStore(settings)
         if arguments.mode == "status":
-            return status(store, out, with_quota=arguments.quota)
+            return status(store, out, with_quota=arguments.quota, repeatedly=arguments.watch)
         if arguments.mode == "logout":
             return log_out(store, out)
         from xaiproxy.login import sign_in
@@ -128,14 +132,18 @@ def status(
     now: Callable[[], float] = time.time,
     *,
     with_quota: bool = False,
+    repeatedly: bool = False,
 ) -> int:
     """Show the login; nothing is refreshed or locked, and nothing written except the quota.
 
-    `with_quota`: whether to ask for the quota first.
+    `with_quota`: whether to ask for the quota first. `repeatedly`: whether to go on until Ctrl-C.
     """
-    from xaiproxy.login import billing, summary, summary_text
+    from xaiproxy.login import billing, summary, summary_text, watch
 
     known, quota_error = billing.ask(store, now()) if with_quota else (None, None)
+    if repeatedly:
+        watch.watch(lambda: summary.of(store, now(), None, quota_error), out)
+        return 0
     found = summary.of(store, now(), known, quota_error)
     out.event("status", "\n".join(summary_text.lines(found, out.style())), **found.members())
     return found.exit_code

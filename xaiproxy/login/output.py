@@ -58,6 +58,14 @@ class Output:
         """The present style of stdout, which a resize changes."""
         return Style() if self.as_json else style_of(self._stdout, os.environ)
 
+    def rows(self) -> int:
+        """The height of stdout, which is a terminal."""
+        return os.get_terminal_size(self._stdout.fileno()).lines or 24
+
+    def draw(self, text: str) -> None:
+        """Write text with escape sequences to stdout, which is a terminal."""
+        _write(self._stdout, text)
+
     def show_qr_code(self, url: str) -> bool:
         """Show the QR code if the terminal can; return whether it did."""
         if not self.on_terminal or "utf" not in (self._stderr.encoding or "").lower():
