@@ -11,16 +11,16 @@ from xaiproxy import errors
 from xaiproxy.egress import Egress
 
 
-def egress(environ):
+def egress(environ, **options):
     def refuse(error):
         raise error
 
-    return Egress.from_environ(environ, refuse)
+    return Egress.from_environ(environ, refuse, **options)
 
 
-def refusal(environ) -> str:
+def refusal(environ, **options) -> str:
     with pytest.raises(errors.ConfigurationError) as caught:
-        egress(environ)
+        egress(environ, **options)
     return str(caught.value)
 
 
@@ -56,6 +56,26 @@ def test_hosts_of_no_proxy_and_loopback_are_reached_directly():
     for url in ("https://evilx.ai", "https://login.example"):
         assert chosen.proxy_for(url) == "http://p:1"
     assert egress({"HTTPS_PROXY": "http://p:1", "NO_PROXY": "*"}).proxy_for("https://x.ai") is None
+
+
+def test_plain_http_goes_through_http_proxy_else_all_proxy_if_it_is_used():
+    environ = {"HTTP_PROXY": "http://h:1", "ALL_PROXY": "http://a:1", "NO_PROXY": "in.example"}
+    chosen = egress(environ, plain_http=True)
+    assert chosen.proxy_for("http://hook.example:81") == "http://h:1"
+    assert chosen.proxy_for("https://hook.example") == "http://a:1"
+    for direct in ("http://in.example", "http://127.0.0.1:1", "http://localhost", "http://[::1]"):
+        assert chosen.proxy_for(direct) is None, direct
+    environ["http_proxy"] = ""
+    del environ["HTTP_PROXY"]
+    assert egress(environ, plain_http=True).proxy_for("http://hook.example") == "http://a:1"
+    assert egress({"HTTPS_PROXY": "s:1"}, plain_http=True).proxy_for("http://hook.example") is None
+    wrong = {"HTTP_PROXY": "ftp://me:secret@p:1"}
+    assert egress(wrong).http_proxy is None
+    assert (
+        refusal(wrong, plain_http=True)
+        == "HTTP_PROXY must be the URL of a proxy, such as http://proxy.example:3128"
+    )
+    assert "secret" not in repr(egress({"HTTP_PROXY": "http://me:secret@p:1"}, plain_http=True))
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,10 @@ from xaiproxy import addresses, errors, setting_types
 
 @dataclasses.dataclass(frozen=True)
 class Egress:
-    """The proxy and CA file, and the variables that they come from ("": none).
+    """The proxies and CA file, and the variables that they come from ("": none).
 
-    HTTP_PROXY is ignored: plain http is used on loopback only, which is never reached by a proxy.
+    `proxy`: for https. `http_proxy`: for plain http, which only XAI_PROXY_NOTIFY_URL can have
+    outside of loopback.
     """
 
     proxy: str | None = dataclasses.field(default=None, repr=False)
@@ -29,14 +30,19 @@ class Egress:
     ca_file: str = dataclasses.field(default_factory=certifi.where)
     proxy_from: str = ""
     ca_from: str = ""
+    http_proxy: str | None = dataclasses.field(default=None, repr=False)
 
     @classmethod
     def from_environ(
         cls,
         environ: Mapping[str, str],
         complain: Callable[[errors.ConfigurationError], object],
+        plain_http: bool = False,
     ) -> Egress:
-        """`complain`: called with the error of each wrong variable, which is then ignored."""
+        """`complain`: called with the error of each wrong variable, which is then ignored.
+
+        `plain_http`: whether HTTP_PROXY is used. If not, a wrong one is no error.
+        """
 
         def first(problem: Callable[[str], str], *names: str) -> tuple[str, str]:
             """The name and value of the first variable that is set."""
@@ -53,6 +59,7 @@ class Egress:
             return "", ""
 
         proxy_from, proxy = first(_proxy_problem, "HTTPS_PROXY", "ALL_PROXY")
+        http_proxy = first(_proxy_problem, "HTTP_PROXY", "ALL_PROXY")[1] if plain_http else ""
         ca_from, ca_file = first(_ca_problem, "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
         return cls(
             proxy=_with_scheme(proxy) if proxy else None,
@@ -60,6 +67,7 @@ class Egress:
             ca_file=ca_file or certifi.where(),
             proxy_from=proxy_from,
             ca_from=ca_from,
+            http_proxy=_with_scheme(http_proxy) if http_proxy else None,
         )
 
     def proxy_for(self, url: str) -> str | None:
@@ -68,11 +76,12 @@ class Egress:
         It may hold a password: do not log it.
         """
         parts = urllib.parse.urlsplit(url)
-        if self.proxy is None or parts.scheme == "http" or addresses.is_loopback(parts.hostname):
+        proxy = self.http_proxy if parts.scheme == "http" else self.proxy
+        if proxy is None or addresses.is_loopback(parts.hostname):
             return None
         # typeshed lacks this function.
         bypass = urllib.request.proxy_bypass_environment  # type: ignore[attr-defined]
-        return None if bypass(parts.netloc, {"no": self.no_proxy}) else self.proxy
+        return None if bypass(parts.netloc, {"no": self.no_proxy}) else proxy
 
 
 def _with_scheme(proxy: str) -> str:
