@@ -85,6 +85,15 @@ TAKES = {
     "REFRESH_SKEW": [("1", 1), ("86400", 86400), ("1.5", 1.5)],
     "CLIENT_KEYS_FILE": [("/k", pathlib.Path("/k"))],
     "ALLOW_ANONYMOUS": [("0", False), ("1", True)],
+    "NOTIFY_URL": [
+        (url, url)
+        for url in (
+            "http://hook.example",
+            "https://me:pass-word@hook.example:8443/services/secret-path?key=secret",
+            "http://10.0.0.1:9093/hook",
+            "http://[fd00::1]/",
+        )
+    ],
     "ALLOWED_HOSTS": [("A.example., b_c,[::1],", frozenset(("a.example", "b_c", "[::1]")))],
     "ALLOWED_ORIGINS": [
         ("https://A.example, http://b:81", frozenset(("https://a.example", "http://b:81"))),
@@ -137,6 +146,8 @@ REFUSES = {
     "REFRESH_SKEW": ["0.9", "86400.1", "-5", "nan", "inf", "1e3", "two"],
     "CLIENT_KEYS_FILE": ["a\0b"],
     "ALLOW_ANONYMOUS": ["2", "true", "yes"],
+    # See test_a_wrong_url_of_calls_is_refused_without_its_value.
+    "NOTIFY_URL": [],
     "ALLOWED_HOSTS": ["a.example:80", "http://a", "*", "a b"],
     "ALLOWED_ORIGINS": ["a.example", "*", "https://a/b", "null"],
     "CONNECT_TIMEOUT": ["0.09", "600.1"],
@@ -162,6 +173,36 @@ def test_each_setting_accepts_its_range_and_nothing_beyond(name):
         shown = "***@" + text.split("@")[1] if "@" in text else text
         assert refused.startswith(f"XAI_PROXY_{name} must be "), refused
         assert refused.endswith(f", not {shown!r}"), refused
+
+
+def test_the_url_of_calls_is_not_in_a_repr():
+    assert "secret" not in repr(settings(NOTIFY_URL="https://secret@h/secret"))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "hook.example/secret-path",
+        "ftp://hook.example/secret-path",
+        "https:///secret-path",
+        "https://me:secret@hook.example:99999/",
+        "https://me:secret@hook.example:0/",
+        "https://hook.example/secret-path#part",
+        "https://hook.example/secret path",
+        "https://me:secret@[::1/",
+        "https://secret\\@hook.example@",
+    ],
+)
+def test_a_wrong_url_of_calls_is_refused_without_its_value(url):
+    message = "XAI_PROXY_NOTIFY_URL must be an http or https URL without a fragment"
+    assert refusal(NOTIFY_URL=url) == message
+
+
+def test_http_proxy_is_used_only_with_a_plain_url_of_calls():
+    environ = {"HTTP_PROXY": "http://p:1"}
+    assert settings(environ, NOTIFY_URL="http://hook.example").egress.http_proxy == "http://p:1"
+    assert settings(environ, NOTIFY_URL="https://hook.example").egress.http_proxy is None
+    assert settings({"HTTP_PROXY": "nonsense://"}).egress.http_proxy is None
 
 
 def test_the_client_keys_are_beside_the_token_file():

@@ -54,8 +54,12 @@ def connections_within(descriptors: int) -> int:
 
 
 # RUF009 does not see that this returns a dataclasses.field.
-def _setting(default: str, parse: Callable[[str], Any], meaning: str) -> Any:
-    return dataclasses.field(metadata={"default": default, "parse": parse, "meaning": meaning})
+def _setting(default: str, parse: Callable[[str], Any], meaning: str, secret: bool = False) -> Any:
+    """`secret`: whether its value is in no message."""
+    return dataclasses.field(
+        repr=not secret,
+        metadata={"default": default, "parse": parse, "meaning": meaning, "secret": secret},
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +113,16 @@ class Config:
         setting_types.seconds(1, 86400),
         "Seconds: a token is renewed at least this long before it expires; "
         "a fifth of its lifetime if that is more.",
+    )
+    notify_url: str = _setting(
+        "",
+        setting_types.notify_url,
+        "URL, http or https, to which the refresher sends a POST when a person is needed: "
+        "sign_in_needed, renewal_failing (for half of the time that the access token had left), "
+        "recovered; as JSON with event, message, at (unix seconds) and host. Retried each minute "
+        "until a response is 2xx. Only its scheme, host and port are ever logged. "
+        "xai-refresher --once sends nothing: it has its exit status.",
+        secret=True,
     )
     client_keys_file: Path = _setting(  # noqa: RUF009
         "",
@@ -249,7 +263,9 @@ def from_environ(
     if values["client_keys_file"] is None:
         values["client_keys_file"] = values["token_path"].parent / "client-keys"
     return Config(
-        egress=Egress.from_environ(environ, complain),
+        egress=Egress.from_environ(
+            environ, complain, plain_http=values["notify_url"].startswith("http:")
+        ),
         warnings=tuple(dict.fromkeys(warnings)),
         **values,
     )
@@ -281,7 +297,9 @@ def _value(
     try:
         return about["parse"](text)
     except ValueError as error:
-        message = f"{spelling} must be {error}, not {setting_types.shown(text)}"
+        message = f"{spelling} must be {error}"
+        if not about["secret"]:
+            message += f", not {setting_types.shown(text)}"
     (complain if given else _refuse)(errors.ConfigurationError(message, name))
     return _value(name, about, None, complain)
 

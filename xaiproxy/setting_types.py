@@ -110,6 +110,25 @@ def origin(text: str) -> str:
     return f"{parts.scheme}://{parts.netloc.lower()}"
 
 
+def notify_url(text: str) -> str:
+    if not text:
+        return ""
+    try:
+        parts = urllib.parse.urlsplit(text)
+        if (
+            parts.scheme in ("http", "https")
+            and parts.hostname
+            and parts.port != 0
+            and re.fullmatch(r"[!-~]+", text)
+            and addresses.is_authority(parts.netloc.rpartition("@")[2])
+            and not parts.fragment
+        ):
+            return parts.geturl()
+    except ValueError:
+        pass
+    raise ValueError("an http or https URL without a fragment")
+
+
 def client_id(text: str) -> str:
     if not re.fullmatch(r"[!-~]+", text):
         raise ValueError("printable ASCII without spaces")

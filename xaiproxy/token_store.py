@@ -7,6 +7,7 @@ Nothing here locks or syncs, so a greenlet may call all of it.
     tokens.json.new      its successor while that is written
     tokens.json.lock     held by the process that writes; its time is the refresher's heartbeat
     tokens.json.status   the refresher's status (refresher_status.py)
+    tokens.json.notify   which calls for a person were delivered (refresher/call_record.py)
     tokens.json.refused  the proxy's request for a refresh: the fingerprint of an access token that
                          upstream refused
     tokens.json.quota    the account's quota as last asked for (quota.py)
@@ -53,6 +54,7 @@ class TokenStore:
         self.new_path = self.path.with_name(self.path.name + ".new")
         self.lock_path = self.path.with_name(self.path.name + ".lock")
         self.status_path = self.path.with_name(self.path.name + ".status")
+        self.notify_path = self.path.with_name(self.path.name + ".notify")
         self.refused_path = self.path.with_name(self.path.name + ".refused")
         self.quota_path = self.path.with_name(self.path.name + ".quota")
         self._file = CachedFile(self.path, self._outcome)

@@ -166,6 +166,7 @@ class TokenWriter:
                     path.unlink(missing_ok=True)
             store.path.unlink(missing_ok=True)
             store.status_path.unlink(missing_ok=True)
+            store.notify_path.unlink(missing_ok=True)
         _sync_folder(store)
 
     def _check_holds(self, mark: str | None) -> None:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 
 from xaiproxy import config, errors, judgement, token_folder, token_writer, tokens
+from xaiproxy.refresher.notifier import Notifier
 from xaiproxy.refresher.renewal import Renewal
 from xaiproxy.refresher.report import Report, date, next_try
 from xaiproxy.refresher.runtime import Ending, Runtime, uptime
@@ -41,7 +42,8 @@ class Refresher:
         self.store = TokenStore(settings)
         self._runtime = Runtime(clock, uptime, sleep)
         self._schedule = Schedule(settings.refresh_skew)
-        self._report = Report(self.store, self._runtime)
+        notifier = Notifier(settings, self.store, self._runtime) if settings.notify_url else None
+        self._report = Report(self.store, self._runtime, notifier)
         self._renewal = Renewal(settings, self.store, self._schedule, self._report, self._runtime)
         self._seen: Login | None = None
 
@@ -50,6 +52,7 @@ class Refresher:
         self.begin()
         while not self._runtime.ending:
             self.turn()
+        self._report.close()
         logger.info("ended")
         return 0
 
@@ -105,6 +108,7 @@ class Refresher:
         """Write a heartbeat, check the login, do what follows, and pause."""
         self._report.beat()
         self._check()
+        self._report.notify()
         self._runtime.pause(POLL_INTERVAL)
 
     def _check(self) -> None:
@@ -151,6 +155,7 @@ class Refresher:
 
     def _pause_for_lock(self, seconds: float) -> None:
         self._report.beat()
+        self._report.notify()
         self._runtime.pause(seconds)
         self._runtime.check_ending()
 

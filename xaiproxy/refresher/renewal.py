@@ -146,6 +146,7 @@ class Renewal:
                 self._report.publish(no_room="" if reserved.renamed else str(error))
                 self._report.log("unsaved", text)
             self._report.beat()
+            self._report.notify()
             self._runtime.pause(SAVE_INTERVAL)
         self._report.log("unsaved", "")
 

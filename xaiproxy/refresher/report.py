@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 from xaiproxy import errors, judgement, refresher_status, token_lock, tokens
+from xaiproxy.refresher.notifier import Notifier
 from xaiproxy.refresher.runtime import Runtime
 from xaiproxy.refresher.schedule import BACKOFF_LIMIT
 from xaiproxy.token_store import TokenStore
@@ -18,13 +19,17 @@ ERROR_INTERVAL = 60.0  # seconds between two error lines while no request can be
 
 
 class Report:
-    """`once`: whether this is --once, which reports by its exit status instead."""
+    """`once`: whether this is --once, which reports by its exit status instead.
 
-    def __init__(self, store: TokenStore, runtime: Runtime):
+    `notifier`: None without XAI_PROXY_NOTIFY_URL.
+    """
+
+    def __init__(self, store: TokenStore, runtime: Runtime, notifier: Notifier | None = None):
         self.once = False
         self.status = refresher_status.Status(runtime.now())
         self._store = store
         self._runtime = runtime
+        self._notifier = notifier
         self._next_beat = -math.inf
         # The unix time minus the uptime, at the last heartbeat.
         self._clock_offset = math.inf
@@ -56,6 +61,15 @@ class Report:
         self.status = dataclasses.replace(self.status, at=self._runtime.now(), **changes)
         if not self.once:
             refresher_status.write(self._store, self.status)
+
+    def notify(self) -> None:
+        """Notify a person of what the last poll has found, if that is due."""
+        if self._notifier is not None and not self.once:
+            self._notifier.poll(self.status)
+
+    def close(self) -> None:
+        if self._notifier is not None:
+            self._notifier.close()
 
     def log(self, subject: str, text: str, kind: str = "") -> None:
         """Log `text`, unless the last line about the subject was the same, or of the same kind.
