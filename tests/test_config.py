@@ -205,6 +205,16 @@ def test_http_proxy_is_used_only_with_a_plain_url_of_calls():
     assert settings({"HTTP_PROXY": "nonsense://"}).egress.http_proxy is None
 
 
+def test_the_endpoint_of_traces_is_opentelemetrys_and_is_not_in_a_repr():
+    general, traces = "http://me:secret@otel:4318", "https://me:secret@traces/v1/traces"
+    environ = {"OTEL_EXPORTER_OTLP_ENDPOINT": general, "HTTP_PROXY": "http://p:1"}
+    found = settings(environ)
+    assert found.otlp_endpoint == general and found.egress.http_proxy == "http://p:1"
+    found = settings({**environ, "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": traces})
+    assert found.otlp_endpoint == traces and found.egress.http_proxy is None
+    assert settings().otlp_endpoint == "" and "secret" not in repr(found)
+
+
 def test_the_client_keys_are_beside_the_token_file():
     assert settings(TOKEN_PATH="/data/login").client_keys_file == pathlib.Path("/data/client-keys")
 

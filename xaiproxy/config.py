@@ -40,6 +40,9 @@ RESERVE = 16
 # File descriptors for logs, the token file, the event loop and the libraries.
 SPARE_DESCRIPTORS = 64
 
+# OpenTelemetry's settings, the first of which counts.
+OTLP_ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+
 Complain = Callable[[errors.ConfigurationError], object]
 
 
@@ -214,6 +217,8 @@ class Config:
     )
 
     egress: Egress = dataclasses.field(default_factory=Egress)
+    # OTEL_EXPORTER_OTLP_TRACES_ENDPOINT or OTEL_EXPORTER_OTLP_ENDPOINT, which may hold a password.
+    otlp_endpoint: str = dataclasses.field(default="", repr=False)
     # main logs them once logging is set up.
     warnings: tuple[str, ...] = ()
 
@@ -262,10 +267,11 @@ def from_environ(
     }
     if values["client_keys_file"] is None:
         values["client_keys_file"] = values["token_path"].parent / "client-keys"
+    otlp_endpoint = next(filter(None, map(environ.get, OTLP_ENDPOINTS)), "")
+    plain_http = any(url.startswith("http:") for url in (values["notify_url"], otlp_endpoint))
     return Config(
-        egress=Egress.from_environ(
-            environ, complain, plain_http=values["notify_url"].startswith("http:")
-        ),
+        egress=Egress.from_environ(environ, complain, plain_http),
+        otlp_endpoint=otlp_endpoint,
         warnings=tuple(dict.fromkeys(warnings)),
         **values,
     )

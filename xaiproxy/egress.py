@@ -21,8 +21,8 @@ from xaiproxy import addresses, errors, setting_types
 class Egress:
     """The proxies and CA file, and the variables that they come from ("": none).
 
-    `proxy`: for https. `http_proxy`: for plain http, which only XAI_PROXY_NOTIFY_URL can have
-    outside of loopback.
+    `proxy`: for https. `http_proxy`: for plain http, which outside of loopback is used only for
+    XAI_PROXY_NOTIFY_URL and OTEL_EXPORTER_OTLP_ENDPOINT.
     """
 
     proxy: str | None = dataclasses.field(default=None, repr=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from xaiproxy import errors
 from xaiproxy.http1.request_body import RequestBody
@@ -23,7 +23,7 @@ class ClientRequest:
     that refused the access token, replayed or passed_on; "" if there was none. `refusal`: the
     response of the proxy's own that is sent. `send_interim`: takes the status and the header text
     of a 1xx response to the client. `all_in_use`: the number of connections if all of them have a
-    request already, else 0.
+    request already, else 0. `span`: what traces have begun for it, or None.
     """
 
     __slots__ = (
@@ -33,6 +33,7 @@ class ClientRequest:
         "key",
         "refusal",
         "send_interim",
+        "span",
         "token_refused",
         "waited",
         "watch",
@@ -55,6 +56,7 @@ class ClientRequest:
         self.waited = 0.0
         self.token_refused = ""
         self.refusal: errors.ErrorResponse | None = None
+        self.span: Any = None
 
     def check_room(self) -> None:
         """Raises TooManyConnections."""

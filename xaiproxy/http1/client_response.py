@@ -301,4 +301,5 @@ class ClientResponse:
             self._broken,
             "" if request is None else request.token_refused,
             self._sample,
+            None if request is None else request.span,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from xaiproxy import errors
 from xaiproxy.http1 import response_head
@@ -27,6 +27,7 @@ class RequestRecord(NamedTuple):
     `refusal`: the proxy's own response. `broken`: why the response was cut by upstream.
     `token_refused`: replayed or passed_on if upstream refused the access token, else "".
     `sample`: content of the response, if it was kept.
+    `span`: what traces have begun for the request, or None.
     """
 
     method: str
@@ -48,3 +49,4 @@ class RequestRecord(NamedTuple):
     broken: errors.UpstreamBroken | None
     token_refused: str
     sample: Sample | None
+    span: Any = None

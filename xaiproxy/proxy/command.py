@@ -26,6 +26,7 @@ from xaiproxy import (
 from xaiproxy.http1 import dead_paths
 from xaiproxy.http1.dialler import PORTS, SOCKET_OPTIONS
 from xaiproxy.http1.pool import Pool
+from xaiproxy.http1.request_record import RequestRecord
 from xaiproxy.proxy import (
     access,
     app,
@@ -35,6 +36,7 @@ from xaiproxy.proxy import (
     key_recorder,
     refresher_watch,
     request_log,
+    traces,
 )
 from xaiproxy.proxy.server import BACKLOG, Server
 
@@ -127,14 +129,21 @@ def run(
     """Serve until `stop` is set, then drain until `abort` is set."""
     pool = Pool(settings)
     store, gate = token_store.TokenStore(settings), access.Access(settings, keys)
-    proxy = forward.Proxy(settings, store, gate, pool)
+    spans = traces.start(settings)
+    proxy = forward.Proxy(settings, store, gate, pool, spans)
+
+    def on_end(record: RequestRecord) -> None:
+        request_log.write(record)
+        if spans is not None:
+            spans.add(record)
+
     server = Server(
         listener,
         app.create_app(proxy, store, gate),
         proxy,
         settings,
         connection_limit(settings.max_connections),
-        request_log.write,
+        on_end,
     )
     server.start()
     address, port = listener.getsockname()[:2]
@@ -157,6 +166,8 @@ def run(
     recording.kill()
     recorder.save_last()
     pool.close()
+    if spans is not None:
+        spans.close()
 
 
 def listen(

@@ -12,6 +12,7 @@ import re
 import secrets
 import time
 import urllib.parse
+from typing import TYPE_CHECKING
 
 from xaiproxy import __version__, config, errors, judgement, token_store, tokens
 from xaiproxy.http1 import exchange, headers, message_head, response_head
@@ -26,6 +27,9 @@ from xaiproxy.proxy.current_login import WAIT, CurrentLogin
 from xaiproxy.proxy.outage import Outage
 from xaiproxy.proxy.refused_token import is_refused_token
 from xaiproxy.proxy.routes import PREFIXES
+
+if TYPE_CHECKING:
+    from xaiproxy.proxy.spans import Spans
 
 USER_AGENT = f"xaiproxy/{__version__}"  # the proxy's own: Cloudflare refuses some clients'
 IDEMPOTENCY_KEYS = {"idempotency-key", "x-idempotency-key"}
@@ -43,11 +47,14 @@ class Proxy:
         store: token_store.TokenStore,
         gate: access.Access,
         pool: Pool,
+        spans: Spans | None = None,
     ):
+        """`spans`: None without OTEL_EXPORTER_OTLP_ENDPOINT."""
         self._settings = settings
         self._store = store
         self._gate = gate
         self._pool = pool
+        self._spans = spans
         self._login = CurrentLogin(store)
         self._memory = MemoryBudget(settings.replay_memory)
         # In Via, so that a request which comes back is recognised. xAI gets no Via: Cloudflare
@@ -66,6 +73,8 @@ class Proxy:
     def forward(self, request: ClientRequest) -> Answer:
         """Raises errors.ErrorResponse, to be sent instead; ClientGone; and what is thrown in."""
         head = request.head
+        if self._spans is not None:
+            request.span = self._spans.begin(head)
         try:
             request.key = self._gate.check(head, key_needed=True)
             request.check_room()
@@ -145,6 +154,8 @@ class Proxy:
             # A comment can be put into plain text only.
             fields = [field for field in fields if field[0].lower() != "accept-encoding"]
             fields.append(("Accept-Encoding", "identity"))
+        if self._spans is not None:
+            fields = self._spans.propagated(request.span, fields)
         upgrade = asks_for_websocket(head)
         if upgrade:
             fields += [("Connection", "Upgrade"), ("Upgrade", "websocket")]
