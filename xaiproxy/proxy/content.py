@@ -8,7 +8,7 @@ from collections.abc import Callable
 from xaiproxy.http1 import response_head
 from xaiproxy.http1.sample import Sample
 
-BLOCK = 65536  # bytes that are decoded at a time
+STEP = 16384  # bytes that are decoded at a time
 DECODED_LIMIT = 32 << 20  # bytes that are decoded of one response
 # gzip or zlib, which have headers; raw deflate, which some servers send.
 WINDOWS = (47, -15)
@@ -24,14 +24,16 @@ class Unreadable(Exception):
 
 def codings(head: response_head.Head) -> list[str]:
     """The content codings of a response, in lower case."""
-    values = ",".join(head.values.get("content-encoding", ()))
-    names = [name.strip().lower() for name in values.split(",")]
+    fields = head.values.get("content-encoding")
+    if fields is None:
+        return []
+    names = [name.strip().lower() for name in ",".join(fields).split(",")]
     return [name for name in names if name not in ("", "identity")]
 
 
 def taken(
     head: response_head.Head, sample: Sample, pause: Callable[[], object] = lambda: None
-) -> str:
+) -> bytes:
     """Take what was kept. Of long content only the start and the end are returned.
 
     `pause`: called between steps that each take less than a millisecond. Raises Unreadable.
@@ -39,9 +41,7 @@ def taken(
     if sample.too_long:
         raise Unreadable("too_long")
     data = sample.take()
-    if codings(head):
-        data = inflated(data, pause).take()
-    return data.decode("utf-8", "replace")
+    return inflated(data, pause).take() if data and codings(head) else data
 
 
 def inflated(data: bytes, pause: Callable[[], object] = lambda: None) -> Sample:
@@ -56,12 +56,17 @@ def inflated(data: bytes, pause: Callable[[], object] = lambda: None) -> Sample:
 
 def _inflated(data: bytes, decoder: zlib._Decompress, pause: Callable[[], object]) -> Sample:
     sample, size = Sample(), 0
-    while data:
-        block = decoder.decompress(data, BLOCK)
-        sample.add(block)
-        size += len(block)
-        if size > DECODED_LIMIT:
-            raise Unreadable("too_long")
-        data = decoder.unconsumed_tail
-        pause()
+    for start in range(0, len(data), STEP):
+        # Not all at once: each step copies what it leaves.
+        rest = data[start : start + STEP]
+        while rest:
+            decoded = decoder.decompress(rest, STEP)
+            sample.add(decoded)
+            size += len(decoded)
+            if size > DECODED_LIMIT:
+                raise Unreadable("too_long")
+            rest = decoder.unconsumed_tail
+            pause()
+    # What the limit of the last step has left.
+    sample.add(decoder.flush())
     return sample

@@ -68,7 +68,7 @@ def failure_of(record: RequestRecord) -> tuple[str, str]:
     if head.status < 400:
         return upstream_error.in_stream(sample.end(upstream_error.LAST_EVENTS)) or ("", "")
     try:
-        text = content.taken(head, sample)
+        text = content.taken(head, sample).decode("utf-8", "replace")
     except content.Unreadable:
         text = ""
     return upstream_error.of(text, head.status)

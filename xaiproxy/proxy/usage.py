@@ -1,7 +1,8 @@
 """The tokens that a response used, read from its content after the client has it.
 
 The usage object is searched for from the end, instead of parsing all of the content, which would
-delay other streams. What a model wrote cannot be taken for it: the quotes in a string are escaped.
+delay other streams. What a model wrote comes before it, and mostly as strings, whose quotes are
+escaped.
 """
 
 from __future__ import annotations
@@ -12,27 +13,40 @@ from typing import Any, NamedTuple
 
 from xaiproxy.http1 import headers, response_head
 from xaiproxy.http1.memory_budget import MemoryBudget
-from xaiproxy.http1.sample import Sample
+from xaiproxy.http1.sample import END, START, Sample
 from xaiproxy.proxy import content
 
 ROUTES = frozenset(("chat", "responses", "messages"))
+# Last segments of paths on these routes whose responses use no tokens, or repeat former numbers.
+WITHOUT_USAGE = frozenset(("count_tokens", "input_tokens", "cancel"))
 MEMORY = 64 << 20  # bytes that all samples of whole content together may keep
-USAGE = re.compile(r'"usage"\s*:\s*(?=\{)')
-MODEL = re.compile(r'"model"\s*:\s*"([^"\\]{1,100})"')
+
+NAME = b'"usage"'
+OBJECT = re.compile(rb"\s{0,9}:\s{0,9}(?=\{)")
+OBJECT_LIMIT = 4096  # bytes; xAI's has about 700
+# Occurrences of the name that are examined: a tool's schema may have it too.
+TRIES = 16
+NUMBERS = ("prompt_tokens", "input_tokens", "output_tokens")
 COUNT_LIMIT = 1 << 40  # a larger number is no number of tokens
+MODEL = re.compile(rb'"model"\s{0,9}:\s{0,9}"([^"\\]{1,100})"')
+MODEL_LIMIT = 65536  # bytes of content before its model
 
 _budget = MemoryBudget(MEMORY)
 _decode = json.JSONDecoder().raw_decode
 
 
 class Usage(NamedTuple):
-    """Numbers of tokens. `input` includes `cached_input`, `output` includes `reasoning`."""
+    """Numbers of tokens. `input` includes `cached_input`, `output` includes `reasoning`.
+
+    `is_partial`: the output is what the begin of the stream announced, because no end came.
+    """
 
     model: str
     input: int
     cached_input: int
     output: int
     reasoning: int
+    is_partial: bool = False
 
 
 def sample_for(route: str, head: response_head.Head) -> Sample | None:
@@ -41,32 +55,73 @@ def sample_for(route: str, head: response_head.Head) -> Sample | None:
         return Sample()
     if route not in ROUTES or not 200 <= head.status < 300:
         return None
-    is_stream = headers.media_type(head.values) == "text/event-stream"
-    return Sample() if is_stream and not content.codings(head) else Sample(_budget)
+    return Sample() if is_stream(head) and not content.codings(head) else Sample(_budget)
 
 
-def read(text: str) -> Usage | None:
+def is_stream(head: response_head.Head) -> bool:
+    return headers.media_type(head.values) == "text/event-stream"
+
+
+def is_expected(method: str, path: str, status: int) -> bool:
+    """Whether a response on one of ROUTES used tokens, and is the first to report them."""
+    if not 200 <= status < 300:
+        return False
+    if method == "GET":
+        # A deferred completion can be fetched once; until it is there, the status is 202.
+        return status == 200 and "/deferred-completion/" in path
+    return method == "POST" and path.rpartition("/")[2] not in WITHOUT_USAGE
+
+
+def read(data: bytes, of_stream: bool) -> Usage | None:
     """The usage in the content of a response; None if there is none.
 
-    `text`: of a long stream its start and its end are enough.
+    `data`: of a long stream its start and its end are enough.
     """
-    found = [usage for match in USAGE.finditer(text) if (usage := _object(text, match.end()))]
-    if not found:
+    at, members = _last(data)
+    if not members:
         return None
-    model = MODEL.search(text)
-    # The first event of Anthropic's streams has the input, and the last the output.
-    members = {**found[0], **found[-1]}
-    return _usage(model[1] if model else "", members)
+    is_partial = False
+    if of_stream and b'"message_start"' in data[:START]:
+        # The first event of Anthropic's streams has the input, and the last but one the output.
+        first_at, first = _first(data[:START])
+        is_partial = first_at == at
+        members = {**first, **members}
+    model = MODEL.search(data, 0, MODEL_LIMIT) or MODEL.search(data, max(0, len(data) - END))
+    name = model[1].decode("utf-8", "replace") if model else "unknown"
+    return _usage(name, members)._replace(is_partial=is_partial)
 
 
-def _object(text: str, start: int) -> dict[str, Any] | None:
+def _last(data: bytes) -> tuple[int, dict[str, Any]]:
+    """Where the last usage object is, and its members; {} without one."""
+    at = len(data)
+    for _ in range(TRIES):
+        at = data.rfind(NAME, 0, at)
+        if at < 0:
+            break
+        if members := _object(data, at + len(NAME)):
+            return at, members
+    return -1, {}
+
+
+def _first(data: bytes) -> tuple[int, dict[str, Any]]:
+    """The same for the first, without those that are none before it."""
+    at = data.find(NAME)
+    return at, _object(data, at + len(NAME)) if at >= 0 else {}
+
+
+def _object(data: bytes, start: int) -> dict[str, Any]:
+    """The usage object after the name that ends at `start`; {} if it is another one."""
+    before = OBJECT.match(data, start)
+    if before is None:
+        return {}
+    text = data[before.end() : before.end() + OBJECT_LIMIT].decode("utf-8", "replace")
     try:
-        members = _decode(text, start)[0]
+        members = _decode(text)[0]
     except (ValueError, RecursionError):
-        return None
+        return {}
     # Not the definition of a tool's argument that is called usage.
-    numbers = ("prompt_tokens", "input_tokens", "output_tokens")
-    return members if any(_count(members, name) is not None for name in numbers) else None
+    is_usage = any(_count(members, name) is not None for name in NUMBERS)
+    return members if is_usage else {}
 
 
 def _usage(model: str, members: dict[str, Any]) -> Usage:
