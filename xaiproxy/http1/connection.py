@@ -13,6 +13,7 @@ import socket
 import ssl
 import struct
 import time
+from collections.abc import Callable
 from typing import Any
 
 import gevent
@@ -52,6 +53,8 @@ class Connection:
     It takes the file descriptor over from `sock`, which may be gevent's, whose wrapper would cost
     time at each read and write. One greenlet may read while another writes.
 
+    `on_close`: called once it is closed, or None.
+
     `fault`: the error that ended the connection, once a read or a write has met it. The kernel
     reports it once, and reads then meet an EOF that looks like a clean one.
     """
@@ -64,6 +67,7 @@ class Connection:
         "_timer",
         "_writable",
         "fault",
+        "on_close",
         "readable",
         "socket",
         "unread",
@@ -77,6 +81,7 @@ class Connection:
         self.socket.setblocking(False)
         self.unread = b""
         self.fault: OSError | None = None
+        self.on_close: Callable[[], object] | None = None
         self._hub = gevent.get_hub()
         self.readable = self._hub.loop.io(self.socket.fileno(), _READABLE)
         self._writable: Any = None
@@ -326,6 +331,9 @@ class Connection:
                 watcher.stop()
                 watcher.close()
         self.socket.close()
+        if self.on_close is not None:
+            on_close, self.on_close = self.on_close, None
+            on_close()
 
 
 # What a peer, or the way to it, can do to a connection.

@@ -17,17 +17,31 @@ IDLE_LIMIT = 60  # seconds that a connection waits for its next request
 
 
 class Pool:
-    """`origin`: as XAI_PROXY_UPSTREAM has it; `host`: its authority, for the Host header."""
+    """`origin`: as XAI_PROXY_UPSTREAM has it; `host`: its authority, for the Host header.
+
+    `opened`: the number of connections that were made; `open`: of those that are not closed.
+    """
 
     def __init__(self, settings: config.Config, idle_limit: float = IDLE_LIMIT):
         self.origin = settings.upstream
         self.host = urllib.parse.urlsplit(settings.upstream).netloc
         self.settings = settings
+        self.opened = self.open = 0
         self._idle_limit = idle_limit
         # Each with the time.monotonic since when; the last is the latest.
         self._idle: deque[tuple[float, Connection]] = deque()
         self._sweeper: gevent.Greenlet | None = None
         self._dialler = Dialler(settings)
+
+    @property
+    def idle(self) -> int:
+        """The number of pooled connections."""
+        return len(self._idle)
+
+    @property
+    def busy(self) -> int:
+        """The number of connections with a request."""
+        return self.open - self.idle
 
     def take(self) -> Connection | None:
         """A live connection, or None if there is none."""
@@ -84,7 +98,7 @@ class Pool:
         limit = self.settings.connect_timeout
         try:
             with gevent.Timeout(limit, TooLate):
-                return self._dialler.connect()
+                connection = self._dialler.connect()
         except TooLate as error:
             raise errors.UpstreamUnreachable(
                 f"no connection to {self.origin} within {limit:g} s; check the network, or "
@@ -105,3 +119,10 @@ class Pool:
                 kind=self._dialler.stage_of(error),
                 may_retry=True,
             ) from error
+        self.opened += 1
+        self.open += 1
+        connection.on_close = self._on_close
+        return connection
+
+    def _on_close(self) -> None:
+        self.open -= 1

@@ -28,7 +28,7 @@ class TLSConnection(Connection):
         self._inner = inner
         self.socket, self.readable, self._hub = inner.socket, inner.readable, inner._hub
         self.unread = b""
-        self.fault = None
+        self.fault = self.on_close = None
         self._writable = self._poll = self._timer = None
         self._eager = 0
         self._limit = None
