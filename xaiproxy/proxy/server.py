@@ -75,6 +75,8 @@ class Server(pywsgi.WSGIServer):  # type: ignore[misc]  # gevent is untyped
         gevent.get_hub().NOT_ERROR += (NoDescriptor,)
         self.connections = connections
         self.busy = 0
+        # Connections so far.
+        self.accepted = 0
         self.on_end = on_end
         # Of requests without one.
         self.request_ids = map(f"{secrets.token_hex(4)}-{{:x}}".format, itertools.count(1))
@@ -142,6 +144,7 @@ class Server(pywsgi.WSGIServer):  # type: ignore[misc]  # gevent is untyped
         return True
 
     def do_handle(self, *accepted: Any) -> None:
+        self.accepted += 1
         super().do_handle(*accepted)
         if len(self.pool) > self.connections:
             self._make_room()
