@@ -32,11 +32,13 @@ class LineWriter:
     ):
         """`notice`: returns the line about so many dropped lines; `poll`: unpatched by gevent."""
         self.dropped = 0  # lines that are in no notice yet
+        self.dropped_in_all = 0
         self._given = fd
         self._notice = notice
         self._make_poll = poll
-        # Each with the number of lines that would be lost with it: a notice stands for all of its.
-        self._waiting: deque[tuple[bytes, int]] = deque()
+        # Each with the number of lines that would be lost with it, for which a notice stands too,
+        # and of those that would be lost now.
+        self._waiting: deque[tuple[bytes, int, int]] = deque()
         self._size = 0  # bytes in them
         self._open()
 
@@ -66,10 +68,11 @@ class LineWriter:
                 self._drain()
                 if self._size + size > ROOM:
                     self.dropped += 1
+                    self.dropped_in_all += 1
                     continue
             if self.dropped:
                 self._append_notice()
-            self._waiting.append((line, 1))
+            self._waiting.append((line, 1, 1))
             self._size += size
         self._drain()
 
@@ -87,7 +90,7 @@ class LineWriter:
     def _append_notice(self) -> None:
         dropped, self.dropped = self.dropped, 0
         line = self._notice(dropped)
-        self._waiting.append((line, dropped))
+        self._waiting.append((line, dropped, 0))
         self._size += len(line)
 
     def _drain(self) -> None:
@@ -96,34 +99,36 @@ class LineWriter:
         while (self._waiting or self.dropped) and self._poll.poll(0):
             if not self._waiting:
                 self._append_notice()
-            data, count = self._take()
+            data, count, new = self._take()
             try:
                 written = os.write(self.fd, data)
             except BlockingIOError:
                 # Another process made it O_NONBLOCK, and the pipe was filled after the poll.
                 written = 0
             except OSError:
-                self.dropped += count + sum(count for _, count in self._waiting)
+                self.dropped += count + sum(count for _, count, _ in self._waiting)
+                self.dropped_in_all += new + sum(new for _, _, new in self._waiting)
                 self._waiting.clear()
                 self._size = 0
                 return
             if written < len(data):
-                self._waiting.appendleft((data[written:], count))
+                self._waiting.appendleft((data[written:], count, new))
                 self._size += len(data) - written
                 return
         # Without room, the notice waits, too.
         if self.dropped and not self._waiting:
             self._append_notice()
 
-    def _take(self) -> tuple[bytes, int]:
-        """The next lines, as many as fit in one write, and their number."""
+    def _take(self) -> tuple[bytes, int, int]:
+        """The next lines, as many as fit in one write, and their numbers."""
         waiting = self._waiting
-        line, count = waiting.popleft()
+        line, count, new = waiting.popleft()
         lines, size = [line], len(line)
         while waiting and size + len(waiting[0][0]) <= LINE_LIMIT:
-            line, more = waiting.popleft()
+            line, more, more_new = waiting.popleft()
             lines.append(line)
             size += len(line)
             count += more
+            new += more_new
         self._size -= size
-        return b"".join(lines), count
+        return b"".join(lines), count, new

@@ -105,6 +105,11 @@ def flush() -> None:
         _handler.flush()
 
 
+def lines_dropped() -> int:
+    """How many lines were dropped since the start because the log was not read in time."""
+    return 0 if _handler is None else _handler.writer.dropped_in_all
+
+
 def event(logger: logging.Logger, level: int, message: str, fields: Fields) -> None:
     """Do what `logger.log(level, message, extra={"fields": fields})` does, in half the time."""
     if _handler is not None and logger.isEnabledFor(level):
