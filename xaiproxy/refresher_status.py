@@ -10,14 +10,18 @@ import json
 import os
 import re
 
-from xaiproxy import errors, folder_file, storage
+from xaiproxy import errors, folder_file, storage, tokens
 from xaiproxy.token_store import ALIVE, TokenStore
 from xaiproxy.tokens import Login, fingerprint
 
 SIZE = 4096  # bytes: one block of most file systems
 TEXT_LIMIT = 400  # characters of a sentence
+# A file that is missing, half-written, or another program's.
+UNREADABLE = (OSError, ValueError, TypeError, RecursionError)
 UNSAFE = re.compile(r"[^ -~]")  # characters for which JSON may need six bytes
 OK = "ok"
+# What a refresh ends with, for /metrics.
+RESULTS = (OK, "unreachable", "refused_for_now", "entitlement", "ended", "disk")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +33,7 @@ class Status:
     `next_try`: time of the next try; None if none is planned.
     `no_room`: why no login can be saved, in a sentence; "" if one can.
     `login`: fingerprint of the login's access token.
+    `refreshes`: the number of refreshes by their result, one of RESULTS; it survives restarts.
     """
 
     at: float
@@ -37,6 +42,7 @@ class Status:
     next_try: float | None = None
     no_room: str = ""
     login: str = ""
+    refreshes: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def failure(self) -> str:
@@ -65,12 +71,46 @@ def write(store: TokenStore, status: Status) -> bool:
 def read(store: TokenStore, login: Login, now: float) -> Status | None:
     """Return the status if it is this login's and not older than ALIVE seconds."""
     try:
-        status = Status(**json.loads(folder_file.read(store.status_path, SIZE)[0]))
+        status = _parsed(store)
         if abs(now - status.at) >= ALIVE or status.login != fingerprint(login.access_token):
             return None
         texts = (status.result, status.reason, status.no_room)
         valid = all(isinstance(text, str) for text in texts)
         return status if valid and isinstance(status.next_try, (int, float, type(None))) else None
-    except (OSError, ValueError, TypeError, RecursionError):
-        # Missing, half-written, or another program's.
+    except UNREADABLE:
         return None
+
+
+def refreshes(store: TokenStore) -> dict[str, int]:
+    """Return the number of refreshes by result, also if no refresher runs; 0 if unknown."""
+    counted = filed(store).refreshes
+    if not isinstance(counted, dict):
+        counted = {}
+    return {result: int(tokens.number(counted.get(result)) or 0) for result in RESULTS}
+
+
+def filed(store: TokenStore) -> Status:
+    """Return what the file has, unchecked and of any age; if it cannot be read, an old status."""
+    try:
+        return _parsed(store)
+    except UNREADABLE:
+        return Status(0.0)
+
+
+def _parsed(store: TokenStore) -> Status:
+    return Status(**json.loads(folder_file.read(store.status_path, SIZE)[0]))
+
+
+def next_refresh(login: Login, status: Status | None, skew: float) -> float | None:
+    """Return the time of the running refresher's next refresh or retry; None if there is none.
+
+    `skew`: as for Login.margin.
+    """
+    error = login.refresh_error
+    if login.refresh_token is None or (error is not None and error.terminal):
+        return None
+    if status is not None and status.next_try is not None:
+        return status.next_try
+    if error is not None and error.retry_at is not None:
+        return error.retry_at
+    return login.expires_at - login.margin(skew)

@@ -13,7 +13,7 @@ import dataclasses
 import logging
 from typing import Any
 
-from xaiproxy import config, errors, refresher_status
+from xaiproxy import config, errors, refresher_status, tokens
 from xaiproxy.oauth import discovery, session, token_endpoint
 from xaiproxy.refresher.report import Report, date
 from xaiproxy.refresher.runtime import Ending, Runtime
@@ -117,7 +117,12 @@ class Renewal:
         self._commit(reserved, successor)
         mark = fingerprint(successor.access_token)
         self._report.publish(
-            login=mark, result=refresher_status.OK, reason="", next_try=None, no_room=""
+            refresh=refresher_status.OK,
+            login=mark,
+            result=refresher_status.OK,
+            reason="",
+            next_try=None,
+            no_room="",
         )
         logger.info(
             "refreshed%s; the access token lasts until %s",
@@ -179,6 +184,7 @@ class Renewal:
         )
         self._report.failure(error, record, now)
         changes: dict[str, Any] = {
+            "refresh": result_of(error, record),
             "result": record.code,
             "reason": record.description,
             "next_try": record.retry_at,
@@ -207,3 +213,14 @@ class Renewal:
             changes["no_room"] = str(error)
         finally:
             self._report.publish(**changes)
+
+
+def result_of(error: errors.Error, record: tokens.RefreshError) -> str:
+    """Return which of refresher_status.RESULTS a failed refresh counts as."""
+    if isinstance(error, errors.StorageError):
+        return "disk"
+    if isinstance(error, errors.IssuerUnavailable):
+        return "refused_for_now" if error.refused else "unreachable"
+    if isinstance(error, errors.NotEntitled):
+        return "entitlement"
+    return "ended" if record.terminal else "refused_for_now"

@@ -56,11 +56,25 @@ class Report:
             self.publish(no_room="")
         self.log("folder", "")
 
-    def publish(self, **changes: Any) -> None:
-        """Write the status file, with `changes` to the status."""
-        self.status = dataclasses.replace(self.status, at=self._runtime.now(), **changes)
+    def publish(self, refresh: str = "", **changes: Any) -> None:
+        """Write the status file, with `changes` to the status.
+
+        `refresh`: the result of a refresh, which is counted; "" if there was none.
+        """
+        # Another process may count as well, and this one cannot always write.
+        filed, own = refresher_status.refreshes(self._store), self.status.refreshes
+        refreshes = {result: max(number, own.get(result, 0)) for result, number in filed.items()}
+        if refresh:
+            refreshes[refresh] += 1
+        self.status = dataclasses.replace(
+            self.status, at=self._runtime.now(), refreshes=refreshes, **changes
+        )
         if not self.once:
             refresher_status.write(self._store, self.status)
+        elif refresh:
+            # The rest of the file is about the refresher that runs, if any.
+            status = dataclasses.replace(refresher_status.filed(self._store), refreshes=refreshes)
+            refresher_status.write(self._store, status)
 
     def notify(self) -> None:
         """Notify a person of what the last poll has found, if that is due."""
