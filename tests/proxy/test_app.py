@@ -289,7 +289,6 @@ def test_health_and_readiness_need_no_authorization(proxy, keyed, path, status):
     "path, status",
     [
         ("/", 404),
-        ("/metrics", 404),
         ("/nothing", 404),
         ("/v1", 404),
         ("/v10/models", 404),

@@ -8,7 +8,7 @@ cost.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flask
@@ -22,6 +22,10 @@ from xaiproxy.proxy.forward import Proxy
 from xaiproxy.proxy.routes import PREFIXES
 
 OPEN_TO_ALL = frozenset(("/healthz", "/readyz"))
+# They need a client key where keys are required.
+KEYED = frozenset(("/metrics",))
+# They are served while every connection has a request: to see what happens.
+RESERVED = KEYED
 
 
 class Passed(flask.Response):
@@ -30,7 +34,13 @@ class Passed(flask.Response):
     default_mimetype = None
 
 
-def create_app(proxy: Proxy, store: token_store.TokenStore, gate: access.Access) -> flask.Flask:
+def create_app(
+    proxy: Proxy,
+    store: token_store.TokenStore,
+    gate: access.Access,
+    metrics: Callable[[str], tuple[bytes, str]] | None = None,
+) -> flask.Flask:
+    """`metrics`: returns the content and the media type of /metrics by an Accept header, if any."""
     app = flask.Flask("xaiproxy", static_folder=None, template_folder=None)
 
     @app.before_request
@@ -40,9 +50,11 @@ def create_app(proxy: Proxy, store: token_store.TokenStore, gate: access.Access)
             # Here, since the path that counts is the raw one, which Flask's routes do not see.
             return api(request)
         if request.head.path not in OPEN_TO_ALL:
-            request.key = gate.check(request.head, key_needed=False)
-            request.check_room()
-            if flask.request.path in OPEN_TO_ALL:
+            path = flask.request.path
+            request.key = gate.check(request.head, key_needed=path in KEYED)
+            if path not in RESERVED:
+                request.check_room()
+            if path in OPEN_TO_ALL:
                 # In another spelling, such as /%68ealthz.
                 flask.abort(404)
         return None
@@ -78,6 +90,13 @@ def create_app(proxy: Proxy, store: token_store.TokenStore, gate: access.Access)
             "status": "ready" if ready else "not ready",
             "reason": reason,
         }, 200 if ready else 503
+
+    @app.get("/metrics", provide_automatic_options=False)
+    def metrics_page() -> flask.Response:
+        if metrics is None:
+            raise errors.NotFound(hint("/metrics"))
+        content, media_type = metrics(flask.request.headers.get("Accept", ""))
+        return flask.Response(content, content_type=media_type)
 
     @app.errorhandler(errors.ErrorResponse)
     def refuse(refusal: errors.ErrorResponse) -> flask.Response:

@@ -38,6 +38,8 @@ from xaiproxy.proxy import (
     request_log,
     traces,
 )
+from xaiproxy.proxy.loop_lag import LoopLag
+from xaiproxy.proxy.recorder import Recorder
 from xaiproxy.proxy.server import BACKLOG, Server
 
 logger = logging.getLogger(__name__)
@@ -127,24 +129,31 @@ def run(
     abort: gevent.event.Event,
 ) -> None:
     """Serve until `stop` is set, then drain until `abort` is set."""
+    # It imports prometheus_client, which takes as long as the rest of --help.
+    from xaiproxy.proxy.metrics import Metrics
+
     pool = Pool(settings)
     store, gate = token_store.TokenStore(settings), access.Access(settings, keys)
     spans = traces.start(settings)
     proxy = forward.Proxy(settings, store, gate, pool, spans)
+    recorder, lag = Recorder(), LoopLag()
+    metrics = Metrics(recorder, store, pool, lag)
 
     def on_end(record: RequestRecord) -> None:
         request_log.write(record)
+        recorder.add(record)
         if spans is not None:
             spans.add(record)
 
     server = Server(
         listener,
-        app.create_app(proxy, store, gate),
+        app.create_app(proxy, store, gate, metrics=metrics.page),
         proxy,
         settings,
         connection_limit(settings.max_connections),
         on_end,
     )
+    metrics.server = server
     server.start()
     address, port = listener.getsockname()[:2]
     logger.info(
@@ -157,14 +166,14 @@ def run(
     logger.info("%s", first_request.advice(address, port, keys, verdict))
     watcher = gevent.spawn(refresher_watch.watch, token_store.TokenStore(settings))
     sweeper = gevent.spawn(sweep)
-    recorder = key_recorder.Recorder(keys)
-    recording = gevent.spawn(recorder.run)
+    key_uses = key_recorder.Recorder(keys)
+    recording = gevent.spawn(key_uses.run)
     stop.wait()
     watcher.kill()
     server.drain(abort)
     sweeper.kill()
     recording.kill()
-    recorder.save_last()
+    key_uses.save_last()
     pool.close()
     if spans is not None:
         spans.close()

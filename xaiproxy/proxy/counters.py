@@ -1,0 +1,108 @@
+"""The numbers of /metrics that requests add to. Their names and labels are in metrics.py."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import defaultdict
+
+from xaiproxy.http1.request_record import RequestRecord
+from xaiproxy.proxy.usage import Usage
+
+# Seconds: the upper bounds of the histograms' buckets.
+DURATION = tuple(round(0.01 * 2**step, 2) for step in range(18))
+FIRST_BYTE = DURATION[:15]
+OVERHEAD = (5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
+KEYS, MODELS = 100, 50  # different values of these labels, not counting OTHER
+OTHER = "other"
+
+
+class Histogram:
+    """`counts`: of the observations in each bucket, the last one without an upper bound."""
+
+    __slots__ = ("bounds", "counts", "sum")
+
+    def __init__(self, bounds: tuple[float, ...]):
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def add(self, seconds: float) -> None:
+        self.counts[bisect_left(self.bounds, seconds)] += 1
+        self.sum += seconds
+
+
+class Names:
+    """The first `limit` values of a label; later ones become OTHER."""
+
+    def __init__(self, limit: int):
+        self._limit = limit
+        self._known: set[str] = set()
+
+    def bounded(self, name: str) -> str:
+        if name not in self._known:
+            if len(self._known) >= self._limit:
+                return OTHER
+            self._known.add(name)
+        return name
+
+
+class RouteCounters:
+    """`requests`: by status and key. `ended`: by what ended them."""
+
+    __slots__ = ("duration", "ended", "first_byte", "request_bytes", "requests", "response_bytes")
+
+    def __init__(self) -> None:
+        self.requests: dict[tuple[int, str], int] = defaultdict(int)
+        self.ended: dict[str, int] = defaultdict(int)
+        self.duration = Histogram(DURATION)
+        self.first_byte = Histogram(FIRST_BYTE)
+        self.request_bytes = self.response_bytes = 0
+
+    def add(self, record: RequestRecord, key: str) -> None:
+        self.requests[record.status, key] += 1
+        self.ended[record.ended_by] += 1
+        self.duration.add(record.duration)
+        if record.first_byte is not None:
+            self.first_byte.add(record.first_byte)
+        self.request_bytes += record.request_bytes
+        self.response_bytes += record.response_bytes
+
+
+class Counters:
+    """`tokens`: by model, type and key. `unread`: responses without a usage, by reason.
+
+    `rejected`: the proxy's own responses, by code. `upstream_errors`: by kind.
+    """
+
+    def __init__(self) -> None:
+        self.routes: dict[str, RouteCounters] = defaultdict(RouteCounters)
+        self.overhead = Histogram(OVERHEAD)
+        self.upstream_errors: dict[str, int] = defaultdict(int)
+        self.tokens_refused: dict[str, int] = defaultdict(int)
+        self.rejected: dict[str, int] = defaultdict(int)
+        self.tokens: dict[tuple[str, str, str], int] = defaultdict(int)
+        self.unread: dict[str, int] = defaultdict(int)
+
+    def add(self, record: RequestRecord, route: str, key: str) -> None:
+        """`key`: of which there are not too many."""
+        self.routes[route].add(record, key)
+        if record.overhead is not None:
+            self.overhead.add(record.overhead)
+        if record.token_refused:
+            self.tokens_refused[record.token_refused] += 1
+        refusal, broken = record.refusal, record.broken
+        if refusal is not None:
+            self.rejected[refusal.code] += 1
+        kind = refusal.kind if refusal is not None else broken.kind if broken is not None else ""
+        if kind:
+            self.upstream_errors[kind] += 1
+
+    def add_usage(self, model: str, key: str, usage: Usage) -> None:
+        """`model`, `key`: of which there are not too many."""
+        for type, number in (
+            ("input", usage.input),
+            ("cached_input", usage.cached_input),
+            ("output", usage.output),
+            ("reasoning", usage.reasoning),
+        ):
+            self.tokens[model, type, key] += number

@@ -1,0 +1,102 @@
+"""The records of requests, counted a moment after the requests: for /metrics and the status page.
+
+A request only appends its record to a list. Usage is read here as well, so that no client waits for
+it. The work is done in slices, between which streams go on.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from typing import Any
+
+import gevent
+import gevent.lock
+
+from xaiproxy.http1 import response_head
+from xaiproxy.http1.request_record import RequestRecord
+from xaiproxy.proxy import content, counters, history, routes, usage
+from xaiproxy.proxy.pace import Pace
+from xaiproxy.proxy.request_log import HEALTH_CHECKS
+
+# Seconds until a record is counted: many at a time cost less, and few keep little content.
+DELAY = 0.1
+RATE_LIMITS = ("tokens", "requests")
+NUMBER = re.compile(r"[0-9]{1,15}")
+NO_VALUE = ("",)
+
+
+class Recorder:
+    """`counters`, `history`: what they have been folded into.
+
+    `rate_limits`: by kind, the last (limit, remaining) of upstream's responses.
+    """
+
+    def __init__(self) -> None:
+        self.counters = counters.Counters()
+        self.history = history.History()
+        self.rate_limits: dict[str, tuple[float, float]] = {}
+        self._keys = counters.Names(counters.KEYS)
+        self._models = counters.Names(counters.MODELS)
+        self._pending: deque[RequestRecord] = deque()
+        self._folding = gevent.lock.Semaphore()
+        self._timer: Any = gevent.get_hub().loop.timer(DELAY)
+
+    def add(self, record: RequestRecord) -> None:
+        """At the end of a request."""
+        self._pending.append(record)
+        if not self._timer.active:
+            self._timer.start(gevent.spawn, self.fold)
+
+    def fold(self) -> None:
+        """Count the records that there are now."""
+        pace = Pace()
+        with self._folding:
+            for _ in range(len(self._pending)):
+                self._fold(self._pending.popleft(), pace)
+                pace()
+
+    def _fold(self, record: RequestRecord, pace: Pace) -> None:
+        if record.path in HEALTH_CHECKS:
+            return
+        route = routes.of(record.path)
+        key = self._keys.bounded(record.key) if record.key else ""
+        self.counters.add(record, route, key)
+        if route != "own":
+            self.history.add(record)
+        if record.upstream is not None:
+            self._add_rate_limits(record, record.upstream)
+            if record.sample is not None and record.upstream.status < 400:
+                self._add_usage(record, route, key, pace)
+
+    def _add_rate_limits(self, record: RequestRecord, head: response_head.Head) -> None:
+        for kind in RATE_LIMITS:
+            limit = _number(head, f"x-ratelimit-limit-{kind}")
+            remaining = _number(head, f"x-ratelimit-remaining-{kind}")
+            if limit is not None and remaining is not None:
+                self.rate_limits[kind] = limit, remaining
+                ended_at = record.started_at + record.duration
+                self.history.set_rate_limit(ended_at, kind, limit, remaining)
+
+    def _add_usage(self, record: RequestRecord, route: str, key: str, pace: Pace) -> None:
+        head, sample = record.upstream, record.sample
+        assert head is not None and sample is not None
+        if not usage.is_expected(record.method, record.path, head.status):
+            sample.take()
+            return
+        try:
+            found = usage.read(content.taken(head, sample, pace), usage.is_stream(head))
+        except content.Unreadable as error:
+            self.counters.unread[error.reason] += 1
+            return
+        if found is None or found.is_partial:
+            self.counters.unread["none" if record.ended_by == "done" else "cut"] += 1
+        if found is not None:
+            model = self._models.bounded(found.model)
+            self.counters.add_usage(model, key, found)
+            self.history.add_usage(record.started_at + record.duration, model, key, found)
+
+
+def _number(head: response_head.Head, name: str) -> float | None:
+    value = head.values.get(name, NO_VALUE)[0]
+    return float(value) if NUMBER.fullmatch(value) else None

@@ -1,0 +1,137 @@
+"""The metrics of requests, of upstream's responses and of tokens: what a Recorder has counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client.metrics_core import Metric
+
+from xaiproxy import errors
+from xaiproxy.proxy import routes
+from xaiproxy.proxy.counters import Counters, Histogram, RouteCounters
+from xaiproxy.proxy.metric_family import counter, from_zero, gauge, histogram
+from xaiproxy.proxy.recorder import Recorder
+
+ENDS = ("done", "client", "upstream", "proxy", "drain")
+KINDS = ("dns", "connect", "tls", "timeout", "reset_before_head", "reset_in_answer", "egress_proxy")
+OUTCOMES = ("replayed", "passed_on")
+UNREAD = ("compressed", "too_long", "none", "cut")
+
+
+def families(recorder: Recorder) -> Iterator[Metric]:
+    yield from _of_routes(recorder.counters)
+    yield from _of_faults(recorder.counters)
+    yield from _of_usage(recorder)
+
+
+def _of_routes(counters: Counters) -> Iterator[Metric]:
+    yield counter(
+        "xaiproxy_requests",
+        "Requests by route, status as sent (499: the client left before) and client key.",
+        ("route", "status", "key"),
+        (
+            (route, status, key, number)
+            for route, counted in list(counters.routes.items())
+            for (status, key), number in list(counted.requests.items())
+        ),
+    )
+    yield counter(
+        "xaiproxy_requests_ended",
+        "Requests by route and by what ended them.",
+        ("route", "ended_by"),
+        (
+            (route, end, counters.routes[route].ended[end])
+            for route in routes.ROUTES
+            for end in ENDS
+        ),
+    )
+    yield histogram(
+        "xaiproxy_request_duration_seconds",
+        "Seconds from a request's head to the end of its response.",
+        _histograms(counters, lambda counted: counted.duration),
+    )
+    yield histogram(
+        "xaiproxy_time_to_first_byte_seconds",
+        "Seconds from a request's head to the first byte of its response.",
+        _histograms(counters, lambda counted: counted.first_byte),
+    )
+    yield histogram(
+        "xaiproxy_overhead_seconds",
+        "The proxy's own share of the time to the first byte.",
+        [({}, counters.overhead)],
+    )
+    yield counter(
+        "xaiproxy_request_bytes",
+        "Bytes of request bodies, by route.",
+        ("route",),
+        ((route, counters.routes[route].request_bytes) for route in routes.ROUTES),
+    )
+    yield counter(
+        "xaiproxy_response_bytes",
+        "Bytes of response bodies, by route.",
+        ("route",),
+        ((route, counters.routes[route].response_bytes) for route in routes.ROUTES),
+    )
+
+
+def _histograms(
+    counters: Counters, of: Callable[[RouteCounters], Histogram]
+) -> Iterator[tuple[dict[str, str], Histogram]]:
+    for route, counted in list(counters.routes.items()):
+        # Those without a request would be most of the page.
+        if counted.requests:
+            yield {"route": route}, of(counted)
+
+
+def _of_faults(counters: Counters) -> Iterator[Metric]:
+    yield counter(
+        "xaiproxy_rejected_requests",
+        "Responses of the proxy's own, by error code.",
+        ("code",),
+        from_zero(_codes(errors.ErrorResponse), counters.rejected),
+    )
+    yield counter(
+        "xaiproxy_upstream_errors",
+        "Requests that failed at upstream or on the way to it, by kind.",
+        ("kind",),
+        from_zero(KINDS, counters.upstream_errors),
+    )
+    yield counter(
+        "xaiproxy_tokens_refused",
+        "Responses of upstream that refused the access token, by what became of the request.",
+        ("outcome",),
+        from_zero(OUTCOMES, counters.tokens_refused),
+    )
+
+
+def _codes(response: type[errors.ErrorResponse]) -> list[str]:
+    """The error codes of a class and of those below it."""
+    return [response.code, *(code for one in response.__subclasses__() for code in _codes(one))]
+
+
+def _of_usage(recorder: Recorder) -> Iterator[Metric]:
+    counters, limits = recorder.counters, recorder.rate_limits
+    yield counter(
+        "xaiproxy_tokens",
+        "Tokens by model, type and client key; input includes cached_input, output reasoning.",
+        ("model", "type", "key"),
+        ((*labels, number) for labels, number in list(counters.tokens.items())),
+    )
+    yield counter(
+        "xaiproxy_usage_unread",
+        "Responses of chat, responses and messages whose usage was not read, by reason.",
+        ("reason",),
+        from_zero(UNREAD, counters.unread),
+    )
+    yield gauge(
+        "xaiproxy_ratelimit_limit",
+        "Upstream's rate limits as last seen.",
+        ("kind",),
+        [(kind, limit) for kind, (limit, _) in limits.items()],
+    )
+    yield gauge(
+        "xaiproxy_ratelimit_remaining",
+        "What was left of upstream's rate limits as last seen.",
+        ("kind",),
+        [(kind, remaining) for kind, (_, remaining) in limits.items()],
+    )
