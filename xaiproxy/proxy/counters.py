@@ -6,12 +6,14 @@ from bisect import bisect_left
 from collections import defaultdict
 
 from xaiproxy.http1.request_record import RequestRecord
+from xaiproxy.proxy.routes import ROUTES
 from xaiproxy.proxy.usage import Usage
 
 # Seconds: the upper bounds of the histograms' buckets.
 DURATION = tuple(round(0.01 * 2**step, 2) for step in range(18))
 FIRST_BYTE = DURATION[:15]
 OVERHEAD = (5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
+TYPES = ("input", "cached_input", "output", "reasoning")  # of tokens
 KEYS, MODELS = 100, 50  # different values of these labels, not counting OTHER
 OTHER = "other"
 
@@ -58,51 +60,50 @@ class RouteCounters:
         self.first_byte = Histogram(FIRST_BYTE)
         self.request_bytes = self.response_bytes = 0
 
-    def add(self, record: RequestRecord, key: str) -> None:
-        self.requests[record.status, key] += 1
-        self.ended[record.ended_by] += 1
-        self.duration.add(record.duration)
-        if record.first_byte is not None:
-            self.first_byte.add(record.first_byte)
-        self.request_bytes += record.request_bytes
-        self.response_bytes += record.response_bytes
-
 
 class Counters:
-    """`tokens`: by model, type and key. `unread`: responses without a usage, by reason.
+    """`tokens`: by model and key, in the order of TYPES. `unread`: responses whose usage was not
+    read, by reason.
 
     `rejected`: the proxy's own responses, by code. `upstream_errors`: by kind.
     """
 
     def __init__(self) -> None:
-        self.routes: dict[str, RouteCounters] = defaultdict(RouteCounters)
+        self.routes = {route: RouteCounters() for route in ROUTES}
         self.overhead = Histogram(OVERHEAD)
         self.upstream_errors: dict[str, int] = defaultdict(int)
         self.tokens_refused: dict[str, int] = defaultdict(int)
         self.rejected: dict[str, int] = defaultdict(int)
-        self.tokens: dict[tuple[str, str, str], int] = defaultdict(int)
+        self.tokens: dict[tuple[str, str], list[int]] = {}
         self.unread: dict[str, int] = defaultdict(int)
 
     def add(self, record: RequestRecord, route: str, key: str) -> None:
-        """`key`: of which there are not too many."""
-        self.routes[route].add(record, key)
+        """`key`: a name whose number is bounded."""
+        counted = self.routes[route]
+        counted.requests[record.status, key] += 1
+        counted.ended[record.ended_by] += 1
+        counted.duration.add(record.duration)
+        counted.request_bytes += record.request_bytes
+        counted.response_bytes += record.response_bytes
+        if record.first_byte is not None:
+            counted.first_byte.add(record.first_byte)
         if record.overhead is not None:
             self.overhead.add(record.overhead)
         if record.token_refused:
             self.tokens_refused[record.token_refused] += 1
-        refusal, broken = record.refusal, record.broken
-        if refusal is not None:
-            self.rejected[refusal.code] += 1
-        kind = refusal.kind if refusal is not None else broken.kind if broken is not None else ""
-        if kind:
-            self.upstream_errors[kind] += 1
+        if record.refusal is not None:
+            self.rejected[record.refusal.code] += 1
+            if record.refusal.kind:
+                self.upstream_errors[record.refusal.kind] += 1
+        elif record.broken is not None:
+            self.upstream_errors[record.broken.kind] += 1
 
     def add_usage(self, model: str, key: str, usage: Usage) -> None:
-        """`model`, `key`: of which there are not too many."""
-        for type, number in (
-            ("input", usage.input),
-            ("cached_input", usage.cached_input),
-            ("output", usage.output),
-            ("reasoning", usage.reasoning),
-        ):
-            self.tokens[model, type, key] += number
+        """`model`, `key`: names whose number is bounded."""
+        sums = self.tokens.get((model, key))
+        if sums is None:
+            sums = self.tokens[model, key] = [0] * len(TYPES)
+        sums[0] += usage.input
+        sums[1] += usage.cached_input
+        sums[2] += usage.output
+        sums[3] += usage.reasoning

@@ -2,43 +2,38 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
+from bisect import bisect_left
 from typing import Any
 
 from xaiproxy.http1.request_record import RequestRecord
 from xaiproxy.proxy.usage import Usage
 
 MINUTES = 60  # that are kept
-STEPS = 10  # of the first byte's logarithm: a percentile is exact to 5 %
+# Seconds, from 1 us to 5 hours: first bytes are counted in these steps, so that a percentile is
+# exact to 5 %.
+STEPS = tuple(1e-6 * 1.1**step for step in range(250))
 TOKENS = ("input", "cached_input", "output", "reasoning")
 
 
 class Minute:
-    """`first_bytes`: the number of first bytes in each step of the logarithm of their seconds."""
+    """`first_bytes`: the number of first bytes in each of STEPS, and above them."""
 
     __slots__ = ("errors", "first_bytes", "requests")
 
     def __init__(self) -> None:
         self.requests = self.errors = 0
-        self.first_bytes: dict[int, int] = {}
-
-    def add(self, record: RequestRecord) -> None:
-        self.requests += 1
-        if record.status >= 500 or record.broken is not None:
-            self.errors += 1
-        if record.first_byte is not None:
-            step = math.floor(math.log(max(record.first_byte, 1e-6)) * STEPS)
-            self.first_bytes[step] = self.first_bytes.get(step, 0) + 1
+        self.first_bytes = [0] * (len(STEPS) + 1)
 
     def percentile(self, share: float) -> float | None:
         """The seconds within which `share` of the first bytes were sent; None without any."""
-        left = math.ceil(share * sum(self.first_bytes.values()))
-        for step, number in sorted(self.first_bytes.items()):
-            left -= number
-            if left <= 0:
-                return float(f"{math.exp((step + 0.5) / STEPS):.3g}")
-        return None
+        left = math.ceil(share * sum(self.first_bytes))
+        if left == 0:
+            return None
+        step = bisect_left(list(itertools.accumulate(self.first_bytes)), left)
+        return float(f"{STEPS[min(step, len(STEPS) - 1)] / 1.05:.3g}")
 
 
 class History:
@@ -47,29 +42,44 @@ class History:
     def __init__(self) -> None:
         # By the number of the minute in unix time.
         self._minutes: dict[int, Minute] = {}
-        # Of one day: by model and key, in the order of TOKENS.
-        self._day: Any = None
+        # The latest, and its begin.
+        self._minute = Minute()
+        self._begin = -math.inf
+        # Of the day between two local midnights: by model and key, in the order of TOKENS.
+        self._day = (0.0, 0.0)
         self._tokens: dict[tuple[str, str], list[int]] = {}
         self._rate_limits: dict[str, dict[str, float]] = {}
 
     def add(self, record: RequestRecord) -> None:
-        number = int((record.started_at + record.duration) // 60)
-        minute = self._minutes.get(number)
-        if minute is None:
-            minute = self._minutes[number] = Minute()
-            # Also what a clock that was set back has left in the future.
-            for other in [other for other in self._minutes if abs(number - other) >= MINUTES]:
-                del self._minutes[other]
-        minute.add(record)
+        since = record.started_at + record.duration - self._begin
+        if not 0 <= since < 60:
+            self._change_minute(record.started_at + record.duration)
+        minute = self._minute
+        minute.requests += 1
+        if record.status >= 500 or record.broken is not None:
+            minute.errors += 1
+        if record.first_byte is not None:
+            minute.first_bytes[bisect_left(STEPS, record.first_byte)] += 1
+
+    def _change_minute(self, at: float) -> None:
+        number = int(at // 60)
+        self._begin = number * 60
+        # Also what a clock that was set back has left in the future.
+        for other in [other for other in self._minutes if abs(number - other) >= MINUTES]:
+            del self._minutes[other]
+        self._minute = self._minutes.setdefault(number, Minute())
 
     def add_usage(self, at: float, model: str, key: str, usage: Usage) -> None:
         """`model`, `key`: names whose number is bounded."""
-        day = _day(at)
-        if day != self._day:
-            self._day, self._tokens = day, {}
-        sums = self._tokens.setdefault((model, key), [0] * len(TOKENS))
-        for index, name in enumerate(TOKENS):
-            sums[index] += getattr(usage, name)
+        if not self._day[0] <= at < self._day[1]:
+            self._day, self._tokens = _day(at), {}
+        sums = self._tokens.get((model, key))
+        if sums is None:
+            sums = self._tokens[model, key] = [0] * len(TOKENS)
+        sums[0] += usage.input
+        sums[1] += usage.cached_input
+        sums[2] += usage.output
+        sums[3] += usage.reasoning
 
     def set_rate_limit(self, at: float, kind: str, limit: float, remaining: float) -> None:
         """`kind`: tokens or requests."""
@@ -99,7 +109,7 @@ class History:
 
     def tokens_today(self, now: float) -> list[dict[str, Any]]:
         """Tokens since local midnight by `model` and `key`, the largest user first."""
-        if _day(now) != self._day:
+        if not self._day[0] <= now < self._day[1]:
             return []
         rows = [
             {"model": model, "key": key, **dict(zip(TOKENS, sums, strict=True))}
@@ -112,5 +122,10 @@ class History:
         return {kind: dict(values) for kind, values in self._rate_limits.items()}
 
 
-def _day(at: float) -> tuple[int, ...]:
-    return time.localtime(at)[:3]
+def _day(at: float) -> tuple[float, float]:
+    """The local midnights around a time."""
+    year, month, day = time.localtime(at)[:3]
+    return (
+        time.mktime((year, month, day, 0, 0, 0, 0, 0, -1)),
+        time.mktime((year, month, day + 1, 0, 0, 0, 0, 0, -1)),
+    )

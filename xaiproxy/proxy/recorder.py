@@ -15,6 +15,7 @@ import gevent.lock
 
 from xaiproxy.http1 import response_head
 from xaiproxy.http1.request_record import RequestRecord
+from xaiproxy.http1.sample import Sample
 from xaiproxy.proxy import content, counters, history, routes, usage
 from xaiproxy.proxy.pace import Pace
 from xaiproxy.proxy.request_log import HEALTH_CHECKS
@@ -22,6 +23,7 @@ from xaiproxy.proxy.request_log import HEALTH_CHECKS
 # Seconds until a record is counted: many at a time cost less, and few keep little content.
 DELAY = 0.1
 RATE_LIMITS = ("tokens", "requests")
+RATE_LIMIT = "x-ratelimit-limit-tokens"  # in every response that has any
 NUMBER = re.compile(r"[0-9]{1,15}")
 NO_VALUE = ("",)
 
@@ -64,10 +66,12 @@ class Recorder:
         self.counters.add(record, route, key)
         if route != "own":
             self.history.add(record)
-        if record.upstream is not None:
-            self._add_rate_limits(record, record.upstream)
-            if record.sample is not None and record.upstream.status < 400:
-                self._add_usage(record, route, key, pace)
+        head = record.upstream
+        if head is not None:
+            if RATE_LIMIT in head.values:
+                self._add_rate_limits(record, head)
+            if record.sample is not None and head.status < 400:
+                self._add_usage(record, head, record.sample, key, pace)
 
     def _add_rate_limits(self, record: RequestRecord, head: response_head.Head) -> None:
         for kind in RATE_LIMITS:
@@ -78,9 +82,14 @@ class Recorder:
                 ended_at = record.started_at + record.duration
                 self.history.set_rate_limit(ended_at, kind, limit, remaining)
 
-    def _add_usage(self, record: RequestRecord, route: str, key: str, pace: Pace) -> None:
-        head, sample = record.upstream, record.sample
-        assert head is not None and sample is not None
+    def _add_usage(
+        self,
+        record: RequestRecord,
+        head: response_head.Head,
+        sample: Sample,
+        key: str,
+        pace: Pace,
+    ) -> None:
         if not usage.is_expected(record.method, record.path, head.status):
             sample.take()
             return

@@ -8,7 +8,7 @@ from prometheus_client.metrics_core import Metric
 
 from xaiproxy import errors
 from xaiproxy.proxy import routes
-from xaiproxy.proxy.counters import Counters, Histogram, RouteCounters
+from xaiproxy.proxy.counters import TYPES, Counters, Histogram, RouteCounters
 from xaiproxy.proxy.metric_family import counter, from_zero, gauge, histogram
 from xaiproxy.proxy.recorder import Recorder
 
@@ -115,7 +115,11 @@ def _of_usage(recorder: Recorder) -> Iterator[Metric]:
         "xaiproxy_tokens",
         "Tokens by model, type and client key; input includes cached_input, output reasoning.",
         ("model", "type", "key"),
-        ((*labels, number) for labels, number in list(counters.tokens.items())),
+        (
+            (model, type, key, number)
+            for (model, key), sums in list(counters.tokens.items())
+            for type, number in zip(TYPES, sums, strict=True)
+        ),
     )
     yield counter(
         "xaiproxy_usage_unread",

@@ -17,8 +17,8 @@ from xaiproxy.http1.sample import END, START, Sample
 from xaiproxy.proxy import content
 
 ROUTES = frozenset(("chat", "responses", "messages"))
-# Last segments of paths on these routes whose responses use no tokens, or repeat former numbers.
-WITHOUT_USAGE = frozenset(("count_tokens", "input_tokens", "cancel"))
+# Ends of paths on these routes whose responses use no tokens, or repeat former numbers.
+WITHOUT_USAGE = ("/count_tokens", "/input_tokens", "/cancel")
 MEMORY = 64 << 20  # bytes that all samples of whole content together may keep
 
 NAME = b'"usage"'
@@ -63,13 +63,11 @@ def is_stream(head: response_head.Head) -> bool:
 
 
 def is_expected(method: str, path: str, status: int) -> bool:
-    """Whether a response on one of ROUTES used tokens, and is the first to report them."""
-    if not 200 <= status < 300:
-        return False
+    """Whether a 2xx response on one of ROUTES used tokens, and is the first to report them."""
     if method == "GET":
         # A deferred completion can be fetched once; until it is there, the status is 202.
         return status == 200 and "/deferred-completion/" in path
-    return method == "POST" and path.rpartition("/")[2] not in WITHOUT_USAGE
+    return method == "POST" and not path.endswith(WITHOUT_USAGE)
 
 
 def read(data: bytes, of_stream: bool) -> Usage | None:
@@ -81,14 +79,15 @@ def read(data: bytes, of_stream: bool) -> Usage | None:
     if not members:
         return None
     is_partial = False
-    if of_stream and b'"message_start"' in data[:START]:
+    if of_stream and data.find(b'"message_start"', 0, START) >= 0:
         # The first event of Anthropic's streams has the input, and the last but one the output.
-        first_at, first = _first(data[:START])
+        first_at = data.find(NAME, 0, START)
         is_partial = first_at == at
-        members = {**first, **members}
+        if 0 <= first_at < at:
+            members = {**_object(data, first_at + len(NAME)), **members}
     model = MODEL.search(data, 0, MODEL_LIMIT) or MODEL.search(data, max(0, len(data) - END))
     name = model[1].decode("utf-8", "replace") if model else "unknown"
-    return _usage(name, members)._replace(is_partial=is_partial)
+    return _usage(name, members, is_partial)
 
 
 def _last(data: bytes) -> tuple[int, dict[str, Any]]:
@@ -103,12 +102,6 @@ def _last(data: bytes) -> tuple[int, dict[str, Any]]:
     return -1, {}
 
 
-def _first(data: bytes) -> tuple[int, dict[str, Any]]:
-    """The same for the first, without those that are none before it."""
-    at = data.find(NAME)
-    return at, _object(data, at + len(NAME)) if at >= 0 else {}
-
-
 def _object(data: bytes, start: int) -> dict[str, Any]:
     """The usage object after the name that ends at `start`; {} if it is another one."""
     before = OBJECT.match(data, start)
@@ -120,38 +113,31 @@ def _object(data: bytes, start: int) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     # Not the definition of a tool's argument that is called usage.
-    is_usage = any(_count(members, name) is not None for name in NUMBERS)
-    return members if is_usage else {}
+    return members if any(type(members.get(name)) is int for name in NUMBERS) else {}
 
 
-def _usage(model: str, members: dict[str, Any]) -> Usage:
-    def count(name: str, of: str = "") -> int:
-        inside = members.get(of) if of else members
-        return _count(inside, name) or 0
-
+def _usage(model: str, members: dict[str, Any], is_partial: bool) -> Usage:
     if "prompt_tokens" in members:
         # Chat completions, where completion_tokens lacks the reasoning (protocol.md 5.3).
-        prompt, completion = count("prompt_tokens"), count("completion_tokens")
-        reasoning = count("reasoning_tokens", "completion_tokens_details")
-        total = _count(members, "total_tokens")
-        output = completion + reasoning if total is None else max(total - prompt, completion)
-        return Usage(
-            model, prompt, count("cached_tokens", "prompt_tokens_details"), output, reasoning
-        )
-    cached = count("cache_read_input_tokens")
+        prompt, completion = _count(members, "prompt_tokens"), _count(members, "completion_tokens")
+        cached = _count(members.get("prompt_tokens_details"), "cached_tokens")
+        reasoning = _count(members.get("completion_tokens_details"), "reasoning_tokens")
+        output = completion + reasoning
+        if "total_tokens" in members:
+            output = max(_count(members, "total_tokens") - prompt, completion)
+        return Usage(model, prompt, cached, output, reasoning, is_partial)
+    tokens, output = _count(members, "input_tokens"), _count(members, "output_tokens")
+    cached = _count(members, "cache_read_input_tokens")
     if cached or "cache_creation_input_tokens" in members:
         # Anthropic's, where input_tokens lacks the cached ones.
-        tokens = count("input_tokens") + cached + count("cache_creation_input_tokens")
-        return Usage(model, tokens, cached, count("output_tokens"), 0)
-    return Usage(
-        model,
-        count("input_tokens"),
-        count("cached_tokens", "input_tokens_details"),
-        count("output_tokens"),
-        count("reasoning_tokens", "output_tokens_details"),
-    )
+        tokens += cached + _count(members, "cache_creation_input_tokens")
+        return Usage(model, tokens, cached, output, 0, is_partial)
+    cached = _count(members.get("input_tokens_details"), "cached_tokens")
+    reasoning = _count(members.get("output_tokens_details"), "reasoning_tokens")
+    return Usage(model, tokens, cached, output, reasoning, is_partial)
 
 
-def _count(members: Any, name: str) -> int | None:
-    value = members.get(name) if isinstance(members, dict) else None
-    return value if type(value) is int and 0 <= value < COUNT_LIMIT else None
+def _count(members: Any, name: str) -> int:
+    """A number of tokens; 0 for anything else."""
+    value = members.get(name) if isinstance(members, dict) else 0
+    return value if type(value) is int and 0 <= value < COUNT_LIMIT else 0
