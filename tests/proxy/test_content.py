@@ -49,7 +49,7 @@ def test_plain_content_is_returned_as_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    "coding, encode", [("gzip", gzip.compress), ("deflate", zlib.compress), ("x", raw_deflate)]
+    "coding, encode", [("gzip", gzip.compress), ("deflate", zlib.compress), ("x-gzip", raw_deflate)]
 )
 def test_compressed_content_is_decoded(coding: str, encode: Callable[[bytes], bytes]) -> None:
     for data in (b"", b"hello", os.urandom(10_000), b"a" * 20_000):
@@ -82,16 +82,12 @@ def test_of_long_content_start_and_end_are_returned() -> None:
     assert START + END <= len(taken) < 30_000
 
 
-@pytest.mark.parametrize("data", [b"not compressed", b"\x1f\x8b\x08", os.urandom(1000)])
+@pytest.mark.parametrize("data", [b"not compressed", b"\xff" * 1000])
 @pytest.mark.parametrize("coding", ["gzip", "br", "zstd", "gzip, br"])
 def test_what_cannot_be_decoded(coding: str, data: bytes) -> None:
-    try:
-        decoded = content.taken(head(coding), kept(data))
-    except content.Unreadable as error:
-        assert error.reason == "compressed"
-    else:
-        # The beginning of a gzip header decodes to nothing.
-        assert data == b"\x1f\x8b\x08" and decoded == b""
+    with pytest.raises(content.Unreadable) as caught:
+        content.taken(head(coding), kept(data))
+    assert caught.value.reason == "compressed"
 
 
 def test_damaged_content_is_unreadable() -> None:

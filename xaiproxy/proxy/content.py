@@ -10,6 +10,7 @@ from xaiproxy.http1.sample import Sample
 
 STEP = 16384  # bytes that are decoded at a time
 DECODED_LIMIT = 32 << 20  # bytes that are decoded of one response
+DECODED = frozenset(("gzip", "x-gzip", "deflate"))
 # gzip or zlib, which have headers; raw deflate, which some servers send.
 WINDOWS = (47, -15)
 
@@ -40,8 +41,12 @@ def taken(
     """
     if sample.too_long:
         raise Unreadable("too_long")
-    data = sample.take()
-    return inflated(data, pause).take() if data and codings(head) else data
+    data, names = sample.take(), codings(head)
+    if not data or not names:
+        return data
+    if names[0] not in DECODED or len(names) > 1:
+        raise Unreadable("compressed")
+    return inflated(data, pause).take()
 
 
 def inflated(data: bytes, pause: Callable[[], object] = lambda: None) -> Sample:

@@ -32,7 +32,7 @@ class Metrics:
 
     def __init__(self, recorder: Recorder, store: TokenStore, pool: Pool, lag: LoopLag):
         self.server: Any = None
-        self._recorder = recorder
+        self.recorder = recorder
         self._store = store
         self._pool = pool
         self._lag = lag
@@ -42,14 +42,14 @@ class Metrics:
 
     def page(self, accept: str) -> tuple[bytes, str]:
         """The content and its media type. `accept`: the Accept header."""
-        self._recorder.fold()
+        self.recorder.fold()
         encode, media_type = choose_encoder(OPENMETRICS if _wants_openmetrics(accept) else "")
         return encode(self._registry), media_type
 
     def collect(self) -> Iterator[Metric]:
         pace = Pace()
         for families in (
-            request_metrics.families(self._recorder),
+            request_metrics.families(self.recorder),
             self._connections(),
             login_metrics.families(self._store, time.time()),
             self._program(),
