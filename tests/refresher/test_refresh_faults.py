@@ -371,7 +371,9 @@ class Case:
         time.sleep(0.6)
         status, (ready, reason) = self.seen()
         if self.issuer.ended:
-            assert "the login has ended (invalid_grant); run `" in status and self.issuer.reuses == 1
+            assert (
+                "the login has ended (invalid_grant); run `" in status and self.issuer.reuses == 1
+            )
             assert (
                 self.logged("xai-login --device` to sign in") == 1 and "(invalid_grant)" in reason
             )

@@ -136,14 +136,12 @@ def run(
     store, gate = token_store.TokenStore(settings), access.Access(settings, keys)
     spans = traces.start(settings)
     proxy = forward.Proxy(settings, store, gate, pool, spans)
-    recorder, lag = Recorder(), LoopLag()
+    recorder, lag = Recorder(None if spans is None else spans.end), LoopLag()
     metrics = Metrics(recorder, store, pool, lag)
 
     def on_end(record: RequestRecord) -> None:
         request_log.write(record)
         recorder.add(record)
-        if spans is not None:
-            spans.add(record)
 
     server = Server(
         listener,
@@ -176,6 +174,7 @@ def run(
     key_uses.save_last()
     pool.close()
     if spans is not None:
+        recorder.fold()
         spans.close()
 
 

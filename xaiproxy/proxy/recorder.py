@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import gevent
@@ -27,6 +28,8 @@ RATE_LIMIT = "x-ratelimit-limit-tokens"  # in every response that has any
 NUMBER = re.compile(r"[0-9]{1,15}")
 NO_VALUE = ("",)
 
+EndSpan = Callable[[RequestRecord, usage.Usage | None], object]
+
 
 class Recorder:
     """`counters`, `history`: what they have been folded into.
@@ -34,7 +37,9 @@ class Recorder:
     `rate_limits`: by kind, the last (limit, remaining) of upstream's responses.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, end_span: EndSpan | None = None):
+        """`end_span`: called with each record that has a span, and its usage or None."""
+        self._end_span = end_span
         self.counters = counters.Counters()
         self.history = history.History()
         self.rate_limits: dict[str, tuple[float, float]] = {}
@@ -66,12 +71,14 @@ class Recorder:
         self.counters.add(record, route, key)
         if route != "own":
             self.history.add(record)
-        head = record.upstream
+        head, found = record.upstream, None
         if head is not None:
             if RATE_LIMIT in head.values:
                 self._add_rate_limits(record, head)
             if record.sample is not None and head.status < 400:
-                self._add_usage(record, head, record.sample, key, pace)
+                found = self._add_usage(record, head, record.sample, key, pace)
+        if self._end_span is not None and record.span is not None:
+            self._end_span(record, found)
 
     def _add_rate_limits(self, record: RequestRecord, head: response_head.Head) -> None:
         for kind in RATE_LIMITS:
@@ -89,21 +96,22 @@ class Recorder:
         sample: Sample,
         key: str,
         pace: Pace,
-    ) -> None:
+    ) -> usage.Usage | None:
         if not usage.is_expected(record.method, record.path, head.status):
             sample.take()
-            return
+            return None
         try:
             found = usage.read(content.taken(head, sample, pace), usage.is_stream(head))
         except content.Unreadable as error:
             self.counters.unread[error.reason] += 1
-            return
+            return None
         if found is None or found.is_partial:
             self.counters.unread["none" if record.ended_by == "done" else "cut"] += 1
         if found is not None:
             model = self._models.bounded(found.model)
             self.counters.add_usage(model, key, found)
             self.history.add_usage(record.started_at + record.duration, model, key, found)
+        return found
 
 
 def _number(head: response_head.Head, name: str) -> float | None:

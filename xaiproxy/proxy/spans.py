@@ -29,7 +29,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from xaiproxy import __version__, config, log
 from xaiproxy.http1.request_head import Head
 from xaiproxy.http1.request_record import CLIENT_CLOSED_REQUEST, RequestRecord
-from xaiproxy.proxy import content, routes, usage
+from xaiproxy.proxy import routes, usage
 
 logger = logging.getLogger(__name__)
 
@@ -108,11 +108,6 @@ class Spans:
         kept = [field for field in fields if field[0].lower() != "traceparent"]
         return [*kept, ("traceparent", value)]
 
-    def add(self, record: RequestRecord) -> None:
-        """End the span of a request, in a greenlet: reading the usage takes time."""
-        if record.span is not None:
-            gevent.spawn(lambda: self.end(record, used(record)))
-
     def end(self, record: RequestRecord, found: usage.Usage | None) -> None:
         """End the span of a request that has one. `found`: the usage of its response."""
         span: Span = record.span
@@ -134,7 +129,7 @@ class Spans:
             if found is not None:
                 attributes["gen_ai.usage.input_tokens"] = found.input
                 attributes["gen_ai.usage.output_tokens"] = found.output
-                if found.model:
+                if found.model != usage.UNKNOWN:
                     name += f" {found.model}"
                     attributes["gen_ai.response.model"] = found.model
         span.update_name(name)
@@ -170,17 +165,6 @@ def error_type(record: RequestRecord) -> str:
             record.ended_by, f"{record.ended_by}_closed"
         )
     return str(record.status) if record.status >= 400 else ""
-
-
-def used(record: RequestRecord) -> usage.Usage | None:
-    """The usage in the content that was kept of a successful response."""
-    if record.upstream is None or record.sample is None or record.status >= 400:
-        return None
-    try:
-        text = content.taken(record.upstream, record.sample, pause=lambda: gevent.sleep(0))
-    except content.Unreadable:
-        return None
-    return usage.read(text)
 
 
 def _method(method: str) -> str:

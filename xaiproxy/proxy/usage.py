@@ -29,6 +29,7 @@ TRIES = 16
 NUMBERS = ("prompt_tokens", "input_tokens", "output_tokens")
 COUNT_LIMIT = 1 << 40  # a larger number is no number of tokens
 MODEL = re.compile(rb'"model"\s{0,9}:\s{0,9}"([^"\\]{1,100})"')
+UNKNOWN = "unknown"  # the model, if the content does not name it
 MODEL_LIMIT = 65536  # bytes of content before its model
 
 _budget = MemoryBudget(MEMORY)
@@ -86,7 +87,7 @@ def read(data: bytes, of_stream: bool) -> Usage | None:
         if 0 <= first_at < at:
             members = {**_object(data, first_at + len(NAME)), **members}
     model = MODEL.search(data, 0, MODEL_LIMIT) or MODEL.search(data, max(0, len(data) - END))
-    name = model[1].decode("utf-8", "replace") if model else "unknown"
+    name = model[1].decode("utf-8", "replace") if model else UNKNOWN
     return _usage(name, members, is_partial)
 
 
