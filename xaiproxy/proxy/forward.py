@@ -110,6 +110,7 @@ class Proxy:
                     sent.close()
                     sent = self._send(request, newer)
                     if is_refused_token(sent):
+                        request.token_refused = "passed_on"
                         self._store.remember_refusal(newer.access_token)
             if sent.head.status < 400 and (self._store.refused or self._outage.lasts):
                 self._store.withdraw(time.time())
