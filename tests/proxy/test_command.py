@@ -14,14 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import gevent.event
 import pytest
 from proxy_process import COMMAND, Client, ProxyProcess, environment, refuse_to_start
 from raw_connection import readable
 from scripted_upstream import ScriptedUpstream
 
-from xaiproxy import __version__, config, errors
-from xaiproxy.proxy import command
+from xaiproxy import __version__
+from xaiproxy.proxy import listener
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 KEY = "the-client-key"
@@ -59,7 +58,7 @@ def test_a_busy_port_is_taken_once_it_is_free(tmp_path: Path) -> None:
         process.send_signal(signal.SIGHUP)
         assert "SIGHUP: the log level is info" in process.stderr.readline()
         # The proxy logs the wait only once.
-        time.sleep(2 * command.LISTEN_INTERVAL)
+        time.sleep(2 * listener.INTERVAL)
         port = other.getsockname()[1]
         other.close()
         assert f"listening on http://127.0.0.1:{port}/v1" in process.stderr.readline()
@@ -72,34 +71,6 @@ def test_sigterm_ends_the_wait_for_a_port(tmp_path: Path) -> None:
         process.terminate()
         assert process.wait(3) == 0
         assert '"stopped"' in process.stderr.read()
-
-
-def listen_error(**values: str) -> str:
-    settings = config.from_environ(
-        {f"XAI_PROXY_{name.upper()}": value for name, value in values.items()} | {"HOME": "/"},
-        dotenv_path="/dev/null",
-    )
-    with pytest.raises(errors.ConfigurationError) as caught:
-        command.listen(settings, gevent.event.Event(), timeout=2 * command.LISTEN_INTERVAL)
-    return str(caught.value)
-
-
-def test_a_port_that_stays_busy_is_an_error() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        port = other.getsockname()[1]
-        began = time.monotonic()
-        assert re.fullmatch(
-            rf"cannot listen on 127\.0\.0\.1 port {port}: Address already in use; .*XAI_PROXY_PORT",
-            listen_error(port=str(port)),
-        )
-    assert time.monotonic() - began > 2 * command.LISTEN_INTERVAL
-
-
-def test_an_address_of_another_machine_is_an_error() -> None:
-    text = listen_error(bind="192.0.2.1")
-    assert "192.0.2.1" in text and text.endswith(
-        "set XAI_PROXY_BIND and XAI_PROXY_PORT to what this machine allows"
-    )
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0", "::"])

@@ -1,20 +1,17 @@
 """xai-proxy, process 1: its command line, its checks, its listener and its signals."""
 
-import errno
 import logging
 import os
 import resource
 import signal
 import socket
 import time
-import urllib.parse
 from collections.abc import Callable, Mapping
 
 import gevent
 import gevent.event
 
 from xaiproxy import (
-    addresses,
     client_keys,
     command,
     config,
@@ -24,7 +21,6 @@ from xaiproxy import (
     token_store,
 )
 from xaiproxy.http1 import dead_paths
-from xaiproxy.http1.dialler import PORTS, SOCKET_OPTIONS
 from xaiproxy.http1.pool import Pool
 from xaiproxy.http1.request_record import RequestRecord
 from xaiproxy.proxy import (
@@ -38,14 +34,13 @@ from xaiproxy.proxy import (
     request_log,
     traces,
 )
+from xaiproxy.proxy.listener import check_exposure, check_upstream, listen
 from xaiproxy.proxy.loop_lag import LoopLag
 from xaiproxy.proxy.recorder import Recorder
-from xaiproxy.proxy.server import BACKLOG, Server
+from xaiproxy.proxy.server import Server
 
 logger = logging.getLogger(__name__)
 
-LISTEN_TIMEOUT = 10.0  # seconds of retries while an address is in use, or does not exist yet
-LISTEN_INTERVAL = 0.2  # seconds between two of them
 EXAMPLES = """\
   xai-proxy                        serve http://127.0.0.1:9090/v1 with the login of xai-login
   xai-proxy --port 8080            on another port
@@ -176,84 +171,6 @@ def run(
     if spans is not None:
         recorder.fold()
         spans.close()
-
-
-def listen(
-    settings: config.Config, stop: gevent.event.Event, timeout: float = LISTEN_TIMEOUT
-) -> socket.socket | None:
-    """A listening socket, or None once `stop` is set.
-
-    Raises ConfigurationError if the address is not available within `timeout` seconds.
-    """
-    deadline = time.monotonic() + timeout
-    retrying = False
-    while not stop.is_set():
-        try:
-            return _listener(settings)
-        except OSError as error:
-            may_pass = error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL)
-            if not may_pass or time.monotonic() > deadline:
-                advice = (
-                    "stop the program that listens there, or set XAI_PROXY_PORT"
-                    if error.errno == errno.EADDRINUSE
-                    else "set XAI_PROXY_BIND and XAI_PROXY_PORT to what this machine allows"
-                )
-                raise errors.ConfigurationError(
-                    f"cannot listen on {settings.bind} port {settings.port}: {error.strerror}; "
-                    f"{advice}"
-                ) from error
-            if not retrying:
-                retrying = True
-                logger.warning(
-                    "cannot listen on %s port %d yet: %s; retrying for %g s",
-                    settings.bind,
-                    settings.port,
-                    error.strerror,
-                    timeout,
-                )
-        stop.wait(LISTEN_INTERVAL)
-    return None
-
-
-def _listener(settings: config.Config) -> socket.socket:
-    family = socket.AF_INET6 if ":" in settings.bind else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # Accepted sockets inherit them on Linux.
-        for option in SOCKET_OPTIONS:
-            listener.setsockopt(*option)
-        listener.bind((settings.bind, settings.port))
-        listener.listen(BACKLOG)
-    except OSError:
-        listener.close()
-        raise
-    return listener
-
-
-def check_exposure(
-    listener: socket.socket, settings: config.Config, keys: client_keys.ClientKeys
-) -> None:
-    """Raise ConfigurationError if other machines could use the login without a key by mistake."""
-    # The socket's own address, which the settings need not name.
-    address = listener.getsockname()[0]
-    if not (addresses.is_loopback(address) or keys.required or settings.allow_anonymous):
-        raise errors.ConfigurationError(
-            f"{address} is reachable from other machines, and there is no client key; make one "
-            f"with {errors.typed('xai-client-key add NAME')} ({settings.client_keys_file}), or set "
-            "XAI_PROXY_ALLOW_ANONYMOUS=1"
-        )
-
-
-def check_upstream(listener: socket.socket, settings: config.Config) -> None:
-    """Raise ConfigurationError if upstream is this proxy: one request would use all connections."""
-    url = urllib.parse.urlsplit(settings.upstream)
-    port = listener.getsockname()[1]
-    if addresses.is_loopback(url.hostname) and (url.port or PORTS[url.scheme]) == port:
-        raise errors.ConfigurationError(
-            f"XAI_PROXY_UPSTREAM is {settings.upstream!r}, but the proxy itself listens on port "
-            f"{port}; set XAI_PROXY_UPSTREAM to the API, or XAI_PROXY_PORT to another port"
-        )
 
 
 def connection_limit(wanted: int) -> int:
