@@ -170,3 +170,23 @@ def test_a_full_disk_does_not_hide_the_status(tmp_path):
         timeout=20,
     )
     assert done.returncode == 0, done.stderr
+
+
+ERROR = tokens.RefreshError("unreachable", "no route", NOW, retry_at=NOW + 30)
+
+
+@pytest.mark.parametrize(
+    "members, status, planned",
+    [
+        ({}, STATUS, NOW + 60),
+        # A fifth of the lifetime before expiry.
+        ({"obtained_at": NOW - 1000}, None, NOW - 200),
+        ({"obtained_at": NOW - 1000}, dataclasses.replace(STATUS, next_try=None), NOW - 200),
+        ({"refresh_error": ERROR}, None, NOW + 30),
+        ({"refresh_error": dataclasses.replace(ERROR, terminal=True)}, STATUS, None),
+        ({"refresh_token": None}, STATUS, None),
+    ],
+)
+def test_the_next_refresh_is_the_next_try_or_in_time_before_expiry(members, status, planned):
+    login = tokens.Login("access", NOW, **{"refresh_token": "refresh", **members})
+    assert refresher_status.next_refresh(login, status, 120) == planned
