@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 from pathlib import Path
 
@@ -56,16 +57,42 @@ def test_the_package_imports_nothing_so_that_main_can_patch_first():
     assert answer.stdout.split() == ["xaiproxy"]
 
 
-def test_the_package_needs_no_data_files_and_every_folder_of_it_is_installed():
-    # Otherwise setup.cfg would need package_data, and only an installed copy would show that it is
-    # missing.
-    files = [
+def package_files():
+    return {
         path
         for path in (ROOT / "xaiproxy").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
-    ]
-    assert {path.suffix for path in files} == {".py"}
-    assert all((path.parent / "__init__.py").exists() for path in files)
+    }
+
+
+def test_setup_cfg_names_every_data_file_and_every_folder_is_a_package():
+    # Only an installed copy would show that one is missing.
+    named = {
+        ROOT / package.replace(".", "/") / name
+        for package, names in SETUP["options.package_data"].items()
+        for name in names.split()
+    }
+    assert {path for path in package_files() if path.suffix != ".py"} == named
+    assert all((path.parent / "__init__.py").exists() for path in package_files())
+
+
+def test_the_wheel_and_the_sdist_have_every_file_of_the_package(tmp_path):
+    pytest.importorskip("setuptools")
+    for name in ("setup.cfg", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "xaiproxy", tmp_path / "xaiproxy", ignore=ignored)
+    # A wheel is what build writes to build/lib; to pack it, older setuptools need another package.
+    command = [sys.executable, "setup.py", "build", "sdist"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=60)
+    built = tmp_path / "build" / "lib"
+    with tarfile.open(*(tmp_path / "dist").iterdir()) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    files = {path.relative_to(ROOT).as_posix() for path in package_files()}
+    assert files <= packed
+    assert files == {
+        path.relative_to(built).as_posix() for path in built.rglob("*") if path.is_file()
+    }
 
 
 def requirements(section, name):

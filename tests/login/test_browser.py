@@ -57,7 +57,7 @@ def login(sandbox: Sandbox, tmp_path: Path) -> Iterator[Terminal]:
 
 def allow(browser: Browser, login: Terminal) -> str:
     """Press "allow" on the consent page, and return the text that the page then shows."""
-    browser.command("POST", "/url", {"url": login.expect(r"    (http://127\S+)\r\n")[1]})
+    browser.open(login.expect(r"    (http://127\S+)\r\n")[1])
     assert browser.text("h1") == "Authorize Grok Build"
     browser.click("#allow")
     end = time.monotonic() + 10

@@ -288,7 +288,7 @@ def test_health_and_readiness_need_no_authorization(proxy, keyed, path, status):
 @pytest.mark.parametrize(
     "path, status",
     [
-        ("/", 404),
+        ("/", 200),
         ("/nothing", 404),
         ("/v1", 404),
         ("/v10/models", 404),

@@ -202,7 +202,10 @@ def test_a_page_of_another_site_cannot_use_the_proxy(
         for path in PATHS[:-1]:
             statuses = [line["status"] for line in proxy.log_lines() if line.get("path") == path]
             names = [name for name, asked_path in places if asked_path == path]
-            assert len(statuses) > len(names) * SIMPLE and {*statuses} == {403}
+            # A frame may load the status page's shell from a name that is not of loopback. It has no
+            # data, and its policy has the browser not show it.
+            expected = {200, 403} if path == "/" and "rebound.test" in names else {403}
+            assert len(statuses) > len(names) * SIMPLE and {*statuses} == expected
 
 
 def test_a_page_of_a_listed_site_can_use_the_proxy(

@@ -199,10 +199,10 @@ def test_the_reserve_answers_health_checks_while_all_slots_are_busy(
             for client in strangers:
                 act(client)
             began = time.monotonic()
-            for target in ("/healthz", "/readyz"):
+            for target in ("/healthz", "/readyz", "/", "/status.json"):
                 answer = proxy.ask("GET", target)
                 assert (answer.status, answer.value("Connection")) == (200, "close")
-            for target in ("/v1/models", "/nowhere", "/"):
+            for target in ("/v1/models", "/nowhere"):
                 assert is_refused_by_the_reserve(proxy.ask("GET", target))
             took.append(time.monotonic() - began)
         assert min(took) < server.HEAD_TIMEOUT / 2 and upstream.quiet(), took

@@ -40,10 +40,9 @@ class Browser:
             "binary": shutil.which("chromium"),
             "args": [*ARGUMENTS, f"--user-data-dir={folder}/profile", *arguments],
         }
+        wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
         try:
-            answer = self.command(
-                "POST", "", {"capabilities": {"alwaysMatch": {"goog:chromeOptions": options}}}
-            )
+            answer = self.command("POST", "", {"capabilities": {"alwaysMatch": wanted}})
         except BaseException:
             self.close()
             raise
@@ -61,6 +60,20 @@ class Browser:
         return self.command("POST", "/element", {"using": "css selector", "value": selector})[
             ELEMENT
         ]
+
+    def open(self, url: str) -> None:
+        self.command("POST", "/url", {"url": url})
+
+    def run(self, script: str) -> Any:
+        """Run the body of a function in the page and return its result."""
+        return self.command("POST", "/execute/sync", {"script": script, "args": []})
+
+    def console(self) -> list[str]:
+        """Return what the console has shown since the last call."""
+        return [line["message"] for line in self.command("POST", "/se/log", {"type": "browser"})]
+
+    def type(self, selector: str, text: str) -> None:
+        self.command("POST", f"/element/{self.find(selector)}/value", {"text": text})
 
     def click(self, selector: str) -> None:
         self.command("POST", f"/element/{self.find(selector)}/click", {})

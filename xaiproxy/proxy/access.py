@@ -184,6 +184,11 @@ def _may_be_of_any_page(head: Head) -> bool:
         head.method in ("GET", "HEAD")
         and any(value.startswith("Mozilla/") for value in head.values("user-agent"))
         and TRUSTWORTHY.fullmatch("".join(head.values("host"))) is None
+        # A navigation to the status page's shell, which has no data and no effect.
+        and not (head.path == "/" and head.values("upgrade-insecure-requests"))
+        # Its script sends this field, which an <img> cannot, and another site's script only after a
+        # preflight.
+        and not head.values("x-requested-with")
     )
 
 

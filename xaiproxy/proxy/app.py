@@ -17,15 +17,15 @@ import werkzeug.exceptions
 from xaiproxy import errors, judgement, token_store
 from xaiproxy.http1.client_request import ClientRequest
 from xaiproxy.http1.client_response import Answer
-from xaiproxy.proxy import access, wsgi_request
+from xaiproxy.proxy import access, status_page, wsgi_request
 from xaiproxy.proxy.forward import Proxy
 from xaiproxy.proxy.routes import PREFIXES
 
 OPEN_TO_ALL = frozenset(("/healthz", "/readyz"))
 # They need a client key where keys are required.
-KEYED = frozenset(("/metrics",))
+KEYED = frozenset(("/metrics", "/status.json"))
 # They are served while every connection has a request: to see what happens.
-RESERVED = KEYED
+RESERVED = KEYED | {"/"}
 
 
 class Passed(flask.Response):
@@ -39,9 +39,15 @@ def create_app(
     store: token_store.TokenStore,
     gate: access.Access,
     metrics: Callable[[str], tuple[bytes, str]] | None = None,
+    status: Callable[[], dict[str, Any]] | None = None,
 ) -> flask.Flask:
-    """`metrics`: returns the content and the media type of /metrics by an Accept header, if any."""
+    """Of what is None there is no page.
+
+    `metrics`: returns the content and the media type of /metrics by an Accept header.
+    `status`: returns the members of /status.json.
+    """
     app = flask.Flask("xaiproxy", static_folder=None, template_folder=None)
+    page = status_page.StatusPage()
 
     @app.before_request
     def check_access() -> flask.Response | None:
@@ -97,6 +103,21 @@ def create_app(
             raise errors.NotFound(hint("/metrics"))
         content, media_type = metrics(flask.request.headers.get("Accept", ""))
         return flask.Response(content, content_type=media_type)
+
+    @app.get("/", provide_automatic_options=False)
+    def status_shell() -> flask.Response:
+        if status is None or not status_page.is_wanted(flask.request):
+            raise errors.NotFound(hint("/"))
+        return page.response(flask.request)
+
+    @app.get("/status.json", provide_automatic_options=False)
+    def status_data() -> flask.Response:
+        if status is None:
+            raise errors.NotFound(hint("/status.json"))
+        answer = flask.jsonify(status())
+        answer.headers["Cache-Control"] = "no-store"
+        answer.headers["X-Content-Type-Options"] = "nosniff"
+        return answer
 
     @app.errorhandler(errors.ErrorResponse)
     def refuse(refusal: errors.ErrorResponse) -> flask.Response:

@@ -7,6 +7,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import gevent
 import gevent.event
@@ -38,6 +39,7 @@ from xaiproxy.proxy.listener import check_exposure, check_upstream, listen
 from xaiproxy.proxy.loop_lag import LoopLag
 from xaiproxy.proxy.recorder import Recorder
 from xaiproxy.proxy.server import Server
+from xaiproxy.proxy.status import Status
 
 logger = logging.getLogger(__name__)
 
@@ -133,14 +135,18 @@ def run(
     proxy = forward.Proxy(settings, store, gate, pool, spans)
     recorder, lag = Recorder(None if spans is None else spans.end), LoopLag()
     metrics = Metrics(recorder, store, pool, lag)
+    status = Status(store, recorder.history, time.time())
 
     def on_end(record: RequestRecord) -> None:
         request_log.write(record)
         recorder.add(record)
 
+    def status_now() -> dict[str, Any]:
+        return status.members(server, time.time())
+
     server = Server(
         listener,
-        app.create_app(proxy, store, gate, metrics=metrics.page),
+        app.create_app(proxy, store, gate, metrics.page, status_now),
         proxy,
         settings,
         connection_limit(settings.max_connections),

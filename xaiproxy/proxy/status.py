@@ -1,0 +1,98 @@
+"""The data of the status page, /status.json.
+
+Key holders get to see it: it has no path, no text that a server wrote, and nothing secret.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import xaiproxy
+from xaiproxy import errors, judgement, quota, refresher_status, token_store
+from xaiproxy.judgement import Verdict
+from xaiproxy.proxy.history import History
+from xaiproxy.proxy.server import Server
+
+WORKERS = 1
+# What to type; without a path of the checkout.
+COMMANDS = {
+    Verdict.FAILING: "xai-login --doctor",
+    Verdict.NO_ROOM: "xai-login --doctor",
+    Verdict.NO_REFRESHER: "xai-refresher",
+    Verdict.NO_REFRESH_TOKEN: "xai-login --device",
+    Verdict.REFUSED: "xai-login --doctor",
+    Verdict.EXPIRED: "xai-login --doctor",
+    Verdict.ENDED: "xai-login --device",
+    Verdict.NO_LOGIN: "xai-login --device",
+    Verdict.UNUSABLE: "xai-login --device",
+    Verdict.UNREAD: "xai-login --doctor",
+}
+
+
+class Status:
+    def __init__(self, store: token_store.TokenStore, history: History, started_at: float):
+        self._store = store
+        self._history = history
+        self._skew = store.settings.refresh_skew
+        self._started_at = started_at
+
+    def members(self, server: Server, now: float) -> dict[str, Any]:
+        """Every member is there; None for what is not known. Times are unix seconds."""
+        seen = quota.read(self._store)
+        return {
+            "at": now,
+            "started_at": self._started_at,
+            "version": xaiproxy.__version__,
+            "workers": WORKERS,
+            **self._verdict(server, now),
+            "token": self._token(now),
+            "now": {
+                # Without the request for this.
+                "in_flight": server.busy - 1,
+                **server.open,
+                "connections": len(server.pool),
+                "connections_limit": server.connections,
+            },
+            "hour": self._history.minutes(now),
+            "quota": seen and dataclasses.asdict(seen),
+            "rate_limits": self._history.rate_limits(),
+            "tokens_today": self._history.tokens_today(now),
+        }
+
+    def _verdict(self, server: Server, now: float) -> dict[str, Any]:
+        """What comes first: whether requests are served, and what to type."""
+        found = judgement.of(self._store, now)
+        state, sentence = "serving", found.sentence
+        if not found.ready:
+            state = "not_serving"
+        elif server.busy > server.connections:
+            state = "saturated"
+            sentence = (
+                f"All {server.connections} connections have a request, and further requests get "
+                "503. Raise XAI_PROXY_MAX_CONNECTIONS if that lasts."
+            )
+        elif found.verdict is not Verdict.GOOD:
+            state = "attention"
+        return {
+            "state": state,
+            "verdict": found.verdict.value,
+            "sentence": sentence,
+            "command": COMMANDS.get(found.verdict) if state != "saturated" else None,
+        }
+
+    def _token(self, now: float) -> dict[str, Any] | None:
+        try:
+            login = self._store.last_known()
+        except errors.LoginUnusable:
+            return None
+        next_refresh = None
+        if self._store.refresher_alive(now):
+            status = refresher_status.read(self._store, login, now)
+            next_refresh = refresher_status.next_refresh(login, status, self._skew)
+        return {
+            "obtained_at": login.issued_at(),
+            "next_refresh_at": next_refresh,
+            "expires_at": login.expires_at,
+            "refused": self._store.is_refused(login, now),
+        }
