@@ -21,11 +21,19 @@ TOKENS = ("input", "cached_input", "output", "reasoning")
 class Minute:
     """`first_bytes`: the number of first bytes in each of STEPS, and above them."""
 
-    __slots__ = ("errors", "first_bytes", "requests")
+    __slots__ = ("_percentiles", "errors", "first_bytes", "requests")
 
     def __init__(self) -> None:
         self.requests = self.errors = 0
         self.first_bytes = [0] * (len(STEPS) + 1)
+        # After so many requests.
+        self._percentiles: tuple[int, float | None, float | None] = (0, None, None)
+
+    def percentiles(self) -> tuple[float | None, float | None]:
+        """The median and the 95th percentile, computed once for a minute that is over."""
+        if self._percentiles[0] != self.requests:
+            self._percentiles = self.requests, self.percentile(0.5), self.percentile(0.95)
+        return self._percentiles[1:]
 
     def percentile(self, share: float) -> float | None:
         """The seconds within which `share` of the first bytes were sent; None without any."""
@@ -34,6 +42,9 @@ class Minute:
             return None
         step = bisect_left(list(itertools.accumulate(self.first_bytes)), left)
         return float(f"{STEPS[min(step, len(STEPS) - 1)] / 1.05:.3g}")
+
+
+NO_REQUEST = Minute()
 
 
 class History:
@@ -95,14 +106,15 @@ class History:
         last = int(now // 60)
         found = []
         for number in range(last - MINUTES + 1, last + 1):
-            minute = self._minutes.get(number) or Minute()
+            minute = self._minutes.get(number, NO_REQUEST)
+            half, most = minute.percentiles()
             found.append(
                 {
                     "at": number * 60,
                     "requests": minute.requests,
                     "errors": minute.errors,
-                    "first_byte_p50": minute.percentile(0.5),
-                    "first_byte_p95": minute.percentile(0.95),
+                    "first_byte_p50": half,
+                    "first_byte_p95": most,
                 }
             )
         return found
