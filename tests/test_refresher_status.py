@@ -46,6 +46,7 @@ def test_a_written_status_is_read_and_the_file_keeps_its_size(store):
         {},
         {"at": NOW + 1, "result": "", "next_try": None},
         {"at": NOW + 2, "result": OK},
+        {"refreshes": dict.fromkeys(refresher_status.RESULTS, 10**12)},
         {"at": NOW + 3, "result": "x" * 9999, "reason": '\\"' * 999, "no_room": "\\" * 9999},
     ):
         status = dataclasses.replace(STATUS, **change)

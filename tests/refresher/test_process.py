@@ -1079,3 +1079,81 @@ def test_once_can_be_interrupted_while_it_waits_for_the_lock(day, holder):
     day.start()
     day.during_pause = lambda: day.refresher.on_signal(signal.SIGINT)
     assert once(day) == 130
+
+
+# The number of refreshes by result, for /metrics
+
+
+def refreshes(day) -> dict[str, int]:
+    return {
+        result: number for result, number in refresher_status.refreshes(day.store).items() if number
+    }
+
+
+@pytest.mark.parametrize(
+    "fault, result",
+    [
+        (lambda day: day.sandbox.kill("logins"), "ended"),
+        (lambda day: script(day, error="tier_denied"), "entitlement"),
+        (lambda day: script(day, error="invalid_client"), "refused_for_now"),
+        (lambda day: script(day, status=400, body={"error": "unknown_to_us"}), "refused_for_now"),
+        (lambda day: script(day, error="unavailable"), "unreachable"),
+        (lambda day: script(day, cut="reset"), "unreachable"),
+        (lambda day: day.store.new_path.mkdir(), "disk"),
+    ],
+    ids=["ended", "plan", "client", "unknown", "503", "lost", "disk"],
+)
+def test_a_failed_refresh_is_counted_by_its_result(day, fault, result):
+    day.put()
+    fault(day)
+    day.refresher.turn()
+    assert refreshes(day) == {result: 1}
+
+
+def test_refreshes_are_counted_across_logins_and_restarts(day):
+    day.put()
+    script(day, error="unavailable", headers={"Retry-After": "5"}, times=2)
+    day.pass_(30)
+    assert works(day) and refreshes(day) == {"unreachable": 2, "ok": 1}
+    day.start()
+    assert refreshes(day) == {"unreachable": 2, "ok": 1}
+    day.put()
+    day.pass_(30)
+    assert refreshes(day) == {"unreachable": 2, "ok": 2}
+
+
+def test_two_refreshers_and_once_count_together(day):
+    first = day.refresher
+    day.start()
+    second = day.refresher
+    for number, refresher_of_turn in enumerate((first, second, first), 1):
+        day.put()
+        refresher_of_turn.turn()
+        assert refreshes(day) == {"ok": number}
+    day.start()
+    day.put()
+    assert once(day) == 0 and refreshes(day) == {"ok": 4}
+    # The status of the refresher that runs stays.
+    assert judged(day) is judgement.Verdict.GOOD
+    first.turn()
+    day.pass_(11)
+    assert refreshes(day) == {"ok": 4}
+
+
+def test_once_alone_counts_and_is_no_running_refresher(day):
+    day.refresher = refresher.Refresher(day.settings)
+    day.store.status_path.unlink()
+    day.put()
+    assert once(day) == 0 and refreshes(day) == {"ok": 1}
+    assert refresher_status.read(day.store, day.login(), time.time()) is None
+
+
+def test_refreshes_are_counted_while_the_status_cannot_be_written(day):
+    day.put()
+    day.store.status_path.unlink()
+    day.store.status_path.mkdir()
+    day.pass_(5)
+    assert works(day) and refreshes(day) == {}
+    day.store.status_path.rmdir()
+    day.pass_(30)
+    assert refreshes(day) == {"ok": 1}
