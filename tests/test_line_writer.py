@@ -138,6 +138,7 @@ def test_dropped_lines_are_counted_in_their_place(pipe: Pipe) -> None:
     pipe.writer.write([line(10000)])
     seen += pipe.rest()
     assert seen == b"".join([*lines(0, kept), notice(dropped), line(10000)])
+    assert (pipe.writer.dropped, pipe.writer.dropped_in_all) == (0, dropped)
 
 
 def test_dropped_lines_are_counted_without_another_line(pipe: Pipe) -> None:
@@ -210,6 +211,8 @@ def test_without_a_reader_lines_are_dropped_and_counted(tmp_path: Path) -> None:
     assert (
         len(arrived) + accounted(data) == 1011 and data.endswith(line(1010)) and writer.dropped == 0
     )
+    # Lines, once each, though notices about them were lost as well.
+    assert writer.dropped_in_all == 1010 - len(arrived)
     os.close(second), os.close(write_end)
 
 
