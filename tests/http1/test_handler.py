@@ -715,13 +715,14 @@ def test_each_request_logs_one_line(
 
 
 def test_successful_probes_are_not_logged(proxy: ProxyProcess) -> None:
-    assert proxy.ask("GET", "/healthz").status == proxy.ask("GET", "/readyz").status == 200
+    polled = ("/healthz", "/readyz", "/metrics", "/status.json")
+    assert [proxy.ask("GET", path).status for path in polled] == [200] * 4
     proxy.ask("GET", "/after")
     proxy.wait_for_request("/after")
     assert not [
         line
         for line in proxy.log_lines()
-        if line.get("path") in ("/healthz", "/readyz") and line["status"] == 200
+        if line.get("path") in polled and line["status"] == 200
     ]
 
 

@@ -78,14 +78,7 @@ class Summary:
         login, status = self.login, self.refresher
         if isinstance(login, errors.LoginUnusable) or not self.refresher_alive:
             return None
-        failure = login.refresh_error
-        if login.refresh_token is None or (failure is not None and failure.terminal):
-            return None
-        if status is not None and status.next_try is not None:
-            return status.next_try
-        if failure is not None and failure.retry_at is not None:
-            return failure.retry_at
-        return login.expires_at - login.margin(self.store.settings.refresh_skew)
+        return refresher_status.next_refresh(login, status, self.store.settings.refresh_skew)
 
     def members(self) -> dict[str, Any]:
         """Return everything as members of a JSON object."""

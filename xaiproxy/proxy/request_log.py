@@ -12,6 +12,8 @@ from xaiproxy.proxy import content, upstream_error
 logger = logging.getLogger("xaiproxy.request")
 
 HEALTH_CHECKS = frozenset(("/healthz", "/readyz"))
+# What programs request again and again.
+POLLED = HEALTH_CHECKS | {"/metrics", "/status.json"}
 
 
 def write(record: RequestRecord) -> None:
@@ -46,7 +48,7 @@ def _ms(seconds: float) -> float:
 
 def level_of(record: RequestRecord, code: str) -> int:
     """`code`: of the failure, or ""."""
-    if record.path in HEALTH_CHECKS and record.status == 200:
+    if record.path in POLLED and record.status == 200:
         return logging.DEBUG
     if record.refusal is not None:
         return logging.WARNING if record.status >= 500 else logging.INFO
