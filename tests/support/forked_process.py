@@ -7,6 +7,7 @@ itself must not use it.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import json
 import os
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +47,9 @@ class ForkServer:
         self._socket.close()
         self._process.wait()
 
-    def ask(self, request: dict[str, Any], streams: list[int] | None = None) -> int:
+    def ask(self, request: dict[str, Any], descriptors: list[int] | None = None) -> int:
         with self._mutex:
-            socket.send_fds(self._socket, [json.dumps(request).encode()], streams or [])
+            socket.send_fds(self._socket, [json.dumps(request).encode()], descriptors or [])
             answer = self._socket.recv(100)
         assert answer, "the fork server has ended; its errors are in the stderr of the tests"
         return int(answer)
@@ -59,17 +61,17 @@ fork_server = functools.cache(ForkServer)
 class ForkedProcess:
     """The part of subprocess.Popen that tests use.
 
-    `streams`: its standard input, output and error.
+    `descriptors`: its standard input, output and error, and namespaces that it enters.
     """
 
-    def __init__(self, module: str, arguments: list[str], streams: list[int], **request: Any):
+    def __init__(self, module: str, arguments: list[str], descriptors: list[int], **request: Any):
         self.args = arguments
         self.returncode: int | None = None
         self.stderr: Any = None
         self._mutex = threading.Lock()
         self._server = fork_server(module, request["environ"].get("LD_PRELOAD", ""))
         request["files"] = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self.pid = self._server.ask({"arguments": arguments, **request}, streams)
+        self.pid = self._server.ask({"arguments": arguments, **request}, descriptors)
 
     def poll(self) -> int | None:
         try:
@@ -106,6 +108,29 @@ class ForkedProcess:
         self.send_signal(signal.SIGKILL)
 
 
+@contextlib.contextmanager
+def namespaces(prefix: tuple[str, ...]) -> Iterator[list[int]]:
+    """Yield the user and the mount namespace in which `prefix` executes a command.
+
+    They are none without a prefix.
+    """
+    with contextlib.ExitStack() as stack:
+        descriptors = []
+        if prefix:
+            holder = subprocess.Popen(
+                [*prefix, "sh", "-c", "echo; read line"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+            )
+            # Its exit closes its pipes, and waits for its end.
+            with holder:
+                assert holder.stdout.readline(), f"{prefix} failed"
+                for kind in ("user", "mnt"):
+                    descriptors.append(os.open(f"/proc/{holder.pid}/ns/{kind}", os.O_RDONLY))
+                    stack.callback(os.close, descriptors[-1])
+        yield descriptors
+
+
 def start_python(
     module: str,
     arguments: list[str],
@@ -118,21 +143,22 @@ def start_python(
 ) -> subprocess.Popen[bytes] | ForkedProcess:
     """Start `python -W error ARGUMENT...` by forking a process with the imports of `module`.
 
-    `prefix`: a command that executes it instead. `environ`: variables that Python and gevent read
-    during import have no effect. `traced`: whether the process waits for a tracer after its
-    imports.
+    `prefix`: a command that executes it instead, unless that is unshare(1): the forked process
+    enters its namespaces. `environ`: variables that Python and gevent read during import have no
+    effect. `traced`: whether the process waits for a tracer after its imports.
     """
-    if not prefix:
+    if not prefix or prefix[0] == "unshare":
         read, write = os.pipe()
-        process = ForkedProcess(
-            module,
-            arguments,
-            [0, 1, write],
-            cwd=str(cwd),
-            environ=environ,
-            new_session=new_session,
-            traced=traced,
-        )
+        with namespaces(prefix) as entered:
+            process = ForkedProcess(
+                module,
+                arguments,
+                [0, 1, write, *entered],
+                cwd=str(cwd),
+                environ=environ,
+                new_session=new_session,
+                traced=traced,
+            )
         os.close(write)
         process.stderr = os.fdopen(read, "rb")
         return process

@@ -5,7 +5,7 @@
 
 It imports the modules of MODULE and then waits. It starts no thread and no event loop, so a child
 is in the state of `python -W error -m MODULE` after its imports. A child takes the directory, the
-environment, the arguments and the standard streams from the request. It stays a zombie until the
+environment, the arguments, the standard streams and the namespaces from the request. It stays a zombie until the
 client asks for its status, as a child of the client would, so its process ID is not reused.
 """
 
@@ -27,8 +27,9 @@ from os import fork, waitpid
 from pathlib import Path
 from typing import Any
 
-# The number of file descriptors in a request for a child.
-STREAMS = 3
+# The number of file descriptors in a request for a child: its standard streams, and up to two
+# namespaces.
+STREAMS, NAMESPACES = 3, 2
 PR_SET_PTRACER, PR_SET_PTRACER_ANY = 0x59616D61, ctypes.c_ulong(-1)
 
 
@@ -36,7 +37,7 @@ def serve(connection: _socket.socket) -> dict[str, Any] | None:
     """Answer requests. Return None after the last one; in a child, return its request."""
     while True:
         message, ancillary, _flags, _address = connection.recvmsg(
-            1 << 20, _socket.CMSG_SPACE(STREAMS * 4)
+            1 << 20, _socket.CMSG_SPACE((STREAMS + NAMESPACES) * 4)
         )
         if not message:
             connection.close()
@@ -45,17 +46,25 @@ def serve(connection: _socket.socket) -> dict[str, Any] | None:
         if "ended" in request:
             answer = waitpid(request["ended"], 0)[1]
         else:
-            streams = array.array("i", ancillary[0][2])
+            descriptors = array.array("i", ancillary[0][2])
             answer = fork()
             if answer == 0:
                 connection.close()
-                for number, stream in enumerate(streams):
+                for number, stream in enumerate(descriptors[:STREAMS]):
                     os.dup2(stream, number)
-            for stream in streams:
-                os.close(stream)
+                for namespace in descriptors[STREAMS:]:
+                    enter(namespace)
+            for descriptor in descriptors:
+                os.close(descriptor)
             if answer == 0:
                 return request
         connection.send(b"%d" % answer)
+
+
+def enter(namespace: int) -> None:
+    # os.setns needs Python 3.12.
+    if ctypes.CDLL(None, use_errno=True).setns(namespace, 0):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def become(request: dict[str, Any]) -> None:
