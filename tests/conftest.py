@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import resource
 import signal
 import ssl
@@ -30,9 +31,13 @@ hypothesis.settings.load_profile("suite")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 pytest.register_assert_rewrite("sandbox")
+from checkout import ONE_CA
 from proxy_process import ProxyProcess
 from sandbox import Sandbox
 from scripted_upstream import ScriptedUpstream, make_certificate
+
+# Programs and client libraries inherit it.
+os.environ["SSL_CERT_FILE"] = str(ONE_CA)
 
 # The files that take longest, in that order, which begin first: no worker is left alone with one at
 # the end.

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkout import SUPPORT
+from checkout import ONE_CA, SUPPORT
 from proxy_process import PYTHON
 from raw_connection import Message
 from sandbox import Sandbox, until
@@ -66,6 +66,7 @@ class Run:
         self.browser.chmod(0o755)
         self.env = {
             "PATH": os.environ["PATH"],
+            "SSL_CERT_FILE": str(ONE_CA),
             "HOME": str(folder),
             "XAI_PROXY_LOG_LEVEL": "debug",
             "BROWSER": str(self.browser),

@@ -720,9 +720,7 @@ def test_successful_probes_are_not_logged(proxy: ProxyProcess) -> None:
     proxy.ask("GET", "/after")
     proxy.wait_for_request("/after")
     assert not [
-        line
-        for line in proxy.log_lines()
-        if line.get("path") in polled and line["status"] == 200
+        line for line in proxy.log_lines() if line.get("path") in polled and line["status"] == 200
     ]
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from browser import Browser
+from checkout import ONE_CA
 from sandbox import Sandbox
 from terminal import Terminal
 
@@ -38,6 +39,7 @@ def login(sandbox: Sandbox, tmp_path: Path) -> Iterator[Terminal]:
     """xai-login --browser on a terminal."""
     env = {
         "PATH": os.environ["PATH"],
+        "SSL_CERT_FILE": str(ONE_CA),
         "HOME": str(tmp_path),
         "BROWSER": "true",
         "XAI_PROXY_ISSUER": sandbox.url,

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from checkout import ONE_CA
 from forked_process import run_python
 from sandbox import Sandbox
 from terminal import Terminal
@@ -26,6 +27,7 @@ class Login:
         self.path = folder / "login" / "tokens.json"
         self.env = {
             "PATH": os.environ["PATH"],
+            "SSL_CERT_FILE": str(ONE_CA),
             "HOME": str(folder),
             "TZ": "UTC",
             "LANG": "C.UTF-8",
