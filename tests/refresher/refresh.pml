@@ -12,23 +12,28 @@
  * holds by the count of tries alone. A try that begins although the count is used up is one that the design makes late
  * on purpose, shortly before expiry or after the API has refused the access token; property 2 does not count it.
  *
- * Sizes (-D): REFRESHERS, KILLS, LOSSES, REMOVALS of the lock file, TIDYINGS of tokens.json.new, FOREIGN writes of
- * tokens.json without a lock, SIGN_INS by xai-login, which
- * is a refresher that saves another login, FULL (1: the disk may fill up), TOKENS of the login.
- * PROPERTY: the one to check; 0 checks all. Each other macro takes a rule away.
+ * One program searches all variants. Each takes its sizes, and the rules that it leaves out, from the environment; what is
+ * not set is 0. They do not change during a search, and are not part of a state.
  */
 
-#ifndef PROPERTY
-#define PROPERTY 0
-#endif
+/* TOKENS of the login, at most 3. REMOVALS of the lock file, at most 2. TIDYINGS of tokens.json.new. FOREIGN writes of
+ * tokens.json without a lock. SIGN_INS by xai-login, which is a refresher that saves another login. FULL: the disk may
+ * fill up. PROPERTY: the one to check; 0 checks all. */
+hidden byte REFRESHERS, TOKENS, KILLS, LOSSES, REMOVALS, TIDYINGS, FOREIGN, SIGN_INS, PROPERTY;
+hidden byte FULL, WITH_A_RESTORED_FILE;
+hidden byte WITHOUT_LOCK, WITHOUT_FOLDER_LOCK, WITHOUT_IDENTITY_CHECK, WITHOUT_REREAD;
+hidden byte WITHOUT_ADOPTION, WITHOUT_REPLACES, WITHOUT_WHOLENESS, WITHOUT_CHECK_BEFORE_RENAME;
+hidden byte WITHOUT_COUNT_BEFORE, WITHOUT_COUNT_IN_RECORD, WITHOUT_SHARED_COUNT, WITHOUT_GIVING_BACK;
+hidden byte WITHOUT_TOKEN_OF_TRY, WITHOUT_REMOVAL_OF_TRY, WITHOUT_TOKEN_OF_TERMINAL;
+hidden byte WITHOUT_REHEARSAL, WITHOUT_SAVING_AGAIN, WITHOUT_DEAF_TO_SIGTERM;
+#define choose(name) name = getenv(#name) ? atoi(getenv(#name)) : 0
+
 #define claim(number, holds) assert(PROPERTY != 0 && PROPERTY != number || (holds))
 
-#define WAIT_IS_A_STEP (REMOVALS || defined(WITHOUT_REREAD) || defined(WITHOUT_LOCK))
+#define WAIT_IS_A_STEP (REMOVALS > 0 || WITHOUT_REREAD || WITHOUT_LOCK)
 
 /* Refresh tokens. 0, 1, … are those of the login that is in the file at first; those of another login follow. */
-#ifndef TOKENS
-#define TOKENS 3
-#endif
+#define MOST_TOKENS 5           /* of both logins */
 #define OTHER TOKENS            /* the other login's first */
 #define LAST_OTHER (TOKENS + 1)
 #define NONE 15                 /* there is no tokens.json */
@@ -48,22 +53,22 @@ bool new_terminal = false, new_stale = false;
 
 /* Locks: tokens.json.lock is an inode at a path, and a removed one stays locked; the folder is always the same. */
 byte lock_path = 1, inodes = 1;
-bool lock_held[REMOVALS + 2], folder_held = false;
+bool lock_held[4], folder_held = false;
 
 /* The issuer, of each login: the one refresh token that is good, and whether the family was revoked. */
 byte good[2];
 bool revoked[2];
-byte in_flight[TOKENS + 2];     /* requests whose sender no longer waits, and that may still arrive */
+byte in_flight[MOST_TOKENS];     /* requests whose sender no longer waits, and that may still arrive */
 
 /* What went wrong so far. */
 byte kills = 0, losses = 0, removals = 0, tidyings = 0, foreign = 0, sign_ins = 0;
 bool disk_full = false;
 
 /* What the properties are about, of each refresh token. */
-bool durable[TOKENS + 2];       /* its successor is in tokens.json.new or tokens.json */
-byte presented[TOKENS + 2];     /* in time, without a definite answer */
-byte charged[TOKENS + 2];       /* tries that were counted for it, less those given back */
-bool excused[TOKENS + 2];       /* an answer to it was lost, or its sender was killed before the successor was written */
+bool durable[MOST_TOKENS];       /* its successor is in tokens.json.new or tokens.json */
+byte presented[MOST_TOKENS];     /* in time, without a definite answer */
+byte charged[MOST_TOKENS];       /* tries that were counted for it, less those given back */
+bool excused[MOST_TOKENS];       /* an answer to it was lost, or its sender was killed before the successor was written */
 byte checking = 0;              /* processes between their last check of tokens.json and the rename over it */
 bool overtaken = false;         /* a writer without a lock came just there */
 
@@ -82,11 +87,7 @@ inline issuer(token) {
 
 /* Its successor is durable: sending it is against property 1 already, and the model has fewer states. */
 inline forget(token) {
-#if !TIDYINGS
-    presented[token] = 0; charged[token] = 0
-#else
-    skip
-#endif
+    if :: TIDYINGS == 0 -> presented[token] = 0; charged[token] = 0 :: else fi
 }
 
 #define or_killed :: kills < KILLS -> kills++; goto killed
@@ -94,12 +95,13 @@ inline forget(token) {
 #define counted(tries) (tries < TRIES -> tries + 1 : TRIES)
 
 inline recorded_tries() {
-#ifdef WITHOUT_COUNT_IN_RECORD
-    write_tries = tries
-#else
-    write_tries = counted(tries)
-#endif
+    write_tries = (WITHOUT_COUNT_IN_RECORD -> tries : counted(tries))
 }
+
+#define same_lock_file (lock_path == inode || WITHOUT_IDENTITY_CHECK || WITHOUT_LOCK)
+#define adoptable (new_state == WHOLE && (new_replaces == file_token || WITHOUT_REPLACES) \
+    || new_state == ROOM && WITHOUT_WHOLENESS)
+#define not_overtaken (file_token == token || WITHOUT_CHECK_BEFORE_RENAME)
 
 inline begin_check() { checking++; in_check = true }
 inline end_check() { checking--; in_check = false }
@@ -123,66 +125,42 @@ proctype Refresher() {
     byte inode = 0, token = 0, tries = 0, write_token = 0, write_tries = 0;
     bool has_lock = false, has_folder = false, in_check = false, sent = false, spent = false;
     bool write_terminal = false, recording = false, given_back = false, late = false;
-#if defined(WITHOUT_SHARED_COUNT)
-    byte memory_token = NONE, memory_tries = 0;
-#endif
+    byte memory_token = NONE, memory_tries = 0;  /* only WITHOUT_SHARED_COUNT */
 
 end_idle:
     /* token_writer.locked: open the lock file, or make it, and wait for both locks. While the lock file is not removed,
      * all of that is one step: a process that waits has changed nothing yet. */
     atomic {
-#if WAIT_IS_A_STEP
-        left(file_token);
-#else
-        left(file_token) && !lock_held[lock_path];
-#endif
-#ifdef WITHOUT_REREAD
-        token = file_token; tries = file_tries;
-#endif
+        left(file_token) && (WAIT_IS_A_STEP || !lock_held[lock_path]);
+        if :: WITHOUT_REREAD -> token = file_token; tries = file_tries :: else fi;
         if :: lock_path == 0 -> inodes++; lock_path = inodes :: else fi;
         inode = lock_path;
-#ifdef WITHOUT_LOCK
-        goto adopt;
-#elif !WAIT_IS_A_STEP
-        lock_held[inode] = true; has_lock = true;
-        goto adopt
-#endif
+        if
+        :: WITHOUT_LOCK -> goto adopt
+        :: !WAIT_IS_A_STEP -> lock_held[inode] = true; has_lock = true; goto adopt
+        :: else
+        fi
     }
 lock:
     atomic { if :: !lock_held[inode] -> lock_held[inode] = true; has_lock = true or_killed fi }
-#ifndef WITHOUT_FOLDER_LOCK
 lock_folder:
-    atomic { if :: !folder_held -> folder_held = true; has_folder = true or_killed fi }
-#endif
-#ifndef WITHOUT_IDENTITY_CHECK
-same_lock:
     atomic { if
-        :: lock_path == inode
-        :: lock_path != inode -> goto drop
+        :: WITHOUT_FOLDER_LOCK
+        :: !WITHOUT_FOLDER_LOCK && !folder_held -> folder_held = true; has_folder = true
         or_killed
     fi }
-#endif
+same_lock:
+    atomic { if
+        :: same_lock_file
+        :: !same_lock_file -> goto drop
+        or_killed
+    fi }
 
     /* TokenWriter.adopt_leftover */
 adopt:
     atomic { if
-#ifdef WITHOUT_ADOPTION
-        :: unlink_new(); goto read
-#else
-        :: new_state == ABSENT -> goto read
-#ifdef WITHOUT_REPLACES
-        :: new_state == WHOLE -> begin_check()
-        :: new_state == ROOM -> unlink_new(); goto read
-#else
-        :: new_state == WHOLE && new_replaces == file_token -> begin_check()
-#ifdef WITHOUT_WHOLENESS
-        :: new_state == ROOM -> begin_check()
-#else
-        :: new_state == ROOM -> unlink_new(); goto read
-#endif
-        :: new_state == WHOLE && new_replaces != file_token -> unlink_new(); goto read
-#endif
-#endif
+        :: !WITHOUT_ADOPTION && adoptable -> begin_check()
+        :: WITHOUT_ADOPTION || !adoptable -> unlink_new(); goto read
         or_killed
     fi }
 adopt_rename:
@@ -196,26 +174,13 @@ adopt_rename:
 read:
     atomic { if
         :: !left(file_token) -> goto drop
-#if SIGN_INS
         :: sign_ins < SIGN_INS -> sign_ins++; token = file_token; write_token = OTHER; recording = true
-#endif
         :: left(file_token) ->
-#ifndef WITHOUT_REREAD
-            token = file_token;
-            tries = file_tries;
-#endif
-#ifndef WITHOUT_TOKEN_OF_TRY
-            if :: file_stale -> tries = 0 :: else fi;
-#endif
-#ifdef WITHOUT_SHARED_COUNT
-            if :: memory_token == token -> tries = memory_tries :: else -> tries = 0 fi;
-#endif
+            if :: !WITHOUT_REREAD -> token = file_token; tries = file_tries :: else fi;
+            if :: file_stale && !WITHOUT_TOKEN_OF_TRY -> tries = 0 :: else fi;
+            if :: WITHOUT_SHARED_COUNT -> tries = (memory_token == token -> memory_tries : 0) :: else fi;
             if
-#ifdef WITHOUT_TOKEN_OF_TERMINAL
-            :: file_terminal
-#else
-            :: file_terminal && !file_stale
-#endif
+            :: file_terminal && (!file_stale || WITHOUT_TOKEN_OF_TERMINAL)
                 -> claim(5, revoked[family(token)]); goto drop
             :: else
             fi;
@@ -225,16 +190,10 @@ read:
             :: tries >= TRIES -> claim(5, charged[token] >= TRIES); late = true
             :: tries >= TRIES -> goto drop
             fi;
-#ifdef WITHOUT_COUNT_BEFORE
-            write_tries = tries
-#else
-            write_tries = counted(tries)
-#endif
+            write_tries = (WITHOUT_COUNT_BEFORE -> tries : counted(tries));
+            if :: WITHOUT_REHEARSAL -> goto same_lock_again :: else fi
         or_killed
     fi }
-#ifdef WITHOUT_REHEARSAL
-    goto same_lock_again;
-#endif
 
     /* TokenWriter.save: the rehearsal, and later the record of a failure. */
 save:
@@ -254,12 +213,8 @@ save_write:
     fi }
 save_check:
     atomic { if
-#ifdef WITHOUT_CHECK_BEFORE_RENAME
-        :: begin_check()
-#else
-        :: file_token == token -> begin_check()
-        :: file_token != token -> unlink_new(); goto drop
-#endif
+        :: not_overtaken -> begin_check()
+        :: !not_overtaken -> unlink_new(); goto drop
         or_killed
     fi }
 save_rename:
@@ -284,13 +239,8 @@ reserve:
 same_lock_again:
     atomic { if
         :: file_token != token -> unlink_new(); goto drop
-        :: file_token == token &&
-#if defined(WITHOUT_IDENTITY_CHECK) || defined(WITHOUT_LOCK)
-            true
-#else
-            lock_path == inode
-        :: lock_path != inode -> goto drop
-#endif
+        :: file_token == token && same_lock_file
+        :: !same_lock_file -> goto drop
         :: goto drop                              /* SIGTERM */
         or_killed
     fi }
@@ -298,9 +248,7 @@ send:
     atomic { if
         :: claim(1, !durable[token]);
             if :: !late -> presented[token]++; claim(2, presented[token] <= TRIES) :: else fi;
-#ifdef WITHOUT_SHARED_COUNT
-            memory_token = token; memory_tries = tries + 1;
-#endif
+            if :: WITHOUT_SHARED_COUNT -> memory_token = token; memory_tries = tries + 1 :: else fi;
             sent = true
         or_killed
     fi }
@@ -309,20 +257,14 @@ await:
         :: issuer(token); sent = false
         :: sent = false;                                    /* busy: nothing was spent, by the issuer's response */
             if :: !late -> presented[token]-- :: else fi;
-#ifdef WITHOUT_GIVING_BACK
-            write_tries = counted(tries);
-#else
-            write_tries = tries;
-#endif
+            write_tries = (WITHOUT_GIVING_BACK -> counted(tries) : tries);
             given_back = true;
             goto failed
         :: losses < LOSSES -> losses++; excused[token] = true; sent = false;
             if :: in_flight[token]++ :: true fi;
             recorded_tries();
             goto failed
-#ifdef WITHOUT_DEAF_TO_SIGTERM
-        :: in_flight[token]++; sent = false; goto drop
-#endif
+        :: WITHOUT_DEAF_TO_SIGTERM -> in_flight[token]++; sent = false; goto drop
         or_killed
     fi }
 answered:
@@ -334,9 +276,7 @@ answered:
             :: else -> unlink_new(); goto drop   /* another login is there: it is used */
             fi
         :: losses < LOSSES -> losses++; excused[token] = true; spent = false; recorded_tries(); goto failed
-#ifdef WITHOUT_DEAF_TO_SIGTERM
-        :: spent = false; goto drop
-#endif
+        :: WITHOUT_DEAF_TO_SIGTERM -> spent = false; goto drop
         or_killed
     fi }
 
@@ -345,26 +285,16 @@ commit:
     atomic { if
         :: claim(6, !disk_full || new_state != ABSENT || tidyings > 0);
             new_state = WHOLE; new_token = token + 1; new_replaces = token; new_terminal = false;
-#ifdef WITHOUT_REMOVAL_OF_TRY
-            new_tries = file_tries; new_stale = true;
-#else
-            new_tries = 0; new_stale = false;
-#endif
+            new_tries = (WITHOUT_REMOVAL_OF_TRY -> file_tries : 0); new_stale = WITHOUT_REMOVAL_OF_TRY;
             durable[token] = true;
             forget(token)
-#ifdef WITHOUT_SAVING_AGAIN
-        :: spent = false; unlink_new(); goto drop
-#endif
+        :: WITHOUT_SAVING_AGAIN -> spent = false; unlink_new(); goto drop
         or_killed
     fi }
 commit_check:
     atomic { if
-#ifdef WITHOUT_CHECK_BEFORE_RENAME
-        :: begin_check()
-#else
-        :: file_token == token -> begin_check()
-        :: file_token != token -> unlink_new(); spent = false; goto drop
-#endif
+        :: not_overtaken -> begin_check()
+        :: !not_overtaken -> unlink_new(); spent = false; goto drop
         or_killed
     fi }
 commit_rename:
@@ -421,23 +351,26 @@ end:
         :: file_token = NONE; file_tries = 0; file_terminal = false; file_stale = false
         :: file_token = OTHER; file_tries = 0; file_terminal = false; file_stale = false
         :: file_token = OTHER; file_stale = true
-#ifdef WITH_A_RESTORED_FILE
-        :: file_token = 0; file_tries = 0; file_terminal = false; file_stale = false
-#endif
+        :: WITH_A_RESTORED_FILE -> file_token = 0; file_tries = 0; file_terminal = false; file_stale = false
         fi }
-#if FULL
-    :: atomic { !disk_full -> disk_full = true }
-#endif
-    :: arrives(0) :: arrives(1) :: arrives(2) :: arrives(3)
-#if TOKENS > 2
-    :: arrives(4)
-#endif
+    :: atomic { FULL && !disk_full -> disk_full = true }
+    :: arrives(0) :: arrives(1) :: arrives(2) :: arrives(3) :: arrives(4)
     od
 }
 
 init {
     byte n;
     atomic {
+        c_code {
+            choose(REFRESHERS); choose(TOKENS); choose(KILLS); choose(LOSSES); choose(REMOVALS); choose(TIDYINGS);
+            choose(FOREIGN); choose(SIGN_INS); choose(PROPERTY); choose(FULL); choose(WITH_A_RESTORED_FILE);
+            choose(WITHOUT_LOCK); choose(WITHOUT_FOLDER_LOCK); choose(WITHOUT_IDENTITY_CHECK); choose(WITHOUT_REREAD);
+            choose(WITHOUT_ADOPTION); choose(WITHOUT_REPLACES); choose(WITHOUT_WHOLENESS);
+            choose(WITHOUT_CHECK_BEFORE_RENAME); choose(WITHOUT_COUNT_BEFORE); choose(WITHOUT_COUNT_IN_RECORD);
+            choose(WITHOUT_SHARED_COUNT); choose(WITHOUT_GIVING_BACK); choose(WITHOUT_TOKEN_OF_TRY);
+            choose(WITHOUT_REMOVAL_OF_TRY); choose(WITHOUT_TOKEN_OF_TERMINAL); choose(WITHOUT_REHEARSAL);
+            choose(WITHOUT_SAVING_AGAIN); choose(WITHOUT_DEAF_TO_SIGTERM);
+        };
         good[1] = OTHER;
         n = 0;
         do :: n < REFRESHERS -> run Refresher(); n++ :: else -> break od
