@@ -144,7 +144,9 @@ KNOBS = {
     "close_code": Knob(
         None, whole(1000, 4999, unset=True), "close /v1/realtime with this code once it has begun"
     ),
-    "credit_usage_percent": Knob(37.5, number(0, 1000), "percentage of the weekly pool that is used"),
+    "credit_usage_percent": Knob(
+        37.5, number(0, 1000), "percentage of the weekly pool that is used"
+    ),
     "prepaid_balance": Knob(0, whole(0), "prepaid balance, in US cents"),
     "subscription_tier": Knob("SuperGrok", of_type(str, "a string"), "plan of the account"),
     "answers": Knob([], answers, "scripted responses: a JSON list of objects as described below"),
