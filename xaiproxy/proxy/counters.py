@@ -28,10 +28,6 @@ class Histogram:
         self.counts = [0] * (len(bounds) + 1)
         self.sum = 0.0
 
-    def add(self, seconds: float) -> None:
-        self.counts[bisect_left(self.bounds, seconds)] += 1
-        self.sum += seconds
-
 
 class Names:
     """The first `limit` values of a label; later ones become OTHER."""
@@ -79,16 +75,22 @@ class Counters:
 
     def add(self, record: RequestRecord, route: str, key: str) -> None:
         """`key`: a name whose number is bounded."""
-        counted = self.routes[route]
+        counted, duration, first_byte = self.routes[route], record.duration, record.first_byte
         counted.requests[record.status, key] += 1
         counted.ended[record.ended_by] += 1
-        counted.duration.add(record.duration)
         counted.request_bytes += record.request_bytes
         counted.response_bytes += record.response_bytes
-        if record.first_byte is not None:
-            counted.first_byte.add(record.first_byte)
+        histogram = counted.duration
+        histogram.counts[bisect_left(DURATION, duration)] += 1
+        histogram.sum += duration
+        if first_byte is not None:
+            histogram = counted.first_byte
+            histogram.counts[bisect_left(FIRST_BYTE, first_byte)] += 1
+            histogram.sum += first_byte
         if record.overhead is not None:
-            self.overhead.add(record.overhead)
+            histogram = self.overhead
+            histogram.counts[bisect_left(OVERHEAD, record.overhead)] += 1
+            histogram.sum += record.overhead
         if record.token_refused:
             self.tokens_refused[record.token_refused] += 1
         if record.refusal is not None:

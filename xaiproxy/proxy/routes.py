@@ -32,4 +32,4 @@ def of(path: str) -> str:
     """One of ROUTES."""
     if not path.startswith(PREFIXES):
         return "own"
-    return SEGMENTS.get(path[4:].partition("/")[0], "other")
+    return SEGMENTS.get(path.split("/", 3)[2], "other")
