@@ -168,3 +168,8 @@ def test_the_credential_side_is_plain_python():
 
 def test_the_package_itself_imports_nothing():
     assert imports("xaiproxy") == set()
+
+
+def test_prometheus_client_is_imported_at_the_start_and_not_for_a_help():
+    assert "prometheus_client" not in loaded_by("xaiproxy.__main__", "xaiproxy.proxy.command")
+    assert "prometheus_client" in loaded_by("xaiproxy.proxy.metrics")
