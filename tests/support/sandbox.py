@@ -9,15 +9,14 @@ import os
 import re
 import shlex
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from checkout import ROOT
+from checkout import ROOT, SUPPORT
+from forked_process import ForkedProcess
 
 CLIENT_ID = "b1a00492-073a-47ea-816f-4c329264a828"
 SCOPE = "openid profile email offline_access grok-cli:access api:access"
@@ -32,20 +31,25 @@ class Sandbox:
     close() ends it with SIGTERM and asserts exit code 0 and an empty stderr.
     """
 
-    program: Sequence[str] = ("-m", "xaiproxy.sandbox")
+    program: Sequence[str] = (str(SUPPORT / "sandbox_program.py"),)
 
     def __init__(self, *options: str, **knobs: Any) -> None:
         for name, value in knobs.items():
             options += (f"--{name.replace('_', '-')}", json.dumps(value))
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (close() closes it)
-        self.process = subprocess.Popen(
-            [sys.executable, "-W", "error", *self.program, "--port", "0", *options],
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        read, write = os.pipe()
+        self._stdout = os.fdopen(read)
+        self.process = ForkedProcess(
+            "sandbox_program",
+            [*self.program, "--port", "0", *options],
+            [0, write, self._stderr.fileno()],
+            cwd=os.getcwd(),
+            environ={**os.environ, "PYTHONPATH": str(ROOT)},
+            new_session=False,
+            traced=False,
         )
-        lines = [shlex.split(self.process.stdout.readline()) for _ in range(3)]
+        os.close(write)
+        lines = [shlex.split(self._stdout.readline()) for _ in range(3)]
         if not all(lines):
             self.process.wait()
             raise AssertionError(f"the sandbox did not start: {self.stderr()}")
@@ -66,7 +70,7 @@ class Sandbox:
         if self.process.poll() is None:
             self.process.terminate()
         ended = self.process.wait(10)
-        self.process.stdout.close()
+        self._stdout.close()
         with self._stderr:
             written = "" if "--verbose" in self.process.args else self.stderr()
             assert (ended, written) == (0, "")
