@@ -1,5 +1,6 @@
 """xai-client-key, as a process: a key is shown once and stored hashed, and no two undo each other."""
 
+import concurrent.futures
 import fcntl
 import hashlib
 import json
@@ -475,16 +476,18 @@ def test_a_command_that_is_killed_leaves_the_old_file_and_no_lock(folder, call):
 def test_twenty_adds_at_once_lose_no_key_and_the_file_is_never_half_written(folder):
     folder.put(f"first {DIGEST}\n")
     seen = client_keys.ClientKeys(folder.path)
-    started = [folder.start("add", f"n{number}") for number in range(20)]
-    while any(process.poll() is None for process in started):
-        seen.refresh()
-        assert seen.name_of("a-key") == "first"
-        # This leaves CPU time for the twenty commands.
-        time.sleep(0.001)
+    with concurrent.futures.ThreadPoolExecutor(20) as threads:
+        started = [threads.submit(folder.run, "add", f"n{number}") for number in range(20)]
+        while not all(one.done() for one in started):
+            seen.refresh()
+            assert seen.name_of("a-key") == "first"
+            # This leaves CPU time for the twenty commands.
+            time.sleep(0.001)
     keys = []
-    for process in started:
-        keys.append(process.communicate()[0].strip())
-        assert process.returncode == 0
+    for one in started:
+        code, out, _ = one.result()
+        keys.append(out.strip())
+        assert code == 0
     seen.refresh()
     assert [seen.name_of(key) for key in keys] == [f"n{number}" for number in range(20)]
 

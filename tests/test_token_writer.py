@@ -9,11 +9,10 @@ import os
 import re
 import shutil
 import stat
-import subprocess
-import sys
 
 import pytest
-from strace import needs_strace, strace
+from forked_process import run_python
+from strace import attach, needs_strace
 from token_files import NEW, OLD, files, make_store, save
 
 from xaiproxy import errors, token_json, token_writer, tokens
@@ -348,17 +347,15 @@ def run_child(store, *inject, leftover=""):
     if leftover:
         put_leftover(store, leftover)
     log = store.path.parent.parent / f"{store.path.parent.name}.strace"
-    done = subprocess.run(
-        [
-            *strace(log, "-e", f"trace={SAVING}", *inject, paths=paths),
-            sys.executable,
-            "-c",
-            CHILD,
-            store.path,
-        ],
-        capture_output=True,
-        text=True,
+    script = log.with_suffix(".py")
+    script.write_text(CHILD)
+    done = run_python(
+        "xaiproxy.refresher.process",
+        [str(script), str(store.path)],
+        cwd="/",
+        environ={},
         timeout=30,
+        trace=lambda pid: attach(pid, log, "-e", f"trace={SAVING}", *inject, paths=paths),
     )
     return done, re.findall(rf"^\d+ +({SAVING.replace(',', '|')})\(", log.read_text(), re.MULTILINE)
 

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -174,9 +174,18 @@ def start_python(
 
 
 def run_python(
-    module: str, arguments: list[str], *, cwd: Path | str, environ: dict[str, str], timeout: float
+    module: str,
+    arguments: list[str],
+    *,
+    cwd: Path | str,
+    environ: dict[str, str],
+    timeout: float,
+    trace: Callable[[int], subprocess.Popen[bytes]] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run `python -W error ARGUMENT...`, started by start_python without input, to its end."""
+    """Run `python -W error ARGUMENT...`, started by start_python without input, to its end.
+
+    `trace`: a function that attaches a tracer to a process ID.
+    """
     with (
         open(os.devnull) as nothing,
         tempfile.TemporaryFile("w+") as out,
@@ -189,14 +198,18 @@ def run_python(
             cwd=str(cwd),
             environ=environ,
             new_session=False,
-            traced=False,
+            traced=trace is not None,
         )
+        tracer = trace(process.pid) if trace is not None else None
         try:
             process.wait(timeout)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
             raise
+        finally:
+            if tracer is not None:
+                tracer.wait()
         out.seek(0)
         err.seek(0)
         return subprocess.CompletedProcess(arguments, process.wait(), out.read(), err.read())
