@@ -10,4 +10,6 @@ ARGUMENTS = [
     "--disable-background-networking",
     "--disable-component-update",
     "--no-proxy-server",
+    # One process for pages of all sites. What a page may read is decided without isolation, too.
+    "--disable-site-isolation-trials",
 ]
