@@ -117,6 +117,7 @@ FILES = written(
         scope=PRINTABLE,
         account=PRINTABLE,
         refresh_error=REFRESH_ERRORS,
+        salt=PRINTABLE,
         replaces=TEXT,
     )
 )

@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -93,6 +94,16 @@ def test_the_account_is_the_id_tokens_email():
         assert account(email=nonsense) == "old@b"
 
 
+def test_a_sign_in_makes_a_salt_and_a_renewal_keeps_it():
+    def salt(former=None):
+        return token_json.from_response({"access_token": "a"}, former=former, **FIELDS).salt
+
+    assert re.fullmatch("[0-9a-f]{32}", salt()) and salt() != salt()
+    assert salt(make(salt="the salt")) == "the salt"
+    # The file of another program.
+    assert re.fullmatch("[0-9a-f]{32}", salt(make(salt=None)))
+
+
 @pytest.mark.parametrize(
     "response",
     [
@@ -137,6 +148,7 @@ def test_a_login_survives_the_file_with_all_its_members():
         token_endpoint="http://127.0.0.1/t",
         issuer="http://127.0.0.1",
         client_id="c",
+        salt="the salt",
         refresh_error=tokens.RefreshError("code", 'said "so"\n', 5.5, True, 7),
         extra={"theirs": {"deep": [1, None, "é\ud800"]}, "": 0},
     )

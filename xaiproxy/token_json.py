@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import secrets
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,6 +35,7 @@ KEYS = (
     "refresh_error",
     "refresh_try",
     "asked",
+    "salt",
     "replaces",
 )
 
@@ -72,6 +74,7 @@ def from_response(
         client_id=client_id,
         scope=_scope(response.get("scope")) or scope or (former.scope if former else None),
         account=account,
+        salt=(former.salt if former else None) or secrets.token_hex(16),
         extra=former.extra if former else {},
     )
 
@@ -138,6 +141,7 @@ def from_json(text: str | bytes) -> Login:
         refresh_error=refresh_error,
         refresh_try=refresh_try,
         asked=_asked(values.get("asked")),
+        salt=_text(values.get("salt")),
         extra={name: value for name, value in values.items() if name not in KEYS},
     )
 

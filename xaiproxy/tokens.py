@@ -75,7 +75,11 @@ class Asked:
 
 @dataclasses.dataclass(frozen=True)
 class Login:
-    """Times are unix seconds. `extra`: unknown keys of the file, which survive a rewrite."""
+    """Times are unix seconds. `extra`: unknown keys of the file, which survive a rewrite.
+
+    `salt`: random text that is made at the sign-in and that renewals keep; None if the file is of
+    another program.
+    """
 
     access_token: str = dataclasses.field(repr=False)
     expires_at: float
@@ -89,6 +93,7 @@ class Login:
     refresh_error: RefreshError | None = None
     refresh_try: RefreshTry | None = None
     asked: Asked | None = None
+    salt: str | None = dataclasses.field(default=None, repr=False)
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def issued_at(self) -> float | None:

@@ -26,6 +26,7 @@ def make_login(**members: Any) -> tokens.Login:
             "refresh_token": "rt-old",
             "account": "a@b.example",
             "scope": "openid",
+            "salt": "the salt",
             "extra": {"theirs": 1},
             **members,
         }
