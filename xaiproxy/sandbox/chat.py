@@ -12,6 +12,7 @@ from xaiproxy.sandbox import stream, tool_calls
 from xaiproxy.sandbox.bodies import json_body
 from xaiproxy.sandbox.grants import Grants
 from xaiproxy.sandbox.models import known
+from xaiproxy.sandbox.prompt_cache import Prompt, PromptCache
 from xaiproxy.sandbox.replies import Answer, compact, reply
 from xaiproxy.sandbox.stream import THOUGHT, deltas, sse
 from xaiproxy.sandbox.xai_errors import CAPACITY
@@ -25,6 +26,7 @@ FAILURE = sse(
 def create(grants: Grants) -> Blueprint:
     chat = Blueprint("chat", __name__)
     knobs = grants.knobs
+    cache = PromptCache(knobs)
     deferred: dict[str, list[Answer]] = {}  # responses still to be sent, last one first
 
     @chat.post("/v1/chat/completions")
@@ -35,13 +37,14 @@ def create(grants: Grants) -> Blueprint:
             sentence = "A request may either be streaming or deferred, but not both."
             return Answer(compact(sentence), 400, content_type="application/json")
         pieces, call = deltas(knobs), tool_calls.call(body, body["messages"])
+        used = usage(len(pieces), cache.read(body, body["messages"]))
         if body.get("stream"):
-            return stream.answer(chunks(body, pieces, call), FAILURE, grants)
+            return stream.answer(chunks(body, pieces, call, used), FAILURE, grants)
         answer = reply(
             {
                 **head("chat.completion", body),
                 "choices": [choice(pieces, call)],
-                "usage": usage(len(pieces)),
+                "usage": used,
                 **FINGERPRINT,
                 "service_tier": "default",
             }
@@ -71,7 +74,7 @@ def create(grants: Grants) -> Blueprint:
         return reply(
             {
                 **start,
-                "usage": usage(len(pieces)),
+                "usage": usage(len(pieces), Prompt()),
                 "choices": [{"index": 0, "text": "".join(pieces), "finish_reason": "stop"}],
             }
         )
@@ -117,7 +120,10 @@ def tool_call(call: tool_calls.Call) -> dict[str, Any]:
 
 
 def chunks(
-    body: dict[str, Any], pieces: list[str], call: tool_calls.Call | None
+    body: dict[str, Any],
+    pieces: list[str],
+    call: tool_calls.Call | None,
+    used: dict[str, Any],
 ) -> Iterator[bytes]:
     """A streamed completion; a tool call is one chunk."""
     start = head("chat.completion.chunk", body)
@@ -134,23 +140,23 @@ def chunks(
             yield chunk(delta=delta)
         yield chunk(delta={}, finish_reason="tool_calls" if call else "stop")
         if (body.get("stream_options") or {}).get("include_usage", True):
-            yield sse({**start, "choices": [], "usage": usage(len(pieces)), **FINGERPRINT})
+            yield sse({**start, "choices": [], "usage": used, **FINGERPRINT})
         yield sse("[DONE]")
 
     return events()
 
 
-def usage(count: int) -> dict[str, Any]:
+def usage(count: int, prompt: Prompt) -> dict[str, Any]:
     """total_tokens includes the reasoning, completion_tokens does not."""
     return {
-        "prompt_tokens": 12,
+        "prompt_tokens": prompt.tokens,
         "completion_tokens": count,
-        "total_tokens": 12 + count + 3,
+        "total_tokens": prompt.tokens + count + 3,
         "prompt_tokens_details": {
-            "text_tokens": 12,
+            "text_tokens": prompt.tokens,
             "audio_tokens": 0,
             "image_tokens": 0,
-            "cached_tokens": 0,
+            "cached_tokens": prompt.cached,
         },
         "completion_tokens_details": {
             "reasoning_tokens": 3,

@@ -144,6 +144,9 @@ KNOBS = {
     "close_code": Knob(
         None, whole(1000, 4999, unset=True), "close /v1/realtime with this code once it has begun"
     ),
+    "cache_servers": Knob(
+        0, whole(0), "number of servers with a prompt cache of their own; 0: nothing is cached"
+    ),
     "credit_usage_percent": Knob(
         37.5, number(0, 1000), "percentage of the weekly pool that is used"
     ),

@@ -14,6 +14,7 @@ from xaiproxy.sandbox import credentials, stream, tool_calls, websocket
 from xaiproxy.sandbox.bodies import json_body
 from xaiproxy.sandbox.grants import Grants
 from xaiproxy.sandbox.models import MODELS, known
+from xaiproxy.sandbox.prompt_cache import Prompt, PromptCache
 from xaiproxy.sandbox.replies import Answer, reply
 from xaiproxy.sandbox.stream import THOUGHT, deltas, sse
 from xaiproxy.sandbox.xai_errors import CAPACITY
@@ -25,11 +26,12 @@ FAILURE = {"sequence_number": 0, "type": "error", "code": None, "message": CAPAC
 def create(grants: Grants) -> Blueprint:
     responses = Blueprint("responses", __name__)
     knobs = grants.knobs
+    cache = PromptCache(knobs)
     stored: dict[str, tuple[dict[str, Any], list[Any]]] = {}  # each with its input
 
-    def respond(name: str, body: dict[str, Any]) -> dict[str, Any]:
+    def respond(name: str, body: dict[str, Any], prompt: Prompt) -> dict[str, Any]:
         """The complete response; stored unless the request has "store": false."""
-        response = complete(name, body, deltas(knobs))
+        response = complete(name, body, deltas(knobs), prompt)
         if response["store"]:
             stored[name] = response, input_items(body["input"])
         if len(stored) > MAX_STORED:
@@ -48,7 +50,7 @@ def create(grants: Grants) -> Blueprint:
         known(body["model"])
         if body.get("previous_response_id"):
             existing(body["previous_response_id"])
-        response = respond(g.request_id, body)
+        response = respond(g.request_id, body, cache.read(body, input_items(body["input"])))
         if body.get("stream"):
             return stream.answer(
                 map(sse, events(response, deltas(knobs))), b"event: error\n" + sse(FAILURE), grants
@@ -70,7 +72,7 @@ def create(grants: Grants) -> Blueprint:
                         "encrypted_content": "sandbox",
                     }
                 ],
-                "usage": usage(len(body["input"])),
+                "usage": usage(len(body["input"]), Prompt()),
             }
         )
 
@@ -99,7 +101,7 @@ def create(grants: Grants) -> Blueprint:
             if problem:
                 client.send_json(problem)
                 continue
-            response = respond(str(uuid.uuid4()), {"input": [], **body})
+            response = respond(str(uuid.uuid4()), {"input": [], **body}, Prompt())
             pieces = deltas(knobs)
             # A warm-up.
             if body.get("generate") is False:
@@ -138,7 +140,7 @@ def input_items(given: Any) -> list[Any]:
     ]
 
 
-def complete(name: str, body: dict[str, Any], pieces: list[str]) -> dict[str, Any]:
+def complete(name: str, body: dict[str, Any], pieces: list[str], prompt: Prompt) -> dict[str, Any]:
     """The completed response to a request. `name`: id of the response."""
     reasoning = {
         "id": f"rs_{name}",
@@ -184,18 +186,18 @@ def complete(name: str, body: dict[str, Any], pieces: list[str]) -> dict[str, An
         "status": "completed",
         "store": body.get("store") is not False,
         "metadata": {},
-        "usage": usage(len(pieces)),
+        "usage": usage(len(pieces), prompt),
     }
 
 
-def usage(count: int) -> dict[str, Any]:
+def usage(count: int, prompt: Prompt) -> dict[str, Any]:
     """output_tokens includes the reasoning, which is none here."""
     return {
-        "input_tokens": 12,
-        "input_tokens_details": {"cached_tokens": 0},
+        "input_tokens": prompt.tokens,
+        "input_tokens_details": {"cached_tokens": prompt.cached},
         "output_tokens": count,
         "output_tokens_details": {"reasoning_tokens": 0},
-        "total_tokens": 12 + count,
+        "total_tokens": prompt.tokens + count,
         "num_sources_used": 0,
         "num_server_side_tools_used": 0,
         "cost_in_usd_ticks": 1466250,
