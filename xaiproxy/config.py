@@ -168,6 +168,13 @@ class Config:
         "0: never. For clients that time out while a model is thinking. No heartbeat can be sent "
         "before the response head. Upstream is asked for an uncompressed response.",
     )
+    cache_affinity: bool = _setting(
+        "1",
+        setting_types.flag,
+        "1: on the way to *.x.ai, a request without x-grok-conv-id gets one that is derived from "
+        "the client's own session header, so that xAI can route a conversation to the server that "
+        "has cached it; 0: never.",
+    )
     client_timeout: float = _setting(
         "30",
         setting_types.seconds(0.1, 3600),

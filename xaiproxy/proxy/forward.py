@@ -23,6 +23,7 @@ from xaiproxy.http1.memory_budget import MemoryBudget
 from xaiproxy.http1.pool import Pool
 from xaiproxy.http1.request_head import Head
 from xaiproxy.proxy import access, event_stream, routes, usage
+from xaiproxy.proxy.conversation import ConversationIds
 from xaiproxy.proxy.current_login import WAIT, CurrentLogin
 from xaiproxy.proxy.outage import Outage
 from xaiproxy.proxy.refused_token import is_refused_token
@@ -62,6 +63,8 @@ class Proxy:
         hostname = urllib.parse.urlsplit(settings.upstream).hostname or ""
         is_xai = f".{hostname}".endswith(".x.ai")
         self._pseudonym = "" if is_xai else "xaiproxy-" + secrets.token_hex(8)
+        affinity = is_xai and settings.cache_affinity
+        self._conversation_ids = ConversationIds() if affinity else None
         self._outage = Outage(lambda: judgement.of(store, time.time()).ready)
         # By the proxy that ran before this one.
         store.refused = store.asked_for()
@@ -134,7 +137,7 @@ class Proxy:
 
         sent = exchange.perform(
             self._pool,
-            self._request_to_upstream(request, login.access_token),
+            self._request_to_upstream(request, login),
             # The watch stopped at the first byte of the body; from now on nothing else reads.
             on_sent=request.watch.start,
             on_interim=on_interim,
@@ -142,15 +145,17 @@ class Proxy:
         request.waited += sent.waited
         return sent
 
-    def _request_to_upstream(self, request: ClientRequest, access_token: str) -> exchange.Request:
+    def _request_to_upstream(self, request: ClientRequest, login: tokens.Login) -> exchange.Request:
         head = request.head
         fields = headers.to_upstream(
             head.fields,
             host=self._pool.host,
             user_agent=USER_AGENT,
-            access_token=access_token,
+            access_token=login.access_token,
             pseudonym=self._pseudonym,
         )
+        if self._conversation_ids:
+            fields += self._conversation_ids.fields(head, request.key, login)
         if self._settings.sse_keepalive:
             # A comment can be put into plain text only.
             fields = [field for field in fields if field[0].lower() != "accept-encoding"]
