@@ -395,4 +395,4 @@ def test_smoke_names_the_command_that_starts_the_proxy():
         pass
     answer = smoke(url)
     assert answer.returncode == 69
-    assert f"nothing answers at {url}" in answer.stderr and "supervisord -c" in answer.stderr
+    assert f"nothing answers at {url}" in answer.stderr and "bin/xai-serve" in answer.stderr

@@ -20,8 +20,8 @@ what exists by then:
 - Every line at STDOUT gets the format of log.py: supervisord's own, the programs' log, which has it
   already, and what they write besides, such as the sentence with which they refuse to start. Lines
   that supervisord logs while it reads its configuration are written later, so they have it, too.
-- finish, fork, get_path, setsignals and init_normallog replace supervisord's methods of these
-  names.
+- finish, fork, get_path, get_signal, setsignals and init_normallog replace supervisord's methods
+  of these names.
 
 Two outputs keep their own format: the error of a supervisord that refuses to start, and the
 traceback of one that crashes. Both go to stderr.
@@ -135,8 +135,13 @@ _get_path = options.ServerOptions.get_path
 
 
 def get_path(self: Any) -> list[str]:
-    """ServerOptions.get_path, the folders with programs: this Python's own comes first."""
-    return [sysconfig.get_path("scripts"), *_get_path(self)]
+    """ServerOptions.get_path, the folders with programs.
+
+    First come this Python's own and that of the running script, which differ after `pip install
+    --user`.
+    """
+    own = [sysconfig.get_path("scripts"), os.path.dirname(os.path.realpath(sys.argv[0]))]
+    return [*own, *_get_path(self)]
 
 
 _setsignals = options.ServerOptions.setsignals
@@ -154,6 +159,23 @@ def setsignals(self: Any) -> None:
         signal.signal(
             signal.SIGHUP, lambda _, frame: self.signal_receiver.receive(signal.SIGTERM, frame)
         )
+
+
+_get_signal = options.ServerOptions.get_signal
+
+
+def get_signal(self: Any) -> int | None:
+    """ServerOptions.get_signal, called by supervisord's loop.
+
+    A second Ctrl-C is passed on to the program that is being stopped, as if it were in the
+    foreground: the proxy then aborts its open responses.
+    """
+    number: int | None = _get_signal(self)
+    if number == signal.SIGINT and self.mood != SupervisorStates.RUNNING:
+        for pid, program in self.pidhistory.items():
+            if program.get_state() == ProcessStates.STOPPING:
+                self.kill(pid, signal.SIGTERM)
+    return number
 
 
 def chosen_format() -> str:
@@ -292,6 +314,7 @@ if "supervisor.supervisord" in sys.modules:
     process.Subprocess.finish = finish
     options.ServerOptions.fork = fork
     options.ServerOptions.get_path = get_path
+    options.ServerOptions.get_signal = get_signal
     options.ServerOptions.setsignals = setsignals
     dispatchers.POutputDispatcher._init_normallog = init_normallog
     FatalCheck.output = Output(chosen_format())

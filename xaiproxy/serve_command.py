@@ -1,0 +1,104 @@
+"""xai-serve: both processes under the supervisord of this environment, started from any folder.
+
+It is `supervisord -c conf/supervisord.conf`, with these differences:
+
+- It writes no file: no pid file, and nothing in a temporary folder.
+- A wrong setting, or a proxy that already serves at the address, is one sentence and status 78
+  before anything is started.
+- On a terminal, supervisord logs only warnings, so the start ends with the proxy's line "ready".
+"""
+
+import os
+import socket
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from xaiproxy import command, config, errors
+
+# In a checkout it is a link to conf/supervisord.conf, and in an installation a copy.
+CONF = Path(__file__).with_name("supervisord.conf")
+PROBE_TIMEOUT = 1.0  # seconds to connect to an address of this machine
+EXAMPLES = """\
+  xai-serve                 serve http://127.0.0.1:9090/v1 and keep the login alive, until Ctrl-C
+  xai-serve --port 8080     the same on another port
+  nohup xai-serve &         until it gets SIGTERM, also after the terminal is closed
+
+Sign in before or meanwhile, with xai-login. All settings are environment variables XAI_PROXY_*, or
+lines of a .env in the working directory.
+
+At Ctrl-C or SIGTERM, open responses have XAI_PROXY_DRAIN_TIMEOUT to finish; a second Ctrl-C aborts
+them. Exit status: 0 after either signal, or after the terminal was closed; 64 wrong usage; 70 one
+of the two processes cannot be kept running; 78 wrong settings, or another proxy at the address;
+130 interrupted before the start.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = command.ArgumentParser(prog="xai-serve", description=EXAMPLES)
+    parser.add_argument("--bind", metavar="ADDRESS", help="IP address to listen on")
+    parser.add_argument("-p", "--port", help="TCP port to listen on")
+    parser.add_argument("--token-path", metavar="FILE", help="the token file")
+    arguments = parser.parse_args(argv)
+    options = {
+        "XAI_PROXY_BIND": arguments.bind,
+        "XAI_PROXY_PORT": arguments.port,
+        "XAI_PROXY_TOKEN_PATH": arguments.token_path,
+    }
+    return command.run(parser.prog, lambda: serve(options))
+
+
+def serve(options: Mapping[str, str | None]) -> None:
+    """Run supervisord until it ends. `options`: settings of the command line.
+
+    When a process cannot be kept running, supervision.py ends this one with status 70.
+    """
+    check_address(config.from_environ(os.environ, options))
+    # The processes read their settings themselves, and the environment comes before a .env.
+    os.environ.update({name: value for name, value in options.items() if value is not None})
+    # supervisord requires a temporary folder, although it writes nothing there. To find one,
+    # tempfile would write a file.
+    tempfile.tempdir = os.sep
+    # Slow to import, and not needed to parse arguments.
+    from supervisor import options as supervisor_options
+    from supervisor import supervisord
+
+    supervisor_options.ServerOptions.write_pidfile = write_pidfile
+    supervisor_options.ServerOptions.usage = usage
+    # The name of the pid file, which write_pidfile does not write, must be absolute: a relative one
+    # needs the working directory, which may have been deleted.
+    arguments = ["-c", str(CONF), "-j", os.devnull]
+    if os.isatty(1):
+        arguments += ["-e", "warn"]
+    supervisord.main(arguments)
+
+
+def check_address(settings: config.Config) -> None:
+    """Raise ConfigurationError if an xaiproxy serves at the address.
+
+    Any other program there is the proxy's concern, which retries for some seconds.
+    """
+    # 0.0.0.0 and :: lead to this machine, too.
+    try:
+        socket.create_connection((settings.bind, settings.port), PROBE_TIMEOUT).close()
+    except OSError:
+        return
+    from xaiproxy.login import local_proxy
+
+    proxy = local_proxy.find(settings)
+    if proxy.kind is local_proxy.Listener.PROXY:
+        raise errors.ConfigurationError(
+            f"an xaiproxy already serves {proxy.url}/v1; use that one, or stop it, or choose "
+            "another port with --port"
+        )
+
+
+def write_pidfile(self: Any) -> None:
+    """ServerOptions.write_pidfile, without a file: no program would read it."""
+    self.logger.info(f"supervisord started with pid {os.getpid()}")
+
+
+def usage(_self: Any, message: object) -> NoReturn:
+    """ServerOptions.usage, called when supervisord refuses to start."""
+    raise errors.ConfigurationError(" ".join(str(message).split()))
