@@ -52,9 +52,12 @@ def test_the_suggested_request_is_answered(
     sign_in(tmp_path)
     with ProxyProcess(tmp_path, bind=bind, allow_anonymous=1, upstream=upstream.origin) as proxy:
         text = suggestion(proxy)
-        assert text.startswith("try: curl ") and ("$XAIPROXY_KEY" in text) == keyed
+        ready, line = text.split("; try: ")
+        url = re.fullmatch(r"ready: (http://\S+/v1)", ready)[1]
+        assert line.startswith("curl ") and f"{url}/models" in line
+        assert ("$XAIPROXY_KEY" in line) == keyed
         with subprocess.Popen(
-            ["sh", "-c", text.removeprefix("try: ")],
+            ["sh", "-c", line],
             env={"XAIPROXY_KEY": KEY, "PATH": "/usr/local/bin:/usr/bin:/bin"},
             stdout=subprocess.PIPE,
         ) as curl:
@@ -78,7 +81,7 @@ def test_with_a_login_that_has_ended_signing_in_is_named_first(tmp_path: Path) -
         assert suggestion(proxy).startswith("run `")
 
 
-def test_a_login_that_is_being_renewed_needs_no_step(tmp_path: Path) -> None:
+def test_a_login_that_is_being_renewed_needs_no_step_and_is_not_ready(tmp_path: Path) -> None:
     sign_in(tmp_path, expires_in=-1)
     with ProxyProcess(tmp_path) as proxy:
         assert suggestion(proxy).startswith("try: curl ")
