@@ -122,7 +122,7 @@ class Installed:
         shutil.copy(errors.__file__, package / "xaiproxy" / "errors.py")
         self.environ = {"PATH": os.defpath, "PYTHONPATH": str(package)}
         commands.mkdir(parents=True)
-        for name in ("xai-login", "xai-proxy"):
+        for name in ("xai-login", "xai-proxy", "xai-serve"):
             (commands / name).write_text(PRINTS)
             (commands / name).chmod(0o755)
 
@@ -158,14 +158,10 @@ def in_a_new_shell(line: str, cwd: Path, path: str = os.defpath) -> str:
 
 def test_from_a_checkout_a_message_names_the_script_in_bin(tmp_path):
     checkout = Installed(tmp_path / "a checkout", tmp_path / "a checkout" / "bin")
-    (tmp_path / "a checkout" / "conf").mkdir()
-    (tmp_path / "a checkout" / "conf" / "supervisord.conf").touch()
     here = checkout.typed(tmp_path / "a checkout", terminal=True)
     assert here == "bin/xai-login --device"
     assert in_a_new_shell(here, tmp_path / "a checkout") == "bin/xai-login --device\n"
-    # Not the script of another environment, which may not exist.
-    activate = Path(sys.executable).with_name("activate")
-    assert checkout.serve == f"`. {activate} && supervisord -c conf/supervisord.conf`"
+    assert checkout.serve == "`bin/xai-serve`"
     # A log or a client's error is read elsewhere.
     assert checkout.typed(tmp_path / "a checkout") == f"'{checkout.commands}/xai-login' --device"
     # With or without the environment, in another folder: with the checkout's path.
@@ -173,14 +169,14 @@ def test_from_a_checkout_a_message_names_the_script_in_bin(tmp_path):
         tmp_path, PATH=f"{checkout.commands}:{os.defpath}", VIRTUAL_ENV=str(tmp_path)
     )
     assert in_a_new_shell(elsewhere, Path("/")) == f"{checkout.commands}/xai-login --device\n"
-    assert f"'{tmp_path}/a checkout/conf/supervisord.conf'" in checkout.serve
+    assert checkout.serve == f"`'{tmp_path}/a checkout/bin/xai-serve'`"
 
 
 def test_an_installed_command_is_named_so_that_a_new_shell_finds_it(tmp_path):
     installed = Installed(tmp_path / "site", tmp_path / "a venv" / "bin")
     path = f"{installed.commands}:{os.defpath}"
     on_path = installed.typed(tmp_path, PATH=path)
-    assert on_path == "xai-login --device" and installed.serve == "`xai-proxy` and `xai-refresher`"
+    assert on_path == "xai-login --device" and installed.serve == "`xai-serve`"
     assert in_a_new_shell(on_path, tmp_path, path) == f"{installed.commands}/xai-login --device\n"
     # On PATH in this shell only, or not at all.
     for environ in ({"PATH": path, "VIRTUAL_ENV": str(tmp_path / "a venv")}, {}):

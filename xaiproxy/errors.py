@@ -63,21 +63,9 @@ def _from_here(path: str) -> str:
     return shlex.quote(f"{CHECKOUT}/{path}")
 
 
-def _activate() -> str:
-    """The script to source so that the supervisord of this environment is found."""
-    folder = os.path.dirname(sys.executable)
-    if folder == f"{CHECKOUT}/.venv/bin":
-        return _from_here(".venv/bin/activate")
-    return shlex.quote(f"{folder}/activate")
-
-
 SIGN_IN = f"run {typed('xai-login --device')} to sign in"
-# How to keep a login alive and serve it.
-SERVE = (
-    f"`. {_activate()} && supervisord -c {_from_here('conf/supervisord.conf')}`"
-    if os.path.exists(f"{CHECKOUT}/conf/supervisord.conf")
-    else f"{typed('xai-proxy')} and {typed('xai-refresher')}"
-)
+# Keeps a login alive and serves it.
+SERVE = typed("xai-serve")
 
 
 class Error(Exception):

@@ -598,7 +598,7 @@ def test_the_folder_of_a_secret_may_be_read_only(patient: Patient):
         (
             65,
             "warning",
-            r"^not running \(last heartbeat 20.*start `.*supervisord -c .*conf/.*, "
+            r"^not running \(last heartbeat 20.*start `.*bin/xai-serve`, "
             r"or `\S*bin/xai-refresher`",
         ),
         (-3600, "warning", "^not running"),
@@ -1047,7 +1047,7 @@ def test_a_stopped_proxy_is_a_warning(bind: str, url: str):
     finding = doctor_network.proxy(settings(XAI_PROXY_BIND=bind, XAI_PROXY_PORT="1"), True)
     assert finding.result == "warning"
     assert re.search(
-        f"^not running: nothing is listening on {url}; start `.*supervisord .*, "
+        f"^not running: nothing is listening on {url}; start `.*bin/xai-serve`, "
         r"or `\S*bin/xai-proxy` alone$",
         finding.message,
     )

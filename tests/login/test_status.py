@@ -21,7 +21,7 @@ from scripted_server import ScriptedServer, answer
 from xaiproxy import config, token_store
 
 DATE = r"20[\d-]{8} \d\d:\d\d UTC"
-SERVE = f"`. {ROOT}/.venv/bin/activate && supervisord -c {ROOT}/conf/supervisord.conf`"
+SERVE = f"`{ROOT}/bin/xai-serve`"
 SIGN_IN = f"run `{ROOT}/bin/xai-login --device` to sign in"
 ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
 

@@ -39,8 +39,7 @@ def outlook(login: tokens.Login, refresher_alive: bool, now: float) -> str:
     end = f"the login {verb} at {local_time(login.expires_at)}"
     if login.refresh_token is None:
         return f"It has no refresh token and cannot be renewed: {end}."
-    start = errors.typed("xai-refresher")
-    return f"No refresher is running: {end}, unless supervisord or {start} is started."
+    return f"No refresher is running: {end}, unless {errors.SERVE} is started."
 
 
 def local_time(unix_time: float) -> str:
