@@ -28,7 +28,6 @@ traceback of one that crashes. Both go to stderr.
 """
 
 import atexit
-import ctypes
 import os
 import re
 import signal
@@ -40,7 +39,7 @@ from typing import Any
 from supervisor import dispatchers, events, loggers, options, process
 from supervisor.states import ProcessStates, SupervisorStates
 
-from xaiproxy import command, config, errors, log
+from xaiproxy import command, config, errors, kernel, log
 from xaiproxy.line_writer import DROPPED, LINE_LIMIT, LineWriter
 
 EXIT_FATAL = 70  # EX_SOFTWARE of sysexits.h
@@ -56,7 +55,6 @@ LEVELS = {
 }
 # How a line of log.py begins, in JSON and as text.
 LOG_LINE = re.compile(rb'(\{"time": ")?20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z[" ]')
-PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 class FatalCheck(events.TickEvent):  # type: ignore[misc]  # supervisor is untyped
@@ -105,14 +103,10 @@ def finish(self: Any, pid: int, status: int) -> None:
         end(self, f"exit status {errors.EXIT_CONFIGURATION}")
 
 
-# Only Linux has it.
-_prctl = getattr(ctypes.CDLL(None), "prctl", None)
-
-
 def fork(self: Any) -> int:
     """ServerOptions.fork, called to start a program.
 
-    The kernel sends the program SIGTERM when supervisord is gone.
+    On Linux, the kernel sends the program SIGTERM when supervisord is gone.
     """
     parent = os.getpid()
     # Until its exec, the child has supervisord's signal handlers, which would lose a SIGTERM.
@@ -121,11 +115,8 @@ def fork(self: Any) -> int:
         pid = os.fork()
         if pid == 0:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            if _prctl:
-                _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-                # supervisord may have ended before prctl.
-                if os.getppid() != parent:
-                    os._exit(errors.EXIT_TRY_AGAIN)
+            if not kernel.end_with_parent(parent):
+                os._exit(errors.EXIT_TRY_AGAIN)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     return pid

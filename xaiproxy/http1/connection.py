@@ -19,6 +19,7 @@ from typing import Any
 import gevent
 from gevent import monkey
 
+from xaiproxy import kernel
 from xaiproxy.http1 import message_head
 from xaiproxy.http1.message_head import Malformed
 
@@ -27,8 +28,6 @@ RECORD = 16384  # bytes of content that a TLS record holds at most
 READ = 7 * RECORD
 BURST = 8  # full reads in a row, then other greenlets run
 FLUSH_POLL_INTERVAL = 0.02  # seconds: no event signals that bytes were acknowledged
-TCP_ESTABLISHED, TCP_CLOSE = 1, 7  # the first byte of Linux's struct tcp_info
-UNACKNOWLEDGED = struct.Struct("=24xI116xI")  # of that, tcpi_unacked and tcpi_notsent_bytes
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER that turns close into a reset
 # Errors of a connection that TCP has abandoned: ETIMEDOUT, or the ICMP error that a router sent.
 ABANDONED = frozenset((errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH))
@@ -160,24 +159,13 @@ class Connection:
         return not self._poll.poll(0)
 
     def is_established(self) -> bool:
-        """Whether the peer has not closed, as far as the kernel knows; also if bytes are unread."""
-        return self._state() == TCP_ESTABLISHED
+        return kernel.is_established(self.socket)
 
-    def is_reset(self) -> bool:
-        """Whether the peer has reset the connection, even while bytes are unread."""
-        return self._state() == TCP_CLOSE
-
-    def _state(self) -> int:
-        state: int = self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
-        return state
+    def is_closed(self) -> bool:
+        return kernel.is_closed(self.socket)
 
     def unacknowledged(self) -> int:
-        """Unsent bytes plus unacknowledged segments; 0 once all is acknowledged."""
-        return sum(
-            UNACKNOWLEDGED.unpack(
-                self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, UNACKNOWLEDGED.size)
-            )
-        )
+        return kernel.unacknowledged(self.socket)
 
     # In a greenlet
 
@@ -301,14 +289,17 @@ class Connection:
                 pass
 
     def flush(self, idle: float, whole: float) -> None:
-        """Wait until the peer has acknowledged all that was sent.
+        """Wait until the peer has acknowledged all that was sent, or for `idle` if that is unknown.
 
         `idle`: seconds without an acknowledgement; `whole`: seconds in all. Returns early if either
         side ends the connection.
         """
         left, deadline = self.unacknowledged(), time.monotonic() + idle
         end = time.monotonic() + whole
-        while left and time.monotonic() < min(deadline, end) and self.is_established():
+        known = kernel.HAS_TCP_INFO
+        while (
+            (left or not known) and time.monotonic() < min(deadline, end) and self.is_established()
+        ):
             gevent.sleep(FLUSH_POLL_INTERVAL)
             now = self.unacknowledged()
             if now < left:

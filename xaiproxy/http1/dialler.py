@@ -7,7 +7,7 @@ import socket
 import ssl
 import urllib.parse
 
-from xaiproxy import addresses, config, socks_proxy, trust
+from xaiproxy import addresses, config, kernel, socks_proxy, trust
 from xaiproxy.http1 import response_head
 from xaiproxy.http1.connection import BROKEN, Connection
 from xaiproxy.http1.resolver import Resolver
@@ -16,7 +16,7 @@ from xaiproxy.http1.tls import TLSConnection
 # A dead peer on a silent network is noticed within two minutes.
 KEEPALIVE = [
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
+    (socket.IPPROTO_TCP, kernel.TCP_KEEPIDLE, 60),
     (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15),
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
 ]

@@ -106,7 +106,7 @@ class Tunnel:
             self._greenlet.switch()
 
     def _check(self) -> None:
-        if self._up.blocked and not self._down.refused and self._client.is_reset():
+        if self._up.blocked and not self._down.refused and self._client.is_closed():
             self.failed(self._client, ConnectionResetError())
         elif self._closing or self._up.hides_end or self._down.hides_end:
             unacknowledged = (

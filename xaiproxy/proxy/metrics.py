@@ -15,7 +15,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 from prometheus_client.samples import Sample
 
-from xaiproxy import __version__, log
+from xaiproxy import __version__, kernel, log
 from xaiproxy.http1.pool import Pool
 from xaiproxy.proxy import login_metrics, process_metrics, request_metrics
 from xaiproxy.proxy.loop_lag import WINDOW, LoopLag
@@ -36,7 +36,7 @@ class Metrics:
         self._store = store
         self._pool = pool
         self._lag = lag
-        self._started_at = process_metrics.started_at()
+        self._started_at = kernel.started_at()
         self._registry = CollectorRegistry()
         self._registry.register(self)
 

@@ -14,29 +14,23 @@ from collections.abc import Callable, Iterator
 
 from prometheus_client.metrics_core import Metric
 
+from xaiproxy import kernel
 from xaiproxy.proxy.metric_family import counter, gauge
 
-PAGE = os.sysconf("SC_PAGE_SIZE")
 DESCRIPTORS_AT_A_TIME = 100
 
 
-def started_at() -> float:
-    """The unix time at which the process was started."""
-    with open("/proc/self/stat", "rb") as file:
-        fields = file.read().rpartition(b")")[2].split()
-    since_boot = int(fields[19]) / os.sysconf("SC_CLK_TCK")
-    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + since_boot
-
-
 def families(start_time: float, pause: Callable[[], object]) -> Iterator[Metric]:
-    with open("/proc/self/statm", "rb") as file:
-        size, resident = (int(pages) * PAGE for pages in file.read().split()[:2])
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     yield counter(
         "process_cpu_seconds", "User and system CPU time in seconds.", (), [(time.process_time(),)]
     )
-    yield gauge("process_virtual_memory_bytes", "Virtual memory size in bytes.", (), [(size,)])
-    yield gauge("process_resident_memory_bytes", "Resident memory in bytes.", (), [(resident,)])
+    if (memory := kernel.memory()) is not None:
+        virtual, resident = memory
+        yield gauge(
+            "process_virtual_memory_bytes", "Virtual memory size in bytes.", (), [(virtual,)]
+        )
+        yield gauge("process_resident_memory_bytes", "Resident memory in bytes.", (), [(resident,)])
     yield gauge(
         "process_start_time_seconds", "Start of the process in unix time.", (), [(start_time,)]
     )
@@ -51,7 +45,7 @@ def families(start_time: float, pause: Callable[[], object]) -> Iterator[Metric]
 
 def _open_descriptors(pause: Callable[[], object]) -> int:
     number = 0
-    with os.scandir("/proc/self/fd") as entries:
+    with os.scandir("/dev/fd") as entries:
         for number, _ in enumerate(entries, 1):
             if number % DESCRIPTORS_AT_A_TIME == 0:
                 pause()

@@ -14,11 +14,11 @@ import signal
 import time
 from collections.abc import Callable
 
-from xaiproxy import config, errors, judgement, token_folder, token_writer, tokens
+from xaiproxy import config, errors, judgement, kernel, token_folder, token_writer, tokens
 from xaiproxy.refresher.notifier import Notifier
 from xaiproxy.refresher.renewal import Renewal
 from xaiproxy.refresher.report import Report, date, next_try
-from xaiproxy.refresher.runtime import Ending, Runtime, uptime
+from xaiproxy.refresher.runtime import Ending, Runtime
 from xaiproxy.refresher.schedule import Decision, Schedule
 from xaiproxy.token_store import TokenStore
 from xaiproxy.tokens import Login, fingerprint
@@ -35,7 +35,7 @@ class Refresher:
         settings: config.Config,
         *,
         clock: Callable[[], float] = time.time,
-        uptime: Callable[[], float] = uptime,
+        uptime: Callable[[], float] = kernel.uptime,
         sleep: Callable[[float], object] = time.sleep,
     ):
         self.settings = settings

@@ -1,6 +1,5 @@
 """The clocks of the refresher's process, its pauses, and whether it is to end."""
 
-import time
 from collections.abc import Callable
 
 from xaiproxy import log
@@ -33,8 +32,3 @@ class Runtime:
         """Raise Ending if the process is to end."""
         if self.ending:
             raise Ending
-
-
-def uptime() -> float:
-    """Return the seconds since the machine started, suspends included."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
