@@ -484,3 +484,54 @@ def test_a_long_field_is_cut_in_a_short_line_too(pipe):
     logging.getLogger("xaiproxy.x").info("request", extra={"fields": {"path": "/v1/" + "y " * 300}})
     (line,) = pipe.read()
     assert line.count("y") == (512 - len("/v1/")) // 2
+
+
+LINES = """
+import select, sys
+select.PIPE_BUF = 512
+from xaiproxy import log
+line = log.line_format("proxy", sys.argv[1], 1)
+fields = {
+    "method": "POST",
+    "path": "/v1/chat/completions",
+    "status": 502,
+    "request_bytes": 123456,
+    "bytes": 198,
+    "first_byte_ms": None,
+    "duration_ms": 10000.5,
+    "ended_by": "proxy",
+    "key": None,
+    "client": "127.0.0.1",
+    "user_agent": "Mozilla/5.0 (X11; Linux x86_64) " * 4,
+    "request_id": "01234567-89ab-cdef-0123-456789abcdef",
+    "upstream_request_id": None,
+    "error": "upstream_unreachable",
+    "reason": "no connection to api.x.ai: Connection refused, and no other address is left",
+}
+message = "POST /v1/chat/completions 502 upstream_unreachable"
+lines = [
+    line(0, "WARNING", message, fields),
+    line(0, "WARNING", "\\x1b" * 1000, {"reason": "\\x1b\\U0001f600" * 500, "n": 1}),
+    line(0, "WARNING", "\\U0001f600" * 1000, {f"field_{n}": "x" * 1000 for n in range(40)}),
+]
+assert all(len(line) < 512 and line.endswith(b"\\n") for line in lines)
+sys.stdout.buffer.write(b"".join(lines))
+"""
+
+
+@pytest.mark.parametrize("format", ["json", "text"])
+def test_lines_fit_in_the_pipe_buffer_of_macos(format):
+    """Half a kilobyte: the line of a failed request keeps its fields, and shortens long texts."""
+    first, *others = subprocess.run(
+        [sys.executable, "-c", LINES, format], capture_output=True, check=True, timeout=20
+    ).stdout.splitlines()
+    assert len(others) == 2
+    if format == "json":
+        entry = json.loads(first)
+        assert (entry["status"], entry["bytes"], entry["error"]) == (
+            502,
+            198,
+            "upstream_unreachable",
+        )
+        assert entry["reason"].startswith("no connection to api.x.ai")
+        assert [json.loads(line)["level"] for line in others] == ["warning"] * 2

@@ -37,6 +37,9 @@ LONGEST_SECRET = 2048
 MESSAGE_LIMIT = 1000  # characters
 FIELD_LIMIT = 512
 LIMITS = {"traceback": 1500}
+# Characters of the message and of each field in a JSON line that is too long; the first that fits
+# counts. macOS's LINE_LIMIT is 511 bytes, so most lines of requests are shortened there.
+SHORTER = (200, 100, 60, 40, 20)
 # Types whose values cannot hold a secret.
 PLAIN = frozenset((int, float, bool, type(None)))
 # A path or an error_description could otherwise forge lines or control a terminal.
@@ -166,10 +169,11 @@ def _json_line(process: str, created: float, level: str, message: str, fields: F
     start = {"time": _time(created), "level": level.lower(), "process": process}
     message, fields = redact(message, MESSAGE_LIMIT), _redacted(fields)
     line = _json({**start, "message": message, **fields})
-    if len(line) > LINE_LIMIT:
-        message, fields = message[:200], {name: str(value)[:50] for name, value in fields.items()}
-        line = _json({**start, "message": message, **fields})
-    return line if len(line) <= LINE_LIMIT else _json({**start, "message": message})
+    for limit in SHORTER:
+        if len(line) <= LINE_LIMIT:
+            return line
+        line = _json({**start, "message": message[:limit], **_shortened(fields, limit)})
+    return line if len(line) <= LINE_LIMIT else _json({**start, "message": message[:limit]})
 
 
 def _json(entry: Fields) -> bytes:
@@ -191,6 +195,19 @@ def _time(created: float) -> str:
 @functools.lru_cache(maxsize=2)
 def _second(at: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(at))
+
+
+def _shortened(fields: Fields, limit: int) -> Fields:
+    """Without the fields that are None, and with texts of at most `limit` characters."""
+    shortened = {
+        name: value if type(value) in PLAIN else value[:limit]
+        for name, value in fields.items()
+        if value is not None
+    }
+    if "traceback" in fields:
+        # Its end names the error.
+        shortened["traceback"] = str(fields["traceback"])[-limit:]
+    return shortened
 
 
 def _redacted(fields: Fields) -> Fields:
