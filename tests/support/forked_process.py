@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from checkout import ROOT, SUPPORT
+from checkout import PYTHONPATH, SUPPORT
 
 PYTHON = [sys.executable, "-W", "error"]
 PRELOADED = str(SUPPORT / "preloaded.py")
@@ -38,7 +38,7 @@ class ForkServer:
         with theirs:
             self._process = subprocess.Popen(
                 [*PYTHON, PRELOADED, module, "fork", str(theirs.fileno())],
-                env={"PYTHONPATH": str(ROOT), "LD_PRELOAD": library},
+                env={"PYTHONPATH": PYTHONPATH, "LD_PRELOAD": library},
                 pass_fds=[theirs.fileno()],
             )
         atexit.register(self.close)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from checkout import ONE_CA, ROOT, SUPPORT
+from checkout import ONE_CA, PYTHONPATH, SUPPORT
 from forked_process import PYTHON, run_python, start_python
 from raw_connection import TIMEOUT, Message, RawConnection
 
@@ -265,7 +265,7 @@ def environment(
     return {
         "PATH": os.environ["PATH"],
         "HOME": str(folder),
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": PYTHONPATH,
         "SSL_CERT_FILE": str(ONE_CA),
         **(environ or {}),
         **{f"XAI_PROXY_{name.upper()}": str(value) for name, value in settings.items()},

@@ -11,7 +11,7 @@ import sys
 import threading
 from pathlib import Path
 
-from checkout import ONE_CA, ROOT
+from checkout import ONE_CA, PYTHONPATH, ROOT
 from proxy_process import Client
 
 CONF = ROOT / "conf" / "supervisord.conf"
@@ -28,6 +28,7 @@ class Supervised:
     def __init__(self, folder, sandbox, *, prefix=(), pipe=os.pipe, conf=CONF, **settings):
         environ = {
             "PATH": os.defpath,
+            "PYTHONPATH": PYTHONPATH,
             "SSL_CERT_FILE": str(ONE_CA),
             "HOME": str(folder),
             "XAI_PROXY_PORT": "0",
