@@ -146,6 +146,7 @@ PYTHON = """#!/bin/sh
 here=$(dirname "$0")
 case "$*" in
     -V) echo "Python 3.99.1" ;;
+    "-c "*) exec "$REAL" "$@" ;;
     "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && echo "version = 3.99.1" >"$3/pyvenv.cfg" ;;
     "-m pip install "*)
         echo "$*" >>"$CALLS"
@@ -178,6 +179,7 @@ class Checkout:
             "PYTHON": str(self.python),
             "CALLS": str(self.calls),
             "PIP": pip,
+            "REAL": sys.executable,
             **environ,
         }
         return subprocess.Popen(
