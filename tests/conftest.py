@@ -42,6 +42,9 @@ os.environ["SSL_CERT_FILE"] = str(ONE_CA)
 # The files that take longest, in that order, which begin first: no worker is left alone with one at
 # the end.
 LONGEST = (
+    "test_serve_command.py",
+    "test_without_linux.py",
+    "test_installation.py",
     "test_supervision.py",
     "http1/test_handler.py",
     "proxy/test_cut_streams.py",
