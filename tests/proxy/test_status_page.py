@@ -180,6 +180,9 @@ def test_a_browser_on_another_machine_gets_both(running: ProxyProcess):
     # The <img> of any page, and a navigation that it begins.
     assert ask("/status.json", "Accept: image/*") == ask("/", "Accept: image/*") == 403
     assert ask("/status.json", HTML, "Upgrade-Insecure-Requests: 1") == 403
+    # Android's WebView adds the name of the app to every request of every page.
+    assert ask("/status.json", "X-Requested-With: com.example.app") == 403
+    assert ask("/v1/models", "X-Requested-With: com.example.app") == 403
 
 
 # The data

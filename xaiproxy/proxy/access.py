@@ -24,6 +24,7 @@ TRUSTWORTHY = re.compile(
 CONTAINER_HOSTS = frozenset(("host.docker.internal", "host.containers.internal"))
 OWN_SITES = frozenset(("same-origin", "none"))
 IPV4_MAPPED = bytes(10) + b"\xff\xff"  # RFC 4291 section 2.5.5.2
+PAGE_MARK = "xaiproxy"  # the X-Requested-With of the status page's script
 PREFLIGHT_AGE = 600  # seconds that a browser may remember a preflight
 
 
@@ -186,9 +187,9 @@ def _may_be_of_any_page(head: Head) -> bool:
         and TRUSTWORTHY.fullmatch("".join(head.values("host"))) is None
         # A navigation to the status page's shell, which has no data and no effect.
         and not (head.path == "/" and head.values("upgrade-insecure-requests"))
-        # Its script sends this field, which an <img> cannot, and another site's script only after a
-        # preflight.
-        and not head.values("x-requested-with")
+        # Its script sends this value, which an <img> cannot, and another site's script only after a
+        # preflight. Android's WebView adds the name of its app to requests of all pages.
+        and head.values("x-requested-with") != [PAGE_MARK]
     )
 
 
