@@ -77,7 +77,7 @@ def test_what_came_before_a_cut_is_decoded() -> None:
 
 def test_of_long_content_start_and_end_are_returned() -> None:
     data = b"start" + bytes(1_000_000) + b"end"
-    taken = content.taken(head("gzip"), kept(gzip.compress(data)))
+    taken = content.taken(head("gzip"), kept(gzip.compress(data)), lambda: None)
     assert taken.startswith(b"start") and taken.endswith(b"end")
     assert START + END <= len(taken) < 30_000
 
@@ -115,6 +115,15 @@ def test_a_bomb_is_given_up_after_the_limit() -> None:
         content.inflated(bomb, lambda: steps.append(1))
     assert caught.value.reason == "too_long"
     assert len(steps) == content.DECODED_LIMIT // content.STEP
+
+
+def test_without_a_pause_less_is_decoded() -> None:
+    # In a request's path, where an error is read.
+    with pytest.raises(content.Unreadable) as caught:
+        content.taken(head("gzip"), kept(gzip.compress(bytes(20 << 20))[:20000]))
+    assert caught.value.reason == "too_long"
+    text = os.urandom(content.UNPAUSED_LIMIT // 2).hex().encode()
+    assert content.inflated(gzip.compress(text)).end(END) == text[-END:]
 
 
 def test_there_is_a_pause_after_each_step() -> None:

@@ -10,6 +10,7 @@ from xaiproxy.http1.sample import Sample
 
 STEP = 16384  # bytes that are decoded at a time
 DECODED_LIMIT = 32 << 20  # bytes that are decoded of one response
+UNPAUSED_LIMIT = 1 << 17  # the same without pauses: half a millisecond, and longer than any error
 DECODED = frozenset(("gzip", "x-gzip", "deflate"))
 # gzip or zlib, which have headers; raw deflate, which some servers send.
 WINDOWS = (47, -15)
@@ -33,11 +34,12 @@ def codings(head: response_head.Head) -> list[str]:
 
 
 def taken(
-    head: response_head.Head, sample: Sample, pause: Callable[[], object] = lambda: None
+    head: response_head.Head, sample: Sample, pause: Callable[[], object] | None = None
 ) -> bytes:
     """Take what was kept. Of long content only the start and the end are returned.
 
-    `pause`: called between steps that each take less than a millisecond. Raises Unreadable.
+    `pause`: called between steps that each take less than a millisecond. Without it, content that
+    takes longer is too_long. Raises Unreadable.
     """
     if sample.too_long:
         raise Unreadable("too_long")
@@ -49,8 +51,11 @@ def taken(
     return inflated(data, pause).take()
 
 
-def inflated(data: bytes, pause: Callable[[], object] = lambda: None) -> Sample:
-    """The content of a compressed response, which may be cut. Raises Unreadable."""
+def inflated(data: bytes, pause: Callable[[], object] | None = None) -> Sample:
+    """The content of a compressed response, which may be cut; `pause`: see taken.
+
+    Raises Unreadable.
+    """
     for window in WINDOWS:
         try:
             return _inflated(data, zlib.decompressobj(window), pause)
@@ -59,8 +64,11 @@ def inflated(data: bytes, pause: Callable[[], object] = lambda: None) -> Sample:
     raise Unreadable("compressed")
 
 
-def _inflated(data: bytes, decoder: zlib._Decompress, pause: Callable[[], object]) -> Sample:
+def _inflated(
+    data: bytes, decoder: zlib._Decompress, pause: Callable[[], object] | None
+) -> Sample:
     sample, size = Sample(), 0
+    limit = UNPAUSED_LIMIT if pause is None else DECODED_LIMIT
     for start in range(0, len(data), STEP):
         # Not all at once: each step copies what it leaves.
         rest = data[start : start + STEP]
@@ -68,10 +76,11 @@ def _inflated(data: bytes, decoder: zlib._Decompress, pause: Callable[[], object
             decoded = decoder.decompress(rest, STEP)
             sample.add(decoded)
             size += len(decoded)
-            if size > DECODED_LIMIT:
+            if size > limit:
                 raise Unreadable("too_long")
             rest = decoder.unconsumed_tail
-            pause()
+            if pause is not None:
+                pause()
     # What the limit of the last step has left.
     sample.add(decoder.flush())
     return sample
