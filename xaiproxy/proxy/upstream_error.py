@@ -8,8 +8,9 @@ from typing import Any
 
 SLUG = re.compile(r"\[WKE=([\w:.-]{1,80})\]")  # in the text of older errors
 CODE_LIMIT = 80  # characters
-# An object or a string: response.completed has "error": null.
-IN_STREAM = re.compile(rb'"type"\s*:\s*"error"|"response\.failed"|"error"\s*:\s*["{]')
+# As the value of `type`, or as a member that is an object or a string: response.completed has
+# "error": null. With one literal before the choice the search takes half the time.
+IN_STREAM = re.compile(rb'"error"\s*(?:[,}]|:\s*["{])')
 LAST_EVENTS = 4096  # bytes at the end of a stream in which an error is looked for
 REASONS = (
     ("unauthenticated", "upstream refused the access token"),
