@@ -207,3 +207,16 @@ def test_a_scrape_of_many_series_lets_other_greenlets_run(metrics: Metrics) -> N
     assert sum(len(family.samples) for family in families) > 4000
     assert held_less_than_the_limit(lambda: metrics.page(OPENMETRICS))
     assert held_less_than_the_limit(lambda: metrics.page(""))
+
+
+def test_scrapes_at_the_same_time_hold_no_longer(metrics: Metrics) -> None:
+    for number in range(100):
+        for status in (200, 400, 429, 500):
+            metrics.recorder.add(record(key=f"key-{number}", status=status))
+    metrics.recorder.fold()
+
+    def work() -> None:
+        scrapes = [gevent.spawn(metrics.page, "") for _ in range(4)]
+        assert {scrape.get()[0].count(b'key="key-7"') for scrape in scrapes} == {4}
+
+    assert held_less_than_the_limit(work)

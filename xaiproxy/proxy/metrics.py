@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import gevent.lock
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
@@ -39,12 +40,15 @@ class Metrics:
         self._started_at = kernel.started_at()
         self._registry = CollectorRegistry()
         self._registry.register(self)
+        # Of several at a time, each would have its slice between two turns of the streams.
+        self._rendering = gevent.lock.Semaphore()
 
     def page(self, accept: str) -> tuple[bytes, str]:
         """The content and its media type. `accept`: the Accept header."""
         self.recorder.fold()
         encode, media_type = choose_encoder(OPENMETRICS if _wants_openmetrics(accept) else "")
-        return encode(self._registry), media_type
+        with self._rendering:
+            return encode(self._registry), media_type
 
     def collect(self) -> Iterator[Metric]:
         pace = Pace()
