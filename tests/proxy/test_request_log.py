@@ -130,6 +130,46 @@ def test_a_stream_that_ends_with_an_error(
     assert line["ended_by"] == "done"
 
 
+@both_ways
+def test_a_compressed_stream_that_ends_with_an_error(
+    running: ProxyProcess, upstream: ScriptedUpstream
+) -> None:
+    """SDKs ask for gzip, also of streams."""
+    content = gzip.compress(b"data: {}\n\n" * 5000 + CAPACITY)
+    fields = ("Content-Type: text/event-stream", "Content-Encoding: gzip")
+    with running.client() as client:
+        client.request("POST", "/v1/responses/packed", body=b"{}")
+        upstream.receive().answer(answer("200 OK", content, *fields))
+        assert client.message().body == content
+        client.request("POST", "/v1/responses/garbled", body=b"{}")
+        upstream.receive().answer(answer("200 OK", content[9:], *fields))
+        assert client.message().body == content[9:]
+    line = running.wait_for_request("/v1/responses/packed")
+    assert failure(line)[:3] == ("warning", 200, "resource-exhausted")
+    assert line["ended_by"] == "done"
+    line = running.wait_for_request("/v1/responses/garbled")
+    assert line["level"] == "info" and "error" not in line
+
+
+def test_the_line_of_the_last_request_is_not_lost(
+    tmp_path: Path, upstream: ScriptedUpstream
+) -> None:
+    """The line of a compressed stream is written a moment after its end."""
+    with ProxyProcess(tmp_path, upstream=upstream.origin) as proxy:
+        proxy.sign_in()
+        with proxy.client() as client:
+            client.request("POST", "/v1/responses/last", body=b"{}")
+            request = upstream.receive()
+            proxy.process.terminate()
+            proxy.wait_for_log(lambda line: line["message"].startswith("stopping"))
+            fields = ("Content-Type: text/event-stream", "Content-Encoding: gzip")
+            request.answer(answer("200 OK", gzip.compress(CAPACITY), *fields))
+            client.message()
+        proxy.process.wait()
+        lines = [line.get("path") for line in proxy.log_lines()]
+    assert "/v1/responses/last" in lines
+
+
 def test_a_client_that_leaves_is_no_failure(
     proxy: ProxyProcess, upstream: ScriptedUpstream
 ) -> None:

@@ -138,7 +138,8 @@ def run(
     status = Status(store, recorder.history, time.time())
 
     def on_end(record: RequestRecord) -> None:
-        request_log.write(record)
+        if not request_log.is_late(record):
+            request_log.write(record)
         recorder.add(record)
 
     def status_now() -> dict[str, Any]:
@@ -174,8 +175,9 @@ def run(
     recording.kill()
     key_uses.save_last()
     pool.close()
+    # It writes log lines and ends spans of the last requests.
+    recorder.fold()
     if spans is not None:
-        recorder.fold()
         spans.close()
 
 

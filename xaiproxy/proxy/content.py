@@ -64,9 +64,7 @@ def inflated(data: bytes, pause: Callable[[], object] | None = None) -> Sample:
     raise Unreadable("compressed")
 
 
-def _inflated(
-    data: bytes, decoder: zlib._Decompress, pause: Callable[[], object] | None
-) -> Sample:
+def _inflated(data: bytes, decoder: zlib._Decompress, pause: Callable[[], object] | None) -> Sample:
     sample, size = Sample(), 0
     limit = UNPAUSED_LIMIT if pause is None else DECODED_LIMIT
     for start in range(0, len(data), STEP):

@@ -1,7 +1,8 @@
 """The records of requests, counted a moment after the requests: for /metrics and the status page.
 
-A request only appends its record to a list. Usage is read here as well, so that no client waits for
-it. The work is done in slices, between which streams go on.
+A request only appends its record to a list. Content is decoded and usage is read here, so that no
+client waits for it. The log line of a compressed stream follows that, because the stream may end
+with an error. The work is done in slices, between which streams go on.
 """
 
 from __future__ import annotations
@@ -17,9 +18,8 @@ import gevent.lock
 from xaiproxy.http1 import response_head
 from xaiproxy.http1.request_record import RequestRecord
 from xaiproxy.http1.sample import Sample
-from xaiproxy.proxy import content, counters, history, routes, usage
+from xaiproxy.proxy import content, counters, history, request_log, routes, usage
 from xaiproxy.proxy.pace import Pace
-from xaiproxy.proxy.request_log import HEALTH_CHECKS
 
 # Seconds until a record is counted: many at a time cost less, and few keep little content.
 DELAY = 0.25
@@ -66,7 +66,7 @@ class Recorder:
                     pace()
 
     def _fold(self, record: RequestRecord, pace: Pace) -> None:
-        if record.path in HEALTH_CHECKS:
+        if record.path in request_log.HEALTH_CHECKS:
             return
         route = routes.of(record.path)
         key = self._keys.bounded(record.key) if record.key else ""
@@ -78,7 +78,7 @@ class Recorder:
             if RATE_LIMIT in head.values:
                 self._add_rate_limits(record, head)
             if record.sample is not None and head.status < 400:
-                found = self._add_usage(record, head, record.sample, key, pace)
+                found = self._read(record, head, record.sample, key, pace)
                 # Up to a mebibyte was searched.
                 pace()
         if self._end_span is not None and record.span is not None:
@@ -93,7 +93,7 @@ class Recorder:
                 ended_at = record.started_at + record.duration
                 self.history.set_rate_limit(ended_at, kind, limit, remaining)
 
-    def _add_usage(
+    def _read(
         self,
         record: RequestRecord,
         head: response_head.Head,
@@ -101,14 +101,20 @@ class Recorder:
         key: str,
         pace: Pace,
     ) -> usage.Usage | None:
-        if not usage.is_expected(record.method, record.path, head.status):
-            sample.take()
-            return None
+        """Decode the content, write the log line that waits for it, and count its usage."""
+        data, unread = b"", ""
         try:
-            found = usage.read(content.taken(head, sample, pace), usage.is_stream(head))
+            data = content.taken(head, sample, pace)
         except content.Unreadable as error:
-            self.counters.unread[error.reason] += 1
+            unread = error.reason
+        if request_log.is_late(record):
+            request_log.write(record, data)
+        if not usage.is_expected(record.method, record.path, head.status):
             return None
+        if unread:
+            self.counters.unread[unread] += 1
+            return None
+        found = usage.read(data, usage.is_stream(head))
         if found is None or found.is_partial:
             self.counters.unread["none" if record.ended_by == "done" else "cut"] += 1
         if found is not None:

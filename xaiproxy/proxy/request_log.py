@@ -7,7 +7,7 @@ from typing import Any
 
 from xaiproxy import log
 from xaiproxy.http1.request_record import RequestRecord
-from xaiproxy.proxy import content, upstream_error
+from xaiproxy.proxy import content, upstream_error, usage
 
 logger = logging.getLogger("xaiproxy.request")
 
@@ -16,8 +16,22 @@ HEALTH_CHECKS = frozenset(("/healthz", "/readyz"))
 POLLED = HEALTH_CHECKS | {"/metrics", "/status.json"}
 
 
-def write(record: RequestRecord) -> None:
-    code, reason = failure_of(record)
+def is_late(record: RequestRecord) -> bool:
+    """Whether the line is to be written once the content is decoded: an error may end it."""
+    head = record.upstream
+    return (
+        head is not None
+        and record.sample is not None
+        and head.status < 400
+        and record.ended_by == "done"
+        and usage.is_stream(head)
+        and bool(content.codings(head))
+    )
+
+
+def write(record: RequestRecord, decoded: bytes | None = None) -> None:
+    """`decoded`: the content of a response whose line is late."""
+    code, reason = failure_of(record, decoded)
     message = f"{record.method} {record.path} {record.status}"
     upstream = record.upstream
     fields: dict[str, Any] = {
@@ -56,7 +70,7 @@ def level_of(record: RequestRecord, code: str) -> int:
     return logging.WARNING if code and record.status < 400 else logging.INFO
 
 
-def failure_of(record: RequestRecord) -> tuple[str, str]:
+def failure_of(record: RequestRecord, decoded: bytes | None = None) -> tuple[str, str]:
     """The code and the reason of a failure; empty if it is none, or the client's."""
     if record.broken is not None:
         return "upstream_broken", f"upstream broke the response off: {record.broken}"
@@ -68,7 +82,9 @@ def failure_of(record: RequestRecord) -> tuple[str, str]:
     if head is None or sample is None or record.ended_by == "client":
         return "", ""
     if head.status < 400:
-        return upstream_error.in_stream(sample.end(upstream_error.LAST_EVENTS)) or ("", "")
+        size = upstream_error.LAST_EVENTS
+        end = sample.end(size) if decoded is None else decoded[-size:]
+        return upstream_error.in_stream(end) or ("", "")
     try:
         text = content.taken(head, sample).decode("utf-8", "replace")
     except content.Unreadable:
