@@ -102,6 +102,14 @@ def test_a_json_line_has_the_fields_of_the_record(json_pipe):
     }
 
 
+def test_a_value_with_a_space_forges_no_field_in_a_text_line(text_pipe):
+    logger.info("x", extra={"fields": {"status": 401, "user_agent": 'a status=200 key="b"'}})
+    logger.info("x", extra={"fields": {"a": "plain/1.0", "b": "", "c": None}})
+    first, second = text_pipe.read()
+    assert first.endswith('x status=401 user_agent="a status=200 key=\\"b\\""')
+    assert second.endswith('x a=plain/1.0 b="" c=None')
+
+
 def test_a_text_line_has_time_level_and_message(text_pipe):
     logger.warning("it is %s", "done", extra={"fields": {"status": 200, "path": "/v1"}})
     [line] = text_pipe.read()

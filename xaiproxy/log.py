@@ -44,6 +44,7 @@ SHORTER = (200, 100, 60, 40, 20)
 PLAIN = frozenset((int, float, bool, type(None)))
 # A path or an error_description could otherwise forge lines or control a terminal.
 CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+WORD = re.compile(r'[^ ="]+')  # a value that needs no quotes in a text line
 
 Fields = dict[str, Any]
 # From the unix time, the level, the message and the fields of an event.
@@ -182,10 +183,15 @@ def _json(entry: Fields) -> bytes:
 
 def _text_line(process: str, created: float, level: str, message: str, fields: Fields) -> bytes:
     words = [_time(created), level, f"{process}:", redact(message, MESSAGE_LIMIT)]
-    words += [f"{name}={value}" for name, value in _redacted(fields).items()]
+    words += [f"{name}={_word(value)}" for name, value in _redacted(fields).items()]
     line = _bytes(" ".join(words), lambda control: repr(control)[1:-1])[: LINE_LIMIT - 1]
     # The cut may have left a part of a character.
     return line.decode("utf-8", "ignore").encode() + b"\n"
+
+
+def _word(value: Any) -> Any:
+    """A value of a text line, quoted if it could be taken for several fields."""
+    return _encode(value) if isinstance(value, str) and not WORD.fullmatch(value) else value
 
 
 def _time(created: float) -> str:
