@@ -119,6 +119,25 @@ def test_tokens_are_summed_by_model_and_key_until_midnight():
     assert [row["output"] for row in history.tokens_today(tomorrow)] == [2]
 
 
+def test_of_many_models_and_keys_the_largest_have_rows_of_their_own():
+    """The page gets them every two seconds, and a row takes 3 us."""
+    history = History()
+    for number in range(150):
+        history.add_usage(NOON, f"m-{number}", "alice", Usage("", number, 1, 2, 0))
+    rows = history.tokens_today(NOON)
+    assert [row["model"] for row in rows] == [f"m-{149 - place}" for place in range(100)] + [
+        "other"
+    ]
+    assert rows[-1] == {
+        "model": "other",
+        "key": "other",
+        "input": sum(range(50)),
+        "cached_input": 50,
+        "output": 100,
+        "reasoning": 0,
+    }
+
+
 def test_the_last_rate_limits_are_kept_with_their_time():
     history = History()
     assert history.rate_limits() == {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import math
 import time
@@ -9,6 +10,7 @@ from bisect import bisect_left
 from typing import Any
 
 from xaiproxy.http1.request_record import RequestRecord
+from xaiproxy.proxy.counters import OTHER
 from xaiproxy.proxy.usage import Usage
 
 MINUTES = 60  # that are kept
@@ -16,6 +18,7 @@ MINUTES = 60  # that are kept
 # exact to 5 %.
 STEPS = tuple(1e-6 * 1.1**step for step in range(250))
 TOKENS = ("input", "cached_input", "output", "reasoning")
+ROWS = 100  # of tokens: the page asks every two seconds, and each takes 3 us
 
 
 class Minute:
@@ -120,14 +123,22 @@ class History:
         return found
 
     def tokens_today(self, now: float) -> list[dict[str, Any]]:
-        """Tokens since local midnight by `model` and `key`, the largest user first."""
+        """Tokens since local midnight by `model` and `key`, the largest user first.
+
+        Those after the first ROWS are one row.
+        """
         if not self._day[0] <= now < self._day[1]:
             return []
-        rows = [
+        rows = heapq.nlargest(ROWS, self._tokens.items(), key=lambda row: row[1][0] + row[1][2])
+        if len(self._tokens) > ROWS:
+            shown = map(sum, zip(*(sums for _, sums in rows), strict=True))
+            everything = map(sum, zip(*self._tokens.values(), strict=True))
+            rest = [whole - part for whole, part in zip(everything, shown, strict=True)]
+            rows.append(((OTHER, OTHER), rest))
+        return [
             {"model": model, "key": key, **dict(zip(TOKENS, sums, strict=True))}
-            for (model, key), sums in self._tokens.items()
+            for (model, key), sums in rows
         ]
-        return sorted(rows, key=lambda row: -row["input"] - row["output"])
 
     def rate_limits(self) -> dict[str, dict[str, float]]:
         """By kind (tokens, requests): the last `limit` and `remaining`, and `at`, their time."""
