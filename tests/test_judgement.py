@@ -11,7 +11,8 @@ from xaiproxy.refresher_status import Status
 NOW = 1_800_000_000.0
 FAILED = tokens.RefreshError("issuer_unavailable", "the issuer is down", NOW - 5, retry_at=NOW + 5)
 ENDED = tokens.RefreshError("invalid_grant", "revoked", NOW - 5, terminal=True)
-NO_ROOM = Status(NOW, "storage", "no room", NOW + 1, "no room")
+FULL = "/a/tokens.json cannot be written: No space left on device. Make room on the disk"
+NO_ROOM = Status(NOW, "storage", FULL, NOW + 1, FULL)
 GONE = {"refresher_age": None}
 EXPIRED = {"expires_at": NOW - 1}
 TRY_AGAIN, SIGN_IN = errors.EXIT_TRY_AGAIN, errors.EXIT_SIGN_IN
@@ -57,14 +58,14 @@ CASES = {
         Verdict.NO_ROOM,
         True,
         0,
-        "good until .* no renewed login can be saved$",
+        r"good until .* UTC, but no renewed login can be saved \(No space left on device\)$",
     ),
     "no room, expired": (
         {"status": NO_ROOM, **EXPIRED},
         Verdict.NO_ROOM,
         False,
         TRY_AGAIN,
-        "no renewed login can be saved$",
+        r"no renewed login can be saved \(No space left on device\)$",
     ),
     "no refresher": (GONE, Verdict.NO_REFRESHER, True, 0, "^no refresher; the login lapses at "),
     "refresher long gone": (
@@ -114,7 +115,7 @@ CASES = {
         Verdict.REFUSED,
         False,
         TRY_AGAIN,
-        "^the API refuses the access token and has not been renewed yet$",
+        "^the API refuses the access token, which has not been renewed yet$",
     ),
     "refused, failing": (
         {"refused": True, "refresh_error": FAILED},
@@ -128,7 +129,7 @@ CASES = {
         Verdict.EXPIRED,
         False,
         TRY_AGAIN,
-        "expired at .* has not been renewed yet$",
+        "expired at .* UTC and has not been renewed yet$",
     ),
     "expired, failing": (
         {**EXPIRED, "refresh_error": FAILED},

@@ -2,6 +2,8 @@
 
 import dataclasses
 import enum
+import errno
+import os
 import re
 import time
 from collections.abc import Callable
@@ -11,6 +13,19 @@ from xaiproxy.token_store import ALIVE, TokenStore
 
 # Any client gets to see this one, so it has no path of the checkout.
 SIGN_IN = "run `xai-login --device` to sign in"
+# Why a file cannot be written, in the operating system's words.
+STORAGE_FAULTS = [
+    os.strerror(number)
+    for number in (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EROFS,
+        errno.EACCES,
+        errno.EPERM,
+        errno.EIO,
+        errno.ESTALE,
+    )
+]
 CODE = re.compile(r"[A-Za-z0-9_.-]{1,60}")  # an issuer's codes that are repeated
 
 
@@ -38,17 +53,17 @@ class Verdict(enum.Enum):
 WHILE_VALID = {
     Verdict.NO_REFRESH_TOKEN: "the token file holds no refresh token; the login lapses at {expiry}",
     Verdict.NO_REFRESHER: "no refresher; the login lapses at {expiry}",
-    Verdict.NO_ROOM: "the token is good until {expiry}, but no renewed login can be saved",
+    Verdict.NO_ROOM: "the token is good until {expiry}, but no renewed login can be saved{why}",
     Verdict.FAILING: "the token is good until {expiry}, but its renewal fails ({code})",
     Verdict.GOOD: "signed in",
 }
 AFTERWARDS = {
     Verdict.NO_REFRESH_TOKEN: "{fault}, and the token file holds no refresh token; "
     f"{SIGN_IN}, or replace the file",
-    Verdict.NO_REFRESHER: "{fault} and has not been renewed yet: no refresher runs",
-    Verdict.NO_ROOM: "{fault} and no renewed login can be saved",
-    Verdict.REFUSED: "{fault} and has not been renewed yet",
-    Verdict.EXPIRED: "{fault} and has not been renewed yet",
+    Verdict.NO_REFRESHER: "{token} has not been renewed yet: no refresher runs",
+    Verdict.NO_ROOM: "{fault} and no renewed login can be saved{why}",
+    Verdict.REFUSED: "{token} has not been renewed yet",
+    Verdict.EXPIRED: "{token} has not been renewed yet",
 }
 
 
@@ -95,10 +110,13 @@ def judge(
     """`refused`: whether the API refused the access token; `status`: a recent one, if any."""
     if isinstance(login, errors.LoginUnusable):
         return _of_unusable(login)
-    expiry = time.strftime("%Y-%m-%d %H:%M", time.localtime(login.expires_at))
+    # UTC, as all times in the log; a proxy in a container may have another zone than its operator.
+    expiry = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(login.expires_at))
     fault = f"the access token expired at {expiry}"
+    token = f"{fault} and"
     if refused:
         fault = "the API refuses the access token"
+        token = f"{fault}, which"
     valid = login.expires_at > now and not refused
     code = _failure(login, refused, status)
 
@@ -124,8 +142,9 @@ def judge(
         verdict = Verdict.REFUSED if refused else Verdict.EXPIRED
     template = (WHILE_VALID if valid else AFTERWARDS)[verdict]
     if code and verdict in (Verdict.REFUSED, Verdict.EXPIRED):
-        template = "{fault} and cannot be renewed ({code})"
-    reason = template.format(expiry=expiry, fault=fault, code=code)
+        template = "{token} cannot be renewed ({code})"
+    why = _why_no_room(status.no_room) if status is not None else ""
+    reason = template.format(expiry=expiry, fault=fault, token=token, code=code, why=why)
     return Judgement(verdict, valid, exit_code, reason)
 
 
@@ -138,6 +157,11 @@ def _failure(login: tokens.Login, refused: bool, status: refresher_status.Status
         # No failure, or upstream accepts the access token again.
         code = status.failure if status is not None else ""
     return code if not code or CODE.fullmatch(code) else "unknown error"
+
+
+def _why_no_room(no_room: str) -> str:
+    """Return the operating system's reason in brackets; the rest of the sentence has paths."""
+    return next((f" ({text})" for text in STORAGE_FAULTS if text in no_room), "")
 
 
 def _of_unusable(error: errors.LoginUnusable) -> Judgement:

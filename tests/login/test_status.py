@@ -98,7 +98,7 @@ def test_a_proxy_without_a_refresher_serves_until_the_login_lapses(served: Login
     beat(served, 90)
     headline = served.run("--status").stdout.splitlines()[0]
     assert re.fullmatch(
-        r"Serving http://127.0.0.1:\d+/v1: no refresher; the login lapses at 20[0-9-]{8} [0-9:]{5}; "
+        r"Serving http://127.0.0.1:\d+/v1: no refresher; the login lapses at 20[0-9-]{8} [0-9:]{5} UTC; "
         + re.escape(f"start {SERVE}"),
         headline,
     )
@@ -170,7 +170,7 @@ def test_status_does_not_wait_for_the_lock(login: Login, sandbox: Sandbox):
             {"expires_at": 1000},
             75,
             [
-                "Not serving: the access token expired at 1970-01-01 00:16 and has not been renewed "
+                "Not serving: the access token expired at 1970-01-01 00:16 UTC and has not been renewed "
                 f"yet: no refresher runs; start {SERVE}",
                 "Token       expired at 1970-01-01 00:16 UTC, ",
                 "Refresher   not running: the login lapsed at 1970-01-01 00:16 UTC",
@@ -180,7 +180,7 @@ def test_status_does_not_wait_for_the_lock(login: Login, sandbox: Sandbox):
             {"expires_at": 1000, "refresh_token": None},
             77,
             [
-                "Not serving: the access token expired at 1970-01-01 00:16, and the token file "
+                "Not serving: the access token expired at 1970-01-01 00:16 UTC, and the token file "
                 f"holds no refresh token; {SIGN_IN}, or replace the file\n",
                 "Refresher   not needed: the token file holds no refresh token",
             ],
@@ -266,7 +266,7 @@ def test_status_of_an_unreadable_file_names_the_error(login: Login, sandbox: San
 def test_status_is_one_json_object(login: Login, sandbox: Sandbox):
     written = sandbox.write_login(login.path, account=ACCOUNT)
     event = json.loads(login.run("--status", "--json").stdout)
-    assert re.fullmatch(r"no refresher; the login lapses at 20[0-9-]{8} [0-9:]{5}", event["reason"])
+    assert re.fullmatch(r"no refresher; the login lapses at 20[0-9-]{8} [0-9:]{5} UTC", event["reason"])
     assert event == {
         "event": "status",
         "usable": True,

@@ -77,8 +77,8 @@ def put(store, *, refresher_age: float | None = 1, expires_in: float = 7200, **m
         os.utime(store.lock_path, (NOW - refresher_age,) * 2)
 
 
-def local(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(NOW + seconds))
+def utc(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(NOW + seconds))
 
 
 def failure(
@@ -124,10 +124,10 @@ def test_ready_until_the_token_expires(store, expires_in, ready):
 @pytest.mark.parametrize(
     "members, expected",
     [
-        ({}, f"the access token expired at {local(-60)} and has not been renewed yet"),
+        ({}, f"the access token expired at {utc(-60)} and has not been renewed yet"),
         (
             {"refresh_error": failure()},
-            f"the access token expired at {local(-60)} and cannot be renewed (invalid_grant)",
+            f"the access token expired at {utc(-60)} and cannot be renewed (invalid_grant)",
         ),
         ({"refresh_error": failure(description="")}, "cannot be renewed (invalid_grant)"),
         (
@@ -148,14 +148,14 @@ def test_not_ready_with_an_expired_token(store, members, expected):
 )
 def test_ready_without_a_refresher_while_the_token_is_valid(store, age, alive):
     put(store, refresher_age=age)
-    expected = "signed in" if alive else f"no refresher; the login lapses at {local(7200)}"
+    expected = "signed in" if alive else f"no refresher; the login lapses at {utc(7200)}"
     assert app.readiness_of(store, NOW) == (True, expected)
 
 
 def test_ready_without_a_refresh_token_while_the_token_is_valid(store):
     put(store, refresh_token=None, refresher_age=None)
     ready, reason = app.readiness_of(store, NOW)
-    assert ready and "no refresh token" in reason and local(7200) in reason
+    assert ready and "no refresh token" in reason and utc(7200) in reason
 
 
 @pytest.mark.parametrize("terminal", [False, True])
@@ -168,7 +168,7 @@ def test_ready_with_a_failing_refresh_while_the_token_is_valid(store, terminal):
     )
     assert app.readiness_of(store, NOW) == (
         True,
-        f"the token is good until {local(7200)}, but {what}",
+        f"the token is good until {utc(7200)}, but {what}",
     )
 
 
@@ -259,7 +259,7 @@ def test_readyz_follows_the_login_and_never_calls_upstream(tmp_path):
         status, body = readiness()
         assert status == 200
         assert re.fullmatch(
-            r"no refresher; the login lapses at [0-9-]{10} [0-9:]{5}", body["reason"]
+            r"no refresher; the login lapses at [0-9-]{10} [0-9:]{5} UTC", body["reason"]
         )
         running.sign_in(expires_in=-1)
         assert readiness()[0] == 503

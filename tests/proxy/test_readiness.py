@@ -131,7 +131,7 @@ def test_a_refused_token_is_not_ready_until_it_is_refreshed(scene):
     assert scene.request(REFUSED) == 401
     assert scene.ready() == (
         503,
-        "the API refuses the access token and cannot be renewed (issuer_unavailable)",
+        "the API refuses the access token, which cannot be renewed (issuer_unavailable)",
     )
     code, event = scene.status()
     assert (code, event["usable"], event["verdict"]) == (TRY_AGAIN, False, "refused")
@@ -256,7 +256,7 @@ def test_a_full_disk_is_reported_although_tokens_json_cannot_be_written(scene):
         ),
     )
     status, reason = scene.ready()
-    assert status == 200 and reason.endswith("but no renewed login can be saved")
+    assert status == 200 and reason.endswith(f"but no renewed login can be saved ({no_room})")
     code, event = scene.status()
     assert (code, event["usable"], event["verdict"]) == (0, True, "no_room")
     assert "The refresher reports: No space left on device." in scene.status_text()
@@ -318,3 +318,17 @@ def test_an_outage_logs_an_error_each_minute_and_its_end(caplog):
     outage.hit("a request that failed while it was over")
     outage.end()
     assert len(caplog.records) == 4 and not outage.lasts
+
+
+def test_a_request_after_expiry_names_what_prevents_the_renewal(scene):
+    scene.proxy.sign_in(expires_in=-5)
+    no_room = f"{scene.store.path} cannot be written: No space left on device"
+    mark = tokens.fingerprint(scene.store.load().access_token)
+    refresher_status.write(
+        scene.store, Status(time.time(), "storage", no_room, time.time() + 5, no_room, mark)
+    )
+    answer = scene.proxy.ask("GET", "/v1/models")
+    assert answer.status == 503
+    message = json.loads(answer.body)["error"]["message"]
+    assert "no renewed login can be saved (No space left on device)" in message
+    assert str(scene.store.path) not in message

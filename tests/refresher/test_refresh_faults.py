@@ -925,7 +925,7 @@ def test_an_upstream_that_refuses_every_new_token_costs_one_refresh(served):
     status, readiness = case.seen()
     assert readiness == (
         False,
-        "the API refuses the access token and cannot be renewed (upstream_refuses)",
+        "the API refuses the access token, which cannot be renewed (upstream_refuses)",
     )
     assert "The next try is due at " in status
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import gevent
 
-from xaiproxy import errors, token_store, tokens
+from xaiproxy import errors, judgement, refresher_status, token_store, tokens
 
 logger = logging.getLogger(__name__)
 
@@ -65,11 +65,16 @@ class CurrentLogin:
         error = login.refresh_error
         _check_ended(error)
         if error is not None and error.code != tokens.UPSTREAM_REFUSES:
-            wait = min(10, max(1, math.ceil((error.retry_at or now) - now)))
             raise errors.TokenUnavailable(
                 f"the access token has expired and cannot be renewed at the moment: "
                 f"{error.description or error.code}",
-                wait,
+                _wait(error.retry_at, now),
+            )
+        status = refresher_status.read(self._store, login, now)
+        if status is not None and status.no_room:
+            # On a full disk, tokens.json cannot have the error.
+            raise errors.TokenUnavailable(
+                judgement.of(self._store, now).reason, _wait(status.next_try, now)
             )
         if login.refresh_token is None:
             raise errors.TokenUnavailable(
@@ -133,6 +138,11 @@ class CurrentLogin:
         if error is not None and (error.at >= asked_at or waits):
             return False
         return not refresher.is_gone()
+
+
+def _wait(retry_at: float | None, now: float) -> int:
+    """Return the seconds of a Retry-After. `retry_at`: the refresher's next try, if known."""
+    return min(10, max(1, math.ceil((retry_at or now) - now)))
 
 
 def _check_ended(error: tokens.RefreshError | None) -> None:
