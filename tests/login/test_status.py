@@ -266,7 +266,9 @@ def test_status_of_an_unreadable_file_names_the_error(login: Login, sandbox: San
 def test_status_is_one_json_object(login: Login, sandbox: Sandbox):
     written = sandbox.write_login(login.path, account=ACCOUNT)
     event = json.loads(login.run("--status", "--json").stdout)
-    assert re.fullmatch(r"no refresher; the login lapses at 20[0-9-]{8} [0-9:]{5} UTC", event["reason"])
+    assert re.fullmatch(
+        r"no refresher; the login lapses at 20[0-9-]{8} [0-9:]{5} UTC", event["reason"]
+    )
     assert event == {
         "event": "status",
         "usable": True,
@@ -289,6 +291,7 @@ def test_status_is_one_json_object(login: Login, sandbox: Sandbox):
             "kind": "nothing",
             "ready": False,
             "reason": "",
+            "warning": "",
         },
         "quota": None,
         "quota_error": None,

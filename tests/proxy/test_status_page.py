@@ -26,6 +26,7 @@ from xaiproxy import client_keys, config, quota, refresher_status, tokens
 from xaiproxy.http1.request_record import RequestRecord
 from xaiproxy.proxy.history import History
 from xaiproxy.proxy.status import Status
+from xaiproxy.proxy.trouble import Trouble, Upstream
 from xaiproxy.proxy.usage import Usage
 from xaiproxy.quota import Quota
 from xaiproxy.token_store import TokenStore
@@ -364,8 +365,10 @@ def test_the_data_of_a_full_day_takes_the_event_loop_less_than_2_ms(tmp_path: Pa
             history.add(record._replace(**times))
     for key in range(100):
         history.add_usage(now, "grok-4.5", f"key-{key}", Usage("grok-4.5", 1, 1, 1, 1))
-    status = Status(store, history, now)
     server: Any = SimpleNamespace(busy=1, connections=9, open={"streams": 0}, pool=[])
+    trouble = Trouble(Upstream())
+    trouble.server = server
+    status = Status(store, history, trouble, now)
 
     def seconds() -> float:
         begin = time.thread_time()

@@ -23,12 +23,16 @@ class Listener(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class LocalProxy:
-    """`reason`: the proxy's own reason for being ready or not, or why it is SILENT."""
+    """`reason`: the proxy's own reason for being ready or not, or why it is SILENT.
+
+    `warning`: what is wrong although it is ready, or "".
+    """
 
     url: str
     kind: Listener
     ready: bool = False
     reason: str = ""
+    warning: str = ""
 
 
 def find(settings: config.Config) -> LocalProxy:
@@ -43,8 +47,9 @@ def find(settings: config.Config) -> LocalProxy:
         if any(isinstance(cause, ConnectionRefusedError) for cause in causes_of(error)):
             return LocalProxy(url, Listener.NOTHING)
         return LocalProxy(url, Listener.SILENT, reason=str(error))
-    reason = printable(str((answer.json() or {}).get("reason")))
-    return LocalProxy(url, Listener.PROXY, answer.status == 200, reason)
+    members = answer.json() or {}
+    reason, warning = (printable(str(members.get(name, ""))) for name in ("reason", "warning"))
+    return LocalProxy(url, Listener.PROXY, answer.status == 200, reason, warning)
 
 
 def url_of(settings: config.Config) -> str:

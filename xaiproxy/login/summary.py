@@ -69,8 +69,10 @@ class Summary:
             return f"not serving: {reason}"
         if proxy is None or not proxy.ready:
             return reason
-        good = verdict.verdict is Verdict.GOOD
-        return f"serving {proxy.url}/v1" + ("" if good else f": {reason}")
+        texts = [proxy.warning] if proxy.warning else []
+        if verdict.verdict is not Verdict.GOOD:
+            texts.insert(0, reason)
+        return f"serving {proxy.url}/v1" + (f": {'; '.join(texts)}" if texts else "")
 
     @property
     def next_refresh_at(self) -> float | None:

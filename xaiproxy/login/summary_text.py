@@ -49,7 +49,8 @@ def _colour(summary: Summary) -> str:
     verdict = summary.verdict
     if not verdict.ready or verdict.exit_code:
         return RED
-    serving = summary.proxy is None or summary.proxy.ready
+    proxy = summary.proxy
+    serving = proxy is None or (proxy.ready and not proxy.warning)
     return GREEN if serving and verdict.verdict is Verdict.GOOD else YELLOW
 
 

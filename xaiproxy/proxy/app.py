@@ -40,11 +40,13 @@ def create_app(
     gate: access.Access,
     metrics: Callable[[str], tuple[bytes, str]] | None = None,
     status: Callable[[], dict[str, Any]] | None = None,
+    trouble: Callable[[], str] = lambda: "",
 ) -> flask.Flask:
     """Of what is None there is no page.
 
     `metrics`: returns the content and the media type of /metrics by an Accept header.
     `status`: returns the members of /status.json.
+    `trouble`: returns what is wrong although requests can be served, or "".
     """
     app = flask.Flask("xaiproxy", static_folder=None, template_folder=None)
     page = status_page.StatusPage()
@@ -92,10 +94,10 @@ def create_app(
     @app.get("/readyz", provide_automatic_options=False)
     def readiness() -> Any:
         ready, reason = readiness_of(store, time.time(), gate.admits_nobody())
-        return {
-            "status": "ready" if ready else "not ready",
-            "reason": reason,
-        }, 200 if ready else 503
+        members = {"status": "ready" if ready else "not ready", "reason": reason}
+        if ready and (warning := trouble()):
+            members["warning"] = warning
+        return members, 200 if ready else 503
 
     @app.get("/metrics", provide_automatic_options=False)
     def metrics_page() -> flask.Response:

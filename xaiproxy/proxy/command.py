@@ -40,6 +40,7 @@ from xaiproxy.proxy.loop_lag import LoopLag
 from xaiproxy.proxy.recorder import Recorder
 from xaiproxy.proxy.server import Server
 from xaiproxy.proxy.status import Status
+from xaiproxy.proxy.trouble import Trouble
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +136,8 @@ def run(
     proxy = forward.Proxy(settings, store, gate, pool, spans)
     recorder, lag = Recorder(None if spans is None else spans.end), LoopLag()
     metrics = Metrics(recorder, store, pool, lag)
-    status = Status(store, recorder.history, time.time())
+    trouble = Trouble(recorder.upstream)
+    status = Status(store, recorder.history, trouble, time.time())
 
     def on_end(record: RequestRecord) -> None:
         if not request_log.is_late(record):
@@ -147,13 +149,13 @@ def run(
 
     server = Server(
         listener,
-        app.create_app(proxy, store, gate, metrics.page, status_now),
+        app.create_app(proxy, store, gate, metrics.page, status_now, trouble.sentence),
         proxy,
         settings,
         connection_limit(settings.max_connections),
         on_end,
     )
-    metrics.server = server
+    metrics.server = trouble.server = server
     server.start()
     address, port = listener.getsockname()[:2]
     logger.info(

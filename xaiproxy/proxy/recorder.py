@@ -18,7 +18,7 @@ import gevent.lock
 from xaiproxy.http1 import response_head
 from xaiproxy.http1.request_record import RequestRecord
 from xaiproxy.http1.sample import Sample
-from xaiproxy.proxy import content, counters, history, request_log, routes, usage
+from xaiproxy.proxy import content, counters, history, request_log, routes, trouble, usage
 from xaiproxy.proxy.pace import Pace
 
 # Seconds until a record is counted: many at a time cost less, and few keep little content.
@@ -35,6 +35,7 @@ EndSpan = Callable[[RequestRecord, usage.Usage | None], object]
 class Recorder:
     """`counters`, `history`: what they have been folded into.
 
+    `upstream`: the failures of upstream.
     `rate_limits`: by kind, the last (limit, remaining) of upstream's responses.
     """
 
@@ -43,6 +44,7 @@ class Recorder:
         self._end_span = end_span
         self.counters = counters.Counters()
         self.history = history.History()
+        self.upstream = trouble.Upstream()
         self.rate_limits: dict[str, tuple[float, float]] = {}
         self._keys = counters.Names(counters.KEYS)
         self._models = counters.Names(counters.MODELS)
@@ -73,6 +75,7 @@ class Recorder:
         self.counters.add(record, route, key)
         if route != "own":
             self.history.add(record)
+            self.upstream.add(record)
         head, found = record.upstream, None
         if head is not None:
             if RATE_LIMIT in head.values:

@@ -13,6 +13,7 @@ from xaiproxy import errors, judgement, quota, refresher_status, token_store
 from xaiproxy.judgement import Verdict
 from xaiproxy.proxy.history import History
 from xaiproxy.proxy.server import Server
+from xaiproxy.proxy.trouble import Trouble
 
 WORKERS = 1
 # What to type; without a path of the checkout.
@@ -31,9 +32,16 @@ COMMANDS = {
 
 
 class Status:
-    def __init__(self, store: token_store.TokenStore, history: History, started_at: float):
+    def __init__(
+        self,
+        store: token_store.TokenStore,
+        history: History,
+        trouble: Trouble,
+        started_at: float,
+    ):
         self._store = store
         self._history = history
+        self._trouble = trouble
         self._skew = store.settings.refresh_skew
         self._started_at = started_at
 
@@ -45,7 +53,7 @@ class Status:
             "started_at": self._started_at,
             "version": xaiproxy.__version__,
             "workers": WORKERS,
-            **self._verdict(server, now),
+            **self._verdict(now),
             "token": self._token(now),
             "now": {
                 # Without the request for this.
@@ -60,25 +68,25 @@ class Status:
             "tokens_today": self._history.tokens_today(now),
         }
 
-    def _verdict(self, server: Server, now: float) -> dict[str, Any]:
+    def _verdict(self, now: float) -> dict[str, Any]:
         """What comes first: whether requests are served, and what to type."""
         found = judgement.of(self._store, now)
-        state, sentence = "serving", found.sentence
+        good = found.verdict is Verdict.GOOD
+        trouble = self._trouble.sentence() if found.ready else ""
+        sentences = [] if trouble and good else [found.sentence]
+        if trouble:
+            sentences.append(f"{trouble[0].upper()}{trouble[1:]}.")
         if not found.ready:
             state = "not_serving"
-        elif server.busy > server.connections:
+        elif self._trouble.is_saturated():
             state = "saturated"
-            sentence = (
-                f"All {server.connections} connections have a request, and further requests get "
-                "503. Raise XAI_PROXY_MAX_CONNECTIONS if that lasts."
-            )
-        elif found.verdict is not Verdict.GOOD:
-            state = "attention"
+        else:
+            state = "serving" if good and not trouble else "attention"
         return {
             "state": state,
             "verdict": found.verdict.value,
-            "sentence": sentence,
-            "command": COMMANDS.get(found.verdict) if state != "saturated" else None,
+            "sentence": " ".join(sentences),
+            "command": COMMANDS.get(found.verdict),
         }
 
     def _token(self, now: float) -> dict[str, Any] | None:
