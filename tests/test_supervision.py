@@ -467,6 +467,13 @@ def test_an_unread_stdout_blocks_no_request(tmp_path, sandbox):
 
         with futures.ThreadPoolExecutor(4) as pool:
             list(pool.map(ask, [7] * 4))
+        # supervisord dropped them, and the proxy's metrics and --status report it.
+        with supervised.client() as client:
+            metrics = client.ask("GET", "/metrics").body.decode()
+            dropped = re.search(r"^xaiproxy_log_lines_dropped_total (\d+)", metrics, re.M)
+            assert int(dropped[1]) > 100
+            warning = json.loads(client.ask("GET", "/readyz").body)["warning"]
+        assert warning == "log lines were dropped, because the log is not read in time"
         # Events that were sent before.
         while not streaming.silent():
             streaming.chunk()

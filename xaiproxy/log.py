@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from xaiproxy import dropped_lines
 from xaiproxy.line_writer import DROPPED, LINE_LIMIT, LineWriter
 
 BATCH = 64  # lines written together at most, so that a busy event loop does not pile them up
@@ -110,8 +111,12 @@ def flush() -> None:
 
 
 def lines_dropped() -> int:
-    """How many lines were dropped since the start because the log was not read in time."""
-    return 0 if _handler is None else _handler.writer.dropped_in_all
+    """How many lines were dropped because the log was not read in time.
+
+    Those of this process since its start, and all that its supervisord has dropped.
+    """
+    own = 0 if _handler is None else _handler.writer.dropped_in_all
+    return own + dropped_lines.published()
 
 
 def event(logger: logging.Logger, level: int, message: str, fields: Fields) -> None:

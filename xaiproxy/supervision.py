@@ -34,12 +34,13 @@ import signal
 import sys
 import sysconfig
 import time
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from supervisor import dispatchers, events, loggers, options, process
 from supervisor.states import ProcessStates, SupervisorStates
 
-from xaiproxy import command, config, errors, kernel, log
+from xaiproxy import command, config, dropped_lines, errors, kernel, log
 from xaiproxy.line_writer import DROPPED, LINE_LIMIT, LineWriter
 
 EXIT_FATAL = 70  # EX_SOFTWARE of sysexits.h
@@ -141,8 +142,13 @@ _hangup = command.hangup()
 
 
 def setsignals(self: Any) -> None:
-    """ServerOptions.setsignals, by which a closed terminal would have all programs restarted."""
+    """ServerOptions.setsignals, by which a closed terminal would have all programs restarted.
+
+    supervisord calls it before it starts the programs.
+    """
     _setsignals(self)
+    # Here, since this is called again after a SIGHUP, before the programs are started.
+    FatalCheck.output.publish_dropped()
     # nohup(1)
     if _inherited is signal.SIG_IGN:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -192,6 +198,7 @@ class Output:
         self._format = format
         self._line = self.line_format(NAME)
         self._writer = LineWriter(1, self._notice)
+        self._write_dropped: Callable[[int], None] = lambda number: None
 
     def line_format(self, program: str) -> log.Line:
         return log.line_format(program, self._format, 1)
@@ -200,11 +207,18 @@ class Output:
         """Write a line of supervisord's own."""
         self.write([self._line(time.time(), level, message, fields)])
 
-    def write(self, lines: list[bytes]) -> None:
+    def write(self, lines: Iterable[bytes]) -> None:
+        dropped = self._writer.dropped_in_all
         self._writer.write(lines)
+        if self._writer.dropped_in_all != dropped:
+            self._write_dropped(self._writer.dropped_in_all)
 
     def flush(self) -> None:
-        self._writer.write(())
+        self.write(())
+
+    def publish_dropped(self) -> None:
+        """Let programs that are started from now on read the number of lines dropped."""
+        self._write_dropped = dropped_lines.publish(self._writer.dropped_in_all)
 
     def close(self) -> None:
         self._writer.close()
