@@ -626,6 +626,12 @@ def test_a_login_and_its_times(proxy: ProxyProcess) -> None:
     assert seen == pytest.approx(time.time(), abs=30)
 
 
+def test_a_login_without_a_refresh_token_needs_no_refresher(proxy: ProxyProcess) -> None:
+    """As from a mounted Secret: the alert about a missing refresher must not fire."""
+    proxy.sign_in(refresh_token=None)
+    assert Scraped(proxy).values("xaiproxy_refresher_seen_timestamp_seconds") == []
+
+
 def test_without_a_login_its_times_are_absent(proxy: ProxyProcess) -> None:
     proxy.token_path.unlink()
     scraped = Scraped(proxy)

@@ -15,9 +15,11 @@ from xaiproxy.token_store import TokenStore
 def families(store: TokenStore, now: float) -> Iterator[Metric]:
     required = judgement.of(store, now).exit_code == errors.EXIT_SIGN_IN
     expiry = obtained = next_at = None
+    renewable = True
     with contextlib.suppress(errors.LoginUnusable):
         login = store.last_known()
         expiry, obtained = login.expires_at, login.issued_at()
+        renewable = login.refresh_token is not None
         status = refresher_status.read(store, login, now)
         next_at = refresher_status.next_refresh(login, status, store.settings.refresh_skew)
     age = store.refresher_age(now)
@@ -36,9 +38,9 @@ def families(store: TokenStore, now: float) -> Iterator[Metric]:
     )
     yield gauge(
         "xaiproxy_refresher_seen_timestamp_seconds",
-        "Last heartbeat of the refresher in unix time; 0 if there was none.",
+        "Last heartbeat of the refresher in unix time; 0 without one, absent if none is needed.",
         (),
-        [(0 if age is None else now - age,)],
+        known((0 if age is None else now - age) if renewable else None),
     )
     yield gauge(
         "xaiproxy_refresh_next_timestamp_seconds",
