@@ -4,6 +4,7 @@ from a terminal.
 
 import calendar
 import configparser
+import contextlib
 import itertools
 import json
 import os
@@ -451,16 +452,21 @@ def test_the_conf_leaves_the_settings_to_the_environment():
 
 def test_an_unread_stdout_blocks_no_request(tmp_path, sandbox):
     sandbox.set(events=1_000_000, events_per_second=20)
-    with (
-        Supervised(tmp_path, sandbox, XAI_PROXY_DRAIN_TIMEOUT="0") as supervised,
-        supervised.client() as streaming,
-    ):
+    with contextlib.ExitStack() as stack:
+        # A restart by SIGHUP closes the descriptors from 5 on.
+        prefix = ("sh", "-c", 'exec "$@" 3<&0 4<&0', "sh")
+        supervised = stack.enter_context(
+            Supervised(tmp_path, sandbox, prefix=prefix, XAI_PROXY_DRAIN_TIMEOUT="0")
+        )
+        supervised.client().close()
+        supervised.signal(signal.SIGHUP)
+        streaming = stack.enter_context(supervised.client(2))
         supervised.stop_reading()
         open_stream(streaming)
 
         # Each request is a log line; most cost the sandbox nothing.
         def ask(times):
-            with supervised.client() as client:
+            with supervised.client(2) as client:
                 for _ in range(times):
                     ask_for_nothing(client)
                     assert client.ask("GET", "/v1/models").status == 200
@@ -468,7 +474,7 @@ def test_an_unread_stdout_blocks_no_request(tmp_path, sandbox):
         with futures.ThreadPoolExecutor(4) as pool:
             list(pool.map(ask, [7] * 4))
         # supervisord dropped them, and the proxy's metrics and --status report it.
-        with supervised.client() as client:
+        with supervised.client(2) as client:
             metrics = client.ask("GET", "/metrics").body.decode()
             dropped = re.search(r"^xaiproxy_log_lines_dropped_total (\d+)", metrics, re.M)
             assert int(dropped[1]) > 100

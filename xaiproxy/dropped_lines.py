@@ -5,9 +5,7 @@ in an anonymous file that only supervisord writes; its path is in an environment
 Linux has such files.
 """
 
-import mmap
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from xaiproxy import folder_file
@@ -16,22 +14,21 @@ PATH = "XAIPROXY_SUPERVISORD_DROPPED"
 SIZE = 8  # bytes, written and read at once
 
 
-def publish(number: int = 0) -> Callable[[int], None]:
-    """Make the file, for programs that are started later; return what writes a number into it."""
+def publish() -> int:
+    """Make the file for programs that are started later; return its descriptor, or -1."""
     create = getattr(os, "memfd_create", None)
     if create is None:
-        return lambda number: None
-    fd = create("xaiproxy-dropped-lines")
-    os.ftruncate(fd, SIZE)
-    # Not by the descriptor: a supervisord that starts again closes those that it does not know.
-    memory = mmap.mmap(fd, SIZE)
+        return -1
+    fd: int = create("xaiproxy-dropped-lines")
     os.environ[PATH] = f"/proc/{os.getpid()}/fd/{fd}"
+    write(fd, 0)
+    return fd
 
-    def write(number: int) -> None:
-        memory[:] = number.to_bytes(SIZE, "little")
 
-    write(number)
-    return write
+def write(fd: int, number: int) -> None:
+    """Write the number. `fd`: from `publish`."""
+    if fd != -1:
+        os.pwrite(fd, number.to_bytes(SIZE, "little"), 0)
 
 
 def published() -> int:

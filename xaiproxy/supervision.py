@@ -20,8 +20,8 @@ what exists by then:
 - Every line at STDOUT gets the format of log.py: supervisord's own, the programs' log, which has it
   already, and what they write besides, such as the sentence with which they refuse to start. Lines
   that supervisord logs while it reads its configuration are written later, so they have it, too.
-- finish, fork, get_path, get_signal, setsignals and init_normallog replace supervisord's methods
-  of these names.
+- finish, fork, get_path, get_signal, setsignals, cleanup_fds and init_normallog replace
+  supervisord's methods of these names.
 
 Two outputs keep their own format: the error of a supervisord that refuses to start, and the
 traceback of one that crashes. Both go to stderr.
@@ -34,7 +34,7 @@ import signal
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from supervisor import dispatchers, events, loggers, options, process
@@ -142,13 +142,8 @@ _hangup = command.hangup()
 
 
 def setsignals(self: Any) -> None:
-    """ServerOptions.setsignals, by which a closed terminal would have all programs restarted.
-
-    supervisord calls it before it starts the programs.
-    """
+    """ServerOptions.setsignals, by which a closed terminal would have all programs restarted."""
     _setsignals(self)
-    # Here, since this is called again after a SIGHUP, before the programs are started.
-    FatalCheck.output.publish_dropped()
     # nohup(1)
     if _inherited is signal.SIG_IGN:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -175,6 +170,16 @@ def get_signal(self: Any) -> int | None:
     return number
 
 
+def cleanup_fds(self: Any) -> None:
+    """ServerOptions.cleanup_fds, which closes inherited descriptors at a restart by SIGHUP.
+
+    The one whose path the programs have stays open.
+    """
+    kept = FatalCheck.output.dropped_fd
+    os.closerange(5, kept)
+    os.closerange(max(5, kept + 1), self.minfds)
+
+
 def chosen_format() -> str:
     """The XAI_PROXY_LOG_FORMAT that the programs have, who inherit the choice of this process.
 
@@ -198,7 +203,7 @@ class Output:
         self._format = format
         self._line = self.line_format(NAME)
         self._writer = LineWriter(1, self._notice)
-        self._write_dropped: Callable[[int], None] = lambda number: None
+        self.dropped_fd = dropped_lines.publish()
 
     def line_format(self, program: str) -> log.Line:
         return log.line_format(program, self._format, 1)
@@ -211,14 +216,10 @@ class Output:
         dropped = self._writer.dropped_in_all
         self._writer.write(lines)
         if self._writer.dropped_in_all != dropped:
-            self._write_dropped(self._writer.dropped_in_all)
+            dropped_lines.write(self.dropped_fd, self._writer.dropped_in_all)
 
     def flush(self) -> None:
         self.write(())
-
-    def publish_dropped(self) -> None:
-        """Let programs that are started from now on read the number of lines dropped."""
-        self._write_dropped = dropped_lines.publish(self._writer.dropped_in_all)
 
     def close(self) -> None:
         self._writer.close()
@@ -321,6 +322,7 @@ if "supervisor.supervisord" in sys.modules:
     options.ServerOptions.get_path = get_path
     options.ServerOptions.get_signal = get_signal
     options.ServerOptions.setsignals = setsignals
+    options.ServerOptions.cleanup_fds = cleanup_fds
     dispatchers.POutputDispatcher._init_normallog = init_normallog
     FatalCheck.output = Output(chosen_format())
     write_lines_to(FatalCheck.output)
