@@ -151,7 +151,7 @@ def run(folder, name, *arguments, script='exec "$@"', environ=None, **settings):
     )
 
 
-NO_LOGIN = "not signed in: "
+NO_LOGIN = "Not signed in: "
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from network import black_hole, hosts
-from proxy_process import ROOT
+from checkout import ROOT
 from scripted_server import ScriptedServer, answer, read_request
 
 from xaiproxy import __version__, config, errors

@@ -366,7 +366,7 @@ NOT_SERVED = {
         403,
         b"GET http://evil.example/v1/x HTTP/1.1\r\nHost: evil.example\r\n\r\n",
     ),
-    "absolute form without a path": (404, get(b"http://localhost")),
+    "absolute form without a path": (404, get(b"http://localhost", b"Accept: application/json")),
     "absolute form of a path that goes up": (400, get(b"http://localhost/v1/../x")),
     "absolute form of two slashes": (404, get(b"http://localhost//evil.example/v1/x")),
     "absolute form by TRACE": (405, post(method=b"TRACE", target=b"http://localhost/v1/x")),

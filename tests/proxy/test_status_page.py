@@ -264,10 +264,11 @@ def test_requests_are_shown_now_and_in_the_hour(start: Any, upstream: ScriptedUp
         upstream.receive().answer(STREAM)
         stream.head()
         tunnel.request("GET", "/v1/realtime", *UPGRADE, "Sec-WebSocket-Key: a")
-        upstream.receive().answer(SWITCHED)
+        switched = upstream.receive().answer(SWITCHED)
         tunnel.head()
         now = data(proxy)["now"]
         assert [now[name] for name in ("in_flight", "streams", "websockets")] == [2, 1, 1]
+        switched.connection.close()
     with proxy.client() as client:
         client.request()
         upstream.receive().answer(b"HTTP/1.1 503 No\r\nContent-Length: 0\r\n\r\n")

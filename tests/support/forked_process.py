@@ -109,8 +109,8 @@ class ForkedProcess:
 
 
 @contextlib.contextmanager
-def namespaces(prefix: tuple[str, ...]) -> Iterator[list[int]]:
-    """Yield the user and the mount namespace in which `prefix` executes a command.
+def namespaces(prefix: tuple[str, ...], cwd: Path | str) -> Iterator[list[int]]:
+    """Yield the user and the mount namespace in which `prefix`, in `cwd`, executes a command.
 
     They are none without a prefix.
     """
@@ -121,6 +121,7 @@ def namespaces(prefix: tuple[str, ...]) -> Iterator[list[int]]:
                 [*prefix, "sh", "-c", "echo; read line"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
+                cwd=cwd,
             )
             # Its exit closes its pipes, and waits for its end.
             with holder:
@@ -149,7 +150,7 @@ def start_python(
     """
     if not prefix or prefix[0] == "unshare":
         read, write = os.pipe()
-        with namespaces(prefix) as entered:
+        with namespaces(prefix, cwd) as entered:
             process = ForkedProcess(
                 module,
                 arguments,
