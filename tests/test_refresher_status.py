@@ -94,6 +94,10 @@ def test_a_malformed_status_is_none(store):
         {"result": 1},
         {"no_room": []},
         {"next_try": "x"},
+        # Times of which no date can be made.
+        {"next_try": 1e300},
+        {"next_try": float("inf")},
+        {"next_try": True},
         {"more": 1},
     ):
         path.write_text(json.dumps(values | change))

@@ -76,7 +76,8 @@ def read(store: TokenStore, login: Login, now: float) -> Status | None:
             return None
         texts = (status.result, status.reason, status.no_room)
         valid = all(isinstance(text, str) for text in texts)
-        return status if valid and isinstance(status.next_try, (int, float, type(None))) else None
+        planned = status.next_try is None or tokens.number(status.next_try) is not None
+        return status if valid and planned else None
     except UNREADABLE:
         return None
 
