@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 import pytest
-from network import black_hole, hosts
 from checkout import ROOT
+from network import black_hole, hosts
 from scripted_server import ScriptedServer, answer, read_request
 
 from xaiproxy import __version__, config, errors
