@@ -1,4 +1,4 @@
-"""LangChain: pip install langchain-openai. For its ChatXAI, the same URL is xai_api_base."""
+"""LangChain: pip install langchain-openai."""
 
 import os
 
