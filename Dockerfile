@@ -17,6 +17,7 @@ RUN pip install --no-cache-dir --require-hashes --only-binary :all: -r requireme
 COPY setup.cfg setup.py LICENSE README.md ./
 COPY xaiproxy xaiproxy
 COPY conf/supervisord.conf conf/
+COPY conf/clients conf/clients
 RUN pip install --no-cache-dir --no-deps --no-build-isolation --use-pep517 . && pip check && rm -rf /src/*
 COPY conf/supervisord.conf /etc/xaiproxy/
 

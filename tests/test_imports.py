@@ -31,6 +31,7 @@ CREDENTIAL = [
     "oauth.revocation",
     "login.command",
     "login.doctor",
+    "launch_command",
     "refresher.command",
     "token_writer",
 ]

@@ -71,3 +71,17 @@ def test_an_installed_wheel_signs_in_and_serves_from_an_empty_folder(
     assert os.listdir(cwd) == [] and os.listdir(home) == [".xai-proxy"]
     names = {path.name for path in (home / ".xai-proxy").iterdir()}
     assert names <= {"tokens.json", "tokens.json.lock", "tokens.json.status"}
+
+
+def test_an_installed_wheel_has_the_files_of_the_clients(scripts: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [scripts / "xai-launch", "--print", "codex"],
+        cwd=tmp_path,
+        env={"PATH": os.defpath, "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (ROOT / "conf" / "clients" / "codex.toml").read_text() in done.stdout
+    assert os.listdir(tmp_path) == []

@@ -57,10 +57,13 @@ def test_the_package_imports_nothing_so_that_main_can_patch_first():
     assert answer.stdout.split() == ["xaiproxy"]
 
 
+CLIENTS = ROOT / "xaiproxy" / "clients"  # a link to data, which rglob does not follow
+
+
 def package_files():
     return {
         path
-        for path in (ROOT / "xaiproxy").rglob("*")
+        for path in [*(ROOT / "xaiproxy").rglob("*"), *CLIENTS.iterdir()]
         if path.is_file() and "__pycache__" not in path.parts
     }
 
@@ -68,12 +71,14 @@ def package_files():
 def test_setup_cfg_names_every_data_file_and_every_folder_is_a_package():
     # Only an installed copy would show that one is missing.
     named = {
-        ROOT / package.replace(".", "/") / name
-        for package, names in SETUP["options.package_data"].items()
-        for name in names.split()
+        path
+        for package, patterns in SETUP["options.package_data"].items()
+        for pattern in patterns.split()
+        for path in (ROOT / package.replace(".", "/")).glob(pattern)
     }
-    assert {path for path in package_files() if path.suffix != ".py"} == named
-    assert all((path.parent / "__init__.py").exists() for path in package_files())
+    data = {path for path in package_files() if path.suffix != ".py" or path.parent == CLIENTS}
+    assert data == named
+    assert all((path.parent / "__init__.py").exists() for path in package_files() - named)
 
 
 def test_the_wheel_and_the_sdist_have_every_file_of_the_package(tmp_path):
