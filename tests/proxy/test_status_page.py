@@ -126,7 +126,7 @@ def test_the_page_has_the_clients_of_conf_clients():
     assert client_snippets.BLOCK.findall(page) == [client_snippets.block()]
     files = {path.name for path in (client_snippets.ROOT / "conf" / "clients").iterdir()}
     assert {client["file"] for client in json.loads(client_snippets.block())} == files - {
-        *("README.md", "launch.ini", "codex-models.json")
+        *("README.md", "launch.ini")
     }
 
 
