@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkout import ROOT
+from checkout import ONE_CA, ROOT
+from forked_process import run_python
 from proxy_process import ProxyProcess
 from sandbox import Sandbox
 from terminal import CTRL_C, Terminal
@@ -90,6 +91,7 @@ class Home:
             "HOME": str(self.path),
             "TMPDIR": str(self.temporary),
             "PYTHONPATH": str(ROOT),
+            "SSL_CERT_FILE": str(ONE_CA),
             **sandbox.env,
             "XAI_PROXY_PORT": str(proxy.port),
             "XAI_PROXY_TOKEN_PATH": str(proxy.token_path),
@@ -114,9 +116,14 @@ class Home:
         )
 
     def run(self, *arguments: str, **environ: str) -> tuple[int, str, str]:
-        with self.start(*arguments, **environ) as process:
-            out, err = process.communicate(timeout=60)
-        return process.returncode, out, err
+        ended = run_python(
+            "xaiproxy.launch_command",
+            [*COMMAND[-2:], *arguments],
+            cwd=self.path,
+            environ=self.environ | environ,
+            timeout=60,
+        )
+        return ended.returncode, ended.stdout, ended.stderr
 
     def launch(self, *arguments: str, status: int = 0, **environ: str) -> Any:
         """What the client reports: its arguments, environment, files and umask."""
