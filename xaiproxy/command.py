@@ -43,6 +43,19 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(errors.EXIT_USAGE, f"{self.prog}: {message}; see {self.prog} --help")
 
 
+def serving_options(parser: ArgumentParser, argv: list[str] | None) -> dict[str, str | None]:
+    """Parse the options of the commands that serve; return them as settings."""
+    parser.add_argument("--bind", metavar="ADDRESS", help="IP address to listen on")
+    parser.add_argument("-p", "--port", help="TCP port to listen on")
+    parser.add_argument("--token-path", metavar="FILE", help="the token file")
+    arguments = parser.parse_args(argv)
+    return {
+        "XAI_PROXY_BIND": arguments.bind,
+        "XAI_PROXY_PORT": arguments.port,
+        "XAI_PROXY_TOKEN_PATH": arguments.token_path,
+    }
+
+
 def open_standard_streams() -> None:
     """Open each of stdin, stdout and stderr that is closed, before another file gets its number.
 

@@ -37,15 +37,7 @@ of the two processes cannot be kept running; 78 wrong settings, or another proxy
 
 def main(argv: list[str] | None = None) -> int:
     parser = command.ArgumentParser(prog="xai-serve", description=EXAMPLES)
-    parser.add_argument("--bind", metavar="ADDRESS", help="IP address to listen on")
-    parser.add_argument("-p", "--port", help="TCP port to listen on")
-    parser.add_argument("--token-path", metavar="FILE", help="the token file")
-    arguments = parser.parse_args(argv)
-    options = {
-        "XAI_PROXY_BIND": arguments.bind,
-        "XAI_PROXY_PORT": arguments.port,
-        "XAI_PROXY_TOKEN_PATH": arguments.token_path,
-    }
+    options = command.serving_options(parser, argv)
     return command.run(parser.prog, lambda: serve(options))
 
 
