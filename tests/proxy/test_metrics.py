@@ -1,4 +1,4 @@
-"""/metrics of a running proxy: each of its metrics, who may see them, and that they delay nobody."""
+"""/metrics of a running proxy: each metric, access to it, and that a scrape delays no stream."""
 
 from __future__ import annotations
 

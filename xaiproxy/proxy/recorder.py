@@ -36,7 +36,6 @@ class Recorder:
     """`counters`, `history`: what they have been folded into.
 
     `upstream`: the failures of upstream.
-    `rate_limits`: by kind, the last (limit, remaining) of upstream's responses.
     """
 
     def __init__(self, end_span: EndSpan | None = None):
@@ -45,7 +44,6 @@ class Recorder:
         self.counters = counters.Counters()
         self.history = history.History()
         self.upstream = trouble.Upstream()
-        self.rate_limits: dict[str, tuple[float, float]] = {}
         self._keys = counters.Names(counters.KEYS)
         self._models = counters.Names(counters.MODELS)
         self._pending: deque[RequestRecord] = deque()
@@ -92,7 +90,6 @@ class Recorder:
             limit = _number(head, f"x-ratelimit-limit-{kind}")
             remaining = _number(head, f"x-ratelimit-remaining-{kind}")
             if limit is not None and remaining is not None:
-                self.rate_limits[kind] = limit, remaining
                 ended_at = record.started_at + record.duration
                 self.history.set_rate_limit(ended_at, kind, limit, remaining)
 

@@ -110,7 +110,7 @@ def _codes(response: type[errors.ErrorResponse]) -> list[str]:
 
 
 def _of_usage(recorder: Recorder) -> Iterator[Metric]:
-    counters, limits = recorder.counters, recorder.rate_limits
+    counters, limits = recorder.counters, recorder.history.rate_limits()
     yield counter(
         "xaiproxy_tokens",
         "Tokens by model, type and client key; input includes cached_input, output reasoning.",
@@ -131,11 +131,11 @@ def _of_usage(recorder: Recorder) -> Iterator[Metric]:
         "xaiproxy_ratelimit_limit",
         "Upstream's rate limits as last seen.",
         ("kind",),
-        [(kind, limit) for kind, (limit, _) in limits.items()],
+        [(kind, seen["limit"]) for kind, seen in limits.items()],
     )
     yield gauge(
         "xaiproxy_ratelimit_remaining",
         "What was left of upstream's rate limits as last seen.",
         ("kind",),
-        [(kind, remaining) for kind, (_, remaining) in limits.items()],
+        [(kind, seen["remaining"]) for kind, seen in limits.items()],
     )
