@@ -850,6 +850,8 @@ def test_rate_limits_as_last_seen(proxy: ProxyProcess, upstream: ScriptedUpstrea
     assert Scraped(proxy).values("xaiproxy_ratelimit_limit") == []
     ask(proxy, upstream, answer(CHAT, *LIMITS))
     ask(proxy, upstream, answer(b"{}", status="429 Too Many Requests"))
+    # Of the responses that are counted together, the last rate limits are read.
+    assert Scraped(proxy)("xaiproxy_ratelimit_limit", kind="requests") == 7200
     nonsense = [f"{line.partition(':')[0]}: {value}" for line in LIMITS for value in ("-1",)]
     ask(proxy, upstream, answer(b"{}", *nonsense))
     scraped = Scraped(proxy)

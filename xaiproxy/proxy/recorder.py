@@ -47,6 +47,8 @@ class Recorder:
         self._keys = counters.Names(counters.KEYS)
         self._models = counters.Names(counters.MODELS)
         self._pending: deque[RequestRecord] = deque()
+        # The last record whose response has rate limits: only these are read.
+        self._limited: RequestRecord | None = None
         self._folding = gevent.lock.Semaphore()
         self._timer: Any = gevent.get_hub().loop.timer(DELAY)
 
@@ -64,6 +66,9 @@ class Recorder:
                 self._fold(self._pending.popleft(), pace)
                 if number % RECORDS_PER_CHECK == 0:
                     pace()
+            if self._limited is not None:
+                self._add_rate_limits(self._limited)
+                self._limited = None
 
     def _fold(self, record: RequestRecord, pace: Pace) -> None:
         if record.path in request_log.HEALTH_CHECKS:
@@ -77,7 +82,7 @@ class Recorder:
         head, found = record.upstream, None
         if head is not None:
             if RATE_LIMIT in head.values:
-                self._add_rate_limits(record, head)
+                self._limited = record
             if record.sample is not None and head.status < 400:
                 found = self._read(record, head, record.sample, key, pace)
                 # Up to a mebibyte was searched.
@@ -85,10 +90,10 @@ class Recorder:
         if self._end_span is not None and record.span is not None:
             self._end_span(record, found)
 
-    def _add_rate_limits(self, record: RequestRecord, head: response_head.Head) -> None:
+    def _add_rate_limits(self, record: RequestRecord) -> None:
         for kind in RATE_LIMITS:
-            limit = _number(head, f"x-ratelimit-limit-{kind}")
-            remaining = _number(head, f"x-ratelimit-remaining-{kind}")
+            limit = _number(record.upstream, f"x-ratelimit-limit-{kind}")
+            remaining = _number(record.upstream, f"x-ratelimit-remaining-{kind}")
             if limit is not None and remaining is not None:
                 ended_at = record.started_at + record.duration
                 self.history.set_rate_limit(ended_at, kind, limit, remaining)
@@ -124,6 +129,6 @@ class Recorder:
         return found
 
 
-def _number(head: response_head.Head, name: str) -> float | None:
-    value = head.values.get(name, NO_VALUE)[0]
+def _number(head: response_head.Head | None, name: str) -> float | None:
+    value = head.values.get(name, NO_VALUE)[0] if head is not None else ""
     return float(value) if NUMBER.fullmatch(value) else None

@@ -109,12 +109,16 @@ def _object(data: bytes, start: int) -> dict[str, Any]:
     if before is None:
         return {}
     text = data[before.end() : before.end() + OBJECT_LIMIT].decode("utf-8", "replace")
+    members: dict[str, Any]
     try:
         members = _decode(text)[0]
     except (ValueError, RecursionError):
         return {}
-    # Not the definition of a tool's argument that is called usage.
-    return members if any(type(members.get(name)) is int for name in NUMBERS) else {}
+    for name in NUMBERS:
+        if type(members.get(name)) is int:
+            return members
+    # The definition of a tool's argument that is called usage.
+    return {}
 
 
 def _usage(model: str, members: dict[str, Any], is_partial: bool) -> Usage:
