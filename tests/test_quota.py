@@ -107,7 +107,6 @@ def test_a_quota_belongs_to_its_account(
         {"period": None},
         {"tier": "<script>"},
         {"tier": 7},
-        {"unknown": 1},
         {"account": "another"},
     ],
     ids=str,

@@ -98,7 +98,6 @@ def test_a_malformed_status_is_none(store):
         {"next_try": 1e300},
         {"next_try": float("inf")},
         {"next_try": True},
-        {"more": 1},
     ):
         path.write_text(json.dumps(values | change))
         assert read(store) is None

@@ -11,7 +11,7 @@ import json
 import re
 from typing import Any
 
-from xaiproxy import errors, folder_file, storage, tokens
+from xaiproxy import errors, folder_file, state_file, storage, tokens
 from xaiproxy.token_store import TokenStore
 
 SIZE_LIMIT = 4096  # bytes; a real file has about 300
@@ -68,11 +68,11 @@ def write(store: TokenStore, login: tokens.Login, quota: Quota) -> None:
 def read(store: TokenStore) -> Quota | None:
     """Return the quota if it is that of the account which is signed in."""
     try:
-        content = json.loads(folder_file.read(store.quota_path, SIZE_LIMIT)[0])
-        account = content.pop("account")
-        quota = Quota(**content)
+        content = folder_file.read(store.quota_path, SIZE_LIMIT)[0]
+        quota = state_file.parsed(Quota, content)
+        account = json.loads(content).get("account")
         valid = quota.is_valid() and account == _account(store.last_known())
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError):
+    except (OSError, ValueError, TypeError, RecursionError):
         # Missing, or another program's.
         return None
     except errors.LoginUnusable:

@@ -10,7 +10,7 @@ import json
 import os
 import re
 
-from xaiproxy import errors, folder_file, storage, tokens
+from xaiproxy import errors, folder_file, state_file, storage, tokens
 from xaiproxy.token_store import ALIVE, TokenStore
 from xaiproxy.tokens import Login, fingerprint
 
@@ -99,7 +99,7 @@ def filed(store: TokenStore) -> Status:
 
 
 def _parsed(store: TokenStore) -> Status:
-    return Status(**json.loads(folder_file.read(store.status_path, SIZE)[0]))
+    return state_file.parsed(Status, folder_file.read(store.status_path, SIZE)[0])
 
 
 def next_refresh(login: Login, status: Status | None, skew: float) -> float | None:

@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Iterator
 
-from xaiproxy import errors, folder_file, storage, tokens
+from xaiproxy import errors, folder_file, state_file, storage, tokens
 from xaiproxy.refresher.calls import Record
 from xaiproxy.token_store import TokenStore
 
@@ -40,7 +40,7 @@ class RecordFile:
         except OSError:
             return None
         try:
-            record = Record(**json.loads(content))
+            record = state_file.parsed(Record, content)
         except (ValueError, TypeError, RecursionError):
             # New, or another program's.
             return Record()

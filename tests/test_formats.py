@@ -1,0 +1,124 @@
+"""Files of the version before this one are read, and a version after it may add members.
+
+tests/formats has a folder for each version whose files must be read: what it wrote, with the values
+replaced. A release adds its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkout import ROOT
+from token_files import make_store, save
+
+from xaiproxy import quota, refresher_status, tokens
+from xaiproxy.quota import Quota
+from xaiproxy.refresher import call_record
+from xaiproxy.refresher.calls import Record
+from xaiproxy.refresher_status import Status
+from xaiproxy.token_store import TokenStore
+
+FORMATS = ROOT / "tests/formats"
+AT = 1_790_000_000.0
+MARK = tokens.fingerprint("example-refresh-token")
+LOGIN = tokens.Login(
+    "example-access-token",
+    AT + 21600,
+    "example-refresh-token",
+    "https://auth.x.ai/oauth2/token",
+    AT,
+    scope="openid offline_access api:access",
+    account="user@example.com",
+    salt="0" * 32,
+    refresh_error=tokens.RefreshError(
+        "unreachable", "no connection", AT + 60, False, AT + 90, 2, 1, MARK
+    ),
+    refresh_try=tokens.RefreshTry(MARK, AT + 50, 1, AT + 90),
+    asked=tokens.Asked(AT + 120, 120.0),
+    extra={"of_another_program": 1},
+)
+STATUS = Status(
+    AT,
+    "unreachable",
+    "no connection",
+    AT + 90,
+    "",
+    tokens.fingerprint(LOGIN.access_token),
+    dict.fromkeys(refresher_status.RESULTS, 3),
+)
+QUOTA = Quota(AT, 12.5, "weekly", AT, AT + 604800, 100.0, "SuperGrok")
+RECORD = Record("renewal_failing x", AT, "renewal_failing x")
+
+Change = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def as_written(values: dict[str, Any]) -> dict[str, Any]:
+    return values
+
+
+def with_more(values: dict[str, Any]) -> dict[str, Any]:
+    """As a later version may write it: with members that this one does not know, at any depth."""
+    more = {name: with_more(of) if isinstance(of, dict) else of for name, of in values.items()}
+    return {**more, "of_a_later_version": {"any": [1, "value"]}}
+
+
+@pytest.fixture(params=[as_written, with_more])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> TokenStore:
+    store = make_store(tmp_path)
+    paths = {
+        "login": store.path,
+        "status": store.status_path,
+        "quota": store.quota_path,
+        "notify": store.notify_path,
+    }
+    for name, path in paths.items():
+        values = json.loads((FORMATS / "0.1.0" / f"{name}.json").read_text())
+        path.write_text(json.dumps(request.param(values)))
+        path.chmod(0o600)
+    return store
+
+
+def test_each_file_is_read(store: TokenStore) -> None:
+    login = store.load()
+    known = {name: login.extra[name] for name in LOGIN.extra}
+    assert dataclasses.replace(login, extra=known) == LOGIN
+    status = refresher_status.read(store, login, AT)
+    assert status is not None
+    assert {name: status.refreshes[name] for name in STATUS.refreshes} == STATUS.refreshes
+    assert dataclasses.replace(status, refreshes=STATUS.refreshes) == STATUS
+    assert quota.read(store) == QUOTA
+    with call_record.locked(store) as file:
+        assert file.read() == RECORD
+
+
+def test_members_of_a_later_version_survive_a_rewrite_of_the_login(store: TokenStore) -> None:
+    before = json.loads(store.path.read_text())
+    save(store, dataclasses.replace(store.load(), scope="changed"))
+    after = json.loads(store.path.read_text())
+    assert {"of_another_program": 1, "scope": "changed"}.items() <= after.items()
+    assert after.get("of_a_later_version") == before.get("of_a_later_version")
+
+
+def test_this_version_writes_what_the_former_reads(tmp_path: Path) -> None:
+    """Members may be added; none that the former version needs may be missing or of another type."""
+    store = make_store(tmp_path)
+    save(store, LOGIN)
+    assert refresher_status.write(store, STATUS)
+    quota.write(store, LOGIN, QUOTA)
+    with call_record.locked(store) as file:
+        assert file.write(RECORD)
+    written = {
+        "login": store.path,
+        "status": store.status_path,
+        "quota": store.quota_path,
+        "notify": store.notify_path,
+    }
+    for name, path in written.items():
+        former = json.loads((FORMATS / "0.1.0" / f"{name}.json").read_text())
+        now = json.loads(path.read_text())
+        assert now | former == now, name
