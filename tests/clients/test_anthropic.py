@@ -42,7 +42,7 @@ def client(endpoint: ProxyProcess) -> Iterator[anthropic.Anthropic]:
 def test_a_message_is_answered(client: anthropic.Anthropic, sandbox: Sandbox) -> None:
     sandbox.set(events=3)
     message = client.messages.create(**ASKED)
-    assert message.content[0].text == "This is the " and message.stop_reason == "end_turn"
+    assert message.content[0].text == "This is the." and message.stop_reason == "end_turn"
     [seen] = sandbox.requests()
     assert "anthropic-version" in [name.lower() for name, _ in seen["headers"]]
 

@@ -31,7 +31,7 @@ def model(endpoint: ProxyProcess, request: pytest.FixtureRequest) -> langchain_o
 def test_a_question_is_answered(model: langchain_openai.ChatOpenAI, sandbox: Sandbox) -> None:
     sandbox.set(events=3)
     answer = model.invoke("Hello")
-    assert answer.text == "This is the " and answer.usage_metadata["input_tokens"] == 12
+    assert answer.text == "This is the." and answer.usage_metadata["input_tokens"] == 12
 
 
 def test_a_streamed_answer_is_complete(model: langchain_openai.ChatOpenAI) -> None:

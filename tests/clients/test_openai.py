@@ -51,7 +51,7 @@ def test_a_chat_completion_is_answered(client: openai.OpenAI, sandbox: Sandbox) 
     sandbox.set(events=3)
     completion = client.chat.completions.create(model=MODEL, messages=HELLO)
     assert (
-        completion.choices[0].message.content == "This is the "
+        completion.choices[0].message.content == "This is the."
         and completion.usage.total_tokens == 18
     )
     assert completion._request_id == completion.id

@@ -217,7 +217,7 @@ def test_a_chat_completion_has_content_and_usage(sandbox: Sandbox, token: str) -
     answer = sandbox.raw(sandbox.chat(token).replace(b"true", b"   0"))
     completion = body(answer)
     assert (
-        completion["choices"][0]["message"]["content"] == "This is the "
+        completion["choices"][0]["message"]["content"] == "This is the."
         and completion["usage"]["total_tokens"] == 18
     )
     for field in (
@@ -228,6 +228,12 @@ def test_a_chat_completion_has_content_and_usage(sandbox: Sandbox, token: str) -
         "Content-Type: application/json",
     ):
         assert f"\r\n{field}\r\n".encode() in answer
+
+
+def test_an_answer_is_one_whole_sentence(sandbox: Sandbox, token: str) -> None:
+    answer = body(sandbox.raw(sandbox.chat(token).replace(b"true", b"   0")))
+    sentence = answer["choices"][0]["message"]["content"]
+    assert sentence.startswith("This is the sandbox, not xAI: ") and sentence.endswith(" read.")
 
 
 def user(content: Any) -> dict[str, Any]:

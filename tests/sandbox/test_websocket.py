@@ -224,7 +224,7 @@ def test_a_conversation_has_the_events_of_a_real_one(
         "response.done",
     ]
     assert (
-        text(events) == events[-1]["response"]["output"][0]["content"][0]["text"] == "This is the "
+        text(events) == events[-1]["response"]["output"][0]["content"][0]["text"] == "This is the."
     )
     conversation.send(json.dumps({"type": "input_audio_buffer.append", "audio": "AAAA"}))
     answers(conversation, "input_audio_buffer.committed", {"type": "input_audio_buffer.commit"})
@@ -239,7 +239,7 @@ def test_responses_come_one_after_the_other(
     sandbox.set(events=2)
     connection = connect("/v1/responses")
     first = answers(connection, "response.completed", {**MODEL, "input": "x"})
-    assert text(first) == "This is " and first[0]["sequence_number"] == 0
+    assert text(first) == "This is." and first[0]["sequence_number"] == 0
     name = first[-1]["response"]["id"]
     second = answers(
         connection, "response.completed", {**MODEL, "input": [], "previous_response_id": name}
@@ -260,7 +260,7 @@ def test_responses_come_one_after_the_other(
         assert problem["error"]["code"] == code and problem["status"] >= 400
     assert (
         sandbox.get(f"/v1/responses/{name}", token)[1]["output"][1]["content"][0]["text"]
-        == "This is "
+        == "This is."
     )
 
 

@@ -16,7 +16,8 @@ VOICES = {
     name.lower(): {"voice_id": name.lower(), "name": name}
     for name in ("Ara", "Eve", "Leo", "Rex", "Sal")
 }
-TRANSCRIPT = "This is the sandbox"  # of any audio
+# Of any audio.
+TRANSCRIPT = "This is the sandbox."
 
 
 def create(grants: Grants) -> Blueprint:

@@ -14,7 +14,11 @@ from xaiproxy.sandbox.grants import Grants
 from xaiproxy.sandbox.knobs import Knobs
 from xaiproxy.sandbox.replies import Answer, compact
 
-TEXT = "This is the sandbox, not xAI, and nobody thought about the answer."
+# As many words as a response has deltas by default.
+TEXT = (
+    "This is the sandbox, not xAI: it answers every question with this one sentence, "
+    "which no model wrote or read."
+)
 WORDS = [f"{word} " for word in TEXT.split(" ")]
 THOUGHT = "Hm."  # the reasoning of every response
 
@@ -27,8 +31,11 @@ def deltas(knobs: Knobs) -> list[str]:
 # A thousand long streams share one list.
 @functools.lru_cache(maxsize=8)
 def _deltas(events: int, event_size: int | None) -> list[str]:
-    words = itertools.islice(itertools.cycle(WORDS), events)
-    return [(word * event_size)[:event_size] if event_size else word for word in words]
+    words = list(itertools.islice(itertools.cycle(WORDS), events))
+    if event_size:
+        return [(word * event_size)[:event_size] for word in words]
+    # A response of any length ends like a sentence, so that it does not look cut.
+    return [*words[:-1], *(f"{word.rstrip(' ,:.')}." for word in words[-1:])]
 
 
 def sse(event: Any) -> bytes:
