@@ -1,9 +1,4 @@
-"""The properties of tests/ for as long as one likes, guided by which lines of xaiproxy are reached
-(atheris, libFuzzer).
-
-Inputs that reached new lines stay in .fuzz, and the next run continues from there. An input that
-fails is kept there, too, and printed as the call of the test, as small as it can be made.
-"""
+"""The program of bin/fuzz, which describes it."""
 
 import argparse
 import importlib
@@ -33,13 +28,10 @@ def targets(modules) -> dict[str, object]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="bin/fuzz", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("minutes", type=float, metavar="MINUTES", help="for all tests together")
-    parser.add_argument(
-        "only", nargs="*", metavar="TEXT", help="only tests with this in their names"
-    )
+    # bin/fuzz prints the help.
+    parser = argparse.ArgumentParser(prog="bin/fuzz", add_help=False)
+    parser.add_argument("minutes", type=float, metavar="MINUTES")
+    parser.add_argument("only", nargs="*", metavar="TEXT")
     options = parser.parse_args()
     names = [
         name

@@ -510,5 +510,5 @@ def test_a_command_that_waits_for_another_can_be_interrupted(folder):
 def test_help_shows_worked_examples(folder):
     answers = folder.run_all(["--help"], ["add", "--help"])
     for code, out, err in answers:
-        assert (code, err) == (0, "") and out.startswith("usage: xai-client-key ")
-    assert "xai-client-key add laptop" in answers[0][1]
+        assert (code, err) == (0, "") and out.startswith("  xai-client-key add laptop ")
+    assert "usage: xai-client-key add " in answers[1][1]

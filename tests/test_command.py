@@ -12,7 +12,7 @@ import pytest
 from proxy_process import COMMAND, PYTHON, environment
 from terminal import Terminal
 
-from xaiproxy import __version__, command, errors
+from xaiproxy import command, errors
 
 COMMANDS = {
     name: [*PYTHON, "-c", f"import sys; from xaiproxy.{module} import main; sys.exit(main())"]
@@ -89,26 +89,18 @@ def test_an_interrupt_ends_with_130():
     ],
 )
 def test_a_wrong_command_line_is_one_sentence_and_64(arguments, message, capsys):
-    parser = command.ArgumentParser(prog="xai-test")
+    parser = command.ArgumentParser("", prog="xai-test")
     parser.add_argument("--token-path")
     with pytest.raises(SystemExit) as caught:
         parser.parse_args(arguments)
     assert (caught.value.code, capsys.readouterr().err) == (64, message)
 
 
-def test_help_keeps_worked_examples_as_they_are_written(capsys):
+def test_help_begins_with_examples_as_they_are_written(capsys):
     with pytest.raises(SystemExit) as caught:
-        command.ArgumentParser(prog="xai-test", description="  one\n     two\n").parse_args(
-            ["--help"]
-        )
-    assert caught.value.code == 0 and "  one\n     two\n" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("name", [*COMMANDS, "sandbox"])
-def test_every_command_prints_its_version(name):
-    command = COMMANDS.get(name, [*PYTHON, "-m", "xaiproxy.sandbox"])
-    done = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=20)
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"{__version__}\n", "")
+        command.ArgumentParser("  one\n     two\n", prog="xai-test").parse_args(["--help"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.startswith("  one\n     two\n\nusage: xai-test ")
 
 
 def crash(folder, code: str) -> bool:

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tarfile
 import threading
-from pathlib import Path
 
 import pytest
 from checkout import ROOT
@@ -29,14 +28,6 @@ COMMANDS = [
     if line
 ]
 SCRIPTS = sorted(path for path in (ROOT / "bin").iterdir())
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_is_installed_and_has_a_help(command):
-    script = Path(sys.executable).parent / command
-    answer = subprocess.run([script, "--help"], capture_output=True, text=True, timeout=30)
-    assert (answer.returncode, answer.stderr) == (0, "")
-    assert answer.stdout.startswith(f"usage: {command}")
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -111,7 +102,9 @@ def test_every_requirement_has_a_lower_bound_that_can_be_tested():
         for line in requirements("options.extras_require", name)
     ]
     for line in requirements("options", "install_requires") + extras:
-        assert re.fullmatch(r"[A-Za-z0-9-]+(\[[a-z]+\])?>=[0-9.]+(; .*)?", line)
+        # The files that these make are in the checkout.
+        exact = re.fullmatch(r"(argparse-manpage|shtab)==[0-9.]+", line)
+        assert exact or re.fullmatch(r"[A-Za-z0-9-]+(\[[a-z]+\])?>=[0-9.]+(; .*)?", line)
 
 
 def pins():

@@ -29,7 +29,9 @@ COMMAND = [sys.executable, "-W", "error", "-m", "tests.soak"]
 def test_bad_usage_is_one_line(options):
     done = subprocess.run([*COMMAND, *options], cwd=ROOT, capture_output=True, text=True)
     assert (
-        done.returncode == 64 and done.stderr.startswith("soak: ") and done.stderr.count("\n") == 1
+        done.returncode == 64
+        and done.stderr.startswith("bin/soak: ")
+        and done.stderr.count("\n") == 1
     )
 
 

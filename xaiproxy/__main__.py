@@ -7,7 +7,9 @@ from gevent import monkey
 # Before anything imports socket, ssl or requests.
 monkey.patch_all()
 
-from xaiproxy.proxy.command import main  # noqa: E402
+from xaiproxy.proxy.command import main, parser  # noqa: E402
+
+__all__ = ["main", "parser"]
 
 if __name__ == "__main__":
     sys.exit(main())

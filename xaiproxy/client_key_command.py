@@ -7,27 +7,44 @@ from pathlib import Path
 
 from xaiproxy import client_key_file, client_keys, command, config, key_uses, storage
 
-EXAMPLES = """\
-  xai-client-key add laptop        make a key and print it, this once
-  xai-client-key list              print all keys: name, when made, when last used
-  xai-client-key remove laptop     refuse the key from the next request on
+# An example of each, and its effect.
+ACTIONS = {
+    "add": ("add laptop", "make a key and print it, this once"),
+    "list": ("list", "print all keys, with when they were used"),
+    "remove": ("remove laptop", "refuse the key from the next request on"),
+}
+NOTES = """\
+Once there is a key, the proxy refuses requests without one.
+
+Exit status: 0 done; 64 wrong usage; 75 the key file cannot be written; 78 wrong
+settings, or a key file that cannot be used.
 """
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = command.ArgumentParser(
+def parser() -> command.ArgumentParser:
+    examples = {
+        action: f"  xai-client-key {words:15} {effect}\n"
+        for action, (words, effect) in ACTIONS.items()
+    }
+    options = command.ArgumentParser(
+        "".join(examples.values()),
         prog="xai-client-key",
         usage="xai-client-key {add NAME, list, remove NAME}",
-        description="Keys that clients send to the proxy.",
-        epilog=EXAMPLES,
+        description="Add, list and remove the keys that clients send to the proxy.",
+        epilog=NOTES,
     )
-    actions = parser.add_subparsers(
-        prog=parser.prog, dest="action", required=True, metavar="add | list | remove"
+    actions = options.add_subparsers(
+        prog=options.prog, dest="action", required=True, metavar="add | list | remove"
     )
-    for action in ("add", "remove"):
-        actions.add_parser(action).add_argument("name", metavar="NAME")
-    actions.add_parser("list")
-    arguments = parser.parse_args(argv)
+    for action, (_, effect) in ACTIONS.items():
+        added = actions.add_parser(action, help=effect, examples=examples[action])
+        if action != "list":
+            added.add_argument("name", metavar="NAME", help="the name of the key")
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
 
     def body() -> None:
         settings = config.from_environ(os.environ)
@@ -53,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
                     f"again, remove {path} and restart the proxy."
                 )
 
-    return command.run(parser.prog, body)
+    return command.run("xai-client-key", body)
 
 
 def _show(name: str, key: str) -> None:

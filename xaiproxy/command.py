@@ -17,13 +17,21 @@ RESULT_LIMIT = 1 << 20  # bytes; no command prints more
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse with --version, exit code 64 for wrong arguments, and examples printed verbatim."""
+    """argparse with --version, exit code 64 for wrong arguments, and a help that begins with
+    examples.
 
-    def __init__(self, **arguments: Any):
+    `examples`: worked examples, printed verbatim
+    """
+
+    def __init__(self, examples: str, **arguments: Any):
         super().__init__(
             formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **arguments
         )
+        self.examples = examples
         self.add_argument("--version", action="version", version=__version__)
+
+    def format_help(self) -> str:
+        return f"{self.examples}\n{super().format_help()}"
 
     def parse_args(self, *arguments: Any, **keywords: Any) -> Any:
         """Open the standard streams, which must come first in every command, and parse."""
@@ -43,12 +51,21 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(errors.EXIT_USAGE, f"{self.prog}: {message}; see {self.prog} --help")
 
 
-def serving_options(parser: ArgumentParser, argv: list[str] | None) -> dict[str, str | None]:
-    """Parse the options of the commands that serve; return them as settings."""
+def add_serving_options(parser: ArgumentParser) -> None:
+    """Add the options of the commands that serve."""
     parser.add_argument("--bind", metavar="ADDRESS", help="IP address to listen on")
     parser.add_argument("-p", "--port", help="TCP port to listen on")
-    parser.add_argument("--token-path", metavar="FILE", help="the token file")
-    arguments = parser.parse_args(argv)
+    add_token_path(parser)
+
+
+def add_token_path(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--token-path", metavar="FILE", help="the token file (default: XAI_PROXY_TOKEN_PATH)"
+    )
+
+
+def serving_settings(arguments: argparse.Namespace) -> dict[str, str | None]:
+    """Return the options of the commands that serve as settings."""
     return {
         "XAI_PROXY_BIND": arguments.bind,
         "XAI_PROXY_PORT": arguments.port,

@@ -18,18 +18,19 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 NO_PROXY = ("NO_PROXY", "no_proxy")
 EGRESS = {"HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"}
 EXAMPLES = """\
-  xai-launch claude                  start Claude Code, with this proxy's models
-  xai-launch codex exec 'say hello'  what follows the name is the client's own
-  xai-launch --list                  print the clients that it knows, and which are installed
-  xai-launch --print codex           print what it would set, as a shell script
+  xai-launch claude             start Claude Code, with this proxy's models
+  xai-launch codex exec hello   what follows the name is the client's own
+  xai-launch --list             print the clients, and which are installed
+  xai-launch --print codex      print what it would set, as a shell script
+"""
+NOTES = """\
+The client's own files are left as they are: its settings for the proxy are in
+its environment, or in a temporary folder. If the proxy requires a client key
+and XAIPROXY_KEY is not set, the client gets a key that is removed when it ends.
 
-The client's own files are left as they are: its settings for the proxy are in its environment, or
-in a temporary folder. If the proxy requires a client key and XAIPROXY_KEY is not set, the client
-gets a key that is removed when it ends.
-
-Exit status: that of the client; 64 wrong usage, or an unknown client; 69 the proxy does not answer;
-75 the key file cannot be written; 77 sign in; 78 wrong settings; 127 the client is not installed;
-130 interrupted before the start.
+Exit status: that of the client; 64 wrong usage, or an unknown client; 69 the
+proxy does not answer; 75 the key file cannot be written; 77 sign in; 78 wrong
+settings; 127 the client is not installed; 130 interrupted before the start.
 """
 
 
@@ -45,22 +46,29 @@ class SignInNeeded(errors.Error):
     exit_code = errors.EXIT_SIGN_IN
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = command.ArgumentParser(
+def parser() -> command.ArgumentParser:
+    options = command.ArgumentParser(
+        EXAMPLES,
         prog="xai-launch",
         usage="xai-launch {CLIENT [ARG ...], --list, --print CLIENT}",
-        description=EXAMPLES,
+        description="Start a client with settings for this proxy.",
+        epilog=NOTES,
     )
-    parser.add_argument("client", nargs="?", metavar="CLIENT", help="a name that --list prints")
-    modes = parser.add_mutually_exclusive_group()
+    options.add_argument("client", nargs="?", metavar="CLIENT", help="a name that --list prints")
+    modes = options.add_mutually_exclusive_group()
     modes.add_argument("--list", action="store_true", help="print the names of the clients")
     modes.add_argument("--print", action="store_true", help="print what would be set")
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parser()
     given = sys.argv[1:] if argv is None else argv
     # All after the name of the client is the client's own.
     own = next((n for n, text in enumerate(given, 1) if not text.startswith("-")), len(given))
-    arguments = parser.parse_args(given[:own])
+    arguments = options.parse_args(given[:own])
     if arguments.list == bool(arguments.client):
-        parser.error("it takes the name of a client, or --list")
+        options.error("it takes the name of a client, or --list")
     umask = os.umask(0o077)
     os.umask(umask)
 
@@ -82,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
             return _print(recipes[arguments.client], settings)
         return launch(recipes[arguments.client], settings, given[own:], umask)
 
-    return command.run(parser.prog, body)
+    return command.run(options.prog, body)
 
 
 def _list(recipes: Mapping[str, Recipe]) -> int:

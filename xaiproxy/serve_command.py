@@ -21,24 +21,36 @@ from xaiproxy import command, config, errors
 CONF = Path(__file__).with_name("supervisord.conf")
 PROBE_TIMEOUT = 1.0  # seconds to connect to an address of this machine
 EXAMPLES = """\
-  xai-serve                 serve http://127.0.0.1:9090/v1 and keep the login alive, until Ctrl-C
-  xai-serve --port 8080     the same on another port
-  nohup xai-serve &         until it gets SIGTERM, also after the terminal is closed
+  xai-serve                serve http://127.0.0.1:9090/v1 until Ctrl-C
+  xai-serve --port 8080    the same on another port
+  nohup xai-serve &        until SIGTERM, also after the terminal is closed
+"""
+NOTES = """\
+Sign in before or meanwhile, with xai-login. All settings are environment
+variables XAI_PROXY_*, or lines of a .env in the working directory.
 
-Sign in before or meanwhile, with xai-login. All settings are environment variables XAI_PROXY_*, or
-lines of a .env in the working directory.
-
-At Ctrl-C or SIGTERM, open responses have XAI_PROXY_DRAIN_TIMEOUT to finish; a second Ctrl-C aborts
-them. Exit status: 0 after either signal, or after the terminal was closed; 64 wrong usage; 70 one
-of the two processes cannot be kept running; 78 wrong settings, or another proxy at the address;
-130 interrupted before the start.
+At Ctrl-C or SIGTERM, open responses have XAI_PROXY_DRAIN_TIMEOUT to finish; a
+second Ctrl-C aborts them. Exit status: 0 after either signal, or after the
+terminal was closed; 64 wrong usage; 70 one of the two processes cannot be kept
+running; 78 wrong settings, or another proxy at the address; 130 interrupted
+before the start.
 """
 
 
+def parser() -> command.ArgumentParser:
+    options = command.ArgumentParser(
+        EXAMPLES,
+        prog="xai-serve",
+        description="Serve an OpenAI-compatible endpoint, and keep the login alive.",
+        epilog=NOTES,
+    )
+    command.add_serving_options(options)
+    return options
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = command.ArgumentParser(prog="xai-serve", description=EXAMPLES)
-    options = command.serving_options(parser, argv)
-    return command.run(parser.prog, lambda: serve(options))
+    options = command.serving_settings(parser().parse_args(argv))
+    return command.run("xai-serve", lambda: serve(options))
 
 
 def serve(options: Mapping[str, str | None]) -> None:

@@ -1,10 +1,10 @@
-"""bin/bench: measure xaiproxy beside nginx, reverse proxies in Go and Rust, and LiteLLM.
+"""Measure xaiproxy beside nginx, reverse proxies in Go and Rust, and LiteLLM.
 
 It prints a table and writes bench.json, bench.svg and bench.png.
 
-Everything runs on loopback, the measured proxy on core 0, load client and upstream on core 1; the
-other proxies are stopped meanwhile. What is needed is installed (Debian, as root) or named. Ctrl-C
-ends everything.
+Everything runs on loopback, the measured proxy on core 0, load client and
+upstream on core 1; the other proxies are stopped meanwhile. What is needed is
+installed (Debian, as root) or named. Ctrl-C ends everything.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from xaiproxy import command
+
 from . import check, machine, measurements, report
 from .measurements import Run
 from .targets import (
@@ -36,23 +38,20 @@ from .targets import (
     Xaiproxy,
 )
 
-USAGE, FAILED, INTERRUPTED = 64, 1, 130
+FAILED, INTERRUPTED = 1, 130
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 RESULTS = machine.FOLDER / "results"
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        self.exit(USAGE, f"bench: {message}; see bin/bench --help\n")
+EXAMPLES = """\
+  bin/bench                               measure everything
+  bin/bench --quick                       what a change needs; two minutes
+  bin/bench --quick --against ../before   compared with another checkout
+"""
 
 
 def parser() -> argparse.ArgumentParser:
-    options = Parser(
-        prog="bin/bench",
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    options = command.ArgumentParser(EXAMPLES, prog="bin/bench", description=__doc__)
     options.add_argument(
         "--quick",
         action="store_true",

@@ -1,8 +1,9 @@
-"""bin/soak: run xaiproxy against the simulated xAI for minutes, under faults or load, and count
-what was lost.
+"""Run xaiproxy against the simulated xAI for minutes, and count what is lost.
 
-Everything runs on loopback, in a temporary folder, without your settings and logins. Exit status: 0
-nothing was lost; 1 something was; 130 interrupted. Ctrl-C ends everything that was started.
+Everything runs on loopback, in a temporary folder, without your settings and
+logins. Ctrl-C ends everything that was started.
+
+Exit status: 0 nothing was lost; 1 something was; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ import sys
 import tempfile
 from typing import Any
 
+from xaiproxy import command
+
 from . import load, login
 from .processes import SIGNALS
 
-USAGE, INTERRUPTED = 64, 130
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        self.exit(USAGE, f"soak: {message}; see bin/soak --help\n")
+INTERRUPTED = 130
+EXAMPLES = """\
+  bin/soak --login 3    kill the programs of one login; eight minutes
+  bin/soak --load 2     thousands of streams and clients; five minutes
+"""
 
 
 def minutes(text: str) -> float:
@@ -34,12 +36,7 @@ def minutes(text: str) -> float:
 
 
 def parser() -> argparse.ArgumentParser:
-    options = Parser(
-        prog="bin/soak",
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    options = command.ArgumentParser(EXAMPLES, prog="bin/soak", description=__doc__)
     what = options.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "--login", nargs="?", type=minutes, const=10.0, metavar="MINUTES", help=login.HELP

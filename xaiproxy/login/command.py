@@ -17,24 +17,30 @@ if TYPE_CHECKING:
     from xaiproxy.login.output import Output
     from xaiproxy.token_store import TokenStore
 
-DESCRIPTION = """\
-  xai-login             sign in with this machine's browser; without one, as --device
-  xai-login --device    sign in with the browser of any other device: shows an address and a code
-  xai-login --status    show at a glance whether the login is served and renewed, and until when
+EXAMPLES = """\
+  xai-login             sign in with this machine's browser, if it has one
+  xai-login --device    sign in on any device, with an address and a code
+  xai-login --status    show whether the login is served and renewed
   xai-login --status --watch    the same, kept up to date until Ctrl-C
   xai-login --status --quota    and how much of the account's quota is used
-  xai-login --doctor    find out why the login or the proxy does not work, and what to do
+  xai-login --doctor    find out what does not work, and what to do
+"""
+NOTES = """\
+Exit status of --status: 0 the login can be used; 75 its access token has
+expired or is refused and may still be renewed, or the token file cannot be read
+at the moment; 77 sign in. Whether the proxy runs does not change it. With
+--quota, 69 if the login can be used and the quota was not returned, 75 if it
+cannot be remembered. With --watch, 0 after Ctrl-C.
 
-Exit status of --status: 0 the login can be used; 75 its access token has expired or is refused
-and may still be renewed, or the token file cannot be read at the moment; 77 sign in. Whether the
-proxy runs does not change it. With --quota, 69 if the login can be used and the quota was not
-returned, 75 if it cannot be remembered. With --watch, 0 after Ctrl-C.
-Of --doctor: that of the first failure, or 0 if there are only warnings. 69 the issuer, the API or
-the proxy does not answer; 75 a file or folder cannot be written, or the problem is temporary;
-77 sign in, or the account's plan does not allow it; 78 wrong settings.
-Otherwise: 0 done; 64 wrong usage; 69 the issuer cannot be reached (after --logout: the login was
-removed here but not revoked there); 75 the token file cannot be written; 77 denied, expired or
-signed out; 78 wrong settings, or a login of another issuer in the token file; 130 interrupted.
+Of --doctor: that of the first failure, or 0 if there are only warnings. 69 the
+issuer, the API or the proxy does not answer; 75 a file or folder cannot be
+written, or the problem is temporary; 77 sign in, or the account's plan does not
+allow it; 78 wrong settings.
+
+Otherwise: 0 done; 64 wrong usage; 69 the issuer cannot be reached (after
+--logout: the login was removed here but not revoked there); 75 the token file
+cannot be written; 77 denied, expired or signed out; 78 wrong settings, or a
+login of another issuer in the token file; 130 interrupted.
 """
 MODES = {
     "device": "approve the login on any device",
@@ -46,38 +52,41 @@ MODES = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = _parser()
-    arguments = parser.parse_args(argv)
+    options = parser()
+    arguments = options.parse_args(argv)
     if (arguments.watch or arguments.quota) and arguments.mode != "status":
-        parser.error("--watch and --quota go with --status")
+        options.error("--watch and --quota go with --status")
     from xaiproxy.login import output
 
     out = output.Output(arguments.json)
     return command.run("xai-login", lambda: _run(arguments, out))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = command.ArgumentParser(prog="xai-login", description=DESCRIPTION)
-    modes = parser.add_mutually_exclusive_group()
+def parser() -> command.ArgumentParser:
+    options = command.ArgumentParser(
+        EXAMPLES,
+        prog="xai-login",
+        description="Sign in with a SuperGrok account, check the login, or sign out.",
+        epilog=NOTES,
+    )
+    modes = options.add_mutually_exclusive_group()
     for mode, help_text in MODES.items():
         modes.add_argument(
             f"--{mode}", action="store_const", dest="mode", const=mode, help=help_text
         )
-    parser.add_argument(
+    options.add_argument(
         "--watch", action="store_true", help="with --status: show it anew every 2 s until Ctrl-C"
     )
-    parser.add_argument(
+    options.add_argument(
         "--quota",
         action="store_true",
         help="with --status: ask xAI how much of the account's quota is used; with --watch, once",
     )
-    parser.add_argument(
+    options.add_argument(
         "--json", action="store_true", help="print one JSON object a line, for programs"
     )
-    parser.add_argument(
-        "--token-path", metavar="FILE", help="the token file (default: XAI_PROXY_TOKEN_PATH)"
-    )
-    return parser
+    command.add_token_path(options)
+    return options
 
 
 def _run(arguments: argparse.Namespace, out: Output) -> int:

@@ -45,17 +45,32 @@ from xaiproxy.proxy.trouble import Trouble
 logger = logging.getLogger(__name__)
 
 EXAMPLES = """\
-  xai-proxy                        serve http://127.0.0.1:9090/v1 with the login of xai-login
-  xai-proxy --port 8080            on another port
+  xai-proxy                serve http://127.0.0.1:9090/v1
+  xai-proxy --port 8080    the same on another port
+"""
+NOTES = """\
+It serves with the login that xai-login made, and does not refresh it: that is
+what xai-refresher does. xai-serve runs both.
+
+Exit status: 0 after SIGTERM or Ctrl-C; 64 wrong usage; 78 wrong settings, or
+an address that is in use.
 """
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = command.ArgumentParser(
-        prog="xai-proxy", description="Serve an OpenAI-compatible endpoint.", epilog=EXAMPLES
+def parser() -> command.ArgumentParser:
+    options = command.ArgumentParser(
+        EXAMPLES,
+        prog="xai-proxy",
+        description="Serve an OpenAI-compatible endpoint.",
+        epilog=NOTES,
     )
-    options = command.serving_options(parser, argv)
-    return command.run(parser.prog, lambda: serve(options))
+    command.add_serving_options(options)
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = command.serving_settings(parser().parse_args(argv))
+    return command.run("xai-proxy", lambda: serve(options))
 
 
 def serve(options: Mapping[str, str | None], sweep: Callable[[], None] = dead_paths.sweep) -> int:

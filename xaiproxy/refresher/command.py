@@ -11,21 +11,32 @@ from xaiproxy.refresher.process import Refresher
 logger = logging.getLogger(__name__)
 
 EXAMPLES = """\
-  xai-refresher         keep the login alive until SIGTERM; SIGHUP: try again now
-  xai-refresher --once  check the login once, refresh it if that is due, and exit; for cron
+  xai-refresher           keep the login alive until SIGTERM or Ctrl-C
+  xai-refresher --once    refresh the login if that is due, for cron
+"""
+NOTES = """\
+SIGHUP has it try again now.
 
-Exit status of --once: 0 the login is good; 69 the issuer cannot be reached; 75 the token file
-cannot be written or is locked; 77 signed out, or refused; 78 wrong settings; 130 interrupted.
+Exit status of --once: 0 the login is good; 69 the issuer cannot be reached; 75
+the token file cannot be written or is locked; 77 signed out, or refused; 78
+wrong settings; 130 interrupted.
 """
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = command.ArgumentParser(prog="xai-refresher", description=EXAMPLES)
-    parser.add_argument("--once", action="store_true", help="check the login once and exit")
-    parser.add_argument(
-        "--token-path", metavar="FILE", help="the token file (default: XAI_PROXY_TOKEN_PATH)"
+def parser() -> command.ArgumentParser:
+    options = command.ArgumentParser(
+        EXAMPLES,
+        prog="xai-refresher",
+        description="Keep the login alive.",
+        epilog=NOTES,
     )
-    return command.run("xai-refresher", lambda: _main(parser.parse_args(argv)))
+    options.add_argument("--once", action="store_true", help="check the login once and exit")
+    command.add_token_path(options)
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    return command.run("xai-refresher", lambda: _main(parser().parse_args(argv)))
 
 
 def _main(arguments: argparse.Namespace) -> int:

@@ -1,6 +1,18 @@
 """`python -m xaiproxy.sandbox`. gevent patches the standard library before the rest is imported."""
 
+from __future__ import annotations
+
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from xaiproxy.command import ArgumentParser
+
+
+def parser() -> ArgumentParser:
+    from xaiproxy.sandbox import command
+
+    return command.parser()
 
 
 def main(arguments: list[str] | None = None) -> int:

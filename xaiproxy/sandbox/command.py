@@ -4,6 +4,8 @@ As soon as it listens it prints the settings that point xaiproxy at it to stdout
 .env file. Everything else goes to stderr.
 """
 
+from __future__ import annotations
+
 import argparse
 import ipaddress
 import json
@@ -12,40 +14,48 @@ import shlex
 import signal
 import sys
 import tempfile
-from typing import Any, NoReturn
+import textwrap
+from typing import Any
 
 import gevent
 from gevent import pywsgi
 
-from xaiproxy import __version__
+from xaiproxy import command, errors
 from xaiproxy.sandbox.app import create_app
 from xaiproxy.sandbox.knobs import KNOBS, SCRIPT, BadKnob, Knobs
 from xaiproxy.sandbox.replies import compact
 from xaiproxy.sandbox.server import Handler, listen
 from xaiproxy.sandbox.xai_errors import ERRORS
 
-USAGE, TRY_AGAIN = 64, 75  # sysexits.h
+EXAMPLES = """\
+  xai-sandbox                           serve, and print settings for it
+  xai-sandbox --auto-approve 3          approve each login after 3 seconds
+  xai-sandbox --events-per-second 20    stream as slowly as a model
+"""
+NOTES = """\
+The sandbox is not xAI, and has no security.
+
+The fields of a scripted response:
+{fields}
+
+{errors}
+
+While it runs: GET /_sandbox returns counters, GET /_sandbox/requests the last
+requests, POST /_sandbox sets knobs (JSON, with _ for -), DELETE /_sandbox
+resets everything. The WebSocket /v1/realtime?model=echo echoes every message.
+"""
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(USAGE, f"xai-sandbox: {message}; see xai-sandbox --help\n")
-
-
-def parser() -> Parser:
+def parser() -> command.ArgumentParser:
     fields = "\n".join(f"  {name:12} {field.help}" for name, field in SCRIPT.items())
-    options = Parser(
+    names = textwrap.fill(f"Its errors: {', '.join(sorted(ERRORS))}.", 79)
+    options = command.ArgumentParser(
+        EXAMPLES,
         prog="xai-sandbox",
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="A simulated xAI on loopback: authorization server and API. It is not xAI.",
-        epilog=f"The fields of a scripted response:\n{fields}\n\n"
-        f"Its errors: {', '.join(sorted(ERRORS))}\n\n"
-        "While it runs: GET /_sandbox returns counters, GET /_sandbox/requests the last requests,\n"
-        "POST /_sandbox sets knobs (JSON, with _ for -), DELETE /_sandbox resets everything.\n"
-        "The WebSocket /v1/realtime?model=echo echoes every message.",
+        usage="xai-sandbox [--port PORT] [--state DIR] [--verbose] [--KNOB VALUE ...]",
+        description="Simulate xAI on loopback: its authorization server and its API.",
+        epilog=NOTES.format(fields=fields, errors=names),
     )
-    options.add_argument("--version", action="version", version=__version__)
     options.add_argument(
         "--port", type=int, default=9191, help="0: any free one (default: %(default)s)"
     )
@@ -104,7 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"{problem.strerror}; stop the program that uses it, or choose another --port",
             file=sys.stderr,
         )
-        return TRY_AGAIN
+        return errors.EXIT_TRY_AGAIN
     with listener:
         return serve(listener, knobs, options)
 
