@@ -73,6 +73,18 @@ def test_an_installed_wheel_signs_in_and_serves_from_an_empty_folder(
     assert names <= {"tokens.json", "tokens.json.lock", "tokens.json.status"}
 
 
+def test_an_installed_wheel_has_completions_and_man_pages(scripts: Path) -> None:
+    files = {
+        path.relative_to(ROOT / "conf" / "share")
+        for path in (ROOT / "conf" / "share").rglob("*")
+        if path.is_file()
+    }
+    assert len(files) == 4 * len([path for path in scripts.iterdir() if path.name[:4] == "xai-"])
+    for path in files:
+        installed = scripts.parent / "share" / path
+        assert installed.read_text() == (ROOT / "conf" / "share" / path).read_text()
+
+
 def test_an_installed_wheel_has_the_files_of_the_clients(scripts: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [scripts / "xai-launch", "--print", "codex"],
