@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TextIO
 
-from xaiproxy.login.style import Style, style_of
+from xaiproxy.style import Style, style_of
 
 QUIET_ZONE = 2  # modules around the QR code; the standard is four, but two suffice on a screen
 # White on black, whatever the colours of the terminal: phones cannot read it the other way round.

@@ -8,10 +8,10 @@ from typing import NamedTuple
 from xaiproxy import errors, judgement, tokens
 from xaiproxy.judgement import Verdict
 from xaiproxy.login.local_proxy import Listener
-from xaiproxy.login.style import DIM, GREEN, RED, YELLOW, Style
 from xaiproxy.login.summary import Summary
 from xaiproxy.login.wording import account_name, duration, last_failure, local_time, printable
 from xaiproxy.quota import Quota
+from xaiproxy.style import DIM, GREEN, RED, YELLOW, Style
 
 INDENT = 12  # columns of the labels
 # Used shares of the pool, in %, from which its bar is yellow and red.

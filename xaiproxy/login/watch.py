@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from xaiproxy import command
 from xaiproxy.login import summary_text
 from xaiproxy.login.output import Output
-from xaiproxy.login.style import DIM
 from xaiproxy.login.summary import Summary
+from xaiproxy.style import DIM
 
 INTERVAL = 2.0  # seconds
 # The alternate screen, without a cursor and without the terminal's own line breaks.
