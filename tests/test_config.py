@@ -99,6 +99,11 @@ TAKES = {
         ("https://A.example, http://b:81", frozenset(("https://a.example", "http://b:81"))),
         ("app://localhost", frozenset(("app://localhost",))),
     ],
+    "ADMIN_BIND": [
+        ("0.0.0.0:9091", ("0.0.0.0", 9091)),
+        ("[::1]:0", ("::1", 0)),
+        ("localhost:65535", ("127.0.0.1", 65535)),
+    ],
     "CONNECT_TIMEOUT": [("0.1", 0.1), ("600", 600)],
     "IDLE_TIMEOUT": [("0.1", 0.1), ("86400", 86400)],
     "CLIENT_TIMEOUT": [("0.1", 0.1), ("3600", 3600)],
@@ -113,6 +118,16 @@ TAKES = {
     "LOG_FORMAT": [("auto", "auto"), ("json", "json"), ("text", "text")],
 }
 REFUSES = {
+    "ADMIN_BIND": [
+        "127.0.0.1",
+        "127.0.0.1:",
+        ":9091",
+        "::1:9091",
+        "9091",
+        "127.0.0.1:65536",
+        "admin.example:9091",
+        "unix:/admin",
+    ],
     "TOKEN_PATH": ["/", "a\0b", "~nosuchuser/tokens.json"],
     "BIND": ["example.org", "127.0.0.1:80", "1", "256.0.0.1"],
     "PORT": ["-1", "65536", "0x50", "1.0", "9" * 5000, "²", " 1", "http"],

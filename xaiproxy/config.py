@@ -37,7 +37,7 @@ KUBERNETES_VARIABLE = re.compile(
 FOREIGN_NAMES = frozenset(PREFIX + name for name in ("KEY", "API_KEY", "BASE_URL", "OUTBOUND"))
 # Connections beyond MAX_CONNECTIONS, none of which gets a connection to upstream.
 RESERVE = 16
-# File descriptors for logs, the token file, the event loop and the libraries.
+# File descriptors for logs, the token file, the event loop, the libraries and the admin listener.
 SPARE_DESCRIPTORS = 64
 
 # OpenTelemetry's settings, the first of which counts.
@@ -84,6 +84,14 @@ class Config:
         "9090",
         setting_types.whole(0, 65535),
         "TCP port to listen on; 0: any free port, which the log names.",
+    )
+    admin_bind: tuple[str, int] | None = _setting(
+        "",
+        setting_types.host_and_port,
+        "IP address and port, such as 127.0.0.1:9091, of a second listener for /healthz, /readyz "
+        "and /metrics only. They require no client key there, have connections of their own, and "
+        "/metrics has no names of client keys unless one is sent; port 0: any free port, which the "
+        "log names.",
     )
     upstream: str = _setting(
         "https://api.x.ai",

@@ -81,6 +81,19 @@ def address(text: str) -> str:
         raise ValueError("an IP address, such as 127.0.0.1, 0.0.0.0 or ::") from None
 
 
+def host_and_port(text: str) -> tuple[str, int] | None:
+    if not text:
+        return None
+    host, _, port = text.rpartition(":")
+    try:
+        # An IPv6 address without brackets could have its last group taken for the port.
+        if ":" in host and not re.fullmatch(r"\[.*\]", host):
+            raise ValueError
+        return address(host), whole(0, 65535)(port)
+    except ValueError:
+        raise ValueError("an IP address and a port, such as 127.0.0.1:9091 or [::]:9091") from None
+
+
 def url(text: str) -> urllib.parse.SplitResult:
     try:
         parts = urllib.parse.urlsplit(text)

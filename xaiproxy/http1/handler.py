@@ -197,7 +197,7 @@ class Handler:
         proxy = self._server.proxy
         try:
             try:
-                if proxy.serves(request.head):
+                if proxy is not None and proxy.serves(request.head):
                     self._forward(proxy, request, response)
                 else:
                     self._run_application(request, response)

@@ -26,6 +26,10 @@ OPEN_TO_ALL = frozenset(("/healthz", "/readyz"))
 KEYED = frozenset(("/metrics", "/status.json"))
 # They are served while every connection has a request: to see what happens.
 RESERVED = KEYED | {"/"}
+ADMIN_HINT = (
+    "the admin listener serves /healthz, /readyz and /metrics; the API is at the proxy's own "
+    "address (XAI_PROXY_BIND)"
+)
 
 
 class Passed(flask.Response):
@@ -35,16 +39,17 @@ class Passed(flask.Response):
 
 
 def create_app(
-    proxy: Proxy,
+    proxy: Proxy | None,
     store: token_store.TokenStore,
     gate: access.Access,
-    metrics: Callable[[str], tuple[bytes, str]] | None = None,
+    metrics: Callable[[str, bool], tuple[bytes, str]] | None = None,
     status: Callable[[], dict[str, Any]] | None = None,
     trouble: Callable[[], str] = lambda: "",
 ) -> flask.Flask:
-    """Of what is None there is no page.
+    """Of what is None there is no page. Without `proxy`, no page requires a client key.
 
-    `metrics`: returns the content and the media type of /metrics by an Accept header.
+    `metrics`: returns the content and the media type of /metrics by an Accept header, and whether
+    names of client keys may be in it.
     `status`: returns the members of /status.json.
     `trouble`: returns what is wrong although requests can be served, or "".
     """
@@ -54,12 +59,13 @@ def create_app(
     @app.before_request
     def check_access() -> flask.Response | None:
         request = wsgi_request.of(flask.request.environ)
-        if request.head.path.startswith(PREFIXES):
+        if proxy is not None and request.head.path.startswith(PREFIXES):
             # Here, since the path that counts is the raw one, which Flask's routes do not see.
-            return api(request)
+            return api(proxy, request)
         if request.head.path not in OPEN_TO_ALL:
             path = flask.request.path
-            request.key = gate.check(request.head, key_needed=path in KEYED)
+            key_needed = proxy is not None and path in KEYED
+            request.key = gate.check(request.head, key_needed=key_needed)
             if path not in RESERVED:
                 request.check_room()
             if path in OPEN_TO_ALL:
@@ -67,7 +73,7 @@ def create_app(
                 flask.abort(404)
         return None
 
-    def api(request: ClientRequest) -> flask.Response:
+    def api(proxy: Proxy, request: ClientRequest) -> flask.Response:
         preflight = gate.preflight(request.head)
         if preflight is not None:
             return Passed(status="204 No Content", headers=preflight)
@@ -102,24 +108,29 @@ def create_app(
     @app.get("/metrics", provide_automatic_options=False)
     def metrics_page() -> flask.Response:
         if metrics is None:
-            raise errors.NotFound(hint("/metrics"))
-        content, media_type = metrics(flask.request.headers.get("Accept", ""))
+            raise not_found("/metrics")
+        has_key = wsgi_request.of(flask.request.environ).key is not None
+        with_names = proxy is not None or has_key
+        content, media_type = metrics(flask.request.headers.get("Accept", ""), with_names)
         return flask.Response(content, content_type=media_type)
 
     @app.get("/", provide_automatic_options=False)
     def status_shell() -> flask.Response:
         if status is None or not status_page.is_wanted(flask.request):
-            raise errors.NotFound(hint("/"))
+            raise not_found("/")
         return page.response(flask.request)
 
     @app.get("/status.json", provide_automatic_options=False)
     def status_data() -> flask.Response:
         if status is None:
-            raise errors.NotFound(hint("/status.json"))
+            raise not_found("/status.json")
         answer = flask.jsonify(status())
         answer.headers["Cache-Control"] = "no-store"
         answer.headers["X-Content-Type-Options"] = "nosniff"
         return answer
+
+    def not_found(path: str) -> errors.NotFound:
+        return errors.NotFound(ADMIN_HINT if proxy is None else hint(path))
 
     @app.errorhandler(errors.ErrorResponse)
     def refuse(refusal: errors.ErrorResponse) -> flask.Response:
@@ -135,7 +146,7 @@ def create_app(
                 errors.MethodNotAllowed("only GET is answered here", headers=(("Allow", allowed),))
             )
         if isinstance(error, werkzeug.exceptions.NotFound):
-            return refuse(errors.NotFound(hint(wsgi_request.of(flask.request.environ).head.path)))
+            return refuse(not_found(wsgi_request.of(flask.request.environ).head.path))
         if isinstance(error, werkzeug.exceptions.InternalServerError):
             # Flask has logged what happened.
             return refuse(errors.ErrorResponse("the proxy failed; its log has the details"))

@@ -1,5 +1,7 @@
 """xai-proxy, process 1: its command line, its checks, its listener and its signals."""
 
+import contextlib
+import functools
 import logging
 import os
 import resource
@@ -35,10 +37,16 @@ from xaiproxy.proxy import (
     request_log,
     traces,
 )
-from xaiproxy.proxy.listener import check_exposure, check_upstream, listen
+from xaiproxy.proxy.listener import (
+    check_distinct,
+    check_exposure,
+    check_upstream,
+    listen,
+    listen_for_admin,
+)
 from xaiproxy.proxy.loop_lag import LoopLag
 from xaiproxy.proxy.recorder import Recorder
-from xaiproxy.proxy.server import Server
+from xaiproxy.proxy.server import AdminServer, Server
 from xaiproxy.proxy.status import Status
 from xaiproxy.proxy.trouble import Trouble
 
@@ -81,12 +89,19 @@ def serve(options: Mapping[str, str | None], sweep: Callable[[], None] = dead_pa
         logger.warning("%s", warning)
     keys = client_keys.ClientKeys(settings.client_keys_file, required=_names_a_key_file(settings))
     stop, abort = handle_signals(lambda: set_log_level(options))
-    listener = listen(settings, stop)
-    if listener is not None:
-        with listener:
+    check_distinct(settings)
+    with contextlib.ExitStack() as opened:
+        admin = None
+        if settings.admin_bind is not None:
+            admin = listen_for_admin(settings.admin_bind, stop)
+            if admin is not None:
+                opened.enter_context(admin)
+        listener = listen(settings, stop)
+        if listener is not None:
+            opened.enter_context(listener)
             check_exposure(listener, settings, keys)
             check_upstream(listener, settings)
-            run(listener, settings, keys, sweep, stop, abort)
+            run(listener, admin, settings, keys, sweep, stop, abort)
     logger.info("stopped")
     return 0
 
@@ -127,6 +142,7 @@ def set_log_level(options: Mapping[str, str | None]) -> None:
 
 def run(
     listener: socket.socket,
+    admin_listener: socket.socket | None,
     settings: config.Config,
     keys: client_keys.ClientKeys,
     sweep: Callable[[], None],
@@ -163,12 +179,19 @@ def run(
         on_end,
     )
     metrics.server = trouble.server = server
+    admin = None
+    if admin_listener is not None:
+        page = functools.partial(metrics.page, own=0)
+        sentence = functools.partial(trouble.sentence, own=0)
+        application = app.create_app(None, store, gate, page, trouble=sentence)
+        admin = AdminServer(admin_listener, application, settings, on_end, server)
+        admin.start()
+        logger.info("health checks and metrics on %s", origin(admin_listener))
     server.start()
     address, port = listener.getsockname()[:2]
     logger.info(
-        "listening on http://%s:%d/v1%s",
-        f"[{settings.bind}]" if ":" in settings.bind else settings.bind,
-        port,
+        "listening on %s/v1%s",
+        origin(listener),
         "" if keys.required else "; no client key required",
     )
     verdict = judgement.of(store, time.time())
@@ -180,6 +203,8 @@ def run(
     stop.wait()
     watcher.kill()
     server.drain(abort)
+    if admin is not None:
+        admin.stop(timeout=0)
     sweeper.kill()
     recording.kill()
     key_uses.save_last()
@@ -188,6 +213,12 @@ def run(
     recorder.fold()
     if spans is not None:
         spans.close()
+
+
+def origin(listener: socket.socket) -> str:
+    """The origin of an HTTP URL for the address on which it listens."""
+    address, port = listener.getsockname()[:2]
+    return f"http://{f'[{address}]' if ':' in address else address}:{port}"
 
 
 def connection_limit(wanted: int) -> int:

@@ -1,10 +1,12 @@
-"""The proxy's listening socket, and whether it may serve there."""
+"""The proxy's listening sockets, and whether it may serve there."""
 
 import errno
+import functools
 import logging
 import socket
 import time
 import urllib.parse
+from collections.abc import Callable
 
 import gevent.event
 
@@ -16,38 +18,67 @@ logger = logging.getLogger(__name__)
 
 TIMEOUT = 10.0  # seconds of retries while an address is in use, or does not exist yet
 INTERVAL = 0.2  # seconds between two of them
+TEMPORARY = (errno.EADDRINUSE, errno.EADDRNOTAVAIL)
 
 
 def listen(
     settings: config.Config, stop: gevent.event.Event, timeout: float = TIMEOUT
 ) -> socket.socket | None:
-    """A listening socket, or None once `stop` is set.
+    """The socket that serves the API, listening, or None once `stop` is set.
 
     Raises ConfigurationError if the address is not available within `timeout` seconds.
     """
+    return _retry(
+        functools.partial(_listener, settings.bind, settings.port),
+        f"{settings.bind} port {settings.port}",
+        "XAI_PROXY_PORT",
+        "set XAI_PROXY_BIND and XAI_PROXY_PORT to what this machine allows",
+        stop,
+        timeout,
+    )
+
+
+def listen_for_admin(
+    address: tuple[str, int], stop: gevent.event.Event, timeout: float = TIMEOUT
+) -> socket.socket | None:
+    """The socket of the admin listener; as `listen`."""
+    bind, port = address
+    return _retry(
+        functools.partial(_listener, bind, port),
+        f"{bind} port {port}",
+        "XAI_PROXY_ADMIN_BIND",
+        "set XAI_PROXY_ADMIN_BIND to what this machine allows",
+        stop,
+        timeout,
+    )
+
+
+def _retry(
+    listener: Callable[[], socket.socket],
+    place: str,
+    setting: str,
+    advice: str,
+    stop: gevent.event.Event,
+    timeout: float,
+) -> socket.socket | None:
+    """`setting`: gives another place. `advice`: unless a program listens at `place`."""
     deadline = time.monotonic() + timeout
     retrying = False
     while not stop.is_set():
         try:
-            return _listener(settings)
+            return listener()
         except OSError as error:
-            may_pass = error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL)
-            if not may_pass or time.monotonic() > deadline:
-                advice = (
-                    "stop the program that listens there, or set XAI_PROXY_PORT"
-                    if error.errno == errno.EADDRINUSE
-                    else "set XAI_PROXY_BIND and XAI_PROXY_PORT to what this machine allows"
-                )
+            if error.errno not in TEMPORARY or time.monotonic() > deadline:
+                if error.errno == errno.EADDRINUSE:
+                    advice = f"stop the program that listens there, or set {setting}"
                 raise errors.ConfigurationError(
-                    f"cannot listen on {settings.bind} port {settings.port}: {error.strerror}; "
-                    f"{advice}"
+                    f"cannot listen on {place}: {error.strerror}; {advice}"
                 ) from error
             if not retrying:
                 retrying = True
                 logger.warning(
-                    "cannot listen on %s port %d yet: %s; retrying for %g s",
-                    settings.bind,
-                    settings.port,
+                    "cannot listen on %s yet: %s; retrying for %g s",
+                    place,
                     error.strerror,
                     timeout,
                 )
@@ -55,20 +86,33 @@ def listen(
     return None
 
 
-def _listener(settings: config.Config) -> socket.socket:
-    family = socket.AF_INET6 if ":" in settings.bind else socket.AF_INET
+def _listener(bind: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in bind else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         # Accepted sockets inherit them on Linux.
         for option in SOCKET_OPTIONS:
             listener.setsockopt(*option)
-        listener.bind((settings.bind, settings.port))
+        listener.bind((bind, port))
         listener.listen(BACKLOG)
     except OSError:
         listener.close()
         raise
     return listener
+
+
+def check_distinct(settings: config.Config) -> None:
+    """Raise ConfigurationError if both listeners are to have the same address."""
+    bind, admin = settings.bind, settings.admin_bind
+    if admin is None or settings.port == 0:
+        return
+    same_address = admin[0] == bind or {admin[0], bind} & {"0.0.0.0", "::"}
+    if same_address and admin[1] == settings.port:
+        raise errors.ConfigurationError(
+            f"XAI_PROXY_ADMIN_BIND and XAI_PROXY_PORT both name port {settings.port}; set one of "
+            "them to another port"
+        )
 
 
 def check_exposure(

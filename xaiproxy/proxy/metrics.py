@@ -42,18 +42,25 @@ class Metrics:
         self._registry.register(self)
         # Of several at a time, each would have its slice between two turns of the streams.
         self._rendering = gevent.lock.Semaphore()
+        # Of the page that is being rendered.
+        self._with_names, self._own = True, 1
 
-    def page(self, accept: str) -> tuple[bytes, str]:
-        """The content and its media type. `accept`: the Accept header."""
+    def page(self, accept: str, with_names: bool = True, own: int = 1) -> tuple[bytes, str]:
+        """The content and its media type. `accept`: the Accept header.
+
+        `with_names`: whether the label `key` has the names of client keys. `own`: the requests
+        among those of `server` that are for this page, 0 or 1.
+        """
         self.recorder.fold()
         encode, media_type = choose_encoder(OPENMETRICS if _wants_openmetrics(accept) else "")
         with self._rendering:
+            self._with_names, self._own = with_names, own
             return encode(self._registry), media_type
 
     def collect(self) -> Iterator[Metric]:
         pace = Pace()
         for families in (
-            request_metrics.families(self.recorder),
+            request_metrics.families(self.recorder, self._with_names),
             self._connections(),
             login_metrics.families(self._store, time.time()),
             self._program(),
@@ -70,7 +77,7 @@ class Metrics:
             "xaiproxy_requests_in_flight",
             "Requests that are being answered, without this one.",
             (),
-            [(server.busy - 1,)],
+            [(server.busy - self._own,)],
         )
         yield gauge("xaiproxy_streams_open", "Open streams.", (), [(server.open["streams"],)])
         yield gauge(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 
 from prometheus_client.metrics_core import Metric
@@ -9,7 +10,7 @@ from prometheus_client.metrics_core import Metric
 from xaiproxy import errors
 from xaiproxy.proxy import routes
 from xaiproxy.proxy.counters import TYPES, Counters, Histogram, RouteCounters
-from xaiproxy.proxy.metric_family import counter, from_zero, gauge, histogram
+from xaiproxy.proxy.metric_family import Rows, counter, from_zero, gauge, histogram
 from xaiproxy.proxy.recorder import Recorder
 
 ENDS = ("done", "client", "upstream", "proxy", "drain")
@@ -18,18 +19,32 @@ OUTCOMES = ("replayed", "passed_on")
 UNREAD = ("compressed", "too_long", "none", "cut")
 
 
-def families(recorder: Recorder) -> Iterator[Metric]:
-    yield from _of_routes(recorder.counters)
+def families(recorder: Recorder, with_names: bool) -> Iterator[Metric]:
+    """`with_names`: whether the label `key` has the names of client keys."""
+    by_key = _as_they_are if with_names else _without_names
+    yield from _of_routes(recorder.counters, by_key)
     yield from _of_faults(recorder.counters)
-    yield from _of_usage(recorder)
+    yield from _of_usage(recorder, by_key)
 
 
-def _of_routes(counters: Counters) -> Iterator[Metric]:
+def _as_they_are(rows: Rows) -> Rows:
+    return rows
+
+
+def _without_names(rows: Rows) -> Rows:
+    """Add up the rows that differ only in their third label, the name of a client key."""
+    sums: dict[tuple[object, object], int] = defaultdict(int)
+    for first, second, _, number in rows:
+        sums[first, second] += number
+    return [(*labels, "", number) for labels, number in sums.items()]
+
+
+def _of_routes(counters: Counters, by_key: Callable[[Rows], Rows]) -> Iterator[Metric]:
     yield counter(
         "xaiproxy_requests",
         "Requests by route, status as sent (499: the client left before) and client key.",
         ("route", "status", "key"),
-        (
+        by_key(
             (route, status, key, number)
             for route, counted in list(counters.routes.items())
             for (status, key), number in list(counted.requests.items())
@@ -109,13 +124,13 @@ def _codes(response: type[errors.ErrorResponse]) -> list[str]:
     return [response.code, *(code for one in response.__subclasses__() for code in _codes(one))]
 
 
-def _of_usage(recorder: Recorder) -> Iterator[Metric]:
+def _of_usage(recorder: Recorder, by_key: Callable[[Rows], Rows]) -> Iterator[Metric]:
     counters, limits = recorder.counters, recorder.history.rate_limits()
     yield counter(
         "xaiproxy_tokens",
         "Tokens by model, type and client key; input includes cached_input, output reasoning.",
         ("model", "type", "key"),
-        (
+        by_key(
             (model, type, key, number)
             for (model, key), sums in list(counters.tokens.items())
             for type, number in zip(TYPES, sums, strict=True)

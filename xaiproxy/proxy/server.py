@@ -33,6 +33,8 @@ TURN = 0.001  # seconds, in which the event loop polls all sockets
 HEAD_TIMEOUT = 1.0
 # Seconds by which responses announce less than KEEPALIVE_TIMEOUT, so that the client closes first.
 KEEPALIVE_MARGIN = 5
+# With the reserve, their file descriptors are among config.SPARE_DESCRIPTORS.
+ADMIN_CONNECTIONS = 8
 # Seconds between two log lines about one shortage, which may come and go many times a second.
 WARNING_INTERVAL = 60.0
 
@@ -54,12 +56,15 @@ class Server(pywsgi.WSGIServer):  # type: ignore[misc]  # gevent is untyped
         self,
         listener: socket.socket,
         application: Callable[..., Any],
-        proxy: Proxy,
+        proxy: Proxy | None,
         settings: config.Config,
         connections: int,
         on_end: Callable[[RequestRecord], object],
     ):
-        """`on_end`: called with the record of each request that has ended."""
+        """`proxy`: serves the API; None: the application serves everything.
+
+        `on_end`: called with the record of each request that has ended.
+        """
         super().__init__(
             listener,
             application,
@@ -116,7 +121,7 @@ class Server(pywsgi.WSGIServer):  # type: ignore[misc]  # gevent is untyped
             # The kernel takes a descriptor before it checks for a connection.
             if not self._has_queue():
                 return None
-            any(_end_unless_readable(sock) for sock in self.idle)
+            self.end_one_idle()
             if self._is_warning_due("descriptors"):
                 self._is_short_of_descriptors = True
                 logger.error(
@@ -131,6 +136,10 @@ class Server(pywsgi.WSGIServer):  # type: ignore[misc]  # gevent is untyped
             self._is_short_of_descriptors = False
             logger.info("connections are accepted again")
         return accepted
+
+    def end_one_idle(self) -> None:
+        """End the connection that has been idle longest, for its file descriptor."""
+        any(_end_unless_readable(sock) for sock in self.idle)
 
     def _has_queue(self) -> bool:
         """Whether a connection waits in the kernel."""
@@ -230,6 +239,29 @@ class Server(pywsgi.WSGIServer):  # type: ignore[misc]  # gevent is untyped
         if len(self.pool):
             logger.warning("aborting %d open responses", len(self.pool))
             self.pool.kill(Cut, timeout=5)
+
+
+class AdminServer(Server):
+    """Serves health checks and metrics, also while every connection of `main` has a request."""
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        application: Callable[..., Any],
+        settings: config.Config,
+        on_end: Callable[[RequestRecord], object],
+        main: Server,
+    ):
+        super().__init__(listener, application, None, settings, ADMIN_CONNECTIONS, on_end)
+        self.main = main
+
+    def end_one_idle(self) -> None:
+        super().end_one_idle()
+        self.main.end_one_idle()
+
+    def is_reserve_in_use(self) -> bool:
+        # Nothing here gets a 503: each request is short.
+        return False
 
 
 def _end_unless_readable(sock: socket.socket) -> bool:
