@@ -11,6 +11,7 @@ import pytest
 from checkout import ROOT
 
 from xaiproxy import config, errors, setting_types
+from xaiproxy.addresses import UnixSocket
 from xaiproxy.egress import Egress
 
 needs_root = pytest.mark.skipif(
@@ -67,7 +68,14 @@ def test_the_settings_have_their_defaults():
 
 TAKES = {
     "TOKEN_PATH": [("/a/b", pathlib.Path("/a/b")), ("b", pathlib.Path.cwd() / "b")],
-    "BIND": [("0.0.0.0", "0.0.0.0"), ("::", "::"), ("[::1]", "::1"), ("localhost", "127.0.0.1")],
+    "BIND": [
+        ("0.0.0.0", "0.0.0.0"),
+        ("::", "::"),
+        ("[::1]", "::1"),
+        ("localhost", "127.0.0.1"),
+        ("unix:/" + 102 * "a", UnixSocket(pathlib.Path("/" + 102 * "a"))),
+        ("unix:/a b,group=staff", UnixSocket(pathlib.Path("/a b"), "staff")),
+    ],
     "PORT": [("0", 0), ("65535", 65535)],
     "UPSTREAM": [
         ("https://API.x.ai/", "https://api.x.ai"),
@@ -129,7 +137,19 @@ REFUSES = {
         "unix:/admin",
     ],
     "TOKEN_PATH": ["/", "a\0b", "~nosuchuser/tokens.json"],
-    "BIND": ["example.org", "127.0.0.1:80", "1", "256.0.0.1"],
+    "BIND": [
+        "example.org",
+        "127.0.0.1:80",
+        "1",
+        "256.0.0.1",
+        "unix:",
+        "unix:/",
+        "unix:/folder/",
+        "unix:/socket,group=",
+        "unix:/socket,mode=0666",
+        "unix:/socket,group=a,group=b",
+        "unix:/" + 103 * "a",
+    ],
     "PORT": ["-1", "65536", "0x50", "1.0", "9" * 5000, "²", " 1", "http"],
     "UPSTREAM": [
         "http://api.x.ai",

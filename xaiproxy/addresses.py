@@ -1,6 +1,7 @@
 """Hosts: the addresses of a name, and a connection to the first one that answers (RFC 8305).
 
-Plain Python, for both processes. Under gevent, the sockets and select.poll are its own.
+Also the address of a Unix socket. Plain Python, for both processes. Under gevent, the sockets and
+select.poll are its own.
 """
 
 import errno
@@ -14,11 +15,22 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 ATTEMPT_DELAY = 0.25  # seconds from one attempt to the next, as RFC 8305 section 8 recommends
 
 Address = tuple[int, int, int, str, Any]  # as getaddrinfo returns it
+
+
+class UnixSocket(NamedTuple):
+    """`group`: the name of the group that may connect too, or None."""
+
+    path: Path
+    group: str | None = None
+
+    def __str__(self) -> str:
+        return f"unix:{self.path}"
 
 
 def look_up(

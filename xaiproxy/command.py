@@ -53,7 +53,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def add_serving_options(parser: ArgumentParser) -> None:
     """Add the options of the commands that serve."""
-    parser.add_argument("--bind", metavar="ADDRESS", help="IP address to listen on")
+    parser.add_argument("--bind", metavar="ADDRESS", help="IP address, or unix:/path, to listen on")
     parser.add_argument("-p", "--port", help="TCP port to listen on")
     add_token_path(parser)
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from xaiproxy import dotenv_file, errors, setting_types
+from xaiproxy.addresses import UnixSocket
 from xaiproxy.egress import Egress
 
 PREFIX = "XAI_PROXY_"
@@ -74,16 +75,17 @@ class Config:
         setting_types.path,
         "The token file. Its folder is created with mode 0700 if it does not exist.",
     )
-    bind: str = _setting(
+    bind: str | UnixSocket = _setting(  # noqa: RUF009
         "127.0.0.1",
         setting_types.address,
-        "IP address to listen on. Any other than loopback requires a client key: "
-        "xai-client-key add NAME.",
+        "IP address to listen on; any other than loopback requires a client key: xai-client-key "
+        "add NAME. Or unix:/path, a Unix socket to which only this user may connect (mode 0600); "
+        "with unix:/path,group=NAME that group may, too (0660).",
     )
     port: int = _setting(
         "9090",
         setting_types.whole(0, 65535),
-        "TCP port to listen on; 0: any free port, which the log names.",
+        "TCP port to listen on; 0: any free port, which the log names. A Unix socket has none.",
     )
     admin_bind: tuple[str, int] | None = _setting(
         "",
@@ -236,6 +238,11 @@ class Config:
     otlp_endpoint: str = dataclasses.field(default="", repr=False)
     # main logs them once logging is set up.
     warnings: tuple[str, ...] = ()
+
+    @property
+    def has_known_address(self) -> bool:
+        """Whether clients find the proxy by the settings alone."""
+        return isinstance(self.bind, UnixSocket) or self.port != 0
 
 
 SETTINGS = {

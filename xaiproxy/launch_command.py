@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from xaiproxy import client_recipes, command, config, errors, judgement, launch_key
+from xaiproxy.addresses import UnixSocket
 from xaiproxy.client_recipes import Recipe
 from xaiproxy.token_store import TokenStore
 
@@ -81,13 +82,9 @@ def main(argv: list[str] | None = None) -> int:
                 f"{arguments.client!r} is no client that it knows; those are {', '.join(recipes)}"
             )
         settings = config.from_environ(os.environ)
-        if settings.port == 0:
-            raise errors.ConfigurationError(
-                "XAI_PROXY_PORT is 0, so the proxy listens on any free port; set it to the port "
-                "that the proxy's log names"
-            )
+        origin = origin_of(settings)
         if arguments.print:
-            return _print(recipes[arguments.client], settings)
+            return _print(recipes[arguments.client], origin, settings)
         return launch(recipes[arguments.client], settings, given[own:], umask)
 
     return command.run(options.prog, body)
@@ -101,15 +98,31 @@ def _list(recipes: Mapping[str, Recipe]) -> int:
     return 0
 
 
-def _print(recipe: Recipe, settings: config.Config) -> int:
+def origin_of(settings: config.Config) -> str:
+    """Return the proxy's origin. Raises ConfigurationError if the settings do not determine it."""
+    # Slow to import, and not needed for --list.
     from xaiproxy.login import local_proxy
 
+    if isinstance(settings.bind, UnixSocket):
+        raise errors.ConfigurationError(
+            f"XAI_PROXY_BIND is {settings.bind}, and these clients need a TCP address; start a "
+            "proxy that has one, and set XAI_PROXY_BIND to it"
+        )
+    if settings.port == 0:
+        raise errors.ConfigurationError(
+            "XAI_PROXY_PORT is 0, so the proxy listens on any free port; set it to the port "
+            "that the proxy's log names"
+        )
+    return local_proxy.url_of(settings.bind, settings.port)
+
+
+def _print(recipe: Recipe, origin: str, settings: config.Config) -> int:
     otherwise = f"-{launch_key.NO_KEY}"
     if launch_key.is_needed(settings.client_keys_file):
         otherwise = "?the proxy requires a client key: xai-client-key add NAME"
     name = launch_key.VARIABLE
     key = f'export {name}="${{{name}:{otherwise}}}"\n'
-    print(recipe.printed(local_proxy.url_of(settings), key), end="")
+    print(recipe.printed(origin, key), end="")
     return 0
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from xaiproxy import command, config, errors
+from xaiproxy.addresses import UnixSocket
 
 # In a checkout it is a link to conf/supervisord.conf, and in an installation a copy.
 CONF = Path(__file__).with_name("supervisord.conf")
@@ -83,18 +84,20 @@ def check_address(settings: config.Config) -> None:
 
     Any other program there is the proxy's concern, which retries for some seconds.
     """
-    # 0.0.0.0 and :: lead to this machine, too.
-    try:
-        socket.create_connection((settings.bind, settings.port), PROBE_TIMEOUT).close()
-    except OSError:
-        return
+    bind = settings.bind
+    if not isinstance(bind, UnixSocket):
+        # 0.0.0.0 and :: lead to this machine, too.
+        try:
+            socket.create_connection((bind, settings.port), PROBE_TIMEOUT).close()
+        except OSError:
+            return
     from xaiproxy.login import local_proxy
 
     proxy = local_proxy.find(settings)
     if proxy.kind is local_proxy.Listener.PROXY:
         raise errors.ConfigurationError(
-            f"an xaiproxy already serves {proxy.url}/v1; use that one, or stop it, or choose "
-            "another port with --port"
+            f"an xaiproxy already serves {proxy.api}; use that one, or stop it, or choose another "
+            + ("path with --bind" if isinstance(bind, UnixSocket) else "port with --port")
         )
 
 

@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from xaiproxy import addresses
+from xaiproxy.addresses import UnixSocket
 
 Number = TypeVar("Number", int, float)
 
+# Bytes of the path of a Unix socket that fit in macOS's sockaddr_un; Linux has room for 107.
+PATH_LIMIT = 103
 QUOTED = re.compile(r"""(["']).*\1""", re.DOTALL)
 QUOTES_KEPT = (
     "begins and ends with a quote, which docker's --env-file keeps as part of the value; "
@@ -72,13 +75,27 @@ def path(text: str) -> Path:
     return path
 
 
-def address(text: str) -> str:
-    if text == "localhost":
-        return "127.0.0.1"
+def ip_address(text: str) -> str:
+    return "127.0.0.1" if text == "localhost" else str(ipaddress.ip_address(text.strip("[]")))
+
+
+def address(text: str) -> str | UnixSocket:
+    if text.startswith("unix:"):
+        return unix_socket(text.removeprefix("unix:"))
     try:
-        return str(ipaddress.ip_address(text.strip("[]")))
+        return ip_address(text)
     except ValueError:
-        raise ValueError("an IP address, such as 127.0.0.1, 0.0.0.0 or ::") from None
+        raise ValueError("an IP address, such as 127.0.0.1, 0.0.0.0 or ::, or unix:/path") from None
+
+
+def unix_socket(text: str) -> UnixSocket:
+    match = re.fullmatch(r"([^,]+)(?:,group=([^,]+))?", text)
+    if match is None:
+        raise ValueError("unix:/path or unix:/path,group=NAME")
+    found = path(match[1])
+    if len(os.fsencode(found)) > PATH_LIMIT:
+        raise ValueError(f"unix: and a path of at most {PATH_LIMIT} bytes")
+    return UnixSocket(found, match[2])
 
 
 def host_and_port(text: str) -> tuple[str, int] | None:
@@ -89,7 +106,7 @@ def host_and_port(text: str) -> tuple[str, int] | None:
         # An IPv6 address without brackets could have its last group taken for the port.
         if ":" in host and not re.fullmatch(r"\[.*\]", host):
             raise ValueError
-        return address(host), whole(0, 65535)(port)
+        return ip_address(host), whole(0, 65535)(port)
     except ValueError:
         raise ValueError("an IP address and a port, such as 127.0.0.1:9091 or [::]:9091") from None
 

@@ -60,9 +60,23 @@ class Client(RawConnection):
         return self.request(*arguments, **keywords).message(body=method != "HEAD")
 
 
+class UnixClient(Client):
+    """A connection to the proxy over a Unix socket."""
+
+    def __init__(self, path: pathlib.Path | str):
+        RawConnection.__init__(self, socket.socket(socket.AF_UNIX))
+        self.sock.settimeout(TIMEOUT)
+        try:
+            self.sock.connect(str(path))
+        except OSError:
+            self.sock.close()
+            raise
+
+
 class ProxyProcess:
     """A running `python -m xaiproxy` on a free port, another one of WAYS, or `command`.
 
+    `path`: that of the Unix socket that it listens on, or None; `port` is 0 then.
     Settings are keywords: `idle_timeout=0.5` is XAI_PROXY_IDLE_TIMEOUT. `environ`: other variables.
     The token file is `folder`/tokens.json, which sign_in() writes. close() asserts a clean exit.
     """
@@ -96,8 +110,9 @@ class ProxyProcess:
         self._stop_after_start = not read_log
         self._reader.start()
         line = self.wait_for_log(lambda line: line["message"].startswith("listening on "), 20)
-        self.url = re.search(r"http://\S+(?=/v1)", line["message"])[0]
-        self.port = int(self.url.rpartition(":")[2])
+        self.url = re.search(r"http://\S+(?=/v1)|unix:[^;]+", line["message"])[0]
+        self.path = self.url.removeprefix("unix:") if self.url.startswith("unix:") else None
+        self.port = 0 if self.path else int(self.url.rpartition(":")[2])
 
     def _read(self) -> None:
         with self.process.stderr:
@@ -189,7 +204,7 @@ class ProxyProcess:
     # Process
 
     def client(self) -> Client:
-        return Client(self.port)
+        return UnixClient(self.path) if self.path else Client(self.port)
 
     def ask(self, *arguments: str, **keywords: Any) -> Message:
         """Send a request on a connection of its own and return the whole response."""

@@ -61,6 +61,7 @@ class Connection:
     __slots__ = (
         "_eager",
         "_hub",
+        "_is_unix",
         "_limit",
         "_poll",
         "_timer",
@@ -90,7 +91,8 @@ class Connection:
         # The timer of reads, and its seconds.
         self._timer: Any = None
         self._limit: float | None = None
-        if sock.family != socket.AF_UNIX:
+        self._is_unix = sock.family == socket.AF_UNIX
+        if not self._is_unix:
             OPEN.add(self)
 
     @property
@@ -153,19 +155,28 @@ class Connection:
 
     def is_quiet(self) -> bool:
         """Whether there is nothing to read, neither bytes nor an EOF."""
+        return not self._poll_at_once()
+
+    def _poll_at_once(self) -> list[tuple[int, int]]:
         if self._poll is None:
             self._poll = _poll()
             self._poll.register(self.socket, select.POLLIN)
-        return not self._poll.poll(0)
+        events: list[tuple[int, int]] = self._poll.poll(0)
+        return events
 
     def is_established(self) -> bool:
+        if self._is_unix:
+            return not self.is_closed()
         return kernel.is_established(self.socket)
 
     def is_closed(self) -> bool:
+        if self._is_unix:
+            return any(event & select.POLLHUP for _, event in self._poll_at_once())
         return kernel.is_closed(self.socket)
 
     def unacknowledged(self) -> int:
-        return kernel.unacknowledged(self.socket)
+        # What a Unix socket has sent is with the peer.
+        return 0 if self._is_unix else kernel.unacknowledged(self.socket)
 
     # In a greenlet
 

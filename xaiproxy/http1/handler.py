@@ -48,8 +48,8 @@ class Handler:
         self._server = server
         self._connection = Connection(sock)
         self._watch = ClientWatch(self._connection)
-        # A Unix socket's is "".
-        self._client = str(address[0]) if address else ""
+        # A client of a Unix socket has no address.
+        self._client = str(address[0]) if isinstance(address, tuple) else "unix"
         self._answered_before = False
         self._send_limit: float = server.settings.client_timeout
 

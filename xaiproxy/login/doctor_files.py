@@ -162,6 +162,10 @@ def _no_key_file(settings: config.Config, make: str) -> Finding:
         return failure(
             errors.EXIT_CONFIGURATION, f"{path} does not exist, so no caller is admitted; {make}"
         )
+    if isinstance(settings.bind, addresses.UnixSocket):
+        return ok(
+            f"no client key required: any program that may write to {settings.bind.path} may call"
+        )
     if addresses.is_loopback(settings.bind):
         return ok("no client key required: every program on this machine may call")
     if settings.allow_anonymous:

@@ -198,14 +198,14 @@ def clock(ahead: dict[str, float], now: float) -> Finding:
 
 def proxy(settings: config.Config, signed_in: bool) -> Finding:
     """`signed_in`: whether a proxy with these settings would have a valid token."""
-    if settings.port == 0:
+    if not settings.has_known_address:
         return skipped("XAI_PROXY_PORT is 0: the proxy listens on any free port, and logs which")
     found = local_proxy.find(settings)
     url = found.url
     if found.kind is Listener.OTHER:
         return failure(
             errors.EXIT_CONFIGURATION,
-            f"another program listens on {url}; stop that, or set XAI_PROXY_PORT",
+            f"another program listens on {url}; stop that, or set {found.setting}",
         )
     if found.kind is Listener.NOTHING:
         return warning(
@@ -216,10 +216,12 @@ def proxy(settings: config.Config, signed_in: bool) -> Finding:
         return failure(
             errors.EXIT_UNAVAILABLE,
             f"{url} does not answer as the proxy does ({found.reason}); check its log, or set "
-            "XAI_PROXY_PORT if it is another program",
+            f"{found.setting} if it is another program",
         )
     if found.ready:
-        return ok(f"serving {url}/v1, and ready: {found.reason}")
+        return ok(f"serving {found.api}, and ready: {found.reason}")
     expected = not signed_in or "client key" in found.reason
     other = "" if expected else "; it seems to run with other settings than these"
-    return failure(errors.EXIT_TRY_AGAIN, f"serving {url}/v1, but not ready: {found.reason}{other}")
+    return failure(
+        errors.EXIT_TRY_AGAIN, f"serving {found.api}, but not ready: {found.reason}{other}"
+    )

@@ -72,7 +72,7 @@ class Summary:
         texts = [proxy.warning] if proxy.warning else []
         if verdict.verdict is not Verdict.GOOD:
             texts.insert(0, reason)
-        return f"serving {proxy.url}/v1" + (f": {'; '.join(texts)}" if texts else "")
+        return f"serving {proxy.api}" + (f": {'; '.join(texts)}" if texts else "")
 
     @property
     def next_refresh_at(self) -> float | None:
@@ -151,7 +151,7 @@ def of(
         None if age is None else now - age,
         store.refresher_alive(now),
         status,
-        local_proxy.find(store.settings) if store.settings.port else None,
+        local_proxy.find(store.settings) if store.settings.has_known_address else None,
         known or quota.read(store),
         quota_error,
     )

@@ -148,7 +148,7 @@ def _proxy(summary: Summary) -> str:
     if proxy.kind is Listener.SILENT:
         return f"does not answer at {proxy.url}: {proxy.reason}"
     if proxy.ready:
-        return f"serving {proxy.url}/v1"
+        return f"serving {proxy.api}"
     # The headline may have the same reason.
     same = proxy.reason == summary.verdict.reason
     return f"running at {proxy.url}, but not ready" + ("" if same else f": {proxy.reason}")

@@ -47,6 +47,7 @@ from xaiproxy.proxy.listener import (
 from xaiproxy.proxy.loop_lag import LoopLag
 from xaiproxy.proxy.recorder import Recorder
 from xaiproxy.proxy.server import AdminServer, Server
+from xaiproxy.proxy.socket_file import SocketFile
 from xaiproxy.proxy.status import Status
 from xaiproxy.proxy.trouble import Trouble
 
@@ -188,20 +189,22 @@ def run(
         admin.start()
         logger.info("health checks and metrics on %s", origin(admin_listener))
     server.start()
-    address, port = listener.getsockname()[:2]
     logger.info(
-        "listening on %s/v1%s",
-        origin(listener),
+        "listening on %s%s",
+        place(listener),
         "" if keys.required else "; no client key required",
     )
     verdict = judgement.of(store, time.time())
-    logger.info("%s", first_request.advice(address, port, keys, verdict))
+    logger.info("%s", first_request.advice(listener.getsockname(), keys, verdict))
     watcher = gevent.spawn(refresher_watch.watch, token_store.TokenStore(settings))
     sweeper = gevent.spawn(sweep)
     key_uses = key_recorder.Recorder(keys)
     recording = gevent.spawn(key_uses.run)
     stop.wait()
     watcher.kill()
+    if isinstance(listener, SocketFile):
+        # From here on no connection is lost: those that wait in the kernel are served.
+        listener.remove()
     server.drain(abort)
     if admin is not None:
         admin.stop(timeout=0)
@@ -213,6 +216,13 @@ def run(
     recorder.fold()
     if spans is not None:
         spans.close()
+
+
+def place(listener: socket.socket) -> str:
+    """Where clients find the API."""
+    if listener.family == socket.AF_UNIX:
+        return f"unix:{listener.getsockname()}"
+    return f"{origin(listener)}/v1"
 
 
 def origin(listener: socket.socket) -> str:

@@ -1,6 +1,7 @@
 """A request to try, as a command line for the end of the log's start."""
 
 import shlex
+from typing import Any
 
 from xaiproxy import client_keys, errors, judgement
 
@@ -8,22 +9,24 @@ from xaiproxy import client_keys, errors, judgement
 UNSPECIFIED = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
-def advice(
-    address: str, port: int, keys: client_keys.ClientKeys, login: judgement.Judgement
-) -> str:
-    """Return "ready", the base URL and the command line, or what must be done before it works.
+def advice(address: Any, keys: client_keys.ClientKeys, login: judgement.Judgement) -> str:
+    """Return "ready", the address and the command line, or what must be done before it works.
 
-    `address`, `port`: those of the listening socket.
+    `address`: that of the listening socket, as getsockname returns it.
     """
     steps = []
     if keys.admits_nobody:
         steps.append(f"make a client key with {errors.typed('xai-client-key add NAME')}")
     if not login.ready and login.exit_code == errors.EXIT_SIGN_IN:
         steps.append(errors.SIGN_IN)
-    url = _base_url(address, port)
-    line = f"try: {_curl(url, with_key=keys.required)}"
+    if isinstance(address, str):
+        place, url = f"unix:{address}", "http://localhost/v1"
+        option = f"--unix-socket {shlex.quote(address)} "
+    else:
+        place, option = (url := _base_url(*address[:2])), ""
+    line = f"try: {_curl(option, url, with_key=keys.required)}"
     if login.ready and not steps:
-        return f"ready: {url}; {line}"
+        return f"ready: {place}; {line}"
     return ", then ".join([*steps, line])
 
 
@@ -32,7 +35,7 @@ def _base_url(address: str, port: int) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
 
 
-def _curl(url: str, with_key: bool) -> str:
+def _curl(option: str, url: str, with_key: bool) -> str:
     key = '-H "Authorization: Bearer $XAIPROXY_KEY" ' if with_key else ""
     # A shell may take the brackets of an IPv6 address for a pattern.
-    return f"curl {key}{shlex.quote(url + '/models')}"
+    return f"curl {option}{key}{shlex.quote(url + '/models')}"

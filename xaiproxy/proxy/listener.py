@@ -11,14 +11,21 @@ from collections.abc import Callable
 import gevent.event
 
 from xaiproxy import addresses, client_keys, config, errors
+from xaiproxy.addresses import UnixSocket
 from xaiproxy.http1.dialler import PORTS, SOCKET_OPTIONS
+from xaiproxy.proxy import socket_file
 from xaiproxy.proxy.server import BACKLOG
 
 logger = logging.getLogger(__name__)
 
 TIMEOUT = 10.0  # seconds of retries while an address is in use, or does not exist yet
 INTERVAL = 0.2  # seconds between two of them
-TEMPORARY = (errno.EADDRINUSE, errno.EADDRNOTAVAIL)
+# EAGAIN: another proxy is starting in the folder of a Unix socket.
+TEMPORARY = (errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EAGAIN)
+FOLDER_ADVICE = (
+    "the folder of the socket must exist, and this user must be able to write to it; or set "
+    "XAI_PROXY_BIND"
+)
 
 
 def listen(
@@ -28,9 +35,19 @@ def listen(
 
     Raises ConfigurationError if the address is not available within `timeout` seconds.
     """
+    bind = settings.bind
+    if isinstance(bind, UnixSocket):
+        return _retry(
+            functools.partial(socket_file.listen, bind, BACKLOG),
+            str(bind),
+            "XAI_PROXY_BIND",
+            FOLDER_ADVICE,
+            stop,
+            timeout,
+        )
     return _retry(
-        functools.partial(_listener, settings.bind, settings.port),
-        f"{settings.bind} port {settings.port}",
+        functools.partial(_listener, bind, settings.port),
+        f"{bind} port {settings.port}",
         "XAI_PROXY_PORT",
         "set XAI_PROXY_BIND and XAI_PROXY_PORT to what this machine allows",
         stop,
@@ -105,7 +122,7 @@ def _listener(bind: str, port: int) -> socket.socket:
 def check_distinct(settings: config.Config) -> None:
     """Raise ConfigurationError if both listeners are to have the same address."""
     bind, admin = settings.bind, settings.admin_bind
-    if admin is None or settings.port == 0:
+    if isinstance(bind, UnixSocket) or admin is None or settings.port == 0:
         return
     same_address = admin[0] == bind or {admin[0], bind} & {"0.0.0.0", "::"}
     if same_address and admin[1] == settings.port:
@@ -119,6 +136,8 @@ def check_exposure(
     listener: socket.socket, settings: config.Config, keys: client_keys.ClientKeys
 ) -> None:
     """Raise ConfigurationError if other machines could use the login without a key by mistake."""
+    if listener.family == socket.AF_UNIX:
+        return
     # The socket's own address, which the settings need not name.
     address = listener.getsockname()[0]
     if not (addresses.is_loopback(address) or keys.required or settings.allow_anonymous):
@@ -131,6 +150,8 @@ def check_exposure(
 
 def check_upstream(listener: socket.socket, settings: config.Config) -> None:
     """Raise ConfigurationError if upstream is this proxy: one request would use all connections."""
+    if listener.family == socket.AF_UNIX:
+        return
     url = urllib.parse.urlsplit(settings.upstream)
     port = listener.getsockname()[1]
     if addresses.is_loopback(url.hostname) and (url.port or PORTS[url.scheme]) == port:
