@@ -58,7 +58,7 @@ complete -c xai-proxy -f
 
 complete -c xai-proxy -n _shtab_xai_proxy_using -s h -l help -d 'show this help message and exit'
 complete -c xai-proxy -n _shtab_xai_proxy_using -l version -d 'show program'"'"'s version number and exit'
-complete -c xai-proxy -n _shtab_xai_proxy_using -l bind -x -d 'IP address to listen on'
+complete -c xai-proxy -n _shtab_xai_proxy_using -l bind -x -d 'IP address, or unix:/path, to listen on'
 complete -c xai-proxy -n _shtab_xai_proxy_using -s p -l port -x -d 'TCP port to listen on'
 complete -c xai-proxy -n _shtab_xai_proxy_using -l token-path -xka "(__fish_complete_path (commandline -ct))" -d 'the token file (default: XAI_PROXY_TOKEN_PATH)'
 
