@@ -7,7 +7,9 @@ import textwrap
 from collections.abc import Mapping
 from typing import NamedTuple, TextIO
 
-GREEN, YELLOW, RED, DIM = "32", "33", "31", "2"
+GREEN, YELLOW, RED, DIM, BOLD = "32", "33", "31", "2", "1"
+# Whatever the colours of the terminal are.
+WHITE_ON_BLACK = "38;5;231;48;5;16"
 BAR = 40  # cells, at most
 
 
@@ -46,7 +48,10 @@ class Style(NamedTuple):
 
 
 def style_of(stream: TextIO, environ: Mapping[str, str]) -> Style:
-    """Return the style of a terminal, or of plain text. NO_COLOR: https://no-color.org"""
+    """Return the style of a terminal, or of plain text.
+
+    It alone decides whether a program colours its output. NO_COLOR: https://no-color.org
+    """
     # A dumb terminal (Emacs' shell) shows escape sequences as they are.
     if not stream.isatty() or environ.get("TERM") == "dumb":
         return Style()

@@ -115,6 +115,18 @@ def test_a_narrow_terminal_gets_no_qr_code_and_no_line_that_wraps_each_second(
     )
 
 
+@pytest.mark.parametrize("value, coloured", [("1", False), ("", True)])
+def test_no_color_is_respected_when_it_is_not_empty(
+    login: Login, sandbox: Sandbox, value: str, coloured: bool
+):
+    sandbox.set(**QUICK)
+    with login.terminal("--device", NO_COLOR=value) as terminal:
+        assert terminal.end() == 0
+        # The summary has colours, too.
+        assert bool(re.search(r"\x1b\[[\d;]+m", terminal.screen)) == coloured
+        assert "█" in terminal.screen and "Signed in as" in terminal.screen
+
+
 def test_a_dumb_terminal_gets_no_escape_sequence(login: Login, sandbox: Sandbox):
     sandbox.set(**QUICK)
     with login.terminal("--device", TERM="dumb") as terminal:

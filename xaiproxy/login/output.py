@@ -9,11 +9,9 @@ import time
 from collections.abc import Callable
 from typing import Any, TextIO
 
-from xaiproxy.style import Style, style_of
+from xaiproxy.style import WHITE_ON_BLACK, Style, style_of
 
 QUIET_ZONE = 2  # modules around the QR code; the standard is four, but two suffice on a screen
-# White on black, whatever the colours of the terminal: phones cannot read it the other way round.
-COLOURS = "\x1b[38;5;231;48;5;16m"
 REMINDER = 60  # seconds between two lines of the countdown, if a line cannot be updated in place
 
 
@@ -24,10 +22,6 @@ class Output:
         self.as_json = as_json
         self._stdout = stdout or sys.stdout
         self._stderr = stderr or sys.stderr
-        # A dumb terminal (Emacs' shell) shows escape sequences as they are.
-        self.on_terminal = (
-            not as_json and self._stderr.isatty() and os.environ.get("TERM") != "dumb"
-        )
         self._line_open = False
         if isinstance(self._stdout, io.TextIOWrapper):
             # A path may contain characters that this terminal cannot show.
@@ -41,9 +35,9 @@ class Output:
 
     def progress(self, text: str) -> None:
         """Show on a terminal what is going on, in a line that the next output replaces."""
-        if self.on_terminal:
+        if columns := self._stderr_style().columns:
             # Only one row is cleared, so the line must not wrap.
-            _write(self._stderr, f"\r\x1b[K{text[: self._columns() - 1]}")
+            _write(self._stderr, f"\r\x1b[K{text[: columns - 1]}")
             self._line_open = True
 
     def event(self, name: str, text: str = "", **fields: Any) -> None:
@@ -68,7 +62,8 @@ class Output:
 
     def show_qr_code(self, url: str) -> bool:
         """Show the QR code if the terminal can; return whether it did."""
-        if not self.on_terminal or "utf" not in (self._stderr.encoding or "").lower():
+        style = self._stderr_style()
+        if not style.columns or not style.blocks:
             return False
         # Importing it takes 20 ms.
         import segno
@@ -81,9 +76,10 @@ class Output:
             return False
         code.terminal(text, compact=True, border=QUIET_ZONE)
         lines = text.getvalue().splitlines()
-        if len(lines[0]) > self._columns():
+        if len(lines[0]) > style.columns:
             return False
-        self.message("\n".join(f"{COLOURS}{line}\x1b[0m" for line in lines))
+        # Without colours, phones can read it on a dark background only.
+        self.message("\n".join(style.paint(WHITE_ON_BLACK, line) for line in lines))
         return True
 
     def countdown(
@@ -99,7 +95,7 @@ class Output:
             while (rest := until - clock()) > 0:
                 left = max(0, round(end - clock()))
                 self.progress(f"{left // 60}:{left % 60:02} left {what}")
-                if not self.on_terminal and clock() - reminded_at >= REMINDER:
+                if not self._stderr_style().columns and clock() - reminded_at >= REMINDER:
                     reminded_at = clock()
                     self.message(f"{left // 60} min left {what}")
                 time.sleep(min(rest, 1))
@@ -111,9 +107,8 @@ class Output:
             _write(self._stderr, "\r\x1b[K")
             self._line_open = False
 
-    def _columns(self) -> int:
-        # 0: the size of the terminal was never set.
-        return os.get_terminal_size(self._stderr.fileno()).columns or 80
+    def _stderr_style(self) -> Style:
+        return Style() if self.as_json else style_of(self._stderr, os.environ)
 
 
 def _write(stream: TextIO, text: str) -> None:
