@@ -19,6 +19,7 @@ import pytest
 from checkout import ROOT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from terminal import Terminal
 
 SETUP = configparser.ConfigParser()
 SETUP.read(ROOT / "setup.cfg")
@@ -171,8 +172,8 @@ class Checkout:
         self.calls = folder / "calls"
         self.ran = f"{folder}/.venv/bin/xai-login --status\n"
 
-    def start(self, pip=":", script=None, **environ):
-        environ = {
+    def environ(self, pip, environ):
+        return {
             "PATH": os.defpath,
             "PYTHON": str(self.python),
             "CALLS": str(self.calls),
@@ -180,14 +181,20 @@ class Checkout:
             "REAL": sys.executable,
             **environ,
         }
+
+    def start(self, pip=":", script=None, **environ):
         return subprocess.Popen(
             [script or self.folder / "bin" / "xai-login", "--status"],
-            env=environ,
+            env=self.environ(pip, environ),
             cwd="/",
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
+
+    def terminal(self, pip, **environ):
+        script = str(self.folder / "bin" / "xai-login")
+        return Terminal([script, "--status"], env=self.environ(pip, environ))
 
     def run(self, pip=":", script=None, **environ):
         with self.start(pip, script, **environ) as process:
@@ -204,6 +211,28 @@ def test_a_command_makes_its_venv_once_and_prints_that(checkout):
     assert "making" in err and "installing" in err
     assert checkout.run() == (0, checkout.ran, "")
     assert checkout.installations() == 1
+
+
+PIP = """
+echo "Collecting flask>=3.0"; echo "  Downloading flask-3.1.3-py3-none-any.whl (103 kB)"
+echo "Installing collected packages: click, flask"
+"""
+
+
+def test_an_installation_shows_what_pip_does(checkout):
+    err = checkout.run(PIP)[2]
+    assert err.endswith("xaiproxy: Installing collected packages: click, flask\n")
+    assert "Collecting" not in err and "\x1b" not in err
+
+
+@pytest.mark.parametrize("term, lines", [("xterm", 3), ("dumb", 0)])
+def test_a_terminal_shows_each_line_of_pip_in_place_of_the_last(checkout, term, lines):
+    with checkout.terminal(PIP, TERM=term) as terminal:
+        assert terminal.end() == 0
+    assert terminal.screen.count("\r\x1b[K  ") == lines
+    assert ("\r\x1b[K  Downloading flask-3.1.3-" in terminal.screen) == (lines > 0)
+    cleared = "\r\x1b[K" if lines else ""
+    assert terminal.screen.endswith(f"{cleared}{checkout.ran.strip()}\r\n")
 
 
 def test_a_command_works_through_a_link_from_another_folder(checkout, tmp_path):
@@ -257,7 +286,7 @@ def test_a_copied_checkout_does_not_run_the_code_of_the_original(checkout, tmp_p
 def test_two_commands_at_once_make_one_venv(checkout, tmp_path):
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
-    with checkout.start(f"echo begun; cat '{fifo}'") as first:
+    with checkout.start(f"echo begun >&2; cat '{fifo}'") as first:
         assert "begun\n" in first.stderr
         with open(fifo, "w"):
             second = checkout.start("exit 1")
@@ -272,7 +301,7 @@ def test_an_installation_killed_in_the_middle_is_not_trusted(checkout, tmp_path)
     os.mkfifo(fifo)
     half = f"touch '{checkout.folder}/.venv/half'; printf '#!/bin/sh\\necho half' >\"$here/xai-login\"; "
     with checkout.start(
-        f"{half} chmod +x \"$here/xai-login\"; echo begun; cat '{fifo}'; exit 1"
+        f"{half} chmod +x \"$here/xai-login\"; echo begun >&2; cat '{fifo}'; exit 1"
     ) as process:
         assert "begun\n" in process.stderr
         with open(fifo, "w"):
