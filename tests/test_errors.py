@@ -11,7 +11,7 @@ import pytest
 
 from xaiproxy import errors
 
-# As in the README: class, status, code, and whether an SDK may repeat the request.
+# As in docs/operating.md: class, status, code, and whether an SDK may repeat the request.
 REFUSALS = [
     (errors.ErrorResponse, 500, "internal_error", None),
     (errors.BadRequest, 400, "bad_request", "false"),
