@@ -7,6 +7,7 @@ import functools
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -130,11 +131,19 @@ def test_the_table_of_errors_has_every_code_and_status() -> None:
     }
 
 
+def test_the_table_of_alerts_has_every_alert() -> None:
+    text = (ROOT / "docs" / "operating.md").read_text()
+    rules = (ROOT / "conf" / "prometheus" / "rules.yml").read_text()
+    alerts = re.findall(r"alert: (\w+)", rules)
+    assert re.findall(r"^\| (Xaiproxy\w+) \|", text, re.M) == alerts
+
+
 def pattern(shown: str) -> str:
     """A regular expression for a line of output, in which "..." stands for anything."""
     return ".*".join(re.escape(part) for part in re.split(r" ?\.\.\.", shown))
 
 
+@pytest.mark.skipif(not shutil.which("curl"), reason="the README's requests need curl")
 def test_the_first_session_of_the_readme(tmp_path: Path) -> None:
     block = blocks("README.md", "console")[0]
     sign_in, serve, *requests = typed(block, "$ ")
@@ -167,7 +176,7 @@ def test_the_first_session_of_the_readme(tmp_path: Path) -> None:
 
             for command, shown in zip(requests, outputs, strict=True):
                 assert re.match(pattern(shown), output(command)), command
-            streams = [line for line in typed(blocks("docs/clients.md", "sh")[0])]
+            streams = typed(blocks("docs/clients.md", "sh")[0])
             assert len(streams) == 2
             for command in streams:
                 assert output(command).startswith("data: ")
