@@ -439,8 +439,8 @@ def test_documented_stop_timeouts_are_long_enough():
     conf = configparser.RawConfigParser()
     conf.read(CONF)
     assert conf.getfloat("program:refresher", "stopwaitsecs") >= renewal.DEADLINE + 10
-    # 3500 s is the most that XAI_PROXY_DRAIN_TIMEOUT accepts.
-    assert conf.getfloat("program:proxy", "stopwaitsecs") >= 3500 + 10
+    # What XAI_PROXY_DRAIN_DELAY and XAI_PROXY_DRAIN_TIMEOUT accept at most.
+    assert conf.getfloat("program:proxy", "stopwaitsecs") >= 300 + 3500 + 10
 
 
 def test_the_conf_leaves_the_settings_to_the_environment():

@@ -216,6 +216,14 @@ class Config:
         setting_types.whole(0, 1 << 40),
         "Bytes kept for that, of all requests together.",
     )
+    drain_delay: float = _setting(
+        "0",
+        setting_types.seconds(0, 300),
+        "Seconds after SIGTERM in which new connections are still served, with Connection: close, "
+        "while /readyz returns 503: for load balancers that stop sending only then (Kubernetes). "
+        "The drain begins after them, so a stop timeout must have room for both. A second signal "
+        "skips the rest of both.",
+    )
     drain_timeout: float = _setting(
         "25",
         setting_types.seconds(0, 3500),

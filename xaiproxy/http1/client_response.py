@@ -225,7 +225,7 @@ class ClientResponse:
         self._ends_with_connection = not (has_length or self._chunks or no_content)
         # Unread bytes of the body would be parsed as the next request.
         has_body_left = self._body is not None and not (self._body.ended or is_uploaded)
-        self.close |= self._ends_with_connection or has_body_left or self._server.draining
+        self.close |= self._ends_with_connection or has_body_left or self._server.stopping
         if not has_date:
             text += f"\r\nDate: {pywsgi.format_date_time(time.time()).decode()}"
         if self._chunks:

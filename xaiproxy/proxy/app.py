@@ -45,6 +45,7 @@ def create_app(
     metrics: Callable[[str, bool], tuple[bytes, str]] | None = None,
     status: Callable[[], dict[str, Any]] | None = None,
     trouble: Callable[[], str] = lambda: "",
+    is_stopping: Callable[[], bool] = lambda: False,
 ) -> flask.Flask:
     """Of what is None there is no page. Without `proxy`, no page requires a client key.
 
@@ -52,6 +53,7 @@ def create_app(
     names of client keys may be in it.
     `status`: returns the members of /status.json.
     `trouble`: returns what is wrong although requests can be served, or "".
+    `is_stopping`: returns whether clients should go elsewhere, because the proxy will end.
     """
     app = flask.Flask("xaiproxy", static_folder=None, template_folder=None)
     page = status_page.StatusPage()
@@ -99,7 +101,10 @@ def create_app(
 
     @app.get("/readyz", provide_automatic_options=False)
     def readiness() -> Any:
-        ready, reason = readiness_of(store, time.time(), gate.admits_nobody())
+        if is_stopping():
+            ready, reason = False, "the proxy is stopping"
+        else:
+            ready, reason = readiness_of(store, time.time(), gate.admits_nobody())
         members = {"status": "ready" if ready else "not ready", "reason": reason}
         if ready and (warning := trouble()):
             members["warning"] = warning

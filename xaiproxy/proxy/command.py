@@ -89,7 +89,8 @@ def serve(options: Mapping[str, str | None], sweep: Callable[[], None] = dead_pa
     for warning in settings.warnings:
         logger.warning("%s", warning)
     keys = client_keys.ClientKeys(settings.client_keys_file, required=_names_a_key_file(settings))
-    stop, abort = handle_signals(lambda: set_log_level(options))
+    signals = handle_signals(lambda: set_log_level(options))
+    stop = signals.stop
     check_distinct(settings)
     with contextlib.ExitStack() as opened:
         admin = None
@@ -102,7 +103,7 @@ def serve(options: Mapping[str, str | None], sweep: Callable[[], None] = dead_pa
             opened.enter_context(listener)
             check_exposure(listener, settings, keys)
             check_upstream(listener, settings)
-            run(listener, admin, settings, keys, sweep, stop, abort)
+            run(listener, admin, settings, keys, sweep, signals)
     logger.info("stopped")
     return 0
 
@@ -112,22 +113,34 @@ def _names_a_key_file(settings: config.Config) -> bool:
     return settings.client_keys_file != settings.token_path.parent / "client-keys"
 
 
-def handle_signals(reload: Callable[[], None]) -> tuple[gevent.event.Event, gevent.event.Event]:
-    """Return two events: the first SIGTERM or SIGINT sets the first, another one the second.
+class Signals:
+    """The events that signals set.
 
-    SIGHUP sets the first event if it means that the terminal was closed, and else calls `reload`.
+    `stop`: by any signal. `drain`: by SIGINT, since no load balancer sends requests to a proxy that
+    runs on a terminal, and by a second signal. `abort`: by a second signal.
     """
+
+    def __init__(self) -> None:
+        self.stop, self.drain, self.abort = (gevent.event.Event() for _ in range(3))
+
+    def on_signal(self, number: int) -> None:
+        is_second = self.stop.is_set()
+        self.stop.set()
+        if is_second or number == signal.SIGINT:
+            self.drain.set()
+        if is_second:
+            self.abort.set()
+
+
+def handle_signals(reload: Callable[[], None]) -> Signals:
+    """SIGHUP sets `stop` if it means that the terminal was closed, and else calls `reload`."""
     hangup = command.hangup()
-    stop, abort = gevent.event.Event(), gevent.event.Event()
-
-    def on_signal() -> None:
-        (abort if stop.is_set() else stop).set()
-
+    signals = Signals()
     for number in (signal.SIGTERM, signal.SIGINT):
-        gevent.signal_handler(number, on_signal)
+        gevent.signal_handler(number, signals.on_signal, number)
     # Not on_signal: systemd closes the terminal of a session right after its SIGTERM.
-    gevent.signal_handler(signal.SIGHUP, stop.set if hangup == signal.SIGTERM else reload)
-    return stop, abort
+    gevent.signal_handler(signal.SIGHUP, signals.stop.set if hangup == signal.SIGTERM else reload)
+    return signals
 
 
 def set_log_level(options: Mapping[str, str | None]) -> None:
@@ -147,10 +160,9 @@ def run(
     settings: config.Config,
     keys: client_keys.ClientKeys,
     sweep: Callable[[], None],
-    stop: gevent.event.Event,
-    abort: gevent.event.Event,
+    signals: Signals,
 ) -> None:
-    """Serve until `stop` is set, then drain until `abort` is set."""
+    """Serve until `signals.stop` is set, then drain until `signals.abort` is set."""
     # It imports prometheus_client, which takes as long as the rest of --help.
     from xaiproxy.proxy.metrics import Metrics
 
@@ -173,7 +185,9 @@ def run(
 
     server = Server(
         listener,
-        app.create_app(proxy, store, gate, metrics.page, status_now, trouble.sentence),
+        app.create_app(
+            proxy, store, gate, metrics.page, status_now, trouble.sentence, signals.stop.is_set
+        ),
         proxy,
         settings,
         connection_limit(settings.max_connections),
@@ -184,7 +198,9 @@ def run(
     if admin_listener is not None:
         page = functools.partial(metrics.page, own=0)
         sentence = functools.partial(trouble.sentence, own=0)
-        application = app.create_app(None, store, gate, page, trouble=sentence)
+        application = app.create_app(
+            None, store, gate, page, trouble=sentence, is_stopping=signals.stop.is_set
+        )
         admin = AdminServer(admin_listener, application, settings, on_end, server)
         admin.start()
         logger.info("health checks and metrics on %s", origin(admin_listener))
@@ -200,12 +216,16 @@ def run(
     sweeper = gevent.spawn(sweep)
     key_uses = key_recorder.Recorder(keys)
     recording = gevent.spawn(key_uses.run)
-    stop.wait()
+    signals.stop.wait()
+    server.stopping = True
+    if settings.drain_delay and not signals.drain.is_set():
+        logger.info("stopping in %g s; until then new connections are served", settings.drain_delay)
+        signals.drain.wait(settings.drain_delay)
     watcher.kill()
     if isinstance(listener, SocketFile):
         # From here on no connection is lost: those that wait in the kernel are served.
         listener.remove()
-    server.drain(abort)
+    server.drain(signals.abort)
     if admin is not None:
         admin.stop(timeout=0)
     sweeper.kill()

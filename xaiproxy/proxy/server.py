@@ -90,6 +90,9 @@ class Server(pywsgi.WSGIServer):  # type: ignore[misc]  # gevent is untyped
         self.settings = settings
         self.proxy = proxy
         self.keep_alive = keep_alive_lines(settings.keepalive_timeout)
+        # Every response ends its connection.
+        self.stopping = False
+        # No further connection is accepted.
         self.draining = False
         # Sockets that may be closed for others, the longest waiting first:
         # between two requests,
@@ -216,7 +219,7 @@ class Server(pywsgi.WSGIServer):  # type: ignore[misc]  # gevent is untyped
 
         Requests that have reached the kernel are answered. `abort`: set to end the wait early.
         """
-        self.draining = True
+        self.stopping = self.draining = True
         # Closing the listener would reset the connections that wait in the kernel.
         for _ in range(BACKLOG):
             if not self._has_queue():
