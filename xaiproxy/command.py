@@ -14,6 +14,7 @@ from xaiproxy import __version__, errors
 
 STDERR_TIMEOUT = 1.0  # seconds for the reader of a full stderr to make room for a sentence
 RESULT_LIMIT = 1 << 20  # bytes; no command prints more
+MOST_WORKERS = 64
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -71,6 +72,17 @@ def serving_settings(arguments: argparse.Namespace) -> dict[str, str | None]:
         "XAI_PROXY_PORT": arguments.port,
         "XAI_PROXY_TOKEN_PATH": arguments.token_path,
     }
+
+
+def whole(least: int, most: int) -> Callable[[str], int]:
+    """A type of arguments: whole numbers from `least` to `most`."""
+
+    def parse(text: str) -> int:
+        if not (text.isascii() and text.isdigit() and least <= int(text) <= most):
+            raise argparse.ArgumentTypeError(f"must be a whole number from {least} to {most}")
+        return int(text)
+
+    return parse
 
 
 def open_standard_streams() -> None:

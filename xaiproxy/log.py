@@ -77,6 +77,7 @@ def setup(
     poll: Callable[[], Any] = select.poll,
     defer: Callable[[Callable[[], None]], Any] | None = None,
     when_writable: Callable[[int, Callable[[], None]], Any] | None = None,
+    fields: Fields | None = None,
 ) -> None:
     """Send the package's log to `fd`.
 
@@ -84,9 +85,11 @@ def setup(
     `defer`: calls a function a moment later, so that the lines of that moment are written together.
     `when_writable`: calls a function once the descriptor has room. Without it, waiting lines are
     written with the next line, or by `flush`.
+    `fields`: the first fields of every line.
     """
     global _handler
-    _handler = LineHandler(fd, line_format(process, format, fd), poll, defer, when_writable)
+    line = line_format(process, format, fd, fields)
+    _handler = LineHandler(fd, line, poll, defer, when_writable)
     set_level(level)
     logger = logging.getLogger("xaiproxy")
     logger.handlers[:] = [_handler]
@@ -94,10 +97,16 @@ def setup(
     logger.propagate = False
 
 
-def line_format(process: str, format: str, fd: int) -> Line:
-    """The function that returns the line of an event, in `format`; "auto" is chosen by `fd`."""
+def line_format(process: str, format: str, fd: int, fields: Fields | None = None) -> Line:
+    """The function that returns the line of an event, in `format`; "auto" is chosen by `fd`.
+
+    `fields`: the first fields of every line.
+    """
     as_json = format == "json" or (format == "auto" and not os.isatty(fd))
-    return functools.partial(_json_line if as_json else _text_line, process)
+    line = functools.partial(_json_line if as_json else _text_line, process)
+    if not fields:
+        return line
+    return lambda created, level, message, own: line(created, level, message, {**fields, **own})
 
 
 def set_level(level: str) -> None:

@@ -8,14 +8,19 @@ It is `supervisord -c conf/supervisord.conf`, with these differences:
 - On a terminal, supervisord logs only warnings, so the start ends with the proxy's line "ready".
 """
 
+import configparser
+import contextlib
+import io
 import os
+import secrets
 import socket
 import tempfile
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from xaiproxy import command, config, errors
+from xaiproxy import command, config, errors, folder_file, run_folder, storage
 from xaiproxy.addresses import UnixSocket
 
 # In a checkout it is a link to conf/supervisord.conf, and in an installation a copy.
@@ -25,6 +30,7 @@ EXAMPLES = """\
   xai-serve                serve http://127.0.0.1:9090/v1 until Ctrl-C
   xai-serve --port 8080    the same on another port
   nohup xai-serve &        until SIGTERM, also after the terminal is closed
+  xai-serve --workers 2    two processes serve; xai-restart replaces them in turn
 """
 NOTES = """\
 Sign in before or meanwhile, with xai-login. All settings are environment
@@ -32,7 +38,7 @@ variables XAI_PROXY_*, or lines of a .env in the working directory.
 
 At Ctrl-C or SIGTERM, open responses have XAI_PROXY_DRAIN_TIMEOUT to finish; a
 second Ctrl-C aborts them. Exit status: 0 after either signal, or after the
-terminal was closed; 64 wrong usage; 70 one of the two processes cannot be kept
+terminal was closed; 64 wrong usage; 70 one of the processes cannot be kept
 running; 78 wrong settings, or another proxy at the address; 130 interrupted
 before the start.
 """
@@ -45,23 +51,40 @@ def parser() -> command.ArgumentParser:
         description="Serve an OpenAI-compatible endpoint, and keep the login alive.",
         epilog=NOTES,
     )
+    options.add_argument(
+        "--workers",
+        type=command.whole(1, command.MOST_WORKERS),
+        default=1,
+        metavar="N",
+        help="number of processes that serve (default: 1)",
+    )
     command.add_serving_options(options)
     return options
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = command.serving_settings(parser().parse_args(argv))
-    return command.run("xai-serve", lambda: serve(options))
+    arguments = parser().parse_args(argv)
+    settings = command.serving_settings(arguments)
+    return command.run("xai-serve", lambda: serve(settings, arguments.workers))
 
 
-def serve(options: Mapping[str, str | None]) -> None:
+def serve(options: Mapping[str, str | None], workers: int) -> None:
     """Run supervisord until it ends. `options`: settings of the command line.
 
     When a process cannot be kept running, supervision.py ends this one with status 70.
     """
-    check_address(config.from_environ(os.environ, options))
+    settings = config.from_environ(os.environ, options)
+    check_address(settings)
     # The processes read their settings themselves, and the environment comes before a .env.
     os.environ.update({name: value for name, value in options.items() if value is not None})
+    if workers == 1:
+        supervise(CONF)
+    else:
+        with shared(settings, workers) as conf:
+            supervise(conf)
+
+
+def supervise(conf: Path) -> None:
     # supervisord requires a temporary folder, although it writes nothing there. To find one,
     # tempfile would write a file.
     tempfile.tempdir = os.sep
@@ -73,10 +96,101 @@ def serve(options: Mapping[str, str | None]) -> None:
     supervisor_options.ServerOptions.usage = usage
     # The name of the pid file, which write_pidfile does not write, must be absolute: a relative one
     # needs the working directory, which may have been deleted.
-    arguments = ["-c", str(CONF), "-j", os.devnull]
+    arguments = ["-c", str(conf), "-j", os.devnull]
     if os.isatty(1):
         arguments += ["-e", "warn"]
     supervisord.main(arguments)
+
+
+@contextlib.contextmanager
+def shared(settings: config.Config, workers: int) -> Iterator[Path]:
+    """Listen, and yield a configuration of supervisord by which `workers` processes accept.
+
+    The listening socket is the standard input of this process, which supervision.py hands down.
+    Raises ConfigurationError, StorageError.
+    """
+    # It imports gevent.
+    from xaiproxy.proxy.listener import listen
+    from xaiproxy.proxy.socket_file import SocketFile
+
+    conf, control = run_folder.configuration(settings), run_folder.control_socket(settings)
+    run_folder.make(settings)
+    check_control(control)
+    listener = listen(settings, threading.Event())
+    assert listener is not None
+    address = listener.getsockname()
+    os.dup2(listener.fileno(), 0)
+    # Not close(), which would remove the file of a Unix socket.
+    os.close(listener.detach())
+    leftover = [run_folder.numbers(settings, address, slot) for slot in range(command.MOST_WORKERS)]
+    remove(leftover)
+    try:
+        with storage.translated(conf):
+            folder_file.replace(conf, configuration(workers, control.name).encode())
+        yield conf
+    finally:
+        remove([conf, control, *leftover])
+        if isinstance(listener, SocketFile):
+            listener.remove()
+
+
+def remove(paths: list[Path]) -> None:
+    for path in paths:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def check_control(path: Path) -> None:
+    """Raise ConfigurationError if a supervisord listens on `path`, or none could."""
+    # supervisord binds a longer name first.
+    for name in (f"{path}.{os.getpid()}", str(path)):
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.connect(name)
+            except OSError as error:
+                # Python's own error, for a path that is too long.
+                if error.errno is None:
+                    raise errors.ConfigurationError(
+                        f"{name} is too long for a socket; set XAI_PROXY_TOKEN_PATH to a file in "
+                        "a folder with a shorter path"
+                    ) from error
+                continue
+        raise errors.ConfigurationError(
+            f"an xai-serve --workers already runs with {path}; use that one, or stop it, or "
+            "choose another port with --port"
+        )
+
+
+def configuration(workers: int, control: str) -> str:
+    """The text of a configuration: CONF with several proxies, and a control socket beside it."""
+    conf = configparser.RawConfigParser()
+    conf.read(CONF)
+    conf["program:proxy"].update(
+        command=f"xai-proxy --slot %(process_num)d --workers {workers}",
+        numprocs=str(workers),
+        process_name="proxy-%(process_num)d",
+    )
+    # supervisord logs a critical error without a password. The socket's mode protects it.
+    password = secrets.token_hex(16)
+    conf["unix_http_server"] = {
+        # Inside of a value, % and ; have a meaning.
+        "file": "%(here)s/" + control.replace("%", "%%"),
+        "chmod": "0600",
+        "username": "xaiproxy",
+        "password": password,
+    }
+    conf["rpcinterface:supervisor"] = {
+        "supervisor.rpcinterface_factory": "supervisor.rpcinterface:make_main_rpcinterface"
+    }
+    # For xai-restart and supervisorctl(1).
+    conf["supervisorctl"] = {
+        "serverurl": "unix://%(here)s/" + control.replace("%", "%%"),
+        "username": "xaiproxy",
+        "password": password,
+    }
+    text = io.StringIO()
+    conf.write(text)
+    return text.getvalue()
 
 
 def check_address(settings: config.Config) -> None:

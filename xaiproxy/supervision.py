@@ -20,8 +20,8 @@ what exists by then:
 - Every line at STDOUT gets the format of log.py: supervisord's own, the programs' log, which has it
   already, and what they write besides, such as the sentence with which they refuse to start. Lines
   that supervisord logs while it reads its configuration are written later, so they have it, too.
-- finish, fork, get_path, get_signal, setsignals, cleanup_fds and init_normallog replace
-  supervisord's methods of these names.
+- finish, fork, prepare_child_fds, get_path, get_signal, setsignals, cleanup_fds and init_normallog
+  replace supervisord's methods of these names.
 
 Two outputs keep their own format: the error of a supervisord that refuses to start, and the
 traceback of one that crashes. Both go to stderr.
@@ -40,10 +40,11 @@ from typing import Any
 from supervisor import dispatchers, events, loggers, options, process
 from supervisor.states import ProcessStates, SupervisorStates
 
-from xaiproxy import command, config, dropped_lines, errors, kernel, log
+from xaiproxy import command, config, dropped_lines, errors, inherited_socket, kernel, log
 from xaiproxy.line_writer import DROPPED, LINE_LIMIT, LineWriter
 
 EXIT_FATAL = 70  # EX_SOFTWARE of sysexits.h
+WORKERS = "proxy"  # the program that xai-serve --workers starts several times
 STDOUT = "/dev/fd/1"  # stdout_logfile of a program whose lines follow supervisord's own
 NAME = "supervisord"  # in its own lines
 LOG_FORMAT = "XAI_PROXY_LOG_FORMAT"
@@ -121,6 +122,19 @@ def fork(self: Any) -> int:
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     return pid
+
+
+_prepare_child_fds = process.Subprocess._prepare_child_fds
+
+
+def prepare_child_fds(self: Any) -> None:
+    """Subprocess._prepare_child_fds: a worker's standard input is this process's listening socket.
+
+    An [fcgi-program] would do the same with sockets that supervisord opens: without IPv6.
+    """
+    if self.group.config.name == WORKERS and inherited_socket.is_listening(0):
+        self.pipes["child_stdin"] = 0
+    _prepare_child_fds(self)
 
 
 _get_path = options.ServerOptions.get_path
@@ -318,6 +332,7 @@ if "supervisor.supervisord" in sys.modules:
     command.open_standard_streams()
     events.TICK_EVENTS.append(FatalCheck)
     process.Subprocess.finish = finish
+    process.Subprocess._prepare_child_fds = prepare_child_fds
     options.ServerOptions.fork = fork
     options.ServerOptions.get_path = get_path
     options.ServerOptions.get_signal = get_signal

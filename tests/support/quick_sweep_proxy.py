@@ -15,4 +15,4 @@ from xaiproxy.proxy import command
 
 if __name__ == "__main__":
     sweep = functools.partial(dead_paths.sweep, *map(float, sys.argv[1:]))
-    sys.exit(command.serve({}, sweep))
+    sys.exit(command.serve({}, sweep=sweep))

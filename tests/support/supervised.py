@@ -22,11 +22,14 @@ class Supervised:
     """supervisord with the real conf, and its output: `lines`.
 
     It has no controlling terminal, and its folder is not on PATH. `pipe`: a function that returns
-    the read and write descriptors of its output. `conf`: another configuration.
+    the read and write descriptors of its output. `conf`: another configuration. `command`: another
+    one that becomes supervisord.
     """
 
-    def __init__(self, folder, sandbox, *, prefix=(), pipe=os.pipe, conf=CONF, **settings):
-        environ = {
+    def __init__(
+        self, folder, sandbox, *, prefix=(), pipe=os.pipe, conf=CONF, command=(), **settings
+    ):
+        self.environ = {
             "PATH": os.defpath,
             "PYTHONPATH": PYTHONPATH,
             "SSL_CERT_FILE": str(ONE_CA),
@@ -36,12 +39,12 @@ class Supervised:
             "XAI_PROXY_TOKEN_PATH": str(folder / "login" / "tokens.json"),
             **settings,
         }
-        sandbox.write_login(environ["XAI_PROXY_TOKEN_PATH"])
+        sandbox.write_login(self.environ["XAI_PROXY_TOKEN_PATH"])
         self._output, stdout = pipe()
         self.process = subprocess.Popen(
-            [*prefix, BIN / "supervisord", "-c", conf],
+            [*prefix, *(command or (BIN / "supervisord", "-c", conf))],
             cwd=folder,
-            env=environ,
+            env=self.environ,
             stdout=stdout,
             stderr=subprocess.STDOUT,
             start_new_session=True,

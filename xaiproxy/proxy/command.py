@@ -1,6 +1,7 @@
 """xai-proxy, process 1: its command line, its checks, its listener and its signals."""
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import os
@@ -19,9 +20,9 @@ from xaiproxy import (
     command,
     config,
     errors,
+    inherited_socket,
     judgement,
     log,
-    token_store,
 )
 from xaiproxy.http1 import dead_paths
 from xaiproxy.http1.pool import Pool
@@ -43,6 +44,7 @@ from xaiproxy.proxy.listener import (
     check_upstream,
     listen,
     listen_for_admin,
+    set_options,
 )
 from xaiproxy.proxy.loop_lag import LoopLag
 from xaiproxy.proxy.recorder import Recorder
@@ -50,6 +52,7 @@ from xaiproxy.proxy.server import AdminServer, Server
 from xaiproxy.proxy.socket_file import SocketFile
 from xaiproxy.proxy.status import Status
 from xaiproxy.proxy.trouble import Trouble
+from xaiproxy.token_store import TokenStore
 
 logger = logging.getLogger(__name__)
 
@@ -74,36 +77,70 @@ def parser() -> command.ArgumentParser:
         epilog=NOTES,
     )
     command.add_serving_options(options)
+    worker = options.add_argument_group("one of several workers (xai-serve --workers)")
+    worker.add_argument(
+        "--slot",
+        type=command.whole(0, command.MOST_WORKERS - 1),
+        metavar="I",
+        help="serve as number I, from 0; standard input is the listening socket",
+    )
+    worker.add_argument(
+        "--workers",
+        type=command.whole(1, command.MOST_WORKERS),
+        default=1,
+        metavar="N",
+        help="the number of workers, which share XAI_PROXY_MAX_CONNECTIONS and _REPLAY_MEMORY",
+    )
     return options
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = command.serving_settings(parser().parse_args(argv))
-    return command.run("xai-proxy", lambda: serve(options))
+    options = parser()
+    arguments = options.parse_args(argv)
+    if (arguments.slot or 0) >= arguments.workers:
+        options.error("--slot must be less than --workers")
+    settings = command.serving_settings(arguments)
+    return command.run("xai-proxy", lambda: serve(settings, arguments.slot, arguments.workers))
 
 
-def serve(options: Mapping[str, str | None], sweep: Callable[[], None] = dead_paths.sweep) -> int:
-    """`options`: settings of the command line."""
+def serve(
+    options: Mapping[str, str | None],
+    slot: int | None = None,
+    workers: int = 1,
+    sweep: Callable[[], None] = dead_paths.sweep,
+) -> int:
+    """`options`: settings of the command line. `slot`: number of this worker, or None."""
     settings = config.from_environ(os.environ, options)
-    event_loop.set_up_log(settings)
+    settings = dataclasses.replace(
+        settings,
+        max_connections=max(1, settings.max_connections // workers),
+        replay_memory=settings.replay_memory // workers,
+    )
+    event_loop.set_up_log(settings, slot)
     for warning in settings.warnings:
         logger.warning("%s", warning)
     keys = client_keys.ClientKeys(settings.client_keys_file, required=_names_a_key_file(settings))
     signals = handle_signals(lambda: set_log_level(options))
     stop = signals.stop
-    check_distinct(settings)
+    inherited = inherited_socket.take(os.environ, is_worker=slot is not None)
+    if inherited is None:
+        check_distinct(settings)
     with contextlib.ExitStack() as opened:
         admin = None
         if settings.admin_bind is not None:
-            admin = listen_for_admin(settings.admin_bind, stop)
+            admin = listen_for_admin(settings.admin_bind, stop, shared=workers > 1)
             if admin is not None:
                 opened.enter_context(admin)
-        listener = listen(settings, stop)
+        if inherited is None:
+            listener = listen(settings, stop)
+        else:
+            listener = inherited
+            set_options(listener)
         if listener is not None:
             opened.enter_context(listener)
             check_exposure(listener, settings, keys)
             check_upstream(listener, settings)
-            run(listener, admin, settings, keys, sweep, signals)
+            run(listener, admin, settings, keys, sweep, signals, slot, workers)
     logger.info("stopped")
     return 0
 
@@ -161,13 +198,15 @@ def run(
     keys: client_keys.ClientKeys,
     sweep: Callable[[], None],
     signals: Signals,
+    slot: int | None,
+    workers: int,
 ) -> None:
     """Serve until `signals.stop` is set, then drain until `signals.abort` is set."""
     # It imports prometheus_client, which takes as long as the rest of --help.
     from xaiproxy.proxy.metrics import Metrics
 
     pool = Pool(settings)
-    store, gate = token_store.TokenStore(settings), access.Access(settings, keys)
+    store, gate = TokenStore(settings), access.Access(settings, keys)
     spans = traces.start(settings)
     proxy = forward.Proxy(settings, store, gate, pool, spans)
     recorder, lag = Recorder(None if spans is None else spans.end), LoopLag()
@@ -192,6 +231,7 @@ def run(
         settings,
         connection_limit(settings.max_connections),
         on_end,
+        shared=workers > 1,
     )
     metrics.server = trouble.server = server
     admin = None
@@ -212,16 +252,20 @@ def run(
     )
     verdict = judgement.of(store, time.time())
     logger.info("%s", first_request.advice(listener.getsockname(), keys, verdict))
-    watcher = gevent.spawn(refresher_watch.watch, token_store.TokenStore(settings))
+    # One worker logs for all.
+    watchers = [] if slot else [gevent.spawn(refresher_watch.watch, TokenStore(settings))]
     sweeper = gevent.spawn(sweep)
     key_uses = key_recorder.Recorder(keys)
     recording = gevent.spawn(key_uses.run)
     signals.stop.wait()
     server.stopping = True
+    if admin is not None and workers > 1:
+        # The others answer there from now on.
+        admin.stop(timeout=0)
     if settings.drain_delay and not signals.drain.is_set():
         logger.info("stopping in %g s; until then new connections are served", settings.drain_delay)
         signals.drain.wait(settings.drain_delay)
-    watcher.kill()
+    gevent.killall(watchers)
     if isinstance(listener, SocketFile):
         # From here on no connection is lost: those that wait in the kernel are served.
         listener.remove()

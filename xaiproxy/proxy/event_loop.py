@@ -18,7 +18,8 @@ LOG_DELAY = 0.005  # seconds that a log line waits at most for the loop to be id
 POLL_INTERVAL = 1.0  # seconds between two polls of a log that is full
 
 
-def set_up_log(settings: config.Config) -> None:
+def set_up_log(settings: config.Config, slot: int | None = None) -> None:
+    """`slot`: number of this worker, which becomes a field of every line."""
     log.setup(
         "proxy",
         settings.log_level,
@@ -27,6 +28,7 @@ def set_up_log(settings: config.Config) -> None:
         poll=gevent.monkey.get_original("select", "poll"),
         defer=WhenIdle(LOG_DELAY),
         when_writable=WhenWritable(),
+        fields={} if slot is None else {"slot": slot},
     )
     gevent.get_hub().exception_stream = _HubMessages()
 

@@ -56,12 +56,19 @@ def listen(
 
 
 def listen_for_admin(
-    address: tuple[str, int], stop: gevent.event.Event, timeout: float = TIMEOUT
+    address: tuple[str, int],
+    stop: gevent.event.Event,
+    timeout: float = TIMEOUT,
+    *,
+    shared: bool = False,
 ) -> socket.socket | None:
-    """The socket of the admin listener; as `listen`."""
+    """The socket of the admin listener; as `listen`.
+
+    `shared`: whether other workers listen there too.
+    """
     bind, port = address
     return _retry(
-        functools.partial(_listener, bind, port),
+        functools.partial(_listener, bind, port, shared=shared),
         f"{bind} port {port}",
         "XAI_PROXY_ADMIN_BIND",
         "set XAI_PROXY_ADMIN_BIND to what this machine allows",
@@ -103,16 +110,15 @@ def _retry(
     return None
 
 
-def _listener(bind: str, port: int) -> socket.socket:
+def _listener(bind: str, port: int, *, shared: bool = False) -> socket.socket:
     family = socket.AF_INET6 if ":" in bind else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # Accepted sockets inherit them on Linux.
-        for option in SOCKET_OPTIONS:
-            listener.setsockopt(*option)
+        if shared:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.bind((bind, port))
-        listener.listen(BACKLOG)
+        set_options(listener)
     except OSError:
         listener.close()
         raise
@@ -130,6 +136,15 @@ def check_distinct(settings: config.Config) -> None:
             f"XAI_PROXY_ADMIN_BIND and XAI_PROXY_PORT both name port {settings.port}; set one of "
             "them to another port"
         )
+
+
+def set_options(listener: socket.socket) -> None:
+    """Set the options and the backlog of a listening socket, also of one that was inherited."""
+    if listener.family != socket.AF_UNIX:
+        # Accepted sockets inherit them on Linux.
+        for option in SOCKET_OPTIONS:
+            listener.setsockopt(*option)
+    listener.listen(BACKLOG)
 
 
 def check_exposure(

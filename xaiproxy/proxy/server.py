@@ -60,10 +60,14 @@ class Server(pywsgi.WSGIServer):  # type: ignore[misc]  # gevent is untyped
         settings: config.Config,
         connections: int,
         on_end: Callable[[RequestRecord], object],
+        *,
+        shared: bool = False,
     ):
         """`proxy`: serves the API; None: the application serves everything.
 
         `on_end`: called with the record of each request that has ended.
+
+        `shared`: whether other processes accept connections of the same listener.
         """
         super().__init__(
             listener,
@@ -73,8 +77,13 @@ class Server(pywsgi.WSGIServer):  # type: ignore[misc]  # gevent is untyped
             spawn=gevent.pool.Pool(connections + config.RESERVE),
             log=None,
             error_log=logger,
-            # Without it, pywsgi asks the DNS for the name.
-            environ={"SERVER_NAME": "xaiproxy"},
+            environ={
+                # Without it, pywsgi asks the DNS for the name.
+                "SERVER_NAME": "xaiproxy",
+                # With it, gevent accepts one connection at a time, not up to 100, so that
+                # connections spread evenly.
+                "wsgi.multiprocess": shared,
+            },
         )
         # do_read logs it.
         gevent.get_hub().NOT_ERROR += (NoDescriptor,)

@@ -51,7 +51,7 @@ function _shtab_xai_proxy_using
 end
 
 set -g _shtab_xai_proxy_commands 
-set -g _shtab_xai_proxy_opts_with_value --bind --port --token-path -p
+set -g _shtab_xai_proxy_opts_with_value --bind --port --slot --token-path --workers -p
 
 complete -c xai-proxy -e
 complete -c xai-proxy -f
@@ -61,4 +61,6 @@ complete -c xai-proxy -n _shtab_xai_proxy_using -l version -d 'show program'"'"'
 complete -c xai-proxy -n _shtab_xai_proxy_using -l bind -x -d 'IP address, or unix:/path, to listen on'
 complete -c xai-proxy -n _shtab_xai_proxy_using -s p -l port -x -d 'TCP port to listen on'
 complete -c xai-proxy -n _shtab_xai_proxy_using -l token-path -xka "(__fish_complete_path (commandline -ct))" -d 'the token file (default: XAI_PROXY_TOKEN_PATH)'
+complete -c xai-proxy -n _shtab_xai_proxy_using -l slot -x -d 'serve as number I, from 0; standard input is the listening socket'
+complete -c xai-proxy -n _shtab_xai_proxy_using -l workers -x -d 'the number of workers, which share XAI_PROXY_MAX_CONNECTIONS and _REPLAY_MEMORY'
 

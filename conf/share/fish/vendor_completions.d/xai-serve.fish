@@ -51,13 +51,14 @@ function _shtab_xai_serve_using
 end
 
 set -g _shtab_xai_serve_commands 
-set -g _shtab_xai_serve_opts_with_value --bind --port --token-path -p
+set -g _shtab_xai_serve_opts_with_value --bind --port --token-path --workers -p
 
 complete -c xai-serve -e
 complete -c xai-serve -f
 
 complete -c xai-serve -n _shtab_xai_serve_using -s h -l help -d 'show this help message and exit'
 complete -c xai-serve -n _shtab_xai_serve_using -l version -d 'show program'"'"'s version number and exit'
+complete -c xai-serve -n _shtab_xai_serve_using -l workers -x -d 'number of processes that serve (default: 1)'
 complete -c xai-serve -n _shtab_xai_serve_using -l bind -x -d 'IP address, or unix:/path, to listen on'
 complete -c xai-serve -n _shtab_xai_serve_using -s p -l port -x -d 'TCP port to listen on'
 complete -c xai-serve -n _shtab_xai_serve_using -l token-path -xka "(__fish_complete_path (commandline -ct))" -d 'the token file (default: XAI_PROXY_TOKEN_PATH)'

@@ -1,0 +1,62 @@
+"""A listening socket that the process was started with, instead of one that it opens itself.
+
+It is the first one after standard error if LISTEN_PID names this process (systemd's socket
+activation, sd_listen_fds(3)), and otherwise, in a worker, its standard input, as FastCGI has it.
+"""
+
+import os
+import socket
+from collections.abc import MutableMapping
+
+from xaiproxy import errors
+
+FIRST = 3  # SD_LISTEN_FDS_START
+FAMILIES = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
+
+
+def take(environ: MutableMapping[str, str], *, is_worker: bool) -> socket.socket | None:
+    """Return the socket, or None if there is none and the process is no worker.
+
+    Raises ConfigurationError.
+    """
+    pid, number = environ.pop("LISTEN_PID", ""), environ.pop("LISTEN_FDS", "")
+    environ.pop("LISTEN_FDNAMES", None)
+    if pid == str(os.getpid()) and number:
+        if number != "1":
+            raise errors.ConfigurationError(
+                f"the service manager passes {number} sockets, and xai-proxy takes one; "
+                "leave one ListenStream= in its socket unit"
+            )
+        os.set_inheritable(FIRST, False)
+        return _listening(FIRST, "the socket that the service manager passes")
+    if not is_worker:
+        return None
+    sock = _listening(os.dup(0), "the standard input of a worker (--slot)")
+    # Its number must not go to a file that is opened later.
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    return sock
+
+
+def _listening(fd: int, name: str) -> socket.socket:
+    if not is_listening(fd):
+        raise errors.ConfigurationError(
+            f"{name} is not a listening stream socket; start workers with "
+            f"{errors.typed('xai-serve --workers N')}"
+        )
+    return socket.socket(fileno=fd)
+
+
+def is_listening(fd: int) -> bool:
+    """Whether the descriptor is a listening stream socket of one of FAMILIES."""
+    try:
+        sock = socket.socket(fileno=os.dup(fd))
+    except OSError:
+        return False
+    with sock:
+        return bool(
+            sock.family in FAMILIES
+            and sock.type == socket.SOCK_STREAM
+            and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        )

@@ -1,0 +1,62 @@
+"""The run folder, beside the token file: what the processes of `xai-serve --workers` share.
+
+Each name begins with the address that the processes listen on, such as 127.0.0.1:9090:
+
+- ADDRESS.conf: the configuration of their supervisord;
+- ADDRESS.sock: its control socket;
+- ADDRESS-SLOT.json: the numbers of a worker, written by proxy/shared_numbers.py.
+"""
+
+import os
+import stat
+import urllib.parse
+from pathlib import Path
+
+from xaiproxy import config, errors, storage, token_folder
+from xaiproxy.addresses import UnixSocket
+from xaiproxy.token_store import TokenStore
+
+
+def path_of(settings: config.Config) -> Path:
+    return settings.token_path.parent / "run"
+
+
+def make(settings: config.Config) -> Path:
+    """Make the run folder if it is missing. Raises StorageError."""
+    folder = path_of(settings)
+    token_folder.prepare(TokenStore(settings))
+    with storage.translated(folder):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+    # supervisord runs the commands of a configuration in it.
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise errors.StorageError(
+            f"{folder} must be a folder of user {os.geteuid()} to which no other user can write; "
+            "move it away"
+        )
+    return folder
+
+
+def configuration(settings: config.Config) -> Path:
+    bind = settings.bind
+    name = _quoted(str(bind.path)) if isinstance(bind, UnixSocket) else _name(bind, settings.port)
+    return path_of(settings) / f"{name}.conf"
+
+
+def control_socket(settings: config.Config) -> Path:
+    return configuration(settings).with_suffix(".sock")
+
+
+def numbers(settings: config.Config, address: str | tuple[str, int], slot: int) -> Path:
+    """The file with the numbers of a worker. `address`: of its listening socket."""
+    name = address if isinstance(address, str) else _name(*address[:2])
+    return path_of(settings) / f"{_quoted(name)}-{slot}.json"
+
+
+def _quoted(name: str) -> str:
+    """A name without slashes."""
+    return urllib.parse.quote(name, safe="[]:")
+
+
+def _name(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
