@@ -23,6 +23,7 @@ from xaiproxy import (
     inherited_socket,
     judgement,
     log,
+    service_manager,
 )
 from xaiproxy.http1 import dead_paths
 from xaiproxy.http1.pool import Pool
@@ -252,6 +253,7 @@ def run(
     )
     verdict = judgement.of(store, time.time())
     logger.info("%s", first_request.advice(listener.getsockname(), keys, verdict))
+    service_manager.announce_ready()
     # One worker logs for all.
     watchers = [] if slot else [gevent.spawn(refresher_watch.watch, TokenStore(settings))]
     sweeper = gevent.spawn(sweep)
