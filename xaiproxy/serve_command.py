@@ -30,7 +30,7 @@ EXAMPLES = """\
   xai-serve                serve http://127.0.0.1:9090/v1 until Ctrl-C
   xai-serve --port 8080    the same on another port
   nohup xai-serve &        until SIGTERM, also after the terminal is closed
-  xai-serve --workers 2    two processes serve; xai-restart replaces them in turn
+  xai-serve --workers 2    two processes serve; xai-restart replaces each
 """
 NOTES = """\
 Sign in before or meanwhile, with xai-login. All settings are environment

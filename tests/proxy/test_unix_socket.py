@@ -308,7 +308,7 @@ def test_openai_over_httpx(tmp_path: Path, sandbox: Sandbox) -> None:
                 model="grok-4.5", messages=[{"role": "user", "content": "Hello"}], stream=True
             )
             parts = [chunk.choices[0].delta.content for chunk in stream if chunk.choices]
-    assert "".join(part or "" for part in parts) == "This is the "
+    assert "".join(part or "" for part in parts) == "This is the."
 
 
 def test_the_host_rule_holds_for_what_a_web_server_forwards(
