@@ -1,6 +1,7 @@
 """bin/demo, on a terminal and in a pipe; its checks fail if what they are about does."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -53,10 +54,11 @@ def test_a_demo_that_fails_shows_the_logs(tmp_path: Path) -> None:
     assert "\n2. Sign in: xai-login --device (" in done.stdout and "\x1b" not in done.stdout
 
 
-def test_the_demo_ends_everything_at_ctrl_c(tmp_path: Path) -> None:
-    environ = {**ENVIRON, "TMPDIR": str(tmp_path)}
+def test_the_demo_respects_no_color_and_ends_everything_at_ctrl_c(tmp_path: Path) -> None:
+    environ = {**ENVIRON, "TMPDIR": str(tmp_path), "NO_COLOR": "1"}
     with Terminal([str(ROOT / "bin" / "demo")], columns=80, env=environ) as terminal:
         terminal.expect("left to approve", 30)
         terminal.type(CTRL_C)
         assert terminal.end(20) == 130
     assert os.listdir(tmp_path) == [] and "Traceback" not in terminal.screen
+    assert not re.search(r"\x1b\[[\d;]*m", terminal.screen)

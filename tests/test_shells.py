@@ -20,7 +20,7 @@ SHELLS = {
     "bash": (["bash", "--norc", "--noprofile", "-i"], f"source {BASH_COMPLETION}"),
     "zsh": (
         ["zsh", "-f", "-i"],
-        f"fpath=({SHARE}/zsh/site-functions $fpath); autoload -Uz compinit; compinit -D",
+        f"fpath=({SHARE}/zsh/site-functions $fpath); autoload -Uz compinit; compinit -D -u",
     ),
     "fish": (["fish", "--private", "-i"], "true"),
 }
@@ -28,6 +28,9 @@ COMPLETED = {
     "xai-login --d": ["--device", "--doctor"],
     "xai-launch cod": ["codex"],
     "xai-client-key ": ["add", "list", "remove"],
+    # A file, and a key.
+    "xai-login --token-path my-": ["my-tokens"],
+    "xai-client-key remove lap": ["laptop"],
 }
 KILL_LINE = "\x15"
 ESCAPES = r"(?:\x1b\[[\d;?]*[A-Za-z]|\x1b\(B|\x0f)*"
@@ -57,6 +60,9 @@ def test_a_shell_completes_the_commands(shell: str, tmp_path: Path) -> None:
     if not shutil.which(shell) or (shell == "bash" and not BASH_COMPLETION.exists()):
         pytest.skip(f"{shell} and its completions are required")
     words, set_up = SHELLS[shell]
+    (tmp_path / "my-tokens").touch()
+    (tmp_path / ".xai-proxy").mkdir(mode=0o700)
+    (tmp_path / ".xai-proxy" / "client-keys").write_text(f"laptop {'0' * 64}\n")
     environ = {
         "PATH": f"{ROOT / 'bin'}:{os.environ['PATH']}",
         "HOME": str(tmp_path),
