@@ -15,7 +15,7 @@ EXAMPLES = """\
   xai-refresher --once    refresh the login if that is due, for cron
 """
 NOTES = """\
-SIGHUP has it try again now.
+SIGHUP makes it retry at once.
 
 Exit status of --once: 0 the login is good; 69 the issuer cannot be reached; 75
 the token file cannot be written or is locked; 77 signed out, or refused; 78
