@@ -190,6 +190,15 @@ def test_an_address_that_is_not_available_is_named_with_its_setting() -> None:
             assert "XAI_PROXY_ADMIN_BIND" in str(caught.value)
 
 
+def test_workers_share_its_address() -> None:
+    stop, address = gevent.event.Event(), ("127.0.0.1", 0)
+    with listener.listen_for_admin(address, stop, shared=True) as one:
+        address = one.getsockname()
+        listener.listen_for_admin(address, stop, shared=True).close()
+        with pytest.raises(errors.ConfigurationError):
+            listener.listen_for_admin(address, stop, listener.INTERVAL)
+
+
 def test_a_process_without_descriptors_gives_up_an_idle_connection_for_it(
     tmp_path: Path,
 ) -> None:
