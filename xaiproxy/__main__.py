@@ -2,8 +2,10 @@
 
 import sys
 
-from gevent import monkey
+from gevent import events, monkey
 
+# For each module that it patches, gevent looks for plug-ins in the metadata of all packages.
+events.notify_and_call_entry_points = events.notify
 # Before anything imports socket, ssl or requests.
 monkey.patch_all()
 

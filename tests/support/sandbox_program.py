@@ -3,8 +3,9 @@
 gevent patches first, as in xaiproxy/sandbox/__main__.py.
 """
 
-from gevent import monkey
+from gevent import events, monkey
 
+events.notify_and_call_entry_points = events.notify
 monkey.patch_all()
 
 import sys

@@ -16,8 +16,10 @@ def parser() -> ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from gevent import monkey
+    from gevent import events, monkey
 
+    # As in xaiproxy/__main__.py.
+    events.notify_and_call_entry_points = events.notify
     monkey.patch_all()
     from xaiproxy.sandbox import command
 
