@@ -367,6 +367,7 @@ def test_a_client_that_pipelines_and_reads_nothing_is_aborted(
         with pytest.raises(ConnectionError):
             while True:
                 client.send(b"x")
+                client.was_reset(0.02)
 
 
 @both_ways

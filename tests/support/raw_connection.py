@@ -177,10 +177,18 @@ class RawConnection:
     def rest(self) -> bytes:
         """Read until EOF. Raises ConnectionResetError after a reset."""
         end = time.monotonic() + 5 * TIMEOUT
-        while self._more():
+        parts, self.buffer = [self.buffer], b""
+        while data := self.sock.recv(1 << 18):
             assert time.monotonic() < end, "the peer sends bytes without end"
-        data, self.buffer = self.buffer, b""
-        return data
+            parts.append(data)
+        return b"".join(parts)
+
+    def was_reset(self, seconds: float) -> bool:
+        """Wait for a reset. Return whether it came."""
+        poll = select.poll()
+        # Without events, it reports POLLERR and POLLHUP alone.
+        poll.register(self.sock, 0)
+        return bool(poll.poll(seconds * 1000))
 
     def silent(self) -> bool:
         """Whether there is nothing to read, neither bytes nor EOF."""
