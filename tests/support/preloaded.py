@@ -3,7 +3,7 @@
 `preloaded.py MODULE fork FD` forks a child for each request on the SEQPACKET socket FD.
 `preloaded.py MODULE traced ARGUMENT...` becomes `python -W error ARGUMENT...` once it is traced.
 
-It imports the modules of MODULE and then waits. It starts no thread and no event loop, so a child
+It imports the modules of MODULE, also those that MODULE imports late, and then waits. It starts no thread and no event loop, so a child
 is in the state of `python -W error -m MODULE` after its imports. A child takes the directory, the
 environment, the arguments, the standard streams and the namespaces from the request. It stays a zombie until the
 client asks for its status, as a child of the client would, so its process ID is not reused.
@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import _socket
 import array
+import atexit
 import ctypes
 import gc
+import importlib
 import json
 import os
 import resource
@@ -30,6 +32,13 @@ from typing import Any
 # The number of file descriptors in a request for a child: its standard streams, and up to two
 # namespaces.
 STREAMS, NAMESPACES = 3, 2
+# Modules that the programs import while they run.
+LATE = {
+    "sandbox_program": ["encodings.idna", "gevent.resolver.thread", "gevent.threadpool"],
+    "xaiproxy": ["xaiproxy.proxy.metrics"],
+    "xaiproxy.login.sign_in": ["xaiproxy.login.command", "xaiproxy.login.watch"],
+    "xaiproxy.refresher.process": ["xaiproxy.refresher.command"],
+}
 PR_SET_PTRACER, PR_SET_PTRACER_ANY = 0x59616D61, ctypes.c_ulong(-1)
 
 
@@ -99,9 +108,33 @@ def run(arguments: list[str]) -> None:
         runpy.run_path(arguments[0], run_name="__main__")
 
 
+def end(ended: SystemExit) -> None:
+    """End this process as Python does, but do not deallocate its modules.
+
+    That would copy most of the memory that it shares with its parent.
+    """
+    if ended.code is not None and not isinstance(ended.code, int):
+        raise ended
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    gc.collect()
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+    except (OSError, ValueError):
+        raise ended from None
+    os._exit((ended.code or 0) & 0xFF)
+
+
 if __name__ == "__main__":
     _, module, how, *rest = sys.argv
     runpy.run_module(module, run_name="preloaded")
+    for late in LATE.get(module, []):
+        importlib.import_module(late)
+    # Imported by MODULE, which may let gevent patch it.
+    import threading
+
     # Garbage collection in a child would write to most of the memory that it shares with this
     # process, which copies it.
     gc.freeze()
@@ -111,4 +144,9 @@ if __name__ == "__main__":
     else:
         request = serve(_socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0, int(rest[0])))
         if request is not None:
-            become(request)
+            try:
+                become(request)
+                ended = SystemExit()
+            except SystemExit as error:
+                ended = error
+            end(ended)
