@@ -15,7 +15,10 @@ from forked_process import run_python
 from sandbox import Sandbox
 from terminal import Terminal
 
-COMMAND = [sys.executable, "-W", "error", "-m", "xaiproxy.login"]
+ARGUMENTS = ["-m", "xaiproxy.login"]
+COMMAND = [sys.executable, "-W", "error", *ARGUMENTS]
+# xaiproxy.login.command imports late; a sign-in needs most of it.
+MODULE = "xaiproxy.login.sign_in"
 ACCOUNT = "sandbox@example.invalid"
 
 
@@ -41,9 +44,8 @@ class Login:
 
     def run(self, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
         return run_python(
-            # xaiproxy.login.command imports late; a sign-in needs most of it.
-            "xaiproxy.login.sign_in",
-            ["-m", "xaiproxy.login", *arguments],
+            MODULE,
+            [*ARGUMENTS, *arguments],
             cwd=self.options["cwd"],
             environ=self.env | environ,
             timeout=30,
@@ -62,8 +64,13 @@ class Login:
         )
 
     def terminal(self, *arguments: str, columns: int = 100, **environ: str) -> Terminal:
+        # Python reads its own variables when it starts.
+        forked = not any(name.startswith("PYTHON") for name in environ)
         return Terminal(
-            [*COMMAND, *arguments], columns=columns, **self.options | {"env": self.env | environ}
+            [*(ARGUMENTS if forked else COMMAND), *arguments],
+            columns=columns,
+            module=MODULE if forked else "",
+            **self.options | {"env": self.env | environ},
         )
 
     def saved(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import _socket
 import array
 import atexit
 import ctypes
+import fcntl
 import gc
 import importlib
 import json
@@ -22,6 +23,7 @@ import os
 import resource
 import runpy
 import sys
+import termios
 import time
 
 # These are imported before MODULE, which may let gevent patch them.
@@ -79,6 +81,9 @@ def enter(namespace: int) -> None:
 def become(request: dict[str, Any]) -> None:
     if request["new_session"]:
         os.setsid()
+    if request.get("terminal"):
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        sys.stdout.reconfigure(line_buffering=True)
     resource.setrlimit(resource.RLIMIT_NOFILE, request["files"])
     os.chdir(request["cwd"])
     os.environ.clear()

@@ -14,24 +14,45 @@ import termios
 import time
 from typing import Any
 
+from forked_process import ForkedProcess
+
 CTRL_C = "\x03"
 
 
 class Terminal:
     """A program whose stdin, stdout and stderr are the terminal.
 
-    As a context manager, it kills a program that is still running.
+    As a context manager, it kills a program that is still running. `module`: the module from whose
+    process `python COMMAND` is forked, as in forked_process.py, or "" for a command of its own.
     """
 
     def __init__(
-        self, command: list[str], rows: int = 50, columns: int = 100, **options: Any
+        self,
+        command: list[str],
+        rows: int = 50,
+        columns: int = 100,
+        module: str = "",
+        **options: Any,
     ) -> None:
         self._master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+        self.process: subprocess.Popen[bytes] | ForkedProcess
         # setsid --ctty: without a controlling terminal, Ctrl-C is an ordinary character.
-        self.process = subprocess.Popen(
-            ["setsid", "--ctty", *command], stdin=slave, stdout=slave, stderr=slave, **options
-        )
+        if module:
+            self.process = ForkedProcess(
+                module,
+                command,
+                [slave] * 3,
+                cwd=str(options["cwd"]),
+                environ=options["env"],
+                new_session=True,
+                terminal=True,
+                traced=False,
+            )
+        else:
+            self.process = subprocess.Popen(
+                ["setsid", "--ctty", *command], stdin=slave, stdout=slave, stderr=slave, **options
+            )
         os.close(slave)
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         # All output so far.
