@@ -38,6 +38,7 @@ STREAMS, NAMESPACES = 3, 2
 LATE = {
     "sandbox_program": ["encodings.idna", "gevent.resolver.thread", "gevent.threadpool"],
     "xaiproxy": ["xaiproxy.proxy.metrics"],
+    "xaiproxy.launch_command": ["xaiproxy.login.local_proxy"],
     "xaiproxy.login.sign_in": ["xaiproxy.login.command", "xaiproxy.login.watch"],
     "xaiproxy.refresher.process": ["xaiproxy.refresher.command"],
 }
