@@ -9,6 +9,7 @@ import argparse
 import os
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xaiproxy import command, errors
@@ -24,6 +25,7 @@ EXAMPLES = """\
   xai-login --status --watch    the same, kept up to date until Ctrl-C
   xai-login --status --quota    and how much of the account's quota is used
   xai-login --doctor    find out what does not work, and what to do
+  xai-login --import tokens.json    take over a login of the Rust program
 """
 NOTES = """\
 Exit status of --status: 0 the login can be used; 75 its access token has
@@ -36,6 +38,10 @@ Of --doctor: that of the first failure, or 0 if there are only warnings. 69 the
 issuer, the API or the proxy does not answer; 75 a file or folder cannot be
 written, or the problem is temporary; 77 sign in, or the account's plan does not
 allow it; 78 wrong settings.
+
+Of --import: 64 FILE is no token file, or others can read it; 77 its login cannot
+be taken over; 78 it is of another issuer, or the token file has a login that can
+be renewed.
 
 Otherwise: 0 done; 64 wrong usage; 69 the issuer cannot be reached (after
 --logout: the login was removed here but not revoked there); 75 the token file
@@ -74,6 +80,12 @@ def parser() -> command.ArgumentParser:
         modes.add_argument(
             f"--{mode}", action="store_const", dest="mode", const=mode, help=help_text
         )
+    modes.add_argument(
+        "--import",
+        metavar="FILE",
+        dest="import_from",
+        help="take over the login in a token file of xai-proxy or openab-auth-proxy",
+    )
     options.add_argument(
         "--watch", action="store_true", help="with --status: show it anew every 2 s until Ctrl-C"
     )
@@ -106,6 +118,11 @@ def _run(arguments: argparse.Namespace, out: Output) -> int:
             return status(store, out, with_quota=arguments.quota, repeatedly=arguments.watch)
         if arguments.mode == "logout":
             return log_out(store, out)
+        if arguments.import_from is not None:
+            from xaiproxy.login import import_login
+
+            import_login.import_login(store, out, Path(arguments.import_from))
+            return 0
         from xaiproxy.login import sign_in
 
         default = "browser" if has_browser(os.environ) else "device"
