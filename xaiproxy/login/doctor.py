@@ -3,8 +3,8 @@
 It changes nothing: it refreshes, writes and locks nothing, and does not even import the code for
 that (tests/test_imports.py). The access token is sent only where the proxy would send it, and only
 while it is valid. Each check is a function that returns or yields findings. `checks` lists them in
-order, and `examine` runs each and prints its findings at once. They are in doctor_files and
-doctor_network.
+order, and `examine` runs each and prints its findings at once. They are in doctor_api,
+doctor_files and doctor_network.
 """
 
 import resource
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from xaiproxy import config, errors, token_store, tokens
+from xaiproxy.login import doctor_api as api
 from xaiproxy.login import doctor_files as files
 from xaiproxy.login import doctor_network as network
 from xaiproxy.login.finding import LABELS, Finding, failure, skipped
@@ -143,7 +144,7 @@ def checks(
     yield Check(
         "upstream",
         EGRESS | LOGIN,
-        lambda: network.upstream(api_session, store, login if is_valid() else None, pause),
+        lambda: api.upstream(api_session, store, login if is_valid() else None, pause),
     )
     yield Check(
         "clock", set(), lambda: [network.clock(issuer_session.ahead | api_session.ahead, now())]
