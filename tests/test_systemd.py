@@ -103,7 +103,7 @@ def test_the_units_fit_the_defaults() -> None:
         )
 
 
-def test_the_service_manager_hears_when_the_proxy_listens(tmp_path: Path) -> None:
+def test_the_service_manager_is_notified_once_the_proxy_listens(tmp_path: Path) -> None:
     path = tmp_path / "notify"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(path))

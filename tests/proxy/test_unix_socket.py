@@ -1,4 +1,4 @@
-"""XAI_PROXY_BIND=unix:/path: who may connect, whose file it is, and how clients use it."""
+"""XAI_PROXY_BIND=unix:/path: the mode and the life of its file, and the clients that use it."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def serving(
         yield start
 
 
-# Who may connect
+# Its mode
 
 
 @pytest.fixture
@@ -156,7 +156,7 @@ def test_a_group_that_does_not_exist_is_an_error(tmp_path: Path, place: Path) ->
     assert "XAI_PROXY_BIND names the group 'nosuchgroup', which does not exist" in text
 
 
-# Whose file it is
+# The life of its file
 
 
 def test_a_socket_that_a_process_listens_on_is_not_taken(tmp_path: Path, place: Path) -> None:

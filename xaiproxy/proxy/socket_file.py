@@ -1,4 +1,4 @@
-"""A listening Unix socket and its file: who may connect, a dead file replaced, ours removed.
+"""A listening Unix socket and its file: its mode, a dead one replaced, and ours removed.
 
 A connection needs write permission on the file. The file is created without any for other users,
 gets its group and its mode, and only then does the socket listen.
