@@ -124,8 +124,11 @@ def lines_dropped() -> int:
 
     Those of this process since its start, and all that its supervisord has dropped.
     """
-    own = 0 if _handler is None else _handler.writer.dropped_in_all
-    return own + dropped_lines.published()
+    return own_lines_dropped() + dropped_lines.published()
+
+
+def own_lines_dropped() -> int:
+    return 0 if _handler is None else _handler.writer.dropped_in_all
 
 
 def event(logger: logging.Logger, level: int, message: str, fields: Fields) -> None:

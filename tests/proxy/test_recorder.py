@@ -24,8 +24,10 @@ from xaiproxy.http1.request_record import RequestRecord
 from xaiproxy.proxy import access, app, forward, recorder, usage
 from xaiproxy.proxy.loop_lag import LoopLag
 from xaiproxy.proxy.metrics import Metrics
+from xaiproxy.proxy.numbers import OwnNumbers
 from xaiproxy.proxy.recorder import Recorder
 from xaiproxy.proxy.server import Server
+from xaiproxy.proxy.trouble import Trouble
 from xaiproxy.token_store import TokenStore
 
 LIMIT = 0.002  # seconds of CPU time for which nothing may hold the event loop
@@ -65,7 +67,7 @@ def record(content: bytes = b"", coding: str = "", **changes: object) -> Request
 
 
 @pytest.fixture
-def metrics(tmp_path: Path) -> Iterator[Metrics]:
+def scrape(tmp_path: Path) -> Iterator[tuple[Metrics, Recorder]]:
     settings = config.from_environ(
         {
             "XAI_PROXY_TOKEN_PATH": str(tmp_path / "tokens.json"),
@@ -77,11 +79,16 @@ def metrics(tmp_path: Path) -> Iterator[Metrics]:
     pool, store, lag = Pool(settings), TokenStore(settings), LoopLag()
     gate = access.Access(settings, client_keys.ClientKeys(settings.client_keys_file))
     proxy = forward.Proxy(settings, store, gate, pool)
-    metrics = Metrics(Recorder(), store, pool, lag)
+    counting = Recorder()
+    trouble = Trouble(counting.upstream)
+    own = OwnNumbers(counting, pool, lag, trouble)
+    metrics = Metrics(own, store)
     with gevent.socket.socket() as listener:
         application = app.create_app(proxy, store, gate, metrics=metrics.page)
-        metrics.server = Server(listener, application, proxy, settings, 10, metrics.recorder.add)
-        yield metrics
+        own.server = trouble.server = Server(
+            listener, application, proxy, settings, 10, counting.add
+        )
+        yield metrics, counting
     lag.close()
 
 
@@ -194,14 +201,17 @@ def test_counting_lets_other_greenlets_run() -> None:
     assert held_less_than_the_limit(work)
 
 
-def test_a_scrape_of_many_series_lets_other_greenlets_run(metrics: Metrics) -> None:
+def test_a_scrape_of_many_series_lets_other_greenlets_run(
+    scrape: tuple[Metrics, Recorder],
+) -> None:
+    metrics, counting = scrape
     for number in range(100):
         for status in (200, 400, 429, 500):
-            metrics.recorder.add(record(key=f"key-{number}", status=status))
+            counting.add(record(key=f"key-{number}", status=status))
         for model in range(10):
             content = CHAT.replace(b"grok-4.5", b"model-%d" % model)
-            metrics.recorder.add(record(content, key=f"key-{number}"))
-    metrics.recorder.fold()
+            counting.add(record(content, key=f"key-{number}"))
+    counting.fold()
     text = metrics.page(OPENMETRICS)[0].decode()
     families = list(text_string_to_metric_families(text))
     assert sum(len(family.samples) for family in families) > 4000
@@ -209,11 +219,14 @@ def test_a_scrape_of_many_series_lets_other_greenlets_run(metrics: Metrics) -> N
     assert held_less_than_the_limit(lambda: metrics.page(""))
 
 
-def test_scrapes_at_the_same_time_hold_no_longer(metrics: Metrics) -> None:
+def test_scrapes_at_the_same_time_hold_no_longer(
+    scrape: tuple[Metrics, Recorder],
+) -> None:
+    metrics, counting = scrape
     for number in range(100):
         for status in (200, 400, 429, 500):
-            metrics.recorder.add(record(key=f"key-{number}", status=status))
-    metrics.recorder.fold()
+            counting.add(record(key=f"key-{number}", status=status))
+    counting.fold()
 
     def work() -> None:
         scrapes = [gevent.spawn(metrics.page, "") for _ in range(4)]

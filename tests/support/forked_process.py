@@ -141,6 +141,7 @@ def start_python(
     environ: dict[str, str],
     new_session: bool = False,
     traced: bool = False,
+    stdin: int = 0,
 ) -> subprocess.Popen[bytes] | ForkedProcess:
     """Start `python -W error ARGUMENT...` by forking a process with the imports of `module`.
 
@@ -154,7 +155,7 @@ def start_python(
             process = ForkedProcess(
                 module,
                 arguments,
-                [0, 1, write, *entered],
+                [stdin, 1, write, *entered],
                 cwd=str(cwd),
                 environ=environ,
                 new_session=new_session,
@@ -169,6 +170,7 @@ def start_python(
         [*prefix, *PYTHON, *arguments],
         cwd=cwd,
         env=environ,
+        stdin=stdin,
         stderr=subprocess.PIPE,
         start_new_session=new_session,
     )

@@ -78,6 +78,7 @@ class ProxyProcess:
 
     `path`: that of the Unix socket that it listens on, or None; `port` is 0 then.
     Settings are keywords: `idle_timeout=0.5` is XAI_PROXY_IDLE_TIMEOUT. `environ`: other variables.
+    `arguments`: of the command line. `stdin`: the descriptor of its standard input.
     The token file is `folder`/tokens.json, which sign_in() writes. close() asserts a clean exit.
     """
 
@@ -88,6 +89,8 @@ class ProxyProcess:
         way: str = "relayed",
         prefix: tuple[str, ...] = (),
         command: list[str] | None = None,
+        arguments: tuple[str, ...] = (),
+        stdin: int = 0,
         read_log: bool = True,
         environ: dict[str, str] | None = None,
         **settings: Any,
@@ -102,7 +105,12 @@ class ProxyProcess:
             )
         else:
             self.process = start_python(
-                "xaiproxy", WAYS[way], prefix=prefix, cwd=folder, environ=environ
+                "xaiproxy",
+                [*WAYS[way], *arguments],
+                prefix=prefix,
+                cwd=folder,
+                environ=environ,
+                stdin=stdin,
             )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reading = threading.Event()

@@ -48,6 +48,7 @@ from xaiproxy.proxy.listener import (
     set_options,
 )
 from xaiproxy.proxy.loop_lag import LoopLag
+from xaiproxy.proxy.numbers import OwnNumbers
 from xaiproxy.proxy.recorder import Recorder
 from xaiproxy.proxy.server import AdminServer, Server
 from xaiproxy.proxy.socket_file import SocketFile
@@ -205,15 +206,19 @@ def run(
     """Serve until `signals.stop` is set, then drain until `signals.abort` is set."""
     # It imports prometheus_client, which takes as long as the rest of --help.
     from xaiproxy.proxy.metrics import Metrics
+    from xaiproxy.proxy.shared_numbers import SharedNumbers
 
     pool = Pool(settings)
     store, gate = TokenStore(settings), access.Access(settings, keys)
     spans = traces.start(settings)
     proxy = forward.Proxy(settings, store, gate, pool, spans)
     recorder, lag = Recorder(None if spans is None else spans.end), LoopLag()
-    metrics = Metrics(recorder, store, pool, lag)
     trouble = Trouble(recorder.upstream)
-    status = Status(store, recorder.history, trouble, time.time())
+    own = OwnNumbers(recorder, pool, lag, trouble)
+    shared = None
+    if slot is not None and workers > 1:
+        shared = SharedNumbers(own, settings, listener.getsockname(), slot, workers)
+    metrics, status = Metrics(shared or own, store), Status(store, shared or own)
 
     def on_end(record: RequestRecord) -> None:
         if not request_log.is_late(record):
@@ -221,7 +226,7 @@ def run(
         recorder.add(record)
 
     def status_now() -> dict[str, Any]:
-        return status.members(server, time.time())
+        return status.members(time.time())
 
     server = Server(
         listener,
@@ -234,7 +239,7 @@ def run(
         on_end,
         shared=workers > 1,
     )
-    metrics.server = trouble.server = server
+    own.server = trouble.server = server
     admin = None
     if admin_listener is not None:
         page = functools.partial(metrics.page, own=0)
@@ -246,6 +251,8 @@ def run(
         admin.start()
         logger.info("health checks and metrics on %s", origin(admin_listener))
     server.start()
+    if shared is not None:
+        gevent.spawn(shared.run)
     logger.info(
         "listening on %s%s",
         place(listener),
@@ -280,6 +287,8 @@ def run(
     pool.close()
     # It writes log lines and ends spans of the last requests.
     recorder.fold()
+    if shared is not None:
+        shared.close()
     if spans is not None:
         spans.close()
 

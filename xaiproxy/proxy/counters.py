@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
 
 from xaiproxy.http1.request_record import RequestRecord
 from xaiproxy.proxy.routes import ROUTES
@@ -27,6 +29,14 @@ class Histogram:
         self.bounds = bounds
         self.counts = [0] * (len(bounds) + 1)
         self.sum = 0.0
+
+    def plain(self) -> list[Any]:
+        return [self.sum, self.counts]
+
+    def add_plain(self, plain: list[Any]) -> None:
+        total, counts = plain
+        self.sum += total
+        self.counts = [own + other for own, other in zip(self.counts, counts, strict=True)]
 
 
 class Names:
@@ -55,6 +65,25 @@ class RouteCounters:
         self.duration = Histogram(DURATION)
         self.first_byte = Histogram(FIRST_BYTE)
         self.request_bytes = self.response_bytes = 0
+
+    def plain(self) -> dict[str, Any]:
+        return {
+            "requests": rows(self.requests),
+            "ended": self.ended,
+            "duration": self.duration.plain(),
+            "first_byte": self.first_byte.plain(),
+            "request_bytes": self.request_bytes,
+            "response_bytes": self.response_bytes,
+        }
+
+    def add_plain(self, plain: Mapping[str, Any]) -> None:
+        for status, key, number in plain["requests"]:
+            self.requests[status, key] += number
+        add_numbers(self.ended, plain["ended"])
+        self.duration.add_plain(plain["duration"])
+        self.first_byte.add_plain(plain["first_byte"])
+        self.request_bytes += plain["request_bytes"]
+        self.response_bytes += plain["response_bytes"]
 
 
 class Counters:
@@ -109,3 +138,41 @@ class Counters:
         sums[1] += usage.cached_input
         sums[2] += usage.output
         sums[3] += usage.reasoning
+
+    def plain(self) -> dict[str, Any]:
+        """All of it in types that JSON has, for another process."""
+        return {
+            "routes": {name: one.plain() for name, one in self.routes.items() if one.requests},
+            "overhead": self.overhead.plain(),
+            "tokens": rows(self.tokens),
+            **{name: getattr(self, name) for name in NUMBERS},
+        }
+
+    def add_plain(self, plain: Mapping[str, Any]) -> None:
+        """Add what `plain` has returned in another process."""
+        for name, values in plain["routes"].items():
+            self.routes[name].add_plain(values)
+        self.overhead.add_plain(plain["overhead"])
+        add_rows(self.tokens, plain["tokens"])
+        for name in NUMBERS:
+            add_numbers(getattr(self, name), plain[name])
+
+
+# The attributes of Counters that are dicts of numbers by names.
+NUMBERS = ("upstream_errors", "tokens_refused", "rejected", "unread")
+
+
+def rows(values: Mapping[tuple[Any, str], Any]) -> list[list[Any]]:
+    """JSON has no tuples as names of members."""
+    return [[first, second, value] for (first, second), value in values.items()]
+
+
+def add_rows(sums: dict[tuple[str, str], list[int]], others: list[list[Any]]) -> None:
+    for first, second, numbers in others:
+        own = sums.get((first, second), [0] * len(TYPES))
+        sums[first, second] = [one + other for one, other in zip(own, numbers, strict=True)]
+
+
+def add_numbers(numbers: dict[str, int], others: Mapping[str, int]) -> None:
+    for name, number in others.items():
+        numbers[name] += number

@@ -7,10 +7,11 @@ import itertools
 import math
 import time
 from bisect import bisect_left
+from collections.abc import Mapping
 from typing import Any
 
 from xaiproxy.http1.request_record import RequestRecord
-from xaiproxy.proxy.counters import OTHER
+from xaiproxy.proxy.counters import OTHER, add_rows, rows
 from xaiproxy.proxy.usage import Usage
 
 MINUTES = 60  # that are kept
@@ -24,19 +25,37 @@ ROWS = 100  # of tokens: the page asks every two seconds, and each takes 3 us
 class Minute:
     """`first_bytes`: the number of first bytes in each of STEPS, and above them."""
 
-    __slots__ = ("_percentiles", "errors", "first_bytes", "requests")
+    __slots__ = ("_percentiles", "_plain", "errors", "first_bytes", "requests")
 
     def __init__(self) -> None:
         self.requests = self.errors = 0
         self.first_bytes = [0] * (len(STEPS) + 1)
         # After so many requests.
         self._percentiles: tuple[int, float | None, float | None] = (0, None, None)
+        self._plain: list[Any] = [0, 0, []]
 
     def percentiles(self) -> tuple[float | None, float | None]:
         """The median and the 95th percentile, computed once for a minute that is over."""
         if self._percentiles[0] != self.requests:
             self._percentiles = self.requests, self.percentile(0.5), self.percentile(0.95)
         return self._percentiles[1:]
+
+    def plain(self) -> list[Any]:
+        """The requests, the errors, and the steps that have first bytes with their numbers.
+
+        It is computed once for a minute that is over.
+        """
+        if self._plain[0] != self.requests:
+            steps = [[step, number] for step, number in enumerate(self.first_bytes) if number]
+            self._plain = [self.requests, self.errors, steps]
+        return self._plain
+
+    def add_plain(self, plain: list[Any]) -> None:
+        requests, errors, steps = plain
+        self.requests += requests
+        self.errors += errors
+        for step, number in steps:
+            self.first_bytes[step] += number
 
     def percentile(self, share: float) -> float | None:
         """The seconds within which `share` of the first bytes were sent; None without any."""
@@ -143,6 +162,28 @@ class History:
     def rate_limits(self) -> dict[str, dict[str, float]]:
         """By kind (tokens, requests): the last `limit` and `remaining`, and `at`, their time."""
         return {kind: dict(values) for kind, values in self._rate_limits.items()}
+
+    def plain(self) -> dict[str, Any]:
+        """All of it in types that JSON has, for another process."""
+        return {
+            "minutes": {number: minute.plain() for number, minute in self._minutes.items()},
+            "day": self._day,
+            "tokens": rows(self._tokens),
+            "rate_limits": self._rate_limits,
+        }
+
+    def add_plain(self, plain: Mapping[str, Any]) -> None:
+        """Add what `plain` has returned in another process."""
+        for number, minute in plain["minutes"].items():
+            self._minutes.setdefault(int(number), Minute()).add_plain(minute)
+        begin, end = plain["day"]
+        if begin > self._day[0]:
+            self._day, self._tokens = (begin, end), {}
+        if begin == self._day[0]:
+            add_rows(self._tokens, plain["tokens"])
+        for kind, seen in plain["rate_limits"].items():
+            if kind not in self._rate_limits or seen["at"] > self._rate_limits[kind]["at"]:
+                self._rate_limits[kind] = seen
 
 
 def _day(at: float) -> tuple[float, float]:

@@ -7,8 +7,7 @@ path. It gets each sample when it is about to render it, and then other greenlet
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
 
 import gevent.lock
 from prometheus_client import CollectorRegistry
@@ -16,28 +15,24 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 from prometheus_client.samples import Sample
 
-from xaiproxy import __version__, kernel, log
-from xaiproxy.http1.pool import Pool
+from xaiproxy import __version__, dropped_lines
 from xaiproxy.proxy import login_metrics, process_metrics, request_metrics
-from xaiproxy.proxy.loop_lag import WINDOW, LoopLag
+from xaiproxy.proxy.loop_lag import WINDOW
 from xaiproxy.proxy.metric_family import counter, gauge, info
+from xaiproxy.proxy.numbers import Numbers, Source
 from xaiproxy.proxy.pace import Pace
-from xaiproxy.proxy.recorder import Recorder
 from xaiproxy.token_store import TokenStore
 
 OPENMETRICS = "application/openmetrics-text"
 
 
 class Metrics:
-    """prometheus_client's collector. `server`: the proxy's, which is made after it."""
+    """prometheus_client's collector."""
 
-    def __init__(self, recorder: Recorder, store: TokenStore, pool: Pool, lag: LoopLag):
-        self.server: Any = None
-        self.recorder = recorder
+    def __init__(self, source: Source, store: TokenStore):
+        self._source = source
         self._store = store
-        self._pool = pool
-        self._lag = lag
-        self._started_at = kernel.started_at()
+        self._numbers = Numbers()
         self._registry = CollectorRegistry()
         self._registry.register(self)
         # Of several at a time, each would have its slice between two turns of the streams.
@@ -49,81 +44,83 @@ class Metrics:
         """The content and its media type. `accept`: the Accept header.
 
         `with_names`: whether the label `key` has the names of client keys. `own`: the requests
-        among those of `server` that are for this page, 0 or 1.
+        that are counted as being answered and are for this page, 0 or 1.
         """
-        self.recorder.fold()
         encode, media_type = choose_encoder(OPENMETRICS if _wants_openmetrics(accept) else "")
         with self._rendering:
             self._with_names, self._own = with_names, own
+            self._numbers = self._source()
             return encode(self._registry), media_type
 
     def collect(self) -> Iterator[Metric]:
-        pace = Pace()
+        pace, numbers = Pace(), self._numbers
+        measured = process_metrics.measure(pace) if numbers.process is None else numbers.process
         for families in (
-            request_metrics.families(self.recorder, self._with_names),
-            self._connections(),
+            request_metrics.families(numbers, self._with_names),
+            _connections(numbers.gauges, numbers.sums, self._own),
             login_metrics.families(self._store, time.time()),
-            self._program(),
-            process_metrics.families(self._started_at, pace),
+            _program(numbers),
+            process_metrics.families(measured, numbers.sums["cpu_seconds"], numbers.started_at),
         ):
             for family in families:
                 # Declared as a list, but only iterated.
                 family.samples = _paced(family.samples, pace)  # type: ignore[assignment]
                 yield family
 
-    def _connections(self) -> Iterator[Metric]:
-        server, pool = self.server, self._pool
-        yield gauge(
-            "xaiproxy_requests_in_flight",
-            "Requests that are being answered, without this one.",
-            (),
-            [(server.busy - self._own,)],
-        )
-        yield gauge("xaiproxy_streams_open", "Open streams.", (), [(server.open["streams"],)])
-        yield gauge(
-            "xaiproxy_websockets_open", "Open WebSockets.", (), [(server.open["websockets"],)]
-        )
-        yield gauge("xaiproxy_connections", "Client connections.", (), [(len(server.pool),)])
-        yield gauge(
-            "xaiproxy_connections_limit",
-            "Client connections above which requests are refused (XAI_PROXY_MAX_CONNECTIONS).",
-            (),
-            [(server.connections,)],
-        )
-        yield counter(
-            "xaiproxy_connections_accepted",
-            "Client connections that were accepted.",
-            (),
-            [(server.accepted,)],
-        )
-        yield gauge(
-            "xaiproxy_upstream_connections",
-            "Open connections to upstream.",
-            ("state",),
-            [("busy", pool.busy), ("idle", pool.idle)],
-        )
-        yield counter(
-            "xaiproxy_upstream_connections_opened",
-            "Connections to upstream that were opened.",
-            (),
-            [(pool.opened,)],
-        )
 
-    def _program(self) -> Iterator[Metric]:
-        yield gauge(
-            "xaiproxy_event_loop_lag_seconds",
-            f"How late a timer of the event loop was at most in the last {WINDOW} seconds.",
-            (),
-            [(self._lag.seconds(),)],
-        )
-        yield counter(
-            "xaiproxy_log_lines_dropped",
-            "Log lines that were dropped because the log was not read in time.",
-            (),
-            [(log.lines_dropped(),)],
-        )
-        yield info("xaiproxy_build", "The version of xaiproxy.", {"version": __version__})
-        yield gauge("xaiproxy_workers", "Proxy processes.", (), [(1,)])
+def _connections(
+    gauges: Mapping[str, float], sums: Mapping[str, float], own: int
+) -> Iterator[Metric]:
+    yield gauge(
+        "xaiproxy_requests_in_flight",
+        "Requests that are being answered, without this one.",
+        (),
+        [(gauges["busy"] - own,)],
+    )
+    yield gauge("xaiproxy_streams_open", "Open streams.", (), [(gauges["streams"],)])
+    yield gauge("xaiproxy_websockets_open", "Open WebSockets.", (), [(gauges["websockets"],)])
+    yield gauge("xaiproxy_connections", "Client connections.", (), [(gauges["connections"],)])
+    yield gauge(
+        "xaiproxy_connections_limit",
+        "Client connections above which requests are refused (XAI_PROXY_MAX_CONNECTIONS).",
+        (),
+        [(gauges["connections_limit"],)],
+    )
+    yield counter(
+        "xaiproxy_connections_accepted",
+        "Client connections that were accepted.",
+        (),
+        [(sums["connections_accepted"],)],
+    )
+    yield gauge(
+        "xaiproxy_upstream_connections",
+        "Open connections to upstream.",
+        ("state",),
+        [("busy", gauges["upstream_busy"]), ("idle", gauges["upstream_idle"])],
+    )
+    yield counter(
+        "xaiproxy_upstream_connections_opened",
+        "Connections to upstream that were opened.",
+        (),
+        [(sums["upstream_connections_opened"],)],
+    )
+
+
+def _program(numbers: Numbers) -> Iterator[Metric]:
+    yield gauge(
+        "xaiproxy_event_loop_lag_seconds",
+        f"How late a timer of the event loop was at most in the last {WINDOW} seconds.",
+        (),
+        [(numbers.lag,)],
+    )
+    yield counter(
+        "xaiproxy_log_lines_dropped",
+        "Log lines that were dropped because the log was not read in time.",
+        (),
+        [(numbers.sums["log_lines_dropped"] + dropped_lines.published(),)],
+    )
+    yield info("xaiproxy_build", "The version of xaiproxy.", {"version": __version__})
+    yield gauge("xaiproxy_workers", "Proxy processes.", (), [(numbers.workers,)])
 
 
 def _wants_openmetrics(accept: str) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import gevent
@@ -51,6 +51,19 @@ class Recorder:
         self._limited: RequestRecord | None = None
         self._folding = gevent.lock.Semaphore()
         self._timer: Any = gevent.get_hub().loop.timer(DELAY)
+
+    def add_former(
+        self, former_counters: Mapping[str, Any], former_history: Mapping[str, Any]
+    ) -> None:
+        """Continue the counting of another process. Both are what `plain` has returned there."""
+        self.counters.add_plain(former_counters)
+        self.history.add_plain(former_history)
+        # The numbers of names stay limited.
+        for counted in self.counters.routes.values():
+            for _, key in counted.requests:
+                self._keys.bounded(key)
+        for model, _ in self.counters.tokens:
+            self._models.bounded(model)
 
     def add(self, record: RequestRecord) -> None:
         """At the end of a request."""

@@ -11,7 +11,7 @@ from xaiproxy import errors
 from xaiproxy.proxy import routes
 from xaiproxy.proxy.counters import TYPES, Counters, Histogram, RouteCounters
 from xaiproxy.proxy.metric_family import Rows, counter, from_zero, gauge, histogram
-from xaiproxy.proxy.recorder import Recorder
+from xaiproxy.proxy.numbers import Numbers
 
 ENDS = ("done", "client", "upstream", "proxy", "drain")
 KINDS = ("dns", "connect", "tls", "timeout", "reset_before_head", "reset_in_answer", "egress_proxy")
@@ -19,12 +19,12 @@ OUTCOMES = ("replayed", "passed_on")
 UNREAD = ("compressed", "too_long", "none", "cut")
 
 
-def families(recorder: Recorder, with_names: bool) -> Iterator[Metric]:
+def families(numbers: Numbers, with_names: bool) -> Iterator[Metric]:
     """`with_names`: whether the label `key` has the names of client keys."""
     by_key = _as_they_are if with_names else _without_names
-    yield from _of_routes(recorder.counters, by_key)
-    yield from _of_faults(recorder.counters)
-    yield from _of_usage(recorder, by_key)
+    yield from _of_routes(numbers.counters, by_key)
+    yield from _of_faults(numbers.counters)
+    yield from _of_usage(numbers, by_key)
 
 
 def _as_they_are(rows: Rows) -> Rows:
@@ -124,8 +124,8 @@ def _codes(response: type[errors.ErrorResponse]) -> list[str]:
     return [response.code, *(code for one in response.__subclasses__() for code in _codes(one))]
 
 
-def _of_usage(recorder: Recorder, by_key: Callable[[Rows], Rows]) -> Iterator[Metric]:
-    counters, limits = recorder.counters, recorder.history.rate_limits()
+def _of_usage(numbers: Numbers, by_key: Callable[[Rows], Rows]) -> Iterator[Metric]:
+    counters, limits = numbers.counters, numbers.history.rate_limits()
     yield counter(
         "xaiproxy_tokens",
         "Tokens by model, type and client key; input includes cached_input, output reasoning.",

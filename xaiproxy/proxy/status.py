@@ -11,11 +11,8 @@ from typing import Any
 import xaiproxy
 from xaiproxy import errors, judgement, quota, refresher_status, token_store
 from xaiproxy.judgement import Verdict
-from xaiproxy.proxy.history import History
-from xaiproxy.proxy.server import Server
-from xaiproxy.proxy.trouble import Trouble
+from xaiproxy.proxy.numbers import Numbers, Source
 
-WORKERS = 1
 # What to type; without a path of the checkout.
 COMMANDS = {
     Verdict.FAILING: "xai-login --doctor",
@@ -32,53 +29,47 @@ COMMANDS = {
 
 
 class Status:
-    def __init__(
-        self,
-        store: token_store.TokenStore,
-        history: History,
-        trouble: Trouble,
-        started_at: float,
-    ):
+    def __init__(self, store: token_store.TokenStore, source: Source):
         self._store = store
-        self._history = history
-        self._trouble = trouble
+        self._source = source
         self._skew = store.settings.refresh_skew
-        self._started_at = started_at
 
-    def members(self, server: Server, now: float) -> dict[str, Any]:
+    def members(self, now: float) -> dict[str, Any]:
         """Every member is there; None for what is not known. Times are unix seconds."""
-        seen = quota.read(self._store)
+        seen, numbers = quota.read(self._store), self._source()
+        gauges = numbers.gauges
         return {
             "at": now,
-            "started_at": self._started_at,
+            "started_at": numbers.started_at,
             "version": xaiproxy.__version__,
-            "workers": WORKERS,
-            **self._verdict(now),
+            "workers": numbers.workers,
+            **self._verdict(numbers, now),
             "token": self._token(now),
             "now": {
                 # Without the request for this.
-                "in_flight": server.busy - 1,
-                **server.open,
-                "connections": len(server.pool),
-                "connections_limit": server.connections,
+                "in_flight": gauges["busy"] - 1,
+                "streams": gauges["streams"],
+                "websockets": gauges["websockets"],
+                "connections": gauges["connections"],
+                "connections_limit": gauges["connections_limit"],
             },
-            "hour": self._history.minutes(now),
+            "hour": numbers.history.minutes(now),
             "quota": seen and dataclasses.asdict(seen),
-            "rate_limits": self._history.rate_limits(),
-            "tokens_today": self._history.tokens_today(now),
+            "rate_limits": numbers.history.rate_limits(),
+            "tokens_today": numbers.history.tokens_today(now),
         }
 
-    def _verdict(self, now: float) -> dict[str, Any]:
+    def _verdict(self, numbers: Numbers, now: float) -> dict[str, Any]:
         """What comes first: whether requests are served, and what to type."""
         found = judgement.of(self._store, now)
         good = found.verdict is Verdict.GOOD
-        trouble = self._trouble.sentence() if found.ready else ""
+        trouble = numbers.trouble if found.ready else ""
         sentences = [] if trouble and good else [found.sentence]
         if trouble:
             sentences.append(f"{trouble[0].upper()}{trouble[1:]}.")
         if not found.ready:
             state = "not_serving"
-        elif self._trouble.is_saturated():
+        elif numbers.is_saturated:
             state = "saturated"
         else:
             state = "serving" if good and not trouble else "attention"

@@ -1,0 +1,189 @@
+"""The numbers of all workers, which they exchange through files in the run folder.
+
+Each worker writes a file of its own, by its slot: once a second while they change, and before it
+answers a request for the numbers of all. So no number that any worker has shown is lost when one of
+them is killed, or differs when another one is asked: counters do not fall. A killed worker loses
+what it counted in its last second. The next worker of the slot continues its counters.
+
+A file has two lines of JSON. What the first one has changes all the time, and is no reason to write
+the file: an idle proxy keeps no disk busy.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import gevent
+import gevent.lock
+
+from xaiproxy import config, errors, folder_file, run_folder
+from xaiproxy.proxy import process_metrics
+from xaiproxy.proxy.numbers import Numbers, OwnNumbers, add
+from xaiproxy.proxy.pace import Pace
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+INTERVAL = 1.0  # seconds between two writes
+SIZE_LIMIT = 1 << 22  # bytes
+# A file that is missing, of another version, or broken.
+UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError)
+
+
+class SharedNumbers:
+    def __init__(
+        self,
+        own: OwnNumbers,
+        settings: config.Config,
+        address: str | tuple[str, int],
+        slot: int,
+        workers: int,
+    ):
+        """`address`: of the listening socket."""
+        self._own = own
+        self._slot = slot
+        self._paths = [run_folder.numbers(settings, address, one) for one in range(workers)]
+        self._saving = gevent.lock.Semaphore()
+        # The content of the own file, and its second line.
+        self._content = b""
+        self._lasting = ""
+        self._complained = False
+        self._is_closed = False
+        # Of former workers of the slot.
+        self._former: dict[str, float] = {}
+        try:
+            run_folder.make(settings)
+        except errors.StorageError as error:
+            self._complain(error)
+        if (former := _parsed(_read(self._paths[slot]))) is not None:
+            own.recorder.add_former(former["counters"], former["history"])
+            self._former = former["sums"]
+
+    def __call__(self) -> Numbers:
+        """Those of all workers; only the own ones while they cannot be written."""
+        if not self.save():
+            numbers = self._own()
+            add(numbers.sums, self._former)
+            return numbers
+        siblings = [path for slot, path in enumerate(self._paths) if slot != self._slot]
+        pool, pace, total = gevent.get_hub().threadpool, Pace(), Numbers(process={})
+        for content in [self._content, *(pool.apply(_read, (path,)) for path in siblings)]:
+            plain = _parsed(content)
+            pace()
+            if plain is not None:
+                total.add_plain(plain)
+                if plain["running"] and _is_running(plain["pid"]):
+                    _add_running(total, plain)
+                pace()
+        return total
+
+    def run(self) -> None:
+        while True:
+            self.save()
+            gevent.sleep(INTERVAL)
+
+    def close(self) -> None:
+        """At the end of the process."""
+        self._is_closed = True
+        self.save()
+
+    def save(self) -> bool:
+        """Write the numbers of this process if they have changed; return whether they are there."""
+        # One after the other, so that a later content is not replaced by an earlier one.
+        with self._saving:
+            numbers = self._own()
+            add(numbers.sums, self._former)
+            cpu_seconds = numbers.sums.pop("cpu_seconds")
+            lasting = json.dumps(
+                {
+                    **numbers.plain(),
+                    "gauges": numbers.gauges,
+                    "trouble": numbers.trouble,
+                    "is_saturated": numbers.is_saturated,
+                    "running": not self._is_closed,
+                }
+            )
+            if lasting == self._lasting:
+                return True
+            changing = {
+                "format": FORMAT,
+                "pid": os.getpid(),
+                "cpu_seconds": cpu_seconds,
+                "process": process_metrics.measure(Pace()),
+                "lag": numbers.lag,
+                "started_at": numbers.started_at,
+            }
+            content = f"{json.dumps(changing)}\n{lasting}\n".encode()
+            # A disk may be slow, and the event loop must not wait for it.
+            failure = gevent.get_hub().threadpool.apply(_write, (self._paths[self._slot], content))
+            if failure is not None:
+                self._complain(failure)
+                return False
+            self._content, self._lasting, self._complained = content, lasting, False
+            return True
+
+    def _complain(self, error: Exception) -> None:
+        if not self._complained:
+            self._complained = True
+            logger.warning(
+                "the numbers of this worker cannot be written, so /metrics and the status page "
+                "have those of one worker: %s",
+                error,
+            )
+
+
+def _write(path: Path, content: bytes) -> OSError | None:
+    """Return what is raised: gevent would log its traceback."""
+    try:
+        folder_file.replace(path, content)
+    except OSError as error:
+        return error
+    return None
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return folder_file.read(path, SIZE_LIMIT)[0]
+    except OSError:
+        return b""
+
+
+def _parsed(content: bytes) -> dict[str, Any] | None:
+    """The members of a file, in a form that can be added up, or None."""
+    try:
+        changing, lasting = map(json.loads, content.splitlines())
+        if changing["format"] != FORMAT:
+            return None
+        plain = {**changing, **lasting}
+        plain["sums"]["cpu_seconds"] = plain["cpu_seconds"]
+        trial = Numbers(process={})
+        trial.add_plain(plain)
+        _add_running(trial, plain)
+    except UNREADABLE:
+        return None
+    return plain
+
+
+def _add_running(total: Numbers, plain: dict[str, Any]) -> None:
+    add(total.gauges, plain["gauges"])
+    assert total.process is not None
+    add(total.process, plain["process"])
+    total.lag = max(total.lag, plain["lag"])
+    total.started_at = max(total.started_at, plain["started_at"])
+    total.trouble = total.trouble or str(plain["trouble"])
+    total.is_saturated |= bool(plain["is_saturated"])
+    total.workers += 1
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
