@@ -16,6 +16,9 @@ from xaiproxy import config, errors, storage, token_folder
 from xaiproxy.addresses import UnixSocket
 from xaiproxy.token_store import TokenStore
 
+# The programs of supervisord. WORKERS is also its group of several processes.
+WORKERS, REFRESHER = "proxy", "refresher"
+
 
 def path_of(settings: config.Config) -> Path:
     return settings.token_path.parent / "run"

@@ -5,7 +5,7 @@ container looks healthy and serves no requests. The usual event listener then se
 SIGTERM, which ends it with status 0, so that `restart: on-failure` leaves the container down. From
 inside, both can be right: the other programs are stopped in their order and drain, and supervisord
 ends with a failure. A program that ends with status 78 is not restarted at all, because a wrong
-setting does not heal.
+setting does not heal. Only a worker whose siblings serve does not end all: see xai-restart.
 
 supervisord imports this module when it reads `[rpcinterface:fatal]` in its configuration. It calls
 the factory that is named there only for a control socket, which is missing, and clears the
@@ -35,16 +35,24 @@ import sys
 import sysconfig
 import time
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 from supervisor import dispatchers, events, loggers, options, process
 from supervisor.states import ProcessStates, SupervisorStates
 
-from xaiproxy import command, config, dropped_lines, errors, inherited_socket, kernel, log
+from xaiproxy import (
+    command,
+    config,
+    dropped_lines,
+    errors,
+    inherited_socket,
+    kernel,
+    log,
+    run_folder,
+)
 from xaiproxy.line_writer import DROPPED, LINE_LIMIT, LineWriter
 
 EXIT_FATAL = 70  # EX_SOFTWARE of sysexits.h
-WORKERS = "proxy"  # the program that xai-serve --workers starts several times
 STDOUT = "/dev/fd/1"  # stdout_logfile of a program whose lines follow supervisord's own
 NAME = "supervisord"  # in its own lines
 LOG_FORMAT = "XAI_PROXY_LOG_FORMAT"
@@ -62,15 +70,32 @@ LOG_LINE = re.compile(rb'(\{"time": ")?20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z["
 class FatalCheck(events.TickEvent):  # type: ignore[misc]  # supervisor is untyped
     period = 1  # seconds; supervisord's loop is no slower
     output: Any = None  # an Output
+    # Workers that cannot be kept running, and whose log lines have been written.
+    named: ClassVar[set[str]] = set()
 
     def __init__(self, when: int, supervisord: Any):
         super().__init__(when, supervisord)
         # Write lines that wait for room.
         self.output.flush()
         for group in supervisord.process_groups.values():
-            for program in group.processes.values():
-                if program.get_state() == ProcessStates.FATAL:
-                    end(program, program.spawnerr)
+            programs = group.processes
+            fatal = {name for name in programs if programs[name].get_state() == ProcessStates.FATAL}
+            for name in fatal:
+                if len(fatal) == len(programs):
+                    end(programs[name], programs[name].spawnerr)
+                elif name not in self.named:
+                    name_fatal(programs[name])
+            self.named.difference_update(programs)
+            self.named.update(fatal)
+
+
+def name_fatal(program: Any) -> None:
+    """Log that one of several workers is missing."""
+    name = program.config.name
+    program.config.options.logger.critical(
+        f"{name} cannot be kept running ({program.spawnerr}), and the other workers serve without "
+        f"it; correct the cause in the last lines of {name}, then run xai-restart"
+    )
 
 
 def end(program: Any, reason: str) -> None:
@@ -102,7 +127,15 @@ def finish(self: Any, pid: int, status: int) -> None:
     for program_log in filter(None, logs):
         program_log.close()
     if os.waitstatus_to_exitcode(status) == errors.EXIT_CONFIGURATION:
-        end(self, f"exit status {errors.EXIT_CONFIGURATION}")
+        self.spawnerr = f"exit status {errors.EXIT_CONFIGURATION}"
+        siblings = [one for one in self.group.processes.values() if one is not self]
+        if any(one.get_state() == ProcessStates.RUNNING for one in siblings):
+            # Process.give_up does this, but only for a program that ended during its start.
+            self.delay = self.backoff = 0
+            self.system_stop = True
+            self.change_state(ProcessStates.FATAL)
+        else:
+            end(self, self.spawnerr)
 
 
 def fork(self: Any) -> int:
@@ -132,7 +165,7 @@ def prepare_child_fds(self: Any) -> None:
 
     An [fcgi-program] would do the same with sockets that supervisord opens: without IPv6.
     """
-    if self.group.config.name == WORKERS and inherited_socket.is_listening(0):
+    if self.group.config.name == run_folder.WORKERS and inherited_socket.is_listening(0):
         self.pipes["child_stdin"] = 0
     _prepare_child_fds(self)
 
