@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import npm_package
 import pytest
 import yaml
 from checkout import ROOT
@@ -103,32 +104,8 @@ def test_claude_codes_variables_have_the_key_once(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="session")
 def openai_js() -> Path:
-    """A folder in which node finds OpenAI's library; it stays in .venv for the next run."""
-    if not (shutil.which("node") and shutil.which("npm")):
-        pytest.skip("node or npm is not installed")
-    version = subprocess.run(
-        ["node", "--version"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    if int(version[1:].partition(".")[0]) < 20:
-        pytest.skip(f"node {version} is too old for {OPENAI_JS}")
-    folder = Path(sys.prefix) / "npm" / OPENAI_JS
-    if not (folder / "node_modules" / "openai" / "package.json").exists():
-        command = [
-            "npm",
-            "install",
-            "--no-audit",
-            "--no-fund",
-            "--ignore-scripts",
-            "--fetch-retries=0",
-            "--fetch-timeout=20000",
-            "--prefix",
-            folder,
-            OPENAI_JS,
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        if done.returncode:
-            pytest.skip(f"npm could not install {OPENAI_JS}: {done.stderr.strip()[-200:]}")
-    return folder
+    """A folder in which node finds OpenAI's library."""
+    return npm_package.installed(OPENAI_JS)
 
 
 @pytest.mark.parametrize("name", ["openai_python.py", "langchain.py", "openai.mjs"])
