@@ -21,7 +21,7 @@ import urllib.parse
 from collections.abc import Callable
 from typing import Any
 
-from xaiproxy import addresses, errors
+from xaiproxy import config, errors
 from xaiproxy.oauth import authorization_code
 from xaiproxy.oauth.callback_request import HEAD_LIMIT, ORIGIN, REQUEST, CallbackRequest, respond
 
@@ -45,9 +45,9 @@ class Listener:
         self._socket.setblocking(False)
         self.redirect_uri = f"http://127.0.0.1:{self._socket.getsockname()[1]}{PATH}"
         parts = urllib.parse.urlsplit(issuer)
-        self._origins = XAI_ORIGINS
-        if addresses.is_loopback(parts.hostname):
-            self._origins |= {f"{parts.scheme}://{parts.netloc.lower()}"}
+        self.origins = frozenset((f"{parts.scheme}://{parts.netloc.lower()}",))
+        if issuer == config.DEFAULT_ISSUER:
+            self.origins = XAI_ORIGINS
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._socket, selectors.EVENT_READ)
         self._connections: dict[Any, CallbackRequest] = {}  # by socket, oldest first
@@ -211,7 +211,7 @@ class Listener:
         method, target, fields = request.groups()
         path, _, query = target.decode("latin-1").partition("?")
         origin = next((found[1].decode("latin-1") for found in ORIGIN.finditer(fields)), None)
-        origin = origin if origin in self._origins else None
+        origin = origin if origin in self.origins else None
         if path != PATH:
             respond(connection, 404, "Not found.")
         elif method == b"OPTIONS":
