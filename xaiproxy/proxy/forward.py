@@ -14,7 +14,7 @@ import time
 import urllib.parse
 from typing import TYPE_CHECKING
 
-from xaiproxy import __version__, config, errors, judgement, token_store, tokens
+from xaiproxy import __version__, config, errors, judgement, provider, token_store, tokens
 from xaiproxy.http1 import exchange, headers, message_head, response_head
 from xaiproxy.http1.client_request import ClientRequest
 from xaiproxy.http1.client_response import Answer
@@ -65,6 +65,7 @@ class Proxy:
         self._pseudonym = "" if is_xai else "xaiproxy-" + secrets.token_hex(8)
         affinity = is_xai and settings.cache_affinity
         self._conversation_ids = ConversationIds() if affinity else None
+        self._of_xai = provider.is_xai(settings.client_id, settings.issuer)
         self._outage = Outage(lambda: judgement.of(store, time.time()).ready)
         # By the proxy that ran before this one.
         store.refused = store.asked_for()
@@ -105,14 +106,14 @@ class Proxy:
         login = self._login.valid()
         sent = self._send(request, login)
         try:
-            if is_refused_token(sent):
+            if is_refused_token(sent, self._of_xai):
                 newer = self._login.other_than(login, WAIT if body.replayable else 0)
                 request.token_refused = "passed_on"
                 if newer is not None and body.replayable:
                     request.token_refused = "replayed"
                     sent.close()
                     sent = self._send(request, newer)
-                    if is_refused_token(sent):
+                    if is_refused_token(sent, self._of_xai):
                         request.token_refused = "passed_on"
                         self._store.remember_refusal(newer.access_token)
             if sent.head.status < 400 and (self._store.refused or self._outage.lasts):

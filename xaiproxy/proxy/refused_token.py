@@ -8,11 +8,14 @@ from xaiproxy.http1.exchange import Exchange
 from xaiproxy.proxy import content
 
 
-def is_refused_token(exchange: Exchange) -> bool:
-    """xAI answers an invalid token with 403, which it also uses for other causes."""
+def is_refused_token(exchange: Exchange, of_xai: bool) -> bool:
+    """Whether it is RFC 6750's 401, or xAI's 403, which xAI also sends for other causes.
+
+    `of_xai`: whether upstream is xAI's API; a similar 403 of another API has an unknown cause.
+    """
     if exchange.head.status == 401:
         return True
-    if exchange.head.status != 403:
+    if exchange.head.status != 403 or not of_xai:
         return False
     return tokens.is_refusal(_decoded(exchange.head, exchange.peek()))
 
