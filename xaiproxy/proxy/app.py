@@ -56,7 +56,7 @@ def create_app(
     `is_stopping`: returns whether clients should go elsewhere, because the proxy will end.
     """
     app = flask.Flask("xaiproxy", static_folder=None, template_folder=None)
-    page = status_page.StatusPage()
+    page = status_page.StatusPage(store.settings)
 
     @app.before_request
     def check_access() -> flask.Response | None:

@@ -9,7 +9,7 @@ import dataclasses
 from typing import Any
 
 import xaiproxy
-from xaiproxy import errors, judgement, quota, refresher_status, token_store
+from xaiproxy import errors, judgement, provider, quota, refresher_status, token_store
 from xaiproxy.judgement import Verdict
 from xaiproxy.proxy.numbers import Numbers, Source
 
@@ -33,6 +33,8 @@ class Status:
         self._store = store
         self._source = source
         self._skew = store.settings.refresh_skew
+        # Whether `xai-login --status --quota` knows how to ask.
+        self._asks_quota = provider.is_xai(store.settings.client_id, store.settings.issuer)
 
     def members(self, now: float) -> dict[str, Any]:
         """Every member is there; None for what is not known. Times are unix seconds."""
@@ -55,6 +57,7 @@ class Status:
             },
             "hour": numbers.history.minutes(now),
             "quota": seen and dataclasses.asdict(seen),
+            "asks_quota": self._asks_quota,
             "rate_limits": numbers.history.rate_limits(),
             "tokens_today": numbers.history.tokens_today(now),
         }

@@ -12,8 +12,14 @@ from pathlib import Path
 
 import flask
 
+from xaiproxy import config, provider
+
 PAGE = Path(__file__).with_name("page.html")
 BLOCK = re.compile(r"<(style|script)>(.*?)</\1>", re.DOTALL)
+# The clients, a line of JSON each.
+CLIENTS = re.compile(r'(?<=id="snippets">\n\[\n).*?(?=\n\]\n</script>)', re.DOTALL)
+MODEL = re.compile(r"grok[- ]4\.5", re.IGNORECASE)  # the only model that most clients' files name
+OF_XAI = re.compile(r"\bxai\b|x\.ai|grok", re.IGNORECASE)
 ALLOWED = ("connect-src 'self'", "frame-ancestors 'none'", "base-uri 'none'", "form-action 'none'")
 
 
@@ -27,9 +33,21 @@ def policy(page: str) -> str:
     return "; ".join(("default-src 'none'", *inline, *ALLOWED))
 
 
+def without_xai(page: str) -> str:
+    """The page without xAI's model, and without clients whose files have more of xAI in them."""
+
+    def general(clients: re.Match[str]) -> str:
+        lines = MODEL.sub("MODEL", clients[0]).splitlines()
+        return ",\n".join(line.removesuffix(",") for line in lines if not OF_XAI.search(line))
+
+    return CLIENTS.sub(general, page)
+
+
 class StatusPage:
-    def __init__(self) -> None:
+    def __init__(self, settings: config.Config) -> None:
         self._content = PAGE.read_text("utf-8")
+        if not provider.is_xai(settings.client_id, settings.issuer):
+            self._content = without_xai(self._content)
         self._fields = {
             "Content-Security-Policy": policy(self._content),
             # The page is checked by its ETag at each use.
