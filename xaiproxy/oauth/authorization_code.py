@@ -22,7 +22,7 @@ import urllib.parse
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from xaiproxy import config, errors, tokens
+from xaiproxy import config, errors, provider, tokens
 from xaiproxy.oauth import discovery, token_endpoint
 from xaiproxy.oauth.session import Session
 
@@ -79,6 +79,15 @@ def authorization_url(
         raise errors.IssuerUnavailable(
             f"{metadata.issuer} offers no browser login; use " + errors.typed("xai-login --device")
         )
+    if provider.is_xai(settings.client_id, settings.issuer):
+        # Without this plan, xAI's consent page used to refuse loopback redirects. The referrer is
+        # the program that signs in.
+        more = {"plan": "generic", "referrer": "xaiproxy"}
+    elif "offline_access" in settings.scope.split():
+        # OpenID Connect Core section 11: that scope is ignored without it.
+        more = {"prompt": "consent"}
+    else:
+        more = {}
     query = urllib.parse.urlencode(
         {
             "response_type": "code",
@@ -89,10 +98,7 @@ def authorization_url(
             "nonce": attempt.nonce,
             "code_challenge": attempt.code_challenge(),
             "code_challenge_method": "S256",
-            # Without it, xAI's consent page used to refuse loopback redirects.
-            "plan": "generic",
-            # The program that signs in.
-            "referrer": "xaiproxy",
+            **more,
         },
         quote_via=urllib.parse.quote,
     )
