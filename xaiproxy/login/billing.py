@@ -1,7 +1,7 @@
 """The request to xAI's billing endpoint: how much of the account's quota is used.
 
-For a login of auth.x.ai that endpoint is at cli-chat-proxy.grok.com. For a login of another issuer
-it is at the upstream, since no other host may get that access token.
+For a login of auth.x.ai that endpoint is at cli-chat-proxy.grok.com. For a login of the sandbox it
+is at the upstream, since no other host may get that access token. Other providers are not asked.
 """
 
 import datetime
@@ -9,7 +9,7 @@ import re
 import urllib.parse
 from typing import Any
 
-from xaiproxy import config, errors, quota, tokens
+from xaiproxy import config, errors, provider, quota, tokens
 from xaiproxy.oauth.session import Answer, Session
 from xaiproxy.quota import TIER, WORD, Quota
 from xaiproxy.token_store import TokenStore
@@ -44,6 +44,10 @@ def ask(
         login = store.load()
         if login.expires_at <= now:
             return None, errors.Error("not asked, because the access token has expired")
+        if not provider.is_xai(login.client_id, login.issuer):
+            return None, errors.IssuerUnavailable(
+                f"not asked, because {provider.name(store.settings)} has no known way to ask"
+            )
         found = _request(store.settings, login, now, deadline)
         quota.write(store, login, found)
     except errors.LoginUnusable as error:

@@ -92,7 +92,7 @@ def parser() -> command.ArgumentParser:
     options.add_argument(
         "--quota",
         action="store_true",
-        help="with --status: ask xAI how much of the account's quota is used; with --watch, once",
+        help="with --status: ask how much of the account's quota is used; with --watch, once",
     )
     options.add_argument(
         "--json", action="store_true", help="print one JSON object a line, for programs"
@@ -140,7 +140,7 @@ def has_browser(environ: Mapping[str, str]) -> bool:
     """Whether there is a browser that would open on the user's own screen."""
     if environ.get("SSH_CONNECTION") or environ.get("SSH_TTY"):
         return False
-    # Without these webbrowser finds text browsers, in which xAI's page does not work.
+    # Without these webbrowser finds text browsers, in which consent pages rarely work.
     if not (environ.get("DISPLAY") or environ.get("WAYLAND_DISPLAY") or environ.get("BROWSER")):
         return False
     import webbrowser

@@ -8,7 +8,7 @@ import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from xaiproxy import errors, log, token_json, tokens
+from xaiproxy import errors, log, provider, token_json, tokens
 from xaiproxy.oauth.session import Answer, Session
 
 # Codes that servers are known to use for a dead grant, in lower case. Only the first is RFC 6749's.
@@ -141,7 +141,7 @@ def refusal(
     found = _ErrorResponse.of(answer, form)
     if answer.status < 500:
         noun = "login" if "refresh_token" in form else "code"
-        error = _oauth_error(answer, found, host, noun, kinds or {})
+        error = _oauth_error(answer, found, host, noun, form, kinds or {})
         if error is not None:
             error.sent = answer.is_success
             return error
@@ -166,6 +166,7 @@ def _oauth_error(
     found: _ErrorResponse,
     host: str,
     noun: str,
+    form: Mapping[str, str],
     kinds: Mapping[str, type[errors.OAuthError]],
 ) -> errors.OAuthError | None:
     """The error for a status below 500, or None if no error code in its body is known."""
@@ -183,11 +184,13 @@ def _oauth_error(
         refused.certain = answer.status in (400, 401) and body.get("error") == "invalid_grant"
         return refused
     if answer.status == 403 and CODE.fullmatch(code):
+        of_xai = provider.is_xai(form.get("client_id", ""))
+        place = "https://grok.com" if of_xai else provider.ITS_PAGES
         return errors.NotEntitled(
             code,
             description,
             f"{host} refuses this account ({reason}); the login itself is valid: "
-            "see https://grok.com for what the account's plan includes",
+            f"see {place} for what the account's plan includes",
         )
     if code in ("invalid_client", "unauthorized_client"):
         return errors.ClientRejected(
