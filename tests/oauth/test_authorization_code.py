@@ -125,9 +125,7 @@ def test_another_error_in_the_redirect_is_reported():
         code_from_query(
             "error=invalid_scope&error_description=Unknown+scope%3A+x%1b[31m&state=state-1", STATE
         )
-    assert caught.value.error == "invalid_scope" and not isinstance(
-        caught.value, errors.AccessDenied
-    )
+    assert caught.value.error == "invalid_scope" and caught.value.exit_code == 78
 
 
 @pytest.mark.parametrize(

@@ -220,5 +220,7 @@ def _error_response(fields: Mapping[str, str]) -> errors.OAuthError:
     if code == "access_denied":
         message = f"the login was denied ({reason}); start again to approve it"
         return errors.AccessDenied(code, description, message)
+    if code == "invalid_scope":
+        return token_endpoint.InvalidScope(code, description)
     message = f"the issuer ended the login ({reason}); start again"
     return errors.OAuthError(code, description, message)

@@ -64,7 +64,9 @@ def request(session: Session, metadata: discovery.Metadata, settings: config.Con
     host = urllib.parse.urlsplit(endpoint).netloc
     body = answer.json()
     if answer.status != 200 or body is None:
-        raise token_endpoint.refusal(answer, host, form, {"invalid_scope": _InvalidScope})
+        raise token_endpoint.refusal(
+            answer, host, form, {"invalid_scope": token_endpoint.InvalidScope}
+        )
     device_code, user_code = body.get("device_code"), body.get("user_code")
     if not (
         isinstance(device_code, str)
@@ -147,17 +149,6 @@ def poll(
             on_error(error)
             wait = max(interval, min(2 * wait, MAX_BACKOFF)) if _timed_out(error) else interval
             wait = max(wait, min(error.retry_after or 0.0, MAX_INTERVAL))
-
-
-class _InvalidScope(errors.OAuthError):
-    exit_code = errors.EXIT_CONFIGURATION
-
-    def __init__(self, error: str, description: str, message: str):
-        super().__init__(
-            error,
-            description,
-            f"the issuer refuses the scope ({description or error}); correct XAI_PROXY_SCOPE",
-        )
 
 
 def _complete(issuer: str, body: dict[str, Any], device_code: str) -> str | None:

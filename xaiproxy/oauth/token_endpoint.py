@@ -45,6 +45,19 @@ TEXT_LIMIT = 200  # characters of a server's text in our messages
 LONG_WORD = re.compile(r"[\w~+/=-]{32,}")
 
 
+class InvalidScope(errors.OAuthError):
+    """RFC 6749 sections 4.1.2.1 and 5.2."""
+
+    exit_code = errors.EXIT_CONFIGURATION
+
+    def __init__(self, error: str, description: str, message: str = ""):
+        super().__init__(
+            error,
+            description,
+            f"the issuer refuses the scope ({detail(error, description)}); correct XAI_PROXY_SCOPE",
+        )
+
+
 def refresh(
     session: Session,
     endpoint: str,
