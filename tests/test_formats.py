@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,15 @@ import pytest
 from checkout import ROOT
 from token_files import make_store, save
 
-from xaiproxy import quota, refresher_status, tokens
+from xaiproxy import (
+    client_key_file,
+    client_keys,
+    config,
+    key_uses,
+    quota,
+    refresher_status,
+    tokens,
+)
 from xaiproxy.quota import Quota
 from xaiproxy.refresher import call_record
 from xaiproxy.refresher.calls import Record
@@ -122,3 +131,23 @@ def test_this_version_writes_what_the_former_reads(tmp_path: Path) -> None:
         former = json.loads((FORMATS / "0.1.0" / f"{name}.json").read_text())
         now = json.loads(path.read_text())
         assert now | former == now, name
+
+
+def test_client_keys_are_accepted_and_kept(tmp_path: Path) -> None:
+    for name in ("client-keys", "client-keys.used"):
+        (tmp_path / name).write_bytes((FORMATS / "0.1.0" / name).read_bytes())
+    path = tmp_path / "client-keys"
+    digest = client_keys.digest("example-client-key")
+    assert client_keys.load(path) == {"laptop": digest}
+    assert client_keys.made_at(client_keys.read(path)) == {"laptop": 1_700_000_000}
+    assert key_uses.load(path) == {digest: 1_700_000_100.0}
+    client_key_file.add(path, "phone", "another-key")
+    assert client_keys.load(path)["laptop"] == digest
+
+
+def test_each_setting_is_still_one() -> None:
+    """A renamed setting would end the start, as every unknown XAI_PROXY_ name does."""
+    path = FORMATS / "0.1.0" / "settings.env"
+    before = dict(line.split("=", 1) for line in path.read_text().splitlines())
+    assert not set(before) - set(config.SETTINGS)
+    assert config.from_environ(before, dotenv_path=os.devnull).warnings == ()
