@@ -208,6 +208,19 @@ def test_an_unknown_client_is_named_as_the_cause(login: Login) -> None:
     assert names_xai(done.stdout, done.stderr) == []
 
 
+def test_its_token_does_not_go_to_xai_because_a_setting_is_missing(
+    login: Login, tmp_path: Path
+) -> None:
+    login.path.parent.mkdir()
+    about = {"issuer": login.env["XAI_PROXY_ISSUER"], "client_id": CLIENT}
+    content = {"access_token": "a-token", "refresh_token": "b", "expires_at": 4_000_000_000}
+    login.path.write_text(json.dumps(content | about))
+    login.path.chmod(0o600)
+    assert login.run("--status").returncode == 0
+    shown = login.run("--status", XAI_PROXY_UPSTREAM="")
+    assert shown.returncode == 77 and "set XAI_PROXY_UPSTREAM to the API" in shown.stdout
+
+
 def test_an_account_that_is_refused_is_not_sent_to_xai() -> None:
     answer = Answer(403, {"Content-Type": "application/json"}, b'{"error": "no_plan"}')
     for client_id, place in (

@@ -20,7 +20,7 @@ import time
 import urllib.parse
 from pathlib import Path
 
-from xaiproxy import config, errors, folder_file, storage, token_json, tokens
+from xaiproxy import config, errors, folder_file, provider, storage, token_json, tokens
 from xaiproxy.cached_file import CachedFile
 
 SIZE_LIMIT = 1 << 20  # bytes; a real file has about 2,000
@@ -161,6 +161,13 @@ class TokenStore:
                 "foreign",
                 f"{self.path} holds a login of {login.issuer}, whose tokens go to https on "
                 f"*.x.ai only, but XAI_PROXY_UPSTREAM is {settings.upstream}; correct one of them",
+            )
+        if not provider.is_xai(login.client_id, login.issuer) and is_xai(settings.upstream):
+            # XAI_PROXY_UPSTREAM was probably not set.
+            raise errors.LoginUnusable(
+                "foreign",
+                f"{self.path} holds a login of {login.issuer}, whose tokens do not go to "
+                f"{settings.upstream}; set XAI_PROXY_UPSTREAM to the API that takes them",
             )
 
     def ask_refresh(self, access_token: str) -> None:
