@@ -172,7 +172,10 @@ def test_a_login_by_device_is_served_renewed_and_revoked(login: Login, issuer: P
             proxy.ask("GET", "/status.json").body.decode(),
             proxy.ask("GET", "/metrics").body.decode(),
         ]
-        assert proxy.ask("GET", "/v1/chat/../x").status == 400
+        refused = proxy.ask("GET", "/v1/chat/../x")
+        assert refused.status == 400
+        said += [refused.body.decode()]
+        assert json.loads(proxy.ask("GET", "/status.json").body)["asks_quota"] is False
         for arguments in (["--status"], ["--status", "--quota"], ["--doctor"], ["--help"]):
             port = {} if "--quota" in arguments else {"XAI_PROXY_PORT": str(proxy.port)}
             shown = login.run(*arguments, **port)

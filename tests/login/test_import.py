@@ -1,4 +1,4 @@
-"""xai-login --import: a login moves here from the Rust program, and no file of another kind does."""
+"""xai-login --import: a login comes from OpenAB's proxy, and from no file of another kind."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ GROK_CLI = {
         "oidc_issuer": "https://auth.x.ai",
     }
 }
+DEFAULTS = {"XAI_PROXY_ISSUER": "https://auth.x.ai", "XAI_PROXY_UPSTREAM": "https://api.x.ai"}
 PROGROK = {"accessToken": "secret-access", "refreshToken": "secret-refresh", "expiresAt": 1}
 
 
@@ -102,14 +103,17 @@ def test_an_expired_access_token_is_imported_since_it_can_be_renewed(
     assert members(login.path, *TOKENS) == members(file, *TOKENS)
 
 
-def test_the_default_path_of_the_rust_program_needs_no_import(login: Login, file: Path) -> None:
+def test_a_login_of_xai_is_imported_without_a_network(login: Login, file: Path) -> None:
+    edit(file, token_endpoint="https://auth.x.ai/oauth2/token")
+    done = login.run("--import", str(file), HTTPS_PROXY="http://127.0.0.1:1", **DEFAULTS)
+    assert done.returncode == 0 and " at https://auth.x.ai into " in done.stdout
+    assert members(login.path, *TOKENS) == members(file, *TOKENS)
+
+
+def test_the_default_path_of_their_proxy_needs_no_import(login: Login, file: Path) -> None:
     """Its file loads as it is; with the default settings both programs use the same path."""
     edit(file, token_endpoint="https://auth.x.ai/oauth2/token")
-    environ = {
-        "XAI_PROXY_ISSUER": "https://auth.x.ai",
-        "XAI_PROXY_UPSTREAM": "https://api.x.ai",
-        "XAI_PROXY_TOKEN_PATH": str(file),
-    }
+    environ = DEFAULTS | {"XAI_PROXY_TOKEN_PATH": str(file)}
     theirs = file.read_bytes()
     done = login.run("--import", str(file), **environ)
     assert done.returncode == 0 and done.stdout.startswith("Nothing to import: ")
@@ -212,7 +216,6 @@ def test_each_other_file_is_refused_and_nothing_changes(
 def test_a_login_of_another_issuer_is_refused_by_the_default_settings(
     login: Login, file: Path
 ) -> None:
-    environ = {"XAI_PROXY_ISSUER": "https://auth.x.ai", "XAI_PROXY_UPSTREAM": "https://api.x.ai"}
-    done = login.run("--import", str(file), **environ)
+    done = login.run("--import", str(file), **DEFAULTS)
     assert done.returncode == 78 and re.search("set XAI_PROXY_ISSUER and", done.stderr)
     assert not login.path.exists()

@@ -329,7 +329,7 @@ def test_tokens_and_rate_limits_of_responses_are_shown(start: Any, upstream: Scr
 def test_the_quota_is_the_one_last_asked_for(start: Any, upstream: ScriptedUpstream):
     proxy = start()
     proxy.sign_in()
-    assert data(proxy)["quota"] is None
+    assert data(proxy)["quota"] is None and data(proxy)["asks_quota"] is True
     settings = {
         "XAI_PROXY_TOKEN_PATH": str(proxy.token_path),
         "XAI_PROXY_ISSUER": "http://127.0.0.1:1",

@@ -25,7 +25,7 @@ EXAMPLES = """\
   xai-login --status --watch    the same, kept up to date until Ctrl-C
   xai-login --status --quota    and how much of the account's quota is used
   xai-login --doctor    find out what does not work, and what to do
-  xai-login --import tokens.json    take over a login of the Rust program
+  xai-login --import tokens.json    take over a login of OpenAB's proxy
 """
 NOTES = """\
 Exit status of --status: 0 the login can be used; 75 its access token has
@@ -84,7 +84,7 @@ def parser() -> command.ArgumentParser:
         "--import",
         metavar="FILE",
         dest="import_from",
-        help="take over the login in a token file of xai-proxy or openab-auth-proxy",
+        help="take over the login in a token file of OpenAB's xai-proxy or openab-auth-proxy",
     )
     options.add_argument(
         "--watch", action="store_true", help="with --status: show it anew every 2 s until Ctrl-C"

@@ -1,9 +1,10 @@
-"""xai-login --import: take over a login from the token file of the Rust program or its successor.
+"""xai-login --import: take over a login from the token file of OpenAB's proxy, a Rust program.
 
-That file has access_token, refresh_token, expires_at and token_endpoint; a token file of this
-program is accepted as well. The file is left as it is, and no token is sent: the refresher is the
-first to spend the refresh token. The fingerprint of that token is kept in tokens.json, so that a
-second import, as by a container that starts again, does not put back a spent one.
+That of its xai-proxy, and of openab-auth-proxy after it, has access_token, refresh_token,
+expires_at and token_endpoint. A token file of this program is accepted as well. The file is left as
+it is, and no token is sent: the refresher is the first to spend the refresh token. The fingerprint
+of that token is kept in tokens.json, so that a second import, as by a container that starts again,
+does not put back a spent one.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def _parsed(content: bytes, file: Path) -> tokens.Login:
         login = token_json.from_json(content)
     except ValueError as error:
         raise errors.UsageError(
-            f"{file} {error}; name the tokens.json of xai-proxy or openab-auth-proxy"
+            f"{file} {error}; name the tokens.json of OpenAB's xai-proxy or openab-auth-proxy"
         ) from None
     if login.refresh_token is None:
         raise errors.LoginUnusable(

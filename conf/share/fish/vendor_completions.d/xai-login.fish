@@ -63,9 +63,9 @@ complete -c xai-login -n _shtab_xai_login_using -l browser -d 'approve it in a b
 complete -c xai-login -n _shtab_xai_login_using -l status -d 'show the login, its refresher and the proxy; refreshes and changes nothing'
 complete -c xai-login -n _shtab_xai_login_using -l doctor -d 'check settings, login, network, account and proxy; changes nothing'
 complete -c xai-login -n _shtab_xai_login_using -l logout -d 'revoke the login at the issuer and remove its files'
-complete -c xai-login -n _shtab_xai_login_using -l import -xka "(__fish_complete_path (commandline -ct))" -d 'take over the login in a token file of xai-proxy or openab-auth-proxy'
+complete -c xai-login -n _shtab_xai_login_using -l import -xka "(__fish_complete_path (commandline -ct))" -d 'take over the login in a token file of OpenAB'"'"'s xai-proxy or openab-auth-proxy'
 complete -c xai-login -n _shtab_xai_login_using -l watch -d 'with --status: show it anew every 2 s until Ctrl-C'
-complete -c xai-login -n _shtab_xai_login_using -l quota -d 'with --status: ask xAI how much of the account'"'"'s quota is used; with --watch, once'
+complete -c xai-login -n _shtab_xai_login_using -l quota -d 'with --status: ask how much of the account'"'"'s quota is used; with --watch, once'
 complete -c xai-login -n _shtab_xai_login_using -l json -d 'print one JSON object a line, for programs'
 complete -c xai-login -n _shtab_xai_login_using -l token-path -xka "(__fish_complete_path (commandline -ct))" -d 'the token file (default: XAI_PROXY_TOKEN_PATH)'
 
