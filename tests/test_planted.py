@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from forked_process import run_python
 from proxy_process import COMMAND, PYTHON, ProxyProcess, environment, refuse_to_start
 from sandbox import Sandbox, until
 from scripted_upstream import ScriptedUpstream
@@ -22,6 +23,11 @@ from xaiproxy import config
 STRANGER = 12345
 XAI = {"issuer": config.DEFAULT_ISSUER, "client_id": config.DEFAULT_CLIENT_ID}
 SECRETS = "the-token", "the-refresh-token"
+# The modules whose imports include those of a command.
+IMPORTED = {
+    "xaiproxy.login": "xaiproxy.login.sign_in",
+    "xaiproxy.refresher": "xaiproxy.refresher.process",
+}
 needs_root = pytest.mark.skipif(
     os.geteuid() != 0, reason="only root can give a file to another user"
 )
@@ -83,15 +89,12 @@ def put(folder: Path, **members: object) -> Path:
 def run(
     folder: Path, module: str, *arguments: str, **environ: str
 ) -> subprocess.CompletedProcess[str]:
-    code = f"import sys; from xaiproxy.{module} import main; sys.exit(main())"
-    return subprocess.run(
-        [*PYTHON, "-c", code, *arguments],
+    return run_python(
+        IMPORTED.get(module, module),
+        ["-m", module, *arguments],
         cwd=folder,
         timeout=30,
-        text=True,
-        capture_output=True,
-        env=environment(folder, environ, issuer="", upstream=""),
-        stdin=subprocess.DEVNULL,
+        environ=environment(folder, environ, issuer="", upstream=""),
     )
 
 
@@ -109,14 +112,14 @@ def test_a_dotenv_that_names_another_host_gets_no_token(
             answer = proxy.ask("GET", "/v1/models", *fields)
             assert answer.status == 401 and answer.value("X-XAI-Proxy-Error") == "login_required"
     put(tmp_path)
-    for module, *arguments in (("refresher.command", "--once"), ("login.command", "--status")):
+    for module, *arguments in (("xaiproxy.refresher", "--once"), ("xaiproxy.login", "--status")):
         done = run(tmp_path, module, *arguments, HTTPS_PROXY=network.url)
         assert (
             done.returncode == 77
             and f"holds a login of {config.DEFAULT_ISSUER}" in done.stderr + done.stdout
         )
     if "ISSUER" in names:
-        done = run(tmp_path, "login.command", "--logout", HTTPS_PROXY=network.url)
+        done = run(tmp_path, "xaiproxy.login", "--logout", HTTPS_PROXY=network.url)
         assert done.returncode == 78 and "was not changed" in done.stderr
     assert stranger.heard == network.heard == []
 
@@ -134,7 +137,7 @@ def test_a_dotenv_redirects_no_connection(tmp_path: Path, servers: tuple[Server,
         proxy.sign_in(**XAI)
         assert proxy.ask("GET", "/v1/models").status == 502
     put(tmp_path)
-    assert run(tmp_path, "refresher.command", "--once", ALL_PROXY=network.url).returncode == 69
+    assert run(tmp_path, "xaiproxy.refresher", "--once", ALL_PROXY=network.url).returncode == 69
     assert stranger.heard == []
     assert [heard.split()[:2] for heard in network.heard] == [
         ["CONNECT", "api.x.ai:443"],
@@ -159,7 +162,7 @@ def test_a_token_endpoint_on_another_site_is_not_used(
 ) -> None:
     stranger, network = servers
     path = put(tmp_path, token_endpoint=endpoint.replace("STRANGER", stranger.url))
-    assert run(tmp_path, "refresher.command", "--once", HTTPS_PROXY=network.url).returncode == 69
+    assert run(tmp_path, "xaiproxy.refresher", "--once", HTTPS_PROXY=network.url).returncode == 69
     assert stranger.heard == [] and {heard.split()[1] for heard in network.heard} == {
         "auth.x.ai:443"
     }
@@ -184,10 +187,10 @@ def test_a_token_file_of_another_user_is_not_used(
         path.rename(tmp_path / "elsewhere.json")
         path.symlink_to("elsewhere.json")
     with ProxyProcess(
-        tmp_path, command=COMMAND, issuer="", upstream="", environ={"HTTPS_PROXY": network.url}
+        tmp_path, issuer="", upstream="", environ={"HTTPS_PROXY": network.url}
     ) as proxy:
         assert proxy.ask("GET", "/v1/models").value("X-XAI-Proxy-Error") == "login_required"
-    for module, *arguments in (("refresher.command", "--once"), ("login.command", "--status")):
+    for module, *arguments in (("xaiproxy.refresher", "--once"), ("xaiproxy.login", "--status")):
         assert run(tmp_path, module, *arguments, HTTPS_PROXY=network.url).returncode == 77
     assert stranger.heard == network.heard == []
 
@@ -201,23 +204,23 @@ def test_a_dotenv_of_another_user_starts_nothing(tmp_path: Path) -> None:
     assert code == 78 and f"{tmp_path}/.env belongs to user {STRANGER}" in message
     put(tmp_path)
     for module, *arguments in (
-        ("refresher.command",),
-        ("login.command", "--device"),
-        ("login.command", "--status"),
-        ("client_key_command", "list"),
+        ("xaiproxy.refresher",),
+        ("xaiproxy.login", "--device"),
+        ("xaiproxy.login", "--status"),
+        ("xaiproxy.client_key_command", "list"),
     ):
         done = run(tmp_path, module, *arguments)
         assert (
             done.returncode == 78 and f"{tmp_path}/.env belongs to user {STRANGER}" in done.stderr
         ), done
-    assert "belongs to user" in run(tmp_path, "login.command", "--doctor").stdout
+    assert "belongs to user" in run(tmp_path, "xaiproxy.login", "--doctor").stdout
 
 
 @needs_root
 def test_a_folder_of_another_user_is_reported_at_the_start(tmp_path: Path) -> None:
     put(tmp_path, refresh_token=None, expires_at=4e9)
     os.chown(tmp_path, STRANGER, STRANGER)
-    done = run(tmp_path, "refresher.command", "--once")
+    done = run(tmp_path, "xaiproxy.refresher", "--once")
     assert (
         done.returncode == 0
         and f"{tmp_path} belongs to user {STRANGER}, who could replace the login" in done.stderr
@@ -230,7 +233,7 @@ def test_a_redirect_of_upstream_is_forwarded_and_not_followed(
     stranger, _ = servers
     with (
         ScriptedUpstream() as upstream,
-        ProxyProcess(tmp_path, command=COMMAND, upstream=upstream.origin) as proxy,
+        ProxyProcess(tmp_path, upstream=upstream.origin) as proxy,
         proxy.client() as client,
     ):
         proxy.sign_in()
