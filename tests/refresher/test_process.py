@@ -98,10 +98,14 @@ class Day:
         return self.put(obtained_at=self.now(), expires_at=self.now() + 21600, **members)
 
     def pass_(self, seconds: float) -> None:
-        end = self.uptime + seconds
+        end, read = self.uptime + seconds, None
         while self.uptime < end:
             self.refresher.turn()
-            with contextlib.suppress(errors.LoginUnusable):
+            with contextlib.suppress(errors.LoginUnusable, FileNotFoundError):
+                status = self.path.stat()
+                if (status.st_ino, status.st_ctime_ns) == read:
+                    continue
+                read = (status.st_ino, status.st_ctime_ns)
                 error = self.login().refresh_error
                 if error is not None and error not in [failure for _, failure in self.failures]:
                     self.failures.append((self.uptime - refresher.POLL_INTERVAL, error))
