@@ -308,11 +308,16 @@ def test_what_a_program_writes_outside_of_its_log_becomes_log_lines(
     ]
 
 
-@pytest.mark.parametrize("pipe, format", [(os.pipe, "json"), (os.openpty, "text")])
 @pytest.mark.parametrize(
-    "wrong", ["XAI_PROXY_LOG_FORMAT=xml", "XAI_PROXY_LOG_FORMT=json", "XAI_PROXY_PORT='1"]
+    "wrong, pipe, format",
+    [
+        ("XAI_PROXY_LOG_FORMAT=xml", os.pipe, "json"),
+        ("XAI_PROXY_LOG_FORMAT=xml", os.openpty, "text"),
+        ("XAI_PROXY_LOG_FORMT=json", os.openpty, "text"),
+        ("XAI_PROXY_PORT='1", os.pipe, "json"),
+    ],
 )
-def test_a_wrong_setting_is_named_in_a_log_line(tmp_path, sandbox, pipe, format, wrong):
+def test_a_wrong_setting_is_named_in_a_log_line(tmp_path, sandbox, wrong, pipe, format):
     """Also one of .env, which supervisord reads, too."""
     (tmp_path / ".env").write_text(wrong + "\n")
     with Supervised(tmp_path, sandbox, pipe=pipe) as supervised:
