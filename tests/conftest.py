@@ -46,6 +46,7 @@ LONGEST = (
     "test_without_linux.py",
     "test_installation.py",
     "test_supervision.py",
+    "test_restart_command.py",
     "http1/test_handler.py",
     "proxy/test_cut_streams.py",
     "test_planted.py",

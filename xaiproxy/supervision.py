@@ -94,7 +94,8 @@ def name_fatal(program: Any) -> None:
     name = program.config.name
     program.config.options.logger.critical(
         f"{name} cannot be kept running ({program.spawnerr}), and the other workers serve without "
-        f"it; correct the cause in the last lines of {name}, then run xai-restart"
+        f"it; correct the cause in the last lines of {name}, then run "
+        f"{errors.typed('xai-restart')}"
     )
 
 

@@ -1,0 +1,147 @@
+"""xai-restart: replaces the workers of `xai-serve --workers`, one after the other.
+
+It uses the control socket of their supervisord. Meanwhile the other workers accept the connections
+of the one that is replaced.
+"""
+
+import configparser
+import json
+import os
+import sys
+import time
+import xmlrpc.client
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from xaiproxy import command, config, errors, folder_file, run_folder
+from xaiproxy.run_folder import REFRESHER, WORKERS
+
+SERVING_TIMEOUT = 60.0  # seconds from the start of a worker until it serves
+POLL_INTERVAL = 0.1  # seconds
+FIRST_LINE_LIMIT = 1 << 14  # bytes
+RUNNING = "RUNNING"
+EXAMPLES = """\
+  xai-restart                replace the workers, one after the other
+  xai-restart --refresher    and then the refresher, as after an upgrade
+"""
+NOTES = """\
+The workers are those of `xai-serve --workers N`, started with the same options
+and settings. A worker finishes its open responses before it stops, within
+XAI_PROXY_DRAIN_TIMEOUT, and the next one is replaced when it serves again.
+Workers that are not running are started first.
+
+Exit status: 0 all were replaced; 64 wrong usage; 69 no such xai-serve is
+running; 75 a worker does not serve, and those after it were left alone; 78
+wrong settings; 130 interrupted.
+"""
+
+
+class Unavailable(errors.Error):
+    exit_code = errors.EXIT_UNAVAILABLE
+
+
+def parser() -> command.ArgumentParser:
+    options = command.ArgumentParser(
+        EXAMPLES,
+        prog="xai-restart",
+        description="Replace running workers without losing a connection.",
+        epilog=NOTES,
+    )
+    options.add_argument("--refresher", action="store_true", help="restart the refresher, too")
+    command.add_serving_options(options)
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    settings = command.serving_settings(arguments)
+    return command.run("xai-restart", lambda: restart(settings, with_refresher=arguments.refresher))
+
+
+def restart(options: Mapping[str, str | None], *, with_refresher: bool) -> None:
+    """`options`: settings of the command line. Raises an Error if a worker does not serve."""
+    settings = config.from_environ(os.environ, options)
+    supervisor = connect(settings)
+    try:
+        workers = [one for one in supervisor.getAllProcessInfo() if one["group"] == WORKERS]
+        # Those that do not run come first: their siblings must not stop while they cannot start.
+        workers.sort(key=lambda one: one["statename"] == RUNNING)
+        for worker in workers:
+            replace(supervisor, f"{WORKERS}:{worker['name']}", worker["name"])
+            wait_until_it_serves(supervisor, settings, worker["name"])
+        if with_refresher:
+            replace(supervisor, REFRESHER, REFRESHER)
+    except (OSError, xmlrpc.client.ProtocolError) as error:
+        raise errors.Error(f"the supervisord of xai-serve does not answer: {error}") from error
+    print(f"{len(workers)} workers were replaced" + (", and the refresher" * with_refresher))
+
+
+def connect(settings: config.Config) -> Any:
+    """The interface `supervisor` of supervisord's XML-RPC. Raises Unavailable."""
+    # It is slow to import.
+    from supervisor.xmlrpc import SupervisorTransport
+
+    control, conf = run_folder.control_socket(settings), configparser.RawConfigParser()
+    try:
+        conf.read_string(folder_file.read(run_folder.configuration(settings), 1 << 20)[0].decode())
+        access = conf["supervisorctl"]
+        transport = SupervisorTransport(access["username"], access["password"], f"unix://{control}")
+        # The host is not used.
+        server = xmlrpc.client.ServerProxy("http://127.0.0.1", transport)
+        server.supervisor.getState()
+    except (OSError, KeyError, ValueError, configparser.Error) as error:
+        raise Unavailable(
+            f"no `xai-serve --workers N` with these settings is running ({control}); one process "
+            "alone cannot be replaced without losing connections: stop it, and start it again"
+        ) from error
+    return server.supervisor
+
+
+def replace(supervisor: Any, program: str, name: str) -> None:
+    """Stop the program, if it runs, and start it; return once supervisord counts it as started."""
+    print(f"{name}: restarting", file=sys.stderr, flush=True)
+    try:
+        supervisor.stopProcess(program)
+    except xmlrpc.client.Fault as fault:
+        if "NOT_RUNNING" not in fault.faultString:
+            raise errors.Error(f"{name} cannot be stopped: {fault.faultString}") from fault
+    try:
+        supervisor.startProcess(program)
+    except xmlrpc.client.Fault as fault:
+        raise does_not_serve(name, fault.faultString) from fault
+
+
+def wait_until_it_serves(supervisor: Any, settings: config.Config, name: str) -> None:
+    """Wait until the worker has written its numbers, which it does once it serves."""
+    slot = name.rpartition("-")[2]
+    deadline = time.monotonic() + SERVING_TIMEOUT
+    while True:
+        worker = supervisor.getProcessInfo(f"{WORKERS}:{name}")
+        if worker["statename"] != RUNNING:
+            raise does_not_serve(name, worker["spawnerr"] or worker["statename"])
+        if worker["pid"] in writers(run_folder.path_of(settings), slot):
+            return
+        if time.monotonic() > deadline:
+            raise does_not_serve(name, f"not within {SERVING_TIMEOUT:g} s")
+        time.sleep(POLL_INTERVAL)
+
+
+def does_not_serve(name: str, reason: str) -> errors.Error:
+    return errors.Error(
+        f"{name} does not serve ({reason}); the log of xai-serve has the cause. Workers that were "
+        "not replaced yet were left alone; correct the cause, and run the same again"
+    )
+
+
+def writers(folder: Path, slot: str) -> set[int]:
+    """The process IDs of workers that have written the numbers of this slot, at any address."""
+    found = set()
+    for path in folder.glob(f"*-{slot}.json"):
+        try:
+            # The first of two lines: see proxy/shared_numbers.py.
+            line = folder_file.read(path, FIRST_LINE_LIMIT)[0].partition(b"\n")[0]
+            found.add(int(json.loads(line)["pid"]))
+        except (OSError, ValueError, TypeError, KeyError):
+            continue
+    return found
