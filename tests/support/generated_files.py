@@ -88,8 +88,9 @@ def complete_arguments(parser: argparse.ArgumentParser) -> None:
 
 def write(folder: Path) -> None:
     """Write the files below a folder, instead of those that it has."""
+    made = texts()
     shutil.rmtree(folder / SHARE, ignore_errors=True)
-    for path, text in texts().items():
+    for path, text in made.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(text)
 
