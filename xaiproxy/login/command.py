@@ -39,9 +39,9 @@ issuer, the API or the proxy does not answer; 75 a file or folder cannot be
 written, or the problem is temporary; 77 sign in, or the account's plan does not
 allow it; 78 wrong settings.
 
-Of --import: 64 FILE is no token file, or others can read it; 77 its login cannot
-be taken over; 78 it is of another issuer, or the token file has a login that can
-be renewed.
+Of --import: 64 FILE is no token file, or others can read it; 77 its login
+cannot be taken over; 78 it is of another issuer, or the token file has a login
+that can be renewed.
 
 Otherwise: 0 done; 64 wrong usage; 69 the issuer cannot be reached (after
 --logout: the login was removed here but not revoked there); 75 the token file
@@ -72,6 +72,9 @@ def parser() -> command.ArgumentParser:
     options = command.ArgumentParser(
         EXAMPLES,
         prog="xai-login",
+        # argparse would write all modes in one line.
+        usage="xai-login [--device | --browser | --import FILE] [option ...]\n"
+        "       xai-login --status | --doctor | --logout [option ...]",
         description="Sign in with a SuperGrok account, check the login, or sign out.",
         epilog=NOTES,
     )
