@@ -18,13 +18,14 @@ from typing import Any
 
 from xaiproxy import command
 
-from . import load, login
+from . import load, login, workers
 from .processes import SIGNALS
 
 INTERRUPTED = 130
 EXAMPLES = """\
   bin/soak --login 3    kill the programs of one login; eight minutes
   bin/soak --load 2     thousands of streams and clients; five minutes
+  bin/soak --workers    two workers that are replaced and killed; eight minutes
 """
 
 
@@ -43,6 +44,14 @@ def parser() -> argparse.ArgumentParser:
     )
     what.add_argument(
         "--load", nargs="?", type=minutes, const=5.0, metavar="MINUTES", help=load.HELP
+    )
+    what.add_argument(
+        "--workers",
+        nargs="?",
+        type=command.whole(1, 1000),
+        const=10,
+        metavar="N",
+        help=workers.HELP,
     )
     return options
 
@@ -63,6 +72,8 @@ def main() -> int:
             tempfile.TemporaryDirectory(prefix="xaiproxy-soak-") as folder,
             contextlib.ExitStack() as running,
         ):
+            if options.workers:
+                return workers.soak(pathlib.Path(folder), running, options.workers)
             soak, length = (
                 (login.soak, options.login) if options.login else (load.soak, options.load)
             )

@@ -65,6 +65,11 @@ def soak(
         rows.append(
             Row("login", "tokens rotated", [f"{reuses} former refresh tokens presented again"])
         )
+    return report(rows, folder)
+
+
+def report(rows: list[Row], folder: pathlib.Path) -> int:
+    """Print the table and the losses; return the exit status."""
     print("\n" + table(rows))
     for row in rows:
         for text in row.lost:

@@ -112,9 +112,19 @@ class Streams:
 
 
 class Load:
-    """The sandbox, a proxy and a refresher, and what all phases do with them."""
+    """The sandbox, a proxy and a refresher, and what all phases do with them.
 
-    def __init__(self, folder: pathlib.Path, running: contextlib.ExitStack, counts: Counts):
+    `starts`: whether there are a proxy and a refresher.
+    """
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        running: contextlib.ExitStack,
+        counts: Counts,
+        *,
+        starts: bool = True,
+    ):
         self.folder, self.running, self.counts = folder, running, counts
         self.sandbox = running.enter_context(
             Sandbox(access_token_lifetime=LIFETIME, device_interval=0)
@@ -129,11 +139,12 @@ class Load:
                 "XAI_PROXY_CLIENT_TIMEOUT": str(counts.wait),
             },
         )
-        self.refresher = self.start("refresher", *REFRESHER)
-        self.proxy = self.start("proxy", *PROXY)
-        self.port = self.proxy.port()
-        await_(lambda: get(self.port, "/readyz")[0] == "200")
         self._began = time.monotonic()
+        if starts:
+            self.refresher = self.start("refresher", *REFRESHER)
+            self.proxy = self.start("proxy", *PROXY)
+            self.port = self.proxy.port()
+            await_(lambda: get(self.port, "/readyz")[0] == "200")
 
     def start(self, name: str, *command: str, **settings: str) -> Process:
         return Process(
