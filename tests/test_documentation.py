@@ -32,6 +32,7 @@ OTHERS = {
     "echo",
     "export",
     "install",
+    "kubectl",
     "pip",
     "pipx",
     "prometheus",

@@ -25,7 +25,7 @@ INTERRUPTED = 130
 EXAMPLES = """\
   bin/soak --login 3    kill the programs of one login; eight minutes
   bin/soak --load 2     thousands of streams and clients; five minutes
-  bin/soak --workers    two workers that are replaced and killed; eight minutes
+  bin/soak --workers    replace and kill two workers; eight minutes
 """
 
 
