@@ -358,16 +358,19 @@ def test_a_client_that_pipelines_and_reads_nothing_is_aborted(
     with short_timeout_proxy.client() as client:
         client.send(b"GET /v1/pipelined HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000)
         count = 0
-        with pytest.raises(AssertionError, match="no request"):
-            while True:
-                request = upstream.receive(seconds=0.3)
-                request.answer(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
-                count += 1
-        assert 50 < count < 1000
         with pytest.raises(ConnectionError):
             while True:
+                with contextlib.suppress(AssertionError):
+                    # Without one the proxy is blocked, or the machine is busy.
+                    request = upstream.receive(seconds=0.3)
+                    request.answer(
+                        b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+                    )
+                    count += 1
+                    continue
                 client.send(b"x")
-                client.was_reset(0.02)
+        assert client.was_reset(1)
+        assert 50 < count < 1000
 
 
 @both_ways
