@@ -132,7 +132,8 @@ class Containerd:
         self.folder = folder / "containerd"
         self.folder.mkdir()
         socket = self.folder / "socket"
-        self.ctr = ["ctr", "--address", str(socket)]
+        # Names of cgroups contain the namespace, also those of another containerd.
+        self.ctr = ["ctr", "--address", str(socket), "--namespace", f"image-check-{os.getpid()}"]
         self._archive = archive
         self._ids = 0
         self._containers: list[Container] = []
@@ -192,7 +193,8 @@ class Containerd:
         `network_of`: the container whose network it joins; without it, it has loopback alone
         `memory`: MiB
         """
-        options = ["--rm", "--snapshotter", "native", "--read-only", "--seccomp"]
+        options = ["--rm", "--snapshotter", "native", "--runc-root", str(self.folder / "runc")]
+        options += ["--read-only", "--seccomp"]
         options += [f"--cap-drop=CAP_{name}" for name in CAPABILITIES]
         options += ["--mount", f"type=bind,src={data},dst=/data,options=rbind:rw"]
         options += [f"--env={name}={value}" for name, value in environ.items()]
