@@ -41,6 +41,7 @@ RUN rm -f /usr/bin/pip* /usr/local/bin/pip* \
     && echo 'xaiproxy:x:10001:' >>/etc/group \
     && install -d -o 10001 -g 10001 -m 0700 /data && install -d -o 10001 -g 10001 /run/xaiproxy
 COPY --from=build /opt/xaiproxy /opt/xaiproxy
+COPY conf/supervisord.conf /etc/xaiproxy/
 ENV PATH=/opt/xaiproxy/bin:$PATH
 
 # /data has the login and an optional .env. Nothing else is written, except a Unix socket that XAI_PROXY_BIND names, for
@@ -50,8 +51,8 @@ WORKDIR /data
 VOLUME /data
 # hadolint ignore=DL3064
 ENV XAI_PROXY_TOKEN_PATH=/data/tokens.json
-# supervisord and xai-sandbox, started by hand, require a temporary folder; xai-serve does without. Container runtimes
-# provide this one even if the root file system is read-only.
+# supervisord requires a temporary folder, although it writes nothing there. Container runtimes provide this one even if
+# the root file system is read-only.
 ENV TMPDIR=/dev/shm
 # The health check connects to it wherever XAI_PROXY_BIND has the proxy listen.
 ENV XAI_PROXY_ADMIN_BIND=127.0.0.1:9091
@@ -61,7 +62,7 @@ EXPOSE 9090
 HEALTHCHECK --interval=30s --timeout=5s --start-period=30s CMD ["python", "-I", "-S", "/opt/xaiproxy/healthcheck.py"]
 
 # When stopped, open streams get 25 s, and then a refresh in progress gets 30 s: docker run --stop-timeout 70
-CMD ["xai-serve"]
+CMD ["supervisord", "-c", "/etc/xaiproxy/supervisord.conf"]
 
 ARG VERSION=0.1.0
 ARG SOURCE

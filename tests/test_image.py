@@ -57,7 +57,7 @@ def test_what_is_copied_exists_and_is_not_ignored() -> None:
     ]
     for source in sources:
         assert source.exists() and source in kept, source
-    assert sorted(kept) == sorted(sources)
+    assert sorted(kept) == sorted(set(sources))
 
 
 def test_no_step_depends_on_the_architecture() -> None:
@@ -79,7 +79,8 @@ def test_labels_settings_and_command_agree_with_the_package() -> None:
     )
     assert config.from_environ(environment(), dotenv_path=os.devnull)
     [command] = values("CMD")
-    assert f"\n{json.loads(command)[0]} = " in SETUP["options.entry_points"]["console_scripts"]
+    assert json.loads(command) == ["supervisord", "-c", "/etc/xaiproxy/supervisord.conf"]
+    assert "conf/supervisord.conf /etc/xaiproxy/" in values("COPY")
 
 
 # The health check.
