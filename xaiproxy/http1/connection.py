@@ -61,7 +61,6 @@ class Connection:
     __slots__ = (
         "_eager",
         "_hub",
-        "_is_unix",
         "_limit",
         "_poll",
         "_timer",
@@ -91,9 +90,12 @@ class Connection:
         # The timer of reads, and its seconds.
         self._timer: Any = None
         self._limit: float | None = None
-        self._is_unix = sock.family == socket.AF_UNIX
         if not self._is_unix:
             OPEN.add(self)
+
+    @property
+    def _is_unix(self) -> bool:
+        return bool(self.socket.family == socket.AF_UNIX)
 
     @property
     def writable(self) -> Any:
