@@ -134,8 +134,8 @@ def test_this_version_writes_what_the_former_reads(tmp_path: Path) -> None:
 
 
 def test_client_keys_are_accepted_and_kept(tmp_path: Path) -> None:
-    for name in ("client-keys", "client-keys.used"):
-        (tmp_path / name).write_bytes((FORMATS / "0.1.0" / name).read_bytes())
+    for name, kept in (("client-keys", ".txt"), ("client-keys.used", ".json")):
+        (tmp_path / name).write_bytes((FORMATS / "0.1.0" / (name + kept)).read_bytes())
     path = tmp_path / "client-keys"
     digest = client_keys.digest("example-client-key")
     assert client_keys.load(path) == {"laptop": digest}

@@ -22,6 +22,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from xaiproxy import config, errors, token_json, token_store, tokens
+from xaiproxy.addresses import UnixSocket
 from xaiproxy.http1 import framing, headers, message_head, response_head
 from xaiproxy.oauth import discovery, session, token_endpoint
 from xaiproxy.proxy import event_stream
@@ -248,6 +249,13 @@ def settings(environ, dotenv_path=os.devnull):
 
 def text_of(value) -> str:
     """The text that sets a setting to this value."""
+    if value is None:
+        return ""
+    if isinstance(value, UnixSocket):
+        return f"{value},group={value.group}" if value.group else str(value)
+    if isinstance(value, tuple):
+        host, port = value
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     if isinstance(value, frozenset):
         return ",".join(value)
     if isinstance(value, float):

@@ -162,7 +162,7 @@ def test_it_runs_where_only_the_login_can_be_written(tmp_path, sandbox):
     script = (
         f"mkdir -p {login}; mount --bind {login} {login}; "
         "for folder in /tmp /var/tmp /dev/shm; do "
-        "mount --bind $folder $folder; mount -o remount,bind,ro $folder; done; "
+        "mount --rbind $folder $folder; mount -o remount,bind,ro $folder; done; "
         'mount -o remount,bind,ro /; cd "$PWD"; '
         'if touch here /tmp/here /dev/shm/here 2>/dev/null; then exit 1; fi; exec "$@"'
     )

@@ -75,7 +75,7 @@ def parser() -> command.ArgumentParser:
         # argparse would write all modes in one line.
         usage="xai-login [--device | --browser | --import FILE] [option ...]\n"
         "       xai-login --status | --doctor | --logout [option ...]",
-        description="Sign in with a SuperGrok account, check the login, or sign out.",
+        description="Sign in, check the login, or sign out.",
         epilog=NOTES,
     )
     modes = options.add_mutually_exclusive_group()
