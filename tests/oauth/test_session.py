@@ -21,7 +21,7 @@ from scripted_server import ScriptedServer, answer, read_request
 
 from xaiproxy import __version__, config, errors
 from xaiproxy.oauth.causes import BODY_LIMIT
-from xaiproxy.oauth.session import Answer, Session, parse_retry_after
+from xaiproxy.oauth.session import Answer, Session, _Body, parse_retry_after
 
 FORM = {"grant_type": "refresh_token", "refresh_token": "rt-1+/="}
 
@@ -226,6 +226,17 @@ def test_a_response_that_arrived_while_the_process_was_stopped_is_read():
         time.sleep(4)
         process.send_signal(signal.SIGCONT)
         assert process.communicate(timeout=10) == ("200\n", None)
+
+
+def test_the_end_of_a_body_that_was_sent_may_be_read_after_the_deadline():
+    """The process may be stopped between the last byte and the look for another one."""
+    body = _Body(b"a=b")
+    assert body.read(16384) == b"a=b"
+    assert body.abandon() and body.read(16384) == b""
+    unsent = _Body(b"a=b")
+    assert not unsent.abandon()
+    with pytest.raises(TimeoutError):
+        unsent.read(16384)
 
 
 def test_a_late_thread_stops_reading():

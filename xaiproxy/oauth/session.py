@@ -202,13 +202,17 @@ class _Body(io.BytesIO):
 
     def read(self, size: int | None = -1) -> bytes:
         with self._mutex:
-            if self._abandoned:
+            if self._abandoned and not self._sent:
                 raise TimeoutError
             self._sent = True
         return super().read(size)
 
     def abandon(self) -> bool:
-        """Prevent all further reads; return whether any of the body was read before."""
+        """Prevent the first read; return whether there was one.
+
+        Later ones are not prevented: the issuer may have all of the request, and respond with the
+        only copy of a refresh token.
+        """
         with self._mutex:
             self._abandoned = True
             return self._sent
