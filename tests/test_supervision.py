@@ -22,6 +22,7 @@ import pytest
 from checkout import ROOT
 from proxy_process import Client
 from refresher_process import mounts, wait_until
+from sandbox import until
 from supervised import BIN, CONF, Supervised
 from terminal import Terminal
 
@@ -216,6 +217,34 @@ def test_a_closed_terminal_ends_all_unless_nohup_started_it(tmp_path, sandbox, n
         output = log.read_text() if nohup else terminal.screen
         pids = re.findall(r"spawned: .* with pid (\d+)", output)
         assert len(pids) == 2 and not any(Path("/proc", pid).exists() for pid in pids)
+
+
+@pytest.mark.parametrize("prefix", [(), ("nohup",)])
+def test_sighup_reaches_both_programs_and_restarts_neither(tmp_path, sandbox, prefix):
+    sandbox.set(
+        answers=[
+            {
+                "path": "/oauth2/token",
+                "grant_type": "refresh_token",
+                "error": "unavailable",
+                "headers": {"Retry-After": "300"},
+                "times": 1,
+            }
+        ]
+    )
+    with Supervised(tmp_path, sandbox, prefix=prefix) as supervised:
+        supervised.client().close()
+        expired = int(time.time()) - 1
+        sandbox.write_login(supervised.environ["XAI_PROXY_TOKEN_PATH"], expires_at=expired)
+        until(lambda: not sandbox.get("/_sandbox/knobs")[1]["answers"], 20)
+        (tmp_path / ".env").write_text("XAI_PROXY_LOG_LEVEL=debug\n")
+        refreshes = sandbox.counters()["refreshes"]
+        supervised.signal(signal.SIGHUP)
+        supervised.wait_for_line("SIGHUP: the log level is debug")
+        sandbox.wait(lambda counters: counters["refreshes"] > refreshes)
+        supervised.signal(signal.SIGTERM)
+        assert supervised.ended() == 0
+    assert "".join(supervised.lines).count("spawned: ") == 2
 
 
 def test_lines_of_two_programs_are_not_mixed(tmp_path, sandbox):
@@ -455,16 +484,28 @@ def test_the_conf_leaves_the_settings_to_the_environment():
     ]
 
 
+CONTROL_SOCKET = """
+[unix_http_server]
+file=%(here)s/control.sock
+[rpcinterface:supervisor]
+supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface
+[supervisorctl]
+serverurl=unix://%(here)s/control.sock
+"""
+
+
 def test_an_unread_stdout_blocks_no_request(tmp_path, sandbox):
     sandbox.set(events=1_000_000, events_per_second=20)
     with contextlib.ExitStack() as stack:
-        # A restart by SIGHUP closes the descriptors from 5 on.
+        # A restart of supervisord closes the descriptors from 5 on.
         prefix = ("sh", "-c", 'exec "$@" 3<&0 4<&0', "sh")
+        conf = tmp_path / "controlled.conf"
+        conf.write_text(CONF.read_text() + CONTROL_SOCKET)
         supervised = stack.enter_context(
-            Supervised(tmp_path, sandbox, prefix=prefix, XAI_PROXY_DRAIN_TIMEOUT="0")
+            Supervised(tmp_path, sandbox, prefix=prefix, conf=conf, XAI_PROXY_DRAIN_TIMEOUT="0")
         )
         supervised.client().close()
-        supervised.signal(signal.SIGHUP)
+        subprocess.run([BIN / "supervisorctl", "-c", conf, "reload"], check=True, timeout=20)
         streaming = stack.enter_context(supervised.client(2))
         supervised.stop_reading()
         open_stream(streaming)

@@ -115,6 +115,7 @@ def end(program: Any, reason: str) -> None:
     atexit.register(os._exit, EXIT_FATAL)
 
 
+_hangup = command.hangup()
 _finish = process.Subprocess.finish
 
 
@@ -142,7 +143,8 @@ def finish(self: Any, pid: int, status: int) -> None:
 def fork(self: Any) -> int:
     """ServerOptions.fork, called to start a program.
 
-    On Linux, the kernel sends the program SIGTERM when supervisord is gone.
+    On Linux, the kernel sends the program SIGTERM when supervisord is gone. Until the program
+    handles SIGHUP, it ignores one that get_signal passes on.
     """
     parent = os.getpid()
     # Until its exec, the child has supervisord's signal handlers, which would lose a SIGTERM.
@@ -151,6 +153,8 @@ def fork(self: Any) -> int:
         pid = os.fork()
         if pid == 0:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            if _hangup == signal.SIGHUP:
+                signal.signal(signal.SIGHUP, signal.SIG_IGN)
             if not kernel.end_with_parent(parent):
                 os._exit(errors.EXIT_TRY_AGAIN)
     finally:
@@ -185,17 +189,12 @@ def get_path(self: Any) -> list[str]:
 
 
 _setsignals = options.ServerOptions.setsignals
-_inherited = signal.getsignal(signal.SIGHUP)
-_hangup = command.hangup()
 
 
 def setsignals(self: Any) -> None:
-    """ServerOptions.setsignals, by which a closed terminal would have all programs restarted."""
+    """ServerOptions.setsignals: a closed terminal ends all programs."""
     _setsignals(self)
-    # nohup(1)
-    if _inherited is signal.SIG_IGN:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    elif _hangup == signal.SIGTERM:
+    if _hangup == signal.SIGTERM:
         signal.signal(
             signal.SIGHUP, lambda _, frame: self.signal_receiver.receive(signal.SIGTERM, frame)
         )
@@ -209,8 +208,15 @@ def get_signal(self: Any) -> int | None:
 
     A second Ctrl-C is passed on to the program that is being stopped, as if it were in the
     foreground: the proxy then aborts its open responses.
+
+    SIGHUP is passed on to all programs, which supervisord would restart: the proxy then reads its
+    log level, and the refresher retries.
     """
     number: int | None = _get_signal(self)
+    if number == signal.SIGHUP:
+        for pid in self.pidhistory:
+            self.kill(pid, signal.SIGHUP)
+        return None
     if number == signal.SIGINT and self.mood != SupervisorStates.RUNNING:
         for pid, program in self.pidhistory.items():
             if program.get_state() == ProcessStates.STOPPING:
@@ -219,7 +225,7 @@ def get_signal(self: Any) -> int | None:
 
 
 def cleanup_fds(self: Any) -> None:
-    """ServerOptions.cleanup_fds, which closes inherited descriptors at a restart by SIGHUP.
+    """ServerOptions.cleanup_fds, which closes inherited descriptors at a `supervisorctl reload`.
 
     The one whose path the programs have stays open.
     """
