@@ -82,14 +82,14 @@ def held(
         lock.release()
 
 
-def beat(store: TokenStore) -> None:
-    """Write the refresher's heartbeat. Raises StorageError."""
+def beat(store: TokenStore, age: float = 0.0) -> None:
+    """Write a heartbeat of the refresher that is `age` seconds old. Raises StorageError."""
     with storage.translated(store.lock_path):
         fd = _open(store)
         try:
             # A file server's clock may differ from this machine's, so the time is named.
-            now = time.time()
-            os.utime(fd, (now, now))
+            at = time.time() - age
+            os.utime(fd, (at, at))
         finally:
             os.close(fd)
 

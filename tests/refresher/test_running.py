@@ -221,12 +221,17 @@ def test_signals_during_a_request_do_not_lose_its_response(sandbox, start, tmp_p
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_an_idle_refresher_within_a_moment(start, tmp_path, number):
-    process = start(tmp_path / "tokens.json")
+def test_a_signal_ends_an_idle_refresher_within_a_moment(sandbox, start, tmp_path, number):
+    """Its readers see at once that it is gone, and about when it ended."""
+    path = tmp_path / "tokens.json"
+    process = start(path)
     process.wait_for("not signed in")
+    store = make_store(sandbox, path)
+    assert store.refresher_alive(time.time())
     begin = time.monotonic()
     process.signal(number)
     assert process.wait() == 0 and time.monotonic() - begin < 3
+    assert not store.refresher_alive(time.time()) and store.refresher_age(time.time()) < 90
 
 
 def test_a_stopped_refresher_refreshes_when_it_continues(sandbox, start, tmp_path):

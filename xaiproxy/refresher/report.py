@@ -1,5 +1,6 @@
 """What the refresher reports: its heartbeat, its status file, and a log that repeats nothing."""
 
+import contextlib
 import dataclasses
 import datetime
 import logging
@@ -10,7 +11,7 @@ from xaiproxy import errors, judgement, refresher_status, token_lock, tokens
 from xaiproxy.refresher.notifier import Notifier
 from xaiproxy.refresher.runtime import Runtime
 from xaiproxy.refresher.schedule import BACKOFF_LIMIT
-from xaiproxy.token_store import TokenStore
+from xaiproxy.token_store import ALIVE, TokenStore
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,9 @@ class Report:
             self._notifier.poll(self.status)
 
     def close(self) -> None:
+        """Make the last heartbeat so old that the refresher counts as gone at once."""
+        with contextlib.suppress(errors.StorageError):
+            token_lock.beat(self._store, ALIVE)
         if self._notifier is not None:
             self._notifier.close()
 
