@@ -20,14 +20,16 @@ from typing import Any
 
 import certifi
 import pytest
-from proxy_process import ProxyProcess, environment
+from proxy_process import ISSUER, ProxyProcess, environment
 from sandbox import Sandbox
 from scripted_server import ScriptedServer, answer
 from terminal import CTRL_C, Terminal
 
-from xaiproxy import config, dotenv_file, token_writer
+from xaiproxy import config, dotenv_file, judgement, token_writer
+from xaiproxy.judgement import Judgement, Verdict
 from xaiproxy.login import doctor, doctor_files, doctor_network, finding, local_proxy
 from xaiproxy.login.output import Output
+from xaiproxy.token_store import TokenStore
 
 COMMAND = [
     sys.executable,
@@ -37,6 +39,8 @@ COMMAND = [
     "import sys; from xaiproxy.login import command as login; sys.exit(login.main())",
     "--doctor",
 ]
+SIGNED_IN = Judgement(Verdict.GOOD, True, 0, "signed in")
+NO_LOGIN = Judgement(Verdict.NO_LOGIN, False, 77, "not signed in")
 # Nothing is listening there.
 CLOSED = "http://127.0.0.1:1"
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
@@ -1044,7 +1048,7 @@ def test_client_keys_that_are_no_file_are_a_failure(
     ],
 )
 def test_a_stopped_proxy_is_a_warning(bind: str, url: str):
-    finding = doctor_network.proxy(settings(XAI_PROXY_BIND=bind, XAI_PROXY_PORT="1"), True)
+    finding = doctor_network.proxy(settings(XAI_PROXY_BIND=bind, XAI_PROXY_PORT="1"), SIGNED_IN)
     assert finding.result == "warning"
     assert re.search(
         f"^not running: nothing is listening on {url}; start `.*bin/xai-serve`, "
@@ -1061,6 +1065,19 @@ def test_a_proxy_with_other_settings_is_a_failure(patient: Patient, tmp_path: Pa
         )
 
 
+@pytest.mark.parametrize("signed_in", [False, True])
+def test_a_ready_proxy_with_another_login_is_a_warning(
+    patient: Patient, tmp_path: Path, signed_in: bool
+):
+    if signed_in:
+        patient.sign_in(expires_at=int(time.time()) + 1000)
+    with ProxyProcess(tmp_path) as other:
+        other.sign_in()
+        patient.examine(PORT=str(other.port)).shows(
+            "proxy", "warning", "and ready: no refresher; .*; it seems to run with other settings"
+        )
+
+
 def test_a_proxy_on_port_0_is_not_checked(patient: Patient):
     patient.examine(PORT="0").shows("proxy", "skipped", "XAI_PROXY_PORT is 0")
 
@@ -1068,22 +1085,25 @@ def test_a_proxy_on_port_0_is_not_checked(patient: Patient):
 def test_a_proxy_that_is_not_ready_is_a_failure(tmp_path: Path):
     with ProxyProcess(tmp_path) as running:
         where = settings(XAI_PROXY_PORT=str(running.port))
-        for signed_in, message in (
-            (False, r"\(missing\); run `xai-login --device` to sign in, or see the log$"),
-            (True, r"\(missing\).*; it seems to run with other settings than these$"),
+        for verdict, message in (
+            (NO_LOGIN, r"\(missing\); run `xai-login --device` to sign in, or see the log$"),
+            (SIGNED_IN, r"\(missing\).*; it seems to run with other settings than these$"),
         ):
-            finding = doctor_network.proxy(where, signed_in)
+            finding = doctor_network.proxy(where, verdict)
             assert (finding.result, finding.exit_code) == ("failure", 75)
             assert re.search(
                 f"/v1, but not ready: no login that can be used {message}", finding.message
             )
         running.sign_in()
-        finding = doctor_network.proxy(
-            settings(XAI_PROXY_PORT=str(running.port), HTTPS_PROXY=CLOSED), True
+        where = settings(
+            XAI_PROXY_PORT=str(running.port),
+            HTTPS_PROXY=CLOSED,
+            XAI_PROXY_ISSUER=ISSUER,
+            XAI_PROXY_TOKEN_PATH=str(running.token_path),
         )
-        assert (
-            finding.result == "ok" and "ready: no refresher; the login lapses at" in finding.message
-        )
+        verdict = judgement.of(TokenStore(where), time.time())
+        finding = doctor_network.proxy(where, verdict)
+        assert finding.result == "ok" and f"ready: {verdict.reason}" in finding.message
 
 
 @pytest.mark.parametrize(
@@ -1107,7 +1127,7 @@ def test_another_program_on_the_port_is_a_failure(patient: Patient, reply: bytes
 def test_a_silent_program_on_the_port_times_out():
     with ScriptedServer(lambda connection: connection.recv(65536) and connection.recv(1)) as silent:
         begun = time.monotonic()
-        finding = doctor_network.proxy(settings(XAI_PROXY_PORT=str(silent.port)), True)
+        finding = doctor_network.proxy(settings(XAI_PROXY_PORT=str(silent.port)), SIGNED_IN)
         assert local_proxy.DEADLINE <= time.monotonic() - begun < local_proxy.DEADLINE + 2
     assert (finding.result, finding.exit_code) == ("failure", 69)
     assert finding.message.startswith(f"{silent.url} does not answer as the proxy does (")

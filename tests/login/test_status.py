@@ -104,6 +104,25 @@ def test_a_proxy_without_a_refresher_serves_until_the_login_lapses(served: Login
     )
 
 
+@pytest.mark.parametrize(
+    "signed_in, headline",
+    [
+        (False, "Not signed in: .* does not exist; .*"),
+        (True, "Signed in; the proxy at {} seems to run with other settings than these"),
+    ],
+)
+def test_a_proxy_of_another_login_is_named(served: Login, tmp_path, signed_in: bool, headline: str):
+    served.path = tmp_path / "elsewhere" / "tokens.json"
+    served.env["XAI_PROXY_TOKEN_PATH"] = str(served.path)
+    if signed_in:
+        served.sandbox.write_login(served.path)
+        beat(served)
+    first, *_, proxy, _path = served.run("--status").stdout.splitlines()
+    url = f"http://127.0.0.1:{served.env['XAI_PROXY_PORT']}"
+    assert re.fullmatch(headline.format(url), first), first
+    assert proxy == f"Proxy       serving {url}/v1, but it seems to run with other settings than these"
+
+
 def test_a_proxy_that_is_not_ready_has_its_own_reason(login: Login, sandbox: Sandbox, tmp_path):
     sandbox.write_login(login.path)
     beat(login)

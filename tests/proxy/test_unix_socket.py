@@ -24,7 +24,7 @@ from raw_connection import TIMEOUT
 from sandbox import Sandbox
 from scripted_upstream import ScriptedUpstream
 
-from xaiproxy import config, errors, launch_command
+from xaiproxy import config, errors, judgement, launch_command
 from xaiproxy.addresses import UnixSocket
 from xaiproxy.login import doctor_files, doctor_network
 from xaiproxy.proxy import listener, socket_file
@@ -376,17 +376,18 @@ def test_status_and_doctor_ask_over_the_socket(
     serving: Callable[..., ProxyProcess], tmp_path: Path
 ) -> None:
     proxy = serving()
-    found = doctor_network.proxy(settings(Path(proxy.path), tmp_path), True)
+    verdict = judgement.Judgement(judgement.Verdict.GOOD, True, 0, "signed in")
+    found = doctor_network.proxy(settings(Path(proxy.path), tmp_path), verdict)
     assert found.message.startswith(f"serving unix:{proxy.path}, and ready: ")
     path = tmp_path / "other"
-    found = doctor_network.proxy(settings(path, tmp_path), True)
+    found = doctor_network.proxy(settings(path, tmp_path), verdict)
     assert found.message.startswith(f"not running: nothing is listening on unix:{path}; start ")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
         other.bind(str(path))
-        found = doctor_network.proxy(settings(path, tmp_path), True)
+        found = doctor_network.proxy(settings(path, tmp_path), verdict)
         assert f"unix:{path} does not answer as the proxy does (unix:{path}: " in found.message
         assert "set XAI_PROXY_BIND if it is another program" in found.message
-    found = doctor_network.proxy(settings(path, tmp_path), True)
+    found = doctor_network.proxy(settings(path, tmp_path), verdict)
     assert found.message.startswith("not running: nothing is listening on")
     keys = doctor_files.keys(settings(path, tmp_path))
     assert keys.message == f"no client key required: any program that may write to {path} may call"

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-from xaiproxy import config, errors, token_store, tokens
+from xaiproxy import config, errors, judgement, token_store, tokens
 from xaiproxy.login import doctor_api as api
 from xaiproxy.login import doctor_files as files
 from xaiproxy.login import doctor_network as network
@@ -158,5 +158,5 @@ def checks(
     yield Check(
         "proxy",
         {"XAI_PROXY_BIND", "XAI_PROXY_PORT"},
-        lambda: [network.proxy(settings, is_valid())],
+        lambda: [network.proxy(settings, judgement.of(store, now()))],
     )

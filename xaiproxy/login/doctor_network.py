@@ -5,9 +5,10 @@ import urllib.parse
 from collections.abc import Callable, Mapping
 
 from xaiproxy import addresses, config, errors
+from xaiproxy.judgement import Judgement
 from xaiproxy.login import local_proxy
 from xaiproxy.login.finding import Finding, failure, ok, skipped, warning
-from xaiproxy.login.local_proxy import Listener
+from xaiproxy.login.local_proxy import OTHER_SETTINGS, Listener
 from xaiproxy.login.wording import duration, local_time
 from xaiproxy.oauth import discovery
 from xaiproxy.oauth.session import Answer, Session, parse_date
@@ -83,8 +84,8 @@ def clock(ahead: dict[str, float], now: float) -> Finding:
     )
 
 
-def proxy(settings: config.Config, signed_in: bool) -> Finding:
-    """`signed_in`: whether a proxy with these settings would have a valid token."""
+def proxy(settings: config.Config, verdict: Judgement) -> Finding:
+    """`verdict`: of the login that a proxy with these settings would have."""
     if not settings.has_known_address:
         return skipped("XAI_PROXY_PORT is 0: the proxy listens on any free port, and logs which")
     found = local_proxy.find(settings)
@@ -105,10 +106,13 @@ def proxy(settings: config.Config, signed_in: bool) -> Finding:
             f"{url} does not answer as the proxy does ({found.reason}); check its log, or set "
             f"{found.setting} if it is another program",
         )
+    other = f"; it {OTHER_SETTINGS}"
+    if found.has_other_settings(verdict):
+        return warning(f"serving {found.api}, and ready: {found.reason}{other}")
     if found.ready:
         return ok(f"serving {found.api}, and ready: {found.reason}")
-    expected = not signed_in or "client key" in found.reason
-    other = "" if expected else "; it seems to run with other settings than these"
+    if not verdict.ready or "client key" in found.reason:
+        other = ""
     return failure(
         errors.EXIT_TRY_AGAIN, f"serving {found.api}, but not ready: {found.reason}{other}"
     )

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from xaiproxy import config, errors
 from xaiproxy.addresses import UnixSocket
+from xaiproxy.judgement import Judgement
 from xaiproxy.login.wording import printable
 from xaiproxy.oauth.causes import BODY_LIMIT, causes_of
 from xaiproxy.oauth.session import Answer, Session
@@ -18,6 +19,8 @@ from xaiproxy.oauth.session import Answer, Session
 DEADLINE = 3.0  # seconds for each of the two requests
 # The second one: for a Unix socket.
 NOTHING_LISTENS = (ConnectionRefusedError, FileNotFoundError)
+
+OTHER_SETTINGS = "seems to run with other settings than these"
 
 
 class Listener(enum.Enum):
@@ -51,6 +54,10 @@ class LocalProxy:
     def setting(self) -> str:
         """The setting that names another address."""
         return "XAI_PROXY_BIND" if self._is_unix else "XAI_PROXY_PORT"
+
+    def has_other_settings(self, verdict: Judgement) -> bool:
+        """Whether its login seems to be another one than that of `verdict`, of the files here."""
+        return self.ready and self.reason != verdict.reason
 
     @property
     def _is_unix(self) -> bool:

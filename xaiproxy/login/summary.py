@@ -11,7 +11,7 @@ from typing import Any
 from xaiproxy import errors, judgement, quota, refresher_status, token_store, tokens
 from xaiproxy.judgement import Judgement, Verdict
 from xaiproxy.login import local_proxy
-from xaiproxy.login.local_proxy import Listener, LocalProxy
+from xaiproxy.login.local_proxy import OTHER_SETTINGS, Listener, LocalProxy
 from xaiproxy.quota import Quota
 from xaiproxy.refresher_status import Status
 
@@ -69,6 +69,8 @@ class Summary:
             return f"not serving: {reason}"
         if proxy is None or not proxy.ready:
             return reason
+        if proxy.has_other_settings(verdict):
+            return f"{reason}; the proxy at {proxy.url} {OTHER_SETTINGS}"
         texts = [proxy.warning] if proxy.warning else []
         if verdict.verdict is not Verdict.GOOD:
             texts.insert(0, reason)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from xaiproxy import errors, judgement, tokens
 from xaiproxy.judgement import Verdict
-from xaiproxy.login.local_proxy import Listener
+from xaiproxy.login.local_proxy import OTHER_SETTINGS, Listener
 from xaiproxy.login.summary import Summary
 from xaiproxy.login.wording import account_name, duration, last_failure, local_time, printable
 from xaiproxy.quota import Quota
@@ -50,8 +50,10 @@ def _colour(summary: Summary) -> str:
     if not verdict.ready or verdict.exit_code:
         return RED
     proxy = summary.proxy
-    serving = proxy is None or (proxy.ready and not proxy.warning)
-    return GREEN if serving and verdict.verdict is Verdict.GOOD else YELLOW
+    good = proxy is None or (
+        proxy.ready and not proxy.warning and not proxy.has_other_settings(verdict)
+    )
+    return GREEN if good and verdict.verdict is Verdict.GOOD else YELLOW
 
 
 def _rows(summary: Summary, style: Style) -> Iterator[Row]:
@@ -148,7 +150,8 @@ def _proxy(summary: Summary) -> str:
     if proxy.kind is Listener.SILENT:
         return f"does not answer at {proxy.url}: {proxy.reason}"
     if proxy.ready:
-        return f"serving {proxy.api}"
+        other = proxy.has_other_settings(summary.verdict)
+        return f"serving {proxy.api}" + (f", but it {OTHER_SETTINGS}" if other else "")
     # The headline may have the same reason.
     same = proxy.reason == summary.verdict.reason
     return f"running at {proxy.url}, but not ready" + ("" if same else f": {proxy.reason}")
