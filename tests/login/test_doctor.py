@@ -548,6 +548,10 @@ def test_a_folder_that_others_may_write_in_is_a_warning(patient: Patient, mode: 
             "mount -t tmpfs -o size=1M none {0} && mount -o remount,ro {0}",
             "user 0 cannot write in .*mount it writable",
         ),
+        (
+            "cd {0}/.. && rmdir login && mount --bind . . && mount -o remount,bind,ro .",
+            "/login does not exist, and user 0 cannot write in .*mount it writable",
+        ),
         ("mount -t tmpfs -o size=32k none {0}", "the disk of .* is full.*make room"),
         (
             "touch {0}/tokens.json && mount -t tmpfs none /mnt && touch /mnt/t && "

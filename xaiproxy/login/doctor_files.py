@@ -75,7 +75,16 @@ def token_folder(store: token_store.TokenStore, login: tokens.Login | None) -> I
         risk, disk = storage.risk_of(os.stat(folder)), os.statvfs(folder)
         storage.check_owner(store.path)
     except FileNotFoundError:
-        yield skipped(f"{folder} does not exist; signing in creates it")
+        above = next(filter(os.path.exists, folder.parents))
+        yield (
+            skipped(f"{folder} does not exist; signing in creates it")
+            if os.access(above, os.W_OK | os.X_OK, effective_ids=True)
+            else failure(
+                errors.EXIT_TRY_AGAIN,
+                f"{folder} does not exist, and user {user} cannot write in {above} to create it; "
+                "give it permission, or mount it writable",
+            )
+        )
         return
     except OSError as error:
         yield failure(
