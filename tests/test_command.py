@@ -9,7 +9,9 @@ import sys
 import time
 
 import pytest
+from checkout import ROOT
 from proxy_process import COMMAND, PYTHON, environment
+from supervised import BIN
 from terminal import Terminal
 
 from xaiproxy import command, errors
@@ -23,6 +25,7 @@ COMMANDS = {
     ]
 }
 COMMANDS["proxy"] = COMMAND
+COMMAND_NAMES = sorted(path.name for path in (ROOT / "bin").glob("xai-*"))
 
 
 @pytest.mark.parametrize(
@@ -69,6 +72,25 @@ def test_an_interrupt_ends_with_130():
     process.send_signal(signal.SIGINT)
     assert (process.communicate(timeout=10)[1], process.returncode) == (
         "\nxai-test: interrupted\n",
+        130,
+    )
+
+
+@pytest.mark.parametrize("name", COMMAND_NAMES)
+def test_an_interrupt_while_a_command_is_imported_ends_with_130(tmp_path, name):
+    """Of what a command imports, argparse, which all import, never ends here."""
+    (tmp_path / "argparse.py").write_text("print('up', flush=True); import time; time.sleep(60)\n")
+    process = subprocess.Popen(
+        [BIN / name],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "up\n"
+    process.send_signal(signal.SIGINT)
+    assert (process.communicate(timeout=10)[1], process.returncode) == (
+        f"\n{name}: interrupted\n",
         130,
     )
 

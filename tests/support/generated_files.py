@@ -19,7 +19,7 @@ import shtab
 from argparse_manpage.manpage import Manpage
 from checkout import ROOT
 
-from xaiproxy import client_recipes, command, config
+from xaiproxy import client_recipes, command, config, console_scripts
 
 SHARE = "conf/share"
 COMPLETIONS = {
@@ -37,12 +37,13 @@ def parsers() -> list[command.ArgumentParser]:
     """Return a parser for each command of setup.cfg."""
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
-    targets = [
-        line.partition(" = ")[2].partition(":")[0]
+    names = [
+        line.partition(":")[2]
         for line in setup["options.entry_points"]["console_scripts"].split("\n")
         if line
     ]
-    return [importlib.import_module(target).parser() for target in targets]
+    scripts = [getattr(console_scripts, name) for name in names]
+    return [importlib.import_module(script.args[1]).parser() for script in scripts]
 
 
 def texts() -> dict[str, str]:
