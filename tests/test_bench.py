@@ -10,11 +10,13 @@ import shutil
 import socket
 import ssl
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from checkout import ROOT
 from proxy_process import ProxyProcess
 from raw_connection import Message, RawConnection
 from scripted_server import ScriptedServer, read_request
@@ -47,6 +49,19 @@ def api(load: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     machine.compile_program("upstream", machine.PROGRAMS["upstream"])
     with contextlib.closing(targets.Upstream(tmp_path_factory.mktemp("upstream"))) as running:
         yield running
+
+
+def test_a_table_without_results_is_one_sentence_and_69(tmp_path: pathlib.Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.bench", "--table", "--out", tmp_path],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 69 and done.stdout == ""
+    [sentence] = done.stderr.splitlines()
+    assert f"{tmp_path}/bench.json does not exist; run bin/bench" in sentence
 
 
 def start(load: pathlib.Path, mode: str, port: int, **arguments: Any) -> subprocess.Popen[str]:

@@ -320,6 +320,16 @@ def interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
+def print_table(path: pathlib.Path) -> int:
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        machine.log(f"{path} does not exist; run bin/bench without --table first")
+        return machine.UNAVAILABLE
+    print(report.markdown(json.loads(text)))
+    return 0
+
+
 def main() -> int:
     options = parser().parse_args()
     for name in options.only:
@@ -328,8 +338,7 @@ def main() -> int:
     if options.rounds < 1:
         parser().error("--rounds takes a number from 1 up")
     if options.table:
-        print(report.markdown(json.loads((options.out / "bench.json").read_text())))
-        return 0
+        return print_table(options.out / "bench.json")
     for number in SIGNALS:
         signal.signal(number, interrupt)
     try:
