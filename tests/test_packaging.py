@@ -241,6 +241,23 @@ def test_a_command_works_through_a_link_from_another_folder(checkout, tmp_path):
     assert checkout.run(script=link)[:2] == (0, checkout.ran)
 
 
+@pytest.mark.parametrize(
+    "environ, seen",
+    [
+        ({"LC_ALL": "C"}, "C.UTF-8"),
+        ({"LC_ALL": "POSIX"}, "C.UTF-8"),
+        ({"LC_ALL": "de_DE.UTF-8"}, "de_DE.UTF-8"),
+        ({}, ""),
+    ],
+)
+def test_the_locale_of_a_command_can_read_a_path_that_is_not_ascii(checkout, environ, seen):
+    """Python reads the folder of the checkout from a .pth file in the locale's encoding."""
+    assert checkout.run()[0] == 0
+    login = checkout.folder / ".venv" / "bin" / "xai-login"
+    login.write_text('#!/bin/sh\necho "${LC_ALL:-}"\n')
+    assert checkout.run(**environ)[1] == f"{seen}\n"
+
+
 def test_a_changed_setup_cfg_is_installed_again(checkout):
     checkout.run()
     with open(checkout.folder / "setup.cfg", "a") as setup:
