@@ -108,7 +108,7 @@ def test_it_is_a_native_sidecar(sidecar: dict[str, Any], pod: dict[str, Any]) ->
     assert [each["name"] for each in pod["containers"]] == ["agent"]
 
 
-def test_the_pod_starts_before_anybody_has_signed_in(
+def test_the_pod_starts_before_a_sign_in(
     sidecar: dict[str, Any], pod: dict[str, Any]
 ) -> None:
     """/readyz is 503 until then. A probe that asks it keeps the agent from starting, ends the
@@ -175,9 +175,10 @@ def test_there_is_one_refresher_at_a_time(deployment: dict[str, Any]) -> None:
 
 def test_the_volume_belongs_to_the_user_of_the_image(pod: dict[str, Any]) -> None:
     security = pod["securityContext"]
-    uid = re.search(r"useradd --uid (\d+)", (ROOT / "Dockerfile").read_text())
-    assert uid is not None
-    assert security["runAsUser"] == security["runAsGroup"] == security["fsGroup"] == int(uid[1])
+    user = re.search(r"^USER (\d+):(\d+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    assert user is not None
+    assert (security["runAsUser"], security["runAsGroup"]) == (int(user[1]), int(user[2]))
+    assert security["fsGroup"] == security["runAsGroup"]
     # The default changes each file at each start, and gives the token file to its group.
     assert security["fsGroupChangePolicy"] == "OnRootMismatch"
 
