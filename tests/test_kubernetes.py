@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import yaml
 from checkout import ROOT
+from sandbox import until
 
 from xaiproxy import config
 
@@ -140,6 +142,22 @@ def test_there_is_time_for_streams_and_a_refresh_to_end(
     read = settings(sidecar)
     needed = read.drain_delay + read.drain_timeout + REST
     assert pod["terminationGracePeriodSeconds"] >= needed
+
+
+def test_the_agent_ends_at_sigterm(pod: dict[str, Any]) -> None:
+    """The sidecar gets SIGTERM after the agent has ended, and SIGKILL when the time is over. A first
+    process of a container ignores SIGTERM unless it has a handler.
+    """
+    (agent,) = pod["containers"]
+    with subprocess.Popen(agent["command"], start_new_session=True) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        until(children.read_text)
+        process.terminate()
+        try:
+            # -15 without a handler.
+            assert process.wait(20) == 0
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_the_login_is_on_a_volume_that_outlives_the_pod(
