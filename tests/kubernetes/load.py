@@ -1,0 +1,120 @@
+"""Clients of the proxy in a pod: what became of their requests."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import http.client
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+CHAT = {"model": "grok-4.5", "messages": [{"role": "user", "content": "Count."}]}
+TIMEOUT = 60  # seconds
+# Seconds between two requests of a client.
+PAUSE = 0.01
+
+
+def ask(port: int, path: str = "/v1/models") -> int:
+    """Send a request on a connection of its own. Return the status."""
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT)) as one:
+        one.request("GET", path)
+        answer = one.getresponse()
+        answer.read()
+        return answer.status
+
+
+def chat(port: int, size: int = 0, stream: bool = False) -> tuple[int, bytes]:
+    """Send a chat whose prompt has `size` bytes. Return the status and the body."""
+    body = json.dumps({**CHAT, "stream": stream, "user": "x" * size})
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT)) as one:
+        one.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
+        answer = one.getresponse()
+        return answer.status, answer.read()
+
+
+class Newcomers:
+    """Clients that open connection after connection, each for one request, until `enough`.
+
+    `outcomes`: number of requests by outcome: ok, refused, cut, or a status
+    """
+
+    def __init__(self, port: int, clients: int):
+        self._port = port
+        self.outcomes: collections.Counter[str] = collections.Counter()
+        self._enough = threading.Event()
+        self._threads = [threading.Thread(target=self._run) for _ in range(clients)]
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self) -> None:
+        while not self._enough.is_set():
+            self.outcomes[self._outcome()] += 1
+            time.sleep(PAUSE)
+
+    def _outcome(self) -> str:
+        try:
+            status = ask(self._port)
+        except ConnectionRefusedError:
+            return "refused"
+        except (OSError, http.client.HTTPException):
+            return "cut"
+        return "ok" if status == 200 else str(status)
+
+    def end(self) -> None:
+        self._enough.set()
+        for thread in self._threads:
+            thread.join()
+
+
+class Streams:
+    """Open streams, read by one thread each. `complete`: the number that came to their end."""
+
+    def __init__(self, port: int, number: int):
+        self._port = port
+        self.begun = 0
+        self.complete = 0
+        self._lock = threading.Lock()
+        self._threads = [threading.Thread(target=self._run) for _ in range(number)]
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self) -> None:
+        body = json.dumps({**CHAT, "stream": True})
+        with contextlib.closing(
+            http.client.HTTPConnection("127.0.0.1", self._port, timeout=TIMEOUT)
+        ) as one:
+            one.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
+            answer = one.getresponse()
+            start = answer.read1()
+            with self._lock:
+                self.begun += 1
+            with contextlib.suppress(http.client.HTTPException, OSError):
+                if (start + answer.read()).endswith(b"data: [DONE]\n\n"):
+                    with self._lock:
+                        self.complete += 1
+
+    def end(self) -> None:
+        for thread in self._threads:
+            thread.join()
+
+
+@contextlib.contextmanager
+def together(number: int, each: Callable[[], object]) -> Iterator[None]:
+    """Call a function in so many threads, which have ended on exit."""
+    threads = [threading.Thread(target=each) for _ in range(number)]
+    for thread in threads:
+        thread.start()
+    yield
+    for thread in threads:
+        thread.join()
+
+
+def free_ports() -> tuple[int, int]:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as one,
+        socket.create_server(("127.0.0.1", 0)) as other,
+    ):
+        return one.getsockname()[1], other.getsockname()[1]

@@ -1,0 +1,359 @@
+"""The steps of the play, in the order of a pod's life.
+
+Each method `step_...` returns what was seen, and fails an assertion if the login or a request was
+lost. Each step leaves the login in the volume for the next one.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import pathlib
+import shutil
+import time
+from collections.abc import Callable
+from typing import Any
+
+from sandbox import Sandbox
+
+from . import load, manifest, memory
+from .cluster import SECRETS, Cluster, Pod, wait
+
+SEED = "agent-login-seed"
+# Seconds of an access token: a refresh every 5 s.
+LIFETIME = 10
+# Seconds for the next refresh, also after a kill: three tries are made within 30 s.
+REFRESH = 45
+# Seconds for which the token endpoint withholds a response.
+DELAY = 3
+KILLS = 3
+# Seconds after SIGTERM for which requests still arrive from clients that have not seen an endpoint go.
+ROUTED = 2
+DRAIN_DELAY = 5
+REFUSAL = {"status": 503, "headers": {"Retry-After": "1"}}
+
+
+class Play:
+    def __init__(self, cluster: Cluster, sandbox: Sandbox, folder: pathlib.Path):
+        self._cluster = cluster
+        self._sandbox = sandbox
+        self._folder = folder
+        self._objects = manifest.rendered(folder)
+        self._ports = load.free_ports()
+        self._pods = 0
+        self._volumes = 0
+        self._volume = self._new_volume()
+        self._pod: Pod | None = None
+        # Seconds that the last pod needed.
+        self._started_after = 0.0
+
+    @property
+    def port(self) -> int:
+        return self._ports[0]
+
+    @property
+    def pod(self) -> Pod:
+        assert self._pod is not None
+        return self._pod
+
+    # Volumes and pods
+
+    def _new_volume(self) -> pathlib.Path:
+        """Bind the claim to an empty folder, which belongs to root."""
+        self._volumes += 1
+        folder = self._folder / f"volume-{self._volumes}"
+        folder.mkdir()
+        self._cluster.bind(self._objects["PersistentVolumeClaim"], manifest.volume(folder))
+        return folder
+
+    def _start(self, **environ: str) -> Pod:
+        self._pods += 1
+        issuer = self._sandbox.url
+        environ = {"XAI_PROXY_ISSUER": issuer, "XAI_PROXY_UPSTREAM": issuer, **environ}
+        name = f"agent-{self._pods}"
+        pod = manifest.adapted(self._objects["Deployment"], name, self._ports, environ)
+        began = time.monotonic()
+        self._pod = self._cluster.create(pod)
+        self._pod.wait_until_started()
+        self._started_after = time.monotonic() - began
+        return self._pod
+
+    def _restart(self, **environ: str) -> Pod:
+        self.pod.end()
+        return self._start(**environ)
+
+    def end(self) -> None:
+        """End the pod, if one runs."""
+        if self._pod:
+            self._pod.end()
+            self._pod = None
+
+    # The login
+
+    def _login(self) -> dict[str, Any]:
+        found = json.loads((self._volume / "tokens.json").read_bytes())
+        assert isinstance(found, dict)
+        return found
+
+    def _refreshes(self) -> int:
+        return int(self._sandbox.counters()["refreshes"])
+
+    def _assert_alive(self) -> None:
+        """The login is used and refreshed, and no refresh token was spent twice."""
+        before = self._login()["refresh_token"]
+        wait(lambda: self._login()["refresh_token"] != before, REFRESH, "a refresh")
+        status = load.ask(self.port)
+        assert status == 200, f"a request got {status}"
+        assert self._sandbox.counters()["reuses"] == 0, "a spent refresh token was sent"
+
+    def _hold_refresh(self, **answer: Any) -> None:
+        """Have the token endpoint withhold its next response to a refresh, and wait for one."""
+        self._sandbox.set(
+            answers=[
+                {
+                    "path": "/oauth2/token",
+                    "grant_type": "refresh_token",
+                    "times": 1,
+                    "delay": DELAY,
+                    **answer,
+                }
+            ]
+        )
+        wait(
+            lambda: not self._sandbox.get("/_sandbox/knobs")[1]["answers"],
+            REFRESH,
+            "a request for a refresh",
+        )
+
+    # The steps
+
+    def steps(self) -> list[tuple[str, Callable[[], str]]]:
+        return [
+            ("start without a login", self.step_sign_in),
+            ("start with a seed", self.step_seed),
+            ("restart, the Secret still there", self.step_restart_with_secret),
+            ("restart, the Secret deleted", self.step_restart_without_secret),
+            ("node change", self.step_node_change),
+            ("SIGTERM in the middle of a refresh", self.step_terminated_refresh),
+            (
+                "kill -9 of the refresher, nothing spent",
+                lambda: self._kill("xai-refresher", KILLS, REFUSAL),
+            ),
+            (
+                "kill -9 of the refresher, token spent",
+                lambda: self._kill("xai-refresher", KILLS, {}, grace=600),
+            ),
+            (
+                "kill -9 of the container, nothing spent",
+                lambda: self._kill("", 1, REFUSAL),
+            ),
+            (
+                "kill -9 of the container, token spent",
+                lambda: self._kill("", 1, {}, grace=600),
+            ),
+            ("the same, at an issuer without grace", self.step_no_grace),
+            ("SIGTERM under load", lambda: self._terminate(0)),
+            (
+                f"SIGTERM under load, DRAIN_DELAY={DRAIN_DELAY}",
+                lambda: self._terminate(DRAIN_DELAY),
+            ),
+            ("memory", self.step_memory),
+        ]
+
+    def step_sign_in(self) -> str:
+        pod = self._start()
+        status = load.ask(self.port, "/readyz")
+        assert status == 503, f"/readyz is {status} without a login"
+        done = pod.execute("xai-login", "--device")
+        assert done.returncode == 0, done.stderr
+        assert load.ask(self.port) == 200
+        modes = [oct(path.stat().st_mode & 0o7777)[2:] for path in self._paths()]
+        return (
+            f"pod started after {self._started_after:.0f} s; signed in in the container; "
+            f"modes of the volume and the login: {', '.join(modes)}"
+        )
+
+    def _paths(self) -> tuple[pathlib.Path, pathlib.Path]:
+        return self._volume, self._volume / "tokens.json"
+
+    def step_seed(self) -> str:
+        self.end()
+        self._volume = self._new_volume()
+        seed = self._folder / "elsewhere/tokens.json"
+        self._sandbox.write_login(seed)
+        self._seed = json.loads(seed.read_bytes())["refresh_token"]
+        content = base64.b64encode(seed.read_bytes()).decode()
+        secret = {"metadata": {"name": SEED}, "data": {"tokens.json": content}}
+        self._cluster.ask("POST", SECRETS, {"apiVersion": "v1", "kind": "Secret", **secret})
+        pod = self._start()
+        assert "the seed is in use" in pod.log("seed")
+        self._assert_alive()
+        return f"copied, used and refreshed; pod started after {self._started_after:.0f} s"
+
+    def step_restart_with_secret(self) -> str:
+        seconds = self.pod.end()
+        login = self._login()["refresh_token"]
+        assert login != self._seed
+        pod = self._start()
+        assert "the seed is not used" in pod.log("seed")
+        self._assert_alive()
+        return f"the spent token was not put back; the old pod ended after {seconds:.0f} s"
+
+    def step_restart_without_secret(self) -> str:
+        self._cluster.ask("DELETE", f"{SECRETS}/{SEED}")
+        self._restart()
+        self._assert_alive()
+        return "not needed: used and refreshed"
+
+    def step_node_change(self) -> str:
+        self.end()
+        former = self._volume
+        self._volume = self._new_volume()
+        shutil.copytree(former, self._volume, dirs_exist_ok=True)
+        for path in [self._volume, *self._volume.rglob("*")]:
+            there = (former / path.relative_to(self._volume)).stat()
+            shutil.chown(path, there.st_uid, there.st_gid)
+        shutil.rmtree(former)
+        self._start()
+        self._assert_alive()
+        return "another volume with these files, another pod: used and refreshed"
+
+    def step_terminated_refresh(self) -> str:
+        self._hold_refresh()
+        seconds = self.pod.end()
+        assert self._sandbox.counters()["reuses"] == 0
+        self._start()
+        self._assert_alive()
+        return f"the response was saved before the pod ended, after {seconds:.0f} s"
+
+    def _kill(self, name: str, times: int, answer: dict[str, Any], grace: int = 0) -> str:
+        """Kill a process of the container in the middle of a refresh. `name`: empty for the first."""
+        self._sandbox.set(grace=grace)
+        longest = 0.0
+        for _ in range(times):
+            self._hold_refresh(**answer)
+            refreshes = self._refreshes()
+            self.pod.kill(self.pod.process(name) if name else self.pod.pid())
+            began = time.monotonic()
+            wait(lambda: self._refreshes() > refreshes, REFRESH, "a refresh after the kill")
+            longest = max(longest, time.monotonic() - began)
+            self._assert_alive()
+        restarts = self.pod.proxy()["restartCount"]
+        self._sandbox.set(grace=0)
+        return (
+            f"{times} of {times} logins survived; the next refresh {longest:.1f} s after the kill "
+            f"at most; restarts of the container: {restarts}"
+        )
+
+    def step_no_grace(self) -> str:
+        """The one loss that no program on this side can prevent, and the way out of it."""
+        self._hold_refresh()
+        self.pod.kill(self.pod.process("xai-refresher"))
+        wait(lambda: load.ask(self.port, "/readyz") == 503, REFRESH, "/readyz is 503")
+        reuses = self._sandbox.counters()["reuses"]
+        assert reuses == 1, f"a spent refresh token was sent {reuses} times"
+        done = self.pod.execute("xai-login", "--device")
+        assert done.returncode == 0, done.stderr
+        assert load.ask(self.port) == 200
+        self._sandbox.reset()
+        self._assert_alive()
+        return "signed out, as docs/login-safety.md says; signed in again in the running pod"
+
+    def _terminate(self, delay: int) -> str:
+        """SIGTERM with streams open and clients that go on opening connections."""
+        self._restart(XAI_PROXY_DRAIN_DELAY=str(delay))
+        # Streams of six seconds.
+        self._sandbox.set(events=30, events_per_second=5)
+        streams = load.Streams(self.port, 20)
+        wait(lambda: streams.begun == 20, 20, "streams")
+        newcomers = load.Newcomers(self.port, 4)
+        wait(lambda: newcomers.outcomes["ok"] > 20, 20, "requests")
+        self.pod.terminate()
+        self.pod.wait_for_log("until then new connections" if delay else "stopping; ")
+        began = time.monotonic()
+        wait(lambda: time.monotonic() > began + ROUTED, ROUTED + 1, "the endpoint is withdrawn")
+        newcomers.end()
+        seconds = self.pod.ended()
+        streams.end()
+        self._pod = None
+        self._sandbox.reset()
+        outcomes = newcomers.outcomes
+        lost = outcomes.total() - outcomes["ok"]
+        assert streams.complete == 20, f"{streams.complete} of 20 streams were complete"
+        assert not lost if delay else lost, dict(outcomes)
+        return (
+            f"of {outcomes.total()} requests on new connections until {ROUTED} s after SIGTERM "
+            f"{outcomes['refused']} refused, {lost - outcomes['refused']} otherwise lost; "
+            f"20 of 20 open streams complete; the pod ended {seconds:.0f} s later"
+        )
+
+    def step_memory(self) -> str:
+        pod = self._start()
+        group = memory.Group(pod.pid())
+        limit = group.limit() >> 20
+        figures = {}
+        with memory.observed(group) as peak:
+            self._assert_alive()
+        figures["idle"] = peak.mib
+        with memory.observed(group) as peak:
+            self._sandbox.set(events=50, events_per_second=10)
+            streams = load.Streams(self.port, 200)
+            streams.end()
+        assert streams.complete == 200
+        figures["200 streams"] = peak.mib
+        with memory.observed(group) as peak:
+            self._upload_and_download()
+        figures["and 64 MiB of bodies sent, responses of 64 MiB"] = peak.mib
+        assert pod.proxy()["restartCount"] == 0, "the container was restarted"
+        most = max(figures.values())
+        assert most < 0.8 * limit, f"{most:.0f} MiB of {limit}"
+        text = "; ".join(f"{name}: {mib:.0f} MiB" for name, mib in figures.items())
+        return f"{text}; of {limit} MiB"
+
+    def _upload_and_download(self) -> None:
+        """Have more bodies in flight than the replay memory holds, then responses as large, beside
+        200 streams.
+        """
+        streams = load.Streams(self.port, 200)
+        wait(lambda: streams.begun == 200, 30, "streams")
+        answer = {"path": "/v1/chat/completions", "times": 8, "delay": 3}
+        self._sandbox.set(answers=[answer])
+        statuses: list[int] = []
+        with load.together(8, lambda: statuses.append(load.chat(self.port, 8 * memory.MIB)[0])):
+            pass
+        assert statuses == [200] * 8, statuses
+        self._sandbox.set(events=64, event_size=1 << 20, events_per_second=0)
+        sizes: list[int] = []
+        with load.together(8, lambda: sizes.append(len(load.chat(self.port)[1]))):
+            pass
+        assert min(sizes) > 64 * memory.MIB
+        # Responses that are short enough to be kept whole until their usage is read.
+        self._sandbox.set(events=1, event_size=1000 << 10)
+        with load.together(100, lambda: sizes.append(load.chat(self.port)[0])):
+            pass
+        streams.end()
+        self._sandbox.reset()
+
+
+def play(
+    programs: pathlib.Path,
+    image: pathlib.Path,
+    folder: pathlib.Path,
+    only: str,
+    report: Callable[[str, bool, str], None],
+) -> None:
+    with contextlib.ExitStack() as stack:
+        sandbox = stack.enter_context(
+            Sandbox(access_token_lifetime=LIFETIME, device_interval=1, auto_approve=0)
+        )
+        (folder / "cluster").mkdir()
+        cluster = stack.enter_context(Cluster(programs, folder / "cluster", image))
+        played = Play(cluster, sandbox, folder)
+        for name, step in played.steps():
+            if only and only not in name:
+                continue
+            try:
+                report(name, True, step())
+            except AssertionError as error:
+                report(name, False, str(error))
