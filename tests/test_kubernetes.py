@@ -110,9 +110,7 @@ def test_it_is_a_native_sidecar(sidecar: dict[str, Any], pod: dict[str, Any]) ->
     assert [each["name"] for each in pod["containers"]] == ["agent"]
 
 
-def test_the_pod_starts_before_a_sign_in(
-    sidecar: dict[str, Any], pod: dict[str, Any]
-) -> None:
+def test_the_pod_starts_before_a_sign_in(sidecar: dict[str, Any], pod: dict[str, Any]) -> None:
     """/readyz is 503 until then. A probe that asks it keeps the agent from starting, ends the
     container in which one signs in, or takes the agent out of its Services.
     """

@@ -120,7 +120,9 @@ def test_a_proxy_of_another_login_is_named(served: Login, tmp_path, signed_in: b
     first, *_, proxy, _path = served.run("--status").stdout.splitlines()
     url = f"http://127.0.0.1:{served.env['XAI_PROXY_PORT']}"
     assert re.fullmatch(headline.format(url), first), first
-    assert proxy == f"Proxy       serving {url}/v1, but it seems to run with other settings than these"
+    assert (
+        proxy == f"Proxy       serving {url}/v1, but it seems to run with other settings than these"
+    )
 
 
 def test_a_proxy_that_is_not_ready_has_its_own_reason(login: Login, sandbox: Sandbox, tmp_path):
