@@ -94,7 +94,7 @@ class Refresher:
 
     def begin(self) -> None:
         """Make the folder, and adopt the left-over of a killed writer."""
-        self._report.publish()
+        self._report.update()
         # If another process holds the lock, it has done so.
         with contextlib.suppress(errors.LockBusy):
             try:
@@ -138,7 +138,7 @@ class Refresher:
     def _decide(self, login: Login) -> Decision:
         if self._schedule.watch(login, self._runtime.now(), self._runtime.uptime()):
             mark = fingerprint(login.access_token)
-            self._report.publish(login=mark, result="", reason="", next_try=None, no_room="")
+            self._report.update(login=mark, result="", reason="", next_try=None, no_room="")
             self._report.log("failure", "")
             error = login.refresh_error
             if error is not None and error.terminal:
@@ -176,11 +176,11 @@ class Refresher:
             self._renewal.failure = error
             # The next poll finds any other state as well.
             if error.state == "replaced":
-                self._report.publish(no_room="")
+                self._report.update(no_room="")
                 logger.warning("%s", error)
         except errors.LockBusy as error:
             self._renewal.failure = error
-            self._report.publish(result="locked", reason=str(error))
+            self._report.update(result="locked", reason=str(error))
             self._report.log("lock", str(error))
         except errors.StorageError as error:
             self._renewal.failed(error, login)

@@ -116,7 +116,7 @@ class Renewal:
         )
         self._commit(reserved, successor)
         mark = fingerprint(successor.access_token)
-        self._report.publish(
+        self._report.update(
             refresh=refresher_status.OK,
             login=mark,
             result=refresher_status.OK,
@@ -148,7 +148,7 @@ class Renewal:
                         "the refreshed login is in this process's memory only: do not end it. "
                         + text
                     )
-                self._report.publish(no_room="" if reserved.renamed else str(error))
+                self._report.update(no_room="" if reserved.renamed else str(error))
                 self._report.log("unsaved", text)
             self._report.beat()
             self._report.notify()
@@ -192,7 +192,7 @@ class Renewal:
         if isinstance(error, errors.StorageError):
             changes["no_room"] = str(error)
         if writer is None:
-            self._report.publish(**changes)
+            self._report.update(**changes)
         else:
             self._record(writer, login, recorded, **changes)
 
@@ -212,7 +212,7 @@ class Renewal:
             # A full disk: the login is unharmed, and the schedule knows the records.
             changes["no_room"] = str(error)
         finally:
-            self._report.publish(**changes)
+            self._report.update(**changes)
 
 
 def result_of(error: errors.Error, record: tokens.RefreshError) -> str:

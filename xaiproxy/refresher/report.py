@@ -47,17 +47,17 @@ class Report:
         if self.once or (not (at_once or clock_was_set) and uptime < self._next_beat):
             return
         self._next_beat, self._clock_offset = uptime + HEARTBEAT_INTERVAL, offset
-        self.publish()
+        self.update()
         try:
             token_lock.beat(self._store)
         except errors.StorageError as error:
             self.unwritable(error)
             return
         if self._logged.get("folder"):
-            self.publish(no_room="")
+            self.update(no_room="")
         self.log("folder", "")
 
-    def publish(self, refresh: str = "", **changes: Any) -> None:
+    def update(self, refresh: str = "", **changes: Any) -> None:
         """Write the status file, with `changes` to the status.
 
         `refresh`: the result of a refresh, which is counted; "" if there was none.
@@ -108,7 +108,7 @@ class Report:
                 return
         except errors.LoginUnusable:
             pass
-        self.publish(no_room=str(error))
+        self.update(no_room=str(error))
         self.log("folder", self._logged.get("folder") or str(error))
 
     def failure(self, error: errors.Error, record: tokens.RefreshError, now: float) -> None:
