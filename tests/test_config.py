@@ -13,6 +13,7 @@ from checkout import ROOT
 from xaiproxy import config, errors, setting_types
 from xaiproxy.addresses import UnixSocket
 from xaiproxy.egress import Egress
+from xaiproxy.setting_types import SecretName
 
 needs_root = pytest.mark.skipif(
     os.geteuid() != 0, reason="only root can give a file to another user"
@@ -102,6 +103,10 @@ TAKES = {
             "http://[fd00::1]/",
         )
     ],
+    "PUBLISH": [
+        ("file:/shared/tokens.json", pathlib.Path("/shared/tokens.json")),
+        ("kubernetes-secret:my-apps/xai.login", SecretName("my-apps", "xai.login")),
+    ],
     "ALLOWED_HOSTS": [("A.example., b_c,[::1],", frozenset(("a.example", "b_c", "[::1]")))],
     "ALLOWED_ORIGINS": [
         ("https://A.example, http://b:81", frozenset(("https://a.example", "http://b:81"))),
@@ -185,6 +190,21 @@ REFUSES = {
     "ALLOW_ANONYMOUS": ["2", "true", "yes"],
     # See test_a_wrong_url_of_calls_is_refused_without_its_value.
     "NOTIFY_URL": [],
+    "PUBLISH": [
+        "file:",
+        "file:relative",
+        "file:/",
+        "/shared/tokens.json",
+        "kubernetes-secret:name",
+        "kubernetes-secret:apps/",
+        "kubernetes-secret:a.b/name",
+        "kubernetes-secret:apps/a/b",
+        "kubernetes-secret:apps/Name",
+        "kubernetes-secret:apps/a..b",
+        f"kubernetes-secret:{64 * 'a'}/b",
+        f"kubernetes-secret:a/{254 * 'b'}",
+        "secret:apps/name",
+    ],
     "ALLOWED_HOSTS": ["a.example:80", "http://a", "*", "a b"],
     "ALLOWED_ORIGINS": ["a.example", "*", "https://a/b", "null"],
     "CONNECT_TIMEOUT": ["0.09", "600.1"],

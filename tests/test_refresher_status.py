@@ -47,13 +47,21 @@ def test_a_written_status_is_read_and_the_file_keeps_its_size(store):
         {"at": NOW + 1, "result": "", "next_try": None},
         {"at": NOW + 2, "result": OK},
         {"refreshes": dict.fromkeys(refresher_status.RESULTS, 10**12)},
-        {"at": NOW + 3, "result": "x" * 9999, "reason": '\\"' * 999, "no_room": "\\" * 9999},
+        {"at": NOW + 1, "published_at": NOW - 1.25, "publish_failures": 10**12},
+        {
+            "at": NOW + 3,
+            "result": "x" * 9999,
+            "reason": '\\"' * 999,
+            "no_room": "\\" * 9999,
+            "publish_failure": "\\" * 9999,
+            "refreshes": dict.fromkeys(refresher_status.RESULTS, 10**12),
+        },
     ):
         status = dataclasses.replace(STATUS, **change)
         assert refresher_status.write(store, status)
         found = read(store)
         assert (found.at, found.next_try, found.login) == (status.at, status.next_try, status.login)
-        for name in ("result", "reason", "no_room"):
+        for name in ("result", "reason", "no_room", "publish_failure"):
             assert getattr(found, name) == getattr(status, name)[:400]
         file = store.status_path.stat()
         assert (file.st_size, file.st_mode & 0o777) == (4096, 0o600)
@@ -93,6 +101,8 @@ def test_a_malformed_status_is_none(store):
         {"at": None},
         {"result": 1},
         {"no_room": []},
+        {"publish_failure": None},
+        {"published_at": "x"},
         {"next_try": "x"},
         # Times of which no date can be made.
         {"next_try": 1e300},

@@ -137,6 +137,14 @@ class Config:
         "xai-refresher --once sends nothing: it has its exit status.",
         secret=True,
     )
+    publish: Path | setting_types.SecretName | None = _setting(  # noqa: RUF009
+        "",
+        setting_types.publish,
+        "Where the refresher keeps a copy of the login without its refresh token, for proxies on "
+        "other machines: file:/path, replaced at once, which anything may distribute; or "
+        "kubernetes-secret:NAMESPACE/NAME, key tokens.json of a Secret, from inside the cluster. "
+        "A failure to publish is retried, and fails no refresh.",
+    )
     client_keys_file: Path = _setting(  # noqa: RUF009
         "",
         lambda text: setting_types.path(text) if text else None,

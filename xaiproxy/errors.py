@@ -99,6 +99,17 @@ class LockBusy(Error):
     """Another process has held the token lock for longer than the timeout."""
 
 
+class PublishError(Error):
+    """The login cannot be published; what was published before stays.
+
+    `retry_after`: seconds to wait, as the server requests, or None
+    """
+
+    def __init__(self, message: str, retry_after: float | None = None):
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
 class LoginUnusable(Error):
     """No login can be used. This is a state to wait in, like signed out, not a reason to exit.
 

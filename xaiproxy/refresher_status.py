@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import re
+from typing import Any
 
 from xaiproxy import errors, folder_file, state_file, storage, tokens
 from xaiproxy.token_store import ALIVE, TokenStore
@@ -34,6 +35,9 @@ class Status:
     `no_room`: why no login can be saved, in a sentence; "" if one can.
     `login`: fingerprint of the login's access token.
     `refreshes`: the number of refreshes by their result, one of RESULTS; it survives restarts.
+    `published_at`: time at which the login was last published; None if it never was.
+    `publish_failure`: why the login is not published, in a sentence; "" if it is.
+    `publish_failures`: the number of failures to publish; it survives restarts.
     """
 
     at: float
@@ -43,6 +47,9 @@ class Status:
     no_room: str = ""
     login: str = ""
     refreshes: dict[str, int] = dataclasses.field(default_factory=dict)
+    published_at: float | None = None
+    publish_failure: str = ""
+    publish_failures: int = 0
 
     @property
     def failure(self) -> str:
@@ -53,7 +60,7 @@ class Status:
 def write(store: TokenStore, status: Status) -> bool:
     """Write the status file, at least every ALIVE / 2 seconds; return whether that was possible."""
     values = dataclasses.asdict(status)
-    for name in ("result", "reason", "no_room"):
+    for name in ("result", "reason", "no_room", "publish_failure"):
         values[name] = UNSAFE.sub("?", values[name])[:TEXT_LIMIT]
     content = json.dumps(values).encode().ljust(SIZE - 1) + b"\n"
     try:
@@ -74,10 +81,11 @@ def read(store: TokenStore, login: Login, now: float) -> Status | None:
         status = _parsed(store)
         if abs(now - status.at) >= ALIVE or status.login != fingerprint(login.access_token):
             return None
-        texts = (status.result, status.reason, status.no_room)
+        texts = (status.result, status.reason, status.no_room, status.publish_failure)
         valid = all(isinstance(text, str) for text in texts)
-        planned = status.next_try is None or tokens.number(status.next_try) is not None
-        return status if valid and planned else None
+        times = (status.next_try, status.published_at)
+        dated = all(time is None or tokens.number(time) is not None for time in times)
+        return status if valid and dated else None
     except UNREADABLE:
         return None
 
@@ -88,6 +96,25 @@ def refreshes(store: TokenStore) -> dict[str, int]:
     if not isinstance(counted, dict):
         counted = {}
     return {result: int(tokens.number(counted.get(result)) or 0) for result in RESULTS}
+
+
+def published(store: TokenStore) -> tuple[float | None, int]:
+    """Return `published_at` and `publish_failures`, also if no refresher runs."""
+    status = filed(store)
+    return tokens.number(status.published_at), int(tokens.number(status.publish_failures) or 0)
+
+
+def lasting(store: TokenStore, own: Status) -> dict[str, Any]:
+    """Return the members that survive restarts, from the file and a process's own status."""
+    published_at, failures = published(store)
+    return {
+        "refreshes": {
+            result: max(number, own.refreshes.get(result, 0))
+            for result, number in refreshes(store).items()
+        },
+        "published_at": own.published_at or published_at,
+        "publish_failures": max(own.publish_failures, failures),
+    }
 
 
 def filed(store: TokenStore) -> Status:

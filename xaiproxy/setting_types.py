@@ -9,7 +9,7 @@ import re
 import urllib.parse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from xaiproxy import addresses
 from xaiproxy.addresses import UnixSocket
@@ -18,6 +18,11 @@ Number = TypeVar("Number", int, float)
 
 # Bytes of the path of a Unix socket that fit in macOS's sockaddr_un; Linux has room for 107.
 PATH_LIMIT = 103
+# The names of Kubernetes (RFC 1123): a namespace's and a Secret's.
+LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+SUBDOMAIN = re.compile(
+    r"(?=.{1,253}$)[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*"
+)
 QUOTED = re.compile(r"""(["']).*\1""", re.DOTALL)
 QUOTES_KEPT = (
     "begins and ends with a quote, which docker's --env-file keeps as part of the value; "
@@ -157,6 +162,28 @@ def notify_url(text: str) -> str:
     except ValueError:
         pass
     raise ValueError("an http or https URL without a fragment")
+
+
+class SecretName(NamedTuple):
+    """A Secret of Kubernetes."""
+
+    namespace: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.name}"
+
+
+def publish(text: str) -> Path | SecretName | None:
+    if not text:
+        return None
+    kind, _, target = text.partition(":")
+    if kind == "file" and target.startswith(("/", "~")):
+        return path(target)
+    namespace, _, name = target.partition("/")
+    if kind == "kubernetes-secret" and LABEL.fullmatch(namespace) and SUBDOMAIN.fullmatch(name):
+        return SecretName(namespace, name)
+    raise ValueError("kubernetes-secret:NAMESPACE/NAME or file:/path")
 
 
 def client_id(text: str) -> str:

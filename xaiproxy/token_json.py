@@ -39,6 +39,20 @@ KEYS = (
     "replaces",
 )
 
+# Members of a published file. All its readers derive the same conversation IDs from the salt.
+PUBLISHED = (
+    "access_token",
+    "expires_at",
+    "token_endpoint",
+    "obtained_at",
+    "issuer",
+    "client_id",
+    "scope",
+    "account",
+    "refresh_error",
+    "salt",
+)
+
 
 def from_response(
     response: Mapping[str, Any],
@@ -150,6 +164,17 @@ def to_json(login: Login, replaces: str | None) -> str:
     """Return the file's text. `replaces`: fingerprint of the refresh token before this login's."""
     known = dataclasses.asdict(dataclasses.replace(login, extra={})) | {"replaces": replaces}
     return json.dumps({name: known[name] for name in KEYS} | dict(login.extra), indent=2) + "\n"
+
+
+def access_only(login: Login) -> str:
+    """Return the text of a token file that serves requests and holds nothing to refresh with.
+
+    Of a failure it has only that the login has ended: a retry changes nothing for its readers.
+    """
+    error = login.refresh_error
+    ended = dataclasses.replace(error, token=None) if error and error.terminal else None
+    known = dataclasses.asdict(dataclasses.replace(login, refresh_error=ended, extra={}))
+    return json.dumps({name: known[name] for name in PUBLISHED}, indent=2) + "\n"
 
 
 def replaces(text: str | bytes) -> object:

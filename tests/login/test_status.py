@@ -18,7 +18,7 @@ from proxy_process import ProxyProcess
 from sandbox import Sandbox
 from scripted_server import ScriptedServer, answer
 
-from xaiproxy import config, token_store
+from xaiproxy import config, refresher_status, token_store, tokens
 
 DATE = r"20[\d-]{8} \d\d:\d\d UTC"
 SERVE = f"`{ROOT}/bin/xai-serve`"
@@ -73,6 +73,31 @@ def test_a_good_login_that_is_served(served: Login, sandbox: Sandbox):
     end, begin, due = (int(hour) * 60 + int(minute) for hour, minute in times)
     assert ((end - due) % 1440, (end - begin) % 1440) == (72, 360)
     assert (served.files(), served.path.read_bytes()) == before and sandbox.requests() == []
+
+
+def test_what_is_published_is_shown(login: Login, sandbox: Sandbox):
+    tokens_json = sandbox.write_login(login.path)
+    beat(login)
+    store = token_store.TokenStore(
+        config.from_environ({"XAI_PROXY_TOKEN_PATH": str(login.path)}, dotenv_path=os.devnull)
+    )
+    mark = tokens.fingerprint(tokens_json["access_token"])
+    now = time.time()
+
+    def published(**members: Any) -> str:
+        refresher_status.write(store, refresher_status.Status(now, login=mark, **members))
+        result = login.run("--status", XAI_PROXY_PUBLISH="file:/copy/login.json")
+        return re.findall(r"^Published +(.*)", result.stdout, re.MULTILINE)[0]
+
+    assert published() == "not yet"
+    assert re.fullmatch(f"at {DATE}", published(published_at=now))
+    failing = published(published_at=now, publish_failure="/copy cannot be written")
+    assert re.fullmatch(f"at {DATE}; since then: /copy cannot be written", failing)
+    assert published(publish_failure="it is locked") == "not yet: it is locked"
+    login.path.with_name("tokens.json.status").unlink()
+    result = login.run("--status", XAI_PROXY_PUBLISH="file:/copy/login.json")
+    assert "\nPublished   unknown: " in result.stdout
+    assert "Published" not in login.run("--status").stdout
 
 
 def test_without_a_proxy_and_a_refresher_both_are_to_be_started(login: Login, sandbox: Sandbox):

@@ -84,6 +84,8 @@ TABLE = {
     "xaiproxy_refresher_seen_timestamp_seconds": ("gauge", set()),
     "xaiproxy_refresh_next_timestamp_seconds": ("gauge", set()),
     "xaiproxy_refreshes": ("counter", {"result"}),
+    "xaiproxy_published_timestamp_seconds": ("gauge", set()),
+    "xaiproxy_publish_failures": ("counter", set()),
     "xaiproxy_tokens": ("counter", {"model", "type", "key"}),
     "xaiproxy_usage_unread": ("counter", {"reason"}),
     "xaiproxy_ratelimit_remaining": ("gauge", {"kind"}),

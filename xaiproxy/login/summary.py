@@ -122,7 +122,7 @@ class Summary:
 
 
 def _of_status(status: Status) -> dict[str, Any]:
-    names = ("result", "reason", "next_try", "no_room")
+    names = ("result", "reason", "next_try", "no_room", "published_at", "publish_failure")
     return {name: getattr(status, name) for name in names}
 
 

@@ -62,6 +62,8 @@ def _rows(summary: Summary, style: Style) -> Iterator[Row]:
         yield Row("Account", [f"{account_name(login)} at {login.issuer}"])
         yield Row("Token", list(_token(summary, login)), _lifetime(summary, login, style))
         yield Row("Refresher", list(_refresher(summary, login)))
+        if summary.store.settings.publish is not None:
+            yield Row("Published", [_published(summary)])
     if summary.quota or summary.quota_error:
         yield _quota(summary, style)
     yield Row("Proxy", [_proxy(summary)])
@@ -111,6 +113,16 @@ def _refresher(summary: Summary, login: tokens.Login) -> Iterator[str]:
     if summary.refresher is not None and summary.refresher.result == "ok" and not failures:
         yield "the last renewal succeeded"
     yield from failures
+
+
+def _published(summary: Summary) -> str:
+    status = summary.refresher
+    if status is None:
+        return "unknown: the refresher has no status for this login"
+    at, failure = status.published_at, status.publish_failure
+    if at is None:
+        return f"not yet: {failure}" if failure else "not yet"
+    return f"at {local_time(at)}" + (f"; since then: {failure}" if failure else "")
 
 
 def _quota(summary: Summary, style: Style) -> Row:

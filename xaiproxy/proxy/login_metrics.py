@@ -54,3 +54,11 @@ def families(store: TokenStore, now: float) -> Iterator[Metric]:
         ("result",),
         from_zero(refresher_status.RESULTS, refresher_status.refreshes(store)),
     )
+    published_at, failures = refresher_status.published(store)
+    yield gauge(
+        "xaiproxy_published_timestamp_seconds",
+        "Last time that the login was published in unix time; 0 if it never was.",
+        (),
+        [(published_at or 0,)],
+    )
+    yield counter("xaiproxy_publish_failures", "Failures to publish the login.", (), [(failures,)])

@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 from xaiproxy import config, errors, judgement, kernel, token_folder, token_writer, tokens
 from xaiproxy.refresher.notifier import Notifier
+from xaiproxy.refresher.publisher import Publisher, target_of
 from xaiproxy.refresher.renewal import Renewal
 from xaiproxy.refresher.report import Report, date, next_try
 from xaiproxy.refresher.runtime import Ending, Runtime
@@ -45,6 +46,7 @@ class Refresher:
         notifier = Notifier(settings, self.store, self._runtime) if settings.notify_url else None
         self._report = Report(self.store, self._runtime, notifier)
         self._renewal = Renewal(settings, self.store, self._schedule, self._report, self._runtime)
+        self._publisher = Publisher(target_of(settings), self._report, self._runtime)
         self._seen: Login | None = None
 
     def run(self) -> int:
@@ -63,6 +65,7 @@ class Refresher:
         login = self.store.load()
         if login.refresh_token is not None:
             self._check()
+            self._publish()
             if self._renewal.failure is not None:
                 raise self._renewal.failure
             login = self.store.load()
@@ -105,9 +108,10 @@ class Refresher:
                 self._report.unwritable(error)
 
     def turn(self) -> None:
-        """Write a heartbeat, check the login, do what follows, and pause."""
+        """Write a heartbeat, check the login, do what follows, publish it, and pause."""
         self._report.beat()
         self._check()
+        self._publish()
         self._report.notify()
         self._runtime.pause(POLL_INTERVAL)
 
@@ -134,6 +138,11 @@ class Refresher:
             if self._renewal.failure is None:
                 return
         self._report.outage(login)
+
+    def _publish(self) -> None:
+        """Publish what the file holds by now, which is on the disk."""
+        with contextlib.suppress(errors.LoginUnusable):
+            self._publisher.poll(self.store.current())
 
     def _decide(self, login: Login) -> Decision:
         if self._schedule.watch(login, self._runtime.now(), self._runtime.uptime()):

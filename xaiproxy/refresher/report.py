@@ -62,20 +62,18 @@ class Report:
 
         `refresh`: the result of a refresh, which is counted; "" if there was none.
         """
+        status = dataclasses.replace(self.status, at=self._runtime.now(), **changes)
         # Another process may count as well, and this one cannot always write.
-        filed, own = refresher_status.refreshes(self._store), self.status.refreshes
-        refreshes = {result: max(number, own.get(result, 0)) for result, number in filed.items()}
+        lasting = refresher_status.lasting(self._store, status)
         if refresh:
-            refreshes[refresh] += 1
-        self.status = dataclasses.replace(
-            self.status, at=self._runtime.now(), refreshes=refreshes, **changes
-        )
+            lasting["refreshes"][refresh] += 1
+        self.status = dataclasses.replace(status, **lasting)
         if not self.once:
             refresher_status.write(self._store, self.status)
-        elif refresh:
+        elif refresh or "publish_failure" in changes:
             # The rest of the file is about the refresher that runs, if any.
-            status = dataclasses.replace(refresher_status.filed(self._store), refreshes=refreshes)
-            refresher_status.write(self._store, status)
+            filed = refresher_status.filed(self._store)
+            refresher_status.write(self._store, dataclasses.replace(filed, **lasting))
 
     def notify(self) -> None:
         """Notify a person of what the last poll has found, if that is due."""
