@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 
@@ -262,6 +263,27 @@ def test_http_proxy_is_used_only_with_a_plain_url_of_calls():
     assert settings(environ, NOTIFY_URL="http://hook.example").egress.http_proxy == "http://p:1"
     assert settings(environ, NOTIFY_URL="https://hook.example").egress.http_proxy is None
     assert settings({"HTTP_PROXY": "nonsense://"}).egress.http_proxy is None
+
+
+@pytest.mark.parametrize(
+    "environ, url",
+    [
+        ({}, ""),
+        ({"KUBERNETES_SERVICE_PORT": "443"}, ""),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, "https://10.0.0.1:443"),
+        (
+            {"KUBERNETES_SERVICE_HOST": "fd00::1", "KUBERNETES_SERVICE_PORT": "6443"},
+            "https://[fd00::1]:6443",
+        ),
+    ],
+)
+def test_the_api_server_is_that_of_the_pod(environ, url):
+    assert settings(environ).kubernetes_api == url
+
+
+def test_an_instance_is_named_by_its_pods_uid_or_its_host():
+    assert settings({"POD_UID": "0c2d"}).instance == "0c2d"
+    assert settings().instance == socket.gethostname()
 
 
 def test_the_endpoint_of_traces_is_opentelemetrys_and_is_not_in_a_repr():

@@ -16,6 +16,7 @@ ConfigurationError. `python -m xaiproxy.config` prints conf/xaiproxy.env.example
 import dataclasses
 import difflib
 import re
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -252,6 +253,10 @@ class Config:
     egress: Egress = dataclasses.field(default_factory=Egress)
     # OTEL_EXPORTER_OTLP_TRACES_ENDPOINT or OTEL_EXPORTER_OTLP_ENDPOINT, which may hold a password.
     otlp_endpoint: str = dataclasses.field(default="", repr=False)
+    # The API server of the cluster that this process runs in, or "".
+    kubernetes_api: str = ""
+    # A name of this pod or machine that no other has.
+    instance: str = ""
     # main logs them once logging is set up.
     warnings: tuple[str, ...] = ()
 
@@ -310,9 +315,18 @@ def from_environ(
     return Config(
         egress=Egress.from_environ(environ, complain, plain_http),
         otlp_endpoint=otlp_endpoint,
+        kubernetes_api=_kubernetes_api(environ),
+        # A container that is restarted keeps its pod's UID; a pod that replaces it has another.
+        instance=environ.get("POD_UID") or socket.gethostname(),
         warnings=tuple(dict.fromkeys(warnings)),
         **values,
     )
+
+
+def _kubernetes_api(environ: Mapping[str, str]) -> str:
+    host = environ.get("KUBERNETES_SERVICE_HOST", "")
+    port = environ.get("KUBERNETES_SERVICE_PORT", "443")
+    return host and f"https://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def _in_precedence(source: Mapping[str, str | None]) -> Iterator[tuple[str, str]]:

@@ -110,6 +110,19 @@ class PublishError(Error):
         self.retry_after = retry_after
 
 
+class NotClaimed(Error):
+    """The refresh token could not be claimed in the cluster, so this process has not sent it.
+
+    `sent`: whether another refresher has claimed it, and may have sent it
+    `retry_after`: as for PublishError
+    """
+
+    def __init__(self, message: str, *, sent: bool = False, retry_after: float | None = None):
+        super().__init__(message)
+        self.sent = sent
+        self.retry_after = retry_after
+
+
 class LoginUnusable(Error):
     """No login can be used. This is a state to wait in, like signed out, not a reason to exit.
 

@@ -102,6 +102,11 @@ class Session:
             "POST", url, headers, _Body(urllib.parse.urlencode(form).encode()), deadline
         )
 
+    def patch(
+        self, url: str, content: bytes, headers: Mapping[str, str], deadline: float = 30.0
+    ) -> Answer:
+        return self._call("PATCH", url, dict(headers), _Body(content), deadline)
+
     def _call(
         self, method: str, url: str, headers: dict[str, str], body: _Body | None, deadline: float
     ) -> Answer:

@@ -21,6 +21,7 @@ from xaiproxy.refresher.renewal import Renewal
 from xaiproxy.refresher.report import Report, date, next_try
 from xaiproxy.refresher.runtime import Ending, Runtime
 from xaiproxy.refresher.schedule import Decision, Schedule
+from xaiproxy.refresher.target import Target
 from xaiproxy.token_store import TokenStore
 from xaiproxy.tokens import Login, fingerprint
 
@@ -31,6 +32,8 @@ LOCK_TIMEOUT = 60.0  # seconds: longer than any try of another process takes
 
 
 class Refresher:
+    """`target`: what the login is published in; by default, what the settings name."""
+
     def __init__(
         self,
         settings: config.Config,
@@ -38,6 +41,7 @@ class Refresher:
         clock: Callable[[], float] = time.time,
         uptime: Callable[[], float] = kernel.uptime,
         sleep: Callable[[float], object] = time.sleep,
+        target: Target | None = None,
     ):
         self.settings = settings
         self.store = TokenStore(settings)
@@ -45,8 +49,11 @@ class Refresher:
         self._schedule = Schedule(settings.refresh_skew)
         notifier = Notifier(settings, self.store, self._runtime) if settings.notify_url else None
         self._report = Report(self.store, self._runtime, notifier)
-        self._renewal = Renewal(settings, self.store, self._schedule, self._report, self._runtime)
-        self._publisher = Publisher(target_of(settings), self._report, self._runtime)
+        target = target or target_of(settings)
+        self._renewal = Renewal(
+            settings, self.store, self._schedule, self._report, self._runtime, target
+        )
+        self._publisher = Publisher(target, self._report, self._runtime)
         self._seen: Login | None = None
 
     def run(self) -> int:

@@ -11,7 +11,9 @@ import random
 from pathlib import Path
 
 from xaiproxy import config, errors, token_json, tokens
+from xaiproxy.refresher.kubernetes_api import Api
 from xaiproxy.refresher.published_file import PublishedFile
+from xaiproxy.refresher.published_secret import PublishedSecret
 from xaiproxy.refresher.report import Report
 from xaiproxy.refresher.runtime import Runtime
 from xaiproxy.refresher.target import Target
@@ -29,6 +31,8 @@ def target_of(settings: config.Config) -> Target | None:
     publish = settings.publish
     if isinstance(publish, Path):
         return PublishedFile(publish, settings.token_path)
+    if publish is not None:
+        return PublishedSecret(Api(settings, publish), publish, settings.instance)
     return None
 
 

@@ -1,6 +1,7 @@
 """A try to refresh the login, with the lock held: the steps that docs/login-safety.md is about.
 
-Their order is: find the token endpoint, rehearse the save, send the refresh token, save the answer.
+Their order is: find the token endpoint, rehearse the save, claim the refresh token where several
+machines may hold it, send it, save the answer.
 A change must keep these rules:
 
 1. From sending the refresh token until its successor is on the disk, only SIGKILL ends the process:
@@ -17,7 +18,8 @@ from xaiproxy import config, errors, refresher_status, tokens
 from xaiproxy.oauth import discovery, session, token_endpoint
 from xaiproxy.refresher.report import Report, date
 from xaiproxy.refresher.runtime import Ending, Runtime
-from xaiproxy.refresher.schedule import Schedule
+from xaiproxy.refresher.schedule import LOST_TRIES, Schedule
+from xaiproxy.refresher.target import Target
 from xaiproxy.token_store import TokenStore
 from xaiproxy.token_writer import Reserved, TokenWriter
 from xaiproxy.tokens import Login, fingerprint
@@ -25,7 +27,8 @@ from xaiproxy.tokens import Login, fingerprint
 logger = logging.getLogger(__name__)
 
 DEADLINE = 30.0  # seconds for the whole exchange that spends the refresh token
-# Seconds. With DEADLINE and HEARTBEAT_INTERVAL it must be less than token_store.ALIVE.
+# Seconds. With DEADLINE, HEARTBEAT_INTERVAL and the claim's deadline it must be less than
+# token_store.ALIVE.
 DISCOVERY_DEADLINE = 10.0
 SAVE_INTERVAL = 1.0  # seconds between two attempts to save a login that is only in memory
 
@@ -40,6 +43,7 @@ class Renewal:
         schedule: Schedule,
         report: Report,
         runtime: Runtime,
+        target: Target | None = None,
     ):
         self.failure: errors.Error | None = None
         self._web = session.Session(settings)
@@ -47,6 +51,7 @@ class Renewal:
         self._schedule = schedule
         self._report = report
         self._runtime = runtime
+        self._target = target
         self._endpoint_in_doubt = False
 
     def refresh(self, writer: TokenWriter, login: Login) -> None:
@@ -67,6 +72,8 @@ class Renewal:
             )
             reserved = writer.rehearse(begun)
             self._runtime.check_ending()
+            if self._target is not None:
+                self._target.claim(login, late=self._is_late(login))
             successor = token_endpoint.refresh(
                 self._web, endpoint, begun, deadline=DEADLINE, now=self._runtime.now
             )
@@ -75,7 +82,12 @@ class Renewal:
                 reserved.discard()
                 self._record(writer, login, self._schedule.withdrawn(login, self._runtime.now()))
             raise
-        except (errors.OAuthError, errors.IssuerUnavailable, errors.StorageError) as error:
+        except (
+            errors.OAuthError,
+            errors.IssuerUnavailable,
+            errors.NotClaimed,
+            errors.StorageError,
+        ) as error:
             if reserved is not None:
                 reserved.discard()
             # If another program has put another login there, the next poll finds that one.
@@ -84,6 +96,10 @@ class Renewal:
             self.failed(error, login, begun, writer)
         else:
             self._save(reserved, begun, successor, asked)
+
+    def _is_late(self, login: Login) -> bool:
+        """Whether this try is the late one of a refresh token that may be spent."""
+        return login.refresh_try is not None and login.refresh_try.tries >= LOST_TRIES
 
     def _holds(self, login: Login) -> bool:
         """Whether the file still holds this login; a program that takes no lock may replace it."""

@@ -308,10 +308,12 @@ def code_of(error: errors.Error) -> str:
     """Return the code of the refresh_error that records `error`."""
     if isinstance(error, errors.OAuthError):
         return error.error
-    if not isinstance(error, errors.IssuerUnavailable):
+    if not isinstance(error, (errors.IssuerUnavailable, errors.NotClaimed)):
         return "storage"
     if error.sent:
         return tokens.ANSWER_LOST
+    if isinstance(error, errors.NotClaimed):
+        return "not_claimed"
     return REFUSED_FOR_NOW if error.refused else "issuer_unavailable"
 
 

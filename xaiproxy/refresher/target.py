@@ -3,6 +3,7 @@
 from typing import Protocol
 
 from xaiproxy import errors, token_json
+from xaiproxy.tokens import Login
 
 
 class Target(Protocol):
@@ -12,6 +13,12 @@ class Target(Protocol):
         """Make `content` what the target holds; return whether it held something else.
 
         `issued_at`: of the login, in unix seconds. Raises PublishError, as over a newer login.
+        """
+
+    def claim(self, login: Login, late: bool) -> None:
+        """Claim the login's refresh token, just before it is sent. Raises NotClaimed.
+
+        `late`: whether a token that another refresher has claimed is claimed all the same.
         """
 
 
@@ -30,8 +37,16 @@ def check_replaceable(content: bytes, issued_at: float, target: object) -> None:
             f"{target} holds a refresh token, which is left there; name another place in "
             "XAI_PROXY_PUBLISH"
         )
-    if (held.issued_at() or 0.0) > issued_at:
+    if issued_at_of(content) > issued_at:
         raise errors.PublishError(
             f"{target} holds a newer login than the token file; stop this refresher if another one "
             "publishes there, or sign in again"
         )
+
+
+def issued_at_of(content: bytes) -> float:
+    """Return when a target's login was issued, in unix seconds; 0 if that is unknown."""
+    try:
+        return token_json.from_json(content).issued_at() or 0.0
+    except ValueError:
+        return 0.0
