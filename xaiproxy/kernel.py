@@ -5,7 +5,8 @@
 - TCP_KEEPIDLE: macOS calls it TCP_KEEPALIVE.
 - CLOCK_BOOTTIME: macOS's CLOCK_MONOTONIC counts suspends as well, which Linux's does not.
 - PR_SET_PDEATHSIG: without it, the programs of a supervisord that was killed keep running.
-- /proc: without it, the memory of this process is unknown, and its start counts as now.
+- /proc: without it, the memory of this process is unknown, its start counts as now, and no file
+  system counts as one of a network.
 
 No other module uses these. None of it has been run on a Mac: tests/test_without_linux.py runs the
 programs on Linux with all of this removed, and bin/check checks the types for macOS as well.
@@ -18,6 +19,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 _TCP_INFO: int | None = getattr(socket, "TCP_INFO", None)
 HAS_TCP_INFO = _TCP_INFO is not None
@@ -110,3 +112,17 @@ def end_with_parent(parent: int) -> bool:
     if _prctl is not None:
         _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     return os.getppid() == parent
+
+
+def file_system(path: Path) -> str:
+    """Return the type of the file system that holds `path`, such as "ext4"; "" if it is unknown."""
+    try:
+        device = os.stat(path).st_dev
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
+            for line in mounts:
+                # Of proc(5): the third field, and the first one after the separator.
+                if line.split()[2] == f"{os.major(device)}:{os.minor(device)}":
+                    return line.partition(" - ")[2].split()[0]
+    except OSError:
+        pass
+    return ""

@@ -15,7 +15,9 @@ import time
 from collections.abc import Callable
 
 from xaiproxy import config, errors, judgement, kernel, token_folder, token_writer, tokens
+from xaiproxy.refresher import lock_proof
 from xaiproxy.refresher.notifier import Notifier
+from xaiproxy.refresher.published_secret import PublishedSecret
 from xaiproxy.refresher.publisher import Publisher, target_of
 from xaiproxy.refresher.renewal import Renewal
 from xaiproxy.refresher.report import Report, date, next_try
@@ -50,8 +52,9 @@ class Refresher:
         notifier = Notifier(settings, self.store, self._runtime) if settings.notify_url else None
         self._report = Report(self.store, self._runtime, notifier)
         target = target or target_of(settings)
+        self._secret = target if isinstance(target, PublishedSecret) else None
         self._renewal = Renewal(
-            settings, self.store, self._schedule, self._report, self._runtime, target
+            settings, self.store, self._schedule, self._report, self._runtime, self._secret
         )
         self._publisher = Publisher(target, self._report, self._runtime)
         self._seen: Login | None = None
@@ -175,6 +178,14 @@ class Refresher:
         self._runtime.pause(seconds)
         self._runtime.check_ending()
 
+    def _exclusion(self) -> contextlib.AbstractContextManager[None]:
+        """Exclude refreshers on other machines; a claim in a Secret does that without more."""
+        if self._secret is not None:
+            return contextlib.nullcontext()
+        return lock_proof.proven(
+            self.store, self.settings.instance, self._runtime.pause, self._runtime.now
+        )
+
     def _act(self, login: Login) -> None:
         try:
             with token_writer.locked(
@@ -184,10 +195,13 @@ class Refresher:
                 # Another process may have refreshed it meanwhile.
                 login = self.store.load()
                 decision = self._decide(login)
-                if decision is Decision.REFRESH:
-                    self._renewal.refresh(writer, login)
-                elif decision is Decision.DECLINE:
-                    self._renewal.decline(writer, login)
+                if decision is Decision.NOTHING:
+                    return
+                with self._exclusion():
+                    if decision is Decision.REFRESH:
+                        self._renewal.refresh(writer, login)
+                    else:
+                        self._renewal.decline(writer, login)
         except errors.LoginUnusable as error:
             self._renewal.failure = error
             # The next poll finds any other state as well.
@@ -198,7 +212,8 @@ class Refresher:
             self._renewal.failure = error
             self._report.update(result="locked", reason=str(error))
             self._report.log("lock", str(error))
-        except errors.StorageError as error:
+        except (errors.StorageError, errors.NotClaimed) as error:
+            # Without a record in the file: a process that has no lock must not write it.
             self._renewal.failed(error, login)
         except Ending:
             pass

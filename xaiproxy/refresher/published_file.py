@@ -10,7 +10,6 @@ from pathlib import Path
 from xaiproxy import durable_file, errors, folder_file, storage
 from xaiproxy.refresher.target import check_replaceable
 from xaiproxy.token_store import SIZE_LIMIT
-from xaiproxy.tokens import Login
 
 NEW_MODE = 0o600
 # Permissions that the file may keep from the one that it replaces: those of readers.
@@ -40,9 +39,6 @@ class PublishedFile:
             raise errors.PublishError(
                 f"{self._path} cannot be written: {error.strerror}. {advice}"
             ) from error
-
-    def claim(self, login: Login, late: bool) -> None:
-        """The lock of the token file suffices: all its refreshers are on one machine."""
 
     def _replace(self, content: bytes, issued_at: float) -> bool:
         mode = NEW_MODE

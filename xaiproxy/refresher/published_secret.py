@@ -55,6 +55,10 @@ class PublishedSecret:
         return self._change(change)
 
     def claim(self, login: Login, late: bool) -> None:
+        """Claim the login's refresh token, just before it is sent. Raises NotClaimed.
+
+        `late`: whether a token that another refresher has claimed is claimed all the same.
+        """
         # Only a login with a refresh token is refreshed.
         assert login.refresh_token is not None
         mark = fingerprint(login.refresh_token)

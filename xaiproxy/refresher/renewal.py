@@ -16,10 +16,10 @@ from typing import Any
 
 from xaiproxy import config, errors, refresher_status, tokens
 from xaiproxy.oauth import discovery, session, token_endpoint
+from xaiproxy.refresher.published_secret import PublishedSecret
 from xaiproxy.refresher.report import Report, date
 from xaiproxy.refresher.runtime import Ending, Runtime
 from xaiproxy.refresher.schedule import LOST_TRIES, Schedule
-from xaiproxy.refresher.target import Target
 from xaiproxy.token_store import TokenStore
 from xaiproxy.token_writer import Reserved, TokenWriter
 from xaiproxy.tokens import Login, fingerprint
@@ -34,7 +34,7 @@ SAVE_INTERVAL = 1.0  # seconds between two attempts to save a login that is only
 
 
 class Renewal:
-    """`failure`: of the latest try, if it failed."""
+    """`failure`: of the latest try, if it failed. `secret`: where refresh tokens are claimed."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class Renewal:
         schedule: Schedule,
         report: Report,
         runtime: Runtime,
-        target: Target | None = None,
+        secret: PublishedSecret | None = None,
     ):
         self.failure: errors.Error | None = None
         self._web = session.Session(settings)
@@ -51,7 +51,7 @@ class Renewal:
         self._schedule = schedule
         self._report = report
         self._runtime = runtime
-        self._target = target
+        self._secret = secret
         self._endpoint_in_doubt = False
 
     def refresh(self, writer: TokenWriter, login: Login) -> None:
@@ -72,8 +72,8 @@ class Renewal:
             )
             reserved = writer.rehearse(begun)
             self._runtime.check_ending()
-            if self._target is not None:
-                self._target.claim(login, late=self._is_late(login))
+            if self._secret is not None:
+                self._secret.claim(login, late=self._is_late(login))
             successor = token_endpoint.refresh(
                 self._web, endpoint, begun, deadline=DEADLINE, now=self._runtime.now
             )

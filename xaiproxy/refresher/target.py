@@ -3,7 +3,6 @@
 from typing import Protocol
 
 from xaiproxy import errors, token_json
-from xaiproxy.tokens import Login
 
 
 class Target(Protocol):
@@ -13,12 +12,6 @@ class Target(Protocol):
         """Make `content` what the target holds; return whether it held something else.
 
         `issued_at`: of the login, in unix seconds. Raises PublishError, as over a newer login.
-        """
-
-    def claim(self, login: Login, late: bool) -> None:
-        """Claim the login's refresh token, just before it is sent. Raises NotClaimed.
-
-        `late`: whether a token that another refresher has claimed is claimed all the same.
         """
 
 
