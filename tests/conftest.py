@@ -52,6 +52,7 @@ LONGEST = (
     "test_planted.py",
     "proxy/test_server.py",
     "refresher/test_refresh_faults.py",
+    "refresher/test_published_secret.py",
     "refresher/test_process.py",
     "test_command.py",
     "test_properties.py",
