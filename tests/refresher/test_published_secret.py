@@ -514,3 +514,32 @@ def test_two_refreshers_with_a_copy_of_the_volume_each_and_kills(
     assert make_store(sandbox, second.path).load().refresh_token == login["refresh_token"]
     counters = sandbox.counters()
     assert counters["reuses"] == counters["revoked_families"] == 0 and counters["refreshes"] >= 3
+
+
+@mounts
+@pytest.mark.parametrize("grace", [0, 60])
+def test_a_kill_between_the_claim_and_the_answer(
+    sandbox, kube: Kube, tmp_path: Path, start, grace: int
+):
+    """The pod that replaces the killed one renews the login, or publishes that it has ended."""
+    first = start("pod-a", "volume")
+    login = sandbox.write_login(first.path)
+    slow = {"path": TOKEN_ENDPOINT, "grant_type": "refresh_token", "delay": 30}
+    sandbox.set(answers=[slow], grace=grace)
+    sandbox.wait(lambda counters: counters["refreshes"] == 1)
+    first.process.kill()
+    first.wait()
+    claim = kube.claim()
+    assert claim == f"{fingerprint(login['refresh_token'])}/pod-a"
+    sandbox.set(answers=[])
+    second = start("pod-b", "volume")
+    second.wait_for("another refresher (pod-a) has claimed the refresh token")
+    store = make_store(sandbox, second.path)
+    if grace:
+        wait_until(lambda: store.load().refresh_token != login["refresh_token"], 20)
+        wait_until(lambda: is_published(kube, store))
+    else:
+        wait_until(lambda: kube.published().get("refresh_error"), 20)
+        error = kube.published()["refresh_error"]
+        assert (error["code"], error["terminal"]) == ("invalid_grant", True)
+        assert kube.published()["access_token"] == login["access_token"]
