@@ -169,8 +169,8 @@ def test_the_login_is_on_a_volume_that_outlives_the_pod(
     assert claim["spec"]["accessModes"] == ["ReadWriteOnce"]
     # A file that is mounted by subPath cannot be replaced by rename.
     assert all("subPath" not in each for each in mounts.values())
-    dockerfile = (ROOT / "Dockerfile").read_text()
-    assert "XAI_PROXY_TOKEN_PATH=/data/tokens.json" in dockerfile
+    # fsGroup gives the root of the volume mode 2775: the folder of the login is another one.
+    assert settings(sidecar).token_path == Path("/data/login/tokens.json")
 
 
 def test_only_the_proxy_can_read_the_login(pod: dict[str, Any]) -> None:
@@ -246,15 +246,16 @@ def test_the_pod_starts_without_the_seed(tmp_path: Path) -> None:
 def test_a_seed_is_used_once(tmp_path: Path, seed: list[str]) -> None:
     """A second start would put back a refresh token that is spent."""
     (tmp_path / "seed/tokens.json").write_text("the seed")
-    login = tmp_path / "data/tokens.json"
+    login = tmp_path / "data/login/tokens.json"
     done = subprocess.run(seed, capture_output=True, text=True, timeout=20)
     assert (done.returncode, done.stderr) == (0, "")
     assert "delete the Secret agent-login-seed now" in done.stdout
     assert (login.read_text(), login.stat().st_mode & 0o777) == ("the seed", 0o600)
+    assert login.parent.stat().st_mode & 0o777 == 0o700
     login.write_text("renewed")
     done = subprocess.run(seed, capture_output=True, text=True, timeout=20)
     assert (done.returncode, login.read_text()) == (0, "renewed")
-    assert os.listdir(tmp_path / "data") == ["tokens.json"]
+    assert os.listdir(login.parent) == ["tokens.json"]
 
 
 def test_without_a_seed_the_pod_starts_and_says_what_to_do(tmp_path: Path, seed: list[str]) -> None:
@@ -269,4 +270,4 @@ def test_a_seed_that_cannot_be_copied_fails_and_leaves_no_login(
     (tmp_path / "seed/tokens.json").mkdir()
     done = subprocess.run(seed, capture_output=True, text=True, timeout=20)
     assert done.returncode != 0 and done.stderr
-    assert not (tmp_path / "data/tokens.json").exists()
+    assert not (tmp_path / "data/login/tokens.json").exists()

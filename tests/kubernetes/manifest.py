@@ -18,6 +18,7 @@ import yaml
 SIDECAR = pathlib.Path(__file__).parents[2] / "conf/kubernetes/sidecar"
 KUBECTL = str(pathlib.Path(sys.executable).with_name("kubectl"))
 IMAGE = "localhost/xaiproxy:1"
+UID = 10001
 OVERLAY = """\
 apiVersion: kustomize.config.k8s.io/v1beta1
 kind: Kustomization
