@@ -26,8 +26,8 @@ from xaiproxy import command, errors
 from . import play
 
 EXAMPLES = """\
-  bin/kubernetes-check KUBE image.tar                  all steps; five minutes
-  bin/kubernetes-check KUBE image.tar --only memory    steps with this in their name
+  bin/kubernetes-check KUBE image.tar                         all steps; ten minutes
+  bin/kubernetes-check KUBE image.tar --only 'memory|seed'    some, by their names
 """
 NOT_ROOT = 77  # EX_NOPERM of sysexits.h
 
@@ -36,7 +36,7 @@ def parser() -> command.ArgumentParser:
     options = command.ArgumentParser(EXAMPLES, prog="bin/kubernetes-check", description=__doc__)
     options.add_argument("kube", type=pathlib.Path, metavar="KUBE")
     options.add_argument("image", type=pathlib.Path, metavar="IMAGE")
-    options.add_argument("--only", default="", metavar="TEXT", help="only these steps")
+    options.add_argument("--only", default="", metavar="REGEX", help="the steps to play")
     return options
 
 
