@@ -1,13 +1,14 @@
 """Play the manifests of the sidecar through in real pods.
 
-The pods run in a real kubelet of Kubernetes 1.20, which has no native sidecars:
-tests/kubernetes/manifest.py lists what is changed for it. The volume is a real one,
-and a simulated xAI is the issuer. The login must survive each step, and a line is
-printed for each.
+The pods run in a real kubelet of Kubernetes 1.20, which has no native
+sidecars: tests/kubernetes/manifest.py lists what is changed for it. The volume
+is a real one, and a simulated xAI is the issuer. The login must survive each
+step, and a line is printed for each.
 
-KUBE is a folder with three programs: `up DIR` starts an API server and prints its
-address, `node DIR IMAGE` starts a kubelet, and `down DIR` ends both. IMAGE is an
-archive of docker save or buildah push, with the name localhost/xaiproxy:1.
+KUBE is a folder with three programs: `up DIR` starts an API server and prints
+its address, `node DIR IMAGE` starts a kubelet, and `down DIR` ends both. IMAGE
+is an archive of docker save or buildah push, with the name
+localhost/xaiproxy:1.
 
 Exit status: 0 nothing was lost; 1 something was; 64 wrong usage; 77 not root;
 130 interrupted.
@@ -26,8 +27,8 @@ from xaiproxy import command, errors
 from . import play
 
 EXAMPLES = """\
-  bin/kubernetes-check KUBE image.tar                         all steps; ten minutes
-  bin/kubernetes-check KUBE image.tar --only 'memory|seed'    some, by their names
+  bin/kubernetes-check KUBE image.tar                  all; ten minutes
+  bin/kubernetes-check KUBE image.tar --only memory    steps by name
 """
 NOT_ROOT = 77  # EX_NOPERM of sysexits.h
 
