@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-CHAT = {"model": "grok-4.5", "messages": [{"role": "user", "content": "Count."}]}
+CHAT: dict[str, object] = {"model": "grok-4.5", "messages": [{"role": "user", "content": "Count."}]}
 TIMEOUT = 60  # seconds
 # Seconds between two requests of a client.
 PAUSE = 0.01
@@ -26,11 +26,10 @@ def ask(port: int, path: str = "/v1/models") -> int:
         return answer.status
 
 
-def chat(port: int, size: int = 0, stream: bool = False) -> tuple[int, bytes]:
-    """Send a chat whose prompt has `size` bytes. Return the status and the body."""
-    body = json.dumps({**CHAT, "stream": stream, "user": "x" * size})
+def post(port: int, path: str, body: dict[str, object]) -> tuple[int, bytes]:
+    """Return the status and the body of the response."""
     with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT)) as one:
-        one.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
+        one.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
         answer = one.getresponse()
         return answer.status, answer.read()
 

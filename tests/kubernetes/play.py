@@ -319,35 +319,49 @@ class Play:
         assert streams.complete == 200
         figures["200 streams"] = peak.mib
         with memory.observed(group) as peak:
-            self._upload_and_download()
-        figures["and 64 MiB of bodies sent, responses of 64 MiB"] = peak.mib
+            self._fill()
+        figures["and both memories full, responses of 64 MiB"] = peak.mib
         assert pod.proxy()["restartCount"] == 0, "the container was restarted"
         most = max(figures.values())
         assert most < 0.8 * limit, f"{most:.0f} MiB of {limit}"
         text = "; ".join(f"{name}: {mib:.0f} MiB" for name, mib in figures.items())
         return f"{text}; of {limit} MiB"
 
-    def _upload_and_download(self) -> None:
-        """Have more bodies in flight than the replay memory holds, then responses as large, beside
-        200 streams.
+    def _fill(self) -> None:
+        """Beside 200 streams, have twice as many bytes of requests in flight as the replay memory
+        holds, and of responses as are kept for their usage; then read responses of 64 MiB.
         """
         streams = load.Streams(self.port, 200)
         wait(lambda: streams.begun == 200, 30, "streams")
-        answer = {"path": "/v1/chat/completions", "times": 8, "delay": 3}
-        self._sandbox.set(answers=[answer])
+        requests, responses = "/v1/responses", "/v1/chat/completions"
+        # Each response is short enough to be kept whole, and takes four seconds.
+        self._sandbox.set(
+            events=1,
+            event_size=1000 << 10,
+            answers=[
+                {"path": requests, "times": 8, "delay": 8},
+                {"path": responses, "times": 128, "drip": 250 << 10},
+            ],
+        )
         statuses: list[int] = []
-        with load.together(8, lambda: statuses.append(load.chat(self.port, 8 * memory.MIB)[0])):
+        large: dict[str, object] = {"model": "grok-4.5", "input": "x" * (8 * memory.MIB)}
+
+        def ask(path: str, body: dict[str, object]) -> None:
+            statuses.append(load.post(self.port, path, body)[0])
+
+        with (
+            load.together(8, lambda: ask(requests, large)),
+            load.together(128, lambda: ask(responses, load.CHAT)),
+        ):
             pass
-        assert statuses == [200] * 8, statuses
-        self._sandbox.set(events=64, event_size=1 << 20, events_per_second=0)
+        assert statuses == [200] * 136, statuses
+        self._sandbox.set(events=64, event_size=1 << 20)
         sizes: list[int] = []
-        with load.together(8, lambda: sizes.append(len(load.chat(self.port)[1]))):
+        with load.together(
+            8, lambda: sizes.append(len(load.post(self.port, responses, load.CHAT)[1]))
+        ):
             pass
         assert min(sizes) > 64 * memory.MIB
-        # Responses that are short enough to be kept whole until their usage is read.
-        self._sandbox.set(events=1, event_size=1000 << 10)
-        with load.together(100, lambda: sizes.append(load.chat(self.port)[0])):
-            pass
         streams.end()
         self._sandbox.reset()
 
