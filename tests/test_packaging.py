@@ -19,7 +19,7 @@ import pytest
 from checkout import ROOT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from terminal import Terminal
+from terminal import CTRL_C, Terminal
 
 SETUP = configparser.ConfigParser()
 SETUP.read(ROOT / "setup.cfg")
@@ -233,6 +233,28 @@ def test_a_terminal_shows_each_line_of_pip_in_place_of_the_last(checkout, term, 
     assert ("\r\x1b[K  Downloading flask-3.1.3-" in terminal.screen) == (lines > 0)
     cleared = "\r\x1b[K" if lines else ""
     assert terminal.screen.endswith(f"{cleared}{checkout.ran.strip()}\r\n")
+
+
+def test_ctrl_c_during_an_installation_is_one_sentence_and_130(checkout):
+    pip = "trap 'echo cancelled; exit 2' INT; echo begun >&2; while :; do sleep 0.05; done"
+    with checkout.terminal(pip, TERM="dumb") as terminal:
+        terminal.expect("begun")
+        terminal.type(CTRL_C)
+        assert terminal.end() == 130
+    assert terminal.screen.endswith("begun\r\n^Cxaiproxy: interrupted; run the same command again\r\n")
+    assert checkout.run()[:2] == (0, checkout.ran)
+
+
+def test_ctrl_c_while_another_command_makes_the_venv(checkout, tmp_path):
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    with checkout.start(f"cat '{fifo}'") as first:
+        with open(fifo, "w"), checkout.terminal("exit 1") as second:
+            second.expect("waiting")
+            second.type(CTRL_C)
+            assert second.end() == 130
+        assert first.communicate()[0] == checkout.ran
+    assert second.screen.endswith("^Cxaiproxy: interrupted; run the same command again\r\n")
 
 
 def test_a_command_works_through_a_link_from_another_folder(checkout, tmp_path):
