@@ -19,6 +19,7 @@ from checkout import ROOT
 from proxy_process import Client
 from refresher_process import mounts
 from sandbox import Sandbox
+from scripted_server import ScriptedServer, answer
 from supervised import BIN
 from terminal import CTRL_C, Terminal
 
@@ -111,6 +112,35 @@ def test_ctrl_c_before_the_start_is_one_sentence_and_130(tmp_path, sandbox):
             assert terminal.end(20) == 130
     assert terminal.screen.endswith("\r\nxai-serve: interrupted\r\n")
     assert "Traceback" not in terminal.screen
+
+
+@pytest.mark.parametrize(
+    "reply, reason",
+    [(answer(404, "Not found", "text/plain"), ""), (lambda client: client.recv(1), r" \(.*\)")],
+)
+def test_another_program_at_the_address_is_one_sentence_and_78(tmp_path, sandbox, reply, reason):
+    with ScriptedServer(reply) as other:
+        environ = environment(tmp_path, sandbox, XAI_PROXY_PORT=str(other.port))
+        status, sentence = refused(env=environ)
+    assert status == 78
+    assert re.fullmatch(
+        f"xai-serve: another program listens on {other.url}{reason}; stop that, or choose another "
+        "port with --port or XAI_PROXY_PORT",
+        sentence,
+    )
+
+
+def test_a_former_program_at_the_address_may_end_meanwhile(tmp_path, sandbox):
+    with socket.create_server(("127.0.0.1", 0)) as former:
+        former.settimeout(20)
+        environ = environment(tmp_path, sandbox, XAI_PROXY_PORT=str(former.getsockname()[1]))
+        with Terminal([SERVE], cwd=tmp_path / "cwd", env=environ) as terminal:
+            for _ in range(3):
+                former.accept()[0].close()
+            former.close()
+            terminal.expect(READY, 30)
+            terminal.process.terminate()
+            assert terminal.end(20) == 0
 
 
 def test_a_second_ctrl_c_aborts_open_responses(tmp_path, sandbox):

@@ -3,7 +3,7 @@
 It is `supervisord -c conf/supervisord.conf`, with these differences:
 
 - It writes no file: no pid file, and nothing in a temporary folder.
-- A wrong setting, or a proxy that already serves at the address, is one sentence and status 78
+- A wrong setting, or a program that already listens at the address, is one sentence and status 78
   before anything is started.
 - On a terminal, supervisord logs only warnings, so the start ends with the proxy's line "ready".
 """
@@ -16,6 +16,7 @@ import secrets
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,6 +27,8 @@ from xaiproxy.addresses import UnixSocket
 # In a checkout it is a link to conf/supervisord.conf, and in an installation a copy.
 CONF = Path(__file__).with_name("supervisord.conf")
 PROBE_TIMEOUT = 1.0  # seconds to connect to an address of this machine
+END_TIMEOUT = 2.0  # seconds for a program that listens there to end
+POLL_INTERVAL = 0.1  # seconds
 EXAMPLES = """\
   xai-serve                serve http://127.0.0.1:9090/v1 until Ctrl-C
   xai-serve --port 8080    the same on another port
@@ -39,8 +42,8 @@ variables XAI_PROXY_*, or lines of a .env in the working directory.
 At Ctrl-C or SIGTERM, open responses have XAI_PROXY_DRAIN_TIMEOUT to finish; a
 second Ctrl-C aborts them. Exit status: 0 after either signal, or after the
 terminal was closed; 64 wrong usage; 70 one of the processes cannot be kept
-running; 78 wrong settings, or another proxy at the address; 130 interrupted
-before the start.
+running; 78 wrong settings, or another program at the address; 130
+interrupted before the start.
 """
 
 
@@ -194,17 +197,14 @@ def configuration(workers: int, control: str) -> str:
 
 
 def check_address(settings: config.Config) -> None:
-    """Raise ConfigurationError if an xaiproxy serves at the address.
+    """Raise ConfigurationError if an xaiproxy serves at the address, or another program listens.
 
-    Any other program there is the proxy's concern, which retries for some seconds.
+    A former proxy may be gone within END_TIMEOUT. Another program at a Unix socket is the proxy's
+    concern.
     """
-    bind = settings.bind
-    if not isinstance(bind, UnixSocket):
-        # 0.0.0.0 and :: lead to this machine, too.
-        try:
-            socket.create_connection((bind, settings.port), PROBE_TIMEOUT).close()
-        except OSError:
-            return
+    bind, port = settings.bind, settings.port
+    if not isinstance(bind, UnixSocket) and not is_listening(bind, port):
+        return
     from xaiproxy.login import local_proxy
 
     proxy = local_proxy.find(settings)
@@ -213,6 +213,24 @@ def check_address(settings: config.Config) -> None:
             f"an xaiproxy already serves {proxy.api}; use that one, or stop it, or choose another "
             + ("path with --bind" if isinstance(bind, UnixSocket) else "port with --port")
         )
+    deadline = time.monotonic() + END_TIMEOUT
+    while not isinstance(bind, UnixSocket) and is_listening(bind, port):
+        if time.monotonic() > deadline:
+            reason = f" ({proxy.reason})" if proxy.reason else ""
+            raise errors.ConfigurationError(
+                f"another program listens on {proxy.url}{reason}; stop that, or choose another "
+                "port with --port or XAI_PROXY_PORT"
+            )
+        time.sleep(POLL_INTERVAL)
+
+
+def is_listening(host: str, port: int) -> bool:
+    # 0.0.0.0 and :: lead to this machine, too.
+    try:
+        socket.create_connection((host, port), PROBE_TIMEOUT).close()
+    except OSError:
+        return False
+    return True
 
 
 def write_pidfile(self: Any) -> None:

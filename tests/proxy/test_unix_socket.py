@@ -169,7 +169,7 @@ def test_a_socket_that_a_process_listens_on_is_not_taken(tmp_path: Path, place: 
             identity = place.stat()
             assert refusal(place, tmp_path) == (
                 f"cannot listen on unix:{place}: Address already in use; stop the program that "
-                "listens there, or set XAI_PROXY_BIND"
+                "listens there, or set XAI_PROXY_BIND (--bind)"
             )
             assert place.stat().st_ino == identity.st_ino
         place.unlink()

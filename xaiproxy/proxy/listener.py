@@ -40,7 +40,7 @@ def listen(
         return _retry(
             functools.partial(socket_file.listen, bind, BACKLOG),
             str(bind),
-            "XAI_PROXY_BIND",
+            "XAI_PROXY_BIND (--bind)",
             FOLDER_ADVICE,
             stop,
             timeout,
@@ -48,7 +48,7 @@ def listen(
     return _retry(
         functools.partial(_listener, bind, settings.port),
         f"{bind} port {settings.port}",
-        "XAI_PROXY_PORT",
+        "XAI_PROXY_PORT (--port)",
         "set XAI_PROXY_BIND and XAI_PROXY_PORT to what this machine allows",
         stop,
         timeout,
