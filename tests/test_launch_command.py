@@ -352,9 +352,22 @@ def test_the_list_has_every_client_and_whether_it_is_installed(home: Home, tmp_p
     (tmp_path / "bin" / "codex").unlink()
     code, out, err = home.run("--list", PATH=str(tmp_path / "bin"))
     assert (code, err) == (0, "")
-    states = {line.split()[0]: line.split()[1] for line in out.splitlines()}
+    header, *lines = (re.split("  +", line, maxsplit=2) for line in out.splitlines())
+    assert header == ["CLIENT", "STATE", "WHAT IS SET FOR IT"]
+    states = {client: state for client, state, _text in lines}
     assert list(states) == list(RECIPES)
-    assert states.pop("codex") == "-" and set(states.values()) == {"installed"}
+    assert states.pop("codex") == "not installed" and set(states.values()) == {"installed"}
+
+
+def test_the_list_fits_the_terminal(home: Home) -> None:
+    with Terminal([*COMMAND, "--list"], columns=60, cwd=home.path, env=home.environ) as terminal:
+        assert terminal.end() == 0
+    lines = terminal.screen.splitlines()
+    assert max(map(len, lines)) < 60 and len(lines) > len(RECIPES) + 1
+    words = [text for line in lines for text in line.split()]
+    assert [
+        text for recipe in RECIPES.values() for text in recipe.sets.split() if text not in words
+    ] == []
 
 
 @pytest.mark.parametrize("client", RECIPES)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
-from xaiproxy import client_recipes, command, config, errors, judgement, launch_key
+from xaiproxy import client_recipes, command, config, errors, judgement, launch_key, style
 from xaiproxy.addresses import UnixSocket
 from xaiproxy.client_recipes import Recipe
 from xaiproxy.token_store import TokenStore
@@ -91,10 +91,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _list(recipes: Mapping[str, Recipe]) -> int:
-    width = max(map(len, recipes))
+    """Print a line for each client, which only a terminal gets wrapped."""
+    shown = style.style_of(sys.stdout, os.environ)
+    rows = [("CLIENT", "STATE", "WHAT IS SET FOR IT")]
     for client, recipe in recipes.items():
-        state = "installed" if recipe.is_installed else "-"
-        print(f"{client:{width}}  {state:9}  {recipe.name}: {recipe.sets}")
+        state = "installed" if recipe.is_installed else "not installed"
+        rows.append((client, state, f"{recipe.name}: {recipe.sets}"))
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    for client, state, text in rows:
+        label = f"{client:{widths[0]}}  {state:{widths[1]}}  "
+        for line in shown.wrap(text, len(label), False):
+            print(label + line)
+            label = " " * len(label)
     return 0
 
 
