@@ -44,7 +44,7 @@ class Newcomers:
         self._port = port
         self.outcomes: collections.Counter[str] = collections.Counter()
         self._enough = threading.Event()
-        self._threads = [threading.Thread(target=self._run) for _ in range(clients)]
+        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(clients)]
         for thread in self._threads:
             thread.start()
 
@@ -76,7 +76,7 @@ class Streams:
         self.begun = 0
         self.complete = 0
         self._lock = threading.Lock()
-        self._threads = [threading.Thread(target=self._run) for _ in range(number)]
+        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(number)]
         for thread in self._threads:
             thread.start()
 
@@ -103,7 +103,7 @@ class Streams:
 @contextlib.contextmanager
 def together(number: int, each: Callable[[], object]) -> Iterator[None]:
     """Call a function in so many threads, which have ended on exit."""
-    threads = [threading.Thread(target=each) for _ in range(number)]
+    threads = [threading.Thread(target=each, daemon=True) for _ in range(number)]
     for thread in threads:
         thread.start()
     yield
