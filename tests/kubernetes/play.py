@@ -272,7 +272,7 @@ class Play:
         assert load.ask(self.port) == 200
         self._sandbox.reset()
         self._assert_alive()
-        return "signed out, as docs/login-safety.md says; signed in again in the running pod"
+        return "signed out (docs/login-safety.md, property 3); signed in again in the running pod"
 
     def _terminate(self, delay: int) -> str:
         """SIGTERM with streams open and clients that go on opening connections."""
