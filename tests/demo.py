@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from xaiproxy.login.wording import count
 from xaiproxy.style import BOLD, DIM, GREEN, style_of
 
 ROOT = Path(__file__).parents[1]
@@ -279,8 +280,8 @@ def stream(screen: Screen, origin: str, sandbox: str) -> None:
             in_flight = json_of(origin, "/status.json")["now"]["in_flight"]
             screen.word(
                 text,
-                f"  {in_flight} requests running, {len(clients.statuses):,} done, "
-                f"{clients.failed} failed, {seen - before} new tokens",
+                f"  {count(in_flight, 'request')} running, {len(clients.statuses):,} done, "
+                f"{clients.failed} failed, {count(seen - before, 'new token')}",
             )
     done, counters = len(clients.statuses), json_of(sandbox, "/_sandbox")
     if received != EVENTS:
@@ -291,7 +292,7 @@ def stream(screen: Screen, origin: str, sandbox: str) -> None:
     screen.tick(f"{done:,} requests, none of which failed")
     if counters["reuses"] or seen == before:
         raise Failed(f"{seen - before} refreshes, and {counters['reuses']} with a former token")
-    screen.tick(f"{seen - before} new access tokens meanwhile; no former refresh token was sent")
+    screen.tick(f"{count(seen - before, 'new access token')} meanwhile; no former refresh token was sent")
 
 
 def end(screen: Screen, running: Running, supervisord: subprocess.Popen[bytes]) -> None:

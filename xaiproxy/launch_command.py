@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     own = next((n for n, text in enumerate(given, 1) if not text.startswith("-")), len(given))
     arguments = options.parse_args(given[:own])
     if arguments.list == bool(arguments.client):
-        options.error("it takes the name of a client, or --list")
+        options.error("give the name of a client, or --list")
     umask = os.umask(0o077)
     os.umask(umask)
 
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
             return _list(recipes)
         if arguments.client not in recipes:
             raise errors.UsageError(
-                f"{arguments.client!r} is no client that it knows; those are {', '.join(recipes)}"
+                f"unknown client {arguments.client!r}; known: {', '.join(recipes)}"
             )
         settings = config.from_environ(os.environ)
         origin = origin_of(settings)

@@ -91,7 +91,8 @@ def parser() -> command.ArgumentParser:
         type=command.whole(1, command.MOST_WORKERS),
         default=1,
         metavar="N",
-        help="the number of workers, which share XAI_PROXY_MAX_CONNECTIONS and _REPLAY_MEMORY",
+        help="the number of workers, which share XAI_PROXY_MAX_CONNECTIONS and "
+        "XAI_PROXY_REPLAY_MEMORY",
     )
     return options
 

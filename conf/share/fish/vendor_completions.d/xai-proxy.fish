@@ -62,5 +62,5 @@ complete -c xai-proxy -n _shtab_xai_proxy_using -l bind -x -d 'IP address, or un
 complete -c xai-proxy -n _shtab_xai_proxy_using -s p -l port -x -d 'TCP port to listen on'
 complete -c xai-proxy -n _shtab_xai_proxy_using -l token-path -xka "(__fish_complete_path (commandline -ct))" -d 'the token file (default: XAI_PROXY_TOKEN_PATH)'
 complete -c xai-proxy -n _shtab_xai_proxy_using -l slot -x -d 'serve as number I, from 0; standard input is the listening socket'
-complete -c xai-proxy -n _shtab_xai_proxy_using -l workers -x -d 'the number of workers, which share XAI_PROXY_MAX_CONNECTIONS and _REPLAY_MEMORY'
+complete -c xai-proxy -n _shtab_xai_proxy_using -l workers -x -d 'the number of workers, which share XAI_PROXY_MAX_CONNECTIONS and XAI_PROXY_REPLAY_MEMORY'
 
