@@ -292,7 +292,9 @@ def stream(screen: Screen, origin: str, sandbox: str) -> None:
     screen.tick(f"{done:,} requests, none of which failed")
     if counters["reuses"] or seen == before:
         raise Failed(f"{seen - before} refreshes, and {counters['reuses']} with a former token")
-    screen.tick(f"{count(seen - before, 'new access token')} meanwhile; no former refresh token was sent")
+    screen.tick(
+        f"{count(seen - before, 'new access token')} meanwhile; no former refresh token was sent"
+    )
 
 
 def end(screen: Screen, running: Running, supervisord: subprocess.Popen[bytes]) -> None:

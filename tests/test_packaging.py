@@ -241,7 +241,9 @@ def test_ctrl_c_during_an_installation_is_one_sentence_and_130(checkout):
         terminal.expect("begun")
         terminal.type(CTRL_C)
         assert terminal.end() == 130
-    assert terminal.screen.endswith("begun\r\n^Cxaiproxy: interrupted; run the same command again\r\n")
+    assert terminal.screen.endswith(
+        "begun\r\n^Cxaiproxy: interrupted; run the same command again\r\n"
+    )
     assert checkout.run()[:2] == (0, checkout.ran)
 
 
