@@ -390,7 +390,7 @@ def test_a_read_only_file_system_without_a_temporary_folder_suffices(tmp_path, s
     conf = stand_ins(tmp_path, refresher=QUICK_TO_STOP, proxy=QUICK_TO_STOP)
     script = (
         "for folder in /tmp /var/tmp; do "
-        "mount --bind $folder $folder; mount -o remount,bind,ro $folder; done; "
+        "mount --rbind $folder $folder; mount -o remount,bind,ro $folder; done; "
         'mount -o remount,bind,ro /; cd "$PWD"; '
         'if touch here 2>/dev/null; then exit 1; fi; exec "$@"'
     )
