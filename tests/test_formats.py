@@ -66,6 +66,16 @@ RECORD = Record("renewal_failing x", AT, "renewal_failing x")
 Change = Callable[[dict[str, Any]], dict[str, Any]]
 
 
+def paths(store: TokenStore) -> dict[str, Path]:
+    """The files of a token folder, by the name of what tests/formats has of each."""
+    return {
+        "login": store.path,
+        "status": store.status_path,
+        "quota": store.quota_path,
+        "notify": store.notify_path,
+    }
+
+
 def as_written(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
@@ -79,13 +89,7 @@ def with_more(values: dict[str, Any]) -> dict[str, Any]:
 @pytest.fixture(params=[as_written, with_more])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> TokenStore:
     store = make_store(tmp_path)
-    paths = {
-        "login": store.path,
-        "status": store.status_path,
-        "quota": store.quota_path,
-        "notify": store.notify_path,
-    }
-    for name, path in paths.items():
+    for name, path in paths(store).items():
         values = json.loads((FORMATS / "0.1.0" / f"{name}.json").read_text())
         path.write_text(json.dumps(request.param(values)))
         path.chmod(0o600)
@@ -121,13 +125,7 @@ def test_this_version_writes_what_the_former_reads(tmp_path: Path) -> None:
     quota.write(store, LOGIN, QUOTA)
     with call_record.locked(store) as file:
         assert file.write(RECORD)
-    written = {
-        "login": store.path,
-        "status": store.status_path,
-        "quota": store.quota_path,
-        "notify": store.notify_path,
-    }
-    for name, path in written.items():
+    for name, path in paths(store).items():
         former = json.loads((FORMATS / "0.1.0" / f"{name}.json").read_text())
         now = json.loads(path.read_text())
         assert now | former == now, name
