@@ -28,7 +28,8 @@ def test_a_port_that_stays_busy_is_an_error() -> None:
         port = other.getsockname()[1]
         began = time.monotonic()
         assert re.fullmatch(
-            rf"cannot listen on 127\.0\.0\.1 port {port}: Address already in use; .*XAI_PROXY_PORT",
+            rf"cannot listen on 127\.0\.0\.1 port {port}: Address already in use; "
+            r".*XAI_PROXY_PORT \(--port\)",
             listen_error(port=str(port)),
         )
     assert time.monotonic() - began > 2 * listener.INTERVAL
