@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from proxy_process import Client
+from proxy_process import Client, UnixClient
+from refresher_process import wait_until
 from sandbox import CHAT, Sandbox
 from supervised import BIN, Supervised
 
@@ -156,6 +157,33 @@ def was_complete(client: Client) -> bool:
         return rest_of(client).endswith(b"data: [DONE]\n\n")
     except (OSError, EOFError, AssertionError):
         return False
+
+
+def is_refused(path: Path) -> bool:
+    try:
+        UnixClient(path).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+def test_connections_are_refused_while_the_last_responses_drain(sandbox):
+    """They are served during the delay. The file of a Unix socket is removed at the end."""
+    sandbox.set(events=16, events_per_second=4)
+    with short_folder() as folder:
+        path = folder / "socket"
+        settings = {"XAI_PROXY_BIND": f"unix:{path}", "XAI_PROXY_DRAIN_DELAY": "1"}
+        with Workers(folder, sandbox, **settings) as workers, UnixClient(path) as client:
+            open_stream(client)
+            workers.signal(signal.SIGTERM)
+            workers.wait_for_line("until then new connections are served", 2)
+            with UnixClient(path) as late:
+                assert late.ask("GET", "/readyz").status == 503
+            wait_until(lambda: is_refused(path), 10)
+            assert workers.process.poll() is None
+            assert rest_of(client).endswith(b"data: [DONE]\n\n")
+            assert workers.ended() == 0
+        assert not path.exists()
 
 
 def test_a_worker_that_cannot_start_stops_the_restart_and_its_sibling_serves(sandbox):

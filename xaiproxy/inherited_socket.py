@@ -32,11 +32,15 @@ def take(environ: MutableMapping[str, str], *, is_worker: bool) -> socket.socket
     if not is_worker:
         return None
     sock = _listening(os.dup(0), "the standard input of a worker (--slot)")
-    # Its number must not go to a file that is opened later.
+    replace_stdin()
+    return sock
+
+
+def replace_stdin() -> None:
+    """Close standard input; its number must not go to a file that is opened later."""
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
-    return sock
 
 
 def _listening(fd: int, name: str) -> socket.socket:

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from xaiproxy import command, config, errors, folder_file, run_folder, storage
+from xaiproxy import command, config, errors, folder_file, inherited_socket, run_folder, storage
 from xaiproxy.addresses import UnixSocket
 
 # In a checkout it is a link to conf/supervisord.conf, and in an installation a copy.
@@ -113,8 +113,8 @@ def shared(settings: config.Config, workers: int) -> Iterator[Path]:
     Raises ConfigurationError, StorageError.
     """
     # It imports gevent.
+    from xaiproxy.proxy import socket_file
     from xaiproxy.proxy.listener import listen
-    from xaiproxy.proxy.socket_file import SocketFile
 
     conf, control = run_folder.configuration(settings), run_folder.control_socket(settings)
     run_folder.make(settings)
@@ -133,8 +133,9 @@ def shared(settings: config.Config, workers: int) -> Iterator[Path]:
         yield conf
     finally:
         remove([conf, control, *leftover])
-        if isinstance(listener, SocketFile):
-            listener.remove()
+        if isinstance(settings.bind, UnixSocket):
+            inherited_socket.replace_stdin()
+            socket_file.remove_dead(settings.bind.path)
 
 
 def remove(paths: list[Path]) -> None:

@@ -20,8 +20,8 @@ what exists by then:
 - Every line at STDOUT gets the format of log.py: supervisord's own, the programs' log, which has it
   already, and what they write besides, such as the sentence with which they refuse to start. Lines
   that supervisord logs while it reads its configuration are written later, so they have it, too.
-- finish, fork, prepare_child_fds, get_path, get_signal, setsignals, cleanup_fds and init_normallog
-  replace supervisord's methods of these names.
+- finish, stop_all, fork, prepare_child_fds, get_path, get_signal, setsignals, cleanup_fds and
+  init_normallog replace supervisord's methods of these names.
 
 Two outputs keep their own format: the error of a supervisord that refuses to start, and the
 traceback of one that crashes. Both go to stderr.
@@ -138,6 +138,20 @@ def finish(self: Any, pid: int, status: int) -> None:
             self.change_state(ProcessStates.FATAL)
         else:
             end(self, self.spawnerr)
+
+
+_stop_all = process.ProcessGroup.stop_all
+
+
+def stop_all(self: Any) -> None:
+    """ProcessGroup.stop_all, called at a shutdown and, by `supervisorctl reload`, at a restart.
+
+    A shutdown closes the listening socket of the workers here. Each worker has a copy: once the
+    last one stops accepting, new connections are refused, and do not wait for the end.
+    """
+    if self.config.options.mood == SupervisorStates.SHUTDOWN and inherited_socket.is_listening(0):
+        inherited_socket.replace_stdin()
+    _stop_all(self)
 
 
 def fork(self: Any) -> int:
@@ -373,6 +387,7 @@ if "supervisor.supervisord" in sys.modules:
     events.TICK_EVENTS.append(FatalCheck)
     process.Subprocess.finish = finish
     process.Subprocess._prepare_child_fds = prepare_child_fds
+    process.ProcessGroup.stop_all = stop_all
     options.ServerOptions.fork = fork
     options.ServerOptions.get_path = get_path
     options.ServerOptions.get_signal = get_signal

@@ -81,6 +81,12 @@ def listen(address: UnixSocket, backlog: int) -> SocketFile:
     return listener
 
 
+def remove_dead(path: Path) -> None:
+    """Remove the file of a socket that is closed, unless another process listens there by now."""
+    with contextlib.suppress(OSError, errors.ConfigurationError), _locked(path.parent):
+        _remove_dead(path)
+
+
 def group_id(name: str) -> int:
     """`name`: or a number, as a group of a container's volume may have no name."""
     try:
