@@ -207,6 +207,28 @@ def test_a_worker_that_cannot_start_stops_the_restart_and_its_sibling_serves(san
     assert log.count("cannot be kept running") == 1
 
 
+def test_after_an_interrupted_restart_all_workers_run(sandbox):
+    sandbox.set(events=12, events_per_second=4)
+    with short_folder() as folder, Workers(folder, sandbox) as workers:
+        with contextlib.ExitStack() as stack:
+            # All of them on one worker: once in 64 runs of a fair spread.
+            for _ in range(7):
+                open_stream(stack.enter_context(workers.client()))
+            workers.wait_for_line("success: proxy-1 entered RUNNING state")
+            restart = subprocess.Popen([BIN / "xai-restart"], env=workers.environ, cwd=os.sep)
+            workers.wait_for_line(r"stopping; \d open responses")
+            restart.kill()
+            restart.wait()
+        workers.wait_for_line("success: proxy-0 entered RUNNING state", 2)
+        # One that was stopped on purpose cannot stand in for one that cannot start.
+        (folder / ".env").write_text("XAI_PROXY_REFRESH_SKEW=x\n")
+        os.kill(workers.pid("proxy-1"), signal.SIGKILL)
+        workers.wait_for_line("proxy-1 cannot be kept running .* the other workers serve without")
+        [conf] = (folder / "login" / "run").glob("*.conf")
+        subprocess.run([BIN / "supervisorctl", "-c", conf, "stop", "proxy:proxy-0"], check=True)
+        assert workers.ended() == 70
+
+
 def test_a_wrong_setting_at_the_start_ends_all_workers(sandbox):
     with short_folder() as folder:
         (folder / "client-keys").write_text("")
@@ -216,6 +238,7 @@ def test_a_wrong_setting_at_the_start_ends_all_workers(sandbox):
         log = "".join(supervised.lines)
         assert "0.0.0.0 is reachable from other machines" in log
         assert log.count(" ending with status 70") == 1
+        assert "the other workers serve without" not in log
 
 
 @pytest.mark.parametrize("arguments", [(), ("--refresher",)])

@@ -5,12 +5,13 @@ of the one that is replaced.
 """
 
 import configparser
+import functools
 import json
 import os
 import sys
 import time
 import xmlrpc.client
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,9 @@ def restart(options: Mapping[str, str | None], *, with_refresher: bool) -> None:
         # Those that do not run come first: their siblings must not stop while they cannot start.
         workers.sort(key=lambda one: one["statename"] == RUNNING)
         for worker in workers:
-            replace(supervisor, f"{WORKERS}:{worker['name']}", worker["name"])
-            wait_until_it_serves(supervisor, settings, worker["name"])
+            name, folder = worker["name"], run_folder.path_of(settings)
+            serves = functools.partial(has_written, folder, name.rpartition("-")[2])
+            replace(supervisor, f"{WORKERS}:{name}", name, serves)
         if with_refresher:
             replace(supervisor, REFRESHER, REFRESHER)
     except (OSError, xmlrpc.client.ProtocolError) as error:
@@ -98,33 +100,45 @@ def connect(settings: config.Config) -> Any:
     return server.supervisor
 
 
-def replace(supervisor: Any, program: str, name: str) -> None:
-    """Stop the program, if it runs, and start it; return once supervisord counts it as started."""
+def replace(
+    supervisor: Any, program: str, name: str, serves: Callable[[int], bool] = lambda pid: True
+) -> None:
+    """Replace the program, or start it; return once supervisord counts it as started and it serves.
+
+    The signal suffices: supervisord starts the program again when it has ended (supervision.py).
+
+    `serves`: called with the process ID of the new one.
+    """
     print(f"{name}: restarting", file=sys.stderr, flush=True)
     try:
-        supervisor.stopProcess(program)
+        supervisor.signalProcess(program, "TERM")
     except xmlrpc.client.Fault as fault:
         if "NOT_RUNNING" not in fault.faultString:
             raise errors.Error(f"{name} cannot be stopped: {fault.faultString}") from fault
-    try:
-        supervisor.startProcess(program)
-    except xmlrpc.client.Fault as fault:
-        raise does_not_serve(name, fault.faultString) from fault
-
-
-def wait_until_it_serves(supervisor: Any, settings: config.Config, name: str) -> None:
-    """Wait until the worker has written its numbers, which it does once it serves."""
-    slot = name.rpartition("-")[2]
+        start(supervisor, program, name)
     deadline = time.monotonic() + SERVING_TIMEOUT
     while True:
-        worker = supervisor.getProcessInfo(f"{WORKERS}:{name}")
-        if worker["statename"] != RUNNING:
-            raise does_not_serve(name, worker["spawnerr"] or worker["statename"])
-        if worker["pid"] in writers(run_folder.path_of(settings), slot):
+        process = supervisor.getProcessInfo(program)
+        state = process["statename"]
+        if state == RUNNING and serves(process["pid"]):
             return
-        if time.monotonic() > deadline:
+        if state == "FATAL":
+            raise does_not_serve(name, process["spawnerr"] or state)
+        now = time.monotonic()
+        if state == "STOPPING":
+            deadline = now + SERVING_TIMEOUT
+        elif now > deadline:
             raise does_not_serve(name, f"not within {SERVING_TIMEOUT:g} s")
         time.sleep(POLL_INTERVAL)
+
+
+def start(supervisor: Any, program: str, name: str) -> None:
+    try:
+        supervisor.startProcess(program, False)
+    except xmlrpc.client.Fault as fault:
+        # supervisord itself is about to start it again.
+        if "ALREADY_STARTED" not in fault.faultString:
+            raise does_not_serve(name, fault.faultString) from fault
 
 
 def does_not_serve(name: str, reason: str) -> errors.Error:
@@ -134,14 +148,14 @@ def does_not_serve(name: str, reason: str) -> errors.Error:
     )
 
 
-def writers(folder: Path, slot: str) -> set[int]:
-    """The process IDs of workers that have written the numbers of this slot, at any address."""
-    found = set()
+def has_written(folder: Path, slot: str, pid: int) -> bool:
+    """Whether the process has written the numbers of this slot, as a worker does once it serves."""
     for path in folder.glob(f"*-{slot}.json"):
         try:
             # The first of two lines: see proxy/shared_numbers.py.
             line = folder_file.read(path, FIRST_LINE_LIMIT)[0].partition(b"\n")[0]
-            found.add(int(json.loads(line)["pid"]))
+            if json.loads(line)["pid"] == pid:
+                return True
         except (OSError, ValueError, TypeError, KeyError):
             continue
-    return found
+    return False

@@ -20,8 +20,8 @@ what exists by then:
 - Every line at STDOUT gets the format of log.py: supervisord's own, the programs' log, which has it
   already, and what they write besides, such as the sentence with which they refuse to start. Lines
   that supervisord logs while it reads its configuration are written later, so they have it, too.
-- finish, stop_all, fork, prepare_child_fds, get_path, get_signal, setsignals, cleanup_fds and
-  init_normallog replace supervisord's methods of these names.
+- finish, send_signal, stop_all, fork, prepare_child_fds, get_path, get_signal, setsignals,
+  cleanup_fds and init_normallog replace supervisord's methods of these names.
 
 Two outputs keep their own format: the error of a supervisord that refuses to start, and the
 traceback of one that crashes. Both go to stderr.
@@ -77,16 +77,33 @@ class FatalCheck(events.TickEvent):  # type: ignore[misc]  # supervisor is untyp
         super().__init__(when, supervisord)
         # Write lines that wait for room.
         self.output.flush()
-        for group in supervisord.process_groups.values():
-            programs = group.processes
-            fatal = {name for name in programs if programs[name].get_state() == ProcessStates.FATAL}
-            for name in fatal:
-                if len(fatal) == len(programs):
-                    end(programs[name], programs[name].spawnerr)
-                elif name not in self.named:
-                    name_fatal(programs[name])
-            self.named.difference_update(programs)
-            self.named.update(fatal)
+        if supervisord.options.mood == SupervisorStates.RUNNING:
+            for group in supervisord.process_groups.values():
+                self.check(list(group.processes.values()))
+
+    def check(self, programs: list[Any]) -> None:
+        """`programs`: of one group."""
+        fatal = [one for one in programs if one.get_state() == ProcessStates.FATAL]
+        self.named.intersection_update(program.config.name for program in fatal)
+        for program in fatal:
+            if all(map(is_down, programs)):
+                end(program, program.spawnerr)
+                return
+            if program.config.name not in self.named and has_running(programs):
+                self.named.add(program.config.name)
+                name_fatal(program)
+
+
+def is_down(program: Any) -> bool:
+    """Whether supervisord does not start the program any more. See send_signal."""
+    state = program.get_state()
+    return state == ProcessStates.FATAL or (
+        state == ProcessStates.STOPPED and bool(program.laststart)
+    )
+
+
+def has_running(programs: Iterable[Any]) -> bool:
+    return any(program.get_state() == ProcessStates.RUNNING for program in programs)
 
 
 def name_fatal(program: Any) -> None:
@@ -131,13 +148,33 @@ def finish(self: Any, pid: int, status: int) -> None:
     if os.waitstatus_to_exitcode(status) == errors.EXIT_CONFIGURATION:
         self.spawnerr = f"exit status {errors.EXIT_CONFIGURATION}"
         siblings = [one for one in self.group.processes.values() if one is not self]
-        if any(one.get_state() == ProcessStates.RUNNING for one in siblings):
+        if has_running(siblings):
             # Process.give_up does this, but only for a program that ended during its start.
             self.delay = self.backoff = 0
             self.system_stop = True
             self.change_state(ProcessStates.FATAL)
         else:
             end(self, self.spawnerr)
+
+
+_signal = process.Subprocess.signal
+
+
+def send_signal(self: Any, number: int) -> str | None:
+    """Subprocess.signal, called for a client of the control socket: SIGTERM replaces the program.
+
+    supervisord would take its end for a failure if the program has just been started, and would
+    send it a second SIGTERM at a shutdown.
+    """
+    error: str | None = None
+    if number != signal.SIGTERM:
+        error = _signal(self, number)
+    else:
+        if self.get_state() != ProcessStates.STOPPING:
+            error = self.stop()
+        # Subprocess.transition starts a stopped program that seems never to have been started.
+        self.laststart = 0
+    return error
 
 
 _stop_all = process.ProcessGroup.stop_all
@@ -387,6 +424,7 @@ if "supervisor.supervisord" in sys.modules:
     events.TICK_EVENTS.append(FatalCheck)
     process.Subprocess.finish = finish
     process.Subprocess._prepare_child_fds = prepare_child_fds
+    process.Subprocess.signal = send_signal
     process.ProcessGroup.stop_all = stop_all
     options.ServerOptions.fork = fork
     options.ServerOptions.get_path = get_path
