@@ -5,8 +5,8 @@ of the one that is replaced.
 """
 
 import configparser
+import contextlib
 import functools
-import json
 import os
 import sys
 import time
@@ -20,7 +20,6 @@ from xaiproxy.run_folder import REFRESHER, WORKERS
 
 SERVING_TIMEOUT = 60.0  # seconds from the start of a worker until it serves
 POLL_INTERVAL = 0.1  # seconds
-FIRST_LINE_LIMIT = 1 << 14  # bytes
 RUNNING = "RUNNING"
 EXAMPLES = """\
   xai-restart                replace the workers, one after the other
@@ -70,7 +69,7 @@ def restart(options: Mapping[str, str | None], *, with_refresher: bool) -> None:
         workers.sort(key=lambda one: one["statename"] == RUNNING)
         for worker in workers:
             name, folder = worker["name"], run_folder.path_of(settings)
-            serves = functools.partial(has_written, folder, name.rpartition("-")[2])
+            serves = functools.partial(is_serving, folder, name.rpartition("-")[2])
             replace(supervisor, f"{WORKERS}:{name}", name, serves)
         if with_refresher:
             replace(supervisor, REFRESHER, REFRESHER)
@@ -148,14 +147,9 @@ def does_not_serve(name: str, reason: str) -> errors.Error:
     )
 
 
-def has_written(folder: Path, slot: str, pid: int) -> bool:
-    """Whether the process has written the numbers of this slot, as a worker does once it serves."""
-    for path in folder.glob(f"*-{slot}.json"):
-        try:
-            # The first of two lines: see proxy/shared_numbers.py.
-            line = folder_file.read(path, FIRST_LINE_LIMIT)[0].partition(b"\n")[0]
-            if json.loads(line)["pid"] == pid:
-                return True
-        except (OSError, ValueError, TypeError, KeyError):
-            continue
+def is_serving(folder: Path, slot: str, pid: int) -> bool:
+    """Whether the process has announced that it serves as the worker of this slot."""
+    links = folder.glob(run_folder.serving(Path(f"*-{slot}.json")).name)
+    with contextlib.suppress(OSError):
+        return any(os.readlink(link) == str(pid) for link in links)
     return False

@@ -4,7 +4,9 @@ Each name begins with the address that the processes listen on, such as 127.0.0.
 
 - ADDRESS.conf: the configuration of their supervisord;
 - ADDRESS.sock: its control socket;
-- ADDRESS-SLOT.json: the numbers of a worker, written by proxy/shared_numbers.py.
+- ADDRESS-SLOT.json: the numbers of a worker, written by proxy/shared_numbers.py;
+- ADDRESS-SLOT.pid: once the worker serves, a symbolic link to its process ID, which needs no room
+  on a full disk.
 """
 
 import os
@@ -54,6 +56,11 @@ def numbers(settings: config.Config, address: str | tuple[str, int], slot: int) 
     """The file with the numbers of a worker. `address`: of its listening socket."""
     name = address if isinstance(address, str) else _name(*address[:2])
     return path_of(settings) / f"{_quoted(name)}-{slot}.json"
+
+
+def serving(numbers: Path) -> Path:
+    """The link of the worker with this file of numbers."""
+    return numbers.with_suffix(".pid")
 
 
 def _quoted(name: str) -> str:

@@ -125,7 +125,8 @@ def shared(settings: config.Config, workers: int) -> Iterator[Path]:
     os.dup2(listener.fileno(), 0)
     # Not close(), which would remove the file of a Unix socket.
     os.close(listener.detach())
-    leftover = [run_folder.numbers(settings, address, slot) for slot in range(command.MOST_WORKERS)]
+    numbers = [run_folder.numbers(settings, address, slot) for slot in range(command.MOST_WORKERS)]
+    leftover = [*numbers, *map(run_folder.serving, numbers)]
     remove(leftover)
     try:
         with storage.translated(conf):

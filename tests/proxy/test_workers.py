@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
+import shutil
 import signal
 import socket
 import time
@@ -21,6 +23,7 @@ from sandbox import CHAT as CONTENT
 from sandbox import Sandbox
 from scraped import Scraped, until
 
+from xaiproxy import restart_command
 from xaiproxy.inherited_socket import is_listening
 
 CHAT = ("/v1/chat/completions", "Content-Type: application/json")
@@ -61,13 +64,20 @@ def start(tmp_path: Path, listener: socket.socket) -> Iterator[Callable[..., Pro
 
 
 def scrape_of(proxy: ProxyProcess, sibling: ProxyProcess) -> Scraped:
-    """A scrape that `proxy` answers: `sibling` is stopped meanwhile."""
-    sibling.process.send_signal(signal.SIGSTOP)
-    try:
-        wait_until(lambda: "\nState:\tT" in status_of(sibling), 5)
+    """A scrape that `proxy` answers."""
+    with stopped(sibling):
         return Scraped(proxy)
+
+
+@contextlib.contextmanager
+def stopped(proxy: ProxyProcess) -> Iterator[None]:
+    """The others answer meanwhile."""
+    proxy.process.send_signal(signal.SIGSTOP)
+    try:
+        wait_until(lambda: "\nState:\tT" in status_of(proxy), 5)
+        yield
     finally:
-        sibling.process.send_signal(signal.SIGCONT)
+        proxy.process.send_signal(signal.SIGCONT)
 
 
 def status_of(proxy: ProxyProcess) -> str:
@@ -159,7 +169,7 @@ def test_streams_spread_over_workers(start, tmp_path, sandbox: Sandbox):
         for client in clients:
             assert client.head().status == 200
         until(proxies[0], 110, "xaiproxy_streams_open")
-        numbers = [lasting(path)["gauges"]["streams"] for path in (tmp_path / "run").iterdir()]
+        numbers = [lasting(path)["gauges"]["streams"] for path in (tmp_path / "run").glob("*.json")]
     assert sum(numbers) == 110 and min(numbers) >= 35, numbers
 
 
@@ -275,6 +285,45 @@ def test_where_nothing_can_be_written_each_worker_shows_its_own_numbers(start, t
     for proxy in proxies:
         lines = [line for line in proxy.log_lines() if "cannot be written" in line["message"]]
         assert len(lines) == 1
+
+
+def test_numbers_do_not_fall_while_they_cannot_be_written(start, tmp_path):
+    """As on a full disk. A worker that starts meanwhile has those of its slot, too."""
+    proxies = [start(slot) for slot in range(2)]
+    for _ in range(10):
+        assert proxies[0].ask(*NOTHING).status == 404
+    before = until(proxies[0], 10, "xaiproxy_requests_total", status=404)
+    until(proxies[1], 2, "xaiproxy_workers")
+    for proxy in proxies:
+        resource.prlimit(proxy.process.pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+    with stopped(proxies[1]):
+        for _ in range(5):
+            assert proxies[0].ask(*NOTHING).status == 404
+    for pair in (proxies, proxies[::-1]):
+        after = scrape_of(*pair)
+        assert_not_fallen(before, after)
+        before = after
+    proxies[1].close()
+    proxies[1] = start(1, prefix=("sh", "-c", 'ulimit -f 0; exec "$@"', "sh"))
+    for pair in (proxies, proxies[::-1]):
+        after = scrape_of(*pair)
+        assert_not_fallen(before, after)
+        before = after
+    pid = proxies[1].process.pid
+    wait_until(lambda: restart_command.is_serving(tmp_path / "run", "1", pid), 10)
+    resource.prlimit(proxies[0].process.pid, resource.RLIMIT_FSIZE, (-1, -1))
+    until(proxies[0], 15, "xaiproxy_requests_total", status=404)
+    lines = [line for line in proxies[0].log_lines() if "cannot be written" in line["message"]]
+    assert len(lines) == 1
+
+
+def test_a_removed_run_folder_is_made_again(start, tmp_path):
+    proxies = [start(slot) for slot in range(2)]
+    until(proxies[0], 2, "xaiproxy_workers")
+    until(proxies[1], 2, "xaiproxy_workers")
+    shutil.rmtree(tmp_path / "run")
+    until(proxies[0], 2, "xaiproxy_workers")
+    assert len(list((tmp_path / "run").glob("*.json"))) == 2
 
 
 def test_only_one_worker_watches_the_refresher(start):

@@ -5,6 +5,9 @@ answers a request for the numbers of all. So no number that any worker has shown
 them is killed, or differs when another one is asked: counters do not fall. A killed worker loses
 what it counted in its last second. The next worker of the slot continues its counters.
 
+While a file cannot be written, as on a full disk, all workers show what it had before. A worker
+that added its latest numbers would show more than its siblings do, and counters would fall.
+
 A file has two lines of JSON. What the first one has changes all the time, and is no reason to write
 the file: an idle proxy keeps no disk busy.
 """
@@ -14,6 +17,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +50,11 @@ class SharedNumbers:
         """`address`: of the listening socket."""
         self._own = own
         self._slot = slot
+        self._settings = settings
         self._paths = [run_folder.numbers(settings, address, one) for one in range(workers)]
+        self._path = self._paths[slot]
         self._saving = gevent.lock.Semaphore()
-        # The content of the own file, and its second line.
+        # The content of the own file, as it was last written, and its second line.
         self._content = b""
         self._lasting = ""
         self._complained = False
@@ -59,19 +65,21 @@ class SharedNumbers:
             run_folder.make(settings)
         except errors.StorageError as error:
             self._complain(error)
-        if (former := _parsed(_read(self._paths[slot]))) is not None:
+        if (former := _parsed(content := _read(self._path))) is not None:
+            self._content = content
             own.recorder.add_former(former["counters"], former["history"])
             self._former = former["sums"]
 
     def __call__(self) -> Numbers:
-        """Those of all workers; only the own ones while they cannot be written."""
-        if not self.save():
+        """Those of all workers; only the own ones if they could never be written."""
+        self.save()
+        if not self._content:
             numbers = self._own()
             add(numbers.sums, self._former)
             return numbers
         siblings = [path for slot, path in enumerate(self._paths) if slot != self._slot]
-        pool, pace, total = gevent.get_hub().threadpool, Pace(), Numbers(process={})
-        for content in [self._content, *(pool.apply(_read, (path,)) for path in siblings)]:
+        pace, total = Pace(), Numbers(process={})
+        for content in [self._content, *(_in_thread(_read, path) for path in siblings)]:
             plain = _parsed(content)
             pace()
             if plain is not None:
@@ -82,6 +90,9 @@ class SharedNumbers:
         return total
 
     def run(self) -> None:
+        """Announce that this worker serves, and write its numbers from now on."""
+        if (failure := _in_thread(_announce, run_folder.serving(self._path))) is not None:
+            self._complain(failure)
         while True:
             self.save()
             gevent.sleep(INTERVAL)
@@ -91,8 +102,8 @@ class SharedNumbers:
         self._is_closed = True
         self.save()
 
-    def save(self) -> bool:
-        """Write the numbers of this process if they have changed; return whether they are there."""
+    def save(self) -> None:
+        """Write the numbers of this process if they have changed, or are gone."""
         # One after the other, so that a later content is not replaced by an earlier one.
         with self._saving:
             numbers = self._own()
@@ -107,8 +118,8 @@ class SharedNumbers:
                     "running": not self._is_closed,
                 }
             )
-            if lasting == self._lasting:
-                return True
+            if lasting == self._lasting and _in_thread(os.path.exists, self._path):
+                return
             changing = {
                 "format": FORMAT,
                 "pid": os.getpid(),
@@ -119,27 +130,43 @@ class SharedNumbers:
             }
             content = f"{json.dumps(changing)}\n{lasting}\n".encode()
             # A disk may be slow, and the event loop must not wait for it.
-            failure = gevent.get_hub().threadpool.apply(_write, (self._paths[self._slot], content))
-            if failure is not None:
+            failure = _in_thread(_write, self._settings, self._path, content)
+            if failure is None:
+                self._content, self._lasting, self._complained = content, lasting, False
+            else:
                 self._complain(failure)
-                return False
-            self._content, self._lasting, self._complained = content, lasting, False
-            return True
 
     def _complain(self, error: Exception) -> None:
         if not self._complained:
             self._complained = True
             logger.warning(
                 "the numbers of this worker cannot be written, so /metrics and the status page "
-                "have those of one worker: %s",
+                "do not have its latest ones: %s",
                 error,
             )
 
 
-def _write(path: Path, content: bytes) -> OSError | None:
-    """Return what is raised: gevent would log its traceback."""
+def _in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What the function returns; it must not raise, since gevent would log a traceback."""
+    return gevent.get_hub().threadpool.apply(function, arguments)
+
+
+def _write(settings: config.Config, path: Path, content: bytes) -> Exception | None:
+    """Return what is raised."""
     try:
+        if not path.parent.exists():
+            run_folder.make(settings)
         folder_file.replace(path, content)
+    except (OSError, errors.StorageError) as error:
+        return error
+    return None
+
+
+def _announce(link: Path) -> OSError | None:
+    """Return what is raised."""
+    try:
+        link.unlink(missing_ok=True)
+        link.symlink_to(str(os.getpid()))
     except OSError as error:
         return error
     return None
