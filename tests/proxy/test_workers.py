@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import resource
+import select
 import shutil
 import signal
 import socket
@@ -324,6 +325,29 @@ def test_a_removed_run_folder_is_made_again(start, tmp_path):
     shutil.rmtree(tmp_path / "run")
     until(proxies[0], 2, "xaiproxy_workers")
     assert len(list((tmp_path / "run").glob("*.json"))) == 2
+
+
+def test_an_orphan_does_not_write_numbers(tmp_path, listener):
+    """While it drains, its file may be of a worker of the next xai-serve."""
+    # The shell does not replace itself with its last command.
+    proxy = start_worker(tmp_path, listener, prefix=("sh", "-c", '"$@"; :', "sh"))
+    shell = proxy.process.pid
+    orphan = int(Path(f"/proc/{shell}/task/{shell}/children").read_text())
+    end = os.pidfd_open(orphan)
+    try:
+        # A scrape writes the file.
+        assert Scraped(proxy)("xaiproxy_workers") == 1
+        [path] = (tmp_path / "run").glob("*.json")
+        proxy.process.kill()
+        proxy.process.wait()
+        path.write_text("of another worker")
+        assert proxy.ask(*NOTHING).status == 404
+        Scraped(proxy)
+    finally:
+        signal.pidfd_send_signal(end, signal.SIGTERM)
+        assert select.select([end], [], [], 10)[0]
+        os.close(end)
+    assert path.read_text() == "of another worker"
 
 
 def test_only_one_worker_watches_the_refresher(start):

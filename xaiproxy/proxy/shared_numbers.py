@@ -53,6 +53,8 @@ class SharedNumbers:
         self._settings = settings
         self._paths = [run_folder.numbers(settings, address, one) for one in range(workers)]
         self._path = self._paths[slot]
+        # The supervisord that has started this worker.
+        self._parent = os.getppid()
         self._saving = gevent.lock.Semaphore()
         # The content of the own file, as it was last written, and its second line.
         self._content = b""
@@ -129,6 +131,9 @@ class SharedNumbers:
                 "started_at": numbers.started_at,
             }
             content = f"{json.dumps(changing)}\n{lasting}\n".encode()
+            if os.getppid() != self._parent:
+                # That one was killed, and the file may be of a worker that another one has started.
+                return
             # A disk may be slow, and the event loop must not wait for it.
             failure = _in_thread(_write, self._settings, self._path, content)
             if failure is None:
