@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from forked_process import run_python, start_python
-from proxy_process import ARGUMENTS, ProxyProcess, environment
+from proxy_process import ARGUMENTS, Client, ProxyProcess, environment
 from raw_connection import TIMEOUT, RawConnection
 from refresher_process import wait_until
 from sandbox import CHAT as CONTENT
@@ -195,6 +195,17 @@ def test_a_single_proxy_writes_no_numbers_and_names_no_slot(tmp_path):
         assert Scraped(proxy)("xaiproxy_workers") == 1
         assert not any("slot" in line for line in proxy.log_lines())
     assert not (tmp_path / "run").exists()
+
+
+def test_health_checks_are_answered_during_the_delay(start):
+    """By a worker without siblings, as when all of them stop."""
+    proxy = start(0, admin_bind="127.0.0.1:0", drain_delay=60)
+    line = proxy.wait_for_log(lambda line: line["message"].startswith("health checks and metrics"))
+    port = int(line["message"].rpartition(":")[2])
+    proxy.terminate()
+    proxy.wait_for_log(lambda line: "until then new connections are served" in line["message"])
+    with Client(port) as client:
+        assert client.ask("GET", "/healthz").status == 200
 
 
 # Numbers

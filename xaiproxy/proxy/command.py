@@ -269,12 +269,12 @@ def run(
     recording = gevent.spawn(key_uses.run)
     signals.stop.wait()
     server.stopping = True
-    if admin is not None and workers > 1:
-        # The others answer there from now on.
-        admin.stop(timeout=0)
     if settings.drain_delay and not signals.drain.is_set():
         logger.info("stopping in %g s; until then new connections are served", settings.drain_delay)
         signals.drain.wait(settings.drain_delay)
+    if admin is not None and workers > 1:
+        # A drain may be long, and from here on the siblings answer all health checks.
+        admin.stop(timeout=0)
     gevent.killall(watchers)
     if isinstance(listener, SocketFile):
         # From here on no connection is lost: those that wait in the kernel are served.
