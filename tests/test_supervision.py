@@ -95,6 +95,14 @@ def test_sigterm_drains_the_proxy_before_the_refresher_stops_and_ends_with_0(tmp
     assert not (tmp_path / "supervisord.pid").exists()
 
 
+def test_ctrl_c_does_not_wait_for_the_delay(tmp_path, sandbox):
+    conf = edited_conf(tmp_path, startsecs=0)
+    with Supervised(tmp_path, sandbox, conf=conf, XAI_PROXY_DRAIN_DELAY="60") as supervised:
+        supervised.client().close()
+        supervised.signal(signal.SIGINT)
+        assert supervised.ended() == 0
+
+
 def test_a_killed_proxy_is_restarted(tmp_path, sandbox):
     with Supervised(tmp_path, sandbox, conf=edited_conf(tmp_path, startsecs=0)) as supervised:
         with supervised.client() as client:

@@ -257,8 +257,9 @@ _get_signal = options.ServerOptions.get_signal
 def get_signal(self: Any) -> int | None:
     """ServerOptions.get_signal, called by supervisord's loop.
 
-    A second Ctrl-C is passed on to the program that is being stopped, as if it were in the
-    foreground: the proxy then aborts its open responses.
+    Ctrl-C is passed on, as if the program were in the foreground. At the first one, the proxy is
+    stopped by SIGINT: its drain begins without XAI_PROXY_DRAIN_DELAY. A second one reaches the
+    program that is being stopped: the proxy then aborts its open responses.
 
     SIGHUP is passed on to all programs, which supervisord would restart: the proxy then reads its
     log level, and the refresher retries.
@@ -268,10 +269,15 @@ def get_signal(self: Any) -> int | None:
         for pid in self.pidhistory:
             self.kill(pid, signal.SIGHUP)
         return None
-    if number == signal.SIGINT and self.mood != SupervisorStates.RUNNING:
+    if number == signal.SIGINT:
         for pid, program in self.pidhistory.items():
-            if program.get_state() == ProcessStates.STOPPING:
-                self.kill(pid, signal.SIGTERM)
+            state, is_proxy = program.get_state(), program.group.config.name == run_folder.WORKERS
+            if self.mood != SupervisorStates.RUNNING:
+                if state == ProcessStates.STOPPING:
+                    self.kill(pid, signal.SIGTERM)
+            # One that is starting may not handle the signal yet.
+            elif is_proxy and state == ProcessStates.RUNNING:
+                program.config.stopsignal = signal.SIGINT
     return number
 
 
