@@ -241,6 +241,18 @@ def test_a_wrong_setting_at_the_start_ends_all_workers(sandbox):
         assert "the other workers serve without" not in log
 
 
+def test_a_worker_that_is_missing_at_the_end_is_not_named(sandbox):
+    with short_folder() as folder, Workers(folder, sandbox, XAI_PROXY_DRAIN_DELAY="2") as workers:
+        for number in (1, 2):
+            workers.wait_for_line("spawned: 'proxy-1'", number)
+            os.kill(workers.pid("proxy-1"), signal.SIGKILL)
+            workers.wait_for_line("exited: proxy-1 .*SIGKILL", number)
+        # The next start is two seconds off.
+        workers.signal(signal.SIGTERM)
+        assert workers.ended() == 0
+    assert "cannot be kept running" not in "".join(workers.lines)
+
+
 @pytest.mark.parametrize("arguments", [(), ("--refresher",)])
 def test_without_workers_it_names_what_to_do(tmp_path, arguments):
     done = subprocess.run(
