@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import gevent
 import pytest
 from forked_process import run_python, start_python
 from proxy_process import ARGUMENTS, Client, ProxyProcess, environment
@@ -26,6 +27,10 @@ from scraped import Scraped, until
 
 from xaiproxy import restart_command
 from xaiproxy.inherited_socket import is_listening
+from xaiproxy.proxy import paced_json
+from xaiproxy.proxy.numbers import Numbers
+from xaiproxy.proxy.pace import Pace
+from xaiproxy.proxy.usage import Usage
 
 CHAT = ("/v1/chat/completions", "Content-Type: application/json")
 NOTHING = ("GET", "/nowhere")
@@ -366,3 +371,27 @@ def test_only_one_worker_watches_the_refresher(start):
     proxies[0].refresher_lives(False)
     proxies[0].wait_for_log(lambda line: "xai-refresher is not running" in line["message"], 30)
     assert not [line for line in proxies[1].log_lines() if "refresher" in line["message"]]
+
+
+def test_numbers_of_many_keys_hold_up_no_streams():
+    """200 keys with 50 models each: other greenlets run while they are written and added up."""
+    numbers, pauses = Numbers(), 0
+    for key in range(200):
+        for model in range(50):
+            numbers.counters.add_usage(f"model-{model}", f"key-{key}", Usage("x", 5, 4, 3, 2))
+    plain = numbers.plain()
+
+    def run() -> None:
+        nonlocal pauses
+        while True:
+            gevent.sleep(0.001)
+            pauses += 1
+
+    other = gevent.spawn(run)
+    text = paced_json.dumps(plain, Pace())
+    assert pauses > 4 and json.loads(text) == json.loads(json.dumps(plain))
+    pauses = 0
+    total = Numbers()
+    total.add_plain(json.loads(text), Pace())
+    other.kill()
+    assert pauses > 4 and total.plain() == plain

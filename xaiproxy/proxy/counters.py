@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from xaiproxy.http1.request_record import RequestRecord
+from xaiproxy.proxy.pace import Pace
 from xaiproxy.proxy.routes import ROUTES
 from xaiproxy.proxy.usage import Usage
 
@@ -148,12 +149,13 @@ class Counters:
             **{name: getattr(self, name) for name in NUMBERS},
         }
 
-    def add_plain(self, plain: Mapping[str, Any]) -> None:
+    def add_plain(self, plain: Mapping[str, Any], pace: Pace) -> None:
         """Add what `plain` has returned in another process."""
         for name, values in plain["routes"].items():
             self.routes[name].add_plain(values)
+            pace()
         self.overhead.add_plain(plain["overhead"])
-        add_rows(self.tokens, plain["tokens"])
+        add_rows(self.tokens, plain["tokens"], pace)
         for name in NUMBERS:
             add_numbers(getattr(self, name), plain[name])
 
@@ -167,10 +169,11 @@ def rows(values: Mapping[tuple[Any, str], Any]) -> list[list[Any]]:
     return [[first, second, value] for (first, second), value in values.items()]
 
 
-def add_rows(sums: dict[tuple[str, str], list[int]], others: list[list[Any]]) -> None:
+def add_rows(sums: dict[tuple[str, str], list[int]], others: list[list[Any]], pace: Pace) -> None:
     for first, second, numbers in others:
         own = sums.get((first, second), [0] * len(TYPES))
         sums[first, second] = [one + other for one, other in zip(own, numbers, strict=True)]
+        pace()
 
 
 def add_numbers(numbers: dict[str, int], others: Mapping[str, int]) -> None:

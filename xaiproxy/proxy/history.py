@@ -12,6 +12,7 @@ from typing import Any
 
 from xaiproxy.http1.request_record import RequestRecord
 from xaiproxy.proxy.counters import OTHER, add_rows, rows
+from xaiproxy.proxy.pace import Pace
 from xaiproxy.proxy.usage import Usage
 
 MINUTES = 60  # that are kept
@@ -172,15 +173,16 @@ class History:
             "rate_limits": self._rate_limits,
         }
 
-    def add_plain(self, plain: Mapping[str, Any]) -> None:
+    def add_plain(self, plain: Mapping[str, Any], pace: Pace) -> None:
         """Add what `plain` has returned in another process."""
         for number, minute in plain["minutes"].items():
             self._minutes.setdefault(int(number), Minute()).add_plain(minute)
+            pace()
         begin, end = plain["day"]
         if begin > self._day[0]:
             self._day, self._tokens = (begin, end), {}
         if begin == self._day[0]:
-            add_rows(self._tokens, plain["tokens"])
+            add_rows(self._tokens, plain["tokens"], pace)
         for kind, seen in plain["rate_limits"].items():
             if kind not in self._rate_limits or seen["at"] > self._rate_limits[kind]["at"]:
                 self._rate_limits[kind] = seen

@@ -12,6 +12,7 @@ from xaiproxy.http1.pool import Pool
 from xaiproxy.proxy.counters import Counters
 from xaiproxy.proxy.history import History
 from xaiproxy.proxy.loop_lag import LoopLag
+from xaiproxy.proxy.pace import Pace
 from xaiproxy.proxy.recorder import Recorder
 from xaiproxy.proxy.trouble import Trouble
 
@@ -45,9 +46,9 @@ class Numbers:
             "sums": self.sums,
         }
 
-    def add_plain(self, plain: Mapping[str, Any]) -> None:
-        self.counters.add_plain(plain["counters"])
-        self.history.add_plain(plain["history"])
+    def add_plain(self, plain: Mapping[str, Any], pace: Pace) -> None:
+        self.counters.add_plain(plain["counters"], pace)
+        self.history.add_plain(plain["history"], pace)
         add(self.sums, plain["sums"])
 
 

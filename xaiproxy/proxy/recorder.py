@@ -56,8 +56,9 @@ class Recorder:
         self, former_counters: Mapping[str, Any], former_history: Mapping[str, Any]
     ) -> None:
         """Continue the counting of another process. Both are what `plain` has returned there."""
-        self.counters.add_plain(former_counters)
-        self.history.add_plain(former_history)
+        pace = Pace()
+        self.counters.add_plain(former_counters, pace)
+        self.history.add_plain(former_history, pace)
         # The numbers of names stay limited.
         for counted in self.counters.routes.values():
             for _, key in counted.requests:

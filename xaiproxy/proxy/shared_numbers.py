@@ -25,7 +25,7 @@ import gevent
 import gevent.lock
 
 from xaiproxy import config, errors, folder_file, run_folder
-from xaiproxy.proxy import process_metrics
+from xaiproxy.proxy import paced_json, process_metrics
 from xaiproxy.proxy.numbers import Numbers, OwnNumbers, add
 from xaiproxy.proxy.pace import Pace
 
@@ -67,7 +67,7 @@ class SharedNumbers:
             run_folder.make(settings)
         except errors.StorageError as error:
             self._complain(error)
-        if (former := _parsed(content := _read(self._path))) is not None:
+        if (former := _parsed(content := _read(self._path), Pace())) is not None:
             self._content = content
             own.recorder.add_former(former["counters"], former["history"])
             self._former = former["sums"]
@@ -82,10 +82,10 @@ class SharedNumbers:
         siblings = [path for slot, path in enumerate(self._paths) if slot != self._slot]
         pace, total = Pace(), Numbers(process={})
         for content in [self._content, *(_in_thread(_read, path) for path in siblings)]:
-            plain = _parsed(content)
+            plain = _parsed(content, pace)
             pace()
             if plain is not None:
-                total.add_plain(plain)
+                total.add_plain(plain, pace)
                 if plain["running"] and _is_running(plain["pid"]):
                     _add_running(total, plain)
                 pace()
@@ -111,14 +111,16 @@ class SharedNumbers:
             numbers = self._own()
             add(numbers.sums, self._former)
             cpu_seconds = numbers.sums.pop("cpu_seconds")
-            lasting = json.dumps(
+            pace = Pace()
+            lasting = paced_json.dumps(
                 {
                     **numbers.plain(),
                     "gauges": numbers.gauges,
                     "trouble": numbers.trouble,
                     "is_saturated": numbers.is_saturated,
                     "running": not self._is_closed,
-                }
+                },
+                pace,
             )
             if lasting == self._lasting and _in_thread(os.path.exists, self._path):
                 return
@@ -126,7 +128,7 @@ class SharedNumbers:
                 "format": FORMAT,
                 "pid": os.getpid(),
                 "cpu_seconds": cpu_seconds,
-                "process": process_metrics.measure(Pace()),
+                "process": process_metrics.measure(pace),
                 "lag": numbers.lag,
                 "started_at": numbers.started_at,
             }
@@ -184,16 +186,17 @@ def _read(path: Path) -> bytes:
         return b""
 
 
-def _parsed(content: bytes) -> dict[str, Any] | None:
+def _parsed(content: bytes, pace: Pace) -> dict[str, Any] | None:
     """The members of a file, in a form that can be added up, or None."""
     try:
         changing, lasting = map(json.loads, content.splitlines())
+        pace()
         if changing["format"] != FORMAT:
             return None
         plain = {**changing, **lasting}
         plain["sums"]["cpu_seconds"] = plain["cpu_seconds"]
         trial = Numbers(process={})
-        trial.add_plain(plain)
+        trial.add_plain(plain, pace)
         _add_running(trial, plain)
     except UNREADABLE:
         return None
