@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import resource
@@ -305,31 +306,37 @@ def test_where_nothing_can_be_written_each_worker_shows_its_own_numbers(start, t
 
 
 def test_numbers_do_not_fall_while_they_cannot_be_written(start, tmp_path):
-    """As on a full disk. A worker that starts meanwhile has those of its slot, too."""
+    """As on a full disk. Workers that start meanwhile have those of their slots, too."""
+
+    def limit(proxy: ProxyProcess, size: int) -> None:
+        resource.prlimit(proxy.process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
     proxies = [start(slot) for slot in range(2)]
     for _ in range(10):
         assert proxies[0].ask(*NOTHING).status == 404
-    before = until(proxies[0], 10, "xaiproxy_requests_total", status=404)
-    until(proxies[1], 2, "xaiproxy_workers")
+    until(proxies[0], 10, "xaiproxy_requests_total", status=404)
+    shown = [until(proxies[1], 2, "xaiproxy_workers")]
     for proxy in proxies:
-        resource.prlimit(proxy.process.pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+        limit(proxy, 0)
     with stopped(proxies[1]):
         for _ in range(5):
             assert proxies[0].ask(*NOTHING).status == 404
-    for pair in (proxies, proxies[::-1]):
-        after = scrape_of(*pair)
+    shown += [scrape_of(*pair) for pair in (proxies, proxies[::-1])]
+    for slot in range(2):
+        proxies[slot].close()
+        proxies[slot] = start(slot, prefix=("sh", "-c", 'ulimit -S -f 0; exec "$@"', "sh"))
+        pid = proxies[slot].process.pid
+        wait_until(lambda: restart_command.is_serving(tmp_path / "run", str(slot), pid), 10)
+        shown += [scrape_of(*pair) for pair in (proxies, proxies[::-1])]
+    for before, after in itertools.pairwise(shown):
         assert_not_fallen(before, after)
-        before = after
-    proxies[1].close()
-    proxies[1] = start(1, prefix=("sh", "-c", 'ulimit -f 0; exec "$@"', "sh"))
-    for pair in (proxies, proxies[::-1]):
-        after = scrape_of(*pair)
-        assert_not_fallen(before, after)
-        before = after
-    pid = proxies[1].process.pid
-    wait_until(lambda: restart_command.is_serving(tmp_path / "run", "1", pid), 10)
-    resource.prlimit(proxies[0].process.pid, resource.RLIMIT_FSIZE, (-1, -1))
-    until(proxies[0], 15, "xaiproxy_requests_total", status=404)
+    # Neither has written that it runs.
+    assert after("xaiproxy_workers") == 1
+    assert proxies[0].ask(*NOTHING).status == 404
+    for proxy in proxies:
+        limit(proxy, resource.RLIM_INFINITY)
+    until(proxies[0], 11, "xaiproxy_requests_total", status=404)
+    until(proxies[1], 2, "xaiproxy_workers")
     lines = [line for line in proxies[0].log_lines() if "cannot be written" in line["message"]]
     assert len(lines) == 1
 

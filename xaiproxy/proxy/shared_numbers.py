@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 INTERVAL = 1.0  # seconds between two writes
 SIZE_LIMIT = 1 << 22  # bytes
+# What counts of workers that run only, besides `process`.
+RUNNING = ("gauges", "lag", "started_at", "trouble", "is_saturated")
 # A file that is missing, of another version, or broken.
 UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError)
 
@@ -49,7 +51,6 @@ class SharedNumbers:
     ):
         """`address`: of the listening socket."""
         self._own = own
-        self._slot = slot
         self._settings = settings
         self._paths = [run_folder.numbers(settings, address, one) for one in range(workers)]
         self._path = self._paths[slot]
@@ -75,18 +76,22 @@ class SharedNumbers:
     def __call__(self) -> Numbers:
         """Those of all workers; only the own ones if they could never be written."""
         self.save()
+        own, pace = self._own(), Pace()
         if not self._content:
-            numbers = self._own()
-            add(numbers.sums, self._former)
-            return numbers
-        siblings = [path for slot, path in enumerate(self._paths) if slot != self._slot]
-        pace, total = Pace(), Numbers(process={})
+            add(own.sums, self._former)
+            return own
+        # This worker runs, although its file may be of the former one of its slot.
+        total = Numbers(process={})
+        live = {name: getattr(own, name) for name in RUNNING}
+        _add_running(total, {**live, "process": process_metrics.measure(pace)})
+        siblings = [path for path in self._paths if path != self._path]
         for content in [self._content, *(_in_thread(_read, path) for path in siblings)]:
             plain = _parsed(content, pace)
             pace()
             if plain is not None:
                 total.add_plain(plain, pace)
-                if plain["running"] and _is_running(plain["pid"]):
+                is_sibling = content is not self._content
+                if is_sibling and plain["running"] and _is_running(plain["pid"]):
                     _add_running(total, plain)
                 pace()
         return total
