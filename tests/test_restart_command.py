@@ -10,6 +10,7 @@ import signal
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -224,9 +225,12 @@ def test_after_an_interrupted_restart_all_workers_run(sandbox):
         (folder / ".env").write_text("XAI_PROXY_REFRESH_SKEW=x\n")
         os.kill(workers.pid("proxy-1"), signal.SIGKILL)
         workers.wait_for_line("proxy-1 cannot be kept running .* the other workers serve without")
+        # It is checked once a second, and named once.
+        time.sleep(1.5)
         [conf] = (folder / "login" / "run").glob("*.conf")
         subprocess.run([BIN / "supervisorctl", "-c", conf, "stop", "proxy:proxy-0"], check=True)
         assert workers.ended() == 70
+    assert "".join(workers.lines).count("the other workers serve without") == 1
 
 
 def test_a_wrong_setting_at_the_start_ends_all_workers(sandbox):

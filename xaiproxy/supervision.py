@@ -83,9 +83,10 @@ class FatalCheck(events.TickEvent):  # type: ignore[misc]  # supervisor is untyp
 
     def check(self, programs: list[Any]) -> None:
         """`programs`: of one group."""
-        fatal = [one for one in programs if one.get_state() == ProcessStates.FATAL]
-        self.named.intersection_update(program.config.name for program in fatal)
-        for program in fatal:
+        for program in programs:
+            if program.get_state() != ProcessStates.FATAL:
+                self.named.discard(program.config.name)
+                continue
             if all(map(is_down, programs)):
                 end(program, program.spawnerr)
                 return
