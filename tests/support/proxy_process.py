@@ -162,13 +162,15 @@ class ProxyProcess:
         seen = start
         with self._changed:
             while True:
+                # The last lines may be read after the process has ended.
+                reading = self._reader.is_alive()
                 for line in self._lines[seen:]:
                     if predicate(line):
                         return line
                 seen = len(self._lines)
                 left = deadline - time.monotonic()
-                assert left > 0 and self.process.poll() is None, (
-                    f"no such line, exit status {self.process.returncode}: {self._lines[-10:]}"
+                assert left > 0 and reading, (
+                    f"no such line, exit status {self.process.poll()}: {self._lines[-10:]}"
                 )
                 self._changed.wait(min(left, 0.2))
 
