@@ -77,10 +77,16 @@ def serving_settings(arguments: argparse.Namespace) -> dict[str, str | None]:
 def whole(least: int, most: int) -> Callable[[str], int]:
     """A type of arguments: whole numbers from `least` to `most`."""
 
+    # Imported by the commands that have such arguments, and by no other.
+    from xaiproxy import setting_types
+
+    number = setting_types.whole(least, most)
+
     def parse(text: str) -> int:
-        if not (text.isascii() and text.isdigit() and least <= int(text) <= most):
-            raise argparse.ArgumentTypeError(f"must be a whole number from {least} to {most}")
-        return int(text)
+        try:
+            return number(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"must be {error}") from None
 
     return parse
 
