@@ -30,7 +30,7 @@ def check_replaceable(content: bytes, issued_at: float, target: object) -> None:
             f"{target} holds a refresh token, which is left there; name another place in "
             "XAI_PROXY_PUBLISH"
         )
-    if issued_at_of(content) > issued_at:
+    if (held.issued_at() or 0.0) > issued_at:
         raise errors.PublishError(
             f"{target} holds a newer login than the token file; stop this refresher if another one "
             "publishes there, or sign in again"
