@@ -14,6 +14,8 @@ from typing import Any
 
 import hypothesis
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
 # The same examples every time: a change fails its own tests and no others. bin/fuzz
 # tries new ones.
@@ -42,6 +44,7 @@ os.environ["SSL_CERT_FILE"] = str(ONE_CA)
 # The files that take longest, in that order, which begin first: no worker is left alone with one at
 # the end.
 LONGEST = (
+    "clients/test_files.py",
     "test_serve_command.py",
     "test_without_linux.py",
     "test_installation.py",
@@ -67,9 +70,7 @@ LONGEST = (
     "proxy/test_intruders.py",
     "test_imports.py",
     "http1/test_exchange.py",
-    "clients/test_websocket.py",
     "http1/test_tunnel.py",
-    "clients/test_files.py",
     "proxy/test_both_directions.py",
     "refresher/test_model.py",
     "proxy/test_last_bytes.py",
@@ -78,6 +79,21 @@ LONGEST = (
     "http1/test_dialler.py",
     "test_storage.py",
 )
+
+
+class Scheduling(LoadFileScheduling):
+    """Files run beside each other, but all of clients/ in one worker.
+
+    The clients' libraries take seconds to import.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        scope = super()._split_scope(nodeid)
+        return "clients" if scope.startswith("tests/clients/") else scope
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Scheduling:
+    return Scheduling(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
