@@ -259,7 +259,7 @@ def fill(proxy: ProxyProcess, client: Client) -> None:
         while unread(proxy, client):
             if time.monotonic() > deadline:
                 return
-            time.sleep(0.001)
+            time.sleep(0.02)
 
 
 @pytest.mark.parametrize("full", [False, True])

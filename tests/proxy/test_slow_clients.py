@@ -73,7 +73,7 @@ class GoodClient:
         self._thread.join()
 
     def _ask(self) -> None:
-        while not self._stopped.wait(0.01):
+        while not self._stopped.wait(0.05):
             began = time.monotonic() - self._starved()
             # A new connection waits in the listen queue, too.
             with self._proxy.client() as client:
@@ -174,7 +174,7 @@ def test_thousands_of_slow_clients_do_not_slow_down_a_good_one(
 ENDLESS = [
     ("Content-Length: 999999999999999999", b"x" * 65536),
     ("Transfer-Encoding: chunked", b"ffff\r\n" + b"x" * 65535 + b"\r\n"),
-    ("Transfer-Encoding: chunked", b"1;" + b"x" * 4000 + b"\r\nx\r\n"),
+    ("Transfer-Encoding: chunked", (b"1;" + b"x" * 4000 + b"\r\nx\r\n") * 16),
 ]
 
 
@@ -187,7 +187,7 @@ def test_endless_unread_bodies_are_cut_off(proxy: ProxyProcess) -> None:
             while time.monotonic() - began < LINGER_WHOLE + 5:
                 client.send(part)
                 # This leaves a processor for the other processes on this machine.
-                time.sleep(0.01)
+                time.sleep(0.05)
 
     with GoodClient(proxy) as good:
         senders = [threading.Thread(target=send_endlessly, args=how) for how in ENDLESS]
