@@ -12,8 +12,7 @@ import pytest
 from refresher_process import Process, make_store, mounted, mounts
 from token_files import save
 
-from xaiproxy import config, errors, refresher_status, token_json, tokens
-from xaiproxy.proxy import login_metrics
+from xaiproxy import config, errors, login_metrics, refresher_status, token_json, tokens
 from xaiproxy.refresher.process import Refresher
 from xaiproxy.refresher.publisher import CHECK_INTERVAL
 from xaiproxy.token_store import TokenStore

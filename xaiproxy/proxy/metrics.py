@@ -11,19 +11,16 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import gevent.lock
 from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 from prometheus_client.samples import Sample
 
-from xaiproxy import __version__, dropped_lines
-from xaiproxy.proxy import login_metrics, process_metrics, request_metrics
+from xaiproxy import __version__, dropped_lines, login_metrics, process_metrics
+from xaiproxy.metric_family import counter, encoder, gauge, info
+from xaiproxy.proxy import request_metrics
 from xaiproxy.proxy.loop_lag import WINDOW
-from xaiproxy.proxy.metric_family import counter, gauge, info
 from xaiproxy.proxy.numbers import Numbers, Source
 from xaiproxy.proxy.pace import Pace
 from xaiproxy.token_store import TokenStore
-
-OPENMETRICS = "application/openmetrics-text"
 
 
 class Metrics:
@@ -46,7 +43,7 @@ class Metrics:
         `with_names`: whether the label `key` has the names of client keys. `own`: the requests
         that are counted as being answered and are for this page, 0 or 1.
         """
-        encode, media_type = choose_encoder(OPENMETRICS if _wants_openmetrics(accept) else "")
+        encode, media_type = encoder(accept)
         with self._rendering:
             self._with_names, self._own = with_names, own
             self._numbers = self._source()
@@ -121,11 +118,6 @@ def _program(numbers: Numbers) -> Iterator[Metric]:
     )
     yield info("xaiproxy_build", "The version of xaiproxy.", {"version": __version__})
     yield gauge("xaiproxy_workers", "Proxy processes.", (), [(numbers.workers,)])
-
-
-def _wants_openmetrics(accept: str) -> bool:
-    # choose_encoder gets no text of the client's: it raises for a version that is not a number.
-    return any(part.split(";")[0].strip() == OPENMETRICS for part in accept.split(","))
 
 
 def _paced(samples: Iterable[Sample], pace: Pace) -> Iterator[Sample]:

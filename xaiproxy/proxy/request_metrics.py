@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client.metrics_core import Metric
+from prometheus_client.samples import Sample
 
 from xaiproxy import errors
+from xaiproxy.metric_family import Rows, counter, family, from_zero, gauge
 from xaiproxy.proxy import routes
 from xaiproxy.proxy.counters import TYPES, Counters, Histogram, RouteCounters
-from xaiproxy.proxy.metric_family import Rows, counter, from_zero, gauge, histogram
 from xaiproxy.proxy.numbers import Numbers
 
 ENDS = ("done", "client", "upstream", "proxy", "drain")
@@ -60,17 +61,17 @@ def _of_routes(counters: Counters, by_key: Callable[[Rows], Rows]) -> Iterator[M
             for end in ENDS
         ),
     )
-    yield histogram(
+    yield _histogram(
         "xaiproxy_request_duration_seconds",
         "Seconds from a request's head to the end of its response.",
         _histograms(counters, lambda counted: counted.duration),
     )
-    yield histogram(
+    yield _histogram(
         "xaiproxy_time_to_first_byte_seconds",
         "Seconds from a request's head to the first byte of its response.",
         _histograms(counters, lambda counted: counted.first_byte),
     )
-    yield histogram(
+    yield _histogram(
         "xaiproxy_overhead_seconds",
         "The proxy's own share of the time to the first byte.",
         [({}, counters.overhead)],
@@ -154,3 +155,22 @@ def _of_usage(numbers: Numbers, by_key: Callable[[Rows], Rows]) -> Iterator[Metr
         ("kind",),
         [(kind, seen["remaining"]) for kind, seen in limits.items()],
     )
+
+
+def _histogram(
+    name: str, documentation: str, histograms: Iterable[tuple[dict[str, str], Histogram]]
+) -> Metric:
+    """`histograms`: each with its labels."""
+    return family("histogram", name, documentation, _buckets(name, histograms))
+
+
+def _buckets(name: str, histograms: Iterable[tuple[dict[str, str], Histogram]]) -> Iterator[Sample]:
+    for labels, histogram in histograms:
+        # Both at once: requests are counted between two samples.
+        counts, total = tuple(histogram.counts), histogram.sum
+        number = 0
+        for bound, count in zip((*map(repr, histogram.bounds), "+Inf"), counts, strict=True):
+            number += count
+            yield Sample(f"{name}_bucket", {**labels, "le": bound}, number)
+        yield Sample(f"{name}_count", labels, number)
+        yield Sample(f"{name}_sum", labels, total)

@@ -24,8 +24,8 @@ from typing import Any
 import gevent
 import gevent.lock
 
-from xaiproxy import config, errors, folder_file, run_folder
-from xaiproxy.proxy import paced_json, process_metrics
+from xaiproxy import config, errors, folder_file, process_metrics, run_folder
+from xaiproxy.proxy import paced_json
 from xaiproxy.proxy.numbers import Numbers, OwnNumbers, add
 from xaiproxy.proxy.pace import Pace
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from prometheus_client.metrics_core import Metric
 
 from xaiproxy import errors, judgement, refresher_status
-from xaiproxy.proxy.metric_family import counter, from_zero, gauge, known
+from xaiproxy.metric_family import counter, from_zero, gauge, known
 from xaiproxy.token_store import TokenStore
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from prometheus_client.metrics_core import Metric
 
 from xaiproxy import kernel
-from xaiproxy.proxy.metric_family import counter, gauge
+from xaiproxy.metric_family import counter, gauge
 
 DESCRIPTORS_AT_A_TIME = 100
 GAUGES = {

@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 from prometheus_client.samples import Sample
 
-from xaiproxy.proxy.counters import Histogram
-
 # The label values and the value of each sample.
 Rows = Iterable[tuple[Any, ...]]
+OPENMETRICS = "application/openmetrics-text"
+
+
+def encoder(accept: str) -> tuple[Callable[[CollectorRegistry], bytes], str]:
+    """Return what renders /metrics for an Accept header, and its media type."""
+    # choose_encoder gets no text of the client's: it raises for a version that is not a number.
+    wanted = any(part.split(";")[0].strip() == OPENMETRICS for part in accept.split(","))
+    return choose_encoder(OPENMETRICS if wanted else "")
 
 
 def gauge(name: str, documentation: str, labels: tuple[str, ...], rows: Rows) -> Metric:
-    return _family("gauge", name, documentation, _samples(name, labels, rows))
+    return family("gauge", name, documentation, _samples(name, labels, rows))
 
 
 def counter(name: str, documentation: str, labels: tuple[str, ...], rows: Rows) -> Metric:
     """`name`: without the suffix _total of its samples."""
-    return _family("counter", name, documentation, _samples(f"{name}_total", labels, rows))
+    return family("counter", name, documentation, _samples(f"{name}_total", labels, rows))
 
 
 def info(name: str, documentation: str, labels: Mapping[str, str]) -> Metric:
     """`name`: without the suffix _info of its sample."""
-    return _family("info", name, documentation, [Sample(f"{name}_info", dict(labels), 1)])
-
-
-def histogram(
-    name: str, documentation: str, histograms: Iterable[tuple[dict[str, str], Histogram]]
-) -> Metric:
-    """`histograms`: each with its labels."""
-    return _family("histogram", name, documentation, _buckets(name, histograms))
+    return family("info", name, documentation, [Sample(f"{name}_info", dict(labels), 1)])
 
 
 def from_zero(values: Iterable[str], counted: Mapping[str, int]) -> Rows:
@@ -48,7 +49,7 @@ def known(value: float | None) -> Rows:
     return [] if value is None else [(value,)]
 
 
-def _family(type: str, name: str, documentation: str, samples: Iterable[Sample]) -> Metric:
+def family(type: str, name: str, documentation: str, samples: Iterable[Sample]) -> Metric:
     family = Metric(name, documentation, type)
     # It is declared as a list, and only iterated.
     family.samples = samples  # type: ignore[assignment]
@@ -60,15 +61,3 @@ def _samples(name: str, labels: tuple[str, ...], rows: Rows) -> Iterator[Sample]
         yield Sample(
             name, {label: str(text) for label, text in zip(labels, values, strict=True)}, value
         )
-
-
-def _buckets(name: str, histograms: Iterable[tuple[dict[str, str], Histogram]]) -> Iterator[Sample]:
-    for labels, histogram in histograms:
-        # Both at once: requests are counted between two samples.
-        counts, total = tuple(histogram.counts), histogram.sum
-        number = 0
-        for bound, count in zip((*map(repr, histogram.bounds), "+Inf"), counts, strict=True):
-            number += count
-            yield Sample(f"{name}_bucket", {**labels, "le": bound}, number)
-        yield Sample(f"{name}_count", labels, number)
-        yield Sample(f"{name}_sum", labels, total)
