@@ -390,7 +390,8 @@ def test_an_unknown_name_in_dotenv_is_refused_too(tmp_path):
         settings(dotenv_path=str(tmp_path / "env"))
 
 
-def test_variables_of_a_kubernetes_service_of_our_name_are_ignored():
+@pytest.mark.parametrize("service", ["", "REFRESHER_", "REFRESHER_2_"])
+def test_variables_of_kubernetes_services_of_our_name_are_ignored(service):
     pod = {
         "SERVICE_HOST": "10.0.0.1",
         "SERVICE_PORT": "9090",
@@ -401,7 +402,7 @@ def test_variables_of_a_kubernetes_service_of_our_name_are_ignored():
         "PORT_9090_TCP_PORT": "9090",
         "PORT_9090_TCP_ADDR": "10.0.0.1",
     }
-    assert settings(**pod) == settings()
+    assert settings(**{service + name: text for name, text in pod.items()}) == settings()
     assert "PORT_X" in refusal(PORT_X="1")
 
 

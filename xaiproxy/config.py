@@ -29,9 +29,9 @@ PREFIX = "XAI_PROXY_"
 DEFAULT_ISSUER = "https://auth.x.ai"
 DEFAULT_CLIENT_ID = "b1a00492-073a-47ea-816f-4c329264a828"
 ALIASES = {"AUTH_PROXY_TOKEN_PATH": PREFIX + "TOKEN_PATH"}
-# Kubernetes sets these in every pod beside a Service called xai-proxy.
+# Kubernetes sets these in every pod beside a Service called xai-proxy or xai-proxy-NAME.
 KUBERNETES_VARIABLE = re.compile(
-    r"XAI_PROXY_(PORT=(tcp|udp|sctp)://.*"
+    r"XAI_PROXY_([A-Z0-9_]+_)?(PORT=(tcp|udp|sctp)://.*"
     r"|(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT_\d+_(TCP|UDP|SCTP)(_.*)?)=.*)",
     re.DOTALL,
 )
