@@ -108,6 +108,7 @@ TAKES = {
         ("file:/shared/tokens.json", pathlib.Path("/shared/tokens.json")),
         ("kubernetes-secret:my-apps/xai.login", SecretName("my-apps", "xai.login")),
     ],
+    "ASK_BIND": [("0.0.0.0:9092", ("0.0.0.0", 9092)), ("[::1]:0", ("::1", 0))],
     "ALLOWED_HOSTS": [("A.example., b_c,[::1],", frozenset(("a.example", "b_c", "[::1]")))],
     "ALLOWED_ORIGINS": [
         ("https://A.example, http://b:81", frozenset(("https://a.example", "http://b:81"))),
@@ -206,6 +207,7 @@ REFUSES = {
         f"kubernetes-secret:a/{254 * 'b'}",
         "secret:apps/name",
     ],
+    "ASK_BIND": ["9092", "refresher:9092", "unix:/ask"],
     "ALLOWED_HOSTS": ["a.example:80", "http://a", "*", "a b"],
     "ALLOWED_ORIGINS": ["a.example", "*", "https://a/b", "null"],
     "CONNECT_TIMEOUT": ["0.09", "600.1"],

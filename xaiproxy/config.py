@@ -146,6 +146,14 @@ class Config:
         "kubernetes-secret:NAMESPACE/NAME, key tokens.json of a Secret, from inside the cluster. "
         "A failure to publish is retried, and fails no refresh.",
     )
+    ask_bind: tuple[str, int] | None = _setting(
+        "",
+        setting_types.host_and_port,
+        "IP address and port, such as 0.0.0.0:9092, at which proxies on other machines ask the "
+        "refresher for another access token (XAI_PROXY_REFRESHER), and it serves its own /healthz, "
+        "/readyz and /metrics, all without a client key; port 0: any free port, which the log "
+        "names.",
+    )
     client_keys_file: Path = _setting(  # noqa: RUF009
         "",
         lambda text: setting_types.path(text) if text else None,

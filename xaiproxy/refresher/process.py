@@ -13,6 +13,7 @@ import logging
 import signal
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from xaiproxy import config, errors, judgement, kernel, token_folder, token_writer, tokens
 from xaiproxy.refresher import lock_proof
@@ -26,6 +27,9 @@ from xaiproxy.refresher.schedule import Decision, Schedule
 from xaiproxy.refresher.target import Target
 from xaiproxy.token_store import TokenStore
 from xaiproxy.tokens import Login, fingerprint
+
+if TYPE_CHECKING:
+    from xaiproxy.refresher.ask_listener import AskListener
 
 logger = logging.getLogger(__name__)
 
@@ -57,13 +61,21 @@ class Refresher:
             settings, self.store, self._schedule, self._report, self._runtime, self._secret
         )
         self._publisher = Publisher(target, self._report, self._runtime)
+        self._listener: AskListener | None = None
         self._seen: Login | None = None
 
     def run(self) -> int:
         logger.info("started; the login of %s is kept in %s", self.settings.issuer, self.store.path)
+        if self.settings.ask_bind is not None:
+            # It imports prometheus_client, which no other refresher needs.
+            from xaiproxy.refresher.ask_listener import AskListener
+
+            self._listener = AskListener(self.settings, self.settings.ask_bind)
         self.begin()
         while not self._runtime.ending:
             self.turn()
+        if self._listener is not None:
+            self._listener.close()
         self._report.close()
         logger.info("ended")
         return 0
@@ -123,6 +135,8 @@ class Refresher:
         self._check()
         self._publish()
         self._report.notify()
+        if self._listener is not None:
+            self._listener.poll()
         self._runtime.pause(POLL_INTERVAL)
 
     def _check(self) -> None:
