@@ -25,9 +25,10 @@ def judge(
     refresher_age=1.0,
     refused=False,
     status=None,
+    elsewhere=False,
 ):
     about = tokens.Login("access", expires_at, refresh_token, refresh_error=refresh_error)
-    return judgement.judge(about, NOW, refresher_age, refused, status)
+    return judgement.judge(about, NOW, refresher_age, refused, status, elsewhere=elsewhere)
 
 
 CASES = {
@@ -109,6 +110,41 @@ CASES = {
         False,
         SIGN_IN,
         "^the API refuses",
+    ),
+    "renewed elsewhere": (
+        {"refresh_token": None, "elsewhere": True, **GONE},
+        Verdict.GOOD,
+        True,
+        0,
+        "^signed in$",
+    ),
+    "renewed elsewhere, expired": (
+        {"refresh_token": None, "elsewhere": True, **GONE, **EXPIRED},
+        Verdict.EXPIRED,
+        False,
+        TRY_AGAIN,
+        "expired at .* UTC and has not been renewed yet$",
+    ),
+    "renewed elsewhere, refused": (
+        {"refresh_token": None, "elsewhere": True, **GONE, "refused": True},
+        Verdict.REFUSED,
+        False,
+        TRY_AGAIN,
+        "^the API refuses the access token, which has not been renewed yet$",
+    ),
+    "renewed elsewhere, ended": (
+        {"refresh_token": None, "elsewhere": True, "refresh_error": ENDED, **GONE},
+        Verdict.ENDED,
+        True,
+        SIGN_IN,
+        "has ended",
+    ),
+    "renewed here though another refresher is known": (
+        {"elsewhere": True, **GONE},
+        Verdict.NO_REFRESHER,
+        True,
+        0,
+        "^no refresher; ",
     ),
     "refused": (
         {"refused": True},

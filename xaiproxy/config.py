@@ -154,6 +154,14 @@ class Config:
         "/readyz and /metrics, all without a client key; port 0: any free port, which the log "
         "names.",
     )
+    refresher: str = _setting(
+        "",
+        setting_types.refresher,
+        "Where a proxy whose token file holds no refresh token asks for another access token when "
+        "the API refuses its own: URL of a refresher's XAI_PROXY_ASK_BIND, such as "
+        "http://xaiproxy-refresher:9092. Plain http is accepted, since only the SHA-256 of the "
+        "refused token is sent. Never reached through HTTPS_PROXY.",
+    )
     client_keys_file: Path = _setting(  # noqa: RUF009
         "",
         lambda text: setting_types.path(text) if text else None,

@@ -70,6 +70,10 @@ class Egress:
             http_proxy=_with_scheme(http_proxy) if http_proxy else None,
         )
 
+    def direct(self) -> Egress:
+        """The same CA certificates without a proxy, for an address of the cluster's network."""
+        return Egress(ca_file=self.ca_file, ca_from=self.ca_from)
+
     def proxy_for(self, url: str) -> str | None:
         """The proxy's URL for `url`, or None for a direct connection.
 

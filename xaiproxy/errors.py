@@ -315,9 +315,9 @@ class UpstreamUnreachable(ErrorResponse):
 
 
 class TokenUnavailable(ErrorResponse):
-    """503: the access token has expired, and there is no new one yet.
+    """503: the access token has expired or is refused, and there is no new one yet.
 
-    `retry_after`: seconds, 1 to 10
+    `retry_after`: seconds, 1 to 10, or 30 for a token that comes from another machine
     """
 
     status, code = 503, "token_unavailable"

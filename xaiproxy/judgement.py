@@ -97,6 +97,7 @@ def of(store: TokenStore, now: float, read: Callable[[], tokens.Login] | None = 
         store.refresher_age(now),
         store.is_refused(login, now),
         refresher_status.read(store, login, now),
+        elsewhere=bool(store.settings.refresher),
     )
 
 
@@ -106,8 +107,14 @@ def judge(
     refresher_age: float | None,
     refused: bool,
     status: refresher_status.Status | None,
+    *,
+    elsewhere: bool = False,
 ) -> Judgement:
-    """`refused`: whether the API refused the access token; `status`: a recent one, if any."""
+    """`refused`: whether the API refused the access token; `status`: a recent one, if any.
+
+    `elsewhere`: whether a file without a refresh token is renewed by a refresher on another
+    machine.
+    """
     if isinstance(login, errors.LoginUnusable):
         return _of_unusable(login)
     # UTC, as all times in the log; a proxy in a container may have another zone than its operator.
@@ -129,10 +136,11 @@ def judge(
         return Judgement(Verdict.ENDED, valid, errors.EXIT_SIGN_IN, reason)
 
     exit_code = 0 if valid else errors.EXIT_TRY_AGAIN
-    if login.refresh_token is None:
+    has_refresher_here = login.refresh_token is not None
+    if not has_refresher_here and not elsewhere:
         verdict = Verdict.NO_REFRESH_TOKEN
         exit_code = 0 if valid else errors.EXIT_SIGN_IN
-    elif refresher_age is None or abs(refresher_age) >= ALIVE:
+    elif has_refresher_here and (refresher_age is None or abs(refresher_age) >= ALIVE):
         verdict = Verdict.NO_REFRESHER
     elif status is not None and status.no_room:
         verdict = Verdict.NO_ROOM

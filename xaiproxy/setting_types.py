@@ -164,6 +164,24 @@ def notify_url(text: str) -> str:
     raise ValueError("an http or https URL without a fragment")
 
 
+def refresher(text: str) -> str:
+    if not text:
+        return ""
+    try:
+        parts = urllib.parse.urlsplit(text)
+        if (
+            parts.scheme in ("http", "https")
+            and parts.hostname
+            and parts.port != 0
+            and addresses.is_authority(parts.netloc)
+            and text in (origin := f"{parts.scheme}://{parts.netloc}", f"{origin}/")
+        ):
+            return origin
+    except ValueError:
+        pass
+    raise ValueError("an http or https URL without a path, such as http://xaiproxy-refresher:9092")
+
+
 class SecretName(NamedTuple):
     """A Secret of Kubernetes."""
 

@@ -21,6 +21,7 @@ from typing import Any
 import certifi
 import pytest
 from proxy_process import ISSUER, ProxyProcess, environment
+from refresher_process import Process
 from sandbox import Sandbox
 from scripted_server import ScriptedServer, answer
 from terminal import CTRL_C, Terminal
@@ -620,6 +621,49 @@ def test_the_age_of_the_heartbeat_is_reported(
     if age is not None:
         patient.refresher_lives(age)
     patient.examine().shows("refresher", result, message)
+
+
+@pytest.fixture
+def remote(sandbox: Sandbox, tmp_path: Path) -> Iterator[str]:
+    """The URL of a refresher on another machine."""
+    path = tmp_path / "remote" / "tokens.json"
+    sandbox.write_login(path)
+    process = Process(sandbox, path, XAI_PROXY_ASK_BIND="127.0.0.1:0")
+    process.wait_for("proxies can ask at")
+    yield re.search(r"proxies can ask at (http://[0-9.:]+)", "".join(process.lines))[1]
+    process.close()
+
+
+def test_a_refresher_on_another_machine_is_asked(patient: Patient, remote: str):
+    patient.sign_in(refresh_token=None, issuer=CLOSED)
+    report = patient.examine(REFRESHER=remote, ISSUER=CLOSED)
+    report.shows("refresher", "ok", f"on another machine: {remote} answers, and ready: signed in")
+    # Nothing here needs the issuer.
+    report.shows("issuer", "skipped", "the refresher on another machine renews the login")
+    report.shows("login", "ok", "The access token is valid until")
+    assert "refresh token" not in report.text and "lapses" not in report.text
+
+
+@pytest.mark.parametrize(
+    "url, message",
+    [
+        (CLOSED, "cannot be asked .*Connection refused.*XAI_PROXY_REFRESHER"),
+        (None, r"does not answer as a refresher does \(HTTP 404, .*\); correct XAI_PROXY_REFR"),
+    ],
+    ids=["closed", "another program"],
+)
+def test_a_refresher_on_another_machine_that_does_not_answer_is_a_warning(
+    patient: Patient, url: str | None, message: str
+):
+    patient.sign_in(refresh_token=None)
+    patient.examine(REFRESHER=url or patient.sandbox.url).shows("refresher", "warning", message)
+
+
+def test_an_expired_login_from_another_machine_is_to_be_brought_here(patient: Patient):
+    patient.sign_in(refresh_token=None, expires_at=1000)
+    patient.examine(REFRESHER=CLOSED).shows(
+        "login", "failure", "check its log, and what brings the token file here", 75
+    )
 
 
 @pytest.mark.parametrize(

@@ -202,6 +202,15 @@ def test_a_proxy_on_any_free_port_is_not_asked(login: Login, sandbox: Sandbox):
     assert "Proxy       not asked: XAI_PROXY_PORT is 0" in result.stdout
 
 
+def test_a_refresher_on_another_machine_is_named(login: Login, sandbox: Sandbox):
+    sandbox.write_login(login.path, refresh_token=None)
+    url = "http://xaiproxy-refresher:9092"
+    result = login.run("--status", XAI_PROXY_PORT="0", XAI_PROXY_REFRESHER=url)
+    assert result.returncode == 0 and result.stdout.startswith("Signed in\n")
+    assert f"Refresher   on another machine: {url} is asked when the API refuses" in result.stdout
+    assert "lapses" not in result.stdout and "no refresh token" not in result.stdout
+
+
 def test_status_does_not_wait_for_the_lock(login: Login, sandbox: Sandbox):
     sandbox.write_login(login.path)
     with open(f"{login.path}.lock", "w") as lock:

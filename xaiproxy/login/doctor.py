@@ -121,6 +121,8 @@ def checks(
         login, mode = store.load(), stat.S_IMODE(store.read()[1].st_mode)
     except errors.LoginUnusable as error:
         unusable = [files.unusable_login(error)]
+    # Whether a refresher on another machine renews the login.
+    remote = login is not None and login.refresh_token is None and settings.refresher
     descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 
     def is_valid() -> bool:
@@ -135,11 +137,19 @@ def checks(
         "login", LOGIN, lambda: files.of_login(store, login, mode, now()) if login else unusable
     )
     yield Check("token folder", {"XAI_PROXY_TOKEN_PATH"}, lambda: files.token_folder(store, login))
-    yield Check("refresher", {"XAI_PROXY_TOKEN_PATH"}, lambda: files.refresher(store, login, now()))
+    yield Check(
+        "refresher",
+        {"XAI_PROXY_TOKEN_PATH", "XAI_PROXY_REFRESHER"},
+        lambda: [network.refresher(settings)] if remote else files.refresher(store, login, now()),
+    )
     yield Check(
         "issuer",
         EGRESS | {"XAI_PROXY_ISSUER"},
-        lambda: [network.issuer(issuer_session, settings.issuer)],
+        lambda: [
+            skipped("not needed here: the refresher on another machine renews the login")
+            if remote
+            else network.issuer(issuer_session, settings.issuer)
+        ],
     )
     yield Check(
         "upstream",

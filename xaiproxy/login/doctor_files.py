@@ -49,7 +49,8 @@ def lifetime(login: tokens.Login, store: token_store.TokenStore, now: float) -> 
         validity(login, now) if verdict.ready or expired else verdict.sentence,
         *(last_failure(login) or judgement.reported_failure(store, login, now)),
     ]
-    if login.refresh_token is None:
+    remote = login.refresh_token is None and store.settings.refresher
+    if login.refresh_token is None and not remote:
         sentences.append(outlook(login, False, now))
     # A refresher that does not run is a finding of the next check.
     if verdict.verdict is Verdict.NO_REFRESHER and not verdict.ready:
@@ -59,11 +60,14 @@ def lifetime(login: tokens.Login, store: token_store.TokenStore, now: float) -> 
         return ok(" ".join(sentences))
     if verdict.exit_code == 0:
         return warning(" ".join(sentences))
-    if login.refresh_token is None:
+    if login.refresh_token is None and not remote:
         sentences.append(f"Replace the file, or {errors.SIGN_IN}.")
-    if verdict.exit_code == errors.EXIT_TRY_AGAIN:
+    elif verdict.exit_code == errors.EXIT_TRY_AGAIN:
         sentences.append(
-            "The refresher is running and should renew it: try again in a minute, then check "
+            "The refresher on another machine should renew it: try again in two minutes, then "
+            "check its log, and what brings the token file here."
+            if remote
+            else "The refresher is running and should renew it: try again in a minute, then check "
             "its log."
         )
     return failure(verdict.exit_code, " ".join(sentences))

@@ -1,5 +1,6 @@
 """Checks of --doctor over the network: routes, issuer, clock, proxy."""
 
+import dataclasses
 import re
 import urllib.parse
 from collections.abc import Callable, Mapping
@@ -9,7 +10,7 @@ from xaiproxy.judgement import Judgement
 from xaiproxy.login import local_proxy
 from xaiproxy.login.finding import Finding, failure, ok, skipped, warning
 from xaiproxy.login.local_proxy import OTHER_SETTINGS, Listener
-from xaiproxy.login.wording import duration, local_time
+from xaiproxy.login.wording import duration, local_time, printable
 from xaiproxy.oauth import discovery
 from xaiproxy.oauth.session import Answer, Session, parse_date
 
@@ -69,6 +70,25 @@ def issuer(session: Session, url: str) -> Finding:
     except errors.IssuerUnavailable as error:
         return failure(error.exit_code, str(error))
     return ok(f"{url} answers; discovery document valid")
+
+
+def refresher(settings: config.Config) -> Finding:
+    """The refresher on another machine."""
+    url = settings.refresher
+    direct = dataclasses.replace(settings, egress=settings.egress.direct())
+    try:
+        answer = Session(direct, address_from="XAI_PROXY_REFRESHER").get(f"{url}/readyz", DEADLINE)
+    except errors.IssuerUnavailable as error:
+        return warning(f"it cannot be asked for another access token: {error}")
+    reason = (answer.json() or {}).get("reason")
+    if not isinstance(reason, str):
+        return warning(
+            f"{url} does not answer as a refresher does ({answer.summary}); correct "
+            "XAI_PROXY_REFRESHER"
+        )
+    if answer.status != 200:
+        return warning(f"on another machine: {url} answers, but not ready: {printable(reason)}")
+    return ok(f"on another machine: {url} answers, and ready: {printable(reason)}")
 
 
 def clock(ahead: dict[str, float], now: float) -> Finding:

@@ -149,7 +149,7 @@ def of(
         now,
         store,
         login,
-        judgement.judge(login, now, age, refused, status),
+        judgement.judge(login, now, age, refused, status, elsewhere=bool(store.settings.refresher)),
         None if age is None else now - age,
         store.refresher_alive(now),
         status,

@@ -97,6 +97,9 @@ def _lifetime(summary: Summary, login: tokens.Login, style: Style) -> str:
 
 def _refresher(summary: Summary, login: tokens.Login) -> Iterator[str]:
     seen = summary.refresher_seen_at
+    if login.refresh_token is None and (url := summary.store.settings.refresher):
+        yield f"on another machine: {url} is asked when the API refuses the access token"
+        return
     if login.refresh_token is None:
         yield "not needed: the token file holds no refresh token, so the login cannot be renewed"
         return

@@ -214,7 +214,7 @@ def run(
     spans = traces.start(settings)
     proxy = forward.Proxy(settings, store, gate, pool, spans)
     recorder, lag = Recorder(None if spans is None else spans.end), LoopLag()
-    trouble = Trouble(recorder.upstream)
+    trouble = Trouble(recorder.upstream, is_token_pending=proxy.is_token_pending)
     own = OwnNumbers(recorder, pool, lag, trouble)
     shared = None
     if slot is not None and workers > 1:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import gevent
 
 from xaiproxy import errors, judgement, refresher_status, token_store, tokens
+from xaiproxy.proxy.remote_refresher import ASKED_TIME, RemoteRefresher
 
 logger = logging.getLogger(__name__)
 
@@ -19,6 +20,7 @@ POLL_INTERVAL = 0.1  # seconds between two reads of tokens.json meanwhile
 # them.
 YOUNG = 120  # seconds
 YOUNG_PAUSE = 1.0  # seconds
+RETRY_AFTER = 30  # seconds, for a token that comes from another machine
 
 
 class RefresherPresence:
@@ -39,8 +41,11 @@ class RefresherPresence:
 
 
 class CurrentLogin:
-    def __init__(self, store: token_store.TokenStore):
+    """`remote`: the refresher on another machine, if there is one."""
+
+    def __init__(self, store: token_store.TokenStore, remote: RemoteRefresher | None = None):
         self._store = store
+        self._remote = remote
 
     def valid(self) -> tokens.Login:
         """A login whose token has not expired. Raises LoginRequired, TokenUnavailable."""
@@ -49,6 +54,8 @@ class CurrentLogin:
         while True:
             login, now = _login_by(self._store.last_known), time.time()
             if login.expires_at > now:
+                if self._remote is not None and self._remote.is_asked(login):
+                    raise _replacement_pending(login)
                 return login
             refresher = refresher or RefresherPresence(self._store)
             self._check_renewable(login, now, refresher)
@@ -102,8 +109,7 @@ class CurrentLogin:
             gevent.sleep(min(YOUNG_PAUSE, wait))
             return _login_by(self._store.load)
         if login.refresh_token is None:
-            # For /readyz; there is no refresher to ask.
-            self._store.remember_refusal(refused.access_token)
+            self.refused(login)
             return None
         asked_at = time.time()
         try:
@@ -123,6 +129,25 @@ class CurrentLogin:
                 return login
         return None
 
+    def refused(self, login: tokens.Login) -> None:
+        """Upstream has refused a login that is repeated no more: remember that for /readyz.
+
+        If a refresher on another machine can be asked for another one, raises TokenUnavailable
+        instead, or LoginRequired when the login has ended.
+        """
+        if login.refresh_token is None and self._remote is not None:
+            _check_ended(login.refresh_error)
+            if self._remote.ask(login):
+                raise _replacement_pending(login)
+        self._store.remember_refusal(login.access_token)
+
+    def is_replacement_pending(self) -> bool:
+        """Whether requests wait for a token that was asked for on another machine."""
+        try:
+            return self._remote is not None and self._remote.is_asked(self._store.last_known())
+        except errors.LoginUnusable:
+            return False
+
     def _may_come(self, login: tokens.Login, asked_at: float, refresher: RefresherPresence) -> bool:
         """Whether to wait for another token.
 
@@ -138,6 +163,16 @@ class CurrentLogin:
         if error is not None and (error.at >= asked_at or waits):
             return False
         return not refresher.is_gone()
+
+
+def _replacement_pending(login: tokens.Login) -> errors.ErrorResponse:
+    """The response while another access token is on its way from another machine."""
+    _check_ended(login.refresh_error)
+    return errors.TokenUnavailable(
+        f"the API refuses the access token, and another one was asked for: it is expected within "
+        f"{ASKED_TIME:g} s",
+        RETRY_AFTER,
+    )
 
 
 def _wait(retry_at: float | None, now: float) -> int:

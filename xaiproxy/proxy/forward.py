@@ -27,6 +27,7 @@ from xaiproxy.proxy.conversation import ConversationIds
 from xaiproxy.proxy.current_login import WAIT, CurrentLogin
 from xaiproxy.proxy.outage import Outage
 from xaiproxy.proxy.refused_token import is_refused_token
+from xaiproxy.proxy.remote_refresher import RemoteRefresher
 from xaiproxy.proxy.routes import PREFIXES
 
 if TYPE_CHECKING:
@@ -56,7 +57,9 @@ class Proxy:
         self._gate = gate
         self._pool = pool
         self._spans = spans
-        self._login = CurrentLogin(store)
+        remote = RemoteRefresher(settings) if settings.refresher else None
+        self._login = CurrentLogin(store, remote)
+        self.is_token_pending = self._login.is_replacement_pending
         self._memory = MemoryBudget(settings.replay_memory)
         # In Via, so that a request which comes back is recognised. xAI gets no Via: Cloudflare
         # refuses some.
@@ -66,7 +69,9 @@ class Proxy:
         affinity = is_xai and settings.cache_affinity
         self._conversation_ids = ConversationIds() if affinity else None
         self._of_xai = provider.is_xai(settings.client_id, settings.issuer)
-        self._outage = Outage(lambda: judgement.of(store, time.time()).ready)
+        self._outage = Outage(
+            lambda: judgement.of(store, time.time()).ready and not self.is_token_pending()
+        )
         # By the proxy that ran before this one.
         store.refused = store.asked_for()
 
@@ -114,8 +119,8 @@ class Proxy:
                     sent.close()
                     sent = self._send(request, newer)
                     if is_refused_token(sent, self._of_xai):
+                        self._login.refused(newer)
                         request.token_refused = "passed_on"
-                        self._store.remember_refusal(newer.access_token)
             if sent.head.status < 400 and (self._store.refused or self._outage.lasts):
                 self._store.withdraw(time.time())
                 self._outage.end()

@@ -1,4 +1,4 @@
-"""What is wrong although the login is good: no free connection, no upstream, an unread log.
+"""What is wrong although /readyz returns 200: no free connection, no upstream, an unread log.
 
 /readyz, the status page and `xai-login --status` name it. It does not change the status of /readyz:
 upstream's state is known only from requests, and a proxy that is not ready may get none. Any client
@@ -65,16 +65,21 @@ class Upstream:
 
 
 class Trouble:
-    """`server`: the proxy's, which is made after it."""
+    """`server`: the proxy's, which is made after it.
+
+    `is_token_pending`: whether requests wait for a token from another machine.
+    """
 
     def __init__(
         self,
         upstream: Upstream,
         lines_dropped: Callable[[], int] = log.lines_dropped,
         clock: Callable[[], float] = time.monotonic,
+        is_token_pending: Callable[[], bool] = lambda: False,
     ):
         self.server: Any = None
         self._upstream = upstream
+        self._is_token_pending = is_token_pending
         self._lines_dropped = lines_dropped
         self._clock = clock
         self._dropped = 0
@@ -93,6 +98,11 @@ class Trouble:
             return (
                 f"all {self.server.connections} connections have a request, and further requests "
                 "get 503; raise XAI_PROXY_MAX_CONNECTIONS if that lasts"
+            )
+        if self._is_token_pending():
+            return (
+                "the API refuses the access token, and requests get 503 until another one comes "
+                "from the refresher on another machine"
             )
         return self._upstream.sentence() or self._unread_log()
 

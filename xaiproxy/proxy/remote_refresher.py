@@ -1,0 +1,98 @@
+"""XAI_PROXY_REFRESHER: the refresher on another machine, asked when upstream refuses the token.
+
+The request has the SHA-256 of the token alone. The new token does not come in the response, but
+with the next version of the token file, which can take more than a minute (a kubelet: 74 to 78 s).
+Until then, requests would only be refused again, so they are not sent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import time
+import urllib.parse
+from collections.abc import Callable
+
+import gevent
+import gevent.lock
+
+from xaiproxy import __version__, config, tokens
+from xaiproxy.http1 import response_head
+from xaiproxy.http1.connection import BROKEN, reason
+from xaiproxy.http1.dialler import Dialler, TooLate
+
+logger = logging.getLogger(__name__)
+
+ASKED_TIME = 120.0  # seconds for which requests wait for the new token
+DEADLINE = 2.0  # seconds for the request to the refresher
+# Seconds after a failure in which the refresher is not asked again, so that it delays no request.
+RETRY_INTERVAL = 10.0
+
+
+class RemoteRefresher:
+    def __init__(self, settings: config.Config, clock: Callable[[], float] = time.monotonic):
+        self._url = settings.refresher
+        self._dialler = Dialler(
+            dataclasses.replace(
+                settings,
+                upstream=self._url,
+                connect_timeout=DEADLINE,
+                egress=settings.egress.direct(),
+            )
+        )
+        self._clock = clock
+        # One request for all greenlets whose token is refused at the same time.
+        self._asking = gevent.lock.Semaphore()
+        self._token = ""
+        self._token_until = self._not_before = -math.inf
+        # The failure that was logged last.
+        self._logged = ""
+
+    def is_asked(self, login: tokens.Login) -> bool:
+        """Whether the refresher was asked to replace this token, at most ASKED_TIME ago."""
+        return login.access_token == self._token and self._clock() < self._token_until
+
+    def ask(self, login: tokens.Login) -> bool:
+        """Ask the refresher to replace this token; return whether it was, or has been, asked."""
+        with self._asking:
+            if self.is_asked(login):
+                return True
+            if self._clock() < self._not_before:
+                return False
+            failure = self._post(tokens.fingerprint(login.access_token))
+            if failure:
+                self._not_before = self._clock() + RETRY_INTERVAL
+                if failure != self._logged:
+                    logger.warning(
+                        "the refresher at %s cannot be asked for another access token: %s",
+                        self._url,
+                        failure,
+                    )
+            else:
+                self._token, self._token_until = login.access_token, self._clock() + ASKED_TIME
+                logger.info("asked the refresher at %s for another access token", self._url)
+            self._logged = failure
+            return not failure
+
+    def _post(self, digest: str) -> str:
+        """Return why the refresher did not accept the digest, or ""."""
+        try:
+            with gevent.Timeout(DEADLINE, TooLate):
+                connection = self._dialler.connect()
+                try:
+                    connection.send_all(
+                        "POST /refused HTTP/1.1\r\n"
+                        f"Host: {urllib.parse.urlsplit(self._url).netloc}\r\n"
+                        f"User-Agent: xaiproxy/{__version__}\r\n"
+                        f"Content-Length: {len(digest)}\r\n\r\n{digest}".encode()
+                    )
+                    data = connection.recv_head(response_head.SIZE_LIMIT, DEADLINE)
+                finally:
+                    connection.close()
+            status = response_head.parse(data, "POST").status
+        except TooLate:
+            return f"no response within {DEADLINE:g} s"
+        except BROKEN as error:
+            return reason(error)
+        return "" if 200 <= status < 300 else f"it answered HTTP {status}"
