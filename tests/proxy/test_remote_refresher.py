@@ -210,6 +210,19 @@ def test_a_login_with_a_refresh_token_has_its_refresher_here(start, upstream, re
     assert remote.quiet()
 
 
+def test_an_expired_token_is_waited_for_as_one_may_come_from_the_other_machine(
+    start, upstream, remote
+):
+    proxy = start(remote.origin, expires_in=-1)
+    with proxy.client() as client:
+        client.request()
+        assert client.silent() and ready(proxy)[0] == 503
+        proxy.sign_in("new", refresh_token=None)
+        upstream.receive().answer()
+        assert client.message().status == 200
+    assert remote.quiet()
+
+
 def test_the_wait_for_a_token_ends_and_the_refresher_is_asked_again(remote):
     now = 0.0
     environ = {"XAI_PROXY_REFRESHER": remote.origin}

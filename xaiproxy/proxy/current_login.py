@@ -84,6 +84,8 @@ class CurrentLogin:
                 judgement.of(self._store, now).reason, _wait(status.next_try, now)
             )
         if login.refresh_token is None:
+            if self._remote is not None:
+                return
             raise errors.TokenUnavailable(
                 f"the access token has expired and {self._store.path} holds no refresh token; "
                 "whatever put the file there has to replace it",
