@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from raw_connection import Message
 from refresher_process import Process, wait_until
 from sandbox import Sandbox
 from scripted_upstream import OK, ScriptedUpstream
+from service import Service
 
 USER = 12345
 # Neither root nor the owner of the mounted files.
@@ -42,33 +42,6 @@ pytestmark = [
         reason="setpriv is not installed, or another user cannot run this checkout's Python",
     ),
 ]
-
-
-class Service:
-    """Forwards connections from the pod's network to a port of this machine."""
-
-    def __init__(self, pod: Namespace, port: int):
-        with pod.entered():
-            self._listener = socket.create_server((SERVICE, 0))
-        self.url = f"http://{SERVICE}:{self._listener.getsockname()[1]}"
-        self._port = port
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-
-    def close(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        self._thread.join()
-
-    def _run(self) -> None:
-        # close() ends the wait for a connection.
-        with contextlib.suppress(OSError):
-            while True:
-                connection, _ = self._listener.accept()
-                with connection, socket.create_connection(("127.0.0.1", self._port)) as refresher:
-                    # A request fits in one segment.
-                    refresher.sendall(connection.recv(65536))
-                    connection.sendall(b"".join(iter(lambda: refresher.recv(65536), b"")))
 
 
 class Pod:
@@ -97,7 +70,9 @@ class Pod:
         self.network = Namespace()
         stack.callback(self.network.close)
         self.network.ip("link set lo up", f"address add {SERVICE}/32 dev lo")
-        service = Service(self.network, port)
+        with self.network.entered():
+            listener = socket.create_server((SERVICE, 0))
+        service = Service(listener, lambda: port)
         stack.callback(service.close)
         self.secret = MountedSecret(folder / "mounted", group=USER)
         self.secret.swap(self.published.read_text())

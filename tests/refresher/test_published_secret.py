@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from kube import MERGE, NAME, NAMESPACE, SECRET, SECRETS, Kube, needs_kube
-from refresher_process import Process, make_store, mounted, mounts, wait_until
+from kube import MERGE, NAME, NAMESPACE, PUBLISH, SECRET, SECRETS, Kube, in_pod, needs_kube
+from refresher_process import Process, make_store, mounts, wait_until
 from token_files import save
 
 from xaiproxy import config, refresher_status, tokens
@@ -30,7 +30,6 @@ from xaiproxy.tokens import fingerprint
 pytestmark = needs_kube
 
 TOKEN_ENDPOINT = "/oauth2/token"
-PUBLISH = f"kubernetes-secret:{NAMESPACE}/{NAME}"
 NOT_PUBLISHED = "the login is not published: "
 
 
@@ -424,12 +423,6 @@ def test_an_own_claim_from_before_a_restart_is_no_obstacle(make):
 
 
 # as a process
-
-
-def in_pod(folder: Path) -> list[str]:
-    """A prefix with which a process finds the service account's folder where a pod has it."""
-    place = "/run/secrets/kubernetes.io/serviceaccount"
-    return mounted(f'mount -t tmpfs t /run; mkdir -p {place}; mount --bind "$1" {place}', folder)
 
 
 @mounts

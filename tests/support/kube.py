@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.client
 import json
 import os
@@ -16,27 +17,43 @@ from typing import Any
 
 import pytest
 from checkout import ROOT
+from refresher_process import mounted
 
 SCRIPTS = ROOT.parent / "shared" / "kube"
-needs_kube = pytest.mark.skipif(
-    not (SCRIPTS / "up").exists() or shutil.which("etcd") is None,
-    reason=f"{SCRIPTS} or etcd (etcd-server) is not installed",
+MISSING = (
+    f"{SCRIPTS} or etcd (etcd-server) is not installed"
+    if not (SCRIPTS / "up").exists() or shutil.which("etcd") is None
+    else ""
 )
+needs_kube = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 NAMESPACE, NAME = "apps", "xai-login"
 SECRETS = f"/api/v1/namespaces/{NAMESPACE}/secrets"
 SECRET = f"{SECRETS}/{NAME}"
 ACCOUNTS = f"/api/v1/namespaces/{NAMESPACE}/serviceaccounts"
 ROLES = f"/apis/rbac.authorization.k8s.io/v1/namespaces/{NAMESPACE}/roles"
 BINDINGS = f"/apis/rbac.authorization.k8s.io/v1/namespaces/{NAMESPACE}/rolebindings"
+PUBLISH = f"kubernetes-secret:{NAMESPACE}/{NAME}"
 MERGE = "application/merge-patch+json"
 
 
 class Kube:
     """`account`: folder with what a pod of the service account has of it."""
 
-    def __init__(self, folder: Path, *flags: str):
-        """`flags`: for kube-apiserver."""
-        self._folder = folder
+    def __init__(
+        self,
+        folder: Path,
+        *flags: str,
+        seconds: int = 600,
+        running: contextlib.ExitStack | None = None,
+    ):
+        """`flags`: for kube-apiserver, which ends by itself after `seconds`.
+
+        `running`: calls `down`, also if this is interrupted.
+        """
+        self._folder, self._seconds = folder, seconds
+        folder.mkdir(exist_ok=True)
+        if running is not None:
+            running.callback(self.down)
         self._up(*flags)
         self.call("POST", "/api/v1/namespaces", {"metadata": {"name": NAMESPACE}})
         self.call("POST", ACCOUNTS, {"metadata": {"name": "refresher"}})
@@ -72,7 +89,7 @@ class Kube:
             capture_output=True,
             text=True,
             check=True,
-            env={**os.environ, "KUBE_SECONDS": "600"},
+            env={**os.environ, "KUBE_SECONDS": str(self._seconds)},
         ).stdout
         self._env = dict(shlex.split(line)[0].split("=", 1) for line in written.splitlines())
         address = urllib.parse.urlsplit(self._env["KUBE_URL"])
@@ -157,6 +174,12 @@ class Kube:
 
     def claim(self) -> str:
         return (self.secret()["metadata"].get("annotations") or {}).get("xaiproxy/spends", "")
+
+
+def in_pod(account: Path) -> list[str]:
+    """A prefix with which a process finds the service account's folder where a pod has it."""
+    place = "/run/secrets/kubernetes.io/serviceaccount"
+    return mounted(f'mount -t tmpfs t /run; mkdir -p {place}; mount --bind "$1" {place}', account)
 
 
 def _encoded(data: dict[str, str]) -> dict[str, str]:
