@@ -6,6 +6,7 @@ Its findings take minutes.
 import contextlib
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -23,7 +24,7 @@ COMMAND = [sys.executable, "-W", "error", "-m", "tests.soak"]
 
 @pytest.mark.parametrize(
     "options",
-    [[], ["--login", "0"], ["--login", "x"], ["--load", "0"], ["--nonsense"]],
+    [[], ["--login", "0"], ["--login", "x"], ["--load", "0"], ["--cluster", "0"], ["--nonsense"]],
     ids=" ".join,
 )
 def test_bad_usage_is_one_line(options):
@@ -33,6 +34,19 @@ def test_bad_usage_is_one_line(options):
         and done.stderr.startswith("bin/soak: ")
         and done.stderr.count("\n") == 1
     )
+
+
+def test_without_an_api_server_the_cluster_is_refused_in_one_line():
+    done = subprocess.run(
+        [*COMMAND, "--cluster", "1"],
+        cwd=ROOT,
+        # Without etcd.
+        env={**os.environ, "PATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (69, "")
+    assert re.fullmatch(r"soak: .*/shared/kube or etcd .* is not installed\n", done.stdout)
 
 
 def of_folder(folder: pathlib.Path) -> list[str]:

@@ -18,13 +18,14 @@ from typing import Any
 
 from xaiproxy import command
 
-from . import load, login, workers
+from . import cluster, load, login, workers
 from .processes import SIGNALS
 
 INTERRUPTED = 130
 EXAMPLES = """\
   bin/soak --login 3    kill the programs of one login; eight minutes
   bin/soak --load 2     thousands of streams and clients; five minutes
+  bin/soak --cluster 3  refreshers and proxies of a Kubernetes cluster; five minutes
   bin/soak --workers    replace and kill two workers; eight minutes
 """
 
@@ -44,6 +45,9 @@ def parser() -> argparse.ArgumentParser:
     )
     what.add_argument(
         "--load", nargs="?", type=minutes, const=5.0, metavar="MINUTES", help=load.HELP
+    )
+    what.add_argument(
+        "--cluster", nargs="?", type=minutes, const=10.0, metavar="MINUTES", help=cluster.HELP
     )
     what.add_argument(
         "--workers",
@@ -74,10 +78,14 @@ def main() -> int:
         ):
             if options.workers:
                 return workers.soak(pathlib.Path(folder), running, options.workers)
-            soak, length = (
-                (login.soak, options.login) if options.login else (load.soak, options.load)
-            )
-            return soak(pathlib.Path(folder), running, 60 * length)
+            for soak, length in (
+                (login.soak, options.login),
+                (cluster.soak, options.cluster),
+                (load.soak, options.load),
+            ):
+                if length:
+                    return int(soak(pathlib.Path(folder), running, 60 * length))
+            raise AssertionError("one option is required")
     except KeyboardInterrupt:
         print("soak: interrupted", file=sys.stderr)
         return INTERRUPTED

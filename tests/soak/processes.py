@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 # The signals that end a run.
@@ -28,7 +28,9 @@ class Process:
         log: pathlib.Path,
         environ: dict[str, str],
         *command: str,
+        prefix: Sequence[str] = (),
     ):
+        """`prefix`: a command that executes it."""
         self.log = log
         # An interrupt between the start and the callback would leave the process running; one that
         # arrives waits till then. The child must not inherit the mask: a handler does the waiting.
@@ -41,7 +43,7 @@ class Process:
             with open(log, "ab") as file:
                 # In a session of its own, it gets no SIGINT from Ctrl-C.
                 self._process = subprocess.Popen(
-                    [sys.executable, *command],
+                    [*prefix, sys.executable, *command],
                     env=environ,
                     cwd=log.parent,
                     stdout=file,
