@@ -25,7 +25,7 @@ INTERRUPTED = 130
 EXAMPLES = """\
   bin/soak --login 3    kill the programs of one login; eight minutes
   bin/soak --load 2     thousands of streams and clients; five minutes
-  bin/soak --cluster 3  refreshers and proxies of a Kubernetes cluster; five minutes
+  bin/soak --cluster 3  refreshers, a Secret and its proxies; five minutes
   bin/soak --workers    replace and kill two workers; eight minutes
 """
 
