@@ -41,13 +41,11 @@ def parser() -> argparse.ArgumentParser:
     options = command.ArgumentParser(EXAMPLES, prog="bin/soak", description=__doc__)
     what = options.add_mutually_exclusive_group(required=True)
     what.add_argument(
-        "--login", nargs="?", type=minutes, const=10.0, metavar="MINUTES", help=login.HELP
+        "--login", nargs="?", type=minutes, const=10.0, metavar="MIN", help=login.HELP
     )
+    what.add_argument("--load", nargs="?", type=minutes, const=5.0, metavar="MIN", help=load.HELP)
     what.add_argument(
-        "--load", nargs="?", type=minutes, const=5.0, metavar="MINUTES", help=load.HELP
-    )
-    what.add_argument(
-        "--cluster", nargs="?", type=minutes, const=10.0, metavar="MINUTES", help=cluster.HELP
+        "--cluster", nargs="?", type=minutes, const=10.0, metavar="MIN", help=cluster.HELP
     )
     what.add_argument(
         "--workers",

@@ -57,7 +57,7 @@ REPORTED = "a proxy reports that the API refuses"
 UNAVAILABLE = 69
 HELP = (
     f"two refreshers with a copy of one login each and tokens of {LIFETIME} s, one Secret of a real Kubernetes API "
-    f"server, and {PROXIES} proxies that hold nothing but the Secret, for MINUTES (default: 10): every few seconds a "
+    f"server, and {PROXIES} proxies that hold nothing but the Secret, for MIN minutes (default: 10): every few seconds a "
     f"refresher is killed, or gets a new copy of the login, and every {REVOCATIONS:.0f} s all access tokens are "
     "revoked; then kills between claim and answer, for another minute; needs ../shared/kube, etcd and root"
 )

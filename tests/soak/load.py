@@ -15,7 +15,7 @@ from .processes import warnings
 # EX_UNAVAILABLE of sysexits.h.
 UNAVAILABLE = 69
 HELP = (
-    "a proxy under load, with tokens that rotate: 1,000 streams for MINUTES (default: 5) beside 100 "
+    "a proxy under load, with tokens that rotate: 1,000 streams for MIN minutes (default: 5) beside 100 "
     "requests a second, 5,000 idle streams, connection churn, no descriptors left, 20,000 clients, and restarts "
     "under supervisord, which take another three minutes; compiles its client with gcc"
 )
