@@ -9,6 +9,7 @@ import itertools
 import json
 import logging
 import os
+import random
 import re
 import socket
 import subprocess
@@ -29,6 +30,19 @@ from xaiproxy.tokens import fingerprint
 
 UNKNOWN = fingerprint("another token")
 WITHOUT_LOW_PORTS = ("setpriv", "--bounding-set=-net_bind_service")
+PIECES = [
+    b"POST /refused HTTP/1.1\r\n",
+    b"GET /metrics HTTP/1.0\r\n",
+    b"GET /%ff\xff HTTP/1.1\r\n",
+    b"Content-Length: 64\r\n",
+    b"content-length: 99999999\r\n",
+    b"Content-Length: -1\r\n",
+    b"Accept: application/openmetrics-text; version=\xe9\r\n",
+    b"\r\n",
+    b"\n",
+    b"a" * 64,
+    b"A" * 9000,
+]
 OPENMETRICS = "application/openmetrics-text;version=1.0.0"
 
 
@@ -148,8 +162,22 @@ def test_only_what_the_refresher_serves_is_answered(scene: Scene, ask):
     assert ask("GET", "/v1/models")[0] == ask("GET", "/tokens.json")[0] == 404
     for sent in (b"nonsense\r\n\r\n", b"GET /healthz HTTP/2\r\n\r\n", b"GET / HTTP/1.1\n" * 700):
         with socket.create_connection(("127.0.0.1", ask.port), timeout=10) as connection:
-            connection.sendall(sent)
+            connection.sendall(sent + b"\r\n\r\n")
             assert connection.recv(100).startswith(b"HTTP/1.1 400 Bad Request\r\n")
+
+
+def test_no_request_ends_the_listener(scene: Scene, ask):
+    chance = random.Random(1)
+    for _ in range(200):
+        sent = b"".join(chance.choices(PIECES, k=chance.randint(1, 7)))
+        with (
+            socket.create_connection(("127.0.0.1", ask.port), timeout=10) as connection,
+            # The listener may close before it has read everything.
+            contextlib.suppress(ConnectionError),
+        ):
+            connection.sendall(sent + b"\r\n\r\n")
+            assert connection.recv(9) in (b"", b"HTTP/1.1 "), sent
+    assert ask("GET", "/healthz")[0] == 200
 
 
 def test_health_and_readiness_are_the_refreshers_own(scene: Scene, ask):

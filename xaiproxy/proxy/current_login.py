@@ -132,10 +132,10 @@ class CurrentLogin:
         return None
 
     def refused(self, login: tokens.Login) -> None:
-        """Upstream has refused a login that is repeated no more: remember that for /readyz.
+        """Record for /readyz that upstream refuses this login, which nothing here can replace.
 
-        If a refresher on another machine can be asked for another one, raises TokenUnavailable
-        instead, or LoginRequired when the login has ended.
+        If a refresher on another machine is asked to replace it, /readyz stays as it is, and
+        TokenUnavailable is raised. Raises LoginRequired when the login has ended.
         """
         if login.refresh_token is None and self._remote is not None:
             _check_ended(login.refresh_error)
@@ -144,7 +144,7 @@ class CurrentLogin:
         self._store.remember_refusal(login.access_token)
 
     def is_replacement_pending(self) -> bool:
-        """Whether requests wait for a token that was asked for on another machine."""
+        """Whether requests get 503 until a token comes from a refresher on another machine."""
         try:
             return self._remote is not None and self._remote.is_asked(self._store.last_known())
         except errors.LoginUnusable:

@@ -54,7 +54,7 @@ class RemoteRefresher:
         return login.access_token == self._token and self._clock() < self._token_until
 
     def ask(self, login: tokens.Login) -> bool:
-        """Ask the refresher to replace this token; return whether it was, or has been, asked."""
+        """Ask the refresher to replace this token; return whether it has been asked."""
         with self._asking:
             if self.is_asked(login):
                 return True

@@ -67,7 +67,7 @@ class Upstream:
 class Trouble:
     """`server`: the proxy's, which is made after it.
 
-    `is_token_pending`: whether requests wait for a token from another machine.
+    `is_token_pending`: whether requests get 503 until a token comes from another machine.
     """
 
     def __init__(
