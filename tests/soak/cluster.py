@@ -217,7 +217,11 @@ class Cluster:
         return token
 
     def revoke(self) -> None:
-        """Revoke all access tokens, and wait for one that is published after that."""
+        """Revoke all access tokens, and wait for one that is published after that.
+
+        The refresher can be asked: if it were still starting, refusals would be passed on.
+        """
+        await_(lambda: get(self.holder.port, "/healthz")[0] == "200", TIMEOUT)
         self.revocations += 1
         self.sandbox.kill()
         revoked = self.published()
