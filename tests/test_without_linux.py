@@ -60,7 +60,7 @@ def test_a_program_is_without_the_names_of_linux():
 
 
 def test_the_main_flows_work_without_what_only_linux_has():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0"]
     done = subprocess.run(
         [*command, "-k", EXCEPT, *(f"tests/{flow}" for flow in FLOWS)],
         cwd=ROOT,

@@ -253,11 +253,15 @@ def parse(content: bytes, path: Path) -> tokens.Login:
 
 def is_xai(url: str) -> bool:
     """Whether `url` is https on x.ai or a name below it, on the standard port, without a user."""
-    parts = urllib.parse.urlsplit(url)
+    try:
+        parts = urllib.parse.urlsplit(url)
+        port = parts.port
+    except ValueError:
+        return False
     host = parts.hostname or ""
     return (
         parts.scheme == "https"
         and "@" not in parts.netloc
-        and parts.port in (None, 443)
+        and port in (None, 443)
         and (host == "x.ai" or host.endswith(".x.ai"))
     )

@@ -23,6 +23,9 @@ def context(egress: Egress) -> ssl.SSLContext:
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.verify_flags = FLAGS
+    # Some releases of Python, such as 3.11.2 of Debian 12, set it: a response that anybody on the
+    # network cuts off would look complete (RFC 9112 section 9.8).
+    context.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF
     context.load_verify_locations(egress.ca_file)
     return context
 
