@@ -187,7 +187,8 @@ def test_closed_standard_streams_change_only_what_cannot_be_printed(
     assert closed_stdout.returncode == (75 if printed else status)
     done = "nothing was changed, since" if "add" in arguments else "it is done, but"
     assert not printed or f"{done} the result cannot be printed" in closed_stdout.stderr
-    assert run(tmp_path, "key", "list").stdout == ""
+    if "add" in arguments:
+        assert run(tmp_path, "key", "list").stdout == ""
     others = run(tmp_path, *arguments, script='exec "$@" <&- 2>&-')
     assert (others.returncode, others.stderr) == (status, "") and printed in others.stdout
     folder = tmp_path / "new" / "login"
@@ -238,7 +239,7 @@ def test_the_exit_code_is_right_even_if_no_sentence_can_be_printed(tmp_path, whe
         (["refresher", "--token-path", "/"], 78),
     ]
     # With a full pipe, each takes a second.
-    for arguments, status in cases[:2] if "5" in where else cases:
+    for arguments, status in cases[:2] if "5" in where else cases[2 * ("4" in where) :]:
         done = run(tmp_path, *arguments, script=f"rm -f gone full; {script}")
         assert (arguments, done.returncode) == (arguments, status)
         assert status or done.stdout.startswith("xaip_")

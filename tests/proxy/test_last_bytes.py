@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import re
 import sys
 import termios
 import time
@@ -239,13 +240,11 @@ def test_all_bytes_of_a_client_arrive_while_upstream_keeps_sending(
 
 def unread(proxy: ProxyProcess, client: Client) -> int:
     """Return the number of the client's bytes in the proxy's receive buffer, from proc(5)."""
-    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     ports = proxy.port, client.sock.getsockname()[1]
-    return next(
-        int(queues.rpartition(":")[2], 16)
-        for _, local, remote, _, queues, *_ in rows
-        if (int(local[-4:], 16), int(remote[-4:], 16)) == ports
-    )
+    ends = r"[0-9A-F]{8}:%04X [0-9A-F]{8}:%04X [0-9A-F]{2} [0-9A-F]{8}:([0-9A-F]{8})" % ports
+    queue = re.search(ends, Path("/proc/net/tcp").read_text())
+    assert queue is not None
+    return int(queue[1], 16)
 
 
 def fill(proxy: ProxyProcess, client: Client) -> None:
