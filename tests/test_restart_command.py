@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import tempfile
 import threading
@@ -169,18 +170,33 @@ def is_refused(path: Path) -> bool:
 
 
 def test_connections_are_refused_while_the_last_responses_drain(sandbox):
-    """They are served during the delay. The file of a Unix socket is removed at the end."""
+    """They are served during the delay. The file of a Unix socket is removed at the end.
+
+    The admin listener of the workers is one socket, which no other program can share.
+    """
     sandbox.set(events=16, events_per_second=4)
     with short_folder() as folder:
         path = folder / "socket"
-        settings = {"XAI_PROXY_BIND": f"unix:{path}", "XAI_PROXY_DRAIN_DELAY": "1"}
+        settings = {
+            "XAI_PROXY_BIND": f"unix:{path}",
+            "XAI_PROXY_ADMIN_BIND": "127.0.0.1:0",
+            "XAI_PROXY_DRAIN_DELAY": "1",
+        }
         with Workers(folder, sandbox, **settings) as workers, UnixClient(path) as client:
             open_stream(client)
+            line = workers.wait_for_line(r"health checks and metrics on http://127.0.0.1:(\d+)", 2)
+            admin = int(line[1])
+            with socket.socket() as other, pytest.raises(OSError, match="already in use"):
+                other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                other.bind(("127.0.0.1", admin))
             workers.signal(signal.SIGTERM)
             workers.wait_for_line("until then new connections are served", 2)
-            with UnixClient(path) as late:
+            with UnixClient(path) as late, Client(admin) as check:
                 assert late.ask("GET", "/readyz").status == 503
+                assert check.ask("GET", "/healthz").status == 200
             wait_until(lambda: is_refused(path), 10)
+            with pytest.raises(ConnectionRefusedError):
+                Client(admin)
             assert workers.process.poll() is None
             assert rest_of(client).endswith(b"data: [DONE]\n\n")
             assert workers.ended() == 0

@@ -1,7 +1,8 @@
-"""A listening socket that the process was started with, instead of one that it opens itself.
+"""The listening sockets that the process was started with, instead of those that it opens itself.
 
-It is the first one after standard error if LISTEN_PID names this process (systemd's socket
-activation, sd_listen_fds(3)), and otherwise, in a worker, its standard input, as FastCGI has it.
+The proxy's is the first descriptor after standard error if LISTEN_PID names this process (systemd's
+socket activation, sd_listen_fds(3)), and otherwise, in a worker, its standard input, as FastCGI has
+it. A worker's admin listener is the first descriptor after standard error.
 """
 
 import os
@@ -12,12 +13,23 @@ from xaiproxy import errors
 
 FIRST = 3  # SD_LISTEN_FDS_START
 FAMILIES = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
+# The descriptors that xai-serve has opened for its workers: the proxy's, and perhaps the admin
+# listener's. The workers get them from supervision.py.
+handed_down: list[int] = []
 
 
-def take(environ: MutableMapping[str, str], *, is_worker: bool) -> socket.socket | None:
-    """Return the socket, or None if there is none and the process is no worker.
+def close_handed_down() -> None:
+    """May be called twice."""
+    while handed_down:
+        os.close(handed_down.pop())
 
-    Raises ConfigurationError.
+
+def take(
+    environ: MutableMapping[str, str], *, is_worker: bool
+) -> tuple[socket.socket | None, socket.socket | None]:
+    """Return the proxy's socket and the admin listener's, each None if there is none.
+
+    A worker has the first one. Raises ConfigurationError.
     """
     pid, number = environ.pop("LISTEN_PID", ""), environ.pop("LISTEN_FDS", "")
     environ.pop("LISTEN_FDNAMES", None)
@@ -28,12 +40,15 @@ def take(environ: MutableMapping[str, str], *, is_worker: bool) -> socket.socket
                 "leave one ListenStream= in its socket unit"
             )
         os.set_inheritable(FIRST, False)
-        return _listening(FIRST, "the socket that the service manager passes")
+        return _listening(FIRST, "the socket that the service manager passes"), None
     if not is_worker:
-        return None
+        return None, None
     sock = _listening(os.dup(0), "the standard input of a worker (--slot)")
     replace_stdin()
-    return sock
+    if not is_listening(FIRST):
+        return sock, None
+    os.set_inheritable(FIRST, False)
+    return sock, socket.socket(fileno=FIRST)
 
 
 def replace_stdin() -> None:

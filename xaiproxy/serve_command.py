@@ -109,33 +109,37 @@ def supervise(conf: Path) -> None:
 def shared(settings: config.Config, workers: int) -> Iterator[Path]:
     """Listen, and yield a configuration of supervisord by which `workers` processes accept.
 
-    The listening socket is the standard input of this process, which supervision.py hands down.
     Raises ConfigurationError, StorageError.
     """
     # It imports gevent.
     from xaiproxy.proxy import socket_file
-    from xaiproxy.proxy.listener import listen
+    from xaiproxy.proxy.listener import check_distinct, listen, listen_for_admin
 
     conf, control = run_folder.configuration(settings), run_folder.control_socket(settings)
     run_folder.make(settings)
     check_control(control)
-    listener = listen(settings, threading.Event())
+    check_distinct(settings)
+    never = threading.Event()
+    listener = listen(settings, never)
     assert listener is not None
     address = listener.getsockname()
-    os.dup2(listener.fileno(), 0)
     # Not close(), which would remove the file of a Unix socket.
-    os.close(listener.detach())
+    inherited_socket.handed_down.append(listener.detach())
     numbers = [run_folder.numbers(settings, address, slot) for slot in range(command.MOST_WORKERS)]
     leftover = [*numbers, *map(run_folder.serving, numbers)]
     remove(leftover)
     try:
+        if settings.admin_bind is not None:
+            admin = listen_for_admin(settings.admin_bind, never)
+            assert admin is not None
+            inherited_socket.handed_down.append(admin.detach())
         with storage.translated(conf):
             folder_file.replace(conf, configuration(workers, control.name).encode())
         yield conf
     finally:
         remove([conf, control, *leftover])
+        inherited_socket.close_handed_down()
         if isinstance(settings.bind, UnixSocket):
-            inherited_socket.replace_stdin()
             socket_file.remove_dead(settings.bind.path)
 
 

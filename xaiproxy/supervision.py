@@ -184,11 +184,11 @@ _stop_all = process.ProcessGroup.stop_all
 def stop_all(self: Any) -> None:
     """ProcessGroup.stop_all, called at a shutdown and, by `supervisorctl reload`, at a restart.
 
-    A shutdown closes the listening socket of the workers here. Each worker has a copy: once the
+    A shutdown closes the listening sockets of the workers here. Each worker has a copy: once the
     last one stops accepting, new connections are refused, and do not wait for the end.
     """
-    if self.config.options.mood == SupervisorStates.SHUTDOWN and inherited_socket.is_listening(0):
-        inherited_socket.replace_stdin()
+    if self.config.options.mood == SupervisorStates.SHUTDOWN:
+        inherited_socket.close_handed_down()
     _stop_all(self)
 
 
@@ -218,13 +218,23 @@ _prepare_child_fds = process.Subprocess._prepare_child_fds
 
 
 def prepare_child_fds(self: Any) -> None:
-    """Subprocess._prepare_child_fds: a worker's standard input is this process's listening socket.
+    """Subprocess._prepare_child_fds: a worker gets the sockets that inherited_socket.take returns.
 
-    An [fcgi-program] would do the same with sockets that supervisord opens: without IPv6.
+    An [fcgi-program] would get one that supervisord opens, without IPv6, and not two.
     """
-    if self.group.config.name == run_folder.WORKERS and inherited_socket.is_listening(0):
-        self.pipes["child_stdin"] = 0
+    if self.group.config.name != run_folder.WORKERS or not inherited_socket.handed_down:
+        _prepare_child_fds(self)
+        return
+    self.pipes["child_stdin"], *others = inherited_socket.handed_down
+    # The options are those of the forked child. Its other descriptors are closed below.
+    server = self.config.options
+    minfds, server.minfds = server.minfds, 0
     _prepare_child_fds(self)
+    for number, fd in enumerate(others, inherited_socket.FIRST):
+        os.dup2(fd, number)
+        # dup2 does nothing if both numbers are equal.
+        os.set_inheritable(number, True)
+    os.closerange(inherited_socket.FIRST + len(others), minfds)
 
 
 _get_path = options.ServerOptions.get_path
@@ -285,11 +295,13 @@ def get_signal(self: Any) -> int | None:
 def cleanup_fds(self: Any) -> None:
     """ServerOptions.cleanup_fds, which closes inherited descriptors at a `supervisorctl reload`.
 
-    The one whose path the programs have stays open.
+    The one whose path the programs have stays open, and so do the workers' sockets.
     """
-    kept = FatalCheck.output.dropped_fd
-    os.closerange(5, kept)
-    os.closerange(max(5, kept + 1), self.minfds)
+    first_closed = 5
+    for kept in sorted((FatalCheck.output.dropped_fd, *inherited_socket.handed_down)):
+        os.closerange(first_closed, kept)
+        first_closed = max(first_closed, kept + 1)
+    os.closerange(first_closed, self.minfds)
 
 
 def chosen_format() -> str:

@@ -17,7 +17,7 @@ from proxy_process import Client, ProxyProcess, refuse_to_start
 from raw_connection import Message
 from scripted_upstream import ScriptedUpstream
 
-from xaiproxy import errors
+from xaiproxy import config, errors
 from xaiproxy.proxy import listener
 
 KEY = "xaip_of-alice"
@@ -172,7 +172,25 @@ def test_the_address_of_the_main_listener_is_refused_at_once(
         tmp_path, bind=bind, port=9, admin_bind=f"{admin}:9", allow_anonymous=1
     )
     assert code == 78
-    assert "XAI_PROXY_ADMIN_BIND and XAI_PROXY_PORT both name port 9; set one of them" in text
+    assert "XAI_PROXY_ADMIN_BIND names port 9, on which the proxy itself listens" in text
+
+
+def test_the_address_of_an_inherited_socket_is_refused_at_once(tmp_path: Path) -> None:
+    """Not that of the settings, where nothing listens."""
+    with socket.create_server(("127.0.0.1", 0)) as inherited, socket.socket(socket.AF_UNIX) as unix:
+        unix.bind(str(tmp_path / "socket"))
+        port = inherited.getsockname()[1]
+        same, other = (
+            config.from_environ(
+                {"XAI_PROXY_PORT": "9", "XAI_PROXY_ADMIN_BIND": f"127.0.0.1:{number}"}
+            )
+            for number in (port, 9)
+        )
+        with pytest.raises(errors.ConfigurationError, match=f"port {port}, on which the proxy"):
+            listener.check_distinct(same, inherited)
+        listener.check_distinct(other, inherited)
+        for settings in (same, other):
+            listener.check_distinct(settings, unix)
 
 
 def test_an_address_that_is_not_available_is_named_with_its_setting() -> None:
@@ -188,15 +206,6 @@ def test_an_address_that_is_not_available_is_named_with_its_setting() -> None:
             place = f"cannot listen on {address[0]} port {address[1]}: "
             assert str(caught.value).startswith(place + reason)
             assert "XAI_PROXY_ADMIN_BIND" in str(caught.value)
-
-
-def test_workers_share_its_address() -> None:
-    stop, address = gevent.event.Event(), ("127.0.0.1", 0)
-    with listener.listen_for_admin(address, stop, shared=True) as one:
-        address = one.getsockname()
-        listener.listen_for_admin(address, stop, shared=True).close()
-        with pytest.raises(errors.ConfigurationError):
-            listener.listen_for_admin(address, stop, listener.INTERVAL)
 
 
 def test_a_process_without_descriptors_gives_up_an_idle_connection_for_it(

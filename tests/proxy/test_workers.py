@@ -19,7 +19,7 @@ from typing import Any
 import gevent
 import pytest
 from forked_process import run_python, start_python
-from proxy_process import ARGUMENTS, Client, ProxyProcess, environment
+from proxy_process import ARGUMENTS, ProxyProcess, environment
 from raw_connection import TIMEOUT, RawConnection
 from refresher_process import wait_until
 from sandbox import CHAT as CONTENT
@@ -120,13 +120,13 @@ def test_the_address_of_an_inherited_socket_counts_for_keys(tmp_path, keyed):
             assert "0.0.0.0 is reachable from other machines" in refused(tmp_path, listener)
 
 
-def refused(folder: Path, stdin: Any) -> str:
+def refused(folder: Path, stdin: Any, **settings: Any) -> str:
     """The one line of a worker that does not start."""
     process = start_python(
         "xaiproxy",
         [*ARGUMENTS, "--slot", "0"],
         cwd=folder,
-        environ=environment(folder),
+        environ=environment(folder, **settings),
         stdin=stdin.fileno(),
     )
     with process.stderr:
@@ -203,15 +203,10 @@ def test_a_single_proxy_writes_no_numbers_and_names_no_slot(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_health_checks_are_answered_during_the_delay(start):
-    """By a worker without siblings, as when all of them stop."""
-    proxy = start(0, admin_bind="127.0.0.1:0", drain_delay=60)
-    line = proxy.wait_for_log(lambda line: line["message"].startswith("health checks and metrics"))
-    port = int(line["message"].rpartition(":")[2])
-    proxy.terminate()
-    proxy.wait_for_log(lambda line: "until then new connections are served" in line["message"])
-    with Client(port) as client:
-        assert client.ask("GET", "/healthz").status == 200
+def test_a_worker_opens_no_admin_listener(tmp_path, listener):
+    """It would not be that of its siblings."""
+    line = refused(tmp_path, listener, admin_bind="127.0.0.1:0")
+    assert "XAI_PROXY_ADMIN_BIND was not set when xai-serve was started" in line
 
 
 # Numbers

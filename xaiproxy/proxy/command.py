@@ -125,22 +125,24 @@ def serve(
     keys = client_keys.ClientKeys(settings.client_keys_file, required=_names_a_key_file(settings))
     signals = handle_signals(lambda: set_log_level(options))
     stop = signals.stop
-    inherited = inherited_socket.take(os.environ, is_worker=slot is not None)
-    if inherited is None:
-        check_distinct(settings)
+    inherited, admin = inherited_socket.take(os.environ, is_worker=slot is not None)
     with contextlib.ExitStack() as opened:
-        admin = None
-        if settings.admin_bind is not None:
-            admin = listen_for_admin(settings.admin_bind, stop, shared=workers > 1)
+        for sock in filter(None, (inherited, admin)):
+            opened.enter_context(sock)
+        check_distinct(settings, inherited)
+        if admin is None and settings.admin_bind is not None:
+            if slot is not None:
+                raise errors.ConfigurationError(
+                    "XAI_PROXY_ADMIN_BIND was not set when xai-serve was started, and a worker "
+                    "cannot open the socket for all; stop xai-serve, and start it again"
+                )
+            admin = listen_for_admin(settings.admin_bind, stop)
             if admin is not None:
                 opened.enter_context(admin)
-        if inherited is None:
-            listener = listen(settings, stop)
-        else:
-            listener = inherited
-            set_options(listener)
+        listener = inherited or listen(settings, stop)
         if listener is not None:
             opened.enter_context(listener)
+            set_options(listener)
             check_exposure(listener, settings, keys)
             check_upstream(listener, settings)
             run(listener, admin, settings, keys, sweep, signals, slot, workers)
@@ -248,7 +250,9 @@ def run(
         application = app.create_app(
             None, store, gate, page, trouble=sentence, is_stopping=signals.stop.is_set
         )
-        admin = AdminServer(admin_listener, application, settings, on_end, server)
+        admin = AdminServer(
+            admin_listener, application, settings, on_end, server, shared=workers > 1
+        )
         admin.start()
         logger.info("health checks and metrics on %s", origin(admin_listener))
     server.start()

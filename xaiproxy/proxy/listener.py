@@ -56,19 +56,12 @@ def listen(
 
 
 def listen_for_admin(
-    address: tuple[str, int],
-    stop: gevent.event.Event,
-    timeout: float = TIMEOUT,
-    *,
-    shared: bool = False,
+    address: tuple[str, int], stop: gevent.event.Event, timeout: float = TIMEOUT
 ) -> socket.socket | None:
-    """The socket of the admin listener; as `listen`.
-
-    `shared`: whether other workers listen there too.
-    """
+    """The socket of the admin listener; as `listen`."""
     bind, port = address
     return _retry(
-        functools.partial(_listener, bind, port, shared=shared),
+        functools.partial(_listener, bind, port),
         f"{bind} port {port}",
         "XAI_PROXY_ADMIN_BIND",
         "set XAI_PROXY_ADMIN_BIND to what this machine allows",
@@ -110,13 +103,11 @@ def _retry(
     return None
 
 
-def _listener(bind: str, port: int, *, shared: bool = False) -> socket.socket:
+def _listener(bind: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in bind else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if shared:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.bind((bind, port))
         set_options(listener)
     except OSError:
@@ -125,16 +116,21 @@ def _listener(bind: str, port: int, *, shared: bool = False) -> socket.socket:
     return listener
 
 
-def check_distinct(settings: config.Config) -> None:
-    """Raise ConfigurationError if both listeners are to have the same address."""
-    bind, admin = settings.bind, settings.admin_bind
-    if isinstance(bind, UnixSocket) or admin is None or settings.port == 0:
+def check_distinct(settings: config.Config, inherited: socket.socket | None = None) -> None:
+    """Raise ConfigurationError if both listeners are to have the same address.
+
+    `inherited`: the listening socket that the process was started with, or None.
+    """
+    admin = settings.admin_bind
+    main = inherited.getsockname() if inherited is not None else (settings.bind, settings.port)
+    # The name of a Unix socket is a string.
+    if admin is None or isinstance(main, str) or isinstance(main[0], UnixSocket):
         return
-    same_address = admin[0] == bind or {admin[0], bind} & {"0.0.0.0", "::"}
-    if same_address and admin[1] == settings.port:
+    same_address = admin[0] == main[0] or {admin[0], main[0]} & {"0.0.0.0", "::"}
+    if same_address and admin[1] == main[1] != 0:
         raise errors.ConfigurationError(
-            f"XAI_PROXY_ADMIN_BIND and XAI_PROXY_PORT both name port {settings.port}; set one of "
-            "them to another port"
+            f"XAI_PROXY_ADMIN_BIND names port {admin[1]}, on which the proxy itself listens "
+            "(XAI_PROXY_PORT, or ListenStream= of its socket unit); set one of them to another port"
         )
 
 

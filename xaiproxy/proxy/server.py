@@ -263,8 +263,12 @@ class AdminServer(Server):
         settings: config.Config,
         on_end: Callable[[RequestRecord], object],
         main: Server,
+        *,
+        shared: bool = False,
     ):
-        super().__init__(listener, application, None, settings, ADMIN_CONNECTIONS, on_end)
+        super().__init__(
+            listener, application, None, settings, ADMIN_CONNECTIONS, on_end, shared=shared
+        )
         self.main = main
 
     def end_one_idle(self) -> None:
