@@ -88,7 +88,7 @@ class Clients:
         counters: dict[bytes, float] = {}
         while not self._enough.wait(1 / REQUESTS_A_SECOND):
             self.requests += 1
-            path = "/metrics" if self.requests % 5 == 0 else "/v1/models"
+            path = ("/metrics", "/readyz", "/v1/models")[min(self.requests % 5, 2)]
             try:
                 with Client(self.port) as client:
                     answer = client.ask("GET", path)
@@ -129,7 +129,9 @@ def rest_of(client: Client) -> bytes:
 
 def test_a_rolling_restart_under_load_loses_nothing(sandbox):
     sandbox.set(events=10, events_per_second=5)
-    with short_folder() as folder, Workers(folder, sandbox) as workers:
+    # During a delay, /readyz would return 503.
+    settings = {"XAI_PROXY_DRAIN_DELAY": "20"}
+    with short_folder() as folder, Workers(folder, sandbox, **settings) as workers:
         before = [workers.pid(name) for name in ("proxy-0", "proxy-1", "refresher")]
         with Clients(workers) as clients:
             status, said, steps = workers.restart("--refresher")
@@ -151,6 +153,11 @@ def test_a_rolling_restart_under_load_loses_nothing(sandbox):
         assert True in ends
         assert workers.wait_for_line("exited: proxy-0 .*SIGKILL")
         assert os.listdir(folder) == ["login"]
+        # The second Ctrl-C ends the delay of the worker that was started last.
+        workers.wait_for_line('"message": "listening on ', 5)
+        workers.signal(signal.SIGINT)
+        workers.wait_for_line("until then new connections are served")
+        workers.signal(signal.SIGINT)
     assert not list((folder / "login").glob("run/*"))
 
 

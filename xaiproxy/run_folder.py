@@ -10,6 +10,7 @@ Each name begins with the address that the processes listen on, such as 127.0.0.
 """
 
 import os
+import signal
 import stat
 import urllib.parse
 from pathlib import Path
@@ -20,6 +21,9 @@ from xaiproxy.token_store import TokenStore
 
 # The programs of supervisord. WORKERS is also its group of several processes.
 WORKERS, REFRESHER = "proxy", "refresher"
+# Ends a worker whose siblings serve on: no load balancer must find out first. Before the worker has
+# a handler, the signal just ends it.
+REPLACE = signal.SIGUSR1
 
 
 def path_of(settings: config.Config) -> Path:

@@ -166,13 +166,19 @@ def send_signal(self: Any, number: int) -> str | None:
 
     supervisord would take its end for a failure if the program has just been started, and would
     send it a second SIGTERM at a shutdown.
+
+    A worker gets REPLACE, not SIGTERM.
     """
     error: str | None = None
     if number != signal.SIGTERM:
         error = _signal(self, number)
     else:
         if self.get_state() != ProcessStates.STOPPING:
+            usual = self.config.stopsignal
+            if self.group.config.name == run_folder.WORKERS:
+                self.config.stopsignal = run_folder.REPLACE
             error = self.stop()
+            self.config.stopsignal = usual
         # Subprocess.transition starts a stopped program that seems never to have been started.
         self.laststart = 0
     return error

@@ -13,6 +13,8 @@ from raw_connection import Message
 from scripted_upstream import ScriptedUpstream
 from websocket_handshake import handshake
 
+from xaiproxy import run_folder
+
 STREAM = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n"
 
 
@@ -122,3 +124,18 @@ def test_ctrl_c_ends_the_delay_that_a_sigterm_began(tmp_path: Path) -> None:
         wait_for_delay(proxy)
         proxy.process.send_signal(signal.SIGINT)
         assert proxy.wait(20) == 0
+
+
+def test_a_worker_that_is_replaced_does_not_wait_and_the_service_stays_ready(
+    tmp_path: Path,
+) -> None:
+    """Connections that it has accepted may have a health check on its way."""
+    with ProxyProcess(tmp_path, drain_delay=60) as proxy, proxy.client() as client:
+        proxy.sign_in()
+        client.send(b"GET /readyz HTTP/1.1\r\nHost: localhost\r\n")
+        proxy.process.send_signal(run_folder.REPLACE)
+        proxy.wait_for_log(lambda line: line["message"].startswith("stopping; 1 open"))
+        client.send(b"\r\n")
+        assert client.message().status == 200
+        assert proxy.wait(20) == 0
+        assert not any("until then" in line["message"] for line in proxy.log_lines())

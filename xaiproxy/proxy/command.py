@@ -23,6 +23,7 @@ from xaiproxy import (
     inherited_socket,
     judgement,
     log,
+    run_folder,
     service_manager,
 )
 from xaiproxy.http1 import dead_paths
@@ -158,17 +159,25 @@ def _names_a_key_file(settings: config.Config) -> bool:
 class Signals:
     """The events that signals set.
 
-    `stop`: by any signal. `drain`: by SIGINT, since no load balancer sends requests to a proxy that
-    runs on a terminal, and by a second signal. `abort`: by a second signal.
+    `stop`: by any signal. `drain`: by REPLACE, by SIGINT, since no load balancer sends requests to
+    a proxy that runs on a terminal, and by a second signal. `abort`: by a second signal.
+
+    `is_replaced`: whether the first signal was REPLACE.
     """
 
     def __init__(self) -> None:
         self.stop, self.drain, self.abort = (gevent.event.Event() for _ in range(3))
+        self.is_replaced = False
+
+    def is_stopping(self) -> bool:
+        """Whether clients should go elsewhere."""
+        return bool(self.stop.is_set()) and not self.is_replaced
 
     def on_signal(self, number: int) -> None:
         is_second = self.stop.is_set()
+        self.is_replaced |= not is_second and number == run_folder.REPLACE
         self.stop.set()
-        if is_second or number == signal.SIGINT:
+        if is_second or number != signal.SIGTERM:
             self.drain.set()
         if is_second:
             self.abort.set()
@@ -178,7 +187,7 @@ def handle_signals(reload: Callable[[], None]) -> Signals:
     """SIGHUP sets `stop` if it means that the terminal was closed, and else calls `reload`."""
     hangup = command.hangup()
     signals = Signals()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, run_folder.REPLACE):
         gevent.signal_handler(number, signals.on_signal, number)
     # Not on_signal: systemd closes the terminal of a session right after its SIGTERM.
     gevent.signal_handler(signal.SIGHUP, signals.stop.set if hangup == signal.SIGTERM else reload)
@@ -234,7 +243,7 @@ def run(
     server = Server(
         listener,
         app.create_app(
-            proxy, store, gate, metrics.page, status_now, trouble.sentence, signals.stop.is_set
+            proxy, store, gate, metrics.page, status_now, trouble.sentence, signals.is_stopping
         ),
         proxy,
         settings,
@@ -248,7 +257,7 @@ def run(
         page = functools.partial(metrics.page, own=0)
         sentence = functools.partial(trouble.sentence, own=0)
         application = app.create_app(
-            None, store, gate, page, trouble=sentence, is_stopping=signals.stop.is_set
+            None, store, gate, page, trouble=sentence, is_stopping=signals.is_stopping
         )
         admin = AdminServer(
             admin_listener, application, settings, on_end, server, shared=workers > 1
