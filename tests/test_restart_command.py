@@ -261,10 +261,10 @@ def test_a_wrong_setting_at_the_start_ends_all_workers(sandbox):
         (folder / "client-keys").write_text("")
         command = [BIN / "xai-serve", "--workers", "2"]
         with Supervised(folder, sandbox, command=command, XAI_PROXY_BIND="0.0.0.0") as supervised:
-            assert supervised.ended() == 70
+            assert supervised.ended() == 78
         log = "".join(supervised.lines)
         assert "0.0.0.0 is reachable from other machines" in log
-        assert log.count(" ending with status 70") == 1
+        assert log.count(" ending with status 78") == 1
         assert "the other workers serve without" not in log
 
 

@@ -74,7 +74,8 @@ def main(argv: list[str] | None = None) -> int:
 def serve(options: Mapping[str, str | None], workers: int) -> None:
     """Run supervisord until it ends. `options`: settings of the command line.
 
-    When a process cannot be kept running, supervision.py ends this one with status 70.
+    When a process cannot be kept running, supervision.py ends this one: with status 70, or with 78
+    if a setting is wrong.
     """
     settings = config.from_environ(os.environ, options)
     check_address(settings)
@@ -95,6 +96,10 @@ def supervise(conf: Path) -> None:
     from supervisor import options as supervisor_options
     from supervisor import supervisord
 
+    # supervisord must have been imported before.
+    from xaiproxy import supervision
+
+    supervision.exit_configuration = errors.EXIT_CONFIGURATION
     supervisor_options.ServerOptions.write_pidfile = write_pidfile
     supervisor_options.ServerOptions.usage = usage
     # The name of the pid file, which write_pidfile does not write, must be absolute: a relative one

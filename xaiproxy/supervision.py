@@ -53,6 +53,8 @@ from xaiproxy import (
 from xaiproxy.line_writer import DROPPED, LINE_LIMIT, LineWriter
 
 EXIT_FATAL = 70  # EX_SOFTWARE of sysexits.h
+# When a program has ended because of a wrong setting. xai-serve has another one.
+exit_configuration = EXIT_FATAL
 STDOUT = "/dev/fd/1"  # stdout_logfile of a program whose lines follow supervisord's own
 NAME = "supervisord"  # in its own lines
 LOG_FORMAT = "XAI_PROXY_LOG_FORMAT"
@@ -117,20 +119,20 @@ def name_fatal(program: Any) -> None:
     )
 
 
-def end(program: Any, reason: str) -> None:
-    """Have supervisord stop the other programs, as after a SIGTERM, and then end with status 70."""
+def end(program: Any, reason: str, status: int = EXIT_FATAL) -> None:
+    """Have supervisord stop the other programs, as after a SIGTERM, and then end with `status`."""
     server = program.config.options
     # While supervisord stops, a program between two starts becomes FATAL, too: that is no failure.
     if server.mood != SupervisorStates.RUNNING:
         return
     server.logger.critical(
         f"{program.config.name} cannot be kept running ({reason}): stopping the rest, then ending "
-        f"with status {EXIT_FATAL}; correct the cause in the last lines of {program.config.name}, "
+        f"with status {status}; correct the cause in the last lines of {program.config.name}, "
         "and start again"
     )
     server.mood = SupervisorStates.SHUTDOWN
     # supervisord's main() always returns 0. This runs after it, when all is stopped and flushed.
-    atexit.register(os._exit, EXIT_FATAL)
+    atexit.register(os._exit, status)
 
 
 _hangup = command.hangup()
@@ -155,7 +157,7 @@ def finish(self: Any, pid: int, status: int) -> None:
             self.system_stop = True
             self.change_state(ProcessStates.FATAL)
         else:
-            end(self, self.spawnerr)
+            end(self, self.spawnerr, exit_configuration)
 
 
 _signal = process.Subprocess.signal
