@@ -296,18 +296,26 @@ def test_without_workers_it_names_what_to_do(tmp_path, arguments):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_path_that_is_too_long_for_the_control_socket_is_refused(tmp_path, sandbox):
-    path = tmp_path / ("x" * 60) / ("y" * 60) / "tokens.json"
+@pytest.mark.parametrize(
+    "bind, folders, advice",
+    [
+        ("127.0.0.1", ("x" * 60, "y" * 60), "set XAI_PROXY_TOKEN_PATH to a file in a folder"),
+        (f"unix:/tmp/{'x' * 90}", (), "set XAI_PROXY_BIND to a shorter path, or XAI_PROXY_TOKEN_"),
+    ],
+)
+def test_a_path_that_is_too_long_for_the_control_socket_is_refused(tmp_path, bind, folders, advice):
+    path = tmp_path.joinpath(*folders, "tokens.json")
     done = subprocess.run(
         [BIN / "xai-serve", "--workers", "2"],
         env={
             "PATH": os.defpath,
             "HOME": str(tmp_path),
             "XAI_PROXY_PORT": "0",
+            "XAI_PROXY_BIND": bind,
             "XAI_PROXY_TOKEN_PATH": str(path),
         },
         capture_output=True,
         text=True,
         timeout=20,
     )
-    assert done.returncode == 78 and "is too long for a socket" in done.stderr
+    assert done.returncode == 78 and f"is too long for a socket; {advice}" in done.stderr

@@ -122,7 +122,7 @@ def shared(settings: config.Config, workers: int) -> Iterator[Path]:
 
     conf, control = run_folder.configuration(settings), run_folder.control_socket(settings)
     run_folder.make(settings)
-    check_control(control)
+    check_control(control, settings)
     check_distinct(settings)
     never = threading.Event()
     listener = listen(settings, never)
@@ -154,7 +154,7 @@ def remove(paths: list[Path]) -> None:
             path.unlink()
 
 
-def check_control(path: Path) -> None:
+def check_control(path: Path, settings: config.Config) -> None:
     """Raise ConfigurationError if a supervisord listens on `path`, or none could."""
     # supervisord binds a longer name first.
     for name in (f"{path}.{os.getpid()}", str(path)):
@@ -164,9 +164,11 @@ def check_control(path: Path) -> None:
             except OSError as error:
                 # Python's own error, for a path that is too long.
                 if error.errno is None:
+                    shorter = "XAI_PROXY_TOKEN_PATH to a file in a folder with a shorter path"
+                    if isinstance(settings.bind, UnixSocket):
+                        shorter = f"XAI_PROXY_BIND to a shorter path, or {shorter}"
                     raise errors.ConfigurationError(
-                        f"{name} is too long for a socket; set XAI_PROXY_TOKEN_PATH to a file in "
-                        "a folder with a shorter path"
+                        f"{name} is too long for a socket; set {shorter}"
                     ) from error
                 continue
         raise errors.ConfigurationError(
