@@ -114,14 +114,13 @@ def supervise(conf: Path) -> None:
 def shared(settings: config.Config, workers: int) -> Iterator[Path]:
     """Listen, and yield a configuration of supervisord by which `workers` processes accept.
 
-    Raises ConfigurationError, StorageError.
+    Raises ConfigurationError.
     """
     # It imports gevent.
     from xaiproxy.proxy import socket_file
     from xaiproxy.proxy.listener import check_distinct, listen, listen_for_admin
 
     conf, control = run_folder.configuration(settings), run_folder.control_socket(settings)
-    run_folder.make(settings)
     check_control(control, settings)
     check_distinct(settings)
     never = threading.Event()
@@ -138,14 +137,31 @@ def shared(settings: config.Config, workers: int) -> Iterator[Path]:
             admin = listen_for_admin(settings.admin_bind, never)
             assert admin is not None
             inherited_socket.handed_down.append(admin.detach())
-        with storage.translated(conf):
-            folder_file.replace(conf, configuration(workers, control.name).encode())
-        yield conf
+        try:
+            run_folder.make(settings)
+            with storage.translated(conf):
+                folder_file.replace(conf, configuration(workers, control.name).encode())
+        except errors.StorageError as error:
+            command.say(
+                "xai-serve: xai-restart cannot replace these workers, and each shows its own "
+                f"numbers: {error}"
+            )
+            yield in_pipe(configuration(workers))
+        else:
+            yield conf
     finally:
         remove([conf, control, *leftover])
         inherited_socket.close_handed_down()
         if isinstance(settings.bind, UnixSocket):
             socket_file.remove_dead(settings.bind.path)
+
+
+def in_pipe(text: str) -> Path:
+    """The path of a pipe with the text, which can be read once, as by supervisord at its start."""
+    read_end, write_end = os.pipe()
+    with open(write_end, "w") as pipe:
+        pipe.write(text)
+    return Path(f"/dev/fd/{read_end}")
 
 
 def remove(paths: list[Path]) -> None:
@@ -177,8 +193,11 @@ def check_control(path: Path, settings: config.Config) -> None:
         )
 
 
-def configuration(workers: int, control: str) -> str:
-    """The text of a configuration: CONF with several proxies, and a control socket beside it."""
+def configuration(workers: int, control: str = "") -> str:
+    """The text of a configuration: CONF with several proxies.
+
+    `control`: the name of a control socket beside it, or "" for none.
+    """
     conf = configparser.RawConfigParser()
     conf.read(CONF)
     conf["program:proxy"].update(
@@ -186,6 +205,14 @@ def configuration(workers: int, control: str) -> str:
         numprocs=str(workers),
         process_name="proxy-%(process_num)d",
     )
+    if control:
+        add_control(conf, control)
+    text = io.StringIO()
+    conf.write(text)
+    return text.getvalue()
+
+
+def add_control(conf: configparser.RawConfigParser, control: str) -> None:
     # supervisord logs a critical error without a password. The socket's mode protects it.
     password = secrets.token_hex(16)
     conf["unix_http_server"] = {
@@ -204,9 +231,6 @@ def configuration(workers: int, control: str) -> str:
         "username": "xaiproxy",
         "password": password,
     }
-    text = io.StringIO()
-    conf.write(text)
-    return text.getvalue()
 
 
 def check_address(settings: config.Config) -> None:
