@@ -153,6 +153,9 @@ def test_a_rolling_restart_under_load_loses_nothing(sandbox):
         assert True in ends
         assert workers.wait_for_line("exited: proxy-0 .*SIGKILL")
         assert os.listdir(folder) == ["login"]
+        [numbers] = (folder / "login" / "run").glob("*-0.json")
+        # As after a SIGKILL in the middle of a write.
+        numbers.with_name(f"{numbers.name}.0badcafe").touch()
         # The second Ctrl-C ends the delay of the worker that was started last.
         workers.wait_for_line('"message": "listening on ', 5)
         workers.signal(signal.SIGINT)

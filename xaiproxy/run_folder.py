@@ -10,6 +10,7 @@ Each name begins with the address that the processes listen on, such as 127.0.0.
 """
 
 import os
+import re
 import signal
 import stat
 import urllib.parse
@@ -65,6 +66,21 @@ def numbers(settings: config.Config, address: str | tuple[str, int], slot: int) 
 def serving(numbers: Path) -> Path:
     """The link of the worker with this file of numbers."""
     return numbers.with_suffix(".pid")
+
+
+def left_over(settings: config.Config, address: str | tuple[str, int]) -> list[Path]:
+    """The files of former workers at this address and of their supervisord, except its socket.
+
+    After a SIGKILL there may be some that were not renamed yet: see folder_file.replace.
+    """
+    numbers_of_any = re.escape(numbers(settings, address, 0).name.removesuffix("-0.json"))
+    conf = re.escape(configuration(settings).name)
+    pattern = rf"({numbers_of_any}-\d+\.(json|pid)|{conf})(\.[0-9a-f]{{8}})?"
+    folder = path_of(settings)
+    try:
+        return [folder / name for name in os.listdir(folder) if re.fullmatch(pattern, name)]
+    except OSError:
+        return []
 
 
 def _quoted(name: str) -> str:

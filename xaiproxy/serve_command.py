@@ -129,9 +129,7 @@ def shared(settings: config.Config, workers: int) -> Iterator[Path]:
     address = listener.getsockname()
     # Not close(), which would remove the file of a Unix socket.
     inherited_socket.handed_down.append(listener.detach())
-    numbers = [run_folder.numbers(settings, address, slot) for slot in range(command.MOST_WORKERS)]
-    leftover = [*numbers, *map(run_folder.serving, numbers)]
-    remove(leftover)
+    remove(run_folder.left_over(settings, address))
     try:
         if settings.admin_bind is not None:
             admin = listen_for_admin(settings.admin_bind, never)
@@ -150,7 +148,7 @@ def shared(settings: config.Config, workers: int) -> Iterator[Path]:
         else:
             yield conf
     finally:
-        remove([conf, control, *leftover])
+        remove([control, *run_folder.left_over(settings, address)])
         inherited_socket.close_handed_down()
         if isinstance(settings.bind, UnixSocket):
             socket_file.remove_dead(settings.bind.path)
