@@ -244,6 +244,11 @@ def test_after_an_interrupted_restart_all_workers_run(sandbox):
             workers.wait_for_line("success: proxy-1 entered RUNNING state")
             restart = subprocess.Popen([BIN / "xai-restart"], env=workers.environ, cwd=os.sep)
             workers.wait_for_line(r"stopping; \d open responses")
+            with subprocess.Popen(
+                [BIN / "xai-restart"], env=workers.environ, cwd=os.sep, stderr=subprocess.PIPE
+            ) as second:
+                assert second.stderr.readline() == b"waiting for another xai-restart\n"
+                second.kill()
             restart.kill()
             restart.wait()
         workers.wait_for_line("success: proxy-0 entered RUNNING state", 2)

@@ -6,12 +6,13 @@ of the one that is replaced.
 
 import configparser
 import contextlib
+import fcntl
 import functools
 import os
 import sys
 import time
 import xmlrpc.client
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,28 @@ def main(argv: list[str] | None = None) -> int:
 def restart(options: Mapping[str, str | None], *, with_refresher: bool) -> None:
     """`options`: settings of the command line. Raises an Error if a worker does not serve."""
     settings = config.from_environ(os.environ, options)
-    supervisor = connect(settings)
+    with alone(run_folder.configuration(settings)):
+        replace_all(settings, connect(settings), with_refresher=with_refresher)
+
+
+@contextlib.contextmanager
+def alone(conf: Path) -> Iterator[None]:
+    """Wait for other xai-restarts: two could stop all workers at the same time.
+
+    Where the file system has no locks, they do not wait.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            file = stack.enter_context(open(folder_file.opened(conf, os.O_RDWR), "rb"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print("waiting for another xai-restart", file=sys.stderr, flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def replace_all(settings: config.Config, supervisor: Any, *, with_refresher: bool) -> None:
     try:
         workers = [one for one in supervisor.getAllProcessInfo() if one["group"] == WORKERS]
         # Those that do not run come first: their siblings must not stop while they cannot start.
