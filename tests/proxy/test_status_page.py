@@ -366,7 +366,7 @@ def test_the_data_of_a_full_day_takes_the_event_loop_less_than_2_ms(tmp_path: Pa
     for key in range(100):
         history.add_usage(now, "grok-4.5", f"key-{key}", Usage("grok-4.5", 1, 1, 1, 1))
     gauges = dict.fromkeys(
-        ("busy", "streams", "websockets", "connections", "connections_limit"), 0.0
+        ("in_flight", "streams", "websockets", "connections", "connections_limit"), 0.0
     )
     status = Status(store, lambda: Numbers(history=history, gauges=gauges))
 

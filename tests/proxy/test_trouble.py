@@ -93,7 +93,7 @@ def test_old_failures_do_not_count(upstream_state: Upstream, clock: Clock) -> No
 def test_dropped_log_lines_are_trouble_for_a_while(upstream_state: Upstream, clock: Clock) -> None:
     numbers = [0, 7, 7, 7]
     trouble = Trouble(upstream_state, lambda: numbers.pop(0), clock)
-    trouble.server = SimpleNamespace(busy=1, connections=9)
+    trouble.server = SimpleNamespace(in_flight=lambda: 0, connections=9)
     assert trouble.sentence() == ""
     assert trouble.sentence().startswith("log lines were dropped")
     clock.now += DROP_TIME

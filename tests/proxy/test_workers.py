@@ -221,6 +221,8 @@ def test_any_worker_answers_for_all(start):
     until(proxies[0], 6, "xaiproxy_requests_total", status=404)
     shown = [scrape_of(*pair) for pair in (proxies, proxies[::-1])]
     assert [one("xaiproxy_requests_total", status=404) for one in shown] == [6, 6]
+    # Without the scrapes, also the one during which the other worker wrote its numbers.
+    assert [one("xaiproxy_requests_in_flight") for one in shown] == [0, 0]
     for proxy in proxies:
         assert json.loads(proxy.ask("GET", "/status.json").body)["workers"] == 2
 

@@ -233,13 +233,17 @@ class Handler:
                 answer.exchange.close()
 
     def _run_application(self, request: ClientRequest, response: ClientResponse) -> None:
-        result = self._server.application(self._environ(request), response.start_response)
+        self._server.pages += 1
         try:
-            response.send(result)
+            result = self._server.application(self._environ(request), response.start_response)
+            try:
+                response.send(result)
+            finally:
+                close = getattr(result, "close", None)
+                if close is not None:
+                    close()
         finally:
-            close = getattr(result, "close", None)
-            if close is not None:
-                close()
+            self._server.pages -= 1
 
     def _environ(self, request: ClientRequest) -> dict[str, Any]:
         """PEP 3333's. Header names with an underscore are left out: they would read as others."""

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import os
 import resource
@@ -254,10 +253,13 @@ def run(
     own.server = trouble.server = server
     admin = None
     if admin_listener is not None:
-        page = functools.partial(metrics.page, own=0)
-        sentence = functools.partial(trouble.sentence, own=0)
         application = app.create_app(
-            None, store, gate, page, trouble=sentence, is_stopping=signals.is_stopping
+            None,
+            store,
+            gate,
+            metrics.page,
+            trouble=trouble.sentence,
+            is_stopping=signals.is_stopping,
         )
         admin = AdminServer(
             admin_listener, application, settings, on_end, server, shared=workers > 1

@@ -35,17 +35,16 @@ class Metrics:
         # Of several at a time, each would have its slice between two turns of the streams.
         self._rendering = gevent.lock.Semaphore()
         # Of the page that is being rendered.
-        self._with_names, self._own = True, 1
+        self._with_names = True
 
-    def page(self, accept: str, with_names: bool = True, own: int = 1) -> tuple[bytes, str]:
+    def page(self, accept: str, with_names: bool = True) -> tuple[bytes, str]:
         """The content and its media type. `accept`: the Accept header.
 
-        `with_names`: whether the label `key` has the names of client keys. `own`: the requests
-        that are counted as being answered and are for this page, 0 or 1.
+        `with_names`: whether the label `key` has the names of client keys.
         """
         encode, media_type = encoder(accept)
         with self._rendering:
-            self._with_names, self._own = with_names, own
+            self._with_names = with_names
             self._numbers = self._source()
             return encode(self._registry), media_type
 
@@ -54,7 +53,7 @@ class Metrics:
         measured = process_metrics.measure(pace) if numbers.process is None else numbers.process
         for families in (
             request_metrics.families(numbers, self._with_names),
-            _connections(numbers.gauges, numbers.sums, self._own),
+            _connections(numbers.gauges, numbers.sums),
             login_metrics.families(self._store, time.time()),
             _program(numbers),
             process_metrics.families(measured, numbers.sums["cpu_seconds"], numbers.started_at),
@@ -65,14 +64,12 @@ class Metrics:
                 yield family
 
 
-def _connections(
-    gauges: Mapping[str, float], sums: Mapping[str, float], own: int
-) -> Iterator[Metric]:
+def _connections(gauges: Mapping[str, float], sums: Mapping[str, float]) -> Iterator[Metric]:
     yield gauge(
         "xaiproxy_requests_in_flight",
-        "Requests that are being answered, without this one.",
+        "Requests to the API that are being answered.",
         (),
-        [(gauges["busy"] - own,)],
+        [(gauges["in_flight"],)],
     )
     yield gauge("xaiproxy_streams_open", "Open streams.", (), [(gauges["streams"],)])
     yield gauge("xaiproxy_websockets_open", "Open WebSockets.", (), [(gauges["websockets"],)])

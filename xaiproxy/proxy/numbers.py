@@ -85,7 +85,7 @@ class OwnNumbers:
                 "cpu_seconds": time.process_time(),
             },
             gauges={
-                "busy": server.busy,
+                "in_flight": server.in_flight(),
                 **server.open,
                 "connections": len(server.pool),
                 "connections_limit": server.connections,

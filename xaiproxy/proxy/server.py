@@ -89,6 +89,8 @@ class Server(pywsgi.WSGIServer):  # type: ignore[misc]  # gevent is untyped
         gevent.get_hub().NOT_ERROR += (NoDescriptor,)
         self.connections = connections
         self.busy = 0
+        # Those of `busy` that the application answers, such as one for `busy` itself.
+        self.pages = 0
         # Connections so far.
         self.accepted = 0
         self.on_end = on_end
@@ -196,6 +198,10 @@ class Server(pywsgi.WSGIServer):  # type: ignore[misc]  # gevent is untyped
             if self.full() and self._has_queue():
                 self._make_room()
         self._enforcing_limit = False
+
+    def in_flight(self) -> int:
+        """The requests to the API that are being answered."""
+        return self.busy - self.pages
 
     def is_reserve_in_use(self) -> bool:
         """Whether the next request is in the reserve, which is logged."""

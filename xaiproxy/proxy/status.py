@@ -48,8 +48,7 @@ class Status:
             **self._verdict(numbers, now),
             "token": self._token(now),
             "now": {
-                # Without the request for this.
-                "in_flight": gauges["busy"] - 1,
+                "in_flight": gauges["in_flight"],
                 "streams": gauges["streams"],
                 "websockets": gauges["websockets"],
                 "connections": gauges["connections"],

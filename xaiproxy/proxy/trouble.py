@@ -85,16 +85,13 @@ class Trouble:
         self._dropped = 0
         self._dropped_at = -math.inf
 
-    def is_saturated(self, own: int = 1) -> bool:
-        """Whether every connection has a request.
+    def is_saturated(self) -> bool:
+        """Whether every connection has a request to the API."""
+        return bool(self.server.in_flight() >= self.server.connections)
 
-        `own`: the requests among those of `server` that ask for this, 0 or 1, which do not count.
-        """
-        return bool(self.server.busy - own >= self.server.connections)
-
-    def sentence(self, own: int = 1) -> str:
+    def sentence(self) -> str:
         """The first trouble that there is, without a full stop; "" if there is none."""
-        if self.is_saturated(own):
+        if self.is_saturated():
             return (
                 f"all {self.server.connections} connections have a request, and further requests "
                 "get 503; raise XAI_PROXY_MAX_CONNECTIONS if that lasts"
