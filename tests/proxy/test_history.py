@@ -1,5 +1,6 @@
 """What the status page shows of the last hour and the day."""
 
+import json
 import time
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from xaiproxy import errors
 from xaiproxy.http1.request_record import RequestRecord
 from xaiproxy.proxy.history import History
+from xaiproxy.proxy.pace import Pace
 from xaiproxy.proxy.usage import Usage
 
 NOON = time.mktime((2026, 7, 1, 12, 0, 0, 0, 0, -1))
@@ -148,3 +150,21 @@ def test_the_last_rate_limits_are_kept_with_their_time():
         "tokens": {"limit": 50_000_000, "remaining": 48_000_000, "at": NOON + 1},
         "requests": {"limit": 7200, "remaining": 7199, "at": NOON},
     }
+
+
+def test_a_worker_whose_clock_was_ahead_does_not_hide_the_others():
+    """Its day has not begun yet, nor its rate limits been sent."""
+    tomorrow = NOON + 24 * 3600
+    ahead, right = History(), History()
+    for history, at, number in ((ahead, tomorrow, 1), (right, NOON, 2)):
+        history.add_usage(at, "grok-4.5", "alice", Usage("grok-4.5", number, 0, 0, 0))
+        history.set_rate_limit(at, "tokens", 50_000_000, number)
+    for order in ((ahead, right), (right, ahead)):
+        total = History()
+        for history in order:
+            total.add_plain(json.loads(json.dumps(history.plain())), Pace(), lambda: NOON)
+        assert [row["input"] for row in total.tokens_today(NOON)] == [2]
+        assert total.rate_limits()["tokens"]["remaining"] == 2
+    alone = History()
+    alone.add_plain(ahead.plain(), Pace(), lambda: NOON)
+    assert alone.rate_limits()["tokens"]["remaining"] == 1

@@ -7,7 +7,7 @@ import itertools
 import math
 import time
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from xaiproxy.http1.request_record import RequestRecord
@@ -173,19 +173,28 @@ class History:
             "rate_limits": self._rate_limits,
         }
 
-    def add_plain(self, plain: Mapping[str, Any], pace: Pace) -> None:
-        """Add what `plain` has returned in another process."""
+    def add_plain(
+        self, plain: Mapping[str, Any], pace: Pace, clock: Callable[[], float] = time.time
+    ) -> None:
+        """Add what `plain` has returned in another process.
+
+        If the clock was set back, that may have a day that has not begun, which is left out, and
+        rate limits with a time in the future, which any others replace.
+        """
+        now = clock()
         for number, minute in plain["minutes"].items():
             self._minutes.setdefault(int(number), Minute()).add_plain(minute)
             pace()
         begin, end = plain["day"]
-        if begin > self._day[0]:
+        if now >= begin > self._day[0]:
             self._day, self._tokens = (begin, end), {}
         if begin == self._day[0]:
             add_rows(self._tokens, plain["tokens"], pace)
         for kind, seen in plain["rate_limits"].items():
-            if kind not in self._rate_limits or seen["at"] > self._rate_limits[kind]["at"]:
-                self._rate_limits[kind] = seen
+            known = self._rate_limits.setdefault(kind, seen)
+            self._rate_limits[kind] = max(
+                known, seen, key=lambda one: (one["at"] <= now, one["at"])
+            )
 
 
 def _day(at: float) -> tuple[float, float]:
