@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import gzip
+import json
 import os
 import random
 import time
@@ -21,10 +22,11 @@ from xaiproxy import client_keys, config, errors
 from xaiproxy.http1 import response_head
 from xaiproxy.http1.pool import Pool
 from xaiproxy.http1.request_record import RequestRecord
-from xaiproxy.proxy import access, app, forward, recorder, usage
+from xaiproxy.proxy import access, app, counters, forward, recorder, usage
 from xaiproxy.proxy.loop_lag import LoopLag
 from xaiproxy.proxy.metrics import Metrics
 from xaiproxy.proxy.numbers import OwnNumbers
+from xaiproxy.proxy.pace import Pace
 from xaiproxy.proxy.recorder import Recorder
 from xaiproxy.proxy.server import Server
 from xaiproxy.proxy.trouble import Trouble
@@ -151,6 +153,48 @@ def test_metrics_and_history_are_counted_together() -> None:
     assert dict(requests) == {(200, "alice"): 1, (502, ""): 1}
     assert dict(counting.counters.routes["own"].requests) == {(200, ""): 1}
     assert counting.counters.upstream_errors["timeout"] == 1
+
+
+def test_a_successor_has_room_for_as_many_keys() -> None:
+    """Requests without a key, and those of further keys, take none of it."""
+    former = Recorder()
+    for key in (None, counters.OTHER, *map(str, range(counters.KEYS)), "further"):
+        former.add(record(key=key))
+    former.fold()
+    successor = Recorder()
+    plain = json.loads(json.dumps([former.counters.plain(), former.history.plain()]))
+    successor.add_former(*plain)
+    last = str(counters.KEYS - 1)
+    for key in (last, "further"):
+        successor.add(record(key=key))
+    successor.fold()
+    requests = successor.counters.routes["chat"].requests
+    assert (requests[200, last], requests[200, counters.OTHER]) == (2, 3)
+
+
+def test_the_sum_of_workers_has_no_more_names_than_one() -> None:
+    """Whichever of them adds it up. The further names are counted as one."""
+    workers = [counters.Counters() for _ in range(2)]
+    for number, one in enumerate(workers):
+        for name in range(number * 60, number * 60 + counters.KEYS):
+            one.routes["chat"].requests[200, f"{name:03}"] += 1
+            one.add_usage(f"m-{name % 80:03}", f"{name:03}", usage.Usage("", 1, 0, 1, 0))
+    workers[0].routes["chat"].requests[200, ""] += 1
+    sums = []
+    for order in (workers, workers[::-1]):
+        total = counters.Counters()
+        for one in order:
+            total.add_plain(one.plain(), Pace())
+        total.limit_names(Pace())
+        sums.append(total)
+    assert sums[0].routes["chat"].requests == sums[1].routes["chat"].requests
+    assert sums[0].tokens == sums[1].tokens
+    keys = {key for _, key in sums[0].routes["chat"].requests}
+    assert keys == {"", counters.OTHER, *(f"{name:03}" for name in range(counters.KEYS))}
+    assert {key for _, key in sums[0].tokens} == keys - {""}
+    assert len({model for model, _ in sums[0].tokens}) == counters.MODELS + 1
+    assert sum(sums[0].routes["chat"].requests.values()) == 2 * counters.KEYS + 1
+    assert sum(one[0] for one in sums[0].tokens.values()) == 2 * counters.KEYS
 
 
 def test_a_request_in_the_drain() -> None:

@@ -29,6 +29,7 @@ from scraped import Scraped, until
 from xaiproxy import restart_command
 from xaiproxy.inherited_socket import is_listening
 from xaiproxy.proxy import paced_json
+from xaiproxy.proxy.counters import KEYS, RouteCounters
 from xaiproxy.proxy.numbers import Numbers
 from xaiproxy.proxy.pace import Pace
 from xaiproxy.proxy.usage import Usage
@@ -288,6 +289,22 @@ def test_a_broken_file_of_a_sibling_is_ignored(start, tmp_path, listener, conten
     [path] = (tmp_path / "run").glob("*-0.json")
     path.with_name(path.name.replace("-0.", "-1.")).write_bytes(content)
     assert Scraped(proxy)("xaiproxy_workers") == 1
+
+
+def test_the_keys_of_all_workers_are_limited_as_those_of_one(start, tmp_path):
+    proxy = start(0)
+    Scraped(proxy)
+    [path] = (tmp_path / "run").glob("*-0.json")
+    first, second = path.read_text().splitlines()
+    chat, numbers = RouteCounters(), json.loads(second)
+    for key in range(KEYS + 50):
+        chat.requests[200, f"key-{key:03}"] = 1
+    numbers["counters"]["routes"]["chat"] = chat.plain()
+    sibling = path.with_name(path.name.replace("-0.", "-1."))
+    sibling.write_text(f"{first}\n{json.dumps(numbers)}\n")
+    scraped = Scraped(proxy)
+    assert scraped("xaiproxy_requests_total", route="chat", key="other") == 50
+    assert scraped("xaiproxy_requests_total", route="chat") == KEYS + 50
 
 
 def test_where_nothing_can_be_written_each_worker_shows_its_own_numbers(start, tmp_path):

@@ -40,12 +40,16 @@ class Histogram:
         self.counts = [own + other for own, other in zip(self.counts, counts, strict=True)]
 
 
+# Values of a label that its limit does not count: without a client key, and of the further ones.
+UNCOUNTED = frozenset(("", OTHER))
+
+
 class Names:
     """The first `limit` values of a label; later ones become OTHER."""
 
     def __init__(self, limit: int):
-        self._limit = limit
-        self._known: set[str] = set()
+        self._limit = limit + len(UNCOUNTED)
+        self._known = set(UNCOUNTED)
 
     def bounded(self, name: str) -> str:
         if name not in self._known:
@@ -158,6 +162,35 @@ class Counters:
         add_rows(self.tokens, plain["tokens"], pace)
         for name in NUMBERS:
             add_numbers(getattr(self, name), plain[name])
+
+    def limit_names(self, pace: Pace) -> None:
+        """Make OTHER of the keys and models above KEYS and MODELS, as a sum of workers may have."""
+        all_keys: set[str] = set()
+        for counted in self.routes.values():
+            all_keys.update(key for _, key in counted.requests)
+            pace()
+        keys = _excess(all_keys, KEYS)
+        models = _excess({model for model, _ in self.tokens}, MODELS)
+        if not (keys or models):
+            return
+        for counted in self.routes.values():
+            requests, counted.requests = counted.requests, defaultdict(int)
+            for (status, key), number in requests.items():
+                counted.requests[status, OTHER if key in keys else key] += number
+                pace()
+        tokens, self.tokens = self.tokens, {}
+        for (model, key), sums in tokens.items():
+            names = OTHER if model in models else model, OTHER if key in keys else key
+            add_rows(self.tokens, [[*names, sums]], pace)
+
+
+def _excess(names: set[str], limit: int) -> set[str]:
+    """The names after the first `limit` in alphabetical order.
+
+    So all workers that add up the same numbers show the same. As names are added, no other one
+    comes back, so the counters of OTHER do not fall.
+    """
+    return set(sorted(names - UNCOUNTED)[limit:])
 
 
 # The attributes of Counters that are dicts of numbers by names.

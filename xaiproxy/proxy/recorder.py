@@ -88,7 +88,7 @@ class Recorder:
         if record.path in request_log.HEALTH_CHECKS:
             return
         route = routes.of(record.path)
-        key = self._keys.bounded(record.key) if record.key else ""
+        key = self._keys.bounded(record.key or "")
         self.counters.add(record, route, key)
         if route != "own":
             self.history.add(record)

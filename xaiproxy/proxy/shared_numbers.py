@@ -94,6 +94,7 @@ class SharedNumbers:
                 if is_sibling and plain["running"] and _is_running(plain["pid"]):
                     _add_running(total, plain)
                 pace()
+        total.counters.limit_names(pace)
         return total
 
     def run(self) -> None:
