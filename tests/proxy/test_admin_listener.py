@@ -208,6 +208,22 @@ def test_an_address_that_is_not_available_is_named_with_its_setting() -> None:
             assert "XAI_PROXY_ADMIN_BIND" in str(caught.value)
 
 
+def test_a_request_that_has_begun_at_the_end_is_answered(tmp_path: Path) -> None:
+    """The end does not wait for idle connections."""
+    with ProxyProcess(tmp_path, admin_bind="127.0.0.1:0") as proxy:
+        port = port_of(proxy)
+        with Client(port) as client, Client(port) as idle:
+            client.send(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n")
+            # Connections are accepted in their order.
+            assert idle.ask("GET", "/healthz").status == 200
+            proxy.terminate()
+            assert idle.closed_within()
+            client.send(b"\r\n")
+            assert client.message().status == 200
+            assert client.closed_within()
+        assert proxy.wait() == 0
+
+
 def test_a_process_without_descriptors_gives_up_an_idle_connection_for_it(
     tmp_path: Path,
 ) -> None:

@@ -289,14 +289,14 @@ def run(
         signals.drain.wait(settings.drain_delay)
     if admin is not None and workers > 1:
         # A drain may be long, and from here on the siblings answer all health checks.
-        admin.stop(timeout=0)
+        admin.end()
     gevent.killall(watchers)
     if isinstance(listener, SocketFile):
         # From here on no connection is lost: those that wait in the kernel are served.
         listener.remove()
     server.drain(signals.abort)
     if admin is not None:
-        admin.stop(timeout=0)
+        admin.end()
     sweeper.kill()
     recording.kill()
     key_uses.save_last()

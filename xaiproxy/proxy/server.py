@@ -277,6 +277,14 @@ class AdminServer(Server):
         )
         self.main = main
 
+    def end(self) -> None:
+        """Stop accepting, and answer the requests of open connections. May be called twice."""
+        self.stopping = True
+        self.close()
+        for sock in self.idle:
+            _end_unless_readable(sock)
+        self.stop(HEAD_TIMEOUT)
+
     def end_one_idle(self) -> None:
         super().end_one_idle()
         self.main.end_one_idle()
