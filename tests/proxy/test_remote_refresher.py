@@ -15,7 +15,12 @@ from proxy_process import Client, ProxyProcess
 from scripted_upstream import ScriptedUpstream
 
 from xaiproxy import config, tokens
-from xaiproxy.proxy.remote_refresher import ASKED_TIME, RETRY_INTERVAL, RemoteRefresher
+from xaiproxy.proxy.remote_refresher import (
+    ASKED_TIME,
+    RETRY_INTERVAL,
+    TRIAL_INTERVAL,
+    RemoteRefresher,
+)
 
 REFUSED = b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 2\r\n\r\nno"
 ACCEPTED = b"HTTP/1.1 202 Accepted\r\nContent-Length: 0\r\n\r\n"
@@ -86,7 +91,10 @@ def test_a_refused_token_is_reported_and_waited_for(start, upstream, remote):
         assert not any("old" in value for _, value in report.fields)
         report.answer(ACCEPTED)
         assert_unavailable(client.message())
-    # Further requests do not reach upstream, and the proxy stays in the Service.
+    # One more request reaches upstream, and the proxy stays in the Service.
+    with proxy.client() as client:
+        refuse(client, upstream)
+        assert_unavailable(client.message())
     assert_unavailable(proxy.ask())
     assert upstream.quiet() and remote.quiet()
     status, members = ready(proxy)
@@ -104,6 +112,24 @@ def test_a_refused_token_is_reported_and_waited_for(start, upstream, remote):
     assert ready(proxy) == (200, {"status": "ready", "reason": "signed in"})
     proxy.wait_for_log(lambda line: "requests can be served again" in line["message"])
     assert logged(proxy, ASKED) == 1
+
+
+def test_a_refusal_of_one_request_does_not_refuse_the_others(start, upstream, remote):
+    """Also upstream's 401 for another cause looks like a refused token."""
+    proxy = start(remote.origin)
+    with proxy.client() as client:
+        refuse(client, upstream)
+        remote.receive().answer(ACCEPTED)
+        assert_unavailable(client.message())
+        for _ in range(2):
+            client.request()
+            upstream.receive().answer()
+            assert client.message().status == 200
+        # Such requests get upstream's response then, without another report.
+        refuse(client, upstream)
+        assert client.message().status == 401
+    assert ready(proxy) == (200, {"status": "ready", "reason": "signed in"})
+    assert remote.quiet() and logged(proxy, ASKED) == 1
 
 
 def test_many_refused_requests_make_one_report(start, upstream, remote):
@@ -241,7 +267,17 @@ def test_the_wait_for_a_token_ends_and_the_refresher_is_asked_again(remote):
     now += ASKED_TIME - 1
     # Without another report.
     assert asking.ask(login) and asking.is_asked(login)
+    assert asking.is_trial() and not asking.is_trial()
+    now += TRIAL_INTERVAL
+    assert asking.is_trial() and not asking.is_trial()
+    now -= TRIAL_INTERVAL
     assert not asking.is_asked(tokens.Login("new", 1e10))
     now += 1
     assert not asking.is_asked(login)
+    assert is_accepted() and asking.is_asked(login)
+    # A token that the API accepts is none to ask about, for a while.
+    asking.accepted(login)
+    now += ASKED_TIME - 1
+    assert not asking.is_asked(login) and not asking.ask(login)
+    now += 1
     assert is_accepted() and asking.is_asked(login)

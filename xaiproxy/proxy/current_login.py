@@ -54,8 +54,11 @@ class CurrentLogin:
         while True:
             login, now = _login_by(self._store.last_known), time.time()
             if login.expires_at > now:
-                if self._remote is not None and self._remote.is_asked(login):
-                    raise _replacement_pending(login)
+                remote = self._remote
+                if remote is not None and remote.is_asked(login):
+                    pending = _replacement_pending(login)
+                    if not remote.is_trial():
+                        raise pending
                 return login
             refresher = refresher or RefresherPresence(self._store)
             self._check_renewable(login, now, refresher)
@@ -135,13 +138,21 @@ class CurrentLogin:
         """Record for /readyz that upstream refuses this login, which nothing here can replace.
 
         If a refresher on another machine is asked to replace it, /readyz stays as it is, and
-        TokenUnavailable is raised. Raises LoginRequired when the login has ended.
+        TokenUnavailable is raised. If upstream has accepted it since, it has refused the request.
+        Raises LoginRequired when the login has ended.
         """
         if login.refresh_token is None and self._remote is not None:
             _check_ended(login.refresh_error)
             if self._remote.ask(login):
                 raise _replacement_pending(login)
+            if self._remote.has_accepted(login):
+                return
         self._store.remember_refusal(login.access_token)
+
+    def accepted(self, login: tokens.Login) -> None:
+        """Record that upstream has accepted this login, after it seemed to refuse one."""
+        if self._remote is not None:
+            self._remote.accepted(login)
 
     def is_replacement_pending(self) -> bool:
         """Whether requests get 503 until a token comes from a refresher on another machine."""
@@ -168,7 +179,10 @@ class CurrentLogin:
 
 
 def _replacement_pending(login: tokens.Login) -> errors.ErrorResponse:
-    """The response while another access token is on its way from another machine."""
+    """The response while another access token is on its way from another machine.
+
+    Raises LoginRequired if the login has ended.
+    """
     _check_ended(login.refresh_error)
     return errors.TokenUnavailable(
         f"the API refuses the access token, and another one was asked for: it is expected within "

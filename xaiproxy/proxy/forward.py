@@ -117,12 +117,14 @@ class Proxy:
                 if newer is not None and body.replayable:
                     request.token_refused = "replayed"
                     sent.close()
-                    sent = self._send(request, newer)
+                    login = newer
+                    sent = self._send(request, login)
                     if is_refused_token(sent, self._of_xai):
-                        self._login.refused(newer)
+                        self._login.refused(login)
                         request.token_refused = "passed_on"
             if sent.head.status < 400 and (self._store.refused or self._outage.lasts):
                 self._store.withdraw(time.time())
+                self._login.accepted(login)
                 self._outage.end()
             body.forget()
             text = self._head_text(sent.head, sent.length, request.head)

@@ -2,7 +2,9 @@
 
 The request has the SHA-256 of the token alone. The new token does not come in the response, but
 with the next version of the token file, which can take more than a minute (a kubelet: 74 to 78 s).
-Until then, requests would only be refused again, so they are not sent.
+Until then, requests would only be refused again, so they are not sent, except one every
+TRIAL_INTERVAL: the API may have refused the request and not the token, and if it accepts another
+one, all are sent again.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from xaiproxy.http1.dialler import Dialler, TooLate
 logger = logging.getLogger(__name__)
 
 ASKED_TIME = 120.0  # seconds for which requests wait for the new token
+TRIAL_INTERVAL = 5.0  # seconds between two requests that are sent all the same
 DEADLINE = 2.0  # seconds for the request to the refresher
 # Seconds after a failure in which the refresher is not asked again, so that it delays no request.
 RETRY_INTERVAL = 10.0
@@ -45,7 +48,7 @@ class RemoteRefresher:
         # One request for all greenlets whose token is refused at the same time.
         self._asking = gevent.lock.Semaphore()
         self._token = ""
-        self._token_until = self._not_before = -math.inf
+        self._token_until = self._trial_at = self._accepted_until = self._not_before = -math.inf
         # The failure that was logged last.
         self._logged = ""
 
@@ -53,12 +56,30 @@ class RemoteRefresher:
         """Whether the refresher was asked to replace this token, at most ASKED_TIME ago."""
         return login.access_token == self._token and self._clock() < self._token_until
 
+    def is_trial(self) -> bool:
+        """Whether the next request is to be sent all the same; then the later ones are not."""
+        now = self._clock()
+        if now < self._trial_at:
+            return False
+        self._trial_at = now + TRIAL_INTERVAL
+        return True
+
+    def accepted(self, login: tokens.Login) -> None:
+        """The API has accepted a request with this token."""
+        if self.is_asked(login):
+            self._token_until, self._accepted_until = -math.inf, self._clock() + ASKED_TIME
+            logger.info("the API accepts the access token, and refused a request of another cause")
+
+    def has_accepted(self, login: tokens.Login) -> bool:
+        """Whether the API has accepted this token after a refusal, at most ASKED_TIME ago."""
+        return login.access_token == self._token and self._clock() < self._accepted_until
+
     def ask(self, login: tokens.Login) -> bool:
         """Ask the refresher to replace this token; return whether it has been asked."""
         with self._asking:
             if self.is_asked(login):
                 return True
-            if self._clock() < self._not_before:
+            if self.has_accepted(login) or self._clock() < self._not_before:
                 return False
             failure = self._post(tokens.fingerprint(login.access_token))
             if failure:
@@ -70,7 +91,9 @@ class RemoteRefresher:
                         failure,
                     )
             else:
-                self._token, self._token_until = login.access_token, self._clock() + ASKED_TIME
+                now = self._clock()
+                self._token, self._token_until = login.access_token, now + ASKED_TIME
+                self._trial_at, self._accepted_until = now, -math.inf
                 logger.info("asked the refresher at %s for another access token", self._url)
             self._logged = failure
             return not failure
