@@ -1,4 +1,4 @@
-"""conf/kubernetes: what is rendered is valid, and avoids traps that end a login or a pod.
+"""conf/kubernetes/sidecar: what is rendered is valid, and avoids traps that end a login or a pod.
 
 Each assertion has its reason. No API server is asked: kubernetes-validate has the schemas of
 releases, and --strict refuses unknown fields, which an API server would drop.
@@ -11,33 +11,19 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from checkout import ROOT
+from manifests import RELEASES, rendered, settings, validate
 from sandbox import until
-
-from xaiproxy import config
 
 pytest.importorskip("kubernetes_validate")
 
 SIDECAR = ROOT / "conf/kubernetes/sidecar"
-TOOLS = Path(sys.executable).parent
-# The first release with native sidecars, and the newest that the tool knows.
-RELEASES = ("1.29", "1.37")
 # Seconds of a termination for a refresh in progress and the end of the agent.
 REST = 60
-
-
-def rendered(folder: Path) -> list[dict[str, Any]]:
-    done = subprocess.run(
-        [TOOLS / "kubectl", "kustomize", folder], capture_output=True, text=True, timeout=60
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    return list(yaml.safe_load_all(done.stdout))
 
 
 def with_seed(folder: Path) -> Path:
@@ -87,21 +73,9 @@ def sidecar(pod: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def environ(container: dict[str, Any]) -> dict[str, str]:
-    return {each["name"]: each["value"] for each in container.get("env", [])}
-
-
-def settings(container: dict[str, Any]) -> config.Config:
-    return config.from_environ(environ(container), dotenv_path=os.devnull)
-
-
 @pytest.mark.parametrize("release", RELEASES)
 def test_no_field_is_unknown(objects: list[dict[str, Any]], release: str, tmp_path: Path) -> None:
-    file = tmp_path / "rendered.yaml"
-    file.write_text(yaml.safe_dump_all(objects))
-    command = [TOOLS / "kubernetes-validate", "--strict", "-k", release, file]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stdout + done.stderr
+    validate(objects, release, tmp_path)
 
 
 def test_it_is_a_native_sidecar(sidecar: dict[str, Any], pod: dict[str, Any]) -> None:
