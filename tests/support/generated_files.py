@@ -2,7 +2,7 @@
 
 conf/xaiproxy.env.example has all settings. Those of conf/share are made from the parsers of the
 commands: completions for shells, and man pages. The wheel installs them into share/ of its
-environment.
+environment. The alerts for the Prometheus operator are those of conf/prometheus.
 """
 
 from __future__ import annotations
@@ -27,6 +27,15 @@ COMPLETIONS = {
     "zsh": f"{SHARE}/zsh/site-functions/_{{}}",
     "fish": f"{SHARE}/fish/vendor_completions.d/{{}}.fish",
 }
+ALERTS = "conf/kubernetes/shared/prometheusrule/alerts.yaml"
+PROMETHEUS_RULE = """\
+# Made from conf/prometheus/rules.yml by bin/generate.
+apiVersion: monitoring.coreos.com/v1
+kind: PrometheusRule
+metadata:
+  name: xaiproxy
+spec:
+"""
 MAN_PAGE = f"{SHARE}/man/man1/{{}}.1"
 # By metavar; a client is one of choices.
 COMPLETERS = {"FILE": shtab.FILE, "DIR": shtab.DIRECTORY}
@@ -48,13 +57,19 @@ def parsers() -> list[command.ArgumentParser]:
 
 def texts() -> dict[str, str]:
     """Return what each file has to contain, by its path in the checkout."""
-    made = {"conf/xaiproxy.env.example": config.example()}
+    made = {"conf/xaiproxy.env.example": config.example(), ALERTS: prometheus_rule()}
     for parser in parsers():
         made[MAN_PAGE.format(parser.prog)] = man_page(parser)
         complete_arguments(parser)
         for shell, path in COMPLETIONS.items():
             made[path.format(parser.prog)] = shtab.complete(parser, shell) + "\n"
     return made
+
+
+def prometheus_rule() -> str:
+    """Return the alerts as an object of the Prometheus operator."""
+    _, start, groups = (ROOT / "conf/prometheus/rules.yml").read_text().partition("groups:\n")
+    return PROMETHEUS_RULE + textwrap.indent(start + groups, "  ")
 
 
 def man_page(parser: command.ArgumentParser) -> str:
