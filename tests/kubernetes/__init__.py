@@ -1,4 +1,4 @@
-"""The play: the sidecar's manifests in real pods. bin/kubernetes-check --help describes it."""
+"""The play: the manifests of conf/kubernetes in real pods. bin/kubernetes-check --help describes it."""
 
 import pathlib
 import sys

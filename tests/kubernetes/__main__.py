@@ -1,9 +1,9 @@
-"""Play the manifests of the sidecar through in real pods.
+"""Play the manifests of the sidecar and of the shared login in real pods.
 
-The pods run in a real kubelet of Kubernetes 1.20, which has no native
-sidecars: tests/kubernetes/manifest.py lists what is changed for it. The volume
-is a real one, and a simulated xAI is the issuer. The login must survive each
-step, and a line is printed for each.
+The pods run in a real kubelet of Kubernetes 1.20, which has neither native
+sidecars nor controllers: tests/kubernetes/manifest.py and shared_manifest.py
+list what is changed for it. The volumes are real ones, and a simulated xAI is
+the issuer. The login must survive each step, and a line is printed for each.
 
 KUBE is a folder with three programs: `up DIR` starts an API server and prints
 its address, `node DIR IMAGE` starts a kubelet, and `down DIR` ends both. IMAGE
@@ -27,8 +27,8 @@ from xaiproxy import command, errors
 from . import play
 
 EXAMPLES = """\
-  bin/kubernetes-check KUBE image.tar                  all; ten minutes
-  bin/kubernetes-check KUBE image.tar --only memory    steps by name
+  bin/kubernetes-check KUBE image.tar                  all; twenty minutes
+  bin/kubernetes-check KUBE image.tar --only shared    steps by name
 """
 NOT_ROOT = 77  # EX_NOPERM of sysexits.h
 

@@ -49,7 +49,8 @@ class Cluster:
             self.__exit__()
             raise
         environ = dict(line.split("=", 1) for line in shlex.split(settings))
-        self._url = environ["KUBE_URL"]
+        self.url = environ["KUBE_URL"]
+        self.ca = pathlib.Path(environ["KUBE_CA"])
         self._session = requests.Session()
         self._session.trust_env = False
         self._session.verify = environ["KUBE_CA"]
@@ -71,7 +72,7 @@ class Cluster:
         """The object in the response, or None if it is 404."""
         answer = self._session.request(
             method,
-            self._url + path,
+            self.url + path,
             data=None if body is None else json.dumps(body),
             headers={"Content-Type": kind},
             timeout=30,
@@ -105,9 +106,9 @@ class Cluster:
         for path in (f"{VOLUMES}/{name}", f"{CLAIMS}/{created['name']}"):
             self.ask("PATCH", f"{path}/status", bound, MERGE)
 
-    def create(self, manifest: dict[str, Any]) -> Pod:
+    def create(self, manifest: dict[str, Any], container: str = "xaiproxy") -> Pod:
         self.ask("POST", PODS, manifest)
-        return Pod(self, manifest["metadata"]["name"])
+        return Pod(self, manifest["metadata"]["name"], container)
 
     def tasks(self) -> Iterator[tuple[str, int]]:
         """The identity and the first process of each running container."""
@@ -122,10 +123,13 @@ class Cluster:
 
 
 class Pod:
-    def __init__(self, cluster: Cluster, name: str):
+    """`container`: the one of the proxy, or of the refresher."""
+
+    def __init__(self, cluster: Cluster, name: str, container: str):
         self._cluster = cluster
         self.name = name
-        self._uid: str = cluster.ask("GET", f"{PODS}/{name}")["metadata"]["uid"]
+        self._container = container
+        self.uid: str = cluster.ask("GET", f"{PODS}/{name}")["metadata"]["uid"]
         self._commands = 0
 
     def status(self) -> dict[str, Any]:
@@ -147,18 +151,23 @@ class Pod:
             raise AssertionError(f"{error}: {self.status()}\n{self.log()}") from None
 
     def proxy(self) -> dict[str, Any]:
-        (found,) = (each for each in self.containers() if each["name"] == "xaiproxy")
+        """The status of the container."""
+        (found,) = (each for each in self.containers() if each["name"] == self._container)
         return found
+
+    def file(self, path: str) -> pathlib.Path:
+        """A file of the container, as this machine sees it."""
+        return pathlib.Path(f"/proc/{self.pid()}/root{path}")
 
     def identity(self) -> str:
         return str(self.proxy()["containerID"]).removeprefix("containerd://")
 
     def pid(self) -> int:
-        """The first process of the proxy's container."""
+        """The first process of the container."""
         return dict(self._cluster.tasks())[self.identity()]
 
     def processes(self) -> dict[int, str]:
-        """The processes of the proxy's container, and their command lines."""
+        """The processes of the container, and their command lines."""
         found = {}
         for pid in [self.pid(), *descendants(self.pid())]:
             line = pathlib.Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ")
@@ -169,15 +178,16 @@ class Pod:
         (found,) = (pid for pid, line in self.processes().items() if name in line)
         return found
 
-    def log(self, container: str = "xaiproxy") -> str:
-        folder = pathlib.Path("/var/log/pods") / f"default_{self.name}_{self._uid}" / container
+    def log(self, container: str = "") -> str:
+        pods = pathlib.Path("/var/log/pods")
+        folder = pods / f"default_{self.name}_{self.uid}" / (container or self._container)
         return "".join(path.read_text() for path in sorted(folder.glob("*.log")))
 
     def wait_for_log(self, text: str, seconds: float = START) -> None:
         wait(lambda: text in self.log(), seconds, f"{text!r} in the log")
 
     def execute(self, *command: str) -> subprocess.CompletedProcess[str]:
-        """Run a command in the proxy's container, as its user."""
+        """Run a command in the container, as its user."""
         self._commands += 1
         name = f"command-{self._commands}"
         return self._cluster.ctr("tasks", "exec", "--exec-id", name, self.identity(), *command)

@@ -17,13 +17,21 @@ TIMEOUT = 60  # seconds
 PAUSE = 0.01
 
 
-def ask(port: int, path: str = "/v1/models") -> int:
-    """Send a request on a connection of its own. Return the status."""
+def fields(key: str) -> dict[str, str]:
+    """The header fields of a client key, or none."""
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def get(port: int, path: str, key: str = "") -> tuple[int, bytes]:
+    """Send a request on a connection of its own. Return the status and the body."""
     with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT)) as one:
-        one.request("GET", path)
+        one.request("GET", path, headers=fields(key))
         answer = one.getresponse()
-        answer.read()
-        return answer.status
+        return answer.status, answer.read()
+
+
+def ask(port: int, path: str = "/v1/models", key: str = "") -> int:
+    return get(port, path, key)[0]
 
 
 def post(port: int, path: str, body: dict[str, object]) -> tuple[int, bytes]:
@@ -40,8 +48,10 @@ class Newcomers:
     `outcomes`: number of requests by outcome: ok, refused, cut, or a status
     """
 
-    def __init__(self, port: int, clients: int):
+    def __init__(self, port: int, clients: int, key: str = "", pause: float = PAUSE):
         self._port = port
+        self._key = key
+        self._pause = pause
         self.outcomes: collections.Counter[str] = collections.Counter()
         self._enough = threading.Event()
         self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(clients)]
@@ -51,11 +61,11 @@ class Newcomers:
     def _run(self) -> None:
         while not self._enough.is_set():
             self.outcomes[self._outcome()] += 1
-            time.sleep(PAUSE)
+            time.sleep(self._pause)
 
     def _outcome(self) -> str:
         try:
-            status = ask(self._port)
+            status = ask(self._port, key=self._key)
         except ConnectionRefusedError:
             return "refused"
         except (OSError, http.client.HTTPException):
@@ -71,8 +81,9 @@ class Newcomers:
 class Streams:
     """Open streams, read by one thread each. `complete`: the number that came to their end."""
 
-    def __init__(self, port: int, number: int):
+    def __init__(self, port: int, number: int, key: str = ""):
         self._port = port
+        self._fields = {"Content-Type": "application/json", **fields(key)}
         self.begun = 0
         self.complete = 0
         self._lock = threading.Lock()
@@ -85,8 +96,10 @@ class Streams:
         with contextlib.closing(
             http.client.HTTPConnection("127.0.0.1", self._port, timeout=TIMEOUT)
         ) as one:
-            one.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
+            one.request("POST", "/v1/chat/completions", body, self._fields)
             answer = one.getresponse()
+            if answer.status != 200:
+                return
             start = answer.read1()
             with self._lock:
                 self.begun += 1

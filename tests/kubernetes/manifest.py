@@ -39,43 +39,67 @@ def rendered(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
 def adapted(
     deployment: dict[str, Any], name: str, ports: tuple[int, int], environ: dict[str, str]
 ) -> dict[str, Any]:
-    """The pod of the deployment's template, for this cluster.
+    """The pod of the sidecar's template, for this cluster.
 
     `ports`: of the API and of the admin listener
     `environ`: further variables of the proxy
     """
-    template = copy.deepcopy(deployment["spec"]["template"])
-    spec = template["spec"]
-    # There is no Deployment controller: the play deletes a pod before it creates the next one, as
-    # `strategy: Recreate` does.
-    pod = {
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": {"name": name, **template["metadata"]},
-        "spec": spec,
-    }
+    pod = on_node(deployment, name)
+    spec = pod["spec"]
     # There are no native sidecars: the proxy is an ordinary container, which starts beside the
     # agent, and gets SIGTERM with it and not after it.
     *others, proxy = spec["initContainers"]
     del proxy["restartPolicy"]
     spec["initContainers"] = others
     spec["containers"].insert(0, proxy)
-    # There is no registry; the agent's command is run in the proxy's image, which has a shell.
-    for container in [*others, *spec["containers"]]:
+    port, admin = ports
+    add_environ(
+        proxy,
+        {
+            **environ,
+            "XAI_PROXY_PORT": str(port),
+            "XAI_PROXY_ADMIN_BIND": f"127.0.0.1:{admin}",
+        },
+    )
+    listen(proxy, {"admin": admin})
+    return pod
+
+
+def on_node(owner: dict[str, Any], name: str) -> dict[str, Any]:
+    """A pod of the template of a Deployment or StatefulSet, which has no controller here: the play
+    deletes a pod before it creates the next one, as both of them do.
+    """
+    template = copy.deepcopy(owner["spec"]["template"])
+    spec = template["spec"]
+    # There is no registry; an agent's command is run in the proxy's image, which has a shell.
+    for container in [*spec.get("initContainers", []), *spec["containers"]]:
         container.update(image=IMAGE, imagePullPolicy="Never")
     # There is no scheduler.
     spec["nodeName"] = "node"
     spec["tolerations"] = [{"operator": "Exists"}]
-    # There is no pod network. On that of the machine the usual ports may be in use.
+    # There is no pod network.
     spec["hostNetwork"] = True
-    port, admin = ports
-    settings = {each["name"]: each["value"] for each in proxy["env"]}
-    settings.update(environ, XAI_PROXY_PORT=str(port), XAI_PROXY_ADMIN_BIND=f"127.0.0.1:{admin}")
-    proxy["env"] = [{"name": name, "value": value} for name, value in settings.items()]
-    proxy["ports"][0]["containerPort"] = admin
-    for probe in ("startupProbe", "livenessProbe"):
-        proxy[probe]["httpGet"]["host"] = "127.0.0.1"
-    return pod
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": name, **template["metadata"]},
+        "spec": spec,
+    }
+
+
+def add_environ(container: dict[str, Any], environ: dict[str, str]) -> None:
+    """Set variables, in place of those with the same names."""
+    kept = [each for each in container["env"] if each["name"] not in environ]
+    container["env"] = kept + [{"name": name, "value": value} for name, value in environ.items()]
+
+
+def listen(container: dict[str, Any], ports: dict[str, int]) -> None:
+    """Change the numbers of ports: on the network of the machine the usual ones may be in use."""
+    for each in container["ports"]:
+        each["containerPort"] = ports.get(each["name"], each["containerPort"])
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        if probe in container:
+            container[probe]["httpGet"]["host"] = "127.0.0.1"
 
 
 def volume(folder: pathlib.Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from sandbox import Sandbox
 
-from . import load, manifest, memory
+from . import load, manifest, memory, shared_play
 from .cluster import SECRETS, Cluster, Pod, wait
 
 SEED = "agent-login-seed"
@@ -370,19 +370,32 @@ def play(
     report: Callable[[str, bool, str], None],
 ) -> None:
     with contextlib.ExitStack() as stack:
-        sandbox = stack.enter_context(
-            Sandbox(access_token_lifetime=LIFETIME, device_interval=1, auto_approve=0)
-        )
         (folder / "cluster").mkdir()
         cluster = stack.enter_context(Cluster(programs, folder / "cluster", image))
-        played = Play(cluster, sandbox, folder)
-        steps = played.steps()
-        if not re.search(only, steps[0][0]):
-            played.prepare()
-        for name, step in steps:
-            if not re.search(only, name):
-                continue
-            try:
-                report(name, True, step())
-            except (AssertionError, OSError) as error:
-                report(name, False, str(error))
+        sandbox = Sandbox(access_token_lifetime=LIFETIME, device_interval=1, auto_approve=0)
+        played = Play(cluster, stack.enter_context(sandbox), folder)
+        run(played.steps(), played.prepare, only, report)
+        played.end()
+        sandbox = Sandbox(
+            access_token_lifetime=shared_play.LIFETIME, device_interval=1, auto_approve=0
+        )
+        shared = shared_play.SharedPlay(cluster, stack.enter_context(sandbox), folder)
+        shared.apply()
+        run(shared.steps(), shared.prepare, only, report)
+
+
+def run(
+    steps: list[tuple[str, Callable[[], str]]],
+    prepare: Callable[[], None],
+    only: str,
+    report: Callable[[str, bool, str], None],
+) -> None:
+    """Run the steps whose names match `only`. `prepare`: in place of the first one."""
+    chosen = [(name, step) for name, step in steps if re.search(only, name)]
+    if chosen and chosen[0] != steps[0]:
+        prepare()
+    for name, step in chosen:
+        try:
+            report(name, True, step())
+        except (AssertionError, OSError) as error:
+            report(name, False, str(error))
