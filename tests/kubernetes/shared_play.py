@@ -137,9 +137,11 @@ class SharedPlay:
         clients = [
             load.Newcomers(port, 1, self._key, PAUSE) for port, _admin in self._proxies.values()
         ]
-        yield clients
-        for each in clients:
-            each.end()
+        try:
+            yield clients
+        finally:
+            for each in clients:
+                each.end()
 
     # The steps
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from xaiproxy import command
 
-from . import cluster, load, login, workers
+from . import cluster, load, login, proxies, workers
 from .processes import SIGNALS
 
 INTERRUPTED = 130
@@ -26,7 +26,13 @@ EXAMPLES = """\
   bin/soak --login 3    kill the programs of one login; eight minutes
   bin/soak --load 2     thousands of streams and clients; five minutes
   bin/soak --cluster 3  refreshers, a Secret and its proxies; five minutes
+  bin/soak --proxies    50 proxies with copies of a token; eleven minutes
   bin/soak --workers    replace and kill two workers; eight minutes
+"""
+# argparse puts a group on one line, however long.
+USAGE = """\
+bin/soak (--login | --load | --cluster | --proxies) [MIN]
+       bin/soak --workers [N]
 """
 
 
@@ -38,7 +44,7 @@ def minutes(text: str) -> float:
 
 
 def parser() -> argparse.ArgumentParser:
-    options = command.ArgumentParser(EXAMPLES, prog="bin/soak", description=__doc__)
+    options = command.ArgumentParser(EXAMPLES, prog="bin/soak", usage=USAGE, description=__doc__)
     what = options.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "--login", nargs="?", type=minutes, const=10.0, metavar="MIN", help=login.HELP
@@ -46,6 +52,9 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--load", nargs="?", type=minutes, const=5.0, metavar="MIN", help=load.HELP)
     what.add_argument(
         "--cluster", nargs="?", type=minutes, const=10.0, metavar="MIN", help=cluster.HELP
+    )
+    what.add_argument(
+        "--proxies", nargs="?", type=minutes, const=10.0, metavar="MIN", help=proxies.HELP
     )
     what.add_argument(
         "--workers",
@@ -80,6 +89,7 @@ def main() -> int:
                 (login.soak, options.login),
                 (cluster.soak, options.cluster),
                 (load.soak, options.load),
+                (proxies.soak, options.proxies),
             ):
                 if length:
                     return int(soak(pathlib.Path(folder), running, 60 * length))
