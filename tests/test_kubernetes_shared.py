@@ -513,7 +513,9 @@ def test_nothing_has_rights_that_it_does_not_need(refresher_pod: Object, proxy_p
 
 
 def test_memory_is_limited_and_cpu_is_not(refresher: Object, proxy: Object) -> None:
-    """A CPU limit delays every stream whenever it is reached. The autoscaler needs a request."""
+    """A CPU limit delays every stream whenever it is reached. Without requests, a full node gets
+    further pods.
+    """
     for container in (refresher, proxy):
         assert set(container["resources"]["limits"]) == {"memory"}
         assert set(container["resources"]["requests"]) == {"cpu", "memory"}
