@@ -317,7 +317,7 @@ class UpstreamUnreachable(ErrorResponse):
 class TokenUnavailable(ErrorResponse):
     """503: the access token has expired or is refused, and there is no new one yet.
 
-    `retry_after`: seconds, 1 to 10, or 30 for a token that comes from another machine
+    `retry_after`: seconds, 1 to 10, or more for a token that comes from another machine
     """
 
     status, code = 503, "token_unavailable"

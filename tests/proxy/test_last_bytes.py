@@ -240,8 +240,9 @@ def test_all_bytes_of_a_client_arrive_while_upstream_keeps_sending(
 
 def unread(proxy: ProxyProcess, client: Client) -> int:
     """Return the number of the client's bytes in the proxy's receive buffer, from proc(5)."""
-    ports = proxy.port, client.sock.getsockname()[1]
-    ends = r"[0-9A-F]{8}:%04X [0-9A-F]{8}:%04X [0-9A-F]{2} [0-9A-F]{8}:([0-9A-F]{8})" % ports
+    ours, theirs = proxy.port, client.sock.getsockname()[1]
+    state = "[0-9A-F]{2} [0-9A-F]{8}"
+    ends = f"[0-9A-F]{{8}}:{ours:04X} [0-9A-F]{{8}}:{theirs:04X} {state}:([0-9A-F]{{8}})"
     queue = re.search(ends, Path("/proc/net/tcp").read_text())
     assert queue is not None
     return int(queue[1], 16)

@@ -153,7 +153,7 @@ def test_a_pod_that_holds_nothing_serves_and_gets_through_a_refused_token(pod: P
 
     refused = pod.token()
     answer = pod.request(REFUSED)
-    assert (answer.status, answer.value("Retry-After")) == (503, "30")
+    assert (answer.status, answer.value("Retry-After")) == (503, "45")
     # Until the Secret that is mounted changes, and once another request has been refused.
     wait_until(lambda: refused not in pod.published.read_text())
     assert pod.request(REFUSED).status == 503

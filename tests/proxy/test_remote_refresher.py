@@ -69,7 +69,7 @@ def refuse(client: Client, upstream: ScriptedUpstream) -> None:
 def assert_unavailable(answer) -> None:
     assert answer.status == 503
     assert json.loads(answer.body)["error"]["code"] == "token_unavailable"
-    assert (answer.value("Retry-After"), answer.value("x-should-retry")) == ("30", "true")
+    assert (answer.value("Retry-After"), answer.value("x-should-retry")) == ("45", "true")
 
 
 def logged(proxy: ProxyProcess, text: str) -> int:

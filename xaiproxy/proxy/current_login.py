@@ -20,7 +20,9 @@ POLL_INTERVAL = 0.1  # seconds between two reads of tokens.json meanwhile
 # them.
 YOUNG = 120  # seconds
 YOUNG_PAUSE = 1.0  # seconds
-RETRY_AFTER = 30  # seconds, for a token that comes from another machine
+# Seconds, for a token that comes from another machine. A kubelet mounts it after 79 s at most, and
+# the OpenAI libraries retry twice.
+RETRY_AFTER = 45
 
 
 class RefresherPresence:

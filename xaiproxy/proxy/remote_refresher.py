@@ -1,7 +1,7 @@
 """XAI_PROXY_REFRESHER: the refresher on another machine, asked when upstream refuses the token.
 
 The request has the SHA-256 of the token alone. The new token does not come in the response, but
-with the next version of the token file, which can take more than a minute (a kubelet: 74 to 78 s).
+with the next version of the token file, which can take more than a minute (a kubelet: up to 79 s).
 Until then, requests would only be refused again, so they are not sent, except one every
 TRIAL_INTERVAL: the API may have refused the request and not the token, and if it accepts another
 one, all are sent again.
