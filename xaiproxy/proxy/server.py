@@ -35,8 +35,17 @@ HEAD_TIMEOUT = 1.0
 KEEPALIVE_MARGIN = 5
 # With the reserve, their file descriptors are among config.SPARE_DESCRIPTORS.
 ADMIN_CONNECTIONS = 8
+# Seconds for which a full worker leaves a new connection to those that have room.
+HEAD_START = 0.05
 # Seconds between two log lines about one shortage, which may come and go many times a second.
 WARNING_INTERVAL = 60.0
+
+
+class LeftToSiblings(Exception):
+    """A connection was not accepted, because another worker may have room for it.
+
+    gevent tries again after HEAD_START.
+    """
 
 
 class NoDescriptor(OSError):
@@ -85,8 +94,11 @@ class Server(pywsgi.WSGIServer):  # type: ignore[misc]  # gevent is untyped
                 "wsgi.multiprocess": shared,
             },
         )
-        # do_read logs it.
-        gevent.get_hub().NOT_ERROR += (NoDescriptor,)
+        # do_read logs the first one.
+        gevent.get_hub().NOT_ERROR += (NoDescriptor, LeftToSiblings)
+        self._shared = shared
+        # Whether connections wait that were left to the siblings.
+        self._siblings_are_full = False
         self.connections = connections
         self.busy = 0
         # Those of `busy` that the application answers, such as one for `busy` itself.
@@ -127,6 +139,10 @@ class Server(pywsgi.WSGIServer):  # type: ignore[misc]  # gevent is untyped
             self.open[kind] -= 1
 
     def do_read(self) -> Any:
+        if self._shared and len(self.pool) >= self.connections and not self._siblings_are_full:
+            # gevent doubles it each time.
+            self.delay = HEAD_START
+            raise LeftToSiblings
         try:
             accepted = super().do_read()
         except OSError as error:
@@ -149,7 +165,15 @@ class Server(pywsgi.WSGIServer):  # type: ignore[misc]  # gevent is untyped
         if self._is_short_of_descriptors and accepted:
             self._is_short_of_descriptors = False
             logger.info("connections are accepted again")
+        if self._siblings_are_full:
+            self._siblings_are_full = self._has_queue()
         return accepted
+
+    def _start_accepting_if_started(self, _event: object = None) -> None:
+        # gevent calls it after each pause.
+        if self.started:
+            self._siblings_are_full = self._shared and self._has_queue()
+        super()._start_accepting_if_started(_event)
 
     def end_one_idle(self) -> None:
         """End the connection that has been idle longest, for its file descriptor."""
