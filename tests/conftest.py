@@ -50,6 +50,8 @@ LONGEST = (
     "test_installation.py",
     "test_supervision.py",
     "test_restart_command.py",
+    "test_launch_command.py",
+    "test_other_issuer.py",
     "http1/test_handler.py",
     "proxy/test_cut_streams.py",
     "test_planted.py",

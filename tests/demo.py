@@ -28,6 +28,7 @@ from xaiproxy.style import BOLD, DIM, GREEN, style_of
 ROOT = Path(__file__).parents[1]
 TIMEOUT = 20.0  # seconds for a program to start
 CLIENTS = 4
+PAUSE = 0.05  # seconds between two requests of a client
 EVENTS, EVENTS_PER_SECOND = 80, 8
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
@@ -191,7 +192,7 @@ class Clients:
             thread.join()
 
     def _run(self) -> None:
-        while not self._enough.is_set():
+        while not self._enough.wait(PAUSE):
             self.statuses.append(ask(self._origin, "GET", "/v1/models")[0])
 
     @property
@@ -267,7 +268,7 @@ def stream(screen: Screen, origin: str, sandbox: str) -> None:
         5,
         "Stream",
         f"POST {origin}/v1/chat/completions",
-        f"a response of {seconds} seconds, while {CLIENTS} clients send requests without a pause "
+        f"a response of {seconds} seconds, while {CLIENTS} clients send further requests "
         "and tokens expire under them all",
     )
     ask(sandbox, "POST", "/_sandbox", {"events": EVENTS})
