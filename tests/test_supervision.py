@@ -521,7 +521,7 @@ def test_an_unread_stdout_blocks_no_request(tmp_path, sandbox):
                     assert client.ask("GET", "/v1/models").status == 200
 
         with futures.ThreadPoolExecutor(4) as pool:
-            list(pool.map(ask, [7] * 4))
+            list(pool.map(ask, [4] * 4))
         # supervisord dropped them, and the proxy's metrics and --status report it.
         with supervised.client(2) as client:
             metrics = client.ask("GET", "/metrics").body.decode()

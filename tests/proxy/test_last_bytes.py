@@ -253,6 +253,8 @@ def fill(proxy: ProxyProcess, client: Client) -> None:
 
     Then all bytes have left the client's kernel, so that a FIN can follow them.
     """
+    # Less than the buffers to upstream hold.
+    client.send(PATTERN * 32)
     while True:
         client.send(PATTERN)
         deadline = time.monotonic() + 0.5
