@@ -45,6 +45,7 @@ os.environ["SSL_CERT_FILE"] = str(ONE_CA)
 # the end.
 LONGEST = (
     "clients/test_files.py",
+    "login/test_command.py",
     "test_serve_command.py",
     "test_without_linux.py",
     "test_installation.py",
@@ -63,7 +64,6 @@ LONGEST = (
     "test_properties.py",
     "http1/test_relay.py",
     "http1/test_dead_paths.py",
-    "login/test_command.py",
     "proxy/test_slow_clients.py",
     "test_secrets.py",
     "test_log.py",
@@ -77,21 +77,21 @@ LONGEST = (
     "refresher/test_model.py",
     "proxy/test_last_bytes.py",
     "test_soak.py",
-    "login/test_doctor.py",
     "http1/test_dialler.py",
     "test_storage.py",
 )
 
 
 class Scheduling(LoadFileScheduling):
-    """Files run beside each other, but all of clients/ in one worker.
+    """Files run beside each other, but all of some folders in one worker.
 
-    The clients' libraries take seconds to import.
+    The libraries of clients, and the modules of programs that are forked, take seconds to import.
     """
 
     def _split_scope(self, nodeid: str) -> str:
-        scope = super()._split_scope(nodeid)
-        return "clients" if scope.startswith("tests/clients/") else scope
+        file = super()._split_scope(nodeid)
+        folder = str(Path(file).parent)
+        return folder if folder in ("tests/clients", "tests/login", "tests/oauth") else file
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Scheduling:

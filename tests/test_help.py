@@ -1,13 +1,16 @@
 """The --help and --version of every command in bin/, among which are those that the wheel has."""
 
+import importlib
 import os
 import re
 import subprocess
+from functools import partial
+from typing import Any
 
 import pytest
 from checkout import ROOT
 
-from xaiproxy import __version__
+from xaiproxy import __version__, console_scripts
 
 COMMANDS = sorted(name for name in os.listdir(ROOT / "bin") if not name.startswith("."))
 EXAMPLE = r"  (?:[A-Z_]+=\S+ |nohup )*(?:bin/)?{}(?= ).*"
@@ -38,6 +41,19 @@ def test_a_help_begins_with_examples_and_fits_a_terminal(command: str) -> None:
     assert max(map(len, text.split("\n"))) <= 80
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command", [name for name in COMMANDS if not name.startswith("xai-")] + ["xai-proxy"]
+)
 def test_every_command_prints_its_version(command: str) -> None:
     assert run(command, "--version") == f"{__version__}\n"
+
+
+MODULES = [each.args[1] for each in vars(console_scripts).values() if isinstance(each, partial)]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_parser_has_a_version(module: str, capsys: Any) -> None:
+    parser = importlib.import_module(module).parser()
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args(["--version"])
+    assert (ended.value.code, capsys.readouterr().out) == (0, f"{__version__}\n")

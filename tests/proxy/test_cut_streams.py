@@ -254,8 +254,9 @@ def assert_cuts(
     assert_serves(proxy, upstream)
 
 
-@pytest.mark.parametrize("how", [fin, reset])
-@pytest.mark.parametrize("client", CLIENTS)
+@pytest.mark.parametrize(
+    "client, how", [*[(client, fin) for client in CLIENTS], ("keep-alive", reset), ("1.0", reset)]
+)
 @pytest.mark.parametrize("name", ANSWERS)
 def test_a_response_cut_at_any_byte_is_visibly_truncated(
     running: ProxyProcess,
