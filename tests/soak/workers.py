@@ -231,7 +231,7 @@ def kill_worker(run: Load, serving: Serving) -> Row:
     with run.requests(serving.port, CLIENTS) as requests:
         time.sleep(LENGTH)
         # A scrape has the worker that answers write its numbers; the other one does so each second.
-        held = round(serving.gauges()[0]["busy"]) + 1
+        held = round(serving.gauges()[0]["in_flight"]) + 1
         serving.kill("proxy-0")
         time.sleep(LENGTH)
     return phase.row("worker, SIGKILL", "one of two", requests, held)
