@@ -3,6 +3,7 @@
 It raises ValueError with what the text must be, such as "a whole number from 0 to 65535".
 """
 
+import contextlib
 import ipaddress
 import os
 import re
@@ -116,21 +117,27 @@ def host_and_port(text: str) -> tuple[str, int] | None:
         raise ValueError("an IP address and a port, such as 127.0.0.1:9091 or [::]:9091") from None
 
 
+def _http(text: str, *, with_user: bool = False) -> urllib.parse.SplitResult:
+    """Raises ValueError unless `text` is an http or https URL with a valid authority."""
+    parts = urllib.parse.urlsplit(text)
+    host_and_port = parts.netloc.rpartition("@")[2] if with_user else parts.netloc
+    if (
+        parts.scheme in ("http", "https")
+        and parts.hostname
+        and parts.port != 0
+        and re.fullmatch(r"[!-~]+", text)
+        and addresses.is_authority(host_and_port)
+    ):
+        return parts
+    raise ValueError
+
+
 def url(text: str) -> urllib.parse.SplitResult:
-    try:
-        parts = urllib.parse.urlsplit(text)
-        host, _ = parts.hostname, parts.port
-        plain_on_loopback = parts.scheme == "http" and addresses.is_loopback(host)
-        if (
-            host
-            and (parts.scheme == "https" or plain_on_loopback)
-            and re.fullmatch(r"[!-~]+", text)
-            and addresses.is_authority(parts.netloc)
-            and not re.search("[?#]", text)
-        ):
+    with contextlib.suppress(ValueError):
+        parts = _http(text)
+        is_safe = parts.scheme == "https" or addresses.is_loopback(parts.hostname)
+        if is_safe and not re.search("[?#]", text):
             return parts
-    except ValueError:
-        pass
     raise ValueError("an https URL (http on loopback only) without user, query or fragment")
 
 
@@ -148,37 +155,20 @@ def origin(text: str) -> str:
 def notify_url(text: str) -> str:
     if not text:
         return ""
-    try:
-        parts = urllib.parse.urlsplit(text)
-        if (
-            parts.scheme in ("http", "https")
-            and parts.hostname
-            and parts.port != 0
-            and re.fullmatch(r"[!-~]+", text)
-            and addresses.is_authority(parts.netloc.rpartition("@")[2])
-            and not parts.fragment
-        ):
+    with contextlib.suppress(ValueError):
+        parts = _http(text, with_user=True)
+        if not parts.fragment:
             return parts.geturl()
-    except ValueError:
-        pass
     raise ValueError("an http or https URL without a fragment")
 
 
 def refresher(text: str) -> str:
     if not text:
         return ""
-    try:
-        parts = urllib.parse.urlsplit(text)
-        if (
-            parts.scheme in ("http", "https")
-            and parts.hostname
-            and parts.port != 0
-            and addresses.is_authority(parts.netloc)
-            and text in (origin := f"{parts.scheme}://{parts.netloc}", f"{origin}/")
-        ):
+    with contextlib.suppress(ValueError):
+        parts = _http(text)
+        if text in (origin := f"{parts.scheme}://{parts.netloc}", f"{origin}/"):
             return origin
-    except ValueError:
-        pass
     raise ValueError("an http or https URL without a path, such as http://xaiproxy-refresher:9092")
 
 
