@@ -30,7 +30,16 @@ from service import Service
 from xaiproxy.tokens import fingerprint
 
 from .login import Client, get
-from .processes import PROXY, REFRESHER, Process, await_, environment, lock_holder, warnings
+from .processes import (
+    PROXY,
+    REFRESHER,
+    Process,
+    await_,
+    environment,
+    lock_holder,
+    print_progress,
+    warnings,
+)
 
 PROXIES = 4
 # Seconds of an access token.
@@ -194,11 +203,7 @@ class Cluster:
                 next_kill = time.monotonic() + random.uniform(*KILLS)
             if now >= printed + PROGRESS:
                 printed += PROGRESS
-                print(
-                    f"[{now - began:.0f} of {self.seconds:.0f} s] "
-                    + ", ".join(f"{name} {value}" for name, value in self.figures().items()),
-                    flush=True,
-                )
+                print_progress(now - began, self.seconds, self.figures())
             time.sleep(0.05)
         self.enough.set()
         for client in self.clients:

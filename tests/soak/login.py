@@ -17,7 +17,17 @@ import time
 from sandbox import Sandbox
 
 from . import kills
-from .processes import PROXY, REFRESHER, STATUS, Process, await_, environment, lock_holder, warnings
+from .processes import (
+    PROXY,
+    REFRESHER,
+    STATUS,
+    Process,
+    await_,
+    environment,
+    lock_holder,
+    print_progress,
+    warnings,
+)
 
 REFRESHERS, PROXIES = 4, 8
 # Seconds of an access token.
@@ -110,11 +120,7 @@ class Soak:
                 next_kill = time.monotonic() + random.uniform(*KILLS)
             if now >= printed + PROGRESS:
                 printed += PROGRESS
-                print(
-                    f"[{now - began:.0f} of {self.seconds:.0f} s] "
-                    + ", ".join(f"{name} {value}" for name, value in self.figures().items()),
-                    flush=True,
-                )
+                print_progress(now - began, self.seconds, self.figures())
             time.sleep(0.05)
 
     def kill_one(self) -> None:

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 # The signals that end a run.
@@ -119,6 +119,11 @@ def message(line: str) -> str:
         return json.loads(line)["message"]
     except ValueError:
         return line
+
+
+def print_progress(at: float, seconds: float, figures: Mapping[str, int]) -> None:
+    named = ", ".join(f"{name} {value}" for name, value in figures.items())
+    print(f"[{at:.0f} of {seconds:.0f} s] {named}", flush=True)
 
 
 def await_(happened: Callable[[], Any], seconds: float = 20) -> Any:

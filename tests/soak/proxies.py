@@ -22,7 +22,7 @@ from tests.bench import machine
 from .agents import EVENTS, Agent
 from .copies import ARRIVAL, Kubelet
 from .login import get
-from .processes import PROXY, REFRESHER, Process, await_, environment, warnings
+from .processes import PROXY, REFRESHER, Process, await_, environment, print_progress, warnings
 
 PROXIES = 50
 # Seconds of an access token, and at least so many before its expiry it is renewed: each ten seconds.
@@ -140,11 +140,7 @@ class Soak:
         while (now := time.monotonic()) < began + seconds and not over():
             if now >= printed + PROGRESS:
                 printed += PROGRESS
-                print(
-                    f"[{now - began:.0f} of {seconds:.0f} s] "
-                    + ", ".join(f"{name} {value}" for name, value in self.counts().items()),
-                    flush=True,
-                )
+                print_progress(now - began, seconds, self.counts())
             time.sleep(0.1)
 
     def counts(self) -> dict[str, int]:
