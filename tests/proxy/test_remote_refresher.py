@@ -12,15 +12,10 @@ from pathlib import Path
 
 import pytest
 from proxy_process import Client, ProxyProcess
-from scripted_upstream import ScriptedUpstream
+from scripted_upstream import OK, ScriptedUpstream
 
 from xaiproxy import config, tokens
-from xaiproxy.proxy.remote_refresher import (
-    ASKED_TIME,
-    RETRY_INTERVAL,
-    TRIAL_INTERVAL,
-    RemoteRefresher,
-)
+from xaiproxy.proxy.remote_refresher import ASKED_TIME, RETRY_INTERVAL, RemoteRefresher
 
 REFUSED = b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 2\r\n\r\nno"
 ACCEPTED = b"HTTP/1.1 202 Accepted\r\nContent-Length: 0\r\n\r\n"
@@ -58,12 +53,23 @@ def ready(proxy: ProxyProcess) -> tuple[int, dict[str, str]]:
     return answer.status, json.loads(answer.body)
 
 
-def refuse(client: Client, upstream: ScriptedUpstream) -> None:
-    """Send a request, and let upstream refuse its token."""
+def refuse(client: Client, upstream: ScriptedUpstream, probe: bytes | None = REFUSED) -> None:
+    """Send a request, and let upstream refuse its token.
+
+    `probe`: upstream's response to the proxy's own request with that token, if there is one.
+    """
     client.request()
     request = upstream.receive()
     assert request.token == "old"
     request.answer(REFUSED)
+    if probe is not None:
+        answer_probe(upstream, probe)
+
+
+def answer_probe(upstream: ScriptedUpstream, answer: bytes) -> None:
+    request = upstream.receive()
+    assert (request.line, request.token) == ("GET /v1/models HTTP/1.1", "old")
+    request.answer(answer)
 
 
 def assert_unavailable(answer) -> None:
@@ -91,10 +97,7 @@ def test_a_refused_token_is_reported_and_waited_for(start, upstream, remote):
         assert not any("old" in value for _, value in report.fields)
         report.answer(ACCEPTED)
         assert_unavailable(client.message())
-    # One more request reaches upstream, and the proxy stays in the Service.
-    with proxy.client() as client:
-        refuse(client, upstream)
-        assert_unavailable(client.message())
+    # Further requests do not reach upstream, and the proxy stays in the Service.
     assert_unavailable(proxy.ask())
     assert upstream.quiet() and remote.quiet()
     status, members = ready(proxy)
@@ -118,18 +121,32 @@ def test_a_refusal_of_one_request_does_not_refuse_the_others(start, upstream, re
     """Also upstream's 401 for another cause looks like a refused token."""
     proxy = start(remote.origin)
     with proxy.client() as client:
-        refuse(client, upstream)
+        refuse(client, upstream, probe=OK)
+        assert client.message().status == 401
+        # For some seconds, the next ones cost upstream no request of the proxy's own.
+        client.request()
+        upstream.receive().answer(REFUSED)
+        assert client.message().status == 401
+        client.request()
+        upstream.receive().answer()
+        assert client.message().status == 200
+    assert ready(proxy) == (200, {"status": "ready", "reason": "signed in"})
+    assert upstream.quiet() and remote.quiet()
+
+
+@pytest.mark.parametrize("probe", [FAILED, None], ids=["503", "closed"])
+def test_a_token_is_reported_unless_the_api_accepts_it(start, upstream, remote, probe):
+    proxy = start(remote.origin)
+    with proxy.client() as client:
+        client.request()
+        upstream.receive().answer(REFUSED)
+        request = upstream.receive()
+        if probe is None:
+            request.connection.close()
+        else:
+            request.answer(probe)
         remote.receive().answer(ACCEPTED)
         assert_unavailable(client.message())
-        for _ in range(2):
-            client.request()
-            upstream.receive().answer()
-            assert client.message().status == 200
-        # Such requests get upstream's response then, without another report.
-        refuse(client, upstream)
-        assert client.message().status == 401
-    assert ready(proxy) == (200, {"status": "ready", "reason": "signed in"})
-    assert remote.quiet() and logged(proxy, ASKED) == 1
 
 
 def test_many_refused_requests_make_one_report(start, upstream, remote):
@@ -140,6 +157,7 @@ def test_many_refused_requests_make_one_report(start, upstream, remote):
             client.request()
         for request in [upstream.receive() for _ in clients]:
             request.answer(REFUSED)
+        answer_probe(upstream, REFUSED)
         remote.receive().answer(ACCEPTED)
         for client in clients:
             assert_unavailable(client.message())
@@ -147,15 +165,17 @@ def test_many_refused_requests_make_one_report(start, upstream, remote):
 
 
 @pytest.mark.parametrize(
-    "answer", [None, FAILED, b"nonsense\r\n\r\n"], ids=["hangs", "503", "no HTTP"]
+    "answer",
+    [None, FAILED, b"nonsense\r\n\r\n", b""],
+    ids=["hangs", "503", "no HTTP", "closes"],
 )
 def test_a_refresher_that_does_not_accept_is_as_none(start, upstream, remote, answer):
     proxy = start(remote.origin)
     with proxy.client() as client:
         refuse(client, upstream)
         report = remote.receive()
-        if answer:
-            report.answer(answer)
+        if answer is not None:
+            report.answer(answer).connection.close()
         assert client.message().body == b"no"
         status, members = ready(proxy)
         assert status == 503 and "the API refuses the access token" in members["reason"]
@@ -204,7 +224,7 @@ def test_a_login_that_has_ended_is_not_asked_for(start, upstream, remote):
     ended = {"code": "invalid_grant", "description": "", "at": time.time(), "terminal": True}
     proxy = start(remote.origin, refresh_error=ended)
     with proxy.client() as client:
-        refuse(client, upstream)
+        refuse(client, upstream, probe=None)
         answer = client.message()
     assert (answer.status, answer.value("X-XAI-Proxy-Error")) == (401, "login_required")
     assert remote.quiet()
@@ -226,7 +246,7 @@ def test_a_login_with_a_refresh_token_has_its_refresher_here(start, upstream, re
     proxy.sign_in("old")
     proxy.refresher_lives()
     with proxy.client() as client:
-        refuse(client, upstream)
+        refuse(client, upstream, probe=None)
         note = proxy.token_path.with_name("tokens.json.refused")
         while not note.exists():
             time.sleep(0.02)
@@ -236,14 +256,13 @@ def test_a_login_with_a_refresh_token_has_its_refresher_here(start, upstream, re
     assert remote.quiet()
 
 
-def test_an_expired_token_is_waited_for_as_one_may_come_from_the_other_machine(
-    start, upstream, remote
-):
+def test_an_expired_token_is_unavailable_until_the_file_has_another(start, upstream, remote):
     proxy = start(remote.origin, expires_in=-1)
+    assert_unavailable(proxy.ask())
+    assert ready(proxy)[0] == 503
+    proxy.sign_in("new", refresh_token=None)
     with proxy.client() as client:
         client.request()
-        assert client.silent() and ready(proxy)[0] == 503
-        proxy.sign_in("new", refresh_token=None)
         upstream.receive().answer()
         assert client.message().status == 200
     assert remote.quiet()
@@ -267,17 +286,7 @@ def test_the_wait_for_a_token_ends_and_the_refresher_is_asked_again(remote):
     now += ASKED_TIME - 1
     # Without another report.
     assert asking.ask(login) and asking.is_asked(login)
-    assert asking.is_trial() and not asking.is_trial()
-    now += TRIAL_INTERVAL
-    assert asking.is_trial() and not asking.is_trial()
-    now -= TRIAL_INTERVAL
     assert not asking.is_asked(tokens.Login("new", 1e10))
     now += 1
     assert not asking.is_asked(login)
-    assert is_accepted() and asking.is_asked(login)
-    # A token that the API accepts is none to ask about, for a while.
-    asking.accepted(login)
-    now += ASKED_TIME - 1
-    assert not asking.is_asked(login) and not asking.ask(login)
-    now += 1
     assert is_accepted() and asking.is_asked(login)

@@ -221,6 +221,16 @@ def test_a_slow_client_delays_others_by_the_deadline(scene: Scene, ask):
         assert slow.recv(1) == b""
 
 
+@pytest.mark.skipif(not hasattr(socket, "TCP_DEFER_ACCEPT"), reason="the kernel accepts at once")
+def test_idle_connections_delay_no_other(scene: Scene, ask):
+    with contextlib.ExitStack() as stack:
+        for _ in range(50):
+            stack.enter_context(socket.create_connection(("127.0.0.1", ask.port)))
+        began = time.monotonic()
+        assert ask("GET", "/healthz")[0] == 200
+        assert time.monotonic() - began < 10 < 50 * DEADLINE
+
+
 def test_a_read_only_folder_is_named_in_the_log(scene: Scene, ask, caplog):
     scene.store.refused_path.mkdir()
     assert ask("POST", "/refused", scene.mark())[0] == 503

@@ -56,11 +56,8 @@ class CurrentLogin:
         while True:
             login, now = _login_by(self._store.last_known), time.time()
             if login.expires_at > now:
-                remote = self._remote
-                if remote is not None and remote.is_asked(login):
-                    pending = _replacement_pending(login)
-                    if not remote.is_trial():
-                        raise pending
+                if self._remote is not None and self._remote.is_asked(login):
+                    raise _replacement_pending(login)
                 return login
             refresher = refresher or RefresherPresence(self._store)
             self._check_renewable(login, now, refresher)
@@ -89,12 +86,10 @@ class CurrentLogin:
                 judgement.of(self._store, now).reason, _wait(status.next_try, now)
             )
         if login.refresh_token is None:
-            if self._remote is not None:
-                return
             raise errors.TokenUnavailable(
                 f"the access token has expired and {self._store.path} holds no refresh token; "
                 "whatever put the file there has to replace it",
-                10,
+                10 if self._remote is None else RETRY_AFTER,
             )
         if refresher.is_gone():
             raise errors.TokenUnavailable(
@@ -140,21 +135,15 @@ class CurrentLogin:
         """Record for /readyz that upstream refuses this login, which nothing here can replace.
 
         If a refresher on another machine is asked to replace it, /readyz stays as it is, and
-        TokenUnavailable is raised. If upstream has accepted it since, it has refused the request.
-        Raises LoginRequired when the login has ended.
+        TokenUnavailable is raised. Raises LoginRequired when the login has ended.
         """
         if login.refresh_token is None and self._remote is not None:
             _check_ended(login.refresh_error)
+            if self._remote.is_accepted(login):
+                return
             if self._remote.ask(login):
                 raise _replacement_pending(login)
-            if self._remote.has_accepted(login):
-                return
         self._store.remember_refusal(login.access_token)
-
-    def accepted(self, login: tokens.Login) -> None:
-        """Record that upstream has accepted this login, after it seemed to refuse one."""
-        if self._remote is not None:
-            self._remote.accepted(login)
 
     def is_replacement_pending(self) -> bool:
         """Whether requests get 503 until a token comes from a refresher on another machine."""

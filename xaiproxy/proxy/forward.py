@@ -117,14 +117,12 @@ class Proxy:
                 if newer is not None and body.replayable:
                     request.token_refused = "replayed"
                     sent.close()
-                    login = newer
-                    sent = self._send(request, login)
+                    sent = self._send(request, newer)
                     if is_refused_token(sent, self._of_xai):
-                        self._login.refused(login)
+                        self._login.refused(newer)
                         request.token_refused = "passed_on"
             if sent.head.status < 400 and (self._store.refused or self._outage.lasts):
                 self._store.withdraw(time.time())
-                self._login.accepted(login)
                 self._outage.end()
             body.forget()
             text = self._head_text(sent.head, sent.length, request.head)

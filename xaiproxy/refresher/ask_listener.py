@@ -27,7 +27,7 @@ RETRY_INTERVAL = 1.0  # seconds between two attempts to listen, and after an err
 TEMPORARY = (errno.EADDRINUSE, errno.EADDRNOTAVAIL)
 REQUEST = re.compile(rb"([A-Z]+) (/\S*) HTTP/1\.[01]\r\n((?:.*\r\n)*?)\r\n")
 LENGTH = re.compile(rb"^content-length:[ \t]*([0-9]{1,9})[ \t]*\r$", re.IGNORECASE | re.MULTILINE)
-ACCEPT = re.compile(rb"^accept:[ \t]*(.*?)[ \t]*\r$", re.IGNORECASE | re.MULTILINE)
+ACCEPT = re.compile(rb"^accept:(.*)\r$", re.IGNORECASE | re.MULTILINE)
 
 
 class AskListener:
@@ -120,6 +120,9 @@ def _listening(address: tuple[str, int]) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        if hasattr(socket, "TCP_DEFER_ACCEPT"):
+            # The kernel keeps a connection until its request arrives: idle ones delay nothing.
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, int(DEADLINE))
         listener.listen(BACKLOG)
     except OSError:
         listener.close()
@@ -151,7 +154,7 @@ def _request(connection: socket.socket, end: float) -> tuple[str, str, str, byte
         data += _received(connection, end)
     accept = ACCEPT.search(fields)
     path = target.partition(b"?")[0].decode("ascii", "replace")
-    return method.decode(), path, accept[1].decode("latin-1") if accept else "", data[:size]
+    return method.decode(), path, accept[1].decode("latin-1").strip() if accept else "", data[:size]
 
 
 def _received(connection: socket.socket, end: float) -> bytes:
