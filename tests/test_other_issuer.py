@@ -30,7 +30,6 @@ from xaiproxy import config, errors, provider
 from xaiproxy.oauth import loopback, token_endpoint
 from xaiproxy.oauth.session import Answer
 
-PACKAGE = "oidc-provider@9.13.3"
 CLIENT = "an-agent"
 # Names of our commands, settings and header fields are no words about xAI.
 OURS = re.compile(r"xai-(login|proxy|serve|refresher|client-key|launch)|X-XAI-Proxy-\w+", re.I)
@@ -110,7 +109,7 @@ def approve(url: str) -> str:
 
 @pytest.fixture(scope="module")
 def issuer() -> Iterator[Provider]:
-    running = Provider(npm_package.installed(PACKAGE))
+    running = Provider(npm_package.installed(npm_package.OIDC_PROVIDER))
     yield running
     running.close()
 

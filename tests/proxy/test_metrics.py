@@ -906,11 +906,11 @@ def test_dropped_log_lines_are_counted(tmp_path: Path, upstream: ScriptedUpstrea
         proxy.sign_in()
         assert Scraped(proxy)("xaiproxy_log_lines_dropped_total") == 0
         with proxy.client() as client:
-            for _ in range(50):
+            for _ in range(30):
                 client.send(b"GET /v1/v1/x HTTP/1.1\r\nHost: localhost\r\n\r\n" * 100)
                 assert [client.message().status for _ in range(100)] == [404] * 100
         dropped = Scraped(proxy)("xaiproxy_log_lines_dropped_total")
-        assert dropped > 3000
+        assert dropped > 1000
         proxy.read_log()
         line = proxy.wait_for_log(lambda line: "log lines were dropped" in line["message"])
         # The line of the last scrape may have been dropped after it was answered.
