@@ -179,10 +179,10 @@ def test_a_refresher_that_does_not_accept_is_as_none(start, upstream, remote, an
         assert client.message().body == b"no"
         status, members = ready(proxy)
         assert status == 503 and "the API refuses the access token" in members["reason"]
-        # It delays no further request.
-        refuse(client, upstream)
+        # It delays no further request, and costs upstream none.
+        refuse(client, upstream, probe=None)
         assert client.message().body == b"no"
-    assert remote.quiet()
+    assert upstream.quiet() and remote.quiet()
     assert logged(proxy, CANNOT_ASK) == 1
 
 

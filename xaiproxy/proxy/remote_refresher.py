@@ -65,7 +65,8 @@ class RemoteRefresher:
         """Whether the API accepts a request with this token that it refuses for no other cause."""
         token = login.access_token
         with self._asking:
-            if self.is_asked(login):
+            # While the refresher is not asked, the answer would change nothing.
+            if self.is_asked(login) or self._clock() < self._not_before:
                 return False
             if token == self._accepted and self._clock() < self._accepted_until:
                 return True
