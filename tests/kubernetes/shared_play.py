@@ -56,7 +56,7 @@ class SharedPlay:
     # Objects and pods
 
     def apply(self) -> None:
-        """What `kubectl apply -k` creates, but for what only controllers act upon."""
+        """The objects that `kubectl apply -k` creates, without those that need a controller."""
         authority = {"ca.crt": self._cluster.ca.read_text()}
         # Made in each namespace by a controller.
         self._create({"kind": "ConfigMap", "data": authority, **named("kube-root-ca.crt")})

@@ -115,7 +115,7 @@ def ask(scene: Scene, caplog) -> Callable[..., tuple[int, dict]]:
 def test_the_digest_of_the_current_token_causes_one_refresh(scene: Scene, ask, caplog):
     refused = scene.mark()
     answers = {str(ask("POST", "/refused", mark)) for mark in (UNKNOWN, refused, refused)}
-    # Nobody learns from the response whether a digest was right.
+    # The response is the same for a right and a wrong digest.
     assert answers == {"(202, {'status': 'accepted'})"}
     scene.turn()
     assert scene.mark() != refused and scene.sandbox.counters()["refreshes"] == 1
@@ -136,7 +136,7 @@ def test_an_unknown_digest_has_no_effect(scene: Scene, ask):
 
 
 def test_a_flood_costs_at_most_one_refresh_in_120_seconds(scene: Scene, ask):
-    """Whoever knows each new token reports it at once, for an hour."""
+    """A client reports each new token at once, for an hour."""
     times, refreshed = [], 0
     while scene.uptime < 3600:
         ask("POST", "/refused", scene.mark())
