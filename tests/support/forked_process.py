@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import fcntl
 import functools
 import json
 import os
 import resource
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -27,25 +29,49 @@ from checkout import PYTHONPATH, SUPPORT
 
 PYTHON = [sys.executable, "-W", "error"]
 PRELOADED = str(SUPPORT / "preloaded.py")
+# The sockets of the fork servers. Workers inherit the variable, and so share the servers.
+FOLDER = Path(os.environ.get("FORK_SERVERS") or tempfile.mkdtemp(prefix="fork-servers-"))
+if "FORK_SERVERS" not in os.environ:
+    os.environ["FORK_SERVERS"] = str(FOLDER)
+    atexit.register(shutil.rmtree, FOLDER)
 
 
 class ForkServer:
-    """A running `preloaded.py MODULE fork`. `library`: for LD_PRELOAD, or ""."""
+    """A connection to the `preloaded.py MODULE fork` of all workers, started if none runs.
+
+    `library`: for LD_PRELOAD, or "".
+    """
 
     def __init__(self, module: str, library: str):
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._mutex = threading.Lock()
-        with theirs:
-            self._process = subprocess.Popen(
-                [*PYTHON, PRELOADED, module, "fork", str(theirs.fileno())],
-                env={"PYTHONPATH": PYTHONPATH, "LD_PRELOAD": library},
-                pass_fds=[theirs.fileno()],
-            )
-        atexit.register(self.close)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        atexit.register(self._socket.close)
+        path = FOLDER / (module + Path(library).name)
+        with open(FOLDER / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                self._socket.connect(str(path))
+            except (FileNotFoundError, ConnectionRefusedError):
+                self._start(module, library, path)
+                self._socket.connect(str(path))
 
-    def close(self) -> None:
-        self._socket.close()
-        self._process.wait()
+    def _start(self, module: str, library: str, path: Path) -> None:
+        path.unlink(missing_ok=True)
+        mine, theirs = socket.socketpair()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener, theirs:
+            listener.bind(str(path))
+            listener.listen()
+            process = subprocess.Popen(
+                [*PYTHON, PRELOADED, module, "fork", str(listener.fileno()), str(theirs.fileno())],
+                env={"PYTHONPATH": PYTHONPATH, "LD_PRELOAD": library},
+                pass_fds=[listener.fileno(), theirs.fileno()],
+            )
+
+        def end() -> None:
+            mine.close()
+            process.wait()
+
+        atexit.register(end)
 
     def ask(self, request: dict[str, Any], descriptors: list[int] | None = None) -> int:
         with self._mutex:

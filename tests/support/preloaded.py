@@ -1,6 +1,7 @@
 """Runs Python programs in a process that has imported their modules; forked_process.py uses it.
 
-`preloaded.py MODULE fork FD` forks a child for each request on the SEQPACKET socket FD.
+`preloaded.py MODULE fork FD OWNER` accepts connections on the listening SEQPACKET socket FD, until the other end of the
+socket OWNER is closed, and forks a child for each request on them.
 `preloaded.py MODULE traced ARGUMENT...` becomes `python -W error ARGUMENT...` once it is traced.
 
 It imports the modules of MODULE, also those that MODULE imports late, and then waits. It starts no thread and no event loop, so a child
@@ -29,6 +30,7 @@ import time
 # These are imported before MODULE, which may let gevent patch them.
 from os import fork, waitpid
 from pathlib import Path
+from select import select
 from typing import Any
 
 # The number of file descriptors in a request for a child: its standard streams, and up to two
@@ -43,6 +45,20 @@ LATE = {
     "xaiproxy.refresher.process": ["xaiproxy.refresher.command"],
 }
 PR_SET_PTRACER, PR_SET_PTRACER_ANY = 0x59616D61, ctypes.c_ulong(-1)
+
+
+def accept(listener: _socket.socket, owner: int) -> dict[str, Any] | None:
+    """Serve each connection in a process of its own. Return None at the end; in a child, its request."""
+    while True:
+        ready, _, _ = select([listener, owner], [], [])
+        if owner in ready:
+            return None
+        connection, _address = listener._accept()
+        if fork() == 0:
+            listener.close()
+            os.close(owner)
+            return serve(_socket.socket(fileno=connection))
+        os.close(connection)
 
 
 def serve(connection: _socket.socket) -> dict[str, Any] | None:
@@ -148,7 +164,8 @@ if __name__ == "__main__":
         wait_for_tracer()
         run(rest)
     else:
-        request = serve(_socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0, int(rest[0])))
+        listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0, int(rest[0]))
+        request = accept(listener, int(rest[1]))
         if request is not None:
             try:
                 become(request)
