@@ -140,7 +140,7 @@ def test_a_rolling_restart_under_load_loses_nothing(sandbox):
         assert not set(before) & set(after)
         assert clients.failures == [] and clients.requests > 50 and clients.streams > 10
         # A killed worker loses its own streams, and its sibling goes on.
-        sandbox.set(events=20)
+        sandbox.set(events=14)
         first, second = workers.pid("proxy-0"), workers.pid("proxy-1")
         with contextlib.ExitStack() as stack:
             streams = []

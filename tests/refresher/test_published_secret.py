@@ -258,7 +258,7 @@ def test_a_token_that_is_not_accepted_is_read_again(one: Instance):
     ):
         token.write_text(content)
         one.put_fresh()
-        one.pass_(20)
+        one.pass_(60)
         assert reason in one.status().publish_failure
     token.write_text(one.kube.token)
     one.pass_(60)
