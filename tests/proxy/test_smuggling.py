@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from proxy_process import Client, ProxyProcess
@@ -678,8 +678,10 @@ UNFINISHED = {
     "body of 2 ** 63 bytes less one": post(b"Content-Length: 92233720368547758"),
     "chunk of 2 ** 32 bytes": chunked(b"100000000\r\n" + EVIL),
 }
-SPLITS = {"whole": 1 << 30, "in pieces": 7}
+# Bytes that are sent at once.
+SPLITS = (1 << 30, 7)
 numbers = itertools.count()
+Clients = Callable[[bytes], Iterator[Client]]
 
 
 @pytest.fixture(scope="module")
@@ -704,29 +706,30 @@ def witness(proxy: ProxyProcess) -> Iterator[Client]:
 
 
 @pytest.fixture
-def client(proxy: ProxyProcess, witness: Client, upstream: RecordingUpstream) -> Iterator[Client]:
-    """A client of this test alone.
+def clients(proxy: ProxyProcess, witness: Client, upstream: RecordingUpstream) -> Clients:
+    """Send data and a request after it, whole and in pieces, each time as a client of its own.
 
     Afterwards, another client's request gets its own response, and upstream has received nothing
     else.
     """
-    with proxy.client() as client:
-        yield client
-        target = f"/v1/witness?{next(numbers)}"
-        answer = witness.ask("GET", target)
-        assert (answer.status, answer.body.decode()) == (200, f"GET {target}")
-        assert upstream.taken() == [got(target)]
 
+    def send(data: bytes) -> Iterator[Client]:
+        for split in SPLITS:
+            # Long data is sent in few pieces.
+            size = max(split, len(data) // 100)
+            with proxy.client() as client:
+                # The proxy may reset the connection.
+                with contextlib.suppress(ConnectionError):
+                    for at in range(0, len(data), size):
+                        client.send(data[at : at + size])
+                    client.request("GET", "/v1/marker")
+                yield client
+                target = f"/v1/witness?{next(numbers)}"
+                answer = witness.ask("GET", target)
+                assert (answer.status, answer.body.decode()) == (200, f"GET {target}"), split
+                assert upstream.taken() == [got(target)], split
 
-def send(client: Client, data: bytes, split: str) -> None:
-    """Send `data` and a request after it."""
-    # Long data is sent in few pieces.
-    size = max(SPLITS[split], len(data) // 100)
-    # The proxy may reset the connection.
-    with contextlib.suppress(ConnectionError):
-        for at in range(0, len(data), size):
-            client.send(data[at : at + size])
-        client.request("GET", "/v1/marker")
+    return send
 
 
 def assert_answered(client: Client, requests: list[Seen]) -> None:
@@ -746,10 +749,6 @@ def parameters(table: dict) -> pytest.MarkDecorator:
     )
 
 
-every_split = pytest.mark.parametrize("split", SPLITS)
-
-
-@every_split
 @parameters(
     {
         **{name: (400, data) for name, data in REFUSED.items()},
@@ -757,63 +756,59 @@ every_split = pytest.mark.parametrize("split", SPLITS)
     }
 )
 def test_an_ambiguous_request_is_refused_and_closes_the_connection(
-    client: Client, entry: tuple[int, bytes], split: str
+    clients: Clients, entry: tuple[int, bytes]
 ) -> None:
     status, data = entry
-    send(client, data, split)
-    answer = client.message()
-    assert (answer.status, answer.value("X-XAI-Proxy-Error")) == (status, "bad_request")
-    assert answer.value("Connection") == "close" and client.closed_within()
+    for client in clients(data):
+        answer = client.message()
+        assert (answer.status, answer.value("X-XAI-Proxy-Error")) == (status, "bad_request")
+        assert answer.value("Connection") == "close" and client.closed_within()
 
 
-@every_split
 @parameters(NOT_SERVED)
 def test_a_refused_request_leaves_the_next_one_intact(
-    client: Client, upstream: RecordingUpstream, entry: tuple[int, bytes], split: str
+    clients: Clients, upstream: RecordingUpstream, entry: tuple[int, bytes]
 ) -> None:
     status, data = entry
-    send(client, data, split)
-    answer = client.message()
-    assert answer.status == status and answer.value("X-XAI-Proxy-Error")
-    # The body had not arrived yet.
-    if answer.value("Connection") == "close":
-        assert client.closed_within() and upstream.taken() == []
-    else:
-        assert_answered(client, [got("/v1/marker")])
-        assert upstream.taken() == [got("/v1/marker")] and client.silent()
+    for client in clients(data):
+        answer = client.message()
+        assert answer.status == status and answer.value("X-XAI-Proxy-Error")
+        # The body had not arrived yet.
+        if answer.value("Connection") == "close":
+            assert client.closed_within() and upstream.taken() == []
+        else:
+            assert_answered(client, [got("/v1/marker")])
+            assert upstream.taken() == [got("/v1/marker")] and client.silent()
 
 
-@every_split
 @parameters(ACCEPTED)
 def test_an_accepted_request_is_forwarded_with_its_meaning(
-    client: Client, upstream: RecordingUpstream, entry: tuple[bytes, list[Seen]], split: str
+    clients: Clients, upstream: RecordingUpstream, entry: tuple[bytes, list[Seen]]
 ) -> None:
     data, requests = entry
     requests = [*requests, got("/v1/marker")]
-    send(client, data, split)
-    assert_answered(client, requests)
-    assert upstream.taken() == requests and client.silent()
+    for client in clients(data):
+        assert_answered(client, requests)
+        assert upstream.taken() == requests and client.silent()
 
 
-@every_split
 @parameters(ENDING)
 def test_bytes_after_a_last_request_are_never_read(
-    client: Client, upstream: RecordingUpstream, entry: tuple[bytes, list[Seen]], split: str
+    clients: Clients, upstream: RecordingUpstream, entry: tuple[bytes, list[Seen]]
 ) -> None:
     data, requests = entry
-    send(client, data, split)
-    assert_answered(client, requests)
-    assert client.closed_within() and upstream.taken() == requests
+    for client in clients(data):
+        assert_answered(client, requests)
+        assert client.closed_within() and upstream.taken() == requests
 
 
-@every_split
 @parameters(UNFINISHED)
 def test_an_incomplete_request_never_reaches_upstream(
-    client: Client, upstream: RecordingUpstream, entry: bytes, split: str
+    clients: Clients, upstream: RecordingUpstream, entry: bytes
 ) -> None:
-    send(client, entry, split)
-    client.half_close()
-    assert client.closed_within() and upstream.taken() == []
+    for client in clients(entry):
+        client.half_close()
+        assert client.closed_within() and upstream.taken() == []
 
 
 def test_there_are_more_than_400_entries() -> None:
