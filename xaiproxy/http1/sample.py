@@ -14,17 +14,20 @@ WHOLE_LIMIT = 1 << 20  # bytes of content that is kept whole
 class Sample:
     """The start and the end of the content, or, with a `budget`, all of it up to WHOLE_LIMIT.
 
+    `is_stream`: whether the content is an event stream.
     `too_long`: nothing is kept, because WHOLE_LIMIT or the budget is exceeded.
     """
 
-    __slots__ = ("_budget", "_kept", "_limit", "_start", "too_long")
+    __slots__ = ("_budget", "_kept", "_limit", "_start", "is_stream", "too_long")
 
-    def __init__(self, budget: MemoryBudget | None = None):
+    def __init__(self, budget: MemoryBudget | None = None, is_stream: bool = False):
+        self.is_stream = is_stream
         self.too_long = False
         self._budget = budget
         self._limit = WHOLE_LIMIT if budget else START + END + SLACK
         self._start = b""
-        self._kept = bytearray()
+        # Most content arrives in one piece, which need not be copied.
+        self._kept: bytes | bytearray = b""
 
     def add(self, data: bytes) -> None:
         """The next bytes of the content."""
@@ -34,17 +37,27 @@ class Sample:
         if budget is not None and not budget.take(len(data)):
             self._drop()
             return
-        self._kept += data
+        if not self._kept:
+            self._kept = data
+        elif isinstance(self._kept, bytearray):
+            self._kept += data
+        else:
+            self._kept = bytearray(self._kept + data)
         if len(self._kept) > self._limit:
             if budget is not None:
                 self._drop()
             else:
                 self._start = self._start or bytes(self._kept[:START])
-                del self._kept[:-END]
+                self._kept = self._kept[-END:]
 
     def _drop(self) -> None:
         self.too_long = True
         self.take()
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether nothing between start and end may be dropped."""
+        return self._budget is not None
 
     @property
     def is_whole(self) -> bool:
@@ -60,5 +73,5 @@ class Sample:
         data = self._start + b"\n\n" + bytes(self._kept) if self._start else bytes(self._kept)
         if self._budget is not None:
             self._budget.give_back(len(self._kept))
-        self._start, self._kept = b"", bytearray()
+        self._start = self._kept = b""
         return data

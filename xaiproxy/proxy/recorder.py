@@ -133,7 +133,7 @@ class Recorder:
         if unread:
             self.counters.unread[unread] += 1
             return None
-        found = usage.read(data, usage.is_stream(head))
+        found = usage.read(data, sample.is_stream)
         if found is None or found.is_partial:
             self.counters.unread["none" if record.ended_by == "done" else "cut"] += 1
         if found is not None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from xaiproxy import log
 from xaiproxy.http1.request_record import RequestRecord
-from xaiproxy.proxy import content, upstream_error, usage
+from xaiproxy.proxy import content, upstream_error
 
 logger = logging.getLogger("xaiproxy.request")
 
@@ -18,14 +18,9 @@ POLLED = HEALTH_CHECKS | {"/metrics", "/status.json"}
 
 def is_late(record: RequestRecord) -> bool:
     """Whether the line is to be written once the content is decoded: an error may end it."""
-    head = record.upstream
+    sample = record.sample
     return (
-        head is not None
-        and record.sample is not None
-        and head.status < 400
-        and record.ended_by == "done"
-        and usage.is_stream(head)
-        and bool(content.codings(head))
+        sample is not None and sample.is_stream and sample.keeps_all and record.ended_by == "done"
     )
 
 

@@ -56,11 +56,9 @@ def sample_for(route: str, head: response_head.Head) -> Sample | None:
         return Sample()
     if route not in ROUTES or not 200 <= head.status < 300:
         return None
-    return Sample() if is_stream(head) and not content.codings(head) else Sample(_budget)
-
-
-def is_stream(head: response_head.Head) -> bool:
-    return headers.media_type(head.values) == "text/event-stream"
+    is_stream = headers.media_type(head.values) == "text/event-stream"
+    ends_suffice = is_stream and not content.codings(head)
+    return Sample(None if ends_suffice else _budget, is_stream)
 
 
 def is_expected(method: str, path: str, status: int) -> bool:
