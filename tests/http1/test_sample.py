@@ -50,7 +50,7 @@ def test_taken_content_is_freed() -> None:
 
 def test_whole_content_is_kept_up_to_the_limit() -> None:
     budget = MemoryBudget(10 * WHOLE_LIMIT)
-    sample = Sample(budget)
+    sample = Sample(budget, keeps_all=True)
     sample.add(bytes(WHOLE_LIMIT))
     assert not sample.too_long and budget.used == WHOLE_LIMIT
     sample.add(b"x")
@@ -59,9 +59,21 @@ def test_whole_content_is_kept_up_to_the_limit() -> None:
     assert budget.used == 0 and sample.take() == b""
 
 
+@pytest.mark.parametrize("part", [1000, 50_000])
+def test_what_a_stream_keeps_is_limited(part: int) -> None:
+    budget = MemoryBudget(1 << 20)
+    sample = Sample(budget)
+    for _ in range(2_000_000 // part):
+        sample.add(bytes(part))
+        assert budget.used == START + len(sample.end(1 << 20)) or sample.is_whole
+    assert START + END <= budget.used <= START + END + SLACK and not sample.too_long
+    sample.take()
+    assert budget.used == 0
+
+
 def test_one_write_above_the_limit_is_too_long() -> None:
     budget = MemoryBudget(10 * WHOLE_LIMIT)
-    sample = Sample(budget)
+    sample = Sample(budget, keeps_all=True)
     sample.add(bytes(2 * WHOLE_LIMIT))
     assert sample.too_long and budget.used == 0
 
