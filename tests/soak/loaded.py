@@ -157,7 +157,13 @@ class Load:
     def streams(self, count: int, seconds: float, port: int = 0, **knobs: Any) -> Streams:
         """Return when all of them are open; each then stays for at least `seconds`."""
         seconds = round(seconds + count / RAMP)
-        knobs = {"events": seconds, "events_per_second": 1, "first_event_delay": 0, **knobs}
+        knobs = {
+            "events": seconds,
+            "event_size": None,
+            "events_per_second": 1,
+            "first_event_delay": 0,
+            **knobs,
+        }
         self.sandbox.set(**knobs)
         before = self.sandbox.counters()["streams"]
         streams = Streams(self, port or self.port, count, knobs["events"], seconds)
