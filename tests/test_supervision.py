@@ -70,7 +70,15 @@ def edited_conf(folder, **settings):
 SIGTERM_RECEIVED = "received SIGTERM indicating exit request"
 FAILING = "echo no room >&2; exit 75"
 SLOW_TO_STOP = "trap 'sleep 2; exit 0' TERM; while :; do sleep 0.1; done"
-QUICK_TO_STOP = "trap 'echo got SIGTERM; exit 0' TERM; while :; do sleep 0.05; done"
+STAY = "while :; do sleep 0.05; done"
+
+
+def quick_to_stop(first=":"):
+    """A program that runs `first` when it is ready for SIGTERM."""
+    return f"trap 'echo got SIGTERM; exit 0' TERM\n{first}\n{STAY}"
+
+
+QUICK_TO_STOP = quick_to_stop()
 
 
 def test_sigterm_drains_the_proxy_before_the_refresher_stops_and_ends_with_0(tmp_path, sandbox):
@@ -157,9 +165,7 @@ def test_sigterm_while_a_program_waits_for_its_next_start_ends_with_0(tmp_path, 
 
 
 def test_the_programs_end_when_supervisord_is_killed(tmp_path, sandbox):
-    conf = stand_ins(
-        tmp_path, refresher="echo up\n" + QUICK_TO_STOP, proxy="echo up\n" + QUICK_TO_STOP
-    )
+    conf = stand_ins(tmp_path, refresher=quick_to_stop("echo up"), proxy=quick_to_stop("echo up"))
     with Supervised(tmp_path, sandbox, conf=conf) as supervised:
         supervised.wait_for_line('"up"', times=2)
         ends = [os.pidfd_open(pid) for pid in supervised.pids().values()]
@@ -251,10 +257,9 @@ def test_lines_of_two_programs_are_not_mixed(tmp_path, sandbox):
     """Not even lines written in pieces, as a traceback is, or without a line end."""
     conf = stand_ins(
         tmp_path,
-        proxy="sleep 0.3; echo a whole line; touch go\n" + QUICK_TO_STOP,
-        refresher="printf 'the first half '\n"
-        "until [ -e go ]; do sleep 0.05; done; echo and the second\n"
-        "trap 'printf last; exit 0' TERM; while :; do sleep 0.05; done",
+        proxy=quick_to_stop("sleep 0.3; echo a whole line; touch go"),
+        refresher="trap 'printf last; exit 0' TERM; printf 'the first half '\n"
+        f"until [ -e go ]; do sleep 0.05; done; echo and the second\n{STAY}",
     )
     with Supervised(tmp_path, sandbox, conf=conf) as supervised:
         supervised.wait_for_line('"the first half and the second"}\n')
@@ -318,7 +323,7 @@ def test_what_a_program_writes_outside_of_its_log_becomes_log_lines(
         tmp_path,
         edited_conf(tmp_path, startretries=0),
         refresher=CRASHING,
-        proxy="printf 'a key: xaip_of-the-laptop\\n\\n\\033[31m\\377\\n'\n" + QUICK_TO_STOP,
+        proxy=quick_to_stop("printf 'a key: xaip_of-the-laptop\\n\\n\\033[31m\\377\\n'"),
     )
     with Supervised(tmp_path, sandbox, pipe=pipe, conf=conf) as supervised:
         assert supervised.ended() == 70
@@ -445,7 +450,7 @@ def test_a_stdout_that_cannot_be_opened_again_gets_every_line(tmp_path, sandbox)
     def journal():
         return [end.detach() for end in socket.socketpair()]
 
-    script = "echo up\n" + QUICK_TO_STOP
+    script = quick_to_stop("echo up")
     conf = stand_ins(tmp_path, refresher=script, proxy=script)
     with Supervised(tmp_path, sandbox, pipe=journal, conf=conf) as supervised:
         supervised.wait_for_line('"up"', times=2)
@@ -600,7 +605,7 @@ def test_a_stdout_that_is_a_file_gets_every_line(tmp_path, sandbox):
         os.close(writer)
         return end, os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
 
-    script = "echo up\n" + QUICK_TO_STOP
+    script = quick_to_stop("echo up")
     conf = stand_ins(tmp_path, refresher=script, proxy=script)
     with Supervised(tmp_path, sandbox, pipe=file, conf=conf) as supervised:
         wait_until(lambda: log.read_text().count('"up"') == 2)
