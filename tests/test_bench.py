@@ -23,6 +23,7 @@ from scripted_server import ScriptedServer, read_request
 from scripted_upstream import ScriptedUpstream
 
 from tests.bench import machine, measurements, report, targets
+from tests.bench.__main__ import Bench, parser
 from tests.bench.measurements import Figure, Goal
 
 needs_gcc = pytest.mark.skipif(
@@ -258,6 +259,29 @@ def test_a_small_run_through_a_reverse_proxy(
         pytest.skip(f"{kind.name} {missing}")
     with contextlib.closing(kind(api, tls, tmp_path / "proxy").start()) as proxy:
         check_small_runs(load, proxy.port, *proxy.pids())
+
+
+class Absent(targets.Target):
+    name = "nginx"
+    attempts = 0
+
+    def _start(self) -> None:
+        Absent.attempts += 1
+        raise machine.Unavailable("the program did not come")
+
+
+@needs_gcc
+@needs_openssl
+def test_what_does_not_start_is_not_started_again(
+    api: targets.Upstream, tmp_path: pathlib.Path
+) -> None:
+    options = parser().parse_args(["--rounds", "2", "--only", "requests_1", "held_1000"])
+    with contextlib.closing(Bench(tmp_path, options)) as bench:
+        bench.classes = {"nginx": Absent}
+        bench.measure()
+    wrong = [record["wrong"] for record in bench.records]
+    assert Absent.attempts == 1 and wrong[0] == "the program did not come"
+    assert len(wrong) > 4 and set(wrong[1:]) == {"it did not start for an earlier run"}
 
 
 # The upstream

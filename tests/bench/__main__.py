@@ -159,6 +159,8 @@ class Bench:
         self.classes = targets(options)
         self.upstream = Upstream(folder)
         self.running: dict[tuple[str, bool], Target] = {}
+        # Those that did not start are not started again: each attempt may take a minute.
+        self.absent: set[str] = set()
         self.records: list[dict[str, Any]] = []
 
     def close(self) -> None:
@@ -166,8 +168,15 @@ class Bench:
             target.close()
         self.upstream.close()
 
-    def new(self, name: str, tls: bool) -> Target:
-        return self.classes[name](self.upstream, tls, self.folder / f"{name}-{time.monotonic_ns()}")
+    def started(self, name: str, tls: bool) -> Target:
+        if name in self.absent:
+            raise machine.Unavailable("it did not start for an earlier run")
+        folder = self.folder / f"{name}-{time.monotonic_ns()}"
+        try:
+            return self.classes[name](self.upstream, tls, folder).start()
+        except machine.Unavailable:
+            self.absent.add(name)
+            raise
 
     @contextlib.contextmanager
     def turn(self, name: str, tls: bool, fresh: bool) -> Iterator[Target]:
@@ -176,14 +185,14 @@ class Bench:
             # Shared pages would be divided among more processes than in service.
             while self.running:
                 self.running.popitem()[1].close()
-            target = self.new(name, tls).start()
+            target = self.started(name, tls)
             try:
                 yield target
             finally:
                 target.close()
             return
         if (name, tls) not in self.running:
-            self.running[name, tls] = self.new(name, tls).start()
+            self.running[name, tls] = self.started(name, tls)
         target = self.running[name, tls]
         target.wake()
         try:
