@@ -728,20 +728,20 @@ def test_successful_probes_are_not_logged(proxy: ProxyProcess) -> None:
 
 
 def distinct_heads() -> Iterator[bytes]:
-    """Heads of 40 MB in all, large in each part of a head that a client controls."""
+    """Heads of 70 MB in all, large in each part of a head that a client controls."""
 
     def head(target: str, *lines: str) -> bytes:
         return "\r\n".join([f"GET {target} HTTP/1.1", "Host: localhost", *lines, "", ""]).encode()
 
-    for number in range(64):
+    for number in range(128):
         yield head(
             "/x",
             "Connection: " + ",".join(f"{number:x}-{option:x}" for option in range(8000))[:65000],
         )
-    for number in range(128):
+    for number in range(256):
         yield head(f"/{number}" + "x" * 65000)
         yield head("/v1/x", f"Accept-Encoding: gzip;{number}" + "x" * 64000)
-    for number in range(75):
+    for number in range(150):
         yield head(f"/v1/{number}", *[f"{number}-{line}: y" for line in range(198)])
         yield head(f"/v1/{number}", *[f"{number}-{line}: y" for line in range(99)])
         yield head(

@@ -717,6 +717,8 @@ def clients(proxy: ProxyProcess, witness: Client, upstream: RecordingUpstream) -
         for split in SPLITS:
             # Long data is sent in few pieces.
             size = max(split, len(data) // 100)
+            # What a test that failed has not taken.
+            upstream.taken()
             with proxy.client() as client:
                 # The proxy may reset the connection.
                 with contextlib.suppress(ConnectionError):

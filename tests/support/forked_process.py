@@ -29,11 +29,23 @@ from checkout import PYTHONPATH, SUPPORT
 
 PYTHON = [sys.executable, "-W", "error"]
 PRELOADED = str(SUPPORT / "preloaded.py")
-# The sockets of the fork servers. Workers inherit the variable, and so share the servers.
-FOLDER = Path(os.environ.get("FORK_SERVERS") or tempfile.mkdtemp(prefix="fork-servers-"))
-if "FORK_SERVERS" not in os.environ:
-    os.environ["FORK_SERVERS"] = str(FOLDER)
-    atexit.register(shutil.rmtree, FOLDER)
+
+
+@functools.cache
+def folder() -> Path:
+    """The folder of the sockets of fork servers, which the processes that are started share."""
+    if "FORK_SERVERS" not in os.environ:
+        # The path of a socket has at most 107 bytes, and TMPDIR may be long.
+        os.environ["FORK_SERVERS"] = tempfile.mkdtemp(prefix="fork-servers-", dir="/tmp")
+        atexit.register(shutil.rmtree, os.environ["FORK_SERVERS"])
+    return Path(os.environ["FORK_SERVERS"])
+
+
+@contextlib.contextmanager
+def lock() -> Iterator[None]:
+    with open(folder() / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 class ForkServer:
@@ -46,9 +58,8 @@ class ForkServer:
         self._mutex = threading.Lock()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         atexit.register(self._socket.close)
-        path = FOLDER / (module + Path(library).name)
-        with open(FOLDER / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        path = folder() / (module + Path(library).name)
+        with lock():
             try:
                 self._socket.connect(str(path))
             except (FileNotFoundError, ConnectionRefusedError):
@@ -68,6 +79,9 @@ class ForkServer:
             )
 
         def end() -> None:
+            # The owner of the folder may have removed it.
+            with contextlib.suppress(FileNotFoundError), lock():
+                path.unlink()
             mine.close()
             process.wait()
 

@@ -51,7 +51,8 @@ def accept(listener: _socket.socket, owner: int) -> dict[str, Any] | None:
     """Serve each connection in a process of its own. Return None at the end; in a child, its request."""
     while True:
         ready, _, _ = select([listener, owner], [], [])
-        if owner in ready:
+        # Connections that wait are served first.
+        if listener not in ready:
             return None
         connection, _address = listener._accept()
         if fork() == 0:

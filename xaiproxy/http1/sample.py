@@ -8,29 +8,23 @@ from xaiproxy.http1.memory_budget import MemoryBudget
 START, END = 4096, 16384
 # Bytes above these that arrive before the oldest are dropped, so that not each event moves memory.
 SLACK = 4096
+LIMIT = START + END + SLACK
 WHOLE_LIMIT = 1 << 20  # bytes of content that is kept whole
 
 
 class Sample:
-    """The start and the end of the content, or with `keeps_all` all of it up to WHOLE_LIMIT.
+    """The start and the end of the content, or, with a `budget`, all of it up to WHOLE_LIMIT.
 
     `is_stream`: whether the content is an event stream.
     `too_long`: nothing is kept, because WHOLE_LIMIT or the budget is exceeded.
     """
 
-    __slots__ = ("_budget", "_kept", "_limit", "_start", "is_stream", "keeps_all", "too_long")
+    __slots__ = ("_budget", "_kept", "_start", "is_stream", "too_long")
 
-    def __init__(
-        self,
-        budget: MemoryBudget | None = None,
-        *,
-        keeps_all: bool = False,
-        is_stream: bool = False,
-    ):
-        self.keeps_all, self.is_stream = keeps_all, is_stream
+    def __init__(self, budget: MemoryBudget | None = None, is_stream: bool = False):
+        self.is_stream = is_stream
         self.too_long = False
         self._budget = budget
-        self._limit = WHOLE_LIMIT if keeps_all else START + END + SLACK
         self._start = b""
         # Most content arrives in one piece, which need not be copied.
         self._kept: bytes | bytearray = b""
@@ -39,7 +33,8 @@ class Sample:
         """The next bytes of the content."""
         if self.too_long:
             return
-        if self._budget is not None and not self._budget.take(len(data)):
+        budget = self._budget
+        if budget is not None and not budget.take(len(data)):
             self._drop()
             return
         if not self._kept:
@@ -48,23 +43,21 @@ class Sample:
             self._kept += data
         else:
             self._kept = bytearray(self._kept + data)
-        if len(self._kept) > self._limit:
-            if self.keeps_all:
+        if budget is not None:
+            if len(self._kept) > WHOLE_LIMIT:
                 self._drop()
-            else:
-                self._cut()
+        elif len(self._start) + len(self._kept) > LIMIT:
+            self._start = self._start or bytes(self._kept[:START])
+            self._kept = self._kept[-END:]
 
     def _drop(self) -> None:
         self.too_long = True
         self.take()
 
-    def _cut(self) -> None:
-        """Drop what is neither start nor end."""
-        size = len(self._start) + len(self._kept)
-        self._start = self._start or bytes(self._kept[:START])
-        self._kept = self._kept[-END:]
-        if self._budget is not None:
-            self._budget.give_back(size - len(self._start) - len(self._kept))
+    @property
+    def keeps_all(self) -> bool:
+        """Whether nothing between start and end may be dropped."""
+        return self._budget is not None
 
     @property
     def is_whole(self) -> bool:
@@ -79,6 +72,6 @@ class Sample:
         """Return what is kept, once: it is freed. Of a long stream some bytes are missing."""
         data = self._start + b"\n\n" + bytes(self._kept) if self._start else bytes(self._kept)
         if self._budget is not None:
-            self._budget.give_back(len(self._start) + len(self._kept))
+            self._budget.give_back(len(self._kept))
         self._start = self._kept = b""
         return data

@@ -19,7 +19,7 @@ from xaiproxy.proxy import content
 ROUTES = frozenset(("chat", "responses", "messages"))
 # Ends of paths on these routes whose responses use no tokens, or repeat former numbers.
 WITHOUT_USAGE = ("/count_tokens", "/input_tokens", "/cancel")
-MEMORY = 96 << 20  # bytes that all samples together may keep: those of 4,000 streams
+MEMORY = 64 << 20  # bytes that all samples of whole content together may keep
 
 NAME = b'"usage"'
 OBJECT = re.compile(rb"\s{0,9}:\s{0,9}(?=\{)")
@@ -57,8 +57,8 @@ def sample_for(route: str, head: response_head.Head) -> Sample | None:
     if route not in ROUTES or not 200 <= head.status < 300:
         return None
     is_stream = headers.media_type(head.values) == "text/event-stream"
-    keeps_all = not is_stream or bool(content.codings(head))
-    return Sample(_budget, keeps_all=keeps_all, is_stream=is_stream)
+    ends_suffice = is_stream and not content.codings(head)
+    return Sample(None if ends_suffice else _budget, is_stream)
 
 
 def is_expected(method: str, path: str, status: int) -> bool:
