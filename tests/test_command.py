@@ -61,9 +61,13 @@ def test_an_exception_of_our_own_is_not_caught():
 
 
 def test_an_interrupt_ends_with_130():
+    # A signal that comes just before a sleep begins does not end it.
     code = (
         "import sys, time; from xaiproxy import command\n"
-        "sys.exit(command.run('xai-test', lambda: (print('up', flush=True), time.sleep(60))))"
+        "def main():\n"
+        "    print('up', flush=True)\n"
+        "    for _ in range(600): time.sleep(0.1)\n"
+        "sys.exit(command.run('xai-test', main))"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

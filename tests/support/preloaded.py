@@ -30,7 +30,7 @@ import time
 # These are imported before MODULE, which may let gevent patch them.
 from os import fork, waitpid
 from pathlib import Path
-from select import select
+from select import POLLIN, poll
 from typing import Any
 
 # The number of file descriptors in a request for a child: its standard streams, and up to two
@@ -49,10 +49,12 @@ PR_SET_PTRACER, PR_SET_PTRACER_ANY = 0x59616D61, ctypes.c_ulong(-1)
 
 def accept(listener: _socket.socket, owner: int) -> dict[str, Any] | None:
     """Serve each connection in a process of its own. Return None at the end; in a child, its request."""
+    both = poll()
+    both.register(listener.fileno(), POLLIN)
+    both.register(owner, POLLIN)
     while True:
-        ready, _, _ = select([listener, owner], [], [])
         # Connections that wait are served first.
-        if listener not in ready:
+        if listener.fileno() not in dict(both.poll()):
             return None
         connection, _address = listener._accept()
         if fork() == 0:
