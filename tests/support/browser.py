@@ -21,19 +21,10 @@ class Browser:
     """Chromium, driven by chromedriver with the few commands of W3C WebDriver that are needed."""
 
     def __init__(self, folder: Path, *arguments: str) -> None:
-        self.driver = subprocess.Popen(
-            ["chromedriver", "--port=0"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env={"PATH": os.environ["PATH"], "HOME": str(folder)},
-            start_new_session=True,
-        )
-        port = next(
-            int(found[1])
-            for line in self.driver.stdout
-            if (found := re.search(r"successfully on port (\d+)", line))
-        )
+        # chromedriver chooses a port for IPv4, and exits if that one is not free for IPv6.
+        while (port := self._start(folder)) is None:
+            with self.driver:
+                pass
         self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
         self._session = ""
         options = {
@@ -47,6 +38,24 @@ class Browser:
             self.close()
             raise
         self._session = f"/{answer['sessionId']}"
+
+    def _start(self, folder: Path) -> int | None:
+        """Return chromedriver's port, or None if it has exited because that was not free."""
+        self.driver = subprocess.Popen(
+            ["chromedriver", "--port=0"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={"PATH": os.environ["PATH"], "HOME": str(folder)},
+            start_new_session=True,
+        )
+        output = ""
+        for line in self.driver.stdout:
+            if found := re.search(r"successfully on port (\d+)", line):
+                return int(found[1])
+            output += line
+        assert "not available" in output, output
+        return None
 
     def command(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         self._connection.request(
